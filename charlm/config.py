@@ -1,0 +1,330 @@
+"""Every option of charlm: frozen dataclasses, one docstring per field.
+
+`Config` is what YAML files and command-line flags fill (see `charlm.cli`) and what a run keeps as `config.yaml`.
+A value that cannot work raises `ConfigError` here, before anything heavy is imported: this module imports nothing
+of ours and no torch.
+
+Progress, in every schedule, is the number of completed optimizer steps divided by `train.steps`: a float in [0, 1].
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+CorpusName = Literal["enwik8", "text8", "file", "python-stdlib"]
+Precision = Literal["no", "bf16", "fp16", "auto"]
+SplitName = Literal["train", "valid", "test"]
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one message without a traceback; scripts exit with code 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """An option whose value cannot work. The message names the field, the value and the way out."""
+
+
+def _require(condition: bool, name: str, value: object, way_out: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}={value}: {way_out}")
+
+
+def steps_of(cadence: float, total_steps: int) -> int:
+    """The steps that a cadence stands for: below 1 a fraction of `total_steps` (at least one step), else steps."""
+    return max(1, round(cadence * total_steps)) if 0 < cadence < 1 else int(cadence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text, and how it becomes ids."""
+
+    corpus: CorpusName = "enwik8"
+    """enwik8 and text8 are downloaded once and verified; file is data.path; python-stdlib needs no network."""
+    path: Path | None = None
+    """A local copy of enwik8 or text8 (raw, .zip, .gz, .xz), or the file or folder of corpus=file."""
+    cache_dir: Path = field(default_factory=lambda: Path(os.environ.get("CHARLM_CACHE", "~/.cache/charlm")))
+    """Where prepared corpora are kept. The environment variable CHARLM_CACHE changes the default."""
+    vocabulary: Literal["bytes"] = "bytes"
+    """How text becomes ids: bytes has always 256 symbols."""
+    valid_fraction: float = 0.05
+    """Share of corpus=file and python-stdlib that is held out for validation."""
+    test_fraction: float = 0.05
+    """Share of corpus=file and python-stdlib that is held out for testing, at the end."""
+
+    def __post_init__(self):
+        for name in ("valid_fraction", "test_fraction"):
+            _require(0 < getattr(self, name) < 1, f"data.{name}", getattr(self, name), "must lie between 0 and 1")
+        total = self.valid_fraction + self.test_fraction
+        _require(total < 1, "data.valid_fraction + data.test_fraction", total, "leaves no training text; lower one")
+        _require(
+            self.corpus != "file" or self.path is not None,
+            "data.corpus",
+            "file",
+            "needs --data.path=FILE_OR_FOLDER",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The deep character Transformer. Defaults are T12 of Al-Rfou et al. 2018 without its dropout."""
+
+    num_layers: int = 12
+    """L, the number of layers."""
+    num_heads: int = 2
+    """H, attention heads per layer; must divide d_model."""
+    d_model: int = 512
+    """D, the width of the hidden states."""
+    d_ff: int = 2048
+    """Width of the feed-forward layer."""
+    context_length: int = 512
+    """T, the most characters that a prediction can look back on."""
+    positions: Literal["per_layer", "input", "rotary"] = "per_layer"
+    """per_layer: a learned table is added to the input of every layer (the paper); input: to the first layer's
+    only; rotary: queries and keys are rotated (Su et al. 2021)."""
+    norm: Literal["pre", "post"] = "pre"
+    """Layer norm before each sublayer (pre) or after its residual sum (post). The paper does not say."""
+    activation: Literal["relu", "gelu", "relu_squared"] = "relu"
+    """Of the feed-forward layer. relu_squared is So et al. 2021 (Primer)."""
+    attention_dropout: float = 0.0
+    """Dropout on the attention weights."""
+    activation_dropout: float = 0.0
+    """Dropout after the feed-forward activation."""
+    residual_dropout: float = 0.0
+    """Dropout on what each sublayer adds to the residual stream."""
+
+    def __post_init__(self):
+        for name in ("num_layers", "num_heads", "d_model", "d_ff", "context_length"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        _require(
+            self.d_model % self.num_heads == 0,
+            "model.d_model",
+            self.d_model,
+            f"must be divisible by model.num_heads={self.num_heads}",
+        )
+        _require(
+            self.positions != "rotary" or self.d_model // self.num_heads % 2 == 0,
+            "model.positions",
+            "rotary",
+            f"needs an even head size; d_model / num_heads is {self.d_model // self.num_heads}",
+        )
+        for name in ("attention_dropout", "activation_dropout", "residual_dropout"):
+            _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxLossConfig:
+    """What every auxiliary loss has: a switch and a schedule, whose clock runs from 0 at `start` to 1 at `end`."""
+
+    enabled: bool = True
+    """false removes exactly this loss's rows from the table of terms."""
+    start: float = 0.0
+    """Progress at which the schedule's clock starts; before it the weight is full."""
+    end: float = 1.0
+    """Progress at which the schedule's clock has run out."""
+
+    _section = "aux"
+
+    def __post_init__(self):
+        _require(0 <= self.start <= 1, f"{self._section}.start", self.start, "must lie in [0, 1]")
+        _require(0 <= self.end <= 1, f"{self._section}.end", self.end, "must lie in [0, 1]")
+        _require(self.start <= self.end, f"{self._section}.start", self.start, f"must not exceed end={self.end}")
+
+
+Decay = Literal["constant", "linear", "cosine", "cutoff"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionsConfig(AuxLossConfig):
+    """Prediction at all positions of a window, not only at the last (Al-Rfou et al. 2018, "Multiple Positions")."""
+
+    schedule: Decay = "constant"
+    """The share w of the loss that all positions carry; the last position alone carries the rest, 1 - w.
+    constant: w stays 1; linear, cosine: w falls to 0; cutoff: w is 1 until the clock runs out, then 0."""
+
+    _section = "aux.positions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersConfig(AuxLossConfig):
+    """A prediction head on intermediate layers (Al-Rfou et al. 2018, "Intermediate Layer Losses")."""
+
+    schedule: Literal["staggered", "linear", "cosine", "constant", "cutoff"] = "staggered"
+    """staggered: layer l of n stops when the clock reads l/(2n) (the paper); the others act on all layers alike."""
+    every: int = 1
+    """Heads on every k-th intermediate layer: k, 2k, ... The last layer always has one."""
+    at: tuple[int, ...] | None = None
+    """Heads on these layers (1 = the lowest) in place of every k-th, as a YAML list: [3, 6, 9]."""
+    weight: float = 1.0
+    """Weight of each intermediate layer's loss against the last layer's."""
+
+    _section = "aux.layers"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.every >= 1, "aux.layers.every", self.every, "must be at least 1")
+        _require(0 <= self.weight < float("inf"), "aux.layers.weight", self.weight, "must be finite and at least 0")
+        _require(self.at is None or len(set(self.at)) == len(self.at), "aux.layers.at", self.at, "names a layer twice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetsConfig(AuxLossConfig):
+    """Prediction of characters several steps ahead (Al-Rfou et al. 2018, "Multiple Targets")."""
+
+    schedule: Decay = "constant"
+    """How the extra targets' weight decays."""
+    num_targets: int = 2
+    """Characters predicted at each position: the next one and num_targets - 1 after it."""
+    weight: float = 0.5
+    """Weight of each extra target, multiplied into its layer's loss."""
+
+    _section = "aux.targets"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.num_targets >= 1, "aux.targets.num_targets", self.num_targets, "must be at least 1")
+        _require(0 <= self.weight < float("inf"), "aux.targets.weight", self.weight, "must be finite and at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxConfig:
+    """The auxiliary losses; `scripts/explain.py` prints the table of terms that they make."""
+
+    positions: PositionsConfig = field(default_factory=PositionsConfig)
+    layers: LayersConfig = field(default_factory=LayersConfig)
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    reduction: Literal["sum", "mean"] = "sum"
+    """Add the losses of the active layers, or average them. The paper does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop. Cadences and warm-up: a value below 1 is a fraction of `steps`, from 1 on a number of steps."""
+
+    steps: int = 100_000
+    """Optimizer steps of the whole run."""
+    batch_size: int = 16
+    """Windows per optimizer step, over all processes and accumulated micro-batches."""
+    micro_batch_size: int | None = None
+    """Most windows that one process holds at once; fewer means gradient accumulation. None: no accumulation."""
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
+    """sgd is the paper's; muon orthogonalises the updates of the hidden matrices (Jordan et al. 2024) and
+    leaves everything else to AdamW."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up: hold, or decay along a cosine or a line to final_lr at the last step."""
+    warmup: float = 0.0
+    """Linear warm-up of the learning rate."""
+    final_lr: float = 0.0
+    """Where a decay ends, as a fraction of the peak."""
+    momentum: float = 0.99
+    """Of sgd."""
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    """Of adamw, as a YAML list."""
+    weight_decay: float = 0.0
+    """Of matrices only: no decay on biases, norms, embeddings and position tables."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of the hidden matrices under optimizer=muon; learning_rate is that of the rest."""
+    muon_momentum: float = 0.95
+    """Nesterov momentum of the hidden matrices under optimizer=muon."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient; 0 leaves it alone."""
+    mixed_precision: Precision = "auto"
+    """auto takes what accelerate's launcher was told, and without a launcher bf16 where the hardware has it."""
+    matmul_precision: Literal["highest", "high", "medium"] = "medium"
+    """Of fp32 matrix products in training, as torch.set_float32_matmul_precision takes it. medium stays fp32 on a
+    CPU without AMX, and is faster there."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass rather than keep its activations."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Compile each block; auto does so if accelerate's launcher was given a dynamo backend."""
+    deterministic: bool = False
+    """Only deterministic kernels (needed for bit-exact runs on a GPU)."""
+    seed: int = 0
+    """Of initialisation, windows and dropout."""
+    log_every: float = 0.001
+    """Cadence of metrics.jsonl."""
+    valid_every: float = 0.05
+    """Cadence of validation, and of the checkpoint that goes with it."""
+    valid_symbols: int = 200_000
+    """Validation scores the first so many symbols of the validation split."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, beside the best."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "valid_symbols", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        _require(
+            self.micro_batch_size is None or self.micro_batch_size >= 1,
+            "train.micro_batch_size",
+            self.micro_batch_size,
+            "must be at least 1",
+        )
+        for name in ("learning_rate", "muon_learning_rate"):
+            _require(
+                0 < getattr(self, name) < float("inf"),
+                f"train.{name}",
+                getattr(self, name),
+                "must be positive and finite",
+            )
+        for name in ("momentum", "muon_momentum"):
+            _require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "must lie in [0, 1)")
+        _require(
+            len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas),
+            "train.adam_betas",
+            self.adam_betas,
+            "must be two numbers in [0, 1)",
+        )
+        for name in ("weight_decay", "clip_norm", "warmup"):
+            _require(
+                0 <= getattr(self, name) < float("inf"),
+                f"train.{name}",
+                getattr(self, name),
+                "must be finite and at least 0",
+            )
+        _require(0 <= self.final_lr <= 1, "train.final_lr", self.final_lr, "must lie in [0, 1]")
+        for name in ("log_every", "valid_every"):
+            cadence = getattr(self, name)
+            _require(0 < cadence < float("inf"), f"train.{name}", cadence, "must be positive and finite")
+        _require(0 <= self.seed < 2**63, "train.seed", self.seed, "must lie in [0, 2^63)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives on disk."""
+
+    dir: Path = Path("runs/charlm")
+    """The run's folder. It must not hold a run already, unless that run is resumed."""
+    resume: bool = False
+    """Continue the run from its newest checkpoint."""
+    resume_from: int | None = None
+    """Continue the run from the checkpoint of this step."""
+
+    def __post_init__(self):
+        _require(
+            self.resume_from is None or self.resume_from >= 0,
+            "run.resume_from",
+            self.resume_from,
+            "must be the step of a checkpoint",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run: what a YAML file and flags describe, and what `RUN/config.yaml` records."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    aux: AuxConfig = field(default_factory=AuxConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        for layer in self.aux.layers.at or ():
+            _require(
+                1 <= layer <= self.model.num_layers,
+                "aux.layers.at",
+                list(self.aux.layers.at),
+                f"names layer {layer}; layers run from 1 to model.num_layers={self.model.num_layers}",
+            )

@@ -1,0 +1,1 @@
+"""The network: characters to hidden states, and hidden states to logits."""

@@ -1,0 +1,196 @@
+"""A deep causal Transformer over characters that returns hidden states, never logits.
+
+Shapes: B batch, T positions, D d_model, H heads, C = D / H head size, V vocabulary, L layers.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from charlm.config import ModelConfig
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "relu_squared": lambda x: F.relu(x).square()}
+EMBEDDING_STD = 0.3
+POSITION_STD = 0.02
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, in buffers that never move: [L, B, H, context_length, C] each."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32):
+        head_size = config.d_model // config.num_heads
+        shape = (config.num_layers, batch_size, config.num_heads, config.context_length, head_size)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def reset(self) -> None:
+        """Forget every position."""
+        self.length = 0
+
+    def extend(self, layer: int, keys_BHTC: Tensor, values_BHTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of a layer's new positions; return those of all positions up to them."""
+        end = self.length + keys_BHTC.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys_BHTC
+        self.values[layer, :, :, self.length : end] = values_BHTC
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def rotate(x_BHTC: Tensor, angles_TC: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, eq. 34): turn the pairs (c, c + C/2) by their position's angles."""
+    first, second = x_BHTC.float().chunk(2, dim=-1)
+    cos, sin = angles_TC.cos(), angles_TC.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BHTC.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention through `scaled_dot_product_attention`."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.num_heads
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
+        self.out = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, x_BTD: Tensor, angles_TC: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, D = x_BTD.shape
+        heads_BTHC = self.qkv(x_BTD).view(B, T, 3, self.num_heads, D // self.num_heads)
+        query, key, value = heads_BTHC.permute(2, 0, 3, 1, 4)
+        if angles_TC is not None:
+            query, key = rotate(query, angles_TC), rotate(key, angles_TC)
+        mask = None
+        if cache is not None and cache.length > 0:
+            key, value = cache.extend(self.layer, key, value)
+            # is_causal aligns the triangle top-left, which is wrong where earlier keys are cached.
+            mask = torch.ones(T, key.shape[2], dtype=torch.bool, device=x_BTD.device).tril(cache.length)
+        elif cache is not None:
+            cache.extend(self.layer, key, value)
+        mixed_BHTC = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out(mixed_BHTC.transpose(1, 2).reshape(B, T, D))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = nn.Linear(config.d_model, config.d_ff)
+        self.down = nn.Linear(config.d_ff, config.d_model)
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = nn.Dropout(config.activation_dropout)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(self.dropout(self.activation(self.up(x_BTD))))
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each with its residual connection and layer norm."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.pre_norm = config.norm == "pre"
+        self.attention = Attention(config, layer)
+        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x_BTD: Tensor, angles_TC: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        if self.pre_norm:
+            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), angles_TC, cache))
+            return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, angles_TC, cache)))
+        return self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
+
+
+class CharTransformer(nn.Module):
+    """Character ids to the hidden states of the layers asked for (Al-Rfou et al. 2018, section 3).
+
+    Initialisation: matrices are normal with variance 1 / fan-in, biases zero, embeddings normal with standard deviation
+    0.3, position tables with 0.02. The two matrices of each layer that write to the residual stream are scaled down by
+    sqrt(2L) (Radford et al. 2019), so that 2L sublayers together add about as much variance as one unscaled one. Under
+    post-norm the same factor keeps the product of the 2L norms' gradients bounded, whatever the depth.
+    """
+
+    def __init__(self, config: ModelConfig, vocabulary_size: int):
+        super().__init__()
+        self.config = config
+        self.vocabulary_size = vocabulary_size
+        self.activation_checkpointing = False
+        L, T, D = config.num_layers, config.context_length, config.d_model
+        self.embedding = nn.Embedding(vocabulary_size, D)
+        num_tables = {"per_layer": L, "input": 1, "rotary": 0}[config.positions]
+        self.position_tables = nn.ParameterList(nn.Parameter(torch.empty(T, D)) for _ in range(num_tables))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(L))
+        self.final_norm = nn.LayerNorm(D) if config.norm == "pre" else nn.Identity()
+        self._initialise()
+
+    def _initialise(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        for table in self.position_tables:
+            nn.init.normal_(table, std=POSITION_STD)
+        for block in self.blocks:
+            for linear in (block.attention.qkv, block.attention.out, block.feed_forward.up, block.feed_forward.down):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+                nn.init.zeros_(linear.bias)
+            for linear in (block.attention.out, block.feed_forward.down):
+                linear.weight.data.mul_((2 * self.config.num_layers) ** -0.5)
+
+    def _angles(self, start: int, end: int, device: torch.device) -> Tensor | None:
+        """Rotary angles of the positions [start, end): [T, C/2] radians; None for learned positions."""
+        if self.config.positions != "rotary":
+            return None
+        half = self.config.d_model // self.config.num_heads // 2
+        frequencies = torch.exp(torch.arange(half, device=device) * (-math.log(10_000.0) / half))
+        return torch.arange(start, end, device=device)[:, None] * frequencies
+
+    def forward(
+        self, ids_BT: Tensor, layers: Iterable[int] | None = None, cache: KVCache | None = None
+    ) -> dict[int, Tensor]:
+        """Hidden states of `layers`.
+
+        Args:
+            ids_BT: character ids, at most `context_length` of them counting those that `cache` holds.
+            layers: 1-based numbers of the layers wanted; by default the last. None above the highest is computed.
+            cache: keys and values of earlier positions; it is advanced by T.
+
+        Returns:
+            {layer: hidden_BTD}. Under pre-norm the last layer's states went through the final norm; those of an
+            intermediate layer are the raw residual stream, which its head normalises.
+
+        Raises:
+            ValueError: the positions exceed the context.
+        """
+        wanted = {self.config.num_layers} if layers is None else set(layers)
+        start = cache.length if cache is not None else 0
+        end = start + ids_BT.shape[1]
+        if end > self.config.context_length:
+            raise ValueError(f"{end} positions exceed the context of {self.config.context_length}")
+        angles = self._angles(start, end, ids_BT.device)
+        x_BTD = self.embedding(ids_BT)
+        hidden_states = {}
+        for layer, block in enumerate(self.blocks[: max(wanted)], start=1):
+            if layer <= len(self.position_tables):
+                x_BTD = x_BTD + self.position_tables[layer - 1][start:end]
+            if self.activation_checkpointing and self.training:
+                x_BTD = checkpoint(block, x_BTD, angles, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, angles, cache)
+            if layer in wanted:
+                hidden_states[layer] = self.final_norm(x_BTD) if layer == self.config.num_layers else x_BTD
+        if cache is not None:
+            cache.length = end
+        return hidden_states
