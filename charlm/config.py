@@ -195,6 +195,13 @@ class AuxConfig:
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     reduction: Literal["sum", "mean"] = "sum"
     """Add the losses of the active layers, or average them. The paper does not say."""
+    main_weight: float = 1.0
+    """Weight of the last layer's loss."""
+
+    def __post_init__(self):
+        _require(
+            0 <= self.main_weight < float("inf"), "aux.main_weight", self.main_weight, "must be finite and at least 0"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

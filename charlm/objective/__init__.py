@@ -1,0 +1,1 @@
+"""What is learned: the table of prediction tasks, their weights over training, and the loss that they add up to."""

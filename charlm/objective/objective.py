@@ -1,0 +1,80 @@
+"""From windows to the loss: the table of terms, evaluated.
+
+Shapes: B batch, T positions, D d_model, K offsets, W characters of a window (T + the largest offset).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from charlm.model.heads import Heads
+from charlm.model.transformer import CharTransformer
+from charlm.objective.cross_entropy import cross_entropy
+from charlm.objective.terms import Term, active
+
+
+class LossReport(NamedTuple):
+    """What the terms say of one batch, in nats per character."""
+
+    total: Tensor
+    """The weighted sum of the active terms: what is minimised."""
+    parts: dict[str, Tensor]
+    """Each active term's own loss, unweighted and detached, by name."""
+
+
+def head_pairs(terms: Sequence[Term], num_layers: int) -> set[tuple[int, int]]:
+    """The (layer, offset) pairs that need a head: those of the table, and the one that predicts after training."""
+    return {(term.layer, term.offset) for term in terms} | {(num_layers, 1)}
+
+
+class Objective(nn.Module):
+    """The transformer, its heads and the table of terms: windows and progress to a loss."""
+
+    def __init__(self, transformer: CharTransformer, heads: Heads, terms: Sequence[Term]):
+        super().__init__()
+        self.transformer = transformer
+        self.heads = heads
+        self.terms = tuple(terms)
+        self.window_length = transformer.config.context_length + max(offset for _, offset in heads.pairs)
+
+    def forward(self, windows_BW: Tensor, progress: float) -> LossReport:
+        """The loss of `windows_BW` at `progress`.
+
+        The first T characters of a window are the input; position t (0-based) predicts character t + offset. With
+        T = 4 and two offsets a window "abcdef" is read as "abcd": at offset 1 the targets are "bcde", at offset 2
+        "cdef", and the last position alone predicts "e" and "f".
+
+        Rows of weight zero cost nothing: neither head nor loss is computed, nor any layer above the highest active.
+
+        Raises:
+            ValueError: the windows do not have `window_length` characters, or no row is active.
+        """
+        if windows_BW.shape[1] != self.window_length:
+            raise ValueError(f"windows have {windows_BW.shape[1]} characters, not {self.window_length}")
+        weighted_terms = list(active(self.terms, progress))
+        layers = sorted({term.layer for term, _ in weighted_terms})
+        hidden_states = self.transformer(windows_BW[:, : self.transformer.config.context_length], layers)
+        parts: dict[str, Tensor] = {}
+        for layer in layers:
+            parts |= self._layer_losses(layer, hidden_states[layer], windows_BW, [term for term, _ in weighted_terms])
+        total = torch.stack([weight * parts[term.name] for term, weight in weighted_terms]).sum()
+        return LossReport(total, {name: part.detach() for name, part in parts.items()})
+
+    def _layer_losses(
+        self, layer: int, hidden_BTD: Tensor, windows_BW: Tensor, terms: Sequence[Term]
+    ) -> dict[str, Tensor]:
+        """The losses of a layer's active rows: all offsets in one product, both kinds of positions from one."""
+        terms = [term for term in terms if term.layer == layer]
+        offsets = sorted({term.offset for term in terms})
+        T = hidden_BTD.shape[1]
+        first = 0 if any(term.positions == "all" for term in terms) else T - 1
+        targets_BTK = torch.stack([windows_BW[:, first + offset : T + offset] for offset in offsets], dim=-1)
+        losses_BTK = cross_entropy(self.heads(hidden_BTD[:, first:], layer, offsets), targets_BTK)
+        return {
+            term.name: (losses_BTK if term.positions == "all" else losses_BTK[:, -1:])[
+                ..., offsets.index(term.offset)
+            ].mean()
+            for term in terms
+        }
