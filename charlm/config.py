@@ -21,7 +21,7 @@ class UserError(Exception):
     """Something the user can mend: shown as one message without a traceback; scripts exit with code 2."""
 
 
-class ConfigError(UserError, ValueError):
+class ConfigError(UserError):
     """An option whose value cannot work. The message names the field, the value and the way out."""
 
 

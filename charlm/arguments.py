@@ -1,0 +1,160 @@
+"""One parser for everything that people type: tyro over dataclasses, with our rules for values and our errors.
+
+A value is always one piece of text: `true` and `false` in any case, `1e6` where a whole number is meant, `null` for
+None, and lists as one YAML string, `--aux.layers.at=[3,6]`. So YAML files can be turned into flags (see
+`charlm.config_files`) and every mistake is found and worded in one place.
+"""
+
+import contextlib
+import io
+import re
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+
+import tyro
+import yaml
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from charlm.config import UserError
+
+T = TypeVar("T")
+NULLS = ("null", "none", "~", "")
+_RULES = ConstructorRegistry()
+
+
+def value_of(kind: Any, text: str) -> Any:
+    """The value of type `kind` that `text` spells.
+
+    Raises:
+        ValueError: `text` spells no such value; the message says what was expected.
+    """
+    options = get_args(kind)
+    if _is_optional(kind):
+        return None if text.strip().lower() in NULLS else value_of(_inner(kind), text)
+    if get_origin(kind) is tuple:
+        return _tuple_of(options, text)
+    if get_origin(kind) is Literal:
+        if text not in options:
+            raise ValueError(f"{text!r} is none of {', '.join(options)}")
+        return text
+    if kind is bool:
+        if text.strip().lower() not in ("true", "false"):
+            raise ValueError(f"{text!r} is neither true nor false")
+        return text.strip().lower() == "true"
+    if kind is int:
+        return _whole_number(text)
+    if not text:
+        raise ValueError("the value is empty")
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
+
+
+def text_of(value: Any) -> str:
+    """The text that `value_of` reads back as `value`."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(text_of, value))}]"
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return str(value)
+
+
+def _whole_number(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        if (number := float(text)).is_integer():  # 1e6
+            return int(number)
+    raise ValueError(f"{text!r} is not a whole number")
+
+
+def _tuple_of(kinds: tuple[Any, ...], text: str) -> tuple[Any, ...]:
+    try:
+        items = yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
+        items = None
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise ValueError(f"{text!r} is not a list such as [3, 6]")
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(items)
+    if len(items) != len(kinds):
+        raise ValueError(f"{text!r} has {len(items)} values where {len(kinds)} are needed")
+    return tuple(map(value_of, kinds, items))
+
+
+def _is_optional(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
+
+
+def _inner(kind: Any) -> Any:
+    return next(option for option in get_args(kind) if option is not type(None))
+
+
+def _metavar(kind: Any) -> str:
+    if _is_optional(kind):
+        return f"{_metavar(_inner(kind))}|null"
+    if get_origin(kind) is tuple:
+        return f"[{','.join('...' if part is Ellipsis else _metavar(part) for part in get_args(kind))}]"
+    if get_origin(kind) is Literal:
+        return f"{{{','.join(get_args(kind))}}}"
+    return "{true,false}" if kind is bool else kind.__name__.upper()
+
+
+@_RULES.primitive_rule
+def _one_piece_of_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    kind = info.type
+    is_ours = kind in (bool, int, float, Path) or get_origin(kind) is tuple or _is_optional(kind)
+    if not is_ours or tyro.conf.UseAppendAction in info.markers:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=_metavar(kind),
+        instance_from_str=lambda texts: value_of(kind, texts[0]),
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [text_of(value)],
+    )
+
+
+def parse(kind: type[T], arguments: Sequence[str], *, underscores: bool = False) -> T:
+    """The dataclass `kind`, filled from command-line `arguments`; `underscores` is how names are shown, not read.
+
+    Raises:
+        UserError: unknown flag (similar ones are named), wrong type, missing value.
+    """
+    return _tyro_raising(kind, arguments, use_underscores=underscores)
+
+
+def parse_known(kind: type[T], arguments: Sequence[str]) -> T:
+    """As `parse`, but flags that `kind` doesn't know are left to another parser."""
+    return _tyro_raising(kind, arguments, return_unknown_args=True)[0]
+
+
+def show_help(kind: type[T], default: T | None = None, *, underscores: bool = False) -> NoReturn:
+    """Print the help of `kind`, with the values of `default`, and exit with code 0."""
+    options = {} if default is None else {"default": default}
+    _tyro(kind, ["--help"], use_underscores=underscores, **options)
+    raise AssertionError("tyro exits after its help")
+
+
+def _tyro(kind: type[T], arguments: Sequence[str], **options: Any) -> Any:
+    return tyro.cli(kind, args=arguments, registry=_RULES, config=(tyro.conf.FlagCreatePairsOff,), **options)
+
+
+def _tyro_raising(kind: type[T], arguments: Sequence[str], **options: Any) -> Any:
+    # tyro prints what is wrong and exits; whoever calls from Python is owed an exception in its place.
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            return _tyro(kind, arguments, add_help=False, **options)
+        except SystemExit:
+            raise UserError(_unboxed(printed.getvalue())) from None
+
+
+def _unboxed(box: str) -> str:
+    """The text inside the box that tyro draws: what is wrong on one line, then its hints as they are laid out."""
+    rows = [row[2:-2].rstrip() for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines() if row.startswith("│")]
+    rules = [number for number, row in enumerate(rows) if row and not row.strip("─")] or [len(rows)]
+    message = " ".join(" ".join(rows[: rules[0]]).split())
+    return "\n".join([message, *(row for number, row in enumerate(rows) if number > rules[0] and number not in rules)])

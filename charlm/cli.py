@@ -1,0 +1,76 @@
+"""What the scripts share: arguments in, errors for people out. Imports nothing heavy, so that --help answers at once."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeVar
+
+import tyro
+
+from charlm import arguments
+from charlm.config import Config, UserError
+from charlm.config_files import OPTIONS, explaining, settings_in_files
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ConfigFiles:
+    config: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A YAML file of options, several times if you like: the later wins, and flags win over files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithConfig(_ConfigFiles):
+    """Base of the options of a script that takes `--config FILE` and every option of `Config` as a flag."""
+
+    settings: Annotated[OPTIONS, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+def parse(kind: type[T], argv: Sequence[str] | None = None) -> T:
+    """The dataclass `kind`, filled from the command line; `--help` prints its fields' docstrings and exits.
+
+    Names are shown with dashes (`--top-k`), those of a `WithConfig` with underscores (`--model.num_layers`); both are
+    understood everywhere. A bool of `kind` is a bare flag (`--json`), one of the configuration takes a value.
+
+    Raises:
+        UserError: unknown flag or key (similar ones are named), wrong type, missing value or file.
+        ConfigError: a value that cannot work.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    wants_help = not {"-h", "--help"}.isdisjoint(argv)
+    if not issubclass(kind, WithConfig):
+        return arguments.show_help(kind) if wants_help else arguments.parse(kind, argv)
+    flags = [token for token in argv if token not in ("-h", "--help")]
+    settings = settings_in_files(arguments.parse_known(_ConfigFiles, flags).config)
+    with explaining(settings, flags):
+        parsed = arguments.parse(kind, [*(setting.flag for setting in settings), *flags], underscores=True)
+    return arguments.show_help(kind, parsed, underscores=True) if wants_help else parsed
+
+
+def parse_config(argv: Sequence[str] | None = None) -> Config:
+    """`Config` from `--config FILE` and flags, for a script that has no options of its own; raises as `parse` does."""
+    return parse(WithConfig, argv).settings
+
+
+def script(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and exit: 0, or 2 after one message for a UserError, or 130 when interrupted.
+
+    Of several processes only the first prints the message.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    sys.exit(0)
