@@ -1,4 +1,4 @@
-"""What the scripts share: arguments in, errors for people out. Imports nothing heavy, so that --help answers at once."""
+"""What the scripts share: arguments in, errors for people out. Imports nothing heavy: --help answers at once."""
 
 import os
 import sys
@@ -50,9 +50,9 @@ def parse(kind: type[T], argv: Sequence[str] | None = None) -> T:
     return arguments.show_help(kind, parsed, underscores=True) if wants_help else parsed
 
 
-def parse_config(argv: Sequence[str] | None = None) -> Config:
-    """`Config` from `--config FILE` and flags, for a script that has no options of its own; raises as `parse` does."""
-    return parse(WithConfig, argv).settings
+def is_main_process() -> bool:
+    """Whether this is the only process of a launch or the first; known before torch is imported."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def script(main: Callable[[], None]) -> NoReturn:
@@ -64,7 +64,7 @@ def script(main: Callable[[], None]) -> NoReturn:
         main()
         sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

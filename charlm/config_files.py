@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import tyro
 import yaml
 
-from charlm.arguments import parse
+from charlm.arguments import NULLS, parse
 from charlm.config import Config, UserError
 
 
@@ -149,7 +149,9 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return f"./{value}" if str(value).lower() in NULLS else str(value)  # a file may be named null
+    return value
 
 
 def _names_below(kind: Any, prefix: str = "") -> Iterator[str]:

@@ -1,0 +1,63 @@
+"""charlm: deep character-level Transformers with auxiliary losses (Al-Rfou et al. 2018).
+
+    import charlm
+
+    config = charlm.load_config("configs/demo.yaml", {"train.steps": 60})
+    run = charlm.train(config)
+    trained = charlm.load(run)
+    print(charlm.bits_per_character(trained, charlm.load_corpus(config.data)))
+
+Importing charlm is cheap: torch is loaded when a name that needs it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from charlm.config import Config, ConfigError, UserError
+    from charlm.config_files import load_config
+    from charlm.data.corpus import load_corpus
+    from charlm.inference.evaluation import bits_per_character
+    from charlm.inference.generation import generate
+    from charlm.report.explanation import explain
+    from charlm.runs.loading import load
+    from charlm.training.loop import train
+
+__version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "ConfigError",
+    "UserError",
+    "__version__",
+    "bits_per_character",
+    "explain",
+    "generate",
+    "load",
+    "load_config",
+    "load_corpus",
+    "train",
+]
+
+_HOMES = {
+    "Config": "config",
+    "ConfigError": "config",
+    "UserError": "config",
+    "bits_per_character": "inference.evaluation",
+    "explain": "report.explanation",
+    "generate": "inference.generation",
+    "load": "runs.loading",
+    "load_config": "config_files",
+    "load_corpus": "data.corpus",
+    "train": "training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,27 @@
+"""Fetch, verify and cache a corpus: python scripts/prepare.py --data.corpus=enwik8 [--data.path=FILE]"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
+
+import charlm
+from charlm import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare(cli.WithConfig):
+    """Prepare a corpus, so that training finds it in the cache (training prepares it otherwise)."""
+
+
+def main() -> None:
+    config = cli.parse(Prepare).settings
+    corpus = charlm.load_corpus(config.data)
+    print(f"{corpus.name} from {corpus.source}", f"sha256 {corpus.sha256}", sep="\n")
+    for split in corpus.splits.values():
+        print(f"{split.name:>5}: {split.symbols:,} symbols, {split.characters:,} characters, {split.bytes:,} bytes")
+
+
+if __name__ == "__main__":
+    cli.script(main)

@@ -1,0 +1,29 @@
+"""Train a model: python scripts/train.py --config configs/demo.yaml [--section.field=value ...]
+
+For a GPU or several processes: accelerate launch --config_file configs/accelerate/FILE.yaml scripts/train.py ...
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
+
+import charlm
+from charlm import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(cli.WithConfig):
+    """Train a deep character-level Transformer; the run is kept in the folder run.dir."""
+
+
+def main() -> None:
+    config = cli.parse(Train).settings
+    run = charlm.train(config)
+    if cli.is_main_process():
+        print(f"Next: python scripts/evaluate.py {run}", f"      python scripts/generate.py {run}", sep="\n")
+
+
+if __name__ == "__main__":
+    cli.script(main)
