@@ -86,6 +86,9 @@ class ModelConfig:
     """Layer norm before each sublayer (pre) or after its residual sum (post). The paper does not say."""
     activation: Literal["relu", "gelu", "relu_squared"] = "relu"
     """Of the feed-forward layer. relu_squared is So et al. 2021 (Primer)."""
+    residual_init: Literal["scaled", "zero"] = "scaled"
+    """How the matrices that write to the residual stream start: scaled by 1 / sqrt(2L) (Radford et al. 2019), or at
+    zero, so that every layer starts as the identity (Zhang et al. 2019, Fixup)."""
     attention_dropout: float = 0.0
     """Dropout on the attention weights."""
     activation_dropout: float = 0.0

@@ -5,6 +5,7 @@ Shapes: B batch, T positions, D d_model, H heads, C = D / H head size, V vocabul
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,21 @@ from charlm.config import ModelConfig
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "relu_squared": lambda x: F.relu(x).square()}
 EMBEDDING_STD = 0.3
 POSITION_STD = 0.02
+
+
+class LayerCache(NamedTuple):
+    """One layer's buffers, [B, H, context_length, C] each, of which the first `length` positions are filled."""
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+    def extend(self, keys_BHTC: Tensor, values_BHTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of new positions; return those of all positions up to them."""
+        end = self.length + keys_BHTC.shape[2]
+        self.keys[:, :, self.length : end] = keys_BHTC
+        self.values[:, :, self.length : end] = values_BHTC
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class KVCache:
@@ -32,12 +48,9 @@ class KVCache:
         """Forget every position."""
         self.length = 0
 
-    def extend(self, layer: int, keys_BHTC: Tensor, values_BHTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of a layer's new positions; return those of all positions up to them."""
-        end = self.length + keys_BHTC.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys_BHTC
-        self.values[layer, :, :, self.length : end] = values_BHTC
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def layer(self, layer: int) -> LayerCache:
+        """The buffers of a layer (1-based)."""
+        return LayerCache(self.keys[layer - 1], self.values[layer - 1], self.length)
 
 
 def rotate(x_BHTC: Tensor, angles_TC: Tensor) -> Tensor:
@@ -50,27 +63,29 @@ def rotate(x_BHTC: Tensor, angles_TC: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal multi-head self-attention through `scaled_dot_product_attention`."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.layer = layer
         self.num_heads = config.num_heads
         self.dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
+        # Apart, as an optimizer that orthogonalises whole matrices must see them.
+        self.query = nn.Linear(config.d_model, config.d_model)
+        self.key = nn.Linear(config.d_model, config.d_model)
+        self.value = nn.Linear(config.d_model, config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x_BTD: Tensor, angles_TC: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, angles_TC: Tensor | None, cache: LayerCache | None) -> Tensor:
         B, T, D = x_BTD.shape
-        heads_BTHC = self.qkv(x_BTD).view(B, T, 3, self.num_heads, D // self.num_heads)
-        query, key, value = heads_BTHC.permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            project(x_BTD).view(B, T, self.num_heads, D // self.num_heads).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        )
         if angles_TC is not None:
             query, key = rotate(query, angles_TC), rotate(key, angles_TC)
         mask = None
-        if cache is not None and cache.length > 0:
-            key, value = cache.extend(self.layer, key, value)
+        if cache is not None:
+            key, value = cache.extend(key, value)
             # is_causal aligns the triangle top-left, which is wrong where earlier keys are cached.
             mask = torch.ones(T, key.shape[2], dtype=torch.bool, device=x_BTD.device).tril(cache.length)
-        elif cache is not None:
-            cache.extend(self.layer, key, value)
         mixed_BHTC = F.scaled_dot_product_attention(
             query,
             key,
@@ -99,16 +114,16 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each with its residual connection and layer norm."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.pre_norm = config.norm == "pre"
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.attention_norm = nn.LayerNorm(config.d_model)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = nn.LayerNorm(config.d_model)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, x_BTD: Tensor, angles_TC: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, angles_TC: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         if self.pre_norm:
             x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), angles_TC, cache))
             return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
@@ -122,7 +137,8 @@ class CharTransformer(nn.Module):
     Initialisation: matrices are normal with variance 1 / fan-in, biases zero, embeddings normal with standard deviation
     0.3, position tables with 0.02. The two matrices of each layer that write to the residual stream are scaled down by
     sqrt(2L) (Radford et al. 2019), so that 2L sublayers together add about as much variance as one unscaled one. Under
-    post-norm the same factor keeps the product of the 2L norms' gradients bounded, whatever the depth.
+    post-norm the same factor keeps the product of the 2L norms' gradients bounded, whatever the depth. With
+    `residual_init` "zero" they start at zero.
     """
 
     def __init__(self, config: ModelConfig, vocabulary_size: int):
@@ -134,20 +150,21 @@ class CharTransformer(nn.Module):
         self.embedding = nn.Embedding(vocabulary_size, D)
         num_tables = {"per_layer": L, "input": 1, "rotary": 0}[config.positions]
         self.position_tables = nn.ParameterList(nn.Parameter(torch.empty(T, D)) for _ in range(num_tables))
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(L))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(L))
         self.final_norm = nn.LayerNorm(D) if config.norm == "pre" else nn.Identity()
         self._initialise()
 
     def _initialise(self) -> None:
+        residual_scale = 0.0 if self.config.residual_init == "zero" else (2 * self.config.num_layers) ** -0.5
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
         for table in self.position_tables:
             nn.init.normal_(table, std=POSITION_STD)
         for block in self.blocks:
-            for linear in (block.attention.qkv, block.attention.out, block.feed_forward.up, block.feed_forward.down):
+            for linear in (module for module in block.modules() if isinstance(module, nn.Linear)):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
                 nn.init.zeros_(linear.bias)
             for linear in (block.attention.out, block.feed_forward.down):
-                linear.weight.data.mul_((2 * self.config.num_layers) ** -0.5)
+                linear.weight.data.mul_(residual_scale)
 
     def _angles(self, start: int, end: int, device: torch.device) -> Tensor | None:
         """Rotary angles of the positions [start, end): [T, C/2] radians; None for learned positions."""
@@ -188,7 +205,7 @@ class CharTransformer(nn.Module):
             if self.activation_checkpointing and self.training:
                 x_BTD = checkpoint(block, x_BTD, angles, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, angles, cache)
+                x_BTD = block(x_BTD, angles, cache.layer(layer) if cache is not None else None)
             if layer in wanted:
                 hidden_states[layer] = self.final_norm(x_BTD) if layer == self.config.num_layers else x_BTD
         if cache is not None:

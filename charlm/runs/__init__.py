@@ -1,0 +1,1 @@
+"""A run on disk: its folder, its metrics, and its checkpoints written and read."""

@@ -1,0 +1,94 @@
+"""What the machine and accelerate's launcher decide: devices, precision, kernels. Every choice comes with its reason."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+
+from charlm.config import Config, TrainConfig, UserError
+
+
+def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
+    """accelerate's process group and precision for this run, and the sentence that says why this precision.
+
+    Raises:
+        UserError: fp16 on a CPU, or accumulation asked of the launcher.
+    """
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise UserError(
+            f"accelerate's gradient_accumulation_steps={accumulation}: use --train.micro_batch_size, "
+            "which keeps the global batch, and leave accelerate's at 1"
+        )
+    precision, reason = choose_precision(train)
+    AcceleratorState._reset_state()  # or a second run of this process would be held to the precision of the first
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        dynamo_backend="no",  # blocks are compiled one by one, see `choose_compile`
+        # A head that falls silent takes no part in the backward pass, which the reducer has to expect.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    return accelerator, reason
+
+
+def on_cpu() -> bool:
+    """Whether training will run on the CPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
+
+
+def choose_precision(train: TrainConfig) -> tuple[str, str]:
+    """The mixed precision, and why: train.mixed_precision, else the launcher's, else what the hardware has.
+
+    Raises:
+        UserError: fp16 on a CPU, which accelerate would silently run in fp32.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if train.mixed_precision != "auto":
+        precision, reason = train.mixed_precision, "as configured"
+    elif launcher:
+        precision, reason = launcher, "as accelerate was told"
+    elif has_fast_bf16():
+        precision, reason = "bf16", "which this hardware computes natively"
+    else:
+        precision, reason = "no", "as this hardware has no fast bf16"
+    if precision == "fp16" and on_cpu():
+        raise UserError("train.mixed_precision=fp16: not available on a CPU; use bf16 or no")
+    return precision, reason
+
+
+def has_fast_bf16() -> bool:
+    """Whether matrix products in bf16 run in hardware."""
+    if not on_cpu():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # younger than the oldest torch supported
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def choose_compile(train: TrainConfig) -> bool:
+    """Whether to compile: train.compile, else whether the launcher was given a dynamo backend."""
+    if train.compile != "auto":
+        return train.compile == "yes"
+    return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+
+
+def describe_attention(config: Config) -> str:
+    """Whether attention runs a fused kernel, and if not, why."""
+    if config.model.attention_dropout > 0 and on_cpu():
+        return "attention unfused: the CPU's kernel has no dropout (model.attention_dropout=0 would be faster)"
+    return "attention fused"
+
+
+@contextmanager
+def torch_settings(train: TrainConfig) -> Iterator[None]:
+    """The process-wide settings of a run, put back at its end."""
+    matmul, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    torch.set_float32_matmul_precision(train.matmul_precision)
+    torch.use_deterministic_algorithms(train.deterministic or deterministic)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.use_deterministic_algorithms(deterministic)

@@ -1,0 +1,235 @@
+"""The training loop.
+
+Shapes: B windows of this process, W characters of a window.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from charlm.config import Config, UserError, steps_of
+from charlm.config_files import to_yaml
+from charlm.data.corpus import Corpus, load_corpus
+from charlm.data.windows import training_windows
+from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, negative_log_likelihoods
+from charlm.objective.objective import LossReport, Objective
+from charlm.report.figures import draw_run
+from charlm.runs.checkpoints import find_checkpoint, rewind, save_checkpoint
+from charlm.runs.folder import Run, write_whole
+from charlm.runs.loading import build_objective
+from charlm.training.hardware import build_accelerator, choose_compile, describe_attention, torch_settings
+from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
+from charlm.training.resumption import check_resumable, check_same_corpus, restore
+from charlm.training.tracking import Tracker
+
+
+@dataclass
+class TrainState:
+    """All that a run remembers beside parameters and optimizer state: windows and dropout follow from (seed, step)."""
+
+    step: int = 0
+    """Completed optimizer steps."""
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_bits: float = float("inf")
+    """Validation bits per character of the best checkpoint."""
+
+
+def train(config: Config) -> Path:
+    """Train as `config` says, on all the processes of the launcher, and return the run's folder.
+
+    Raises:
+        UserError: the options, the corpus or the run's folder do not allow it; nothing has been written then.
+    """
+    with torch_settings(config.train):
+        accelerator, precision_reason = build_accelerator(config.train)
+        corpus = load_corpus(config.data, progress=accelerator.is_main_process)
+        torch.manual_seed(config.train.seed)
+        objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)
+        check_fits(config, corpus, objective, accelerator.num_processes)
+        optimizers = build_optimizers(config.train, objective)
+        run, state, news = open_run(config, corpus, accelerator, objective, optimizers)
+        tracker = Tracker(
+            run,
+            config,
+            objective.terms,
+            step=state.step,
+            seconds=state.seconds,
+            bits_per_nat=corpus.splits["train"].symbols / corpus.splits["train"].characters / np.log(2),
+            main=accelerator.is_main_process,
+        )
+        tracker.say(describe(config, objective, accelerator, precision_reason))
+        for line in news:
+            tracker.say(line)
+        fit(config, corpus, accelerator, objective, optimizers, run, state, tracker)
+        tracker.close()
+        if accelerator.is_main_process:
+            draw_run(run.path)
+        accelerator.wait_for_everyone()
+        return run.path
+
+
+def fit(
+    config: Config,
+    corpus: Corpus,
+    accelerator: Accelerator,
+    objective: Objective,
+    optimizers: list[Optimizer],
+    run: Run,
+    state: TrainState,
+    tracker: Tracker,
+) -> None:
+    """The loop: everything that a step needs follows from the config, the corpus and the number of completed steps."""
+    steps = config.train.steps
+    log_every, valid_every = (steps_of(cadence, steps) for cadence in (config.train.log_every, config.train.valid_every))
+    objective.transformer.activation_checkpointing = config.train.activation_checkpointing
+    if choose_compile(config.train):
+        for block in objective.transformer.blocks:
+            block.compile()
+    model, *prepared = accelerator.prepare(objective, *optimizers)
+
+    while state.step < steps:
+        factor = learning_rate_factor(config.train, state.step)
+        set_learning_rates(prepared, factor)
+        reports = accumulate_gradients(config, corpus.splits["train"].ids, accelerator, model, objective, state.step)
+        if config.train.clip_norm:
+            accelerator.clip_grad_norm_(model.parameters(), config.train.clip_norm)
+        for optimizer in prepared:
+            optimizer.step()
+            optimizer.zero_grad()
+        state.step += 1
+
+        if state.step % log_every == 0 or state.step == steps:
+            loss, parts = global_mean(accelerator, reports)
+            tracker.log_training(state.step, factor * config.train.learning_rate, loss, parts)
+        if state.step % valid_every == 0 or state.step == steps:
+            with tracker.speed_paused():
+                bits_per_character, bits_per_byte = validate(config, corpus, objective, accelerator.mixed_precision)
+                best = bits_per_character < state.best_bits
+                if best:
+                    state.best_step, state.best_bits = state.step, bits_per_character
+                tracker.log_validation(state.step, bits_per_character, bits_per_byte, best)
+                state.seconds = tracker.seconds
+                if accelerator.is_main_process:
+                    scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+                    record = asdict(state) | {"scaler": scaler}
+                    save_checkpoint(run, objective, optimizers, record, best=best, keep=config.train.keep_checkpoints)
+                accelerator.wait_for_everyone()
+
+
+def accumulate_gradients(
+    config: Config, ids: np.ndarray, accelerator: Accelerator, model: nn.Module, objective: Objective, step: int
+) -> list[tuple[float, LossReport]]:
+    """The gradient of the global batch's mean loss, in `.grad`; each micro-batch's report with its share of the batch.
+
+    A process takes its slice of the global batch, at most `micro_batch_size` windows at a time. The reducer averages
+    over processes, so that each micro-batch counts by its share of the batch times their number.
+    """
+    train = config.train
+    windows = training_windows(
+        ids, seed=train.seed, step=step, batch_size=train.batch_size, window_length=objective.window_length
+    )
+    own = torch.from_numpy(np.array_split(windows, accelerator.num_processes)[accelerator.process_index])
+    micro_batches = own.split(train.micro_batch_size or len(own))
+    reports = []
+    for index, windows_BW in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
+        torch.manual_seed(noise_seed(train.seed, step, accelerator.process_index, index))
+        with nullcontext() if last else accelerator.no_sync(model):
+            report = model(windows_BW.to(accelerator.device, non_blocking=True), step / train.steps)
+            share = len(windows_BW) / train.batch_size
+            accelerator.backward(report.total * (share * accelerator.num_processes))
+        reports.append((share, LossReport(report.total.detach(), report.parts)))
+    return reports
+
+
+def noise_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
+    """The seed of dropout: one that no other (step, rank, micro-batch) has, so that resuming repeats it."""
+    return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0])
+
+
+def global_mean(accelerator: Accelerator, reports: Sequence[tuple[float, LossReport]]) -> tuple[float, dict[str, float]]:
+    """Total and parts over all micro-batches and processes, in nats per symbol. Waits for the device."""
+    names = list(reports[0][1].parts)
+    rows = [share * torch.stack([report.total, *report.parts.values()]) for share, report in reports]
+    total, *parts = accelerator.reduce(torch.stack(rows).sum(dim=0), reduction="sum").tolist()
+    return total, dict(zip(names, parts, strict=True))
+
+
+def validate(config: Config, corpus: Corpus, objective: Objective, precision: str) -> tuple[float, float]:
+    """Bits per character and per byte of the first `train.valid_symbols` symbols of the validation split.
+
+    In the precision of training, at a stride of half the context; all processes share the work and get the figures.
+    """
+    ids = corpus.splits["valid"].ids[: config.train.valid_symbols]
+    nats = negative_log_likelihoods(
+        objective.transformer,
+        objective.heads,
+        ids,
+        stride=max(1, config.model.context_length // 2),
+        autocast_dtype=AUTOCAST_DTYPES.get(precision),
+    )[config.model.num_layers]
+    return bits_per(nats, corpus.vocabulary.count_characters(ids)), bits_per(nats, len(corpus.vocabulary.decode(ids)))
+
+
+def check_fits(config: Config, corpus: Corpus, objective: Objective, num_processes: int) -> None:
+    """Raise UserError if a split holds no window, or a process would have no window of the batch."""
+    for name, needed in (("train", objective.window_length), ("valid", 2), ("test", 2)):
+        if corpus.splits[name].symbols < needed:
+            raise UserError(
+                f"data.corpus={config.data.corpus}: its {name} split has {corpus.splits[name].symbols} symbols, fewer "
+                f"than the {needed} that it takes; use more text or a smaller --model.context_length"
+            )
+    if config.train.batch_size < num_processes:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size}: fewer windows than the {num_processes} processes; raise it"
+        )
+
+
+def open_run(
+    config: Config, corpus: Corpus, accelerator: Accelerator, objective: Objective, optimizers: Sequence[Optimizer]
+) -> tuple[Run, TrainState, list[str]]:
+    """A new run, or one to continue: its folder, its state, and what there is to say about it."""
+    if not config.run.resume and config.run.resume_from is None:
+        Run(config.run.dir).check_absent()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            Run.create(config, corpus.to_dict())
+        accelerator.wait_for_everyone()
+        return Run.open(config.run.dir), TrainState(), []
+
+    run = Run.open(config.run.dir)
+    news = check_resumable(run.config(), config)
+    check_same_corpus(run.provenance()["corpus"], corpus.to_dict())
+    checkpoint = find_checkpoint(run, "last" if config.run.resume_from is None else config.run.resume_from)
+    if checkpoint.step > config.train.steps:
+        raise UserError(f"train.steps={config.train.steps}: the checkpoint is past it, at step {checkpoint.step}")
+    restore(checkpoint, objective, optimizers)
+    scaler = checkpoint.state.pop("scaler")
+    if scaler and accelerator.scaler:
+        accelerator.scaler.load_state_dict(scaler)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        rewind(run, checkpoint)
+        write_whole(run.config_path, to_yaml(config))
+    accelerator.wait_for_everyone()
+    return run, TrainState(**checkpoint.state), [*news, f"resumed at step {checkpoint.step}"]
+
+
+def describe(config: Config, objective: Objective, accelerator: Accelerator, precision_reason: str) -> str:
+    """The first line of a run: what will be done, on what, and why so."""
+    training = sum(parameter.numel() for parameter in objective.parameters())
+    symbols = config.train.batch_size * config.model.context_length
+    processes = f"{accelerator.num_processes} x {accelerator.device.type}"
+    return (
+        f"{config.model.num_layers} layers, {training / 1e6:.1f}M parameters, {len(objective.terms)} terms, "
+        f"{symbols} characters per step, {config.train.steps} steps on {processes}\n"
+        f"precision {accelerator.mixed_precision} ({precision_reason}), {describe_attention(config)}"
+    )

@@ -1,0 +1,59 @@
+"""Optimizers, and the learning rate as a pure function of the optimizer step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from charlm.config import TrainConfig, steps_of
+
+
+def learning_rate_factor(train: TrainConfig, step: int) -> float:
+    """The share of the peak learning rate that the update after `step` completed steps takes.
+
+    A line from 1/w to 1 over the w steps of the warm-up; then 1 (constant), or a cosine or line that starts at 1 and
+    would reach `final_lr` at step `train.steps`.
+    """
+    warmup = steps_of(train.warmup, train.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    u = (step - warmup) / max(1, train.steps - warmup)
+    fall = {"constant": 1.0, "linear": 1.0 - u, "cosine": (1.0 + math.cos(math.pi * u)) / 2}[train.lr_schedule]
+    return train.final_lr + (1.0 - train.final_lr) * fall
+
+
+def set_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> None:
+    """Set every group's rate to `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak_lr"]
+
+
+def build_optimizers(train: TrainConfig, model: nn.Module) -> list[Optimizer]:
+    """The optimizers that together own every parameter of `model` once.
+
+    Decay applies to matrices only: not to biases, norms, embeddings and position tables. All of them skip a parameter
+    without a gradient altogether, so a head that falls silent stops moving.
+    """
+    matrices, decayed, plain = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or "embedding" in name or "position_tables" in name:
+            plain.append(parameter)
+        elif train.optimizer == "muon" and "blocks" in name:
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [_group(decayed, train.learning_rate, train.weight_decay), _group(plain, train.learning_rate, 0.0)]
+    if train.optimizer == "sgd":
+        return [torch.optim.SGD(groups, lr=train.learning_rate, momentum=train.momentum)]
+    adamw = torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.adam_betas, fused=True)
+    if not matrices:
+        return [adamw]
+    hidden = _group(matrices, train.muon_learning_rate, train.weight_decay)
+    return [torch.optim.Muon([hidden], lr=train.muon_learning_rate, momentum=train.muon_momentum, nesterov=True), adamw]
+
+
+def _group(parameters: list[Tensor], peak_lr: float, weight_decay: float) -> dict:
+    return {"params": parameters, "lr": peak_lr, "peak_lr": peak_lr, "weight_decay": weight_decay}

@@ -1,0 +1,69 @@
+"""Going on with a run that stopped: what may have changed since, and putting everything back."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from charlm.config import Config, UserError
+from charlm.runs.checkpoints import Checkpoint, restore_optimizers
+
+MAY_CHANGE = {
+    "data.path",
+    "data.cache_dir",
+    "train.steps",
+    "train.micro_batch_size",
+    "train.mixed_precision",
+    "train.matmul_precision",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.deterministic",
+    "train.log_every",
+    "train.valid_every",
+    "train.valid_symbols",
+    "train.keep_checkpoints",
+}
+"""Options that a resumed run may set anew, beside those of `run`. Every other one belongs to what is being trained."""
+
+
+def check_resumable(old: Config, new: Config) -> list[str]:
+    """The accepted changes from `old` to `new`, as lines to print.
+
+    Raises:
+        UserError: an option changed that may not; the message names every one of them.
+    """
+    before, after = dict(_flat(asdict(old))), dict(_flat(asdict(new)))
+    changed = [name for name in before if before[name] != after[name] and not name.startswith("run.")]
+    lines = [f"{name}: {before[name]} -> {after[name]}" for name in changed]
+    refused = [line for name, line in zip(changed, lines, strict=True) if name not in MAY_CHANGE]
+    if refused:
+        raise UserError(
+            "the run cannot be resumed with a changed " + "; ".join(refused) + ". Put it back, or start another --run.dir"
+        )
+    return lines
+
+
+def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise UserError if the text or its vocabulary is not the one that the run was trained on."""
+    for key in ("sha256", "vocabulary"):
+        if recorded[key] != current[key]:
+            raise UserError(
+                f"the run was trained on another corpus: {key} was {recorded[key]}, now {current[key]}; "
+                "point data.path at the same text, or start another --run.dir"
+            )
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Put parameters and optimizer state back as the checkpoint has them."""
+    model.load_state_dict(checkpoint.tensors())
+    restore_optimizers(model, optimizers, checkpoint.optimizer_tensors())
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,104 @@
+"""What a run tells while it runs: the rows of metrics.jsonl and a live progress line."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from charlm.config import Config
+from charlm.objective.terms import Term, active
+from charlm.runs.folder import Run
+
+
+class Tracker:
+    """Writes metrics and shows progress; on any process but the main one it does nothing.
+
+    In a terminal one line is redrawn in place; elsewhere only validations are printed, so that logs stay short.
+    """
+
+    def __init__(
+        self, run: Run, config: Config, terms: Sequence[Term], *, step: int, seconds: float, bits_per_nat: float, main: bool
+    ):
+        """`seconds`: what the run took before it was resumed; `bits_per_nat`: from nats per symbol to the bits per
+        character that are shown."""
+        self.run, self.terms, self.main, self.bits_per_nat = run, terms, main, bits_per_nat
+        self.total_steps = config.train.steps
+        self.symbols_per_step = config.train.batch_size * config.model.context_length
+        self.main_names = [f"layer{config.model.num_layers}/offset1/{positions}" for positions in ("all", "last")]
+        self.started = time.perf_counter() - seconds
+        self.logged_step, self.logged_time = step, time.perf_counter()
+        self.bar = tqdm(
+            total=self.total_steps,
+            initial=step,
+            disable=None if main else True,
+            dynamic_ncols=True,
+            bar_format="{desc} {remaining} left",
+        )
+
+    @property
+    def seconds(self) -> float:
+        """What the run has taken, in seconds, those before a resumption included."""
+        return time.perf_counter() - self.started
+
+    @contextmanager
+    def speed_paused(self) -> Iterator[None]:
+        """What happens inside does not count towards the characters per second."""
+        paused = time.perf_counter()
+        yield
+        self.logged_time += time.perf_counter() - paused
+
+    def log_training(self, step: int, learning_rate: float, loss: float, parts: dict[str, float]) -> None:
+        """One training row: the losses, in nats per symbol, of the update that completed `step`."""
+        if not self.main:
+            return
+        now = time.perf_counter()
+        speed = (step - self.logged_step) * self.symbols_per_step / (now - self.logged_time)
+        self.logged_step, self.logged_time = step, now
+        # The update was weighed at the progress before it.
+        weights = {term.name: weight for term, weight in active(self.terms, (step - 1) / self.total_steps)}
+        main_loss = next((parts[name] for name in self.main_names if name in parts), None)
+        bits = None if main_loss is None else main_loss * self.bits_per_nat
+        self.run.append_metrics(
+            {
+                "step": step,
+                "progress": step / self.total_steps,
+                "loss": loss,
+                "bits_per_character": bits,
+                "learning_rate": learning_rate,
+                "characters_per_second": speed,
+                "seconds": self.seconds,
+                "terms": {name: {"loss": part, "weight": weights[name]} for name, part in parts.items()},
+            }
+        )
+        shown_bits = "" if bits is None else f" {bits:.3f} bpc"
+        self.bar.set_description_str(
+            f"{step}/{self.total_steps} loss {loss:.3f}{shown_bits} lr {learning_rate:.1e} {len(parts)} terms "
+            f"{speed / 1000:.1f}k ch/s",
+            refresh=False,
+        )
+        self.bar.update(step - self.bar.n)
+
+    def log_validation(self, step: int, bits_per_character: float, bits_per_byte: float, best: bool) -> None:
+        """One validation row."""
+        if not self.main:
+            return
+        self.run.append_metrics(
+            {
+                "step": step,
+                "progress": step / self.total_steps,
+                "seconds": self.seconds,
+                "valid": {"bits_per_character": bits_per_character, "bits_per_byte": bits_per_byte},
+            }
+        )
+        self.say(f"step {step}: valid {bits_per_character:.4f} bits per character{' (best so far)' if best else ''}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress line."""
+        if self.main:
+            tqdm.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        self.bar.close()
