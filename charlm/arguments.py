@@ -7,9 +7,9 @@ None, and lists as one YAML string, `--aux.layers.at=[3,6]`. So YAML files can b
 
 import contextlib
 import io
-import re
+import os
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
@@ -57,9 +57,9 @@ def text_of(value: Any) -> str:
     """The text that `value_of` reads back as `value`."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(text_of, value))}]"
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    return str(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _whole_number(text: str) -> int:
@@ -144,17 +144,46 @@ def _tyro(kind: type[T], arguments: Sequence[str], **options: Any) -> Any:
 
 
 def _tyro_raising(kind: type[T], arguments: Sequence[str], **options: Any) -> Any:
-    # tyro prints what is wrong and exits; whoever calls from Python is owed an exception in its place.
-    with contextlib.redirect_stderr(io.StringIO()) as printed:
+    parsed, complaint = _attempt(kind, arguments, **options)
+    if complaint is None:
+        return parsed
+    if complaint.startswith("Unrecognized"):
+        # tyro compares `--name=value` as a whole with the names that it knows: show it the names alone.
+        parts = [part for token in arguments for part in token.split("=", maxsplit=token.startswith("--"))]
+        better = _attempt(kind, parts, **options)[1] or ""
+        if better.startswith("Unrecognized"):
+            complaint = "".join([complaint.partition("\n")[0], *better.partition("\n")[1:]])
+    raise UserError(complaint)
+
+
+def _attempt(kind: type[T], arguments: Sequence[str], **options: Any) -> tuple[Any, str | None]:
+    """What tyro makes of the arguments, or what it prints before it exits."""
+    with _plain_wide_output(), contextlib.redirect_stderr(io.StringIO()) as printed:
         try:
-            return _tyro(kind, arguments, add_help=False, **options)
+            return _tyro(kind, arguments, add_help=False, **options), None
         except SystemExit:
-            raise UserError(_unboxed(printed.getvalue())) from None
+            return None, _unboxed(printed.getvalue())
+
+
+@contextlib.contextmanager
+def _plain_wide_output() -> Iterator[None]:
+    """Have tyro draw what `_unboxed` reads, whatever stdout is: UTF-8, no colours, no line broken."""
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100000"
+    try:
+        with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")):
+            yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
 
 
 def _unboxed(box: str) -> str:
     """The text inside the box that tyro draws: what is wrong on one line, then its hints as they are laid out."""
-    rows = [row[2:-2].rstrip() for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines() if row.startswith("│")]
+    rows = [row[2:-2].rstrip() for row in box.splitlines() if row.startswith("│")]
+    if not rows:  # PYTHON_TYRO_UTF8_BOXES and its like: take what there is
+        return box.strip()
     rules = [number for number, row in enumerate(rows) if row and not row.strip("─")] or [len(rows)]
     message = " ".join(" ".join(rows[: rules[0]]).split())
     return "\n".join([message, *(row for number, row in enumerate(rows) if number > rules[0] and number not in rules)])

@@ -42,7 +42,8 @@ def parse(kind: type[T], argv: Sequence[str] | None = None) -> T:
     argv = sys.argv[1:] if argv is None else list(argv)
     wants_help = not {"-h", "--help"}.isdisjoint(argv)
     if not issubclass(kind, WithConfig):
-        return arguments.show_help(kind) if wants_help else arguments.parse(kind, argv)
+        with explaining():
+            return arguments.show_help(kind) if wants_help else arguments.parse(kind, argv)
     flags = [token for token in argv if token not in ("-h", "--help")]
     settings = settings_in_files(arguments.parse_known(_ConfigFiles, flags).config)
     with explaining(settings, flags):

@@ -65,8 +65,8 @@ def settings_in_files(files: Sequence[str | Path]) -> list[Setting]:
 
 
 @contextlib.contextmanager
-def explaining(settings: Sequence[Setting], flags: Sequence[str] = ()) -> Iterator[None]:
-    """Add to a UserError where the options that it complains about were set, unless one of `flags` set them."""
+def explaining(settings: Sequence[Setting] = (), flags: Sequence[str] = ()) -> Iterator[None]:
+    """Add to a UserError what it leaves open: the choices, and where an option was set unless one of `flags` set it."""
     try:
         yield
     except UserError as error:
@@ -83,13 +83,13 @@ def explaining(settings: Sequence[Setting], flags: Sequence[str] = ()) -> Iterat
 
 
 def _choices(error: UserError) -> list[str]:
-    """What may stand where an unknown name stood that resembles no other."""
-    if not str(error).startswith("Unrecognized") or "Perhaps you meant" in str(error):
+    """What may stand where a name is unknown or missing."""
+    complaint, has_hints, _ = str(error).partition("\n")
+    if not complaint.startswith(("Unrecognized", "Missing")):
         return []
-    sections = dict.fromkeys(re.findall(r"--([\w.-]+)\.", str(error)))
-    return [f"Options of {name}: {', '.join(_names_in(name))}" for name in sections if name in _SECTIONS] or [
-        "--help lists every option"
-    ]
+    sections = dict.fromkeys(re.findall(r"--([\w.-]+)\.", complaint))
+    options = [f"Options of {name}: {', '.join(_names_in(name))}" for name in sections if name in _SECTIONS]
+    return options or ([] if has_hints else ["--help lists every option"])
 
 
 def _read(file: Path) -> str:

@@ -1,0 +1,124 @@
+"""Every value that cannot work is refused before anything runs, with a message that names it and the way out."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from charlm.config import Config, ConfigError, steps_of
+from charlm.config_files import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+OUT_OF_RANGE = [
+    ("data.valid_fraction", "0", "must lie between 0 and 1"),
+    ("data.valid_fraction", "nan", "must lie between 0 and 1"),
+    ("data.test_fraction", "1", "must lie between 0 and 1"),
+    ("data.test_fraction", "0.95", "leaves no training text"),
+    ("data.corpus", "file", "needs --data.path"),
+    ("model.num_layers", "0", "at least 1"),
+    ("model.num_heads", "-1", "at least 1"),
+    ("model.d_model", "0", "at least 1"),
+    ("model.d_model", "513", "must be divisible by model.num_heads=2"),
+    ("model.num_heads", "3", "must be divisible by model.num_heads=3"),
+    ("model.d_ff", "0", "at least 1"),
+    ("model.context_length", "0", "at least 1"),
+    ("model.attention_dropout", "1", "must lie in [0, 1)"),
+    ("model.activation_dropout", "-0.1", "must lie in [0, 1)"),
+    ("model.residual_dropout", "nan", "must lie in [0, 1)"),
+    ("aux.positions.start", "-0.5", "must lie in [0, 1]"),
+    ("aux.positions.end", "1.5", "must lie in [0, 1]"),
+    ("aux.layers.every", "0", "at least 1"),
+    ("aux.layers.at", "[3, 3]", "names a layer twice"),
+    ("aux.layers.at", "[3, 13]", "layers run from 1 to model.num_layers=12"),
+    ("aux.layers.at", "[0]", "layers run from 1 to model.num_layers=12"),
+    ("aux.layers.weight", "-1", "finite and at least 0"),
+    ("aux.targets.num_targets", "0", "at least 1"),
+    ("aux.targets.weight", "inf", "finite and at least 0"),
+    ("train.steps", "0", "at least 1"),
+    ("train.batch_size", "0", "at least 1"),
+    ("train.micro_batch_size", "0", "at least 1"),
+    ("train.learning_rate", "0", "positive and finite"),
+    ("train.learning_rate", "inf", "positive and finite"),
+    ("train.learning_rate", "nan", "positive and finite"),
+    ("train.warmup", "-1", "finite and at least 0"),
+    ("train.final_lr", "2", "must lie in [0, 1]"),
+    ("train.momentum", "1", "must lie in [0, 1)"),
+    ("train.adam_betas", "[0.9, 1]", "two numbers in [0, 1)"),
+    ("train.weight_decay", "-0.1", "finite and at least 0"),
+    ("train.clip_norm", "nan", "finite and at least 0"),
+    ("train.log_every", "0", "positive and finite"),
+    ("train.valid_every", "-1", "positive and finite"),
+    ("train.valid_symbols", "0", "at least 1"),
+    ("train.keep_checkpoints", "0", "at least 1"),
+    ("train.seed", "-1", "must lie in [0, 2^63)"),
+    ("train.seed", str(2**63), "must lie in [0, 2^63)"),
+    ("run.resume_from", "-1", "must be the step of a checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "way_out"), OUT_OF_RANGE)
+def test_value_out_of_range(name: str, value: str, way_out: str) -> None:
+    """Guards against a check that is missing, names another field, or lets nan through."""
+    with pytest.raises(ConfigError) as caught:
+        load_config((), [f"--{name}={value}"])
+    section, _, field = name.rpartition(".")
+    assert section in str(caught.value)
+    assert field in str(caught.value)
+    assert way_out in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_checks_see_the_whole_config() -> None:
+    """Guards against checking a file before its flags: each half alone is refused, together they work."""
+    config = load_config(
+        (), ["--model.num_heads=3", "--model.d_model=96", "--aux.layers.at=[24]", "--model.num_layers=24"]
+    )
+    assert (config.model.num_heads, config.model.d_model, config.aux.layers.at) == (3, 96, (24,))
+
+
+def test_defaults_are_valid() -> None:
+    """Guards against a default that its own check refuses."""
+    assert load_config() == Config()
+
+
+@pytest.mark.parametrize(
+    ("cadence", "total", "steps"),
+    [(0.05, 1000, 50), (0.001, 60, 1), (0.5, 3, 2), (1, 60, 1), (10_000, 60, 10_000), (0, 60, 0)],
+)
+def test_steps_of(cadence: float, total: int, steps: int) -> None:
+    """Guards against a cadence that rounds to never, and against taking 1 for the whole run."""
+    assert steps_of(cadence, total) == steps
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        (["--model.num_layer=3"], ["--model.num_layer=3", "--model.num_layers"]),
+        (["--train.lr=3"], ["--train.lr=3", "learning_rate"]),
+        (["--train.steps=many"], ["--train.steps", "'many' is not a whole number"]),
+        (["--train.steps"], ["--train.steps", "Missing value"]),
+        (["--model.d_model=9"], ["model.d_model=9", "divisible by model.num_heads=2"]),
+        (["--train.steps=0"], ["train.steps=0", "at least 1"]),
+        (["--data.corpus=enwik9"], ["--data.corpus", "'enwik9'", "enwik8", "python-stdlib"]),
+        (["--run.resume"], ["--run.resume", "Missing value"]),
+        (["--config", "missing.yaml"], ["missing.yaml", "does not exist"]),
+        (["stray"], ["stray", "--help lists every option"]),
+    ],
+)
+def test_train_refuses(flags: list[str], fragments: list[str], tmp_path: Path) -> None:
+    """Guards against a traceback, another exit code, a message without the way out, and litter on disk."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/train.py"), *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert all(fragment in done.stderr for fragment in fragments), done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,83 @@
+"""Imports run one way, and nothing heavy is imported before the arguments are understood."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import charlm
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = {"torch", "numpy", "accelerate", "datasets", "matplotlib", "sentencepiece"}
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+
+
+def python(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True, **options
+    )
+
+
+def test_layers() -> None:
+    """Guards against an import that runs backwards, data and model importing each other, and a room without a rank."""
+    linter = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    done = subprocess.run(
+        [sys.executable, "-c", linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_importing_charlm_loads_nothing_heavy() -> None:
+    """Guards against an import in charlm/__init__.py that makes every command slow to answer."""
+    done = python("-c", "import sys, charlm, charlm.cli; charlm.load_config(); print(*sys.modules)")
+    assert HEAVY.isdisjoint(done.stdout.split())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("arguments", [["--help"], ["RUN", "--no-such-option"]], ids=["help", "wrong"])
+def test_script_answers_before_heavy_imports(script: str, arguments: list[str], tmp_path: Path) -> None:
+    """Guards against torch being imported before the arguments are understood, and help wider than a terminal."""
+    program = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print('MODULES', *sys.modules, file=sys.stderr))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT / "scripts" / script), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PATH": "", "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"},
+    )
+    message, _, modules = done.stderr.rpartition("MODULES")
+    assert HEAVY.isdisjoint(modules.split())
+    if arguments == ["--help"]:
+        assert (done.returncode, message) == (0, "")
+        assert max(len(line) for line in done.stdout.splitlines() if line.startswith("│")) == 80
+    else:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message.startswith("error: ")
+        assert "--no-such-option" in message
+        assert "Traceback" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_public_names() -> None:
+    """Guards against a name in __all__ whose home has moved, and a public function without a docstring."""
+    assert dir(charlm) == charlm.__all__
+    for name in charlm.__all__:
+        assert getattr(charlm, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = charlm.nothing
+
+
+def test_requirements_pin_every_dependency() -> None:
+    """Guards against a dependency of the package that the fresh machine does not install, or installs unpinned."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    pinned = dict(line.split("==") for line in lines if line)
+    assert {dependency.partition(">")[0] for dependency in project["dependencies"]} <= pinned.keys()
