@@ -27,7 +27,7 @@ lint: $(READY)
 
 # Where python3 comes without ensurepip (Debian without python3-venv), the pip beside it installs into .venv.
 $(READY): requirements.txt
-	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+	@for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
 	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; python=; \
 	done; \
 	if [ -z "$$python" ]; then echo "error: Python >= 3.11 not found; name one: make PYTHON=/path/to/python" >&2; exit 1; fi; \

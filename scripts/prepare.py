@@ -12,7 +12,7 @@ from charlm import cli
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare(cli.WithConfig):
-    """Prepare a corpus, so that training finds it in the cache (training prepares it otherwise)."""
+    """Prepare a corpus: fetched, verified and cached before training asks for it."""
 
 
 def main() -> None:

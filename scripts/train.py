@@ -15,7 +15,7 @@ from charlm import cli
 
 @dataclass(frozen=True, kw_only=True)
 class Train(cli.WithConfig):
-    """Train a deep character-level Transformer; the run is kept in the folder run.dir."""
+    """Train a deep character-level Transformer; run.dir is where the run is kept."""
 
 
 def main() -> None:
