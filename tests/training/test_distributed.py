@@ -1,0 +1,74 @@
+"""Two CPU processes against one: they must see the same characters and learn the same, whichever heads are silent."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import charlm
+from charlm.runs.folder import Run
+
+STEPS = 100
+TINY = [
+    "--model.num_layers=4",
+    "--model.num_heads=2",
+    "--model.d_model=32",
+    "--model.d_ff=64",
+    "--model.context_length=16",
+    f"--train.steps={STEPS}",
+    "--train.batch_size=6",
+    "--train.mixed_precision=no",
+    "--train.matmul_precision=highest",
+    "--train.log_every=1",
+    "--train.valid_every=50",
+    "--train.valid_symbols=500",
+    "--train.clip_norm=1",
+]
+SETTINGS = {
+    "adamw": ["--train.optimizer=adamw", "--train.weight_decay=0.1"],
+    "adamw-accumulated": ["--train.optimizer=adamw", "--train.micro_batch_size=2"],
+    "sgd": ["--train.optimizer=sgd", "--train.learning_rate=0.003"],
+    "sgd-uneven": ["--train.optimizer=sgd", "--train.learning_rate=0.003", "--train.batch_size=5"],
+    "last-position": ["--aux.positions.schedule=cutoff", "--aux.positions.end=0.3", "--train.micro_batch_size=1"],
+}
+
+
+def flags_of(name: str, folder: Path, corpus: list[str]) -> list[str]:
+    return [*TINY, *corpus, *SETTINGS[name], f"--run.dir={folder / name}"]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, text_corpus_flags):
+    """The runs of all settings, made by two processes that torchrun starts once."""
+    folder = tmp_path_factory.mktemp("two")
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps([flags_of(name, folder, text_corpus_flags) for name in SETTINGS]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    done = subprocess.run(
+        [*torchrun, str(Path(__file__).with_name("train_many.py")), str(plan)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 x cpu" in done.stderr, "torchrun did not start two processes"
+    return folder
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_learn_what_one_does(name, two_processes, tmp_path, text_corpus_flags):
+    """Guards against wrong scaling of the loss by processes or micro-batches, a reducer that trips over silent heads,
+    and windows that depend on the number of processes."""
+    alone = charlm.train(charlm.load_config(overrides=flags_of(name, tmp_path, text_corpus_flags)))
+    rows_alone, rows_two = (
+        [row for row in Run.open(path).metrics() if "terms" in row] for path in (alone, two_processes / name)
+    )
+    assert [row["step"] for row in rows_two] == list(range(1, STEPS + 1))
+    for one, two in zip(rows_alone, rows_two, strict=True):
+        assert one["terms"].keys() == two["terms"].keys()
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert rows_two[-1]["loss"] < rows_two[0]["loss"]
+    assert len(rows_two[0]["terms"]) > len(rows_two[-1]["terms"]), "no head fell silent: the test would prove nothing"
