@@ -1,0 +1,252 @@
+"""Where the text comes from: published files, fetched or local, and files and folders of the user's.
+
+A source is the same bytes each time, or an error: published files are verified, and the others have a fingerprint.
+"""
+
+import gzip
+import hashlib
+import lzma
+import os
+import platform
+import stat
+import sysconfig
+import zipfile
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from charlm.config import DataConfig, UserError
+from charlm.data.download import download
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A text that is the same everywhere, in a zip archive."""
+
+    url: str
+    archive_size: int
+    archive_sha256: str
+    member: str
+    size: int
+    algorithm: str
+    digest: str
+    """Of the member, by `algorithm`."""
+    split_sizes: tuple[int, int, int]
+    """Bytes of train, valid and test."""
+
+
+PUBLISHED = {
+    "enwik8": Published(
+        url="http://mattmahoney.net/dc/enwik8.zip",
+        archive_size=36_445_475,
+        archive_sha256="547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+        member="enwik8",
+        size=100_000_000,
+        algorithm="sha256",
+        digest="2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
+        split_sizes=(90_000_000, 5_000_000, 5_000_000),
+    ),
+    "text8": Published(
+        url="http://mattmahoney.net/dc/text8.zip",
+        archive_size=31_344_016,
+        archive_sha256="a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+        member="text8",
+        size=100_000_000,
+        algorithm="md5",
+        digest="3bea1919949baf155f99411df5fada7e",
+        split_sizes=(90_000_000, 5_000_000, 5_000_000),
+    ),
+}
+
+NOT_LIBRARY = frozenset({"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"})
+"""Folders inside the standard library's that hold its tests or installed packages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Text that can be prepared."""
+
+    key: str
+    """Names the prepared corpus in the cache."""
+    origin: str
+    """For people: an address, a path, a version."""
+    option: str
+    """The option that chose it, for errors: data.path=..."""
+    fingerprint: str | None
+    """Changes when what is at `origin` does; None: it never does."""
+    chunks: Callable[[], Generator[bytes]]
+    """The text, verified once it has come to its end; raises UserError where it cannot be had."""
+    split_sizes: tuple[int, int, int] | None
+    """Bytes of train, valid and test; None: the config's fractions decide."""
+
+
+def find_source(config: DataConfig, cache_dir: Path, progress: bool) -> Source:
+    """The source that the config asks for; nothing is fetched or read yet.
+
+    Raises:
+        UserError: data.path does not exist, cannot be read, or is of the wrong kind.
+    """
+    if config.corpus in PUBLISHED:
+        published = PUBLISHED[config.corpus]
+        return _local_copy(config, published) if config.path else _fetched(config, published, cache_dir, progress)
+    if config.corpus == "python-stdlib":
+        origin, option = f"Python {platform.python_version()}, standard library", "data.corpus=python-stdlib"
+        return _files(config, Path(sysconfig.get_path("stdlib")), origin, option, suffix=".py", skip=NOT_LIBRARY)
+    path = _absolute(config.path)
+    if cache_dir.is_relative_to(path):
+        raise UserError(f"data.path={path}: data.cache_dir={cache_dir} lies inside; move one of them")
+    return _files(config, path, str(path), f"data.path={path}")
+
+
+def _fetched(config: DataConfig, published: Published, cache_dir: Path, progress: bool) -> Source:
+    def chunks() -> Generator[bytes]:
+        archive, size, sha256 = cache_dir / f"{config.corpus}.zip", published.archive_size, published.archive_sha256
+        download(published.url, archive, size=size, sha256=sha256, progress=progress)
+        yield from _verified(_unpacked(archive, published.member, published.url), published, published.url)
+        archive.unlink()
+
+    return Source(
+        key=config.corpus,
+        origin=published.url,
+        option=f"data.corpus={config.corpus}",
+        fingerprint=None,
+        chunks=chunks,
+        split_sizes=published.split_sizes,
+    )
+
+
+def _local_copy(config: DataConfig, published: Published) -> Source:
+    path = _absolute(config.path)
+    option = f"data.path={path}"
+    if not stat.S_ISREG(_stat(path, option).st_mode):
+        raise UserError(f"{option}: not a file; data.corpus={config.corpus} wants a copy of {published.member}")
+    return Source(
+        key=config.corpus,
+        origin=str(path),
+        option=option,
+        fingerprint=_fingerprint([path], option),
+        chunks=lambda: _verified(_unpacked(path, published.member, option), published, option),
+        split_sizes=published.split_sizes,
+    )
+
+
+def _files(
+    config: DataConfig, root: Path, origin: str, option: str, suffix: str = "", skip: frozenset[str] = frozenset()
+) -> Source:
+    """A file as it is, or all files of a folder in the order of their relative paths with nothing put between them."""
+
+    def fingerprint() -> str:
+        return _fingerprint(_list_files(root, option, suffix, skip), option)
+
+    before = fingerprint()
+
+    def chunks() -> Generator[bytes]:
+        for file in _list_files(root, option, suffix, skip):
+            yield from _read(file, option)
+        if fingerprint() != before:
+            raise UserError(f"{option}: changed while it was read; try again when nothing writes to it")
+
+    identity = repr((str(root), config.valid_fraction, config.test_fraction))
+    return Source(
+        key=f"{config.corpus}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}",
+        origin=origin,
+        option=option,
+        fingerprint=before,
+        chunks=chunks,
+        split_sizes=None,
+    )
+
+
+def _list_files(root: Path, option: str, suffix: str, skip: frozenset[str]) -> list[Path]:
+    """Links to files are followed, links to folders are not: they could lead in circles."""
+    mode = _stat(root, option).st_mode
+    if stat.S_ISREG(mode):
+        return [root]
+    if not stat.S_ISDIR(mode):
+        raise UserError(f"{option}: neither a file nor a folder")
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{option}: {error.filename} cannot be read ({error.strerror})")
+
+    files = []
+    for parent, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = (name for name in folders if name not in skip)
+        files += (Path(parent, name) for name in names if name.endswith(suffix))
+    files = sorted(filter(Path.is_file, files), key=lambda file: file.relative_to(root).as_posix())
+    if not files:
+        raise UserError(f"{option}: the folder {root} holds no {suffix} files")
+    return files
+
+
+def _fingerprint(files: Iterable[Path], option: str) -> str:
+    """Of paths, sizes and times of change: the text may be gigabytes, and this is computed at every start."""
+    digest = hashlib.sha256()
+    for file in files:
+        info = _stat(file, option)
+        digest.update(repr((os.fsencode(file), info.st_size, info.st_mtime_ns, info.st_ctime_ns)).encode())
+    return digest.hexdigest()
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.realpath(path.expanduser()))
+
+
+def _stat(path: Path, option: str) -> os.stat_result:
+    try:
+        return path.stat()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option}: {getattr(error, 'strerror', error)}; give an existing file") from error
+
+
+def _read(path: Path, option: str) -> Generator[bytes]:
+    try:
+        with path.open("rb") as stream:
+            yield from iter(partial(stream.read, CHUNK), b"")
+    except OSError as error:
+        raise UserError(f"{option}: {path} cannot be read ({error.strerror})") from error
+
+
+def _unpacked(path: Path, member: str, option: str) -> Generator[bytes]:
+    """The named member of a .zip, the content of a .gz or .xz, or the file itself: told apart by their first bytes."""
+    try:
+        with ExitStack() as stack:
+            stream = stack.enter_context(_open(path, member, stack))
+            yield from iter(partial(stream.read, CHUNK), b"")
+    except KeyError as error:
+        raise UserError(f"{option}: the archive has no member named {member}") from error
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{option}: cannot be read to its end ({error}); fetch it again") from error
+
+
+def _open(path: Path, member: str, stack: ExitStack) -> BinaryIO:
+    with path.open("rb") as file:
+        magic = file.read(6)
+    if magic.startswith(b"PK"):
+        return stack.enter_context(zipfile.ZipFile(path)).open(member)
+    if magic.startswith(b"\x1f\x8b"):
+        return gzip.open(path)
+    return lzma.open(path) if magic == b"\xfd7zXZ\0" else path.open("rb")
+
+
+def _verified(chunks: Iterator[bytes], published: Published, option: str) -> Generator[bytes]:
+    """Pass chunks on as long as they fit; raise UserError unless they turn out to be the published text."""
+    digest = hashlib.new(published.algorithm, usedforsecurity=False)
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > published.size:
+            break
+        digest.update(chunk)
+        yield chunk
+    if size != published.size or digest.hexdigest() != published.digest:
+        held = f"more than {published.size:,}" if size > published.size else f"{size:,}"
+        raise UserError(
+            f"{option}: not {published.member}: it has {held} bytes and {published.algorithm} {digest.hexdigest()}, "
+            f"should have {published.size:,} bytes and {published.digest}; get it from {published.url}"
+        )
