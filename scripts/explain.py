@@ -1,0 +1,43 @@
+"""Show what a configuration stands for, before anything is trained.
+
+python scripts/explain.py --config configs/enwik8_t12.yaml --aux.layers.enabled=false
+python scripts/explain.py --config configs/text8_t64.yaml --json --picture weights.png
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
+
+from charlm.cli import WithConfig, parse, script
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(WithConfig):
+    """Show the table of terms, parameters and FLOPs that a configuration makes."""
+
+    json: bool = False
+    """Print one JSON document."""
+    picture: Path | None = None
+    """Also draw the weights over training into this file (.png, .svg, .pdf)."""
+
+
+def main() -> None:
+    options = parse(Options)
+    from charlm.report.explanation import explain
+    from charlm.report.figures import draw_table
+
+    explanation = explain(options.settings)
+    if options.picture is not None:
+        draw_table(options.settings, options.picture)
+    if options.json:
+        print(json.dumps(explanation.to_dict(), indent=2))
+    else:
+        sys.stdout.reconfigure(errors="replace")
+        print(explanation.to_text())
+
+
+if __name__ == "__main__":
+    script(main)
