@@ -224,7 +224,7 @@ configs = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(config=configs)
 def test_saved_config_reads_back_equal(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Guards against a resumed run that differs in a rounded float, a null, or a path that YAML takes for a number."""
