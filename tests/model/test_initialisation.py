@@ -1,0 +1,71 @@
+"""The network before training: its size and the scale of its states and gradients. Shapes: D d_model, V vocabulary."""
+
+import itertools
+
+import pytest
+import torch
+
+from charlm.config import AuxConfig, ModelConfig
+from charlm.model.heads import Heads
+from charlm.model.transformer import CharTransformer
+from charlm.objective.objective import head_pairs
+from charlm.objective.terms import build_terms
+
+
+def deep(**options) -> ModelConfig:
+    return ModelConfig(num_layers=64, num_heads=2, d_model=32, d_ff=128, context_length=32, **options)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "relu_squared"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_64_layers_start_stable(norm, activation):
+    """States that explode or die with depth, or lower layers whose gradient vanishes before training begins.
+
+    Bounds: pre-norm states start at the embedding's 0.3 and end normalised; each of 128 sublayers adds 1/128 of about
+    0.5 (ReLU) to 1.5 (its square), so that a gradient, which goes as 1 / state, grows three- to fivefold downwards.
+    """
+    torch.manual_seed(0)
+    model = CharTransformer(deep(norm=norm, activation=activation), 256)
+    hidden_states = model(torch.randint(256, (8, 32)), range(1, 65))
+    stds = [hidden_BTD.std().item() for hidden_BTD in hidden_states.values()]
+    assert 0.25 < min(stds) <= max(stds) < 1.5
+    (hidden_states[64] * torch.randn(8, 32, 32)).sum().backward()
+    for name in ("attention.value", "attention.out", "feed_forward.up", "feed_forward.down"):
+        norms = [block.get_submodule(name).weight.grad.norm().item() for block in model.blocks]
+        assert max(norms) < 8 * min(norms), name
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_zero_residuals_make_every_layer_the_identity(norm):
+    """residual_init=zero that leaves one of the two residual branches on."""
+    model = CharTransformer(deep(norm=norm, residual_init="zero", positions="input"), 256)
+    states = list(model(torch.randint(256, (2, 32)), range(1, 64)).values())
+    for lower, upper in itertools.pairwise(states):
+        # Post-norm layers normalise what is normalised already, but for their epsilon.
+        torch.testing.assert_close(upper, lower, rtol=0 if norm == "pre" else 1e-4, atol=0 if norm == "pre" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "training_millions", "inference_millions"), [(12, 44.3, 41.2), (64, 235.5, 218.8)]
+)
+def test_parameters_of_the_papers_models(num_layers, training_millions, inference_millions):
+    """A bias, norm, table or head too many or too few: the sizes of T12 and T64 (Al-Rfou et al. 2018, table 2)."""
+    D, F, V, T, L = 512, 2048, 256, 512, num_layers
+    attention = 4 * (D * D + D)
+    feed_forward = (D * F + F) + (F * D + D)
+    norms = 2 * 2 * D
+    trunk = V * D + L * (T * D + attention + feed_forward + norms) + 2 * D  # the last: the final norm
+    classifier = D * V + V
+    training = trunk + 2 * L * classifier + (L - 1) * 2 * D  # an exit's norm per intermediate layer
+    inference = trunk + classifier
+    assert training == pytest.approx(training_millions * 1e6, abs=0.1e6)
+    assert inference == pytest.approx(inference_millions * 1e6, abs=0.1e6)
+
+    config = ModelConfig(num_layers=num_layers)
+    with torch.device("meta"):
+        transformer = CharTransformer(config, V)
+        heads = Heads(config, V, head_pairs(build_terms(AuxConfig(), num_layers), num_layers))
+        last_head = Heads(config, V, [(num_layers, 1)])
+    size = {part: sum(p.numel() for p in part.parameters()) for part in (transformer, heads, last_head)}
+    assert size[transformer] + size[heads] == training
+    assert size[transformer] + size[last_head] == inference

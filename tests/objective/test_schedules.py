@@ -1,0 +1,138 @@
+"""Schedules: exact numbers, exact switching steps, and what holds for all of them."""
+
+import math
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from charlm.objective.schedules import DECAYS, Schedule, constant, cosine, cutoff, linear, staggered
+
+PROGRESSES = [0.0, 0.1, 0.25, 0.375, 0.5, 0.625, 0.75, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weights"),
+    [
+        (constant(0.5), [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
+        (linear(), [1.0, 0.9, 0.75, 0.625, 0.5, 0.375, 0.25, 0.1]),
+        (linear(0.25, 0.75), [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
+        (linear(0.5, 0.5), [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
+        (linear(0.0, 0.0), [0.0] * 8),
+        (
+            cosine(0.0, 0.75),
+            [1.0, (1 + math.cos(math.pi * 2 / 15)) / 2, 0.75, 0.5, 0.25, (2 - math.sqrt(3)) / 4, 0.0, 0.0],
+        ),
+        (cosine(0.25, 0.75), [1.0, 1.0, 1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0.0, 0.0]),
+        (cutoff(0.25, 0.75), [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]),
+        (cutoff(0.25, 0.75, Fraction(1, 4)), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        (cutoff(0.1, 0.1), [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        (staggered(1, 2), [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        (staggered(3, 4), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        (staggered(2, 4, 0.5, 1.0), [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]),
+        (linear(0.25, 0.75) * constant(0.5), [0.5, 0.5, 0.5, 0.375, 0.25, 0.125, 0.0, 0.0]),
+        (linear(0.25, 0.75) * linear(), [1.0, 0.9, 0.75, 0.46875, 0.25, 0.09375, 0.0, 0.0]),
+        (linear(0.25, 0.75).complement(), [0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]),
+        (cutoff(0.0, 0.5).complement(), [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_weights_by_hand(schedule, weights):
+    """A formula that is off, or a clock that starts or stops at the wrong end."""
+    for progress, weight in zip(PROGRESSES, weights, strict=True):
+        assert schedule(progress) == pytest.approx(weight, abs=1e-12), progress
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [("0", "1"), ("0.1", "0.9"), ("0.3", "0.7"), ("0.05", "0.35"), ("0.2", "0.2")]
+)
+@pytest.mark.parametrize("total", [10, 60, 97, 1000])
+@pytest.mark.parametrize("n", [2, 3, 5, 12, 64])
+def test_staggered_switches_at_the_exact_step(n, total, start, end):
+    """Layers that stop a step early or late because 0.1 + 0.8 / 4 > 0.3 in floating point, or never: l // (2 * n)."""
+    exact = [Fraction(step, total) for step in range(total)]
+    for layer in range(1, n):
+        stop = Fraction(start) + (Fraction(end) - Fraction(start)) * Fraction(layer, 2 * n)
+        schedule = staggered(layer, n, float(start), float(end))
+        assert [schedule(step / total) for step in range(total)] == [float(progress < stop) for progress in exact]
+
+
+@pytest.mark.parametrize("total", [4_000_000, 8_000_000, 999_983])
+@pytest.mark.parametrize(("start", "end"), [("0", "1"), ("0.1", "0.9"), ("0.12", "0.345")])
+def test_long_runs_switch_at_the_exact_step(total, start, end):
+    """The same at the paper's lengths, for every layer of T64 and for plain cut-offs."""
+    for layer in range(1, 64):
+        stop = Fraction(start) + (Fraction(end) - Fraction(start)) * Fraction(layer, 128)
+        schedule = staggered(layer, 64, float(start), float(end))
+        first_silent = math.ceil(stop * total)
+        assert schedule((first_silent - 1) / total) == 1.0
+        assert schedule(first_silent / total) == 0.0
+    first_silent = math.ceil(Fraction(end) * total)
+    for decay in ("cutoff", "linear", "cosine"):
+        schedule = DECAYS[decay](float(start), float(end))
+        assert schedule((first_silent - 1) / total) > 0.0 or decay == "cosine"  # which is flat at its end
+        assert first_silent == total or schedule(first_silent / total) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stops_at", "limit"),
+    [
+        (constant(1.0), None, 1.0),
+        (constant(0.25), None, 0.25),
+        (constant(0.0), 0.0, 0.0),
+        (constant(1.0).complement(), 0.0, 0.0),
+        (linear(), None, 0.0),
+        (cosine(), None, 0.0),
+        (cutoff(), None, 1.0),
+        (cutoff(0.0, 0.0), 0.0, 0.0),
+        (cutoff(0.2, 0.6), 0.6, 0.0),
+        (linear(0.2, 0.6), 0.6, 0.0),
+        (cosine(0.2, 0.6), 0.6, 0.0),
+        (linear(0.5, 1.0), None, 0.0),
+        (linear(0.2, 0.6).complement(), None, 1.0),
+        (linear().complement(), None, 1.0),
+        (staggered(3, 4), 0.375, 0.0),
+        (staggered(1, 4, 0.1, 0.9), 0.2, 0.0),
+        (staggered(1, 2) * linear(0.0, 0.2), 0.2, 0.0),
+        (staggered(1, 2) * linear(0.5, 0.9), 0.25, 0.0),
+        (staggered(1, 2) * constant(0.0), 0.0, 0.0),
+        (cutoff(0.0, 0.3).complement() * cutoff(0.0, 0.5), 0.5, 0.0),
+        (cutoff(0.0, 0.3).complement() * cutoff(0.0, 0.3), 0.0, 0.0),
+        (linear() * linear().complement(), None, 0.0),
+    ],
+)
+def test_end_of_a_schedule(schedule, stops_at, limit):
+    """A row listed that never weighs anything, or one dropped that does; an end that is off by an interval."""
+    assert schedule.stops_at == stops_at
+    assert schedule.limit == limit
+
+
+DECIMALS = st.integers(0, 1000).map(lambda thousandths: thousandths / 1000)
+SPANS = st.tuples(DECIMALS, DECIMALS).map(sorted)
+
+
+@st.composite
+def decays(draw) -> Schedule:
+    """Any schedule of a config that falls: one of the named ones or a layer's, or a product of two."""
+    start, end = draw(SPANS)
+    num_layers = draw(st.integers(2, 64))
+    layer = draw(st.integers(1, num_layers - 1))
+    one = draw(
+        st.sampled_from([*(decay(start, end) for decay in DECAYS.values()), staggered(layer, num_layers, start, end)])
+    )
+    return one * draw(decays()) if draw(st.booleans()) else one
+
+
+@given(decays(), st.lists(st.floats(0.0, 1.0, exclude_max=True), min_size=2, max_size=20).map(sorted))
+def test_decays_fall_from_1_to_0(schedule, progresses):
+    """A weight outside [0, 1], one that rises again, or that comes back after `stops_at`."""
+    weights = [schedule(progress) for progress in progresses]
+    assert all(0.0 <= weight <= 1.0 for weight in weights)
+    assert all(later <= earlier + 1e-15 for earlier, later in pairwise(weights))
+    complements = [schedule.complement()(progress) for progress in progresses]
+    assert all(
+        weight + other == pytest.approx(1.0, abs=1e-15) for weight, other in zip(weights, complements, strict=True)
+    )
+    if schedule.stops_at is not None:
+        assert all(weight == 0.0 for p, weight in zip(progresses, weights, strict=True) if p >= schedule.stops_at)
