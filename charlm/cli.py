@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from charlm.config import Config, UserError
 from charlm.config_files import OPTIONS, explaining, settings_in_files
 
 T = TypeVar("T")
+PATIENCE = 10.0
+"""Seconds that a process waits for the first one's message before it prints its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +62,16 @@ def is_main_process() -> bool:
 def script(main: Callable[[], None]) -> NoReturn:
     """Run `main` and exit: 0, or 2 after one message for a UserError, or 130 when interrupted.
 
-    Of several processes only the first prints the message.
+    Of several processes that fail alike, the first alone prints the message: a launcher ends all as soon as one exits,
+    so the others wait for that, and speak up only if they are left alone with their error.
     """
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr)
+        if not is_main_process():
+            time.sleep(PATIENCE)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

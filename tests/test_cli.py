@@ -13,6 +13,9 @@ from charlm import cli
 from charlm.config import Config, ConfigError, UserError
 from charlm.config_files import load_config
 
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = str(ROOT / "scripts/train.py")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -153,15 +156,30 @@ def test_script_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("done\n", "")
 
 
-@pytest.mark.parametrize(("rank", "message"), [(None, "error: no\n"), ("0", "error: no\n"), ("1", "")])
-def test_user_error_is_one_message_of_the_first_process(rank, message, capsys, monkeypatch) -> None:
-    """Guards against a traceback, a wrong code, and every process of a launch printing the same message."""
+@pytest.mark.parametrize(("rank", "waits"), [(None, []), ("0", []), ("1", [cli.PATIENCE])])
+def test_user_error_is_one_message(rank: str | None, waits: list[float], capsys, monkeypatch) -> None:
+    """Guards against a traceback, a wrong code, and an error that only a later process meets being lost."""
+    waited: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
         if rank is not None:
             monkeypatch.setenv(name, rank)
     assert end_of(raising(ConfigError("no"))) == 2
-    assert capsys.readouterr() == ("", message)
+    assert capsys.readouterr() == ("", "error: no\n")
+    assert waited == waits
+
+
+def test_launched_processes_print_one_message() -> None:
+    """Guards against as many messages as processes, and against none: a launcher ends all when the first one exits."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", TRAIN, "--train.stepz=3"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: Unrecognized options: --train.stepz=3\n") == 1
 
 
 def test_other_errors_keep_their_traceback() -> None:
@@ -181,7 +199,7 @@ def test_reader_that_leaves() -> None:
     program = "from charlm import cli\ncli.script(lambda: [print('x' * 100) for _ in range(100_000)])"
     with subprocess.Popen(
         [sys.executable, "-c", program],
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
