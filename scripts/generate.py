@@ -1,0 +1,59 @@
+"""Let a run write: python scripts/generate.py RUN --prompt "def main(" --length 500 --temperature 0.8"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
+
+import charlm
+from charlm import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Let a run write: the prompt, and the text that follows it, as it comes."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """The run's folder."""
+    prompt: str
+    """What the text begins with: at least one symbol, at most the model's context."""
+    length: int = 500
+    """Symbols to write after the prompt."""
+    temperature: float = 1.0
+    """Below 1 bolder choices become rarer; 0 always takes the likeliest symbol."""
+    top_k: int | None = None
+    """Draw from the k likeliest symbols only."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest symbols that together have at least this probability."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    checkpoint: str = "best"
+    """best, last, or a step."""
+
+
+def main() -> None:
+    options = cli.parse(Options)
+    from charlm.inference.generation import stream  # not before --help and mistakes were answered
+
+    pieces = stream(
+        charlm.load(options.run, options.checkpoint),
+        options.prompt,
+        length=options.length,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    sys.stdout.reconfigure(errors="replace")
+    print(options.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    cli.script(main)

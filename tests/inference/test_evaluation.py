@@ -1,0 +1,239 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from charlm.config import UserError
+from charlm.data.evaluation_windows import evaluation_windows
+from charlm.data.vocabulary import ByteVocabulary
+from charlm.inference import evaluation
+from charlm.inference.evaluation import (
+    bits_per,
+    bits_per_character,
+    compressor_bits_per_byte,
+    negative_log_likelihoods,
+    standard_error,
+)
+
+
+def letters(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(ord("a"), ord("z") + 1, length).astype(np.uint8)
+
+
+@torch.no_grad()
+def brute_force(trained, ids: np.ndarray, stride: int, layer: int) -> list[float]:
+    """Nats of each symbol, one forward pass each over its own context, which follows from the protocol alone."""
+    context_length = trained.config.model.context_length
+    costs = [math.log(256)]
+    for target in range(1, len(ids)):
+        start = 0
+        while start + context_length < target:
+            start += stride
+        start = max(0, min(start, len(ids) - 1 - context_length))
+        context = torch.from_numpy(ids[start:target].astype(np.int64))[None]
+        logits = trained.heads(trained.transformer(context, layers=[layer])[layer], layer)[0, -1, 0].double()
+        costs.append(float(logits.logsumexp(0) - logits[int(ids[target])]))
+    return costs
+
+
+@pytest.mark.parametrize("stride", range(1, 9))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_uniform_model_scores_exactly_eight_bits(build_model, build_corpus, stride, precision):
+    """Guards against a wrong denominator, a forgotten first symbol, and sums that round."""
+    score = bits_per_character(
+        build_model(zero_heads=True),
+        build_corpus(letters(1001).tobytes()),
+        stride=stride,
+        precision=precision,
+        all_layers=True,
+    )
+    assert (score.bits_per_character, score.bits_per_byte) == (8.0, 8.0)
+    assert score.layers == {"1": 8.0, "2": 8.0}
+    assert score.standard_error == pytest.approx(0, abs=1e-12)
+
+
+def test_stride_one_equals_brute_force(build_model, build_corpus):
+    """Guards against anything between the model and the figure that is not the paper's evaluation."""
+    trained, ids = build_model(), letters(50)
+    costs = []
+    for target in range(50):
+        context = torch.from_numpy(ids[max(0, target - 8) : target].astype(np.int64))[None]
+        if target == 0:
+            costs.append(math.log2(256))
+            continue
+        with torch.no_grad():
+            logits = trained.heads(trained.transformer(context)[2], 2)[0, -1, 0].double()
+        costs.append(-math.log2(logits.softmax(0)[int(ids[target])]))
+    score = bits_per_character(trained, build_corpus(ids.tobytes()), stride=1)
+    assert score.bits_per_character == pytest.approx(sum(costs) / 50, abs=1e-6)
+
+
+@pytest.mark.parametrize("setting", range(20))
+def test_each_symbol_is_scored_once_from_the_right_context(build_model, build_corpus, setting):
+    """Guards against symbols that are skipped, scored twice or from a wrong context, at any length, context, stride,
+    batch size and limit."""
+    random = np.random.default_rng(setting)
+    context_length = int(random.integers(1, 13))
+    trained = build_model(context_length=context_length)
+    ids = letters(int(random.integers(1, 61)), seed=setting)
+    stride, batch_size = int(random.integers(1, context_length + 1)), int(random.integers(1, 8))
+    limit = int(random.integers(1, 71)) if setting % 2 else None
+    layer = int(random.integers(1, 3))
+
+    expected = brute_force(trained, ids[:limit], stride, layer)
+    found = negative_log_likelihoods(
+        trained.transformer, trained.heads, ids[:limit], stride=stride, layers=[layer], batch_size=batch_size
+    )
+    assert list(found) == [layer]
+    np.testing.assert_allclose(found[layer], expected, rtol=0, atol=1e-5)
+    score = bits_per_character(
+        trained, build_corpus(ids.tobytes()), stride=stride, batch_size=batch_size, limit=limit, all_layers=True
+    )
+    assert score.layers[str(layer)] == pytest.approx(sum(expected) / len(expected) / math.log(2), abs=1e-6)
+    assert score.symbols == len(expected)
+
+
+def test_the_first_symbol_costs_the_logarithm_of_the_vocabulary(build_model):
+    """Guards against a first symbol that is free, or predicted from nothing by a model that learned no such thing."""
+    trained = build_model()
+    nats = negative_log_likelihoods(trained.transformer, trained.heads, letters(1), stride=4)
+    assert nats[2].tolist() == [math.log(256)]
+
+
+def test_other_batch_sizes_give_the_same_figure(build_model, build_corpus):
+    """Guards against averages of per-batch averages, and against windows lost at the end of the last batch."""
+    trained, corpus = build_model(), build_corpus(letters(333).tobytes())
+    figures = [
+        bits_per_character(trained, corpus, stride=3, batch_size=batch_size).bits_per_character
+        for batch_size in (None, 1, 2, 7, 1000)
+    ]
+    np.testing.assert_allclose(figures, figures[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_symbols", [1, 2, 12, 29, 30])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
+def test_processes_share_the_windows(num_processes, num_symbols, batch_size):
+    """Guards against symbols that two processes score or none, and unequal numbers of batches, on which processes that
+    wait for each other in every forward pass would hang."""
+    windows = evaluation_windows(num_symbols, context_length=4, stride=3)
+    batches = [list(evaluation._batches(windows, batch_size, rank, num_processes)) for rank in range(num_processes)]
+    scored = [int(symbol) for own in batches for symbols, counts in own for symbol in symbols[:, 1:][counts]]
+    assert sorted(scored) == list(range(1, num_symbols))
+    assert len({tuple(len(symbols) for symbols, _ in own) for own in batches}) == 1
+
+
+def test_a_text_in_several_bytes_per_character(build_model, build_corpus):
+    """Guards against denominators that are mixed up, or taken from the split where a limit was set."""
+    trained, corpus = build_model(zero_heads=True), build_corpus("né€ß".encode())  # 1 + 2 + 3 + 2 bytes
+    whole = bits_per_character(trained, corpus)
+    assert (whole.symbols, whole.characters, whole.bytes) == (8, 4, 8)
+    assert (whole.bits_per_character, whole.bits_per_byte) == (16.0, 8.0)
+    part = bits_per_character(trained, corpus, limit=4)  # n, é and the first byte of €
+    assert (part.symbols, part.characters, part.bytes) == (4, 3, 4)
+    assert part.bits_per_character == pytest.approx(32 / 3, abs=1e-12)
+
+
+def test_standard_error_by_hand():
+    """Guards against a formula that ignores the blocks, the small-sample factor or the denominator."""
+    vocabulary = ByteVocabulary()
+    # 10 blocks of one symbol each, costing 1 or 3 bits: residuals of 1, sqrt(10/9 * 10) / 10 = 1/3.
+    bits = np.array([1.0, 3.0] * 5)
+    assert standard_error(bits * math.log(2), letters(10), vocabulary) == pytest.approx(1 / 3)
+    # The same costs over 5 characters of two bytes: R = 4, residuals -3 and 3, sqrt(10/9 * 90) / 5 = 2.
+    ids = np.frombuffer("é".encode() * 5, np.uint8)
+    assert standard_error(bits * math.log(2), ids, vocabulary) == pytest.approx(2)
+    # 30 blocks of 1,000 symbols that cost 0 or 2 bits each: residuals of 1,000.
+    bits = np.repeat([0.0, 2.0] * 15, 1000)
+    expected = math.sqrt(30 / 29 * 30 * 1000**2) / 30_000
+    assert standard_error(bits * math.log(2), letters(30_000), vocabulary) == pytest.approx(expected)
+    assert standard_error(np.array([1.0]), letters(1), vocabulary) is None
+
+
+def test_sums_lose_nothing():
+    """Guards against sums in float32, or in an order that the number of processes changes."""
+    nats = np.array([1e16, *[1.0] * 1000, -1e16]) * math.log(2)
+    assert bits_per(nats, 1000) == pytest.approx(1.0, rel=1e-2)
+
+
+def test_modules_in_training_are_left_as_they_were(build_model):
+    """Guards against validation with dropout on, and against training that goes on without dropout after it."""
+    trained, ids = build_model(residual_dropout=0.5, attention_dropout=0.5), letters(40)
+    expected = negative_log_likelihoods(trained.transformer, trained.heads, ids, stride=4)[2]
+    trained.transformer.train()
+    found = negative_log_likelihoods(trained.transformer, trained.heads, ids, stride=4)[2]
+    np.testing.assert_array_equal(found, expected)
+    assert trained.transformer.training and trained.transformer.blocks[0].dropout.training
+    assert not trained.heads.training
+    assert all(parameter.grad is None for parameter in trained.transformer.parameters())
+
+
+def test_bf16_is_close_to_fp32_but_not_equal(build_model, build_corpus):
+    """Guards against a precision that is accepted and ignored, and against logits rounded to bf16."""
+    trained, corpus = build_model(), build_corpus(letters(300).tobytes())
+    fp32, bf16 = (
+        bits_per_character(trained, corpus, precision=precision).bits_per_character for precision in ("fp32", "bf16")
+    )
+    assert fp32 != bf16
+    assert bf16 == pytest.approx(fp32, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 9}, "stride=9: must lie between 1 and"),
+        ({"stride": 0}, "stride=0: must lie between 1 and"),
+        ({"limit": 0}, "limit=0: must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"precision": "fp16"}, "precision=fp16: needs a GPU; on a CPU use bf16 or fp32"),
+        ({"precision": "int8"}, "precision=int8: must be one of fp32, bf16, fp16"),
+        ({"split": "dev"}, "split=dev: must be one of test"),
+    ],
+)
+def test_bad_options_are_refused(build_model, build_corpus, options, message):
+    """Guards against a figure under a protocol that nobody asked for."""
+    with pytest.raises(UserError, match=message):
+        bits_per_character(build_model(), build_corpus(b"some text"), **options)
+
+
+def test_another_corpus_is_refused(build_model, build_corpus):
+    """Guards against a score on text that was not the run's, under the run's name."""
+    trained = build_model()
+    trained.corpus["sha256"] = "def"
+    with pytest.raises(UserError, match="trained on letters"):
+        bits_per_character(trained, build_corpus(b"some text"))
+
+
+def test_a_text_in_which_no_character_begins_is_refused(build_model, build_corpus):
+    """Guards against a division by zero."""
+    with pytest.raises(UserError, match="no character begins"):
+        bits_per_character(build_model(), build_corpus(b"\x80\x80"))
+
+
+@pytest.mark.parametrize(("has_amx", "expected"), [(False, "medium"), (True, "highest")])
+def test_matmul_stays_fp32_and_is_put_back(monkeypatch, has_amx, expected):
+    """Guards against bf16 inside a figure stamped fp32, and against a global setting that outlives the evaluation."""
+    monkeypatch.undo()  # of the fixture that turns the choice off
+    capabilities = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": has_amx, "amx_tile": has_amx}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError), evaluation._exact_matmul(torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == expected
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_progress_is_quiet_where_it_is_no_terminal(build_model, build_corpus, capfd):
+    """Guards against logs filled with progress bars."""
+    bits_per_character(build_model(), build_corpus(letters(100).tobytes()), progress=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_yardsticks():
+    """Guards against bits that are bytes, and against a compressor that is not at its best."""
+    noise = np.random.default_rng(0).bytes(100_000)
+    assert all(8 < bits < 8.1 for bits in compressor_bits_per_byte(noise).values())
+    # A period of 50,000 is beyond gzip's window of 32 KiB, not beyond bzip2's block of 900 kB or xz's dictionary.
+    repeated = compressor_bits_per_byte(noise[:50_000] * 4)
+    assert repeated["gzip"] > 8 > 3 > repeated["bzip2"] > repeated["xz"]

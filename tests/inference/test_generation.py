@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+import torch
+
+from charlm.config import UserError
+from charlm.inference import generation
+from charlm.inference.generation import generate, sample, stream
+from charlm.model.transformer import KVCache
+
+
+@torch.no_grad()
+def all_logits(trained, ids: list[int]) -> torch.Tensor:
+    """Logits after each of `ids`, [T, V], in one pass without a cache."""
+    last = trained.config.model.num_layers
+    return trained.heads(trained.transformer(torch.tensor([ids]))[last], last)[0, :, 0]
+
+
+def naive_text(trained, prompt: bytes, length: int, **options) -> str:
+    """Generation by its description, without a cache: when the context is full, its newest half is kept."""
+    context_length = trained.config.model.context_length
+    generator = torch.Generator().manual_seed(options.pop("seed", 0))
+    context, text = list(prompt), []
+    for _ in range(length):
+        if len(context) > context_length:
+            context = context[-max(1, context_length // 2) :]
+        symbol = sample(all_logits(trained, context)[-1], generator=generator, **options)
+        context.append(symbol)
+        text.append(symbol)
+    return bytes(text).decode(errors="replace")
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("positions", ["per_layer", "input", "rotary"])
+@pytest.mark.parametrize("chunks", [[1] * 8, [8], [3, 1, 4], [5, 3]])
+def test_cached_and_uncached_logits_agree(build_model, norm, positions, chunks):
+    """Guards against a causal mask aligned to the wrong corner, positions counted from the chunk, and layers that share
+    a buffer."""
+    trained = build_model(norm=norm, positions=positions, num_layers=3)
+    ids = np.random.default_rng(0).integers(0, 256, 8).tolist()
+    expected = all_logits(trained, ids)
+    assert expected.std() > 0.1
+    cache = KVCache(trained.config.model, 1, trained.device)
+    for _ in range(2):  # and again after the cache was emptied
+        end = 0
+        for chunk in chunks:
+            logits = generation._next_logits(trained, ids[end : end + chunk], cache)
+            end += chunk
+            torch.testing.assert_close(logits, expected[end - 1], rtol=1e-4, atol=1e-5)
+        cache.reset()
+
+
+@pytest.mark.parametrize("context_length", [1, 2, 7, 8])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_text_beyond_the_context_equals_a_naive_implementation(build_model, context_length, temperature):
+    """Guards against a context that is shifted by one, forgotten too early or never, when it is full."""
+    trained = build_model(context_length=context_length)
+    options = {"temperature": temperature, "top_k": 20, "seed": 5}
+    assert generate(trained, "a", length=40, **options) == naive_text(trained, b"a", 40, **options)
+
+
+def test_a_prompt_that_fills_the_context(build_model):
+    """Guards against an error, or a lost symbol, where prompt and context are equally long."""
+    trained = build_model()
+    assert generate(trained, b"abcdefgh", length=20) == naive_text(trained, b"abcdefgh", 20)
+
+
+def test_the_seed_decides_and_nothing_else(build_model):
+    """Guards against a global generator that is read or moved."""
+    trained = build_model()
+    before = torch.get_rng_state()
+    first = generate(trained, "abc", length=60, seed=3)
+    torch.rand(1)
+    assert generate(trained, "abc", length=60, seed=3) == first
+    assert "".join(stream(trained, "abc", length=60, seed=3)) == first
+    assert generate(trained, "abc", length=60, seed=4) != first
+    torch.set_rng_state(before)
+    generate(trained, "abc", length=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.is_grad_enabled()
+
+
+def test_two_streams_do_not_disturb_each_other(build_model):
+    """Guards against caches, generators or modes that streams share."""
+    trained = build_model()
+    one, two = stream(trained, "abc", length=40, seed=1), stream(trained, "xyz", length=40, seed=2)
+    pieces = list(zip(one, two, strict=False))
+    for number, (prompt, seed) in enumerate([("abc", 1), ("xyz", 2)]):
+        alone = generate(trained, prompt, length=40, seed=seed)
+        assert alone.startswith("".join(pair[number] for pair in pieces))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "written", "expected"),
+    [
+        (b"a", "né€😀".encode(), "né€😀"),
+        (b"a", b"a\xffb", "a\ufffdb"),
+        (b"a", b"a\xe2\x82", "a\ufffd"),  # cut short at the end
+        ("é".encode()[:1], "é".encode()[1:] + b"!", "é!"),  # the prompt ends within a character
+    ],
+)
+def test_pieces_are_whole_characters(build_model, monkeypatch, prompt, written, expected):
+    """Guards against characters that are torn between pieces, and an end that is swallowed."""
+    symbols = iter(written)
+    monkeypatch.setattr(generation, "sample", lambda *_: next(symbols))
+    pieces = list(stream(build_model(), prompt, length=len(written)))
+    assert "".join(pieces) == expected
+    assert all(pieces)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "prompt: has 0 symbols; give at least 1"),
+        ("é" * 5, {}, "prompt: has 10 symbols; .* at most the context of 8"),
+        ("a", {"length": 0}, "length=0: must be at least 1"),
+        ("a", {"temperature": -0.1}, "temperature=-0.1: must be finite and at least 0"),
+        ("a", {"temperature": float("nan")}, "temperature=nan"),
+        ("a", {"temperature": float("inf")}, "temperature=inf"),
+        ("a", {"top_k": 0}, "top_k=0: must be at least 1"),
+        ("a", {"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
+        ("a", {"top_p": 1.1}, "top_p=1.1"),
+        ("a", {"top_p": float("nan")}, "top_p=nan"),
+        ("a", {"seed": -1}, "seed=-1"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_written(build_model, prompt, options, message):
+    """Guards against errors that come from deep inside, or only when the first piece is asked for."""
+    with pytest.raises(UserError, match=message):
+        stream(build_model(), prompt, **({"length": 5} | options))

@@ -1,0 +1,130 @@
+"""scripts/evaluate.py and scripts/generate.py, run in this process but for the test that needs two."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from charlm.data.corpus import load_corpus
+from charlm.inference.evaluation import bits_per_character
+from charlm.inference.generation import generate
+from charlm.runs.loading import load
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture
+def run_script(monkeypatch, capfd):
+    """`run_script(name, *arguments)`: exit code, stdout and stderr."""
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *arguments])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as exit_info:
+            runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+        return exit_info.value.code, *capfd.readouterr()
+
+    return run
+
+
+def files_in(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def test_two_processes_and_the_library_agree(run_on_disk):
+    """Guards against shares that overlap or a sum that misses a process, and against JSON that is not alone on stdout
+    or lacks a key."""
+    trained = load(run_on_disk)
+    corpus = load_corpus(trained.config.data, progress=False)
+    expected = bits_per_character(trained, corpus, stride=3, batch_size=5, all_layers=True)
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(str(SCRIPTS / "evaluate.py"), str(run_on_disk), "--stride=3", "--all-layers", "--json"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found.pop("bits_per_character") == pytest.approx(expected.bits_per_character, abs=1e-6)
+    assert found.pop("bits_per_byte") == pytest.approx(expected.bits_per_byte, abs=1e-6)
+    assert found.pop("standard_error") == pytest.approx(expected.standard_error, abs=1e-6)
+    assert found.pop("layers") == pytest.approx(expected.layers, abs=1e-6)
+    assert found.pop("seconds") > 0
+    test = corpus.splits["test"]
+    assert found == {
+        "symbols": test.symbols,
+        "characters": test.characters,
+        "bytes": test.bytes,
+        "split": "test",
+        "stride": 3,
+        "context_length": 16,
+        "checkpoint": "step-00000003",
+        "corpus": corpus.name,
+        "corpus_sha256": corpus.sha256,
+        "precision": "fp32",
+    }
+
+
+def test_what_evaluate_prints_for_people(run_on_disk, run_script):
+    """Guards against a figure without its protocol, or wider than a terminal."""
+    code, out, err = run_script("evaluate", str(run_on_disk), "--split=valid", "--limit=300", "--yardsticks")
+    assert (code, err) == (0, "")
+    for part in ("bits per character", "bits per byte", "±", "valid", "300", "step-00000003", "stride 8", "context 16"):
+        assert part in out
+    assert all(name in out for name in ("gzip", "bzip2", "xz"))
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_a_corpus_that_has_moved(run_on_disk, run_script):
+    """Guards against runs that can only be scored where they were trained."""
+    text = run_on_disk.parent / "text.txt"
+    moved = [f"--data.path={text.rename(text.with_name('moved.txt'))}", f"--data.cache_dir={text.with_name('other')}"]
+    code, out, err = run_script("evaluate", str(run_on_disk), "--json", *moved)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["corpus_sha256"] == load(run_on_disk).corpus["sha256"]
+
+
+def test_generate_prints_prompt_and_text(run_on_disk, run_script):
+    """Guards against a script that leaves out options, the prompt or the end."""
+    arguments = ["--prompt=12é ", "--length=40", "--temperature=0.9", "--top-k=30", "--top-p=0.9", "--seed=7"]
+    code, out, err = run_script("generate", str(run_on_disk), *arguments)
+    text = generate(load(run_on_disk), "12é ", length=40, temperature=0.9, top_k=30, top_p=0.9, seed=7)
+    assert (code, out, err) == (0, f"12é {text}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("evaluate", ["--precision=fp16"], "precision=fp16: needs a GPU; on a CPU use bf16 or fp32"),
+        ("evaluate", ["--stride=17"], "stride=17: must lie between 1 and the model's context of 16"),
+        ("evaluate", ["--limit=0"], "limit=0: must be at least 1"),
+        ("evaluate", ["--checkpoint=4"], "has no checkpoint '4'; its steps are: 3"),
+        ("generate", ["--prompt="], "prompt: has 0 symbols; give at least 1, at most the context of 16"),
+        ("generate", ["--prompt=12345678901234567"], "prompt: has 17 symbols"),
+        ("generate", ["--prompt=a", "--temperature=-1"], "temperature=-1.0: must be finite and at least 0"),
+    ],
+)
+def test_bad_input(run_on_disk, run_script, monkeypatch, name, arguments, message):
+    """Guards against tracebacks, wrong exit codes and output before the error."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    before = files_in(run_on_disk.parent)
+    code, out, err = run_script(name, str(run_on_disk), *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert files_in(run_on_disk.parent) == before
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("evaluate", []), ("generate", ["--prompt=a"])])
+def test_a_folder_that_is_no_run(tmp_path, run_script, name, arguments):
+    """Guards against a traceback from the first file that is missing."""
+    code, out, err = run_script(name, str(tmp_path), *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{tmp_path} is not a run" in err
+    assert not files_in(tmp_path)

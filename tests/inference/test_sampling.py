@@ -1,0 +1,79 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from charlm.inference.generation import next_distribution, sample
+
+# Powers of two, so that sums are exact and a threshold can be met to the last bit.
+PROBABILITIES = torch.tensor([0.125, 0.5, 0.125, 0.25], dtype=torch.float64)
+LOGITS = PROBABILITIES.log() + 3
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1 / 8, 1 / 2, 1 / 8, 1 / 4]),
+        ({"temperature": 0.5}, [1 / 22, 16 / 22, 1 / 22, 4 / 22]),
+        ({"temperature": 0}, [0, 1, 0, 0]),
+        ({"temperature": 1e-300}, [0, 1, 0, 0]),
+        ({"top_k": 1}, [0, 1, 0, 0]),
+        ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3]),
+        ({"top_k": 3}, [1 / 7, 4 / 7, 0, 2 / 7]),  # of two equals the first stays
+        ({"top_k": 99}, [1 / 8, 1 / 2, 1 / 8, 1 / 4]),
+        ({"top_p": 1e-9}, [0, 1, 0, 0]),
+        ({"top_p": 0.5}, [0, 1, 0, 0]),
+        ({"top_p": 0.51}, [0, 2 / 3, 0, 1 / 3]),
+        ({"top_p": 0.75}, [0, 2 / 3, 0, 1 / 3]),
+        ({"top_p": 0.76}, [1 / 7, 4 / 7, 0, 2 / 7]),
+        ({"top_p": 1.0}, [1 / 8, 1 / 2, 1 / 8, 1 / 4]),
+        ({"top_k": 2, "top_p": 0.66}, [0, 1, 0, 0]),  # 2/3 of what top_k leaves is enough
+        ({"temperature": 0.5, "top_p": 0.7}, [0, 1, 0, 0]),  # so are 16/22
+    ],
+)
+def test_distribution_by_hand(options, expected):
+    """Guards against a top_p that keeps one symbol too many or too few, and against another order of the three."""
+    logits = LOGITS.clone()
+    torch.testing.assert_close(
+        next_distribution(logits, **options), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9
+    )
+    assert torch.equal(logits, LOGITS)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_top_p_is_the_smallest_set_with_enough_mass(seed):
+    """Guards against an error in sorting or in putting the symbols back, by trying all sets."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(6, generator=generator, dtype=torch.float64) * 2
+    top_p = float(torch.rand((), generator=generator))
+    probabilities = logits.softmax(0).tolist()
+    sets = [kept for size in range(1, 7) for kept in itertools.combinations(range(6), size)]
+    masses = {kept: sum(probabilities[symbol] for symbol in kept) for kept in sets}
+    enough = [kept for kept in sets if masses[kept] >= top_p]
+    best = min(enough, key=lambda kept: (len(kept), -masses[kept]))
+    expected = [probabilities[symbol] / masses[best] if symbol in best else 0.0 for symbol in range(6)]
+    torch.testing.assert_close(
+        next_distribution(logits, top_p=top_p), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12
+    )
+
+
+def test_greedy_takes_the_first_of_equals():
+    """Guards against a choice between equals that differs from machine to machine."""
+    assert sample(torch.tensor([0.0, 1.0, 1.0]), temperature=0) == 1
+
+
+def test_impossible_symbols_are_never_drawn():
+    """Guards against a draw that falls on the edge between symbols, or past the last."""
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
+    generator = torch.Generator().manual_seed(0)
+    assert {sample(logits, generator=generator) for _ in range(200)} == {1, 3}
+
+
+def test_draws_follow_the_distribution():
+    """Guards against a distribution that is computed and not drawn from: each draw by the inverse distribution
+    function, by hand."""
+    for seed in range(200):
+        uniform = float(torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+        expected = next(symbol for symbol, end in enumerate([0.125, 0.625, 0.75, 1.0]) if uniform < end)
+        assert sample(LOGITS, generator=torch.Generator().manual_seed(seed)) == expected
