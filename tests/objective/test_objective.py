@@ -1,0 +1,232 @@
+"""The loss against hand arithmetic, and that what weighs nothing is neither computed nor moved.
+
+Shapes: B batch, T positions, D d_model, V vocabulary, W characters of a window.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from charlm.config import AuxConfig, LayersConfig, ModelConfig, PositionsConfig, TargetsConfig, TrainConfig
+from charlm.model.heads import Heads
+from charlm.model.transformer import CharTransformer
+from charlm.objective.cross_entropy import cross_entropy
+from charlm.objective.objective import Objective, head_pairs
+from charlm.objective.schedules import constant, cutoff
+from charlm.objective.terms import Term, active, build_terms
+from charlm.training.optimizers import build_optimizers
+
+V = 4
+WINDOWS_BW = torch.tensor([[0, 1, 2, 3, 1, 0], [3, 3, 2, 1, 0, 2]])
+# -log2 of the probability that a head gives each character at each position: rows of 1/2, 1/4, 1/8 and 1/8.
+BITS_TV = {
+    (1, 1): [[1, 2, 3, 3], [2, 3, 1, 3], [3, 3, 1, 2], [3, 3, 2, 1]],
+    (1, 2): [[1, 2, 3, 3], [3, 3, 2, 1], [2, 1, 3, 3], [2, 1, 3, 3]],
+    (2, 1): [[3, 1, 2, 3], [3, 3, 1, 2], [3, 3, 2, 1], [1, 3, 3, 2]],
+    (2, 2): [[1, 3, 3, 2], [2, 1, 3, 3], [1, 2, 3, 3], [1, 2, 3, 3]],
+}
+# What they cost on the two windows, position by position. Targets at offset 1 are 1 2 3 1 and 3 2 1 0, at offset 2
+# 2 3 1 0 and 2 1 0 2.
+MEAN_BITS = {
+    "layer1/offset1/all": (2 + 1 + 2 + 3 + 3 + 1 + 3 + 3) / 8,
+    "layer1/offset1/last": (3 + 3) / 2,
+    "layer1/offset2/all": (3 + 1 + 1 + 2 + 3 + 3 + 2 + 3) / 8,
+    "layer1/offset2/last": (2 + 3) / 2,
+    "layer2/offset1/all": (1 + 1 + 1 + 3 + 3 + 1 + 3 + 1) / 8,
+    "layer2/offset1/last": (3 + 1) / 2,
+    "layer2/offset2/all": (3 + 3 + 2 + 1 + 3 + 1 + 1 + 3) / 8,
+    "layer2/offset2/last": (1 + 3) / 2,
+}
+
+
+class PositionsAsStates(nn.Module):
+    """In place of the transformer: the states of every layer say which position they are at, and nothing else."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, ids_BT: Tensor, layers: list[int]) -> dict[int, Tensor]:
+        assert torch.equal(ids_BT, WINDOWS_BW[:, :4])
+        return {layer: torch.eye(4).expand(2, 4, 4) for layer in layers}
+
+
+def known_objective(aux: AuxConfig) -> Objective:
+    """Two layers, four positions, two targets: an Objective whose every prediction is known from BITS_TV."""
+    config = ModelConfig(num_layers=2, num_heads=1, d_model=4, d_ff=4, context_length=4, norm="post")
+    heads = Heads(config, V, BITS_TV)
+    for (layer, offset), bits_TV in BITS_TV.items():
+        classifier = heads.exits[f"layer{layer}"][f"offset{offset}"]
+        nn.init.constant_(classifier.bias, 5.0)  # log-softmax takes no notice
+        classifier.weight.data = -math.log(2) * torch.tensor(bits_TV, dtype=torch.float32).T
+    return Objective(PositionsAsStates(config), heads, build_terms(aux, 2))
+
+
+LASTING = LayersConfig(schedule="constant")
+FADING = PositionsConfig(schedule="linear")
+
+
+@pytest.mark.parametrize(
+    ("aux", "progress", "bits"),
+    [
+        # The paper's: layer 1 until 1/4, the second target at half weight.
+        (AuxConfig(), 0.0, 2.25 + 2.25 / 2 + 1.75 + 2.125 / 2),
+        (AuxConfig(), 0.25, 1.75 + 2.125 / 2),
+        (AuxConfig(reduction="mean"), 0.0, (2.25 + 2.25 / 2 + 1.75 + 2.125 / 2) / 2),
+        (AuxConfig(reduction="mean"), 0.25, 1.75 + 2.125 / 2),
+        (AuxConfig(targets=TargetsConfig(enabled=False)), 0.0, 2.25 + 1.75),
+        (AuxConfig(layers=LayersConfig(enabled=False)), 0.0, 1.75 + 2.125 / 2),
+        (AuxConfig(positions=PositionsConfig(enabled=False)), 0.0, 3.0 + 2.5 / 2 + 2.0 + 2.0 / 2),
+        # While positions decay: at 1/4 of the run, 3/4 of a loss at all positions and 1/4 at the last.
+        (
+            AuxConfig(positions=FADING, layers=LASTING),
+            0.25,
+            3 / 4 * (2.25 + 2.25 / 2 + 1.75 + 2.125 / 2) + 1 / 4 * (3.0 + 2.5 / 2 + 2.0 + 2.0 / 2),
+        ),
+        (AuxConfig(positions=FADING), 0.25, 3 / 4 * (1.75 + 2.125 / 2) + 1 / 4 * (2.0 + 2.0 / 2)),
+        (
+            AuxConfig(positions=FADING, layers=LASTING, reduction="mean"),
+            0.5,
+            (1 / 2 * (2.25 + 2.25 / 2 + 1.75 + 2.125 / 2) + 1 / 2 * (3.0 + 2.5 / 2 + 2.0 + 2.0 / 2)) / 2,
+        ),
+    ],
+)
+def test_loss_by_hand(aux, progress, bits):
+    """Targets shifted by one, a mean over the wrong positions, weights applied twice or to the wrong row."""
+    objective = known_objective(aux)
+    total, parts = objective(WINDOWS_BW, progress)
+    assert total.item() / math.log(2) == pytest.approx(bits, rel=1e-6)
+    assert parts.keys() == {term.name for term, _ in active(objective.terms, progress)}
+    for name, part in parts.items():  # as they are, whatever the row weighs
+        assert part.item() / math.log(2) == pytest.approx(MEAN_BITS[name], rel=1e-6)
+        assert not part.requires_grad
+
+
+def test_cross_entropy_is_summed_in_fp32():
+    """Losses of bf16 logits computed in bf16: wrong in the third digit, and zero where a prediction is sure."""
+    logits_BTKV = torch.tensor([[[[8.0, 0.0, 0.0, 0.0]]]], dtype=torch.bfloat16)
+    loss = cross_entropy(logits_BTKV, torch.tensor([[[0]]]))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(math.log(1 + 3 * math.exp(-8)), rel=1e-4)
+
+
+def real_objective(randomise, aux: AuxConfig, num_layers: int = 4, norm: str = "pre") -> Objective:
+    config = ModelConfig(num_layers=num_layers, num_heads=2, d_model=8, d_ff=16, context_length=6, norm=norm)
+    terms = build_terms(aux, num_layers)
+    heads = Heads(config, V, head_pairs(terms, num_layers))
+    return randomise(Objective(CharTransformer(config, V), heads, terms))
+
+
+def some_windows(objective: Objective, seed: int = 0) -> Tensor:
+    return torch.randint(V, (3, objective.window_length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("aux", "progress", "blocks", "head_calls"),
+    [
+        (AuxConfig(), 0.0, 4, [(1, [1, 2], 6), (2, [1, 2], 6), (3, [1, 2], 6), (4, [1, 2], 6)]),
+        (AuxConfig(), 0.125, 4, [(2, [1, 2], 6), (3, [1, 2], 6), (4, [1, 2], 6)]),
+        (AuxConfig(), 0.5, 4, [(4, [1, 2], 6)]),
+        (AuxConfig(targets=TargetsConfig(schedule="cutoff", end=0.4)), 0.4, 4, [(4, [1], 6)]),
+        (AuxConfig(positions=PositionsConfig(schedule="cutoff", end=0.5)), 0.5, 4, [(4, [1, 2], 1)]),
+        (AuxConfig(positions=FADING, layers=LayersConfig(enabled=False)), 0.5, 4, [(4, [1, 2], 6)]),
+        (AuxConfig(main_weight=0.0, layers=LASTING), 0.5, 3, [(1, [1, 2], 6), (2, [1, 2], 6), (3, [1, 2], 6)]),
+    ],
+)
+def test_rows_of_weight_zero_are_not_computed(randomise, aux, progress, blocks, head_calls):
+    """Heads, positions or layers that run for a loss nobody adds up."""
+    objective = real_objective(randomise, aux)
+    ran, calls = [], []
+    for number, block in enumerate(objective.transformer.blocks, start=1):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    objective.heads.register_forward_pre_hook(lambda _, args: calls.append((args[1], list(args[2]), args[0].shape[1])))
+    objective(some_windows(objective), progress)
+    assert ran == list(range(1, blocks + 1))
+    assert calls == head_calls
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_a_silent_head_does_not_move(randomise, optimizer, norm):
+    """Weight decay, or momentum from the time when it was heard, that goes on moving a head that fell silent."""
+    aux = AuxConfig(targets=TargetsConfig(schedule="cutoff", end=0.3))
+    objective = real_objective(randomise, aux, norm=norm)
+    train = TrainConfig(optimizer=optimizer, learning_rate=0.01, weight_decay=0.1, momentum=0.9)
+    optimizers = build_optimizers(train, objective)
+
+    def steps(progress: float) -> None:
+        for seed in range(3):
+            objective(some_windows(objective, seed), progress).total.backward()
+            for each in optimizers:
+                each.step()
+                each.zero_grad()
+
+    def heads() -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in objective.heads.named_parameters()}
+
+    fresh = heads()
+    steps(progress=0.0)
+    heard = heads()
+    steps(progress=0.3)  # layers 1 and 2 of 4 stopped at 1/8 and 2/8, the second target at 0.3
+    for name, parameter in heads().items():
+        silent = "layer1" in name or "layer2" in name or "offset2" in name
+        assert torch.equal(parameter, heard[name]) == silent, name
+        assert not torch.equal(heard[name], fresh[name]), name
+
+
+def test_layers_above_the_highest_active_do_not_move(randomise):
+    """The same for a trunk whose upper layers no row needs: they must not even get a gradient of zeros."""
+    objective = real_objective(randomise, AuxConfig(main_weight=0.0, layers=LayersConfig(at=(2,), schedule="constant")))
+    objective(some_windows(objective), 0.0).total.backward()
+    for name, parameter in objective.named_parameters():
+        above = name.startswith(
+            (
+                "transformer.blocks.2",
+                "transformer.blocks.3",
+                "transformer.position_tables.2",
+                "transformer.position_tables.3",
+            )
+        )
+        unused = above or "final_norm" in name or "exits.layer4" in name
+        assert (parameter.grad is None) == unused, name
+
+
+def test_gradient_is_the_weighted_sum_of_the_rows_gradients(randomise):
+    """A row whose gradient is lost or counted twice, or whose weight reaches the figure but not the gradient."""
+    aux = AuxConfig(positions=FADING, layers=LayersConfig(schedule="linear", weight=0.7), reduction="mean")
+    objective = real_objective(randomise, aux, num_layers=3)
+    windows_BW, progress = some_windows(objective), 0.375
+    parameters = list(objective.parameters())
+
+    def gradients(terms: tuple[Term, ...]) -> list[Tensor]:
+        total = Objective(objective.transformer, objective.heads, terms)(windows_BW, progress).total
+        return torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+
+    expected = [torch.zeros_like(parameter) for parameter in parameters]
+    weighted_terms = list(active(objective.terms, progress))
+    assert len(weighted_terms) == 3 * 2 * 2
+    for term, weight in weighted_terms:
+        alone = gradients((Term(term.layer, term.offset, term.positions, constant(1.0)),))
+        expected = [total + weight * gradient for total, gradient in zip(expected, alone, strict=True)]
+    for gradient, wanted in zip(gradients(objective.terms), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_windows_of_a_wrong_length_are_refused(randomise):
+    """Windows one character short or long, read as if they were right."""
+    objective = real_objective(randomise, AuxConfig(targets=TargetsConfig(num_targets=3)))
+    assert objective.window_length == 6 + 3
+    for length in (8, 10):
+        with pytest.raises(ValueError, match=f"windows have {length} characters, not 9"):
+            objective(torch.zeros(2, length, dtype=torch.long), 0.0)
+
+
+def test_progress_without_an_active_row_is_refused(randomise):
+    """A loss of zero without a gradient, taken for success."""
+    objective = real_objective(randomise, AuxConfig(layers=LayersConfig(enabled=False)))
+    ended = Objective(objective.transformer, objective.heads, [Term(4, 1, "all", cutoff(0.0, 0.5))])
+    assert ended(some_windows(ended), 0.49).total > 0
+    with pytest.raises(ValueError):
+        ended(some_windows(ended), 0.5)

@@ -1,0 +1,152 @@
+"""Optimizers against hand arithmetic, and who owns which parameter."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from charlm.config import AuxConfig, ModelConfig, TrainConfig
+from charlm.model.heads import Heads
+from charlm.model.transformer import CharTransformer
+from charlm.objective.objective import Objective, head_pairs
+from charlm.objective.terms import build_terms
+from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
+
+
+@pytest.mark.parametrize(
+    ("options", "factors"),
+    [
+        ({"steps": 10}, {0: 1.0, 5: 1.0, 9: 1.0}),
+        ({"steps": 10, "final_lr": 0.1}, {0: 1.0, 9: 1.0}),
+        ({"steps": 10, "warmup": 4}, {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0, 4: 1.0, 9: 1.0}),
+        ({"steps": 8, "warmup": 0.25}, {0: 0.5, 1: 1.0, 2: 1.0}),
+        ({"steps": 10, "warmup": 0.01}, {0: 1.0, 1: 1.0}),
+        ({"steps": 10, "warmup": 20}, {0: 0.05, 9: 0.5}),
+        ({"steps": 10, "warmup": 1}, {0: 1.0, 1: 1.0}),
+        ({"steps": 8, "lr_schedule": "linear"}, {0: 1.0, 2: 0.75, 4: 0.5, 7: 0.125}),
+        (
+            {"steps": 10, "lr_schedule": "linear", "warmup": 2, "final_lr": 0.2},
+            {0: 0.5, 1: 1.0, 2: 1.0, 6: 0.6, 9: 0.3},
+        ),
+        ({"steps": 8, "lr_schedule": "cosine"}, {0: 1.0, 2: (2 + math.sqrt(2)) / 4, 4: 0.5, 6: (2 - math.sqrt(2)) / 4}),
+        ({"steps": 12, "lr_schedule": "cosine", "warmup": 4, "final_lr": 0.5}, {3: 1.0, 4: 1.0, 8: 0.75}),
+    ],
+)
+def test_learning_rate_by_hand(options, factors):
+    """A first step at rate zero, a decay that counts from the wrong step, or a warm-up fraction read as steps."""
+    train = TrainConfig(**options)
+    assert {step: learning_rate_factor(train, step) for step in factors} == pytest.approx(factors)
+
+
+def line() -> nn.Linear:
+    """y = 2x - 1: a weight, which decays, and a bias, which does not."""
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, 2.0)
+    nn.init.constant_(model.bias, -1.0)
+    return model
+
+
+def apply(optimizers: list[Optimizer], model: nn.Linear, gradient: float) -> tuple[float, float]:
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    for optimizer in optimizers:
+        optimizer.step()
+    return model.weight.item(), model.bias.item()
+
+
+def test_adamw_by_hand():
+    """Betas or decay that do not reach the optimizer, a bias that decays, or a rate that is not scaled."""
+    model = line()
+    train = TrainConfig(learning_rate=0.1, weight_decay=0.5, adam_betas=(0.9, 0.99))
+    optimizers = build_optimizers(train, model)
+    weight, bias, first, second = 2.0, -1.0, 0.0, 0.0
+    for step, (gradient, factor) in enumerate([(3.0, 1.0), (-1.0, 0.5), (0.5, 0.25)], start=1):
+        set_learning_rates(optimizers, factor)
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.99 * second + 0.01 * gradient**2
+        update = (first / (1 - 0.9**step)) / (math.sqrt(second / (1 - 0.99**step)) + 1e-8)
+        weight = weight * (1 - 0.1 * factor * 0.5) - 0.1 * factor * update
+        bias = bias - 0.1 * factor * update
+        assert apply(optimizers, model, gradient) == pytest.approx((weight, bias), rel=1e-5)
+
+
+def test_momentum_sgd_by_hand():
+    """Momentum that is damped, Nesterov's, or of another value than configured (the paper's is 0.99)."""
+    model = line()
+    train = TrainConfig(optimizer="sgd", learning_rate=0.1, momentum=0.75, weight_decay=0.5)
+    optimizers = build_optimizers(train, model)
+    weight, bias, weight_velocity, bias_velocity = 2.0, -1.0, 0.0, 0.0
+    for gradient, factor in [(3.0, 1.0), (-1.0, 0.5), (0.5, 0.25)]:
+        set_learning_rates(optimizers, factor)
+        weight_velocity = 0.75 * weight_velocity + gradient + 0.5 * weight
+        bias_velocity = 0.75 * bias_velocity + gradient
+        weight -= 0.1 * factor * weight_velocity
+        bias -= 0.1 * factor * bias_velocity
+        assert apply(optimizers, model, gradient) == pytest.approx((weight, bias), rel=1e-5)
+
+
+def build_objective(norm: str = "pre") -> Objective:
+    config = ModelConfig(num_layers=2, num_heads=2, d_model=8, d_ff=16, context_length=6, norm=norm)
+    terms = build_terms(AuxConfig(), 2)
+    return Objective(CharTransformer(config, 5), Heads(config, 5, head_pairs(terms, 2)), terms)
+
+
+HIDDEN = {
+    f"transformer.blocks.{layer}.{part}.weight"
+    for layer in (0, 1)
+    for part in (
+        "attention.query",
+        "attention.key",
+        "attention.value",
+        "attention.out",
+        "feed_forward.up",
+        "feed_forward.down",
+    )
+}
+CLASSIFIERS = {f"heads.exits.layer{layer}.offset{offset}.weight" for layer in (1, 2) for offset in (1, 2)}
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_every_parameter_is_owned_once_and_only_matrices_decay(optimizer, norm):
+    """A parameter that nothing trains, one stepped twice, or a bias, norm, embedding or table that decays."""
+    objective = build_objective(norm)
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    groups = [
+        group
+        for each in build_optimizers(TrainConfig(optimizer=optimizer, weight_decay=0.1), objective)
+        for group in each.param_groups
+    ]
+    owned = [names[parameter] for group in groups for parameter in group["params"]]
+    assert sorted(owned) == sorted(names.values())
+    decayed = {names[parameter] for group in groups if group["weight_decay"] == 0.1 for parameter in group["params"]}
+    assert decayed == HIDDEN | CLASSIFIERS
+    assert all(group["weight_decay"] == 0.0 for group in groups if names[group["params"][0]] not in decayed)
+
+
+def test_muon_takes_the_hidden_matrices_and_only_them():
+    """Embeddings or classifiers orthogonalised, hidden matrices not, or stepped at AdamW's rate."""
+    objective = build_objective()
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    train = TrainConfig(optimizer="muon", learning_rate=0.001, muon_learning_rate=0.02, muon_momentum=0.9)
+    muon, adamw = build_optimizers(train, objective)
+    assert {names[parameter] for group in muon.param_groups for parameter in group["params"]} == HIDDEN
+    set_learning_rates([muon, adamw], 0.5)
+    assert {group["lr"] for group in muon.param_groups} == {0.01}
+    assert {group["lr"] for group in adamw.param_groups} == {0.0005}
+    assert {group["momentum"] for group in muon.param_groups} == {0.9}
+
+    before = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in objective.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    muon.step()
+    for name, parameter in objective.named_parameters():
+        if name not in HIDDEN:
+            assert torch.equal(parameter, before[name]), name
+            continue
+        scale = 0.01 * max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
+        singular_values = torch.linalg.svdvals(parameter.detach() - before[name]) / scale
+        assert 0.5 < singular_values.min() <= singular_values.max() < 1.3, name
