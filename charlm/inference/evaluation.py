@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,17 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from charlm.config import Config, UserError
+from charlm.config import UserError
 from charlm.data.corpus import Corpus
 from charlm.data.evaluation_windows import EvaluationWindows, evaluation_windows
 from charlm.data.vocabulary import Vocabulary
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
-from charlm.objective.objective import Objective
 from charlm.runs.loading import TrainedModel
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 EvaluationPrecision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -137,30 +133,6 @@ def bits_per_character(
     )
 
 
-class Validation(NamedTuple):
-    """The figures by which a run in training is watched."""
-
-    bits_per_character: float
-    bits_per_byte: float
-
-
-def validate(objective: Objective, corpus: Corpus, config: Config, accelerator: "Accelerator") -> Validation:
-    """Score the first `train.valid_symbols` of the validation split in the precision of training, at half the context.
-
-    Every process calls this, and all get the same figures.
-    """
-    ids = corpus.splits["valid"].ids[: config.train.valid_symbols]
-    characters, num_bytes = count_units(ids, corpus.vocabulary)
-    nats = negative_log_likelihoods(
-        objective.transformer,
-        objective.heads,
-        ids,
-        stride=max(1, config.model.context_length // 2),
-        autocast_dtype=AUTOCAST_DTYPES.get(accelerator.mixed_precision),
-    )[config.model.num_layers]
-    return Validation(bits_per(nats, characters), bits_per(nats, num_bytes))
-
-
 def negative_log_likelihoods(
     transformer: CharTransformer,
     heads: Heads,
@@ -262,7 +234,10 @@ def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) ->
 
 
 def compressor_bits_per_byte(data: bytes) -> dict[str, float]:
-    """What gzip -9, bzip2 -9 and xz -9e need for the same bytes: yardsticks for bits_per_byte."""
+    """What gzip -9, bzip2 -9 and xz -9e need for the same bytes: yardsticks for bits_per_byte.
+
+    gzip's is zlib's, which is within 0.2 % of the program's.
+    """
     compressed = {
         "gzip": gzip.compress(data, compresslevel=9),
         "bzip2": bz2.compress(data, compresslevel=9),
