@@ -1,9 +1,16 @@
-"""Training windows as a pure function of (seed, step): there is no sampler whose state could be lost.
+"""Windows of a text.
 
-Shapes: B windows, W characters of a window (context_length + the largest offset).
+Those of training are a pure function of (seed, step): there is no sampler whose state could be lost. Those of evaluation
+lie so that every symbol is scored exactly once.
+
+Shapes: B windows of a batch, W characters of a training window (context_length + the largest offset), N evaluation windows.
 """
 
+from typing import NamedTuple
+
 import numpy as np
+
+from charlm.config import UserError
 
 
 def training_windows(ids: np.ndarray, *, seed: int, step: int, batch_size: int, window_length: int) -> np.ndarray:
@@ -28,3 +35,39 @@ def training_windows(ids: np.ndarray, *, seed: int, step: int, batch_size: int, 
         raise ValueError(f"a text of {len(ids)} symbols holds no window of {window_length}")
     starts = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(batch_size) % num_starts
     return np.stack([ids[start : start + window_length] for start in starts.astype(np.int64)]).astype(np.int64)
+
+
+class EvaluationWindows(NamedTuple):
+    """Windows that together predict every symbol of a text but the first exactly once.
+
+    The inputs of window w are the symbols starts[w] ... starts[w] + length - 1. Position p predicts symbol
+    starts[w] + p + 1 from the p + 1 symbols up to it, and counts if p >= first_scored[w].
+    """
+
+    starts: np.ndarray
+    """int64 [N], ascending."""
+    first_scored: np.ndarray
+    """int64 [N], each in [0, length)."""
+    length: int
+    """Symbols that a window reads: context_length, unless the text is shorter."""
+
+
+def evaluation_windows(num_symbols: int, context_length: int, stride: int) -> EvaluationWindows:
+    """Sliding windows over a text of `num_symbols`; the first symbol has no context and is in no window's targets.
+
+    Window 0 scores all it predicts. Each later one starts `stride` symbols further and scores its last `stride`
+    predictions, so each has at least context_length - stride + 1 symbols of context; stride 1 is the evaluation of
+    Al-Rfou et al. 2018. The last window is moved back to end with the text, and scores what is left.
+
+    Raises:
+        UserError: the stride is not in [1, context_length].
+    """
+    if not 1 <= stride <= context_length:
+        raise UserError(f"stride={stride}: must lie between 1 and the model's context of {context_length}")
+    length = min(context_length, num_symbols - 1)
+    if length < 1:
+        return EvaluationWindows(np.empty(0, np.int64), np.empty(0, np.int64), 0)
+    last_targets = np.append(np.arange(length, num_symbols - 1, stride), num_symbols - 1)
+    starts = last_targets - length
+    scored_before = np.append(0, last_targets[:-1])
+    return EvaluationWindows(starts, scored_before - starts, length)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from charlm.config import UserError
 from charlm.data.corpus import Corpus
-from charlm.data.evaluation_windows import EvaluationWindows, evaluation_windows
+from charlm.data.windows import EvaluationWindows, evaluation_windows
 from charlm.data.vocabulary import Vocabulary
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
@@ -80,7 +80,7 @@ def bits_per_character(
     all_layers: bool = False,
     progress: bool = True,
 ) -> Score:
-    """Score a split of the corpus that the model was trained on (see `charlm.data.evaluation_windows`).
+    """Score a split of the corpus that the model was trained on (see `charlm.data.windows`).
 
     Where torch.distributed is initialised, every process calls this, each scores its share of the windows, and all
     return the same figure.

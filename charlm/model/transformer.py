@@ -85,7 +85,8 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(key, value)
             # is_causal aligns the triangle top-left, which is wrong where earlier keys are cached.
-            mask = torch.ones(T, key.shape[2], dtype=torch.bool, device=x_BTD.device).tril(cache.length)
+            if cache.length > 0:
+                mask = torch.ones(T, key.shape[2], dtype=torch.bool, device=x_BTD.device).tril(cache.length)
         mixed_BHTC = F.scaled_dot_product_attention(
             query,
             key,

@@ -4,7 +4,7 @@ Shapes: B windows of this process, W characters of a window.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from charlm.config import Config, UserError, steps_of
 from charlm.config_files import to_yaml
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.windows import training_windows
-from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, negative_log_likelihoods
+from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
 from charlm.objective.objective import LossReport, Objective
 from charlm.report.figures import draw_run
 from charlm.runs.checkpoints import find_checkpoint, rewind, save_checkpoint
@@ -65,11 +65,10 @@ def train(config: Config) -> Path:
             bits_per_nat=corpus.splits["train"].symbols / corpus.splits["train"].characters / np.log(2),
             main=accelerator.is_main_process,
         )
-        tracker.say(describe(config, objective, accelerator, precision_reason))
-        for line in news:
-            tracker.say(line)
-        fit(config, corpus, accelerator, objective, optimizers, run, state, tracker)
-        tracker.close()
+        with closing(tracker):
+            for line in (*describe(config, objective, accelerator, precision_reason), *news):
+                tracker.say(line)
+            fit(config, corpus, accelerator, objective, optimizers, run, state, tracker)
         if accelerator.is_main_process:
             draw_run(run.path)
         accelerator.wait_for_everyone()
@@ -88,7 +87,9 @@ def fit(
 ) -> None:
     """The loop: everything that a step needs follows from the config, the corpus and the number of completed steps."""
     steps = config.train.steps
-    log_every, valid_every = (steps_of(cadence, steps) for cadence in (config.train.log_every, config.train.valid_every))
+    log_every, valid_every = (
+        steps_of(cadence, steps) for cadence in (config.train.log_every, config.train.valid_every)
+    )
     objective.transformer.activation_checkpointing = config.train.activation_checkpointing
     if choose_compile(config.train):
         for block in objective.transformer.blocks:
@@ -155,7 +156,9 @@ def noise_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0])
 
 
-def global_mean(accelerator: Accelerator, reports: Sequence[tuple[float, LossReport]]) -> tuple[float, dict[str, float]]:
+def global_mean(
+    accelerator: Accelerator, reports: Sequence[tuple[float, LossReport]]
+) -> tuple[float, dict[str, float]]:
     """Total and parts over all micro-batches and processes, in nats per symbol. Waits for the device."""
     names = list(reports[0][1].parts)
     rows = [share * torch.stack([report.total, *report.parts.values()]) for share, report in reports]
@@ -176,16 +179,17 @@ def validate(config: Config, corpus: Corpus, objective: Objective, precision: st
         stride=max(1, config.model.context_length // 2),
         autocast_dtype=AUTOCAST_DTYPES.get(precision),
     )[config.model.num_layers]
-    return bits_per(nats, corpus.vocabulary.count_characters(ids)), bits_per(nats, len(corpus.vocabulary.decode(ids)))
+    characters, num_bytes = count_units(ids, corpus.vocabulary)
+    return bits_per(nats, characters), bits_per(nats, num_bytes)
 
 
 def check_fits(config: Config, corpus: Corpus, objective: Objective, num_processes: int) -> None:
     """Raise UserError if a split holds no window, or a process would have no window of the batch."""
-    for name, needed in (("train", objective.window_length), ("valid", 2), ("test", 2)):
-        if corpus.splits[name].symbols < needed:
+    for name, split in corpus.splits.items():
+        if split.symbols < objective.window_length:
             raise UserError(
-                f"data.corpus={config.data.corpus}: its {name} split has {corpus.splits[name].symbols} symbols, fewer "
-                f"than the {needed} that it takes; use more text or a smaller --model.context_length"
+                f"data.corpus={config.data.corpus}: its {name} split of {split.symbols} symbols is shorter than one "
+                f"window of {objective.window_length}; use more text or a smaller --model.context_length"
             )
     if config.train.batch_size < num_processes:
         raise UserError(
@@ -223,13 +227,15 @@ def open_run(
     return run, TrainState(**checkpoint.state), [*news, f"resumed at step {checkpoint.step}"]
 
 
-def describe(config: Config, objective: Objective, accelerator: Accelerator, precision_reason: str) -> str:
-    """The first line of a run: what will be done, on what, and why so."""
-    training = sum(parameter.numel() for parameter in objective.parameters())
-    symbols = config.train.batch_size * config.model.context_length
-    processes = f"{accelerator.num_processes} x {accelerator.device.type}"
-    return (
-        f"{config.model.num_layers} layers, {training / 1e6:.1f}M parameters, {len(objective.terms)} terms, "
-        f"{symbols} characters per step, {config.train.steps} steps on {processes}\n"
-        f"precision {accelerator.mixed_precision} ({precision_reason}), {describe_attention(config)}"
-    )
+def describe(config: Config, objective: Objective, accelerator: Accelerator, precision_reason: str) -> list[str]:
+    """The first lines of a run: what will be done, on what, and why so."""
+    parameters = sum(parameter.numel() for parameter in objective.parameters())
+    device = f"{accelerator.num_processes} x {accelerator.device.type}"
+    if accelerator.device.type == "cpu":
+        device += f" ({torch.get_num_threads()} threads)"
+    return [
+        f"{config.model.num_layers} layers, {parameters / 1e6:.1f}M parameters, rows of the objective: "
+        f"{len(objective.terms)}",
+        f"{config.train.steps} steps of {config.train.batch_size * config.model.context_length} characters on {device}",
+        f"precision {accelerator.mixed_precision} ({precision_reason}); {describe_attention(config)}",
+    ]

@@ -40,7 +40,9 @@ def check_resumable(old: Config, new: Config) -> list[str]:
     refused = [line for name, line in zip(changed, lines, strict=True) if name not in MAY_CHANGE]
     if refused:
         raise UserError(
-            "the run cannot be resumed with a changed " + "; ".join(refused) + ". Put it back, or start another --run.dir"
+            "the run cannot be resumed with a changed "
+            + "; ".join(refused)
+            + ". Put it back, or start another --run.dir"
         )
     return lines
 

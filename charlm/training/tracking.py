@@ -19,7 +19,15 @@ class Tracker:
     """
 
     def __init__(
-        self, run: Run, config: Config, terms: Sequence[Term], *, step: int, seconds: float, bits_per_nat: float, main: bool
+        self,
+        run: Run,
+        config: Config,
+        terms: Sequence[Term],
+        *,
+        step: int,
+        seconds: float,
+        bits_per_nat: float,
+        main: bool,
     ):
         """`seconds`: what the run took before it was resumed; `bits_per_nat`: from nats per symbol to the bits per
         character that are shown."""

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from charlm.config import UserError
-from charlm.data.evaluation_windows import evaluation_windows
+from charlm.data.windows import evaluation_windows
 
 
 def targets(windows):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from charlm.config import UserError
-from charlm.data.evaluation_windows import evaluation_windows
+from charlm.data.windows import evaluation_windows
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.inference import evaluation
 from charlm.inference.evaluation import (

@@ -1,0 +1,124 @@
+"""What a run does and leaves behind."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+import charlm
+from charlm.config import UserError
+from charlm.data.corpus import load_corpus
+from charlm.data.windows import training_windows
+from charlm.runs.folder import Run
+from charlm.runs.loading import build_objective
+
+TINY = [
+    "--model.num_layers=3",
+    "--model.num_heads=2",
+    "--model.d_model=32",
+    "--model.d_ff=64",
+    "--model.context_length=16",
+    "--train.steps=60",
+    "--train.batch_size=4",
+    "--train.mixed_precision=no",
+    "--train.log_every=1",
+    "--train.valid_every=20",
+    "--train.valid_symbols=500",
+]
+
+
+@pytest.mark.parametrize(("positions", "layers", "targets"), list(itertools.product(["true", "false"], repeat=3)))
+def test_every_combination_of_the_losses_trains(positions, layers, targets, tmp_path, text_corpus_flags):
+    """Guards against a switch that breaks training or leaves its rows in the run."""
+    switches = [
+        f"--aux.positions.enabled={positions}",
+        f"--aux.layers.enabled={layers}",
+        f"--aux.targets.enabled={targets}",
+    ]
+    run = charlm.train(
+        charlm.load_config(overrides=[*TINY, *text_corpus_flags, *switches, f"--run.dir={tmp_path / 'run'}"])
+    )
+    rows = [row for row in Run.open(run).metrics() if "terms" in row]
+    names = list(rows[0]["terms"])
+    assert all(name.endswith("all" if positions == "true" else "last") for name in names)
+    assert any(name.startswith("layer1/") for name in names) == (layers == "true")
+    assert any("offset2" in name for name in names) == (targets == "true")
+    first, last = (sum(row["bits_per_character"] for row in part) / 10 for part in (rows[:10], rows[-10:]))
+    assert last < first - 0.1
+
+
+def test_the_first_step_is_what_the_config_says(tmp_path, text_corpus_flags):
+    """Guards against a loop whose windows, initialisation, weights, update or learning rate drift from the parts that
+    are tested on their own: one step of SGD without momentum is worked out here, from two micro-batches."""
+    flags = [
+        *TINY,
+        *text_corpus_flags,
+        "--train.steps=1",
+        "--train.optimizer=sgd",
+        "--train.momentum=0",
+        "--train.learning_rate=0.5",
+        "--train.micro_batch_size=3",
+        "--train.matmul_precision=highest",
+        "--train.seed=7",
+        "--aux.reduction=mean",
+    ]
+    config = charlm.load_config(overrides=[*flags, f"--run.dir={tmp_path / 'run'}"])
+    trained = charlm.load(charlm.train(config), "last", device="cpu")
+    torch.manual_seed(7)
+    objective = build_objective(config, 256)
+    ids = load_corpus(config.data).splits["train"].ids
+    windows = torch.from_numpy(training_windows(ids, seed=7, step=0, batch_size=4, window_length=18))
+    report = objective(windows, 0.0)
+    report.total.backward()
+    expected = {
+        name: parameter - 0.5 * parameter.grad if parameter.grad is not None else parameter
+        for name, parameter in objective.transformer.named_parameters()
+    }
+    for name, parameter in trained.transformer.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], msg=name)
+    head = objective.heads.exits["layer3"]["offset1"]
+    torch.testing.assert_close(trained.heads.exits["layer3"]["offset1"].weight, head.weight - 0.5 * head.weight.grad)
+    (row,) = [row for row in Run.open(tmp_path / "run").metrics() if "terms" in row]
+    # Untrained heads are uniform: three layers, averaged, of ln 256 + ln 256 / 2 each.
+    assert row["loss"] == pytest.approx(1.5 * math.log(256), rel=1e-6)
+    assert row["terms"]["layer2/offset2/all"] == {"loss": pytest.approx(math.log(256)), "weight": pytest.approx(1 / 6)}
+
+
+def test_a_run_records_what_it_was_made_from(tmp_path, text_corpus_flags):
+    """Guards against a run folder that cannot be traced back or reloaded; and against pickle in it."""
+    config = charlm.load_config(overrides=[*TINY, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"])
+    run = Run.open(charlm.train(config))
+    assert run.config() == config
+    provenance = run.provenance()
+    assert provenance["corpus"]["sha256"] == load_corpus(config.data).sha256
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert {path.suffix for path in run.path.rglob("*") if path.is_file()} <= {
+        ".yaml", ".json", ".jsonl", ".safetensors", ".png", ""
+    }  # fmt: skip
+    rows = list(run.metrics())
+    assert [row["step"] for row in rows if "valid" in row] == [20, 40, 60]
+    best = min((row for row in rows if "valid" in row), key=lambda row: row["valid"]["bits_per_character"])
+    assert (run.checkpoints_path / "best").read_text().strip() == f"step-{best['step']:08d}"
+    assert json.loads((run.checkpoints_path / "step-00000060" / "state.json").read_text())["step"] == 60
+    kept = sorted(path.name for path in run.checkpoints_path.glob("step-*"))
+    assert kept == ["step-00000040", "step-00000060"], "keep_checkpoints is 2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.context_length=2500"], "split of 2000 symbols is shorter than one window of 2502"),
+        (["--train.mixed_precision=fp16"], "train.mixed_precision=fp16"),
+        (["--aux.main_weight=0", "--aux.layers.enabled=false"], "aux.main_weight=0.0: all losses have weight zero"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    flags, message, tmp_path, text_corpus_flags, monkeypatch
+):
+    """Guards against a half-made run folder that is in the way of the corrected command."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(UserError, match=message):
+        charlm.train(charlm.load_config(overrides=[*TINY, *text_corpus_flags, *flags, f"--run.dir={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
