@@ -20,7 +20,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from charlm.config import DataConfig, UserError
-from charlm.data.sources import CHUNK, Source, find_source
+from charlm.data.sources import CHUNK, Source, absolute, find_source
 from charlm.data.vocabulary import ByteVocabulary, Vocabulary, vocabulary_from_dict
 
 FORMAT = 1
@@ -82,7 +82,7 @@ def load_corpus(config: DataConfig, progress: bool = True) -> Corpus:
         UserError: the text cannot be had, is not what it should be or is too short to split, or the cache cannot be
             written. The cache then holds what it held before, and what came of a download.
     """
-    cache_dir = Path(os.path.realpath(config.cache_dir.expanduser()))
+    cache_dir = absolute(config.cache_dir)
     source = find_source(config, cache_dir, progress)
     folder = cache_dir / source.key
     if corpus := _cached(folder, source):
@@ -179,7 +179,7 @@ def _cut(config: DataConfig, source: Source, path: Path, utf8: bool) -> list[int
         return list(source.split_sizes)
     size = path.stat().st_size
     if not size:
-        raise UserError(f"{source.option}: the text is empty; give one to learn from")
+        raise UserError(f"{source.option}: there is no text in it; give some")
     num_test, num_valid = round(size * config.test_fraction), round(size * config.valid_fraction)
     cuts = [size - num_test - num_valid, size - num_test]
     if utf8:

@@ -62,7 +62,12 @@ def _receive(url: str, part: Path, size: int, progress: bool) -> None:
     """Attempt after attempt until `part` has `size` bytes, as long as they bring anything new."""
     pauses = iter(PAUSES)
     bar = tqdm(
-        desc=url, total=size, initial=_length(part), unit="B", unit_scale=True, disable=None if progress else True
+        desc=url.rsplit("/", 1)[-1],
+        total=size,
+        initial=_length(part),
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
     )
     with bar:
         while (have := _length(part)) < size:

@@ -8,12 +8,11 @@ import hashlib
 import lzma
 import os
 import platform
-import stat
 import sysconfig
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,23 +97,25 @@ def find_source(config: DataConfig, cache_dir: Path, progress: bool) -> Source:
     if config.corpus == "python-stdlib":
         origin, option = f"Python {platform.python_version()}, standard library", "data.corpus=python-stdlib"
         return _files(config, Path(sysconfig.get_path("stdlib")), origin, option, suffix=".py", skip=NOT_LIBRARY)
-    path = _absolute(config.path)
+    path = absolute(config.path)
     if cache_dir.is_relative_to(path):
         raise UserError(f"data.path={path}: data.cache_dir={cache_dir} lies inside; move one of them")
     return _files(config, path, str(path), f"data.path={path}")
 
 
 def _fetched(config: DataConfig, published: Published, cache_dir: Path, progress: bool) -> Source:
+    option = f"data.corpus={config.corpus}"
+
     def chunks() -> Generator[bytes]:
         archive, size, sha256 = cache_dir / f"{config.corpus}.zip", published.archive_size, published.archive_sha256
         download(published.url, archive, size=size, sha256=sha256, progress=progress)
-        yield from _verified(_unpacked(archive, published.member, published.url), published, published.url)
+        yield from _verified(_unpacked(archive, published.member, option), published, option)
         archive.unlink()
 
     return Source(
         key=config.corpus,
         origin=published.url,
-        option=f"data.corpus={config.corpus}",
+        option=option,
         fingerprint=None,
         chunks=chunks,
         split_sizes=published.split_sizes,
@@ -122,15 +123,17 @@ def _fetched(config: DataConfig, published: Published, cache_dir: Path, progress
 
 
 def _local_copy(config: DataConfig, published: Published) -> Source:
-    path = _absolute(config.path)
+    path = absolute(config.path)
     option = f"data.path={path}"
-    if not stat.S_ISREG(_stat(path, option).st_mode):
-        raise UserError(f"{option}: not a file; data.corpus={config.corpus} wants a copy of {published.member}")
+    with _reading(option):
+        fingerprint = _fingerprint([path])
+    if not path.is_file():
+        raise UserError(f"{option}: not a file; give a copy of {published.member}, raw or as .zip, .gz or .xz")
     return Source(
         key=config.corpus,
         origin=str(path),
         option=option,
-        fingerprint=_fingerprint([path], option),
+        fingerprint=fingerprint,
         chunks=lambda: _verified(_unpacked(path, published.member, option), published, option),
         split_sizes=published.split_sizes,
     )
@@ -140,76 +143,72 @@ def _files(
     config: DataConfig, root: Path, origin: str, option: str, suffix: str = "", skip: frozenset[str] = frozenset()
 ) -> Source:
     """A file as it is, or all files of a folder in the order of their relative paths with nothing put between them."""
-
-    def fingerprint() -> str:
-        return _fingerprint(_list_files(root, option, suffix, skip), option)
-
-    before = fingerprint()
+    with _reading(option):
+        fingerprint = _fingerprint(_list_files(root, suffix, skip))
+    if not os.path.isfile(root) and not os.path.isdir(root):
+        raise UserError(f"{option}: neither a file nor a folder")
 
     def chunks() -> Generator[bytes]:
-        for file in _list_files(root, option, suffix, skip):
-            yield from _read(file, option)
-        if fingerprint() != before:
-            raise UserError(f"{option}: changed while it was read; try again when nothing writes to it")
+        with _reading(option):
+            files = _list_files(root, suffix, skip)
+            for file in files:
+                with file.open("rb") as stream:
+                    yield from _blocks(stream)
+            if _fingerprint(_list_files(root, suffix, skip)) != fingerprint:
+                raise UserError(f"{option}: changed while it was read; try again when nothing writes to it")
 
     identity = repr((str(root), config.valid_fraction, config.test_fraction))
     return Source(
         key=f"{config.corpus}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}",
         origin=origin,
         option=option,
-        fingerprint=before,
+        fingerprint=fingerprint,
         chunks=chunks,
         split_sizes=None,
     )
 
 
-def _list_files(root: Path, option: str, suffix: str, skip: frozenset[str]) -> list[Path]:
-    """Links to files are followed, links to folders are not: they could lead in circles."""
-    mode = _stat(root, option).st_mode
-    if stat.S_ISREG(mode):
-        return [root]
-    if not stat.S_ISDIR(mode):
-        raise UserError(f"{option}: neither a file nor a folder")
+def _list_files(root: Path, suffix: str, skip: frozenset[str]) -> list[Path]:
+    """Links to files are followed; links to folders are not, as they could lead in circles."""
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"{option}: {error.filename} cannot be read ({error.strerror})")
+        raise error
 
+    if not root.is_dir():
+        return [root]
     files = []
     for parent, folders, names in os.walk(root, onerror=refuse):
         folders[:] = (name for name in folders if name not in skip)
         files += (Path(parent, name) for name in names if name.endswith(suffix))
-    files = sorted(filter(Path.is_file, files), key=lambda file: file.relative_to(root).as_posix())
-    if not files:
-        raise UserError(f"{option}: the folder {root} holds no {suffix} files")
-    return files
+    return sorted(filter(Path.is_file, files), key=lambda file: file.relative_to(root).as_posix())
 
 
-def _fingerprint(files: Iterable[Path], option: str) -> str:
-    """Of paths, sizes and times of change: the text may be gigabytes, and this is computed at every start."""
+def _fingerprint(files: Iterable[Path]) -> str:
+    """Of paths, sizes and times of change: it is computed at every start, and the text may be gigabytes."""
     digest = hashlib.sha256()
     for file in files:
-        info = _stat(file, option)
+        info = file.stat()
         digest.update(repr((os.fsencode(file), info.st_size, info.st_mtime_ns, info.st_ctime_ns)).encode())
     return digest.hexdigest()
 
 
-def _absolute(path: Path) -> Path:
-    return Path(os.path.realpath(path.expanduser()))
+def absolute(path: Path) -> Path:
+    """Without ~, links or the working folder: the same file has one name."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
 
 
-def _stat(path: Path, option: str) -> os.stat_result:
+@contextmanager
+def _reading(option: str) -> Iterator[None]:
     try:
-        return path.stat()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{option}: {getattr(error, 'strerror', error)}; give an existing file") from error
-
-
-def _read(path: Path, option: str) -> Generator[bytes]:
-    try:
-        with path.open("rb") as stream:
-            yield from iter(partial(stream.read, CHUNK), b"")
+        yield
     except OSError as error:
-        raise UserError(f"{option}: {path} cannot be read ({error.strerror})") from error
+        raise UserError(
+            f"{option}: cannot read {error.filename or 'it'} ({error.strerror}); give a file or folder that can be read"
+        ) from error
+
+
+def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+    return iter(partial(stream.read, CHUNK), b"")
 
 
 def _unpacked(path: Path, member: str, option: str) -> Generator[bytes]:
@@ -217,10 +216,10 @@ def _unpacked(path: Path, member: str, option: str) -> Generator[bytes]:
     try:
         with ExitStack() as stack:
             stream = stack.enter_context(_open(path, member, stack))
-            yield from iter(partial(stream.read, CHUNK), b"")
+            yield from _blocks(stream)
     except KeyError as error:
         raise UserError(f"{option}: the archive has no member named {member}") from error
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{option}: cannot be read to its end ({error}); fetch it again") from error
 
 
@@ -244,9 +243,13 @@ def _verified(chunks: Iterator[bytes], published: Published, option: str) -> Gen
             break
         digest.update(chunk)
         yield chunk
-    if size != published.size or digest.hexdigest() != published.digest:
-        held = f"more than {published.size:,}" if size > published.size else f"{size:,}"
-        raise UserError(
-            f"{option}: not {published.member}: it has {held} bytes and {published.algorithm} {digest.hexdigest()}, "
-            f"should have {published.size:,} bytes and {published.digest}; get it from {published.url}"
-        )
+    if size != published.size:
+        found = f"{size:,} bytes" if size < published.size else f"more than {published.size:,} bytes"
+    elif digest.hexdigest() != published.digest:
+        found = f"{published.algorithm} {digest.hexdigest()}"
+    else:
+        return
+    raise UserError(
+        f"{option}: has {found}; {published.member} has {published.size:,} bytes and {published.algorithm} "
+        f"{published.digest}. Get it from {published.url}"
+    )

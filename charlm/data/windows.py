@@ -1,9 +1,10 @@
 """Windows of a text.
 
-Those of training are a pure function of (seed, step): there is no sampler whose state could be lost. Those of evaluation
-lie so that every symbol is scored exactly once.
+Those of training are a pure function of (seed, step): there is no sampler whose state could be lost. Those of
+evaluation lie so that every symbol is scored exactly once.
 
-Shapes: B windows of a batch, W characters of a training window (context_length + the largest offset), N evaluation windows.
+Shapes: B windows of a batch, W characters of a training window (context_length + the largest offset),
+N windows of an evaluation.
 """
 
 from typing import NamedTuple

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from charlm.config import UserError
 from charlm.data.corpus import Corpus
-from charlm.data.windows import EvaluationWindows, evaluation_windows
 from charlm.data.vocabulary import Vocabulary
+from charlm.data.windows import EvaluationWindows, evaluation_windows
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.runs.loading import TrainedModel

@@ -84,7 +84,7 @@ def _offset_weights(aux: AuxConfig) -> dict[int, Schedule]:
     targets = aux.targets
     extra = constant(targets.weight) * DECAYS[targets.schedule](targets.start, targets.end)
     offsets = range(2, targets.num_targets + 1) if targets.enabled else ()
-    return {1: constant(1.0)} | {offset: extra for offset in offsets}
+    return {1: constant(1.0)} | dict.fromkeys(offsets, extra)
 
 
 def _averaged(weights: dict[int, Schedule]) -> dict[int, Schedule]:

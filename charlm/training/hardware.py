@@ -1,4 +1,4 @@
-"""What the machine and accelerate's launcher decide: devices, precision, kernels. Every choice comes with its reason."""
+"""What the machine and accelerate's launcher decide: device, precision, kernels. Every choice has its reason."""
 
 import os
 from collections.abc import Iterator

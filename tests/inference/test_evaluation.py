@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from charlm.config import UserError
-from charlm.data.windows import evaluation_windows
 from charlm.data.vocabulary import ByteVocabulary
+from charlm.data.windows import evaluation_windows
 from charlm.inference import evaluation
 from charlm.inference.evaluation import (
     bits_per,
