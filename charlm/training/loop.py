@@ -87,9 +87,7 @@ def fit(
 ) -> None:
     """The loop: everything that a step needs follows from the config, the corpus and the number of completed steps."""
     steps = config.train.steps
-    log_every, valid_every = (
-        steps_of(cadence, steps) for cadence in (config.train.log_every, config.train.valid_every)
-    )
+    log_every, valid_every = steps_of(config.train.log_every, steps), steps_of(config.train.valid_every, steps)
     objective.transformer.activation_checkpointing = config.train.activation_checkpointing
     if choose_compile(config.train):
         for block in objective.transformer.blocks:

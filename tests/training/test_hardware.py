@@ -47,7 +47,7 @@ def test_fp16_on_a_cpu_is_refused(asked_by, monkeypatch):
 def test_the_launchers_accumulation_is_refused(monkeypatch):
     """Guards against a global batch that silently is a multiple of the configured one."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    with pytest.raises(UserError, match="gradient_accumulation_steps=4: use --train.micro_batch_size"):
+    with pytest.raises(UserError, match=r"gradient_accumulation_steps=4: use --train.micro_batch_size"):
         hardware.build_accelerator(TrainConfig(mixed_precision="no"))
 
 

@@ -67,7 +67,7 @@ def whole_run(tmp_path_factory, text_corpus_flags):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_resuming_at_any_step_ends_in_the_same_bytes(setting, tmp_path, text_corpus_flags):
-    """Guards against state that a checkpoint forgets: optimizer moments, dropout noise, the best score, the schedule."""
+    """Guards against state that a checkpoint forgets: optimizer moments, dropout noise, best score, schedule."""
     flags = [*TINY, *text_corpus_flags, *SETTINGS[setting]]
     whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
     for step in random.Random(setting).sample(range(1, STEPS), 4):
