@@ -1,0 +1,166 @@
+"""Wrong input, as a user types it: one message that names the field, the value and the way out, exit code 2, no
+traceback, and a disk that is as it was."""
+
+import gzip
+import lzma
+import os
+import random
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "--model.num_layers=2",
+    "--model.num_heads=2",
+    "--model.d_model=16",
+    "--model.d_ff=32",
+    "--model.context_length=16",
+    "--train.steps=2",
+    "--train.batch_size=2",
+    "--train.mixed_precision=no",
+    "--train.valid_symbols=100",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a text, a finished run of two steps on it, and things that are not what they should be."""
+    folder = tmp_path_factory.mktemp("place")
+    words = random.Random(0).choices(["a", "few", "words", "in", "no", "order"], k=2000)
+    (folder / "text.txt").write_text(" ".join(words))
+    (folder / "other.txt").write_text(" ".join(reversed(words)))
+    (folder / "short.txt").write_text("only two hundred symbols. " * 8)
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "wrong.xz").write_bytes(lzma.compress(b"not enwik8 at all"))
+    (folder / "truncated.gz").write_bytes(gzip.compress(random.Random(0).randbytes(10_000))[:-100])
+    (folder / "no_run").mkdir()
+    (folder / "broken.yaml").write_text("model: {d_model: 16")
+    (folder / "typo.yaml").write_text("model:\n  num_layer: 3\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("CHARLM_CACHE", str(folder / "cache"))
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        assert run("train", [*TINY, "--data.corpus=file", "--data.path=text.txt", "--run.dir=run"]) == 0
+    return folder
+
+
+def run(script: str, arguments: list[str]) -> int:
+    """The exit code of scripts/SCRIPT.py, run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+    return exit.value.code
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    """Every file and folder with its time of change; locks of the cache aside."""
+    return {
+        str(path): path.stat().st_mtime_ns
+        for path in sorted(folder.rglob("*"))
+        if path.suffix != ".lock" and path.name != "cache"
+    }
+
+
+ON_TEXT = [*TINY, "--data.corpus=file", "--data.path=text.txt"]
+CASES = {
+    "unknown key in YAML": ("train", ["--config=typo.yaml"], ["model.num_layer", "num_layers", "typo.yaml, line 2"]),
+    "unknown flag": ("train", ["--train.batch_sise=3"], ["--train.batch_sise", "--train.batch_size"]),
+    "broken YAML": ("train", ["--config=broken.yaml"], ["broken.yaml", "not valid YAML"]),
+    "missing config": ("train", ["--config=nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
+    "wrong type": ("train", ["--train.steps=many"], ["train.steps", "'many'", "whole number"]),
+    "out of range": ("train", ["--train.steps=0"], ["train.steps=0", "at least 1"]),
+    "not a number": ("train", ["--train.learning_rate=nan"], ["train.learning_rate=nan", "positive and finite"]),
+    "width not divisible by heads": (
+        "train",
+        ["--model.d_model=30", "--model.num_heads=4"],
+        ["model.d_model=30", "divisible by model.num_heads=4"],
+    ),
+    "layer that is not there": ("explain", ["--aux.layers.at=[3,99]"], ["aux.layers.at", "99", "num_layers=12"]),
+    "unknown corpus": ("prepare", ["--data.corpus=enwik9"], ["data.corpus", "enwik9", "enwik8"]),
+    "missing file": (
+        "train",
+        [*TINY, "--data.corpus=file", "--data.path=nowhere.txt"],
+        ["data.path=", "nowhere.txt", "No such file"],
+    ),
+    "no path": ("prepare", ["--data.corpus=file"], ["data.corpus=file", "--data.path"]),
+    "wrong checksum": (
+        "prepare",
+        ["--data.corpus=enwik8", "--data.path=wrong.xz"],
+        ["data.path=", "wrong.xz", "bytes"],
+    ),
+    "truncated archive": (
+        "prepare",
+        ["--data.corpus=text8", "--data.path=truncated.gz"],
+        ["data.path=", "truncated.gz"],
+    ),
+    "empty corpus": ("prepare", ["--data.corpus=file", "--data.path=empty.txt"], ["data.path", "empty"]),
+    "split shorter than a window": (
+        "train",
+        [*TINY, "--data.corpus=file", "--data.path=short.txt"],
+        ["valid split of 10 symbols", "one window of 18", "context_length"],
+    ),
+    "fp16 on a CPU": ("train", [*ON_TEXT, "--train.mixed_precision=fp16"], ["train.mixed_precision=fp16", "use bf16"]),
+    "run that exists": ("train", [*ON_TEXT, "--run.dir=run"], ["run.dir=run", "--run.resume=true"]),
+    "resumed with a changed model": (
+        "train",
+        [*ON_TEXT, "--run.dir=run", "--run.resume=true", "--model.d_ff=64"],
+        ["model.d_ff: 32 -> 64"],
+    ),
+    "resumed on a changed corpus": (
+        "train",
+        [*ON_TEXT, "--data.path=other.txt", "--run.dir=run", "--run.resume=true"],
+        ["another corpus", "sha256", "data.path"],
+    ),
+    "resumed from a step that is not there": (
+        "train",
+        [*ON_TEXT, "--run.dir=run", "--run.resume_from=7"],
+        ["run has no checkpoint 7", "its steps are: 1, 2"],
+    ),
+    "resumed where there is no run": (
+        "train",
+        [*ON_TEXT, "--run.dir=no_run", "--run.resume=true"],
+        ["no_run is not a run"],
+    ),
+    "all losses weighted zero": (
+        "train",
+        [*ON_TEXT, "--aux.main_weight=0", "--aux.layers.enabled=false"],
+        ["aux.main_weight=0", "all losses have weight zero"],
+    ),
+    "evaluating what is no run": ("evaluate", ["no_run"], ["no_run is not a run"]),
+    "generating from what is no run": ("generate", ["nowhere", "--prompt=a"], ["nowhere is not a run"]),
+    "evaluating a checkpoint that is not there": ("evaluate", ["run", "--checkpoint=77"], ["no checkpoint", "77"]),
+    "stride out of range": ("evaluate", ["run", "--stride=17"], ["stride=17", "context of 16"]),
+    "limit out of range": ("evaluate", ["run", "--limit=0"], ["limit=0", "at least 1"]),
+    "fp16 evaluation on a CPU": ("evaluate", ["run", "--precision=fp16"], ["precision=fp16", "bf16"]),
+    "empty prompt": ("generate", ["run", "--prompt="], ["prompt", "has 0 symbols"]),
+    "prompt too long": ("generate", ["run", f"--prompt={'a' * 17}"], ["prompt", "17", "16"]),
+    "temperature out of range": ("generate", ["run", "--prompt=a", "--temperature=-1"], ["temperature=-1"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_input_is_answered_with_one_message(case, place, monkeypatch, capfd):
+    """Guards against tracebacks, messages that do not help, exit codes that say success, and debris."""
+    script, arguments, parts = CASES[case]
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("CHARLM_CACHE", str(place / "cache"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    before = snapshot(place)
+    cached = set(os.listdir(place / "cache"))
+    assert run(script, arguments) == 2
+    printed = capfd.readouterr().err
+    assert printed.count("error:") == 1
+    assert "Traceback" not in printed
+    for part in parts:
+        assert part in printed
+    # A text that was prepared before the mistake was found may stay in the cache, whole; nothing else may.
+    new = set(os.listdir(place / "cache")) - cached
+    assert all((place / "cache" / name / "corpus.json").exists() for name in new if not name.endswith(".lock"))
+    after = snapshot(place)
+    assert {path: time for path, time in after.items() if "/cache/" not in path} == {
+        path: time for path, time in before.items() if "/cache/" not in path
+    }
