@@ -51,9 +51,9 @@ def choose_precision(train: TrainConfig) -> tuple[str, str]:
     elif launcher:
         precision, reason = launcher, "as accelerate was told"
     elif has_fast_bf16():
-        precision, reason = "bf16", "which this hardware computes natively"
+        precision, reason = "bf16", "native here"
     else:
-        precision, reason = "no", "as this hardware has no fast bf16"
+        precision, reason = "no", "no native bf16 here"
     if precision == "fp16" and on_cpu():
         raise UserError("train.mixed_precision=fp16: not available on a CPU; use bf16 or no")
     return precision, reason
@@ -77,7 +77,7 @@ def choose_compile(train: TrainConfig) -> bool:
 def describe_attention(config: Config) -> str:
     """Whether attention runs a fused kernel, and if not, why."""
     if config.model.attention_dropout > 0 and on_cpu():
-        return "attention unfused: the CPU's kernel has no dropout (model.attention_dropout=0 would be faster)"
+        return "attention unfused (the CPU's fused kernel has no dropout; model.attention_dropout=0 is faster)"
     return "attention fused"
 
 

@@ -226,14 +226,13 @@ def open_run(
 
 
 def describe(config: Config, objective: Objective, accelerator: Accelerator, precision_reason: str) -> list[str]:
-    """The first lines of a run: what will be done, on what, and why so."""
+    """The first lines of a run: on what, how and why so, and what will be done."""
     parameters = sum(parameter.numel() for parameter in objective.parameters())
     device = f"{accelerator.num_processes} x {accelerator.device.type}"
     if accelerator.device.type == "cpu":
         device += f" ({torch.get_num_threads()} threads)"
     return [
-        f"{config.model.num_layers} layers, {parameters / 1e6:.1f}M parameters, rows of the objective: "
-        f"{len(objective.terms)}",
-        f"{config.train.steps} steps of {config.train.batch_size * config.model.context_length} characters on {device}",
-        f"precision {accelerator.mixed_precision} ({precision_reason}); {describe_attention(config)}",
+        f"{device}, precision {accelerator.mixed_precision} ({precision_reason}), {describe_attention(config)}",
+        f"{config.model.num_layers} layers, {parameters / 1e6:.1f}M parameters, {len(objective.terms)} terms; "
+        f"{config.train.steps:,} steps of {config.train.batch_size * config.model.context_length:,} characters",
     ]

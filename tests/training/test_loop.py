@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from charlm.data.windows import training_windows
 from charlm.runs.folder import Run
 from charlm.runs.loading import build_objective
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TINY = [
     "--model.num_layers=3",
     "--model.num_heads=2",
@@ -104,6 +106,21 @@ def test_a_run_records_what_it_was_made_from(tmp_path, text_corpus_flags):
     assert json.loads((run.checkpoints_path / "step-00000060" / "state.json").read_text())["step"] == 60
     kept = sorted(path.name for path in run.checkpoints_path.glob("step-*"))
     assert kept == ["step-00000040", "step-00000060"], "keep_checkpoints is 2"
+
+
+@pytest.mark.parametrize("config_file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_runs_at_another_size(config_file, tmp_path, text_corpus_flags, capfd, monkeypatch):
+    """Guards against a config that assumes its own length or depth, and against attention that is unfused silently."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    smaller = ["--model.num_layers=2", "--model.d_model=32", "--model.d_ff=64", "--model.context_length=16"]
+    flags = [*smaller, "--train.steps=60", "--train.batch_size=4", "--train.valid_symbols=200", *text_corpus_flags]
+    config = charlm.load_config(config_file, [*flags, f"--run.dir={tmp_path / 'run'}"])
+    run = Run.open(charlm.train(config))
+    last = list(run.metrics())[-1]
+    assert (last["step"], last["progress"]) == (60, 1.0)
+    assert 0 < last["valid"]["bits_per_character"] < 8.5
+    first_line = capfd.readouterr().err.splitlines()[0]
+    assert ("unfused" in first_line) == (config.model.attention_dropout > 0)
 
 
 @pytest.mark.parametrize(
