@@ -1,0 +1,253 @@
+"""Local copies of published texts, files and folders: what is read, and what is refused in one message."""
+
+import argparse
+import bz2
+import gzip
+import json
+import lzma
+import os
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from charlm.config import DataConfig, UserError
+from charlm.data.sources import PUBLISHED, find_source
+
+
+def read(tmp_path: Path, path: Path | None, corpus: str = "file") -> bytes:
+    """The text that a config asks for."""
+    config = DataConfig(corpus=corpus, path=path, cache_dir=tmp_path / "cache")
+    return b"".join(find_source(config, config.cache_dir, progress=False).chunks())
+
+
+def test_the_published_facts():
+    """Guards against a slip in an address, a size or a checksum, which no test on little texts would see."""
+    enwik8, text8 = PUBLISHED["enwik8"], PUBLISHED["text8"]
+    assert (enwik8.url, enwik8.member) == ("http://mattmahoney.net/dc/enwik8.zip", "enwik8")
+    assert (text8.url, text8.member) == ("http://mattmahoney.net/dc/text8.zip", "text8")
+    assert (enwik8.archive_size, text8.archive_size) == (36445475, 31344016)
+    assert enwik8.archive_sha256 == "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
+    assert text8.archive_sha256 == "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"
+    assert enwik8.digest == "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
+    assert (text8.algorithm, text8.digest) == ("md5", "3bea1919949baf155f99411df5fada7e")
+    for published in (enwik8, text8):
+        assert published.size == sum(published.split_sizes) == 100_000_000
+        assert published.split_sizes[1:] == (5_000_000, 5_000_000)
+
+
+@pytest.mark.parametrize("name", ["enwik8", "enwik8.zip", "enwik8.gz", "enwik8.xz", "no.suffix"])
+def test_a_local_copy_may_be_packed(tmp_path, enwik8, zipped, name):
+    """Guards against a format that is refused, or told by its name when a browser has changed that."""
+    content = {
+        "enwik8.zip": zipped(enwik8=enwik8),
+        "enwik8.gz": gzip.compress(enwik8),
+        "enwik8.xz": lzma.compress(enwik8),
+        "no.suffix": zipped(README=b"first", enwik8=enwik8),
+    }.get(name, enwik8)
+    (tmp_path / name).write_bytes(content)
+    assert read(tmp_path, tmp_path / name, "enwik8") == enwik8
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress, "zip"])
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda text: text[:-1], "has 499 bytes"),
+        (lambda text: text + b"?", "more than 500 bytes"),
+        (lambda text: b"?" + text[1:], "has sha256"),
+        (lambda text: b"", "has 0 bytes"),
+    ],
+)
+def test_another_text_is_refused(tmp_path, enwik8, zipped, pack, change, complaint):
+    """Guards against training on something that only bears the corpus's name."""
+    text = change(enwik8)
+    copy = tmp_path / "copy"
+    copy.write_bytes(zipped(enwik8=text) if pack == "zip" else pack(text))
+    with pytest.raises(UserError) as error:
+        read(tmp_path, copy, "enwik8")
+    for part in (f"data.path={copy}", complaint, "500 bytes", PUBLISHED["enwik8"].digest, PUBLISHED["enwik8"].url):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, "zip"])
+def test_a_bomb_is_not_unpacked(tmp_path, enwik8, zipped, pack):
+    """Guards against an archive that unpacks to far more than the text: reading stops within a chunk."""
+    bomb = bytes(5 << 20)
+    copy = tmp_path / "bomb"
+    copy.write_bytes(zipped(enwik8=bomb) if pack == "zip" else pack(bomb))
+    config = DataConfig(corpus="enwik8", path=copy, cache_dir=tmp_path / "cache")
+    received = 0
+    with pytest.raises(UserError, match="more than 500 bytes"):
+        for chunk in find_source(config, config.cache_dir, progress=False).chunks():
+            received += len(chunk)
+    assert received <= 500
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, "zip"])
+def test_an_archive_cut_anywhere_is_refused_in_one_message(tmp_path, enwik8, zipped, pack):
+    """Guards against a traceback from the depths of a decompressor."""
+    whole = zipped(enwik8=enwik8) if pack == "zip" else pack(enwik8)
+    copy = tmp_path / "copy"
+    for length in range(len(whole)):
+        copy.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"data\.path="):
+            read(tmp_path, copy, "enwik8")
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, "zip"])
+def test_a_damaged_archive_is_refused_in_one_message_or_harmless(tmp_path, enwik8, zipped, pack):
+    """Guards against a traceback from the depths of a decompressor, and against damage that goes unnoticed."""
+    whole = zipped(enwik8=enwik8) if pack == "zip" else pack(enwik8)
+    copy = tmp_path / "copy"
+    refused = 0
+    for place in range(len(whole)):
+        copy.write_bytes(whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :])
+        try:
+            assert read(tmp_path, copy, "enwik8") == enwik8  # as when a time stamp was hit
+        except UserError:
+            refused += 1
+    assert refused > len(whole) / 2
+
+
+def test_bytes_after_the_end_of_an_archive(tmp_path, enwik8):
+    """Guards against text taken from behind the archive: gzip refuses what follows, xz does not look at it."""
+    copy = tmp_path / "copy"
+    copy.write_bytes(gzip.compress(enwik8) + b"rubbish")
+    with pytest.raises(UserError, match="cannot be read to its end"):
+        read(tmp_path, copy, "enwik8")
+    copy.write_bytes(lzma.compress(enwik8) + b"rubbish")
+    assert read(tmp_path, copy, "enwik8") == enwik8
+
+
+def test_an_archive_without_the_member_is_refused(tmp_path, enwik8, zipped):
+    """Guards against unpacking whatever an archive holds, and wherever its names lead."""
+    copy = tmp_path / "copy.zip"
+    copy.write_bytes(zipped(**{"../enwik8": enwik8, "enwik9": enwik8}))
+    with pytest.raises(UserError, match="no member named enwik8"):
+        read(tmp_path, copy, "enwik8")
+
+
+def test_an_unknown_format_is_refused(tmp_path, enwik8):
+    """Guards against compressed bytes that are taken for the text."""
+    copy = tmp_path / "enwik8.bz2"
+    copy.write_bytes(bz2.compress(enwik8))
+    with pytest.raises(UserError, match="bytes"):
+        read(tmp_path, copy, "enwik8")
+
+
+@pytest.mark.parametrize("corpus", ["enwik8", "text8", "file"])
+def test_what_is_not_there_is_refused(tmp_path, corpus):
+    """Guards against tracebacks for paths that lead nowhere, and against a download where a file was named."""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("text")
+    for name in ("missing", "loop", "file/below", "n" * 300):
+        with pytest.raises(UserError, match=f"data.path={tmp_path / name}: cannot read"):
+            read(tmp_path, tmp_path / name, corpus)
+    with pytest.raises(UserError, match="~nobody-of-this-name"):
+        read(tmp_path, Path("~nobody-of-this-name/text"), corpus)
+
+
+def test_a_folder_is_no_copy(tmp_path):
+    """Guards against a folder being opened as a file."""
+    with pytest.raises(UserError, match=r"not a file; give a copy of text8, raw or as .zip, .gz or .xz"):
+        read(tmp_path, tmp_path, "text8")
+
+
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
+    """Guards against waiting for ever on a pipe, or reading a device without end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UserError, match="neither a file nor a folder"):
+            read(tmp_path, path)
+
+
+def test_a_file_is_taken_as_it_is(tmp_path):
+    """Guards against newlines, NUL or compressed bytes that are converted on the way."""
+    content = gzip.compress(b"a\r\nb\0\n") + bytes(range(256))
+    (tmp_path / "text.gz").write_bytes(content)
+    assert read(tmp_path, tmp_path / "text.gz") == content
+
+
+def test_a_folder_is_read_in_the_order_of_relative_paths(tmp_path):
+    """Guards against an order that depends on the file system, and against a separator between files."""
+    folder = tmp_path / "folder"
+    for name in ("b", "a/z", "a.txt", "a/b/c", "B", "é"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"<{name}>")
+    assert read(tmp_path, folder).decode() == "<B><a.txt><a/b/c><a/z><b><é>"
+
+
+def test_links_lead_to_files_but_not_in_circles(tmp_path):
+    """Guards against an endless walk, and against links to nowhere and pipes that stop it."""
+    folder = tmp_path / "folder"
+    (folder / "below").mkdir(parents=True)
+    (folder / "below" / "text").write_text("text")
+    (folder / "again").symlink_to("below/text")
+    (folder / "below" / "circle").symlink_to(folder)
+    (folder / "loop").symlink_to("loop")
+    (folder / "nowhere").symlink_to("missing")
+    os.mkfifo(folder / "pipe")
+    assert read(tmp_path, folder) == b"texttext"
+
+
+def test_a_cache_inside_the_text_is_refused(tmp_path):
+    """Guards against a corpus that contains itself, and so changes while it is prepared."""
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(UserError, match=r"data\.cache_dir=.*lies inside"):
+        read(tmp_path, tmp_path)
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path):
+    """Guards against a mixture of two versions that is served as one of them."""
+    (tmp_path / "folder").mkdir()
+    for name in "ab":
+        (tmp_path / "folder" / name).write_bytes(b"before")
+    config = DataConfig(corpus="file", path=tmp_path / "folder", cache_dir=tmp_path / "cache")
+    chunks = find_source(config, config.cache_dir, progress=False).chunks()
+    next(chunks)
+    (tmp_path / "folder" / "a").write_bytes(b"after!")
+    with pytest.raises(UserError, match="changed while it was read"):
+        list(chunks)
+
+
+def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
+    """Guards against a text that silently lacks the files its reader may not see."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "secret").write_text("text")
+
+    def refuse(path, *args):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)  # a test may run as root, whom no file refuses
+    with pytest.raises(UserError, match=rf"data.path={folder}: cannot read {folder / 'secret'} \(Permission denied\)"):
+        read(tmp_path, folder)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=rf"cannot read {folder} \(Permission denied\)"):
+        read(tmp_path, folder)
+
+
+def test_the_standard_library_without_tests_and_packages(tmp_path, monkeypatch):
+    """Guards against a demo that learns from tests or from what happens to be installed."""
+    names = ["zip.py", "json/tool.py", "json/tests/a.py", "test/b.py", "idlelib/idle_test/c.py", "unittest/case.py"]
+    names += [
+        "site-packages/d.py",
+        "dist-packages/e/f.py",
+        "json/__pycache__/tool.py",
+        "lib-dynload/g.so",
+        "LICENSE.txt",
+    ]
+    for name in names:
+        (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lib" / name).write_text(f"<{name}>")
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(tmp_path / "lib")}.get)
+    assert read(tmp_path, None, "python-stdlib") == b"<json/tool.py><unittest/case.py><zip.py>"
+
+
+def test_the_standard_library_is_the_running_interpreters(tmp_path):
+    """Guards against a folder without the sources, such as a virtual environment's own."""
+    text = read(tmp_path, None, "python-stdlib")
+    for module in (argparse, json):
+        assert Path(module.__file__).read_bytes() in text
+    assert b"class ArgumentParserTest" not in text
