@@ -3,11 +3,14 @@
 For a GPU or several processes: accelerate launch --config_file configs/accelerate/FILE.yaml scripts/train.py ...
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that no head is silent until the first one is
 
 import charlm
 from charlm import cli
