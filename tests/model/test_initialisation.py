@@ -1,6 +1,7 @@
 """The network before training: its size and the scale of its states and gradients. Shapes: D d_model, V vocabulary."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -33,6 +34,22 @@ def test_64_layers_start_stable(norm, activation):
     for name in ("attention.value", "attention.out", "feed_forward.up", "feed_forward.down"):
         norms = [block.get_submodule(name).weight.grad.norm().item() for block in model.blocks]
         assert max(norms) < 8 * min(norms), name
+
+
+def test_scales_are_the_documented_ones():
+    """A start that is stable because every layer does next to nothing, or that forgets a matrix or a bias."""
+    torch.manual_seed(0)
+    model = CharTransformer(deep(), 256)
+    for name, parameter in model.named_parameters():
+        std = parameter.shape[-1] ** -0.5  # rows are outputs
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            std = 0.3 if "embedding" in name else 0.02 if "position_tables" in name else std
+            std /= math.sqrt(2 * 64) if ".out." in name or ".down." in name else 1
+            assert parameter.std().item() == pytest.approx(std, rel=0.12), name  # five deviations of 1024 numbers
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])

@@ -214,6 +214,13 @@ def test_gradient_is_the_weighted_sum_of_the_rows_gradients(randomise):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_heads_are_those_of_the_table_and_the_one_that_stays():
+    """A model trained on intermediate layers alone, whose last layer then has no head to predict with."""
+    aux = AuxConfig(main_weight=0.0, layers=LayersConfig(at=(2,), schedule="constant"))
+    assert head_pairs(build_terms(aux, 4), 4) == {(2, 1), (2, 2), (4, 1)}
+    assert head_pairs(build_terms(AuxConfig(), 2), 2) == {(1, 1), (1, 2), (2, 1), (2, 2)}
+
+
 def test_windows_of_a_wrong_length_are_refused(randomise):
     """Windows one character short or long, read as if they were right."""
     objective = real_objective(randomise, AuxConfig(targets=TargetsConfig(num_targets=3)))
