@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-CorpusName = Literal["enwik8", "text8", "file", "python-stdlib"]
+CorpusName = Literal["enwik8", "text8", "lm1b", "file", "hub", "python-stdlib"]
 Precision = Literal["no", "bf16", "fp16", "auto"]
 SplitName = Literal["train", "valid", "test"]
+TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
 
 class UserError(Exception):
@@ -40,17 +41,37 @@ class DataConfig:
     """Which text, and how it becomes ids."""
 
     corpus: CorpusName = "enwik8"
-    """enwik8 and text8 are downloaded once and verified; file is data.path; python-stdlib needs no network."""
+    """enwik8 and text8 are downloaded once and verified; file is data.path; hub is data.hub_id; lm1b is a dataset of
+    the hub, too; python-stdlib needs no network."""
     path: Path | None = None
     """A local copy of enwik8 or text8 (raw, .zip, .gz, .xz), or the file or folder of corpus=file."""
     cache_dir: Path = field(default_factory=lambda: Path(os.environ.get("CHARLM_CACHE", "~/.cache/charlm")))
     """Where prepared corpora are kept. The environment variable CHARLM_CACHE changes the default."""
-    vocabulary: Literal["bytes"] = "bytes"
-    """How text becomes ids: bytes has always 256 symbols."""
+    vocabulary: Literal["bytes", "characters", "sentencepiece"] = "bytes"
+    """How text becomes ids: bytes has always 256 symbols; characters has those of the training split, which the other
+    splits must not exceed; sentencepiece has its common characters, and spells the others in bytes."""
+    character_coverage: float = 0.9995
+    """Share of the training split that the characters of vocabulary=sentencepiece make up, in [0.98, 1]."""
+    hub_id: str | None = None
+    """The dataset of corpus=hub, OWNER/NAME, or a local folder of parquet files. For lm1b: another copy of it."""
+    hub_config: str | None = None
+    """Which of the dataset's configurations, where it has several."""
+    hub_revision: str | None = None
+    """Branch, tag or commit of the dataset; default its main branch at the time of preparation."""
+    text_column: str = "text"
+    """The dataset's column that holds the documents."""
+    train_split: str = "train"
+    """The dataset's split to train on."""
+    valid_split: str | None = None
+    """Its split for validation; by default validation if there is one, else the end of the training split."""
+    test_split: str | None = None
+    """Its split for testing; by default test if there is one, else the end of the training split."""
+    separator: str = "\n"
+    """What is put between two documents of a dataset."""
     valid_fraction: float = 0.05
-    """Share of corpus=file and python-stdlib that is held out for validation."""
+    """Share of the text that is held out for validation, where a corpus has no such split of its own."""
     test_fraction: float = 0.05
-    """Share of corpus=file and python-stdlib that is held out for testing, at the end."""
+    """Share of the text that is held out for testing, at the end, where a corpus has no such split of its own."""
 
     def __post_init__(self):
         for name in ("valid_fraction", "test_fraction"):
@@ -58,10 +79,21 @@ class DataConfig:
         total = self.valid_fraction + self.test_fraction
         _require(total < 1, "data.valid_fraction + data.test_fraction", total, "leaves no training text; lower one")
         _require(
-            self.corpus != "file" or self.path is not None,
-            "data.corpus",
-            "file",
-            "needs --data.path=FILE_OR_FOLDER",
+            self.corpus != "file" or self.path is not None, "data.corpus", "file", "needs --data.path=FILE_OR_FOLDER"
+        )
+        _require(self.corpus != "hub" or self.hub_id, "data.corpus", "hub", "needs --data.hub_id=OWNER/NAME_OR_FOLDER")
+        _require(
+            0.98 <= self.character_coverage <= 1,
+            "data.character_coverage",
+            self.character_coverage,
+            "must lie in [0.98, 1]",
+        )
+        _require(
+            len({self.train_split, self.valid_split, self.test_split} - {None})
+            == 3 - (self.valid_split, self.test_split).count(None),
+            "data.train_split, valid_split, test_split",
+            f"{self.train_split}, {self.valid_split}, {self.test_split}",
+            "name one split twice",
         )
 
 
@@ -88,7 +120,7 @@ class ModelConfig:
     """Of the feed-forward layer. relu_squared is So et al. 2021 (Primer)."""
     residual_init: Literal["scaled", "zero"] = "scaled"
     """How the matrices that write to the residual stream start: scaled by 1 / sqrt(2L) (Radford et al. 2019), or at
-    zero, so that every layer starts as the identity (Zhang et al. 2019, Fixup)."""
+    zero, so that every sublayer starts by adding nothing (Zhang et al. 2019, Fixup)."""
     attention_dropout: float = 0.0
     """Dropout on the attention weights."""
     activation_dropout: float = 0.0
@@ -310,6 +342,9 @@ class RunConfig:
     """Continue the run from its newest checkpoint."""
     resume_from: int | None = None
     """Continue the run from the checkpoint of this step."""
+    tracker: tuple[TrackerName, ...] = ()
+    """Experiment trackers that get every number of metrics.jsonl too, each a package of its own to be installed:
+    tensorboard, or a list, [tensorboard, wandb]. See `charlm.training.trackers`."""
 
     def __post_init__(self):
         _require(
@@ -318,6 +353,7 @@ class RunConfig:
             self.resume_from,
             "must be the step of a checkpoint",
         )
+        _require(len(set(self.tracker)) == len(self.tracker), "run.tracker", self.tracker, "names a tracker twice")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """A deep causal Transformer over characters that returns hidden states, never logits.
 
-Shapes: B batch, T positions, D d_model, H heads, C = D / H head size, V vocabulary, L layers.
+Shapes: B batch, T positions, D d_model, H heads, C = D / H head size, F = C / 2 frequencies, V vocabulary, L layers.
 """
 
 import math
@@ -53,10 +53,10 @@ class KVCache:
         return LayerCache(self.keys[layer - 1], self.values[layer - 1], self.length)
 
 
-def rotate(x_BHTC: Tensor, angles_TC: Tensor) -> Tensor:
+def rotate(x_BHTC: Tensor, angles_TF: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021, eq. 34): turn the pairs (c, c + C/2) by their position's angles."""
     first, second = x_BHTC.float().chunk(2, dim=-1)
-    cos, sin = angles_TC.cos(), angles_TC.sin()
+    cos, sin = angles_TF.cos(), angles_TF.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BHTC.dtype)
 
 
@@ -73,14 +73,14 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.d_model, config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x_BTD: Tensor, angles_TC: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, angles_TF: Tensor | None, cache: LayerCache | None) -> Tensor:
         B, T, D = x_BTD.shape
         query, key, value = (
             project(x_BTD).view(B, T, self.num_heads, D // self.num_heads).transpose(1, 2)
             for project in (self.query, self.key, self.value)
         )
-        if angles_TC is not None:
-            query, key = rotate(query, angles_TC), rotate(key, angles_TC)
+        if angles_TF is not None:
+            query, key = rotate(query, angles_TF), rotate(key, angles_TF)
         mask = None
         if cache is not None:
             key, value = cache.extend(key, value)
@@ -124,11 +124,11 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.d_model)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, x_BTD: Tensor, angles_TC: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, angles_TF: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         if self.pre_norm:
-            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), angles_TC, cache))
+            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), angles_TF, cache))
             return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
-        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, angles_TC, cache)))
+        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, angles_TF, cache)))
         return self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
 
 
@@ -168,7 +168,7 @@ class CharTransformer(nn.Module):
                 linear.weight.data.mul_(residual_scale)
 
     def _angles(self, start: int, end: int, device: torch.device) -> Tensor | None:
-        """Rotary angles of the positions [start, end): [T, C/2] radians; None for learned positions."""
+        """Rotary angles of the positions [start, end): [T, F] radians; None for learned positions."""
         if self.config.positions != "rotary":
             return None
         half = self.config.d_model // self.config.num_heads // 2
@@ -183,16 +183,19 @@ class CharTransformer(nn.Module):
         Args:
             ids_BT: character ids, at most `context_length` of them counting those that `cache` holds.
             layers: 1-based numbers of the layers wanted; by default the last. None above the highest is computed.
-            cache: keys and values of earlier positions; it is advanced by T.
+            cache: keys and values of earlier positions; it is advanced by T, and only for the layers that run: use one
+                cache for one depth. Only in evaluation mode or without activation checkpointing.
 
         Returns:
             {layer: hidden_BTD}. Under pre-norm the last layer's states went through the final norm; those of an
             intermediate layer are the raw residual stream, which its head normalises.
 
         Raises:
-            ValueError: the positions exceed the context.
+            ValueError: no such layer, or the positions exceed the context.
         """
         wanted = {self.config.num_layers} if layers is None else set(layers)
+        if not wanted or not wanted <= set(range(1, self.config.num_layers + 1)):
+            raise ValueError(f"layers {sorted(wanted)}: name some of 1 to {self.config.num_layers}")
         start = cache.length if cache is not None else 0
         end = start + ids_BT.shape[1]
         if end > self.config.context_length:
