@@ -1,8 +1,8 @@
 """One parser for everything that people type: tyro over dataclasses, with our rules for values and our errors.
 
 A value is always one piece of text: `true` and `false` in any case, `1e6` where a whole number is meant, `null` for
-None, and lists as one YAML string, `--aux.layers.at=[3,6]`. So YAML files can be turned into flags (see
-`charlm.config_files`) and every mistake is found and worded in one place.
+None, and lists as one YAML string, `--aux.layers.at=[3,6]`, where a list of any length may go without its brackets.
+So YAML files can be turned into flags (see `charlm.config_files`) and every mistake is found and worded in one place.
 """
 
 import contextlib
@@ -76,6 +76,8 @@ def _tuple_of(kinds: tuple[Any, ...], text: str) -> tuple[Any, ...]:
         items = yaml.load(text, yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError):
         items = None
+    if isinstance(items, str) and items and kinds[-1] is Ellipsis:
+        items = [item.strip() for item in items.split(",")]
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise ValueError(f"{text!r} is not a list such as [3, 6]")
     if kinds[-1] is Ellipsis:

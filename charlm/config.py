@@ -344,7 +344,7 @@ class RunConfig:
     """Continue the run from the checkpoint of this step."""
     tracker: tuple[TrackerName, ...] = ()
     """Experiment trackers that get every number of metrics.jsonl too, each a package of its own to be installed:
-    tensorboard, or a list, [tensorboard, wandb]. See `charlm.training.trackers`."""
+    tensorboard, or a list, [tensorboard, wandb]."""
 
     def __post_init__(self):
         _require(

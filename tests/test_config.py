@@ -55,6 +55,7 @@ OUT_OF_RANGE = [
     ("train.seed", "-1", "must lie in [0, 2^63)"),
     ("train.seed", str(2**63), "must lie in [0, 2^63)"),
     ("run.resume_from", "-1", "must be the step of a checkpoint"),
+    ("run.tracker", "[wandb, wandb]", "names a tracker twice"),
 ]
 
 

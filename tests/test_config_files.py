@@ -58,6 +58,10 @@ def option(config: Config, name: str) -> Any:
         ("aux.layers.at", "[3,6]", (3, 6)),
         ("aux.layers.at", "[]", ()),
         ("aux.layers.at", "null", None),
+        ("aux.layers.at", "3", (3,)),
+        ("run.tracker", "tensorboard", ("tensorboard",)),
+        ("run.tracker", "[tensorboard, wandb]", ("tensorboard", "wandb")),
+        ("run.tracker", "[]", ()),
         ("aux.layers.enabled", "False", False),
         ("run.resume", "TRUE", True),
         ("data.path", "null", None),
@@ -82,6 +86,13 @@ def test_file_flag_and_mapping_read_alike(name: str, text: str, value: Any, yaml
     ):
         assert option(config, name) == value
         assert type(option(config, name)) is type(value)
+
+
+@pytest.mark.parametrize("text", ["tensorboard,wandb", "tensorboard, wandb", "[tensorboard,wandb]"])
+def test_a_list_of_any_length_needs_no_brackets(text: str, yaml_file) -> None:
+    """Guards against `tensorboard,wandb` being read as one name."""
+    assert load_config((), [f"--run.tracker={text}"]).run.tracker == ("tensorboard", "wandb")
+    assert load_config(yaml_file(f"run:\n  tracker: {text}\n")).run.tracker == ("tensorboard", "wandb")
 
 
 def test_later_files_win_and_flags_win_over_all(yaml_file) -> None:
@@ -130,6 +141,9 @@ def test_anchors_and_nested_and_dotted_overrides(yaml_file) -> None:
         ("train: {adam_betas: 0.9}", ["--train.adam_betas", "'0.9' is not a list such as [3, 6]"]),
         ("aux: {layers: {at: [3, x]}}", ["--aux.layers.at", "'x' is not a whole number"]),
         ("aux: {layers: {at: [[3]]}}", ["--aux.layers.at", "is not a list"]),
+        ("run: {tracker: tensorbord}", ["--run.tracker", "'tensorbord' is none of aim", "tensorboard, trackio"]),
+        ("run: {tracker: ''}", ["--run.tracker", "is not a list"]),
+        ("run: {tracker: 'wandb,'}", ["--run.tracker", "'' is none of aim"]),
         ("run: {resume: yes}", ["--run.resume", "'yes' is neither true nor false"]),
         ("run: {dir: ''}", ["--run.dir", "empty"]),
         ("data: {corpus: enwik9}", ["--data.corpus", "'enwik9'", "enwik8", "python-stdlib", "line 1"]),
@@ -220,7 +234,13 @@ configs = st.builds(
         warmup=finite,
         seed=st.integers(0, 2**63 - 1),
     ),
-    run=st.builds(RunConfig, dir=paths, resume=st.booleans(), resume_from=st.none() | st.integers(0, 10**9)),
+    run=st.builds(
+        RunConfig,
+        dir=paths,
+        resume=st.booleans(),
+        resume_from=st.none() | st.integers(0, 10**9),
+        tracker=st.sampled_from([(), ("wandb",), ("tensorboard", "wandb")]),
+    ),
 )
 
 
