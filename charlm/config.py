@@ -10,7 +10,7 @@ Progress, in every schedule, is the number of completed optimizer steps divided 
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 CorpusName = Literal["enwik8", "text8", "lm1b", "file", "hub", "python-stdlib"]
 Precision = Literal["no", "bf16", "fp16", "auto"]
@@ -34,6 +34,17 @@ def _require(condition: bool, name: str, value: object, way_out: str) -> None:
 def steps_of(cadence: float, total_steps: int) -> int:
     """The steps that a cadence stands for: below 1 a fraction of `total_steps` (at least one step), else steps."""
     return max(1, round(cadence * total_steps)) if 0 < cadence < 1 else int(cadence)
+
+
+def flatten(tree: dict[str, Any], separator: str) -> dict[str, Any]:
+    """The leaves of nested dicts by their path: {"a": {"b": 1}} becomes {"a.b": 1}."""
+    leaves = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= {f"{name}{separator}{path}": leaf for path, leaf in flatten(value, separator).items()}
+        else:
+            leaves[name] = value
+    return leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +99,12 @@ class DataConfig:
             self.character_coverage,
             "must lie in [0.98, 1]",
         )
+        splits = [name for name in (self.train_split, self.valid_split, self.test_split) if name is not None]
         _require(
-            len({self.train_split, self.valid_split, self.test_split} - {None})
-            == 3 - (self.valid_split, self.test_split).count(None),
+            len(set(splits)) == len(splits),
             "data.train_split, valid_split, test_split",
-            f"{self.train_split}, {self.valid_split}, {self.test_split}",
-            "name one split twice",
+            ", ".join(splits),
+            "a split is named twice; name another, or none to hold out the end of the training split",
         )
 
 
@@ -345,6 +356,8 @@ class RunConfig:
     tracker: tuple[TrackerName, ...] = ()
     """Experiment trackers that get every number of metrics.jsonl too, each a package of its own to be installed:
     tensorboard, or a list, [tensorboard, wandb]."""
+    project: str = "charlm"
+    """What trackers that group runs by project or experiment call this one."""
 
     def __post_init__(self):
         _require(

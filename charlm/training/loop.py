@@ -27,6 +27,7 @@ from charlm.runs.loading import build_objective
 from charlm.training.hardware import build_accelerator, choose_compile, describe_attention, torch_settings
 from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
 from charlm.training.resumption import check_resumable, check_same_corpus, restore
+from charlm.training.trackers import check_installed
 from charlm.training.tracking import Tracker
 
 
@@ -48,6 +49,7 @@ def train(config: Config) -> Path:
     Raises:
         UserError: the options, the corpus or the run's folder do not allow it; nothing has been written then.
     """
+    check_installed(config.run.tracker)
     with torch_settings(config.train):
         accelerator, precision_reason = build_accelerator(config.train)
         corpus = load_corpus(config.data, progress=accelerator.is_main_process)

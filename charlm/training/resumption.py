@@ -1,13 +1,13 @@
 """Going on with a run that stopped: what may have changed since, and putting everything back."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from charlm.config import Config, UserError
+from charlm.config import Config, UserError, flatten
 from charlm.runs.checkpoints import Checkpoint, restore_optimizers
 
 MAY_CHANGE = {
@@ -34,7 +34,7 @@ def check_resumable(old: Config, new: Config) -> list[str]:
     Raises:
         UserError: an option changed that may not; the message names every one of them.
     """
-    before, after = dict(_flat(asdict(old))), dict(_flat(asdict(new)))
+    before, after = flatten(asdict(old), "."), flatten(asdict(new), ".")
     changed = [name for name in before if before[name] != after[name] and not name.startswith("run.")]
     lines = [f"{name}: {before[name]} -> {after[name]}" for name in changed]
     refused = [line for name, line in zip(changed, lines, strict=True) if name not in MAY_CHANGE]
@@ -61,11 +61,3 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Iterable[Optim
     """Put parameters and optimizer state back as the checkpoint has them."""
     model.load_state_dict(checkpoint.tensors())
     restore_optimizers(model, optimizers, checkpoint.optimizer_tensors())
-
-
-def _flat(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in options.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -1,15 +1,17 @@
-"""What a run tells while it runs: the rows of metrics.jsonl and a live progress line."""
+"""What a run tells while it runs: the rows of metrics.jsonl, the same to trackers, and a live progress line."""
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
 from charlm.config import Config
 from charlm.objective.terms import Term, active
 from charlm.runs.folder import Run
+from charlm.training.trackers import numbers, start_trackers
 
 
 class Tracker:
@@ -30,11 +32,16 @@ class Tracker:
         main: bool,
     ):
         """`seconds`: what the run took before it was resumed; `bits_per_nat`: from nats per symbol to the bits per
-        character that are shown."""
+        character that are shown.
+
+        Raises:
+            UserError: one of run.tracker did not start.
+        """
         self.run, self.terms, self.main, self.bits_per_nat = run, terms, main, bits_per_nat
         self.total_steps = config.train.steps
         self.symbols_per_step = config.train.batch_size * config.model.context_length
         self.main_names = [f"layer{config.model.num_layers}/offset1/{positions}" for positions in ("all", "last")]
+        self.trackers = start_trackers(config, run, step) if main else []
         self.started = time.perf_counter() - seconds
         self.logged_step, self.logged_time = step, time.perf_counter()
         self.bar = tqdm(
@@ -68,7 +75,7 @@ class Tracker:
         weights = {term.name: weight for term, weight in active(self.terms, (step - 1) / self.total_steps)}
         main_loss = next((parts[name] for name in self.main_names if name in parts), None)
         bits = None if main_loss is None else main_loss * self.bits_per_nat
-        self.run.append_metrics(
+        self._record(
             {
                 "step": step,
                 "progress": step / self.total_steps,
@@ -92,7 +99,7 @@ class Tracker:
         """One validation row."""
         if not self.main:
             return
-        self.run.append_metrics(
+        self._record(
             {
                 "step": step,
                 "progress": step / self.total_steps,
@@ -108,5 +115,24 @@ class Tracker:
             tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
-        """Leave the terminal in order."""
+        """Leave the trackers and the terminal in order."""
+        for tracker in self.trackers:
+            self._keeping_on(tracker.name, tracker.finish)
         self.bar.close()
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self.run.append_metrics(row)
+        self.trackers = [
+            tracker
+            for tracker in self.trackers
+            if self._keeping_on(tracker.name, tracker.log, numbers(row), step=row["step"])
+        ]
+
+    def _keeping_on(self, name: str, call: Callable[..., None], *arguments: Any, **options: Any) -> bool:
+        """Whether a tracker took the call: one that fails must not end the run, which has metrics.jsonl."""
+        try:
+            call(*arguments, **options)
+        except Exception as error:
+            self.say(f"run.tracker={name} failed and gets no more from here on: {error!r}")
+            return False
+        return True

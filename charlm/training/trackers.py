@@ -1,0 +1,96 @@
+"""accelerate's experiment trackers, fed with the numbers of metrics.jsonl.
+
+tensorboard, wandb, dvclive and swanlab write into RUN/trackers; the others go where they are configured to go. A
+resumed run continues its record in tensorboard, wandb, dvclive, swanlab, trackio and comet_ml, and starts another of
+the same name elsewhere. accelerate's own `init_trackers` and `end_training` are not used: the latter ends the process
+group, which a second run of the process needs.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+
+from charlm.arguments import text_of
+from charlm.config import Config, UserError, flatten
+from charlm.runs.folder import Run
+
+PACKAGES = {"aim": "'aim<4'", "comet_ml": "comet-ml"}
+"""What pip calls a tracker, where that is not its own name."""
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Raise UserError if a tracker's package is missing."""
+    missing = [name for name in names if name not in map(str, get_available_trackers())]
+    if missing:
+        packages = " ".join(PACKAGES.get(name, name) for name in missing)
+        raise UserError(f"run.tracker={','.join(missing)}: not installed; pip install {packages}, or leave it out")
+
+
+def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
+    """The trackers of a run that has completed `step` steps, each with the run's options recorded.
+
+    Raises:
+        UserError: one did not start. The folder of a run that has nothing to resume from is gone then.
+    """
+    trackers: list[GeneralTracker] = []
+    try:
+        for name in config.run.tracker:
+            tracker = _build(name, config, run, step)
+            tracker.start()
+            trackers.append(tracker)
+            tracker.store_init_configuration(_options(config))
+    except Exception as error:  # of any kind: no login, no server, a folder of another version
+        for tracker in trackers:
+            tracker.finish()
+        if not any(run.checkpoints_path.iterdir()):
+            shutil.rmtree(run.path)  # or it would be in the way of the corrected command
+        raise UserError(f"run.tracker={name}: did not start: {error}; mend that, or leave it out") from error
+    return trackers
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """A row of metrics.jsonl by path, `terms/layer3/offset1/all/loss`, without its step and what has no value.
+
+    All of a validation stands beneath `valid/`: a tracker keeps one value for each name and step.
+    """
+    if "valid" in row:
+        row = {"valid": {name: value for name, value in row.items() if name not in ("step", "valid")} | row["valid"]}
+    return {path: value for path, value in flatten(row, "/").items() if path != "step" and value is not None}
+
+
+def _options(config: Config) -> dict[str, bool | int | float | str]:
+    """Every option by its dotted name; what is no scalar, as it is written in a config file."""
+    options = flatten(asdict(config), ".")
+    return {name: value if isinstance(value, (int, float, str)) else text_of(value) for name, value in options.items()}
+
+
+def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:
+    folder, title = run.path / "trackers", run.path.resolve().name
+    key, resumed = _key(folder), step > 0
+    options: dict[str, Any] = {
+        "clearml": {"task_name": title, "auto_connect_frameworks": False, "reuse_last_task_id": False},
+        "comet_ml": {"experiment_key": key},
+        "dvclive": {"dir": str(folder / "dvclive"), "resume": resumed, "save_dvc_exp": False, "report": None},
+        "mlflow": {"run_name": title},
+        "swanlab": {"log_dir": str(folder / "swanlab"), "name": title, "id": key, "resume": "allow"},
+        "tensorboard": {"purge_step": step + 1 if resumed else None},
+        "trackio": {"name": f"{title}-{key[:8]}", "resume": "allow"},  # which it resumes by name
+        "wandb": {"dir": str(folder), "name": title, "id": key, "resume": "allow"},
+    }.get(name, {})
+    if name == "tensorboard":  # its writer makes a folder of what accelerate takes for a project
+        return LOGGER_TYPE_TO_CLASS[name]("tensorboard", folder, **options)
+    return LOGGER_TYPE_TO_CLASS[name](config.run.project, **options)
+
+
+def _key(folder: Path) -> str:
+    """The run's own name among all of a tracker's, kept for its resumption."""
+    path = folder / "key"
+    if not path.exists():
+        folder.mkdir(exist_ok=True)
+        path.write_text(uuid4().hex)
+    return path.read_text()
