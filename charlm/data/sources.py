@@ -1,4 +1,4 @@
-"""Where the text comes from: published files, fetched or local, and files and folders of the user's.
+"""Where the text comes from: published files, fetched or local, datasets, and files and folders of the user's.
 
 A source is the same bytes each time, or an error: published files are verified, and the others have a fingerprint.
 """
@@ -11,15 +11,16 @@ import platform
 import sysconfig
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
 from charlm.config import DataConfig, UserError
 from charlm.data.download import download
+from charlm.data.hub import documents, open_dataset
 
 CHUNK = 1 << 20
 
@@ -38,6 +39,8 @@ class Published:
     """Of the member, by `algorithm`."""
     split_sizes: tuple[int, int, int]
     """Bytes of train, valid and test."""
+    mirror: str | None = None
+    """A dataset on the hub whose splits train, validation and test are this text, in this order."""
 
 
 PUBLISHED = {
@@ -60,9 +63,12 @@ PUBLISHED = {
         algorithm="md5",
         digest="3bea1919949baf155f99411df5fada7e",
         split_sizes=(90_000_000, 5_000_000, 5_000_000),
+        mirror="afmck/text8",
     ),
 }
 
+HUB_IDS = {"lm1b": "dvruette/lm1b"}
+"""Datasets with a name of their own. The first one of this name needs a loading script."""
 NOT_LIBRARY = frozenset({"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"})
 """Folders inside the standard library's that hold its tests or installed packages."""
 
@@ -81,15 +87,17 @@ class Source:
     """Changes when what is at `origin` does; None: it never does."""
     chunks: Callable[[], Generator[bytes]]
     """The text, verified once it has come to its end; raises UserError where it cannot be had."""
-    split_sizes: tuple[int, int, int] | None
-    """Bytes of train, valid and test; None: the config's fractions decide."""
+    held_out: Mapping[str, Callable[[], Generator[bytes]]] = field(default_factory=dict)
+    """Texts of valid and test, kept apart from it; where one is missing or empty, the text's end is held out."""
+    split_sizes: tuple[int, int, int] | None = None
+    """Bytes of train, valid and test in the text; None: the config's fractions decide."""
 
 
 def find_source(config: DataConfig, cache_dir: Path, progress: bool) -> Source:
     """The source that the config asks for; nothing is fetched or read yet.
 
     Raises:
-        UserError: data.path does not exist, cannot be read, or is of the wrong kind.
+        UserError: data.path or a folder of data.hub_id does not exist, cannot be read, or is of the wrong kind.
     """
     if config.corpus in PUBLISHED:
         published = PUBLISHED[config.corpus]
@@ -97,10 +105,12 @@ def find_source(config: DataConfig, cache_dir: Path, progress: bool) -> Source:
     if config.corpus == "python-stdlib":
         origin, option = f"Python {platform.python_version()}, standard library", "data.corpus=python-stdlib"
         return _files(config, Path(sysconfig.get_path("stdlib")), origin, option, suffix=".py", skip=NOT_LIBRARY)
-    path = absolute(config.path)
-    if cache_dir.is_relative_to(path):
-        raise UserError(f"data.path={path}: data.cache_dir={cache_dir} lies inside; move one of them")
-    return _files(config, path, str(path), f"data.path={path}")
+    if config.corpus == "file":
+        path = absolute(config.path)
+        option = f"data.path={path}"
+        _keep_apart(cache_dir, path, option)
+        return _files(config, path, str(path), option)
+    return _dataset(config, config.hub_id or HUB_IDS[config.corpus], cache_dir, progress)
 
 
 def _fetched(config: DataConfig, published: Published, cache_dir: Path, progress: bool) -> Source:
@@ -108,9 +118,13 @@ def _fetched(config: DataConfig, published: Published, cache_dir: Path, progress
 
     def chunks() -> Generator[bytes]:
         archive, size, sha256 = cache_dir / f"{config.corpus}.zip", published.archive_size, published.archive_sha256
-        download(published.url, archive, size=size, sha256=sha256, progress=progress)
-        yield from _verified(_unpacked(archive, published.member, option), published, option)
-        archive.unlink()
+        try:
+            download(published.url, archive, size=size, sha256=sha256, progress=progress)
+        except UserError as error:
+            yield from _verified(_mirrored(published, option, progress, error), published, option)
+        else:
+            yield from _verified(_unpacked(archive, published.member, option), published, option)
+            archive.unlink()
 
     return Source(
         key=config.corpus,
@@ -120,6 +134,18 @@ def _fetched(config: DataConfig, published: Published, cache_dir: Path, progress
         chunks=chunks,
         split_sizes=published.split_sizes,
     )
+
+
+def _mirrored(published: Published, option: str, progress: bool, why: UserError) -> Generator[bytes]:
+    """The text from its second source, `why` if there is none."""
+    if published.mirror is None:
+        raise why
+    try:
+        splits = open_dataset(published.mirror, None, None, f"{option} from {published.mirror}", progress)
+        for split in ("train", "validation", "test"):
+            yield from documents(splits, split, "text", "", option)
+    except UserError as error:
+        raise UserError(f"{why}\nIts mirror fails, too: {error}") from error
 
 
 def _local_copy(config: DataConfig, published: Published) -> Source:
@@ -150,25 +176,70 @@ def _files(
 
     def chunks() -> Generator[bytes]:
         with _reading(option):
-            files = _list_files(root, suffix, skip)
-            for file in files:
+            for file in _list_files(root, suffix, skip):
                 with file.open("rb") as stream:
                     yield from _blocks(stream)
-            if _fingerprint(_list_files(root, suffix, skip)) != fingerprint:
-                raise UserError(f"{option}: changed while it was read; try again when nothing writes to it")
+            _check_unchanged(fingerprint, _list_files(root, suffix, skip), option)
 
-    identity = repr((str(root), config.valid_fraction, config.test_fraction))
     return Source(
-        key=f"{config.corpus}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}",
+        key=_key(config, str(root)),
         origin=origin,
         option=option,
         fingerprint=fingerprint,
         chunks=chunks,
-        split_sizes=None,
     )
 
 
-def _list_files(root: Path, suffix: str, skip: frozenset[str]) -> list[Path]:
+def _dataset(config: DataConfig, hub_id: str, cache_dir: Path, progress: bool) -> Source:
+    """The documents of a dataset, of the hub or of a folder's parquet files."""
+    where, fingerprint = hub_id, None
+    if os.path.isdir(os.path.expanduser(hub_id)) or hub_id.startswith(("/", "./", "../", "~")):
+        where = absolute(Path(hub_id))
+    option = f"data.hub_id={where}"
+    if isinstance(where, Path):
+        _keep_apart(cache_dir, where, option)
+        with _reading(option):
+            fingerprint = _fingerprint(_list_files(where))
+    opened = cache(partial(open_dataset, where, config.hub_config, config.hub_revision, option, progress))
+    named = (config.train_split, config.valid_split, config.test_split)
+
+    def chunks(split: str | None, default: str) -> Generator[bytes]:
+        if split is None and default in opened() and default not in named:
+            split = default
+        if split is not None:
+            yield from documents(opened(), split, config.text_column, config.separator, option)
+        if fingerprint is not None:
+            with _reading(option):
+                _check_unchanged(fingerprint, _list_files(where), option)
+
+    return Source(
+        key=_key(
+            config, str(where), config.hub_config, config.hub_revision, config.text_column, config.separator, *named
+        ),
+        origin=f"{where}@{config.hub_revision}" if config.hub_revision else str(where),
+        option=option,
+        fingerprint=fingerprint,
+        chunks=partial(chunks, config.train_split, "train"),
+        held_out={
+            "valid": partial(chunks, config.valid_split, "validation"),
+            "test": partial(chunks, config.test_split, "test"),
+        },
+    )
+
+
+def _key(config: DataConfig, *identity: str | None) -> str:
+    """A name that no text has but the one so identified, split as the config says."""
+    everything = repr((*identity, config.valid_fraction, config.test_fraction))
+    return f"{config.corpus}-{hashlib.sha256(os.fsencode(everything)).hexdigest()[:16]}"
+
+
+def _keep_apart(cache_dir: Path, path: Path, option: str) -> None:
+    """Raise UserError where the cache would become part of the text."""
+    if cache_dir.is_relative_to(path):
+        raise UserError(f"{option}: data.cache_dir={cache_dir} lies inside; move one of them")
+
+
+def _list_files(root: Path, suffix: str = "", skip: frozenset[str] = frozenset()) -> list[Path]:
     """Links to files are followed; links to folders are not, as they could lead in circles."""
 
     def refuse(error: OSError) -> None:
@@ -190,6 +261,11 @@ def _fingerprint(files: Iterable[Path]) -> str:
         info = file.stat()
         digest.update(repr((os.fsencode(file), info.st_size, info.st_mtime_ns, info.st_ctime_ns)).encode())
     return digest.hexdigest()
+
+
+def _check_unchanged(fingerprint: str, files: Iterable[Path], option: str) -> None:
+    if _fingerprint(files) != fingerprint:
+        raise UserError(f"{option}: changed while it was read; try again when nothing writes to it")
 
 
 def absolute(path: Path) -> Path:
