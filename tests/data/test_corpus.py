@@ -230,8 +230,10 @@ def test_a_damaged_cache_is_prepared_anew(file_config, damage):
     """Guards against a crash, or worse a wrong text, for ever after a disk has failed once."""
     expected = load_corpus(file_config).to_dict()
     [name] = left_in(file_config.cache_dir)
+    record = (file_config.cache_dir / name / "corpus.json").read_text()
     damage(file_config.cache_dir / name)
     corpus = load_corpus(file_config)
+    assert (file_config.cache_dir / name / "corpus.json").read_text() == record
     assert corpus.to_dict() == expected
     assert b"".join(texts(corpus).values()) == TEXT
 

@@ -43,6 +43,12 @@ def test_a_connection_cut_off_is_resumed_where_it_was_cut(server, fetch):
     assert server.ranges == [None, "bytes=100001-", "bytes=165537-", "bytes=165538-"]
 
 
+def test_a_bad_line_is_given_time_as_long_as_anything_comes(server, fetch):
+    """Guards against a long download that is given up for failures that lie far apart."""
+    server.cuts = [1000, 0, 0, 1000, 0, 0, 1000, 0, 0]
+    assert fetch() == CONTENT
+
+
 def test_the_next_call_resumes_what_a_failed_one_received(server, fetch, tmp_path):
     """Guards against a partial download that is thrown away when the attempts are used up."""
     server.cuts = [200_000, 0, 0, 0]
