@@ -26,6 +26,8 @@ class DataOptions:
 
     path: Path | None = None
     """A local copy of the corpus, or the file or folder it was made from."""
+    hub_id: str | None = None
+    """Another copy of a dataset, such as a folder of its parquet files."""
     cache_dir: Path | None = None
     """Where prepared corpora are kept."""
 

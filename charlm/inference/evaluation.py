@@ -210,7 +210,7 @@ def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
     characters = vocabulary.count_characters(ids)
     if characters == 0:
         raise UserError(f"a text of {len(ids)} symbols: no character begins in it, so bits per character do not exist")
-    return characters, len(vocabulary.decode(ids))
+    return characters, vocabulary.count_bytes(ids)
 
 
 def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) -> float | None:
@@ -323,10 +323,11 @@ def _medium_is_fp32() -> bool:
 def _check_options(
     trained: TrainedModel, corpus: Corpus, split: str, limit: int | None, batch_size: int | None, precision: str
 ) -> None:
-    if corpus.sha256 != trained.corpus["sha256"] or corpus.vocabulary.to_dict() != trained.vocabulary.to_dict():
+    if corpus.sha256 != trained.corpus["sha256"] or corpus.vocabulary != trained.vocabulary:
         raise UserError(
             f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on {trained.corpus['name']} "
-            f"({trained.corpus['sha256'][:12]}), another text or vocabulary; score it on that one (--data.path)"
+            f"({trained.corpus['sha256'][:12]}), another text or vocabulary; score it on that one "
+            "(--data.path, --data.hub_id)"
         )
     if split not in corpus.splits:
         raise UserError(f"split={split}: must be one of {', '.join(corpus.splits)}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from charlm.config import UserError
+from charlm.data.vocabulary import EncodingError
 from charlm.model.transformer import KVCache
 from charlm.runs.loading import TrainedModel
 
@@ -55,11 +56,15 @@ def stream(
             (Holtzman et al. 2020, "nucleus sampling"), after temperature and top_k.
 
     Raises:
-        UserError: a value out of range; an empty prompt, or one longer than the context.
+        UserError: a value out of range; an empty prompt, one longer than the context, or one with a character that the
+            vocabulary lacks.
     """
     _check_sampling(length, temperature, top_k, top_p, seed)
     data = prompt.encode("utf-8", "surrogateescape") if isinstance(prompt, str) else prompt
-    ids = trained.vocabulary.encode(data).tolist()
+    try:
+        ids = trained.vocabulary.encode(data).tolist()
+    except EncodingError as error:
+        raise UserError(f"prompt: {error}; give one that the model can read") from error
     context_length = trained.config.model.context_length
     if not 1 <= len(ids) <= context_length:
         raise UserError(f"prompt: has {len(ids)} symbols; give at least 1, at most the context of {context_length}")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from charlm.config import Config
+from charlm.data.corpus import prepared_corpus
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
@@ -28,6 +29,9 @@ class Explanation:
     """What `explain` found out. `to_dict` is for programs, `to_text` for people."""
 
     config: Config
+    vocabulary_size: int
+    vocabulary_is_known: bool
+    """False where it depends on a corpus that is not prepared yet: then the size is that of bytes."""
     terms: tuple[Term, ...]
     """The table, ordered by layer, offset and positions."""
     parameters: dict[str, int]
@@ -44,6 +48,8 @@ class Explanation:
             "steps": train.steps,
             "characters_per_step": train.batch_size * context_length,
             "context_length": context_length,
+            "vocabulary_size": self.vocabulary_size,
+            "vocabulary_is_known": self.vocabulary_is_known,
             "terms": [
                 {
                     "name": term.name,
@@ -68,7 +74,9 @@ def explain(config: Config) -> Explanation:
     Raises:
         ConfigError: at some point of training every loss has weight zero.
     """
-    model, vocabulary_size = config.model, ByteVocabulary.size
+    model = config.model
+    corpus = prepared_corpus(config.data) if config.data.vocabulary != ByteVocabulary.name else None
+    vocabulary_size = corpus.vocabulary.size if corpus else ByteVocabulary.size
     terms = build_terms(config.aux, model.num_layers)
     with torch.device("meta"):
         transformer = CharTransformer(model, vocabulary_size)
@@ -78,6 +86,8 @@ def explain(config: Config) -> Explanation:
     ending = [term for term in terms if term.weight.stops_at is None]
     return Explanation(
         config=config,
+        vocabulary_size=vocabulary_size,
+        vocabulary_is_known=corpus is not None or config.data.vocabulary == ByteVocabulary.name,
         terms=terms,
         parameters={
             "training": _num_parameters(transformer, heads),
@@ -153,13 +163,18 @@ def _summary(explanation: Explanation) -> list[str]:
     model, train = explanation.config.model, explanation.config.train
     parameters = {name: _short(count) for name, count in explanation.parameters.items()}
     flops = {name: _short(count) for name, count in explanation.flops_per_character.items()}
-    return [
+    lines = [
         f"model                {model.num_layers} layers of width {model.d_model}, context {model.context_length}",
         f"parameters           {parameters['training']} in training, {parameters['inference']} at inference",
         f"FLOPs per character  {flops['training_start']} in training ({flops['training_end']} at its end), "
         f"{flops['inference']} at inference",
         f"training             {train.steps:,} steps of {train.batch_size * model.context_length:,} characters",
     ]
+    if not explanation.vocabulary_is_known:
+        lines.append(
+            f"vocabulary           {explanation.vocabulary_size} symbols assumed: scripts/prepare.py counts them"
+        )
+    return lines
 
 
 def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:

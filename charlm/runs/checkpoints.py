@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, verified when read, and free of pickle.
 
-RUN/checkpoints/step-00001000/model.safetensors       parameters of transformer and heads, by name
+RUN/checkpoints/step-00001000/model.safetensors       parameters of transformer and heads, by name; its metadata name
+                                                      the vocabulary that they belong to
                               optimizer.safetensors   optimizer state, by parameter name and state key
                               state.json              step, best validation so far, gradient scaler
                               manifest.json           size and SHA-256 of the three
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -47,6 +49,18 @@ class Checkpoint:
         """The model's parameters by name, on the CPU."""
         return load_file(self.path / MODEL)
 
+    def check_vocabulary(self, vocabulary: Any) -> None:
+        """Raise UserError if the parameters belong to another vocabulary than the run's record of one.
+
+        Those that do not name theirs are taken at their word.
+        """
+        with safe_open(self.path / MODEL, "pt") as file:
+            expected = (file.metadata() or {}).get("vocabulary")
+        if expected not in (None, _digest(vocabulary)):
+            raise UserError(
+                f"{self.path}: was trained with another vocabulary than provenance.json has; restore that file"
+            )
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer state by `parameter.key`, on the CPU."""
         return load_file(self.path / OPTIMIZER)
@@ -65,7 +79,9 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary / MODEL)
+        metadata = {"vocabulary": _digest(run.provenance()["corpus"].get("vocabulary"))}
+        parameters = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(parameters, temporary / MODEL, metadata)
         save_file(optimizer_tensors(model, optimizers), temporary / OPTIMIZER)
         write_whole(temporary / STATE, json.dumps(dict(state), indent=2) + "\n")
         manifest = {name: _fingerprint(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
@@ -156,6 +172,10 @@ def restore_optimizers(model: nn.Module, optimizers: Iterable[Optimizer], tensor
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _digest(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _verify(path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from charlm.config import Config
+from charlm.config import Config, UserError
 from charlm.data.vocabulary import Vocabulary, vocabulary_from_dict
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
@@ -50,16 +50,23 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
         device: by default a GPU if there is one.
 
     Raises:
-        UserError: no run, no such checkpoint, or a damaged file.
+        UserError: no run, no such checkpoint, a damaged file, or a vocabulary that is not the model's.
     """
     folder = Run.open(run)
     found = find_checkpoint(folder, checkpoint)
     config, corpus = folder.config(), folder.provenance()["corpus"]
+    found.check_vocabulary(corpus["vocabulary"])
     vocabulary = vocabulary_from_dict(corpus["vocabulary"])
+    tensors = found.tensors()
+    if (trained_size := len(tensors["transformer.embedding.weight"])) != vocabulary.size:
+        raise UserError(
+            f"{folder.provenance_path}: its vocabulary has {vocabulary.size} symbols, and the model {trained_size}; "
+            "restore that file"
+        )
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.device("meta"):
         objective = build_objective(config, vocabulary.size)
-    objective.load_state_dict(found.tensors(), assign=True)
+    objective.load_state_dict(tensors, assign=True)
     objective.to(chosen).eval()
     return TrainedModel(
         config=config,

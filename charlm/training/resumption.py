@@ -8,11 +8,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from charlm.config import Config, UserError, flatten
+from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.runs.checkpoints import Checkpoint, restore_optimizers
 
 MAY_CHANGE = {
     "data.path",
     "data.cache_dir",
+    "data.hub_id",
     "train.steps",
     "train.micro_batch_size",
     "train.mixed_precision",
@@ -49,12 +51,16 @@ def check_resumable(old: Config, new: Config) -> list[str]:
 
 def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None:
     """Raise UserError if the text or its vocabulary is not the one that the run was trained on."""
-    for key in ("sha256", "vocabulary"):
-        if recorded[key] != current[key]:
-            raise UserError(
-                f"the run was trained on another corpus: {key} was {recorded[key]}, now {current[key]}; "
-                "point data.path at the same text, or start another --run.dir"
-            )
+    if recorded["sha256"] != current["sha256"]:
+        raise UserError(
+            f"the run was trained on another corpus: sha256 was {recorded['sha256']}, now {current['sha256']}; "
+            "point data.path or data.hub_id at the same text, or start another --run.dir"
+        )
+    if vocabulary_from_dict(recorded["vocabulary"]) != vocabulary_from_dict(current["vocabulary"]):
+        raise UserError(
+            "the run was trained with another vocabulary of this text; prepare it with the release of sentencepiece "
+            "that the run had, or start another --run.dir"
+        )
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
