@@ -1,0 +1,335 @@
+"""Datasets: local folders of parquet files, and the hub, for which a server on the loopback interface stands in."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from charlm.config import ConfigError, DataConfig, UserError
+from charlm.data import sources
+from charlm.data.corpus import Corpus, load_corpus
+from charlm.data.sources import HUB_IDS, PUBLISHED, find_source
+
+DOCUMENTS = [f"document {number} é" for number in range(100)]
+
+
+def write_split(path: Path, documents: list, **columns: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents, **columns}), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A training split in two files, and nothing else."""
+    write_split(tmp_path / "set" / "train-00000-of-00002.parquet", DOCUMENTS[:70], number=list(range(70)))
+    write_split(tmp_path / "set" / "train-00001-of-00002.parquet", DOCUMENTS[70:], number=list(range(30)))
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def config(tmp_path, folder) -> DataConfig:
+    return DataConfig(corpus="hub", hub_id=str(folder), cache_dir=tmp_path / "cache")
+
+
+def texts(corpus: Corpus) -> dict[str, str]:
+    return {name: corpus.vocabulary.decode(split.ids).decode() for name, split in corpus.splits.items()}
+
+
+@pytest.mark.parametrize("separator", ["\n", "", "<end>\n\n"])
+def test_documents_are_joined_by_the_separator(config, separator):
+    """Guards against documents that run together, a separator that is doubled where batches or files meet, and one
+    before the first or after the last document."""
+    corpus = load_corpus(replace(config, separator=separator))
+    assert "".join(texts(corpus).values()) == separator.join(DOCUMENTS)
+
+
+def test_validation_and_test_are_held_out_where_there_are_none(config):
+    """Guards against fractions of the documents in place of the text, and against a split that is used twice."""
+    corpus = load_corpus(config)
+    size = len("\n".join(DOCUMENTS).encode())
+    assert abs(corpus.splits["valid"].bytes - size * 0.05) <= 2
+    assert abs(corpus.splits["test"].bytes - size * 0.05) <= 2
+    assert corpus.splits["train"].ids[0] == ord("d")
+
+
+@pytest.mark.parametrize("there", [["validation"], ["test"], ["validation", "test"]])
+@pytest.mark.parametrize("vocabulary", ["bytes", "sentencepiece"])
+def test_splits_of_the_dataset_are_kept(config, folder, there, vocabulary):
+    """Guards against held-out text that is trained on, and splits that change places when only one is there."""
+    for split in there:
+        write_split(folder / f"{split}-00000-of-00001.parquet", [f"{split} one", f"{split} two"])
+    found = texts(load_corpus(replace(config, vocabulary=vocabulary)))
+    own = {{"validation": "valid"}.get(split, split): f"{split} one\n{split} two" for split in there}
+    assert {name: found[name] for name in own} == own
+    rest = [found[name] for name in ("train", "valid", "test") if name not in own]
+    assert "".join(rest) == "\n".join(DOCUMENTS)
+    assert all(rest)
+
+
+def test_splits_and_column_by_name(config, folder):
+    """Guards against names that are ignored, and a split that is both named and found by default."""
+    (folder / "train-00001-of-00002.parquet").unlink()
+    for split in ("validation", "test"):
+        write_split(folder / f"{split}-00000-of-00001.parquet", [split] * 3, body=[f"{split} body"] * 3)
+    write_split(folder / "train-00000-of-00002.parquet", ["x"], body=["train body"])
+    options = {"text_column": "body", "train_split": "validation", "valid_split": "train", "valid_fraction": 0.1}
+    found = texts(load_corpus(replace(config, **options)))
+    assert found == {
+        "train": "\n".join(["validation body"] * 3),
+        "valid": "train body",
+        "test": "\n".join(["test body"] * 3),
+    }
+
+
+def test_a_changed_folder_is_prepared_anew(config, folder):
+    """Guards against the old text served for the new."""
+    load_corpus(config)
+    write_split(folder / "train-00001-of-00002.parquet", ["another"])
+    assert "".join(texts(load_corpus(config)).values()) == "\n".join([*DOCUMENTS[:70], "another"])
+
+
+def test_a_prepared_dataset_is_not_asked_for_again(config, monkeypatch):
+    """Guards against a run that needs the network, or reads gigabytes, at every start."""
+    first = load_corpus(config)
+    monkeypatch.setattr(sources, "open_dataset", lambda *_: pytest.fail("it was opened again"))
+    assert load_corpus(config).to_dict() == first.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"text_column": "body"}, ["no column 'body'", "--data.text_column", "text, number"]),
+        ({"text_column": "number"}, ["row 0 of split 'train' holds int, not text"]),
+        ({"train_split": "training"}, ["no split 'training'", "train (--data.train_split"]),
+        ({"valid_split": "dev"}, ["no split 'dev'", "--data.valid_split"]),
+        ({"test_split": "held"}, ["no split 'held'"]),
+        ({"hub_config": "german"}, ["'german' not found", "--data.hub_config"]),
+    ],
+)
+def test_what_a_dataset_lacks_is_named(config, options, parts):
+    """Guards against tracebacks from the library, messages without the choices, and debris."""
+    with pytest.raises(UserError) as error:
+        load_corpus(replace(config, **options))
+    for part in (f"data.hub_id={config.hub_id}", *parts):
+        assert part in str(error.value)
+    assert [path.suffix for path in config.cache_dir.iterdir()] == [".lock"]
+
+
+def test_a_row_without_text_is_named(config, folder):
+    """Guards against the word None in the text, and documents that are silently left out."""
+    write_split(folder / "train-00001-of-00002.parquet", ["one", None, "two"], number=[0, 1, 2])
+    with pytest.raises(UserError, match="row 71 of split 'train' holds NoneType, not text"):
+        load_corpus(config)
+
+
+def test_code_is_never_run(config, folder):
+    """Guards against a dataset's script that is run, or silently passed over."""
+    (folder / f"{folder.name}.py").write_text("raise SystemExit('the script was run')")
+    with pytest.raises(UserError, match=r"needs code of its own .* never run; try --data.hub_revision"):
+        load_corpus(config)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: [file.unlink() for file in folder.iterdir()],
+        lambda folder: (folder / "train-00001-of-00002.parquet").write_bytes(b"no parquet"),
+    ],
+)
+def test_a_folder_that_is_no_dataset_is_refused(config, folder, spoil):
+    """Guards against a traceback from the library."""
+    spoil(folder)
+    with pytest.raises(UserError, match=f"data.hub_id={folder}: "):
+        load_corpus(config)
+
+
+def test_a_folder_that_is_not_there_is_refused(config):
+    """Guards against asking the hub for a path."""
+    for path in ("/no/such/folder", "./no/such/folder", "~/no/such/folder"):
+        with pytest.raises(UserError, match=r"data.hub_id=/.*no/such/folder: cannot read"):
+            load_corpus(replace(config, hub_id=path))
+
+
+def test_options_that_cannot_work_are_refused():
+    """Guards against a hub without a dataset, and a split that is trained and scored on."""
+    with pytest.raises(ConfigError, match=r"data.corpus=hub: needs --data.hub_id"):
+        DataConfig(corpus="hub")
+    with pytest.raises(ConfigError, match="a split is named twice"):
+        DataConfig(corpus="hub", hub_id="a/b", test_split="train")
+
+
+def test_lm1b_is_a_dataset(config, folder):
+    """Guards against the first lm1b of the hub, which needs a script."""
+    assert HUB_IDS["lm1b"] == "dvruette/lm1b"
+    assert find_source(DataConfig(corpus="lm1b"), config.cache_dir, False).option == "data.hub_id=dvruette/lm1b"
+    corpus = load_corpus(replace(config, corpus="lm1b"))
+    assert corpus.name == "lm1b"
+    assert "".join(texts(corpus).values()) == "\n".join(DOCUMENTS)
+
+
+def test_text8_comes_from_its_mirror_where_its_own_address_fails(tmp_path, server, enwik8, monkeypatch):
+    """Guards against a mirror that is joined wrongly, or believed without its checksum."""
+    published = replace(PUBLISHED["enwik8"], mirror=str(tmp_path / "mirror"))
+    monkeypatch.setitem(PUBLISHED, "text8", published)
+    opener = sources.open_dataset
+    monkeypatch.setattr(sources, "open_dataset", lambda where, *rest: opener(Path(where), *rest))
+    text = enwik8.decode()
+    for split, part in {"train": text[:400], "validation": text[400:450], "test": text[450:]}.items():
+        write_split(tmp_path / "mirror" / f"{split}-00000-of-00001.parquet", [part])
+    server.statuses = [404] * 9
+    config = DataConfig(corpus="text8", cache_dir=tmp_path / "cache")
+    corpus = load_corpus(config)
+    assert "".join(texts(corpus).values()) == text
+    assert [split.bytes for split in corpus.splits.values()] == [450, 25, 25]
+    write_split(tmp_path / "mirror" / "test-00000-of-00001.parquet", [text[450:].upper()])
+    with pytest.raises(UserError, match="text8: has sha256"):
+        load_corpus(replace(config, cache_dir=tmp_path / "other"))
+    (tmp_path / "mirror" / "test-00000-of-00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"HTTP 404[\s\S]*Its mirror fails, too: .* no split 'test'"):
+        load_corpus(replace(config, cache_dir=tmp_path / "third"))
+
+
+@pytest.fixture
+def hub(tmp_path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """`hub(script, *arguments)`: runs scripts/SCRIPT.py with the stand-in as its hub. It knows owner/plain and
+    owner/script."""
+    files = {
+        "owner/plain": [write_split(tmp_path / "plain" / "train.parquet", DOCUMENTS)],
+        "owner/script": [tmp_path / "script.py"],
+    }
+    (tmp_path / "script.py").write_text("raise SystemExit('the script was run')")
+    commit = "0" * 39 + "1"
+    answered = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            answered.append(self.path)
+            path = self.path.partition("?")[0].strip("/")
+            dataset = next((name for name in files if f"datasets/{name}" in path), None)
+            if dataset is None:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RepoNotFound")
+                return self.finish_with(b"{}")
+            here = {file.name: file.read_bytes() for file in files[dataset]}
+            if "/resolve/" in path:
+                content = here.get(path.rpartition("/")[2])
+                self.send_response(404 if content is None else 200)
+                self.send_header("X-Repo-Commit", commit)
+                self.send_header(*(("X-Error-Code", "EntryNotFound") if content is None else ("ETag", '"1"')))
+                return self.finish_with(content or b"")
+            if "/tree/" in path:
+                tree = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in here.items()]
+                return self.answer(tree)
+            siblings = [{"rfilename": name} for name in here]
+            return self.answer({"id": dataset, "sha": commit, "siblings": siblings, "tags": [], "private": False})
+
+        do_HEAD = do_GET
+
+        def do_POST(self):
+            asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            dataset = next(name for name in files if name in self.path)
+            self.answer(
+                [
+                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"}
+                    for file in files[dataset]
+                    if file.name in asked
+                ]
+            )
+
+        def answer(self, content) -> None:
+            self.send_response(200)
+            self.finish_with(json.dumps(content).encode())
+
+        def finish_with(self, body: bytes) -> None:
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+
+    def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(Path(__file__).resolve().parents[2] / "scripts" / f"{script}.py"), *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=os.environ
+            | {
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                "HF_HOME": str(tmp_path / "hf"),
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HUB_DISABLE_XET": "1",
+                "CHARLM_CACHE": str(tmp_path / "cache"),
+                "ACCELERATE_USE_CPU": "true",
+                "OMP_NUM_THREADS": "1",
+                "no_proxy": "127.0.0.1",
+            }
+            | environment,
+        )
+
+    run.answered = answered
+    yield run
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_from_the_hub_to_generated_text(hub, tmp_path):
+    """Guards against a dataset of the hub that cannot be prepared, or is needed again once it is."""
+    data = ["--data.corpus=hub", "--data.hub_id=owner/plain", "--data.hub_revision=v1"]
+    prepared = hub("prepare", *data)
+    assert prepared.returncode == 0, prepared.stderr
+    assert "hub from owner/plain@v1" in prepared.stdout
+    tiny = ["--model.num_layers=2", "--model.d_model=16", "--model.d_ff=32", "--model.context_length=16"]
+    tiny += ["--train.steps=2", "--train.batch_size=2", "--train.mixed_precision=no"]
+    hub.answered.clear()
+    for script, arguments in {
+        "train": [*tiny, *data, "--run.dir=run"],
+        "evaluate": ["run"],
+        "generate": ["run", "--prompt=doc", "--length=5"],
+    }.items():
+        done = hub(script, *arguments)
+        assert done.returncode == 0, done.stderr
+    assert hub.answered == []
+    # Another separator is another text; offline, the library's own cache has the documents.
+    again = hub("prepare", *data, "--data.separator=|", HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert hub.answered == []
+    options = {"hub_id": "owner/plain", "hub_revision": "v1", "separator": "|"}
+    config = DataConfig(corpus="hub", cache_dir=tmp_path / "cache", **options)
+    assert "".join(texts(load_corpus(config)).values()) == "|".join(DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "environment", "parts"),
+    [
+        ("owner/script", {}, ["needs code of its own", "never run"]),
+        ("owner/nothing", {}, ["no such dataset", "hf auth login"]),
+        ("owner/plain", {"HF_HUB_OFFLINE": "1"}, ["cannot be fetched", "--data.hub_id=FOLDER", "HF_HOME"]),
+    ],
+)
+def test_a_dataset_that_cannot_be_had(hub, tmp_path, hub_id, environment, parts):
+    """Guards against tracebacks, other exit codes than 2, and debris."""
+    done = hub("prepare", "--data.corpus=hub", f"--data.hub_id={hub_id}", **environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 1
+    for part in (f"data.hub_id={hub_id}", *parts):
+        assert part in done.stderr
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
