@@ -9,6 +9,8 @@ import runpy
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +38,12 @@ def place(tmp_path_factory) -> Path:
     (folder / "empty.txt").write_bytes(b"")
     (folder / "wrong.xz").write_bytes(lzma.compress(b"not enwik8 at all"))
     (folder / "truncated.gz").write_bytes(gzip.compress(random.Random(0).randbytes(10_000))[:-100])
+    (folder / "latin1.txt").write_bytes("café ".encode("latin-1") * 200)
+    (folder / "rare.txt").write_text("ab " * 300 + "z")
+    for name in ("dataset", "scripted"):
+        (folder / name).mkdir()
+        pyarrow.parquet.write_table(pyarrow.table({"body": words}), folder / name / "train-0.parquet")
+    (folder / "scripted" / "scripted.py").write_text("raise SystemExit('the script was run')")
     (folder / "no_run").mkdir()
     (folder / "broken.yaml").write_text("model: {d_model: 16")
     (folder / "typo.yaml").write_text("model:\n  num_layer: 3\n")
@@ -98,6 +106,38 @@ CASES = {
         ["data.path=", "truncated.gz"],
     ),
     "empty corpus": ("prepare", ["--data.corpus=file", "--data.path=empty.txt"], ["data.path", "empty"]),
+    "bytes where characters are asked for": (
+        "prepare",
+        ["--data.corpus=file", "--data.path=latin1.txt", "--data.vocabulary=characters"],
+        ["latin1.txt", "not UTF-8 at byte 3", "--data.vocabulary=bytes"],
+    ),
+    "character that the training split lacks": (
+        "train",
+        [*TINY, "--data.corpus=file", "--data.path=rare.txt", "--data.vocabulary=characters"],
+        ["rare.txt", "byte 44 of its test split", "'z' (U+007A)", "--data.vocabulary=sentencepiece"],
+    ),
+    "coverage out of range": (
+        "prepare",
+        ["--data.vocabulary=sentencepiece", "--data.character_coverage=0.5"],
+        ["data.character_coverage=0.5", "[0.98, 1]"],
+    ),
+    "hub without a dataset": ("prepare", ["--data.corpus=hub"], ["data.corpus=hub", "--data.hub_id"]),
+    "dataset that needs code": (
+        "prepare",
+        ["--data.corpus=hub", "--data.hub_id=./scripted"],
+        ["data.hub_id=", "needs code", "never run", "--data.hub_revision"],
+    ),
+    "missing column": (
+        "prepare",
+        ["--data.corpus=hub", "--data.hub_id=./dataset"],
+        ["data.hub_id=", "no column 'text'", "--data.text_column", "body"],
+    ),
+    "missing split": (
+        "train",
+        [*TINY, "--data.corpus=hub", "--data.hub_id=./dataset", "--data.text_column=body", "--data.test_split=held"],
+        ["data.hub_id=", "no split 'held'", "train"],
+    ),
+    "missing folder": ("prepare", ["--data.corpus=lm1b", "--data.hub_id=./nowhere"], ["data.hub_id=", "No such file"]),
     "split shorter than a window": (
         "train",
         [*TINY, "--data.corpus=file", "--data.path=short.txt"],
