@@ -46,7 +46,7 @@ def two_processes(tmp_path_factory, text_corpus_flags):
     folder = tmp_path_factory.mktemp("two")
     plan = folder / "plan.json"
     plan.write_text(json.dumps([flags_of(name, folder, text_corpus_flags) for name in SETTINGS]))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*torchrun, str(Path(__file__).with_name("train_many.py")), str(plan)],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
