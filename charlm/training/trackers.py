@@ -75,7 +75,7 @@ def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:
     options: dict[str, Any] = {
         "clearml": {"task_name": title, "auto_connect_frameworks": False, "reuse_last_task_id": False},
         "comet_ml": {"experiment_key": key},
-        "dvclive": {"dir": str(folder / "dvclive"), "resume": resumed, "save_dvc_exp": False, "report": None},
+        "dvclive": {"dir": str(folder / "dvclive"), "resume": resumed, "save_dvc_exp": False, "dvcyaml": None},
         "mlflow": {"run_name": title},
         "swanlab": {"log_dir": str(folder / "swanlab"), "name": title, "id": key, "resume": "allow"},
         "tensorboard": {"purge_step": step + 1 if resumed else None},
