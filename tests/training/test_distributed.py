@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,12 +41,8 @@ def flags_of(name: str, folder: Path, corpus: list[str]) -> list[str]:
     return [*TINY, *corpus, *SETTINGS[name], f"--run.dir={folder / name}"]
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory, text_corpus_flags):
-    """The runs of all settings, made by two processes that torchrun starts once."""
-    folder = tmp_path_factory.mktemp("two")
-    plan = folder / "plan.json"
-    plan.write_text(json.dumps([flags_of(name, folder, text_corpus_flags) for name in SETTINGS]))
+def train_with_two_processes(plan: Path) -> None:
+    """Run every list of flags in `plan`, a JSON file, on two CPU processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*torchrun, str(Path(__file__).with_name("train_many.py")), str(plan)],
@@ -55,6 +52,15 @@ def two_processes(tmp_path_factory, text_corpus_flags):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x cpu" in done.stderr, "torchrun did not start two processes"
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, text_corpus_flags):
+    """The runs of all settings, made by two processes that torchrun starts once."""
+    folder = tmp_path_factory.mktemp("two")
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps([flags_of(name, folder, text_corpus_flags) for name in SETTINGS]))
+    train_with_two_processes(plan)
     return folder
 
 
@@ -72,3 +78,16 @@ def test_two_processes_learn_what_one_does(name, two_processes, tmp_path, text_c
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert rows_two[-1]["loss"] < rows_two[0]["loss"]
     assert len(rows_two[0]["terms"]) > len(rows_two[-1]["terms"]), "no head fell silent: the test would prove nothing"
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_with_two(tmp_path, text_corpus_flags):
+    """Guards against a checkpoint that only the processes that wrote it can continue."""
+    flags = [*TINY, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
+    whole = charlm.train(charlm.load_config(overrides=[*flags, f"--run.dir={tmp_path / 'whole'}"]))
+    shutil.copytree(whole, tmp_path / "moved")
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps([[*flags, f"--run.dir={tmp_path / 'moved'}", "--run.resume_from=20"]]))
+    train_with_two_processes(plan)
+    rows, moved = ([row for row in Run.open(path).metrics() if "terms" in row] for path in (whole, tmp_path / "moved"))
+    assert [row["loss"] for row in moved] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
