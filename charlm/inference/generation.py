@@ -13,7 +13,7 @@ from torch import Tensor
 
 from charlm.config import UserError
 from charlm.data.vocabulary import EncodingError
-from charlm.model.transformer import KVCache
+from charlm.model.attention import KVCache
 from charlm.runs.loading import TrainedModel
 
 

@@ -5,7 +5,7 @@ import torch
 from charlm.config import UserError
 from charlm.inference import generation
 from charlm.inference.generation import generate, sample, stream
-from charlm.model.transformer import KVCache
+from charlm.model.attention import KVCache
 
 
 @torch.no_grad()

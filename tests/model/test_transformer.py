@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from charlm.config import ModelConfig
-from charlm.model.transformer import CharTransformer, KVCache
+from charlm.model.attention import KVCache
+from charlm.model.transformer import CharTransformer
 
 V = 11
 POSITIONS = ("per_layer", "input", "rotary")
