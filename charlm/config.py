@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 CorpusName = Literal["enwik8", "text8", "lm1b", "file", "hub", "python-stdlib"]
+AttentionBackend = Literal["auto", "sdpa", "blocks"]
+CrossEntropyBackend = Literal["chunked", "reference"]
 Precision = Literal["no", "bf16", "fp16", "auto"]
 SplitName = Literal["train", "valid", "test"]
 TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
@@ -56,7 +58,7 @@ class DataConfig:
     the hub, too; python-stdlib needs no network."""
     path: Path | None = None
     """A local copy of enwik8 or text8 (raw, .zip, .gz, .xz), or the file or folder of corpus=file."""
-    cache_dir: Path = field(default_factory=lambda: Path(os.environ.get("CHARLM_CACHE", "~/.cache/charlm")))
+    cache_dir: Path = field(default_factory=lambda: Path(os.environ.get("CHARLM_CACHE") or "~/.cache/charlm"))
     """Where prepared corpora are kept. The environment variable CHARLM_CACHE changes the default."""
     vocabulary: Literal["bytes", "characters", "sentencepiece"] = "bytes"
     """How text becomes ids: bytes has always 256 symbols; characters has those of the training split, which the other
@@ -288,6 +290,13 @@ class TrainConfig:
     matmul_precision: Literal["highest", "high", "medium"] = "medium"
     """Of fp32 matrix products in training, as torch.set_float32_matmul_precision takes it. medium stays fp32 on a
     CPU without AMX, and is faster there."""
+    attention: AttentionBackend = "auto"
+    """sdpa: torch's scaled_dot_product_attention; blocks: blocks of queries, each over the keys up to its end, which
+    leaves out the masked half. auto takes blocks on a CPU, where sdpa does not leave it out, unless there is dropout
+    on attention weights."""
+    cross_entropy: CrossEntropyBackend = "chunked"
+    """chunked never holds the logits of more than some hundred positions, nor any for the backward pass; reference
+    is the plain way. They agree but for rounding."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass rather than keep its activations."""
     compile: Literal["auto", "yes", "no"] = "auto"

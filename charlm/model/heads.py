@@ -36,14 +36,18 @@ class Heads(nn.Module):
                 parts[f"offset{offset}"] = classifier
             self.exits[f"layer{layer}"] = nn.ModuleDict(parts)
 
-    def forward(self, hidden_BTD: Tensor, layer: int, offsets: Sequence[int] = (1,)) -> Tensor:
-        """Logits of `offsets` from the hidden states of `layer`: [B, T, K, V].
+    def classifiers(self, hidden_BTD: Tensor, layer: int, offsets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the classifiers of `layer` read, [B, T, D], and their weights [K * V, D] and biases [K * V] as of one.
 
         The offsets share one matrix product, but each keeps its own parameters: a classifier that is not asked for
         gets no gradient at all, so no optimizer moves it.
         """
         parts = self.exits[f"layer{layer}"]
-        classifiers = [parts[f"offset{offset}"] for offset in offsets]
-        weight = torch.cat([classifier.weight for classifier in classifiers])
-        bias = torch.cat([classifier.bias for classifier in classifiers])
-        return F.linear(parts["norm"](hidden_BTD), weight, bias).unflatten(-1, (len(classifiers), -1))
+        linears = [parts[f"offset{offset}"] for offset in offsets]
+        weight = torch.cat([linear.weight for linear in linears])
+        bias = torch.cat([linear.bias for linear in linears])
+        return parts["norm"](hidden_BTD), weight, bias
+
+    def forward(self, hidden_BTD: Tensor, layer: int, offsets: Sequence[int] = (1,)) -> Tensor:
+        """Logits of `offsets` from the hidden states of `layer`: [B, T, K, V]."""
+        return F.linear(*self.classifiers(hidden_BTD, layer, offsets)).unflatten(-1, (len(offsets), -1))

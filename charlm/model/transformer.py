@@ -1,6 +1,6 @@
 """A deep causal Transformer over characters that returns hidden states, never logits.
 
-Shapes: B batch, T positions, D d_model, H heads, F frequencies of rotary positions, V vocabulary, L layers.
+Shapes: B batch, T positions, D d_model, H heads, V vocabulary, L layers.
 """
 
 import math
@@ -12,9 +12,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from charlm.config import ModelConfig
-from charlm.model.attention import Attention, KVCache, LayerCache
+from charlm.model.attention import Attention, KVCache, LayerCache, Rotation
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "relu_squared": lambda x: F.relu(x).square()}
+
+class ReluSquared(torch.autograd.Function):
+    """max(x, 0)^2 (So et al. 2021, Primer), with one tensor kept and one pass over it in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return torch.addcmul(grad.new_zeros(()), grad, positive, value=2)
+
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "relu_squared": ReluSquared.apply}
 EMBEDDING_STD = 0.3
 POSITION_STD = 0.02
 
@@ -45,11 +61,11 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.d_model)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, x_BTD: Tensor, angles_TF: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: Rotation | None = None, cache: LayerCache | None = None) -> Tensor:
         if self.pre_norm:
-            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), angles_TF, cache))
+            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotation, cache))
             return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
-        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, angles_TF, cache)))
+        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, rotation, cache)))
         return self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
 
 
@@ -88,13 +104,13 @@ class CharTransformer(nn.Module):
             for linear in (block.attention.out, block.feed_forward.down):
                 linear.weight.data.mul_(residual_scale)
 
-    def _angles(self, start: int, end: int, device: torch.device) -> Tensor | None:
-        """Rotary angles of the positions [start, end): [T, F] radians; None for learned positions."""
+    def _rotation(self, start: int, end: int, device: torch.device) -> Rotation | None:
+        """What turns queries and keys of the positions [start, end); None for learned positions."""
         if self.config.positions != "rotary":
             return None
         half = self.config.d_model // self.config.num_heads // 2
         frequencies = torch.exp(torch.arange(half, device=device) * (-math.log(10_000.0) / half))
-        return torch.arange(start, end, device=device)[:, None] * frequencies
+        return Rotation.by(torch.arange(start, end, device=device)[:, None] * frequencies)
 
     def forward(
         self, ids_BT: Tensor, layers: Iterable[int] | None = None, cache: KVCache | None = None
@@ -121,16 +137,16 @@ class CharTransformer(nn.Module):
         end = start + ids_BT.shape[1]
         if end > self.config.context_length:
             raise ValueError(f"{end} positions exceed the context of {self.config.context_length}")
-        angles = self._angles(start, end, ids_BT.device)
+        rotation = self._rotation(start, end, ids_BT.device)
         x_BTD = self.embedding(ids_BT)
         hidden_states = {}
         for layer, block in enumerate(self.blocks[: max(wanted)], start=1):
             if layer <= len(self.position_tables):
                 x_BTD = x_BTD + self.position_tables[layer - 1][start:end]
             if self.activation_checkpointing and self.training:
-                x_BTD = checkpoint(block, x_BTD, angles, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, rotation, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, angles, cache.layer(layer) if cache is not None else None)
+                x_BTD = block(x_BTD, rotation, cache.layer(layer) if cache is not None else None)
             if layer in wanted:
                 hidden_states[layer] = self.final_norm(x_BTD) if layer == self.config.num_layers else x_BTD
         if cache is not None:

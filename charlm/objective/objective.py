@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from charlm.config import CrossEntropyBackend
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
-from charlm.objective.cross_entropy import cross_entropy
+from charlm.objective.cross_entropy import linear_cross_entropy
 from charlm.objective.terms import Term, active
 
 
@@ -37,6 +38,7 @@ class Objective(nn.Module):
         self.transformer = transformer
         self.heads = heads
         self.terms = tuple(terms)
+        self.cross_entropy: CrossEntropyBackend = "chunked"
         self.window_length = transformer.config.context_length + max(offset for _, offset in heads.pairs)
 
     def forward(self, windows_BW: Tensor, progress: float) -> LossReport:
@@ -56,25 +58,36 @@ class Objective(nn.Module):
         weighted_terms = list(active(self.terms, progress))
         layers = sorted({term.layer for term, _ in weighted_terms})
         hidden_states = self.transformer(windows_BW[:, : self.transformer.config.context_length], layers)
-        parts: dict[str, Tensor] = {}
+        totals, parts = [], {}
         for layer in layers:
-            parts |= self._layer_losses(layer, hidden_states[layer], windows_BW, [term for term, _ in weighted_terms])
-        total = torch.stack([weight * parts[term.name] for term, weight in weighted_terms]).sum()
-        return LossReport(total, {name: part.detach() for name, part in parts.items()})
+            rows = [(term, weight) for term, weight in weighted_terms if term.layer == layer]
+            total, losses = self._layer_losses(hidden_states[layer], windows_BW, rows)
+            totals.append(total)
+            parts |= losses
+        return LossReport(torch.stack(totals).sum(), parts)
 
     def _layer_losses(
-        self, layer: int, hidden_BTD: Tensor, windows_BW: Tensor, terms: Sequence[Term]
-    ) -> dict[str, Tensor]:
-        """The losses of a layer's active rows: all offsets in one product, both kinds of positions from one."""
-        terms = [term for term in terms if term.layer == layer]
-        offsets = sorted({term.offset for term in terms})
+        self, hidden_BTD: Tensor, windows_BW: Tensor, rows: Sequence[tuple[Term, float]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a layer's active rows add to the total, and their losses: all offsets and positions from one product."""
+        layer = rows[0][0].layer
+        offsets = sorted({term.offset for term, _ in rows})
         T = hidden_BTD.shape[1]
-        first = 0 if any(term.positions == "all" for term in terms) else T - 1
+        first = 0 if any(term.positions == "all" for term, _ in rows) else T - 1
         targets_BTK = torch.stack([windows_BW[:, first + offset : T + offset] for offset in offsets], dim=-1)
-        losses_BTK = cross_entropy(self.heads(hidden_BTD[:, first:], layer, offsets), targets_BTK)
-        return {
-            term.name: (losses_BTK if term.positions == "all" else losses_BTK[:, -1:])[
-                ..., offsets.index(term.offset)
-            ].mean()
-            for term in terms
-        }
+        weights_BTK = torch.zeros(targets_BTK.shape, device=hidden_BTD.device)
+        chosen = {}
+        for term, weight in rows:
+            chosen[term.name] = (
+                slice(None),
+                slice(None if term.positions == "all" else -1, None),
+                offsets.index(term.offset),
+            )
+            share = weights_BTK[chosen[term.name]]
+            share += weight / share.numel()
+        hidden, weight, bias = self.heads.classifiers(hidden_BTD[:, first:], layer, offsets)
+        total, losses_NK = linear_cross_entropy(
+            hidden.flatten(0, 1), weight, bias, targets_BTK.flatten(0, 1), weights_BTK.flatten(0, 1), self.cross_entropy
+        )
+        losses_BTK = losses_NK.view_as(targets_BTK)
+        return total, {name: losses_BTK[where].mean() for name, where in chosen.items()}

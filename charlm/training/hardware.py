@@ -9,6 +9,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 
 from charlm.config import Config, TrainConfig, UserError
+from charlm.model.attention import attends_in_blocks
 
 
 def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
@@ -75,9 +76,11 @@ def choose_compile(train: TrainConfig) -> bool:
 
 
 def describe_attention(config: Config) -> str:
-    """Whether attention runs a fused kernel, and if not, why."""
-    if config.model.attention_dropout > 0 and on_cpu():
+    """How attention is computed, and if not by a fused kernel, why."""
+    if on_cpu() and config.model.attention_dropout > 0:
         return "attention unfused (the CPU's fused kernel has no dropout; model.attention_dropout=0 is faster)"
+    if attends_in_blocks(config.train.attention, "cpu" if on_cpu() else "cuda"):
+        return "attention in blocks (without the masked half, which the fused kernel computes)"
     return "attention fused"
 
 

@@ -90,7 +90,10 @@ def fit(
     """The loop: everything that a step needs follows from the config, the corpus and the number of completed steps."""
     steps = config.train.steps
     log_every, valid_every = steps_of(config.train.log_every, steps), steps_of(config.train.valid_every, steps)
+    objective.cross_entropy = config.train.cross_entropy
     objective.transformer.activation_checkpointing = config.train.activation_checkpointing
+    for block in objective.transformer.blocks:
+        block.attention.backend = config.train.attention
     if choose_compile(config.train):
         for block in objective.transformer.blocks:
             block.compile()

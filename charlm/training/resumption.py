@@ -19,6 +19,8 @@ MAY_CHANGE = {
     "train.micro_batch_size",
     "train.mixed_precision",
     "train.matmul_precision",
+    "train.attention",
+    "train.cross_entropy",
     "train.activation_checkpointing",
     "train.compile",
     "train.deterministic",

@@ -1,16 +1,17 @@
-"""Which kernel attention runs on a CPU, and whether layers compile once."""
+"""Attention's backends agree and run where they are said to; handwritten gradients; layers compile once."""
 
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from charlm.config import Config, ModelConfig
 from charlm.config_files import load_config
-from charlm.model.transformer import CharTransformer
+from charlm.model.attention import BLOCK, BlockwiseAttention, Rotation
+from charlm.model.transformer import CharTransformer, ReluSquared
 from charlm.training.hardware import describe_attention
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -34,6 +35,8 @@ class OperatorCounter(TorchDispatchMode):
 def kernels_of_a_training_step(config: Config, precision: torch.dtype) -> Counter:
     model = CharTransformer(config.model, 256).train()
     model.activation_checkpointing = config.train.activation_checkpointing
+    for block in model.blocks:
+        block.attention.backend = config.train.attention
     ids_BT = torch.randint(256, (1, config.model.context_length))
     with OperatorCounter() as counter:
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
@@ -42,33 +45,80 @@ def kernels_of_a_training_step(config: Config, precision: torch.dtype) -> Counte
     return counter.counts
 
 
+def turned_by_a_rotation(x_BHTC: torch.Tensor) -> torch.Tensor:
+    return Rotation.by(torch.arange(10, dtype=x_BHTC.dtype).view(5, 2))(x_BHTC)
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_shipped_configs_attend_through_the_fused_kernel(file, precision, monkeypatch):
-    """Attention that falls back to the slow kernel without the first line of the run saying so."""
+def test_attention_runs_as_the_first_line_of_a_run_says(file, backend, precision, monkeypatch):
+    """Attention that falls back to the slow kernel without a word, or a description of what does not run."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    shorter = ["--model.num_layers=2", "--model.context_length=16"]
-    config = load_config(file, shorter)
-    fused = describe_attention(config) == "attention fused"
+    options = ["--model.num_layers=2", "--model.context_length=16", f"--train.attention={backend}"]
+    config = load_config(file, options)
     counts = kernels_of_a_training_step(config, precision)
-    if fused:
-        assert counts[FORWARD] >= 2
-        assert counts[BACKWARD] == 2
-    else:
-        assert config.model.attention_dropout > 0
+    if config.model.attention_dropout > 0:
         assert "attention_dropout=0" in describe_attention(config)
         assert counts[FORWARD] == 0
 
-    without_dropout = load_config(file, [*shorter, "--model.attention_dropout=0"])
-    assert describe_attention(without_dropout) == "attention fused"
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        counts = kernels_of_a_training_step(without_dropout, precision)
-    assert counts[FORWARD] >= 2
-    assert counts[BACKWARD] == 2
+    without_dropout = load_config(file, [*options, "--model.attention_dropout=0"])
+    counts = kernels_of_a_training_step(without_dropout, precision)
+    if backend == "sdpa":
+        assert describe_attention(without_dropout) == "attention fused"
+        assert counts[FORWARD] >= 2
+        assert counts[BACKWARD] == 2
+    else:
+        assert describe_attention(without_dropout).startswith("attention in blocks (without the masked half")
+        assert counts[FORWARD] == 0
+        assert counts["aten::bmm"] + counts["aten::baddbmm"] >= 2
 
 
-# The compiler looks at .grad of a layer's input while it traces, which is none of our doing.
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 17])
+def test_blockwise_attention_equals_the_fused_kernel(length):
+    """A block that sees the future, misses the last keys, or adds its gradient to the wrong ones; a scale left out."""
+    states_BHTC = [torch.randn(2, 3, length, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    grad_BHTC = torch.randn(2, 3, length, 8, dtype=torch.float64)
+    blockwise_BHTC = BlockwiseAttention.apply(*states_BHTC)
+    fused_BHTC = F.scaled_dot_product_attention(*states_BHTC, is_causal=True)
+    torch.testing.assert_close(blockwise_BHTC, fused_BHTC, rtol=1e-10, atol=1e-10)
+    for gradient, expected in zip(
+        torch.autograd.grad(blockwise_BHTC, states_BHTC, grad_BHTC),
+        torch.autograd.grad(fused_BHTC, states_BHTC, grad_BHTC),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_blockwise_attention_in_bf16_is_as_close_as_bf16_allows():
+    """Scores or gradients that lose more than the rounding of their inputs: a reduction in bf16, a wrong scale."""
+    exact = [torch.randn(2, 2, 200, 16, dtype=torch.bfloat16).double().requires_grad_() for _ in range(3)]
+    rounded = [state.detach().bfloat16().requires_grad_() for state in exact]
+    grad_BHTC = torch.randn(2, 2, 200, 16, dtype=torch.bfloat16)
+    expected = F.scaled_dot_product_attention(*exact, is_causal=True)
+    result = BlockwiseAttention.apply(*rounded)
+    for value, reference in (
+        (result, expected),
+        *zip(
+            torch.autograd.grad(result, rounded, grad_BHTC),
+            torch.autograd.grad(expected, exact, grad_BHTC.double()),
+            strict=True,
+        ),
+    ):
+        assert value.dtype == torch.bfloat16
+        assert (value.double() - reference).norm() < 0.01 * reference.norm()
+
+
+@pytest.mark.parametrize("function", [ReluSquared.apply, turned_by_a_rotation], ids=["relu_squared", "rotation"])
+def test_handwritten_gradients(function):
+    """A derivative that is not the function's."""
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (x,))
+
+
+# The compiler looks at .grad of a layer's input, and makes instances of functions, which is none of our doing.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("positions", ["per_layer", "rotary"])
 def test_layers_compile_once_whatever_set_of_them_is_active(positions):
     """A recompilation per layer or per dropped layer: past the compiler's limit of 8 it gives up, silently."""

@@ -234,7 +234,7 @@ def test_activation_checkpointing_gives_the_same_bits(randomise, positions, norm
     config = small(positions=positions, norm=norm, **dict.fromkeys(DROPOUTS, 0.3))
     model = randomise(CharTransformer(config, V))
     projections = []
-    model.blocks[0].attention.query.register_forward_hook(lambda *_: projections.append(1))
+    model.blocks[0].attention.out.register_forward_hook(lambda *_: projections.append(1))
     gradients = {}
     for checkpointing in (False, True):
         projections.clear()
