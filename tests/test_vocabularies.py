@@ -35,6 +35,8 @@ TINY = [
     "--train.valid_symbols=100",
 ]
 VOCABULARIES = ("bytes", "characters", "sentencepiece")
+PANGRAM = " the quick brown fox jumps over the lazy dog"
+"""The 27 symbols of text8."""
 GREEK = "Ἐν ἀρχῇ ἦν ὁ λόγος,\r\nκαὶ ὁ λόγος ἦν πρὸς τὸν θεόν \u2581 🎉.\n"  # noqa: RUF001
 
 
@@ -67,13 +69,15 @@ def test_prepare_train_evaluate_generate(kind, vocabulary, script, tmp_path):
         data = ["--data.corpus=hub", "--data.hub_id=./parquet"]
         text = "\n".join(f"{number} {GREEK}" for number in range(60))
     else:
-        text = GREEK * 60 if kind == "greek" else " anarchism originated as a term of abuse" * 60
+        text = (GREEK if kind == "greek" else PANGRAM) * 60
         (tmp_path / "text.txt").write_bytes(text.encode())
         data = ["--data.corpus=file", "--data.path=text.txt"]
     data.append(f"--data.vocabulary={vocabulary}")
     assert "train:" in script("prepare", *data)
     script("train", *TINY, *data)
     trained = charlm.load("runs/charlm", device="cpu")
+    if kind == "text8":
+        assert trained.vocabulary.size == {"bytes": 256, "characters": 27, "sentencepiece": 257 + 27}[vocabulary]
     corpus = load_corpus(trained.config.data, progress=False)
     splits = [corpus.vocabulary.decode(split.ids) for split in corpus.splits.values()]
     assert b"".join(splits) == text.encode()

@@ -229,15 +229,16 @@ class SentencePieceVocabulary(_SymbolTable):
 
     def encode(self, data: bytes) -> np.ndarray:
         """One id for each character that has a piece, and one for each byte of the others."""
-        bytes_N = np.frombuffer(data, np.uint8)
         code_points = _code_points(data)
-        starts_N = _starts_character(bytes_N)
-        # Each byte's id as part of a character: that of the character's piece, or -1.
-        lengths = np.diff(np.flatnonzero(starts_N), append=len(bytes_N))
-        pieces_N = np.repeat(self._ids_of_code_points[code_points], lengths)
-        has_piece_N = pieces_N >= 0
-        ids_N = np.where(has_piece_N, pieces_N, FIRST_BYTE + bytes_N.astype(np.int64))
-        return ids_N[starts_N | ~has_piece_N].astype(id_type(self.size))
+        ids = self._ids_of_code_points[code_points]
+        others = ids < 0
+        spelled = np.frombuffer(code_points[others].tobytes().decode("utf-32-le").encode(), np.uint8)
+        lengths = np.diff(np.flatnonzero(_starts_character(spelled)), append=len(spelled))
+        repeats = np.ones_like(ids)
+        repeats[others] = lengths
+        ids = np.repeat(ids, repeats)
+        ids[ids < 0] = spelled + np.int32(FIRST_BYTE)
+        return ids.astype(id_type(self.size))
 
     def to_dict(self) -> dict[str, Any]:
         """The library's model in base64, and its SHA-256."""
@@ -310,7 +311,7 @@ def _code_points(data: bytes) -> np.ndarray:
 
 def _inverse(characters: Sequence[bytes], first_id: int) -> np.ndarray:
     """The id of each code point, -1 where it has none; those of `characters` follow each other."""
-    table = np.full(CODE_POINTS, -1, np.int64)
+    table = np.full(CODE_POINTS, -1, np.int32)
     table[_code_points(b"".join(characters))] = np.arange(first_id, first_id + len(characters))
     return table
 

@@ -1,5 +1,6 @@
 """Datasets: local folders of parquet files, and the hub, for which a server on the loopback interface stands in."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -9,17 +10,31 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from charlm.config import ConfigError, DataConfig, UserError
 from charlm.data import sources
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.sources import HUB_IDS, PUBLISHED, find_source
 
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [f"document {number} é" for number in range(100)]
+DRIVER = f"""
+import json, runpy, sys
+for script, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(f"{ROOT}/scripts/{{script}}.py", run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    print("\\f")
+"""
 
 
 def write_split(path: Path, documents: list, **columns: list) -> Path:
@@ -201,56 +216,49 @@ def test_text8_comes_from_its_mirror_where_its_own_address_fails(tmp_path, serve
 
 @pytest.fixture
 def hub(tmp_path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """`hub(script, *arguments)`: runs scripts/SCRIPT.py with the stand-in as its hub. It knows owner/plain and
-    owner/script."""
-    files = {
-        "owner/plain": [write_split(tmp_path / "plain" / "train.parquet", DOCUMENTS)],
-        "owner/script": [tmp_path / "script.py"],
-    }
+    """`hub([script, *arguments], ...)` runs each scripts/SCRIPT.py, in one process, with the stand-in as its hub; a
+    form feed ends the output of each. `hub.files` are its datasets, and `hub.answered` what it was asked for."""
     (tmp_path / "script.py").write_text("raise SystemExit('the script was run')")
+    files = {
+        "owner/plain": {"train.parquet": write_split(tmp_path / "plain" / "train.parquet", DOCUMENTS)},
+        "owner/script": {"script.py": tmp_path / "script.py"},
+    }
     commit = "0" * 39 + "1"
     answered = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             answered.append(self.path)
-            path = self.path.partition("?")[0].strip("/")
+            path = self.path.partition("?")[0]
             dataset = next((name for name in files if f"datasets/{name}" in path), None)
             if dataset is None:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "RepoNotFound")
-                return self.finish_with(b"{}")
-            here = {file.name: file.read_bytes() for file in files[dataset]}
+                return self.answer({}, status=404, error="RepoNotFound")
             if "/resolve/" in path:
-                content = here.get(path.rpartition("/")[2])
-                self.send_response(404 if content is None else 200)
-                self.send_header("X-Repo-Commit", commit)
-                self.send_header(*(("X-Error-Code", "EntryNotFound") if content is None else ("ETag", '"1"')))
-                return self.finish_with(content or b"")
+                file = files[dataset].get(path.partition("/resolve/")[2].partition("/")[2])
+                if file is None:
+                    return self.answer({}, status=404, error="EntryNotFound")
+                return self.finish_with(file.read_bytes())
             if "/tree/" in path:
-                tree = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in here.items()]
-                return self.answer(tree)
-            siblings = [{"rfilename": name} for name in here]
+                folder = path.partition("/tree/")[2].partition("/")[2]
+                below = [entry for entry in entries(dataset) if entry["path"].startswith(folder)]
+                return self.answer(below) if below else self.answer({}, status=404, error="EntryNotFound")
+            siblings = [{"rfilename": name} for name in files[dataset]]
             return self.answer({"id": dataset, "sha": commit, "siblings": siblings, "tags": [], "private": False})
 
         do_HEAD = do_GET
 
         def do_POST(self):
-            asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
             dataset = next(name for name in files if name in self.path)
-            self.answer(
-                [
-                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"}
-                    for file in files[dataset]
-                    if file.name in asked
-                ]
-            )
+            self.answer([entry for entry in entries(dataset) if entry["path"] in asked])
 
-        def answer(self, content) -> None:
-            self.send_response(200)
-            self.finish_with(json.dumps(content).encode())
+        def answer(self, content, status: int = 200, error: str = "") -> None:
+            self.finish_with(json.dumps(content).encode(), status, error)
 
-        def finish_with(self, body: bytes) -> None:
+        def finish_with(self, body: bytes, status: int = 200, error: str = "") -> None:
+            self.send_response(status)
+            self.send_header("X-Repo-Commit", commit)
+            self.send_header(*(("X-Error-Code", error) if error else ("ETag", f'"{hashlib.md5(body).hexdigest()}"')))
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command != "HEAD":
@@ -259,19 +267,29 @@ def hub(tmp_path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
         def log_message(self, *args):
             pass
 
+    def entries(dataset: str) -> list[dict]:
+        return [
+            {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0"}
+            for name, file in files[dataset].items()
+        ] + [
+            {"type": "directory", "path": folder, "oid": "0"}
+            for folder in {str(Path(name).parent) for name in files[dataset]} - {"."}
+        ]
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
 
-    def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    def run(*commands: list[str], first: str = "", **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, str(Path(__file__).resolve().parents[2] / "scripts" / f"{script}.py"), *arguments],
+            [sys.executable, "-c", f"{first}\n{DRIVER}", json.dumps(commands)],
             cwd=tmp_path,
             capture_output=True,
             text=True,
             env=os.environ
             | {
-                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                "PYTHONPATH": str(ROOT),
+                "HF_ENDPOINT": run.url,
                 "HF_HOME": str(tmp_path / "hf"),
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "HF_HUB_DISABLE_XET": "1",
@@ -283,7 +301,7 @@ def hub(tmp_path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
             | environment,
         )
 
-    run.answered = answered
+    run.url, run.files, run.answered = f"http://127.0.0.1:{server.server_port}", files, answered
     yield run
     server.shutdown()
     thread.join()
@@ -291,29 +309,86 @@ def hub(tmp_path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
 
 
 def test_from_the_hub_to_generated_text(hub, tmp_path):
-    """Guards against a dataset of the hub that cannot be prepared, or is needed again once it is."""
+    """Guards against a dataset of the hub that cannot be prepared, trained on, scored or written from in one of the
+    vocabularies, or is needed again once it is prepared."""
     data = ["--data.corpus=hub", "--data.hub_id=owner/plain", "--data.hub_revision=v1"]
-    prepared = hub("prepare", *data)
+    flags = {name: [*data, f"--data.vocabulary={name}"] for name in ("bytes", "characters", "sentencepiece")}
+    prepared = hub(*(["prepare", *flags[name]] for name in flags))
     assert prepared.returncode == 0, prepared.stderr
-    assert "hub from owner/plain@v1" in prepared.stdout
+    assert prepared.stdout.count("hub from owner/plain@v1") == 3
     tiny = ["--model.num_layers=2", "--model.d_model=16", "--model.d_ff=32", "--model.context_length=16"]
     tiny += ["--train.steps=2", "--train.batch_size=2", "--train.mixed_precision=no"]
     hub.answered.clear()
-    for script, arguments in {
-        "train": [*tiny, *data, "--run.dir=run"],
-        "evaluate": ["run"],
-        "generate": ["run", "--prompt=doc", "--length=5"],
-    }.items():
-        done = hub(script, *arguments)
-        assert done.returncode == 0, done.stderr
+    used = hub(
+        *(["train", *tiny, *flags[name], f"--run.dir={name}"] for name in flags),
+        *(["evaluate", name, "--json"] for name in flags),
+        *(["generate", name, "--prompt=doc", "--length=50"] for name in flags),
+    )
+    assert used.returncode == 0, used.stderr
+    printed = used.stdout.split("\f\n")
+    text = "\n".join(DOCUMENTS)
+    for name, score, written in zip(flags, printed[3:6], printed[6:9], strict=True):
+        options = {"hub_id": "owner/plain", "hub_revision": "v1", "vocabulary": name}
+        found = texts(load_corpus(DataConfig(corpus="hub", cache_dir=tmp_path / "cache", **options)))
+        assert "".join(found.values()) == text
+        score = json.loads(score)
+        assert (score["characters"], score["bytes"]) == (len(found["test"]), len(found["test"].encode()))
+        assert written.startswith("doc") and len(written) > 20
+        if name == "characters":
+            assert len(written) == 3 + 50 + 1 and set(written) <= set(text)
     assert hub.answered == []
     # Another separator is another text; offline, the library's own cache has the documents.
-    again = hub("prepare", *data, "--data.separator=|", HF_HUB_OFFLINE="1")
+    again = hub(["prepare", *data, "--data.separator=|"], HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert hub.answered == []
     options = {"hub_id": "owner/plain", "hub_revision": "v1", "separator": "|"}
     config = DataConfig(corpus="hub", cache_dir=tmp_path / "cache", **options)
     assert "".join(texts(load_corpus(config)).values()) == "|".join(DOCUMENTS)
+
+
+def test_text8_comes_from_the_hub_where_its_own_address_fails(hub, tmp_path):
+    """Guards against a mirror that is never asked, or is not as its card says: a row for each split, in data/."""
+    text = " the quick brown fox jumps over the lazy dog" * 10
+    parts = {"train": text[:400], "validation": text[400:420], "test": text[420:]}
+    for split, part in parts.items():
+        file = f"data/{split}-00000-of-00001.parquet"
+        hub.files.setdefault("afmck/text8", {})[file] = write_split(tmp_path / "text8" / file, [part])
+    card = {
+        "dataset_info": {
+            "features": [{"name": "text", "dtype": "string"}],
+            "splits": [{"name": split, "num_bytes": len(part) + 4, "num_examples": 1} for split, part in parts.items()],
+        },
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*"} for split in parts],
+            }
+        ],
+    }
+    hub.files["afmck/text8"]["README.md"] = tmp_path / "README.md"
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+    little = {
+        "url": f"{hub.url}/dc/text8.zip",
+        "size": len(text),
+        "digest": hashlib.md5(text.encode()).hexdigest(),
+        "split_sizes": tuple(map(len, parts.values())),
+    }
+    first = (
+        "from dataclasses import replace; from charlm.data.sources import PUBLISHED; "
+        f"PUBLISHED['text8'] = replace(PUBLISHED['text8'], **{little!r})"
+    )
+    prepare = ["prepare", "--data.corpus=text8", "--data.vocabulary=characters"]
+    done = hub(prepare, first=first)
+    assert done.returncode == 0, done.stderr
+    assert "train: 400 symbols" in done.stdout
+    assert hub.answered[0] == "/dc/text8.zip"
+    prepared = tmp_path / "cache" / "text8-characters"
+    vocabulary = json.loads((prepared / "corpus.json").read_text())["vocabulary"]["characters"]
+    assert vocabulary == " abcdefghijklmnopqrstuvwxyz"
+    assert "".join(vocabulary[i] for i in (prepared / "ids.bin").read_bytes()) == text
+
+
+NO_NETWORK = ["cannot be fetched", "--data.hub_id=FOLDER", "HF_HOME"]
 
 
 @pytest.mark.parametrize(
@@ -322,11 +397,18 @@ def test_from_the_hub_to_generated_text(hub, tmp_path):
         ("owner/script", {}, ["needs code of its own", "never run"]),
         ("owner/nothing", {}, ["no such dataset", "hf auth login"]),
         ("owner/plain", {"HF_HUB_OFFLINE": "1"}, ["cannot be fetched", "--data.hub_id=FOLDER", "HF_HOME"]),
+        (
+            "owner/plain",
+            {"HF_ENDPOINT": "http://127.0.0.1:1"},
+            ["cannot be fetched", "--data.hub_id=FOLDER", "HF_HOME"],
+        ),
     ],
 )
 def test_a_dataset_that_cannot_be_had(hub, tmp_path, hub_id, environment, parts):
-    """Guards against tracebacks, other exit codes than 2, and debris."""
-    done = hub("prepare", "--data.corpus=hub", f"--data.hub_id={hub_id}", **environment)
+    """Guards against tracebacks, other exit codes than 2, and debris: the hub has no such dataset, or only its script;
+    the library is told that there is no network, or finds that out."""
+    without_pauses = "import time; time.sleep = lambda _: None"  # those of the library between its attempts
+    done = hub(["prepare", "--data.corpus=hub", f"--data.hub_id={hub_id}"], first=without_pauses, **environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1
