@@ -19,6 +19,7 @@ from charlm.config_files import to_yaml
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.windows import training_windows
 from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
+from charlm.model.memory import keep_freed_memory
 from charlm.objective.objective import LossReport, Objective
 from charlm.report.figures import draw_run
 from charlm.runs.checkpoints import find_checkpoint, rewind, save_checkpoint
@@ -50,6 +51,7 @@ def train(config: Config) -> Path:
         UserError: the options, the corpus or the run's folder do not allow it; nothing has been written then.
     """
     check_installed(config.run.tracker)
+    keep_freed_memory()
     with torch_settings(config.train):
         accelerator, precision_reason = build_accelerator(config.train)
         corpus = load_corpus(config.data, progress=accelerator.is_main_process)
