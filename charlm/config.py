@@ -127,6 +127,13 @@ class ModelConfig:
     positions: Literal["per_layer", "input", "rotary"] = "per_layer"
     """per_layer: a learned table is added to the input of every layer (the paper); input: to the first layer's
     only; rotary: queries and keys are rotated (Su et al. 2021)."""
+    ngrams: tuple[int, ...] = ()
+    """Lengths of n-grams whose embeddings are added to the character's, from hashed tables (Pagnoni et al. 2024, Byte
+    Latent Transformer, section 3.2.1), as a YAML list: [2, 3, 4]. They cost memory and hardly any arithmetic."""
+    ngram_buckets: int = 32_768
+    """Rows of each n-gram table."""
+    ngram_width: int = 64
+    """Columns of each n-gram table; a matrix takes the rows of all tables together to d_model."""
     norm: Literal["pre", "post"] = "pre"
     """Layer norm before each sublayer (pre) or after its residual sum (post). The paper does not say."""
     activation: Literal["relu", "gelu", "relu_squared"] = "relu"
@@ -142,7 +149,15 @@ class ModelConfig:
     """Dropout on what each sublayer adds to the residual stream."""
 
     def __post_init__(self):
-        for name in ("num_layers", "num_heads", "d_model", "d_ff", "context_length"):
+        for name in (
+            "num_layers",
+            "num_heads",
+            "d_model",
+            "d_ff",
+            "context_length",
+            "ngram_buckets",
+            "ngram_width",
+        ):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         _require(
             self.d_model % self.num_heads == 0,
@@ -155,6 +170,12 @@ class ModelConfig:
             "model.positions",
             "rotary",
             f"needs an even head size; d_model / num_heads is {self.d_model // self.num_heads}",
+        )
+        _require(
+            all(n >= 2 for n in self.ngrams) and len(set(self.ngrams)) == len(self.ngrams),
+            "model.ngrams",
+            list(self.ngrams),
+            "must be different lengths of at least 2",
         )
         for name in ("attention_dropout", "activation_dropout", "residual_dropout"):
             _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must lie in [0, 1)")

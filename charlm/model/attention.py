@@ -28,13 +28,17 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, in buffers that never move: [L, B, H, context_length, C] each."""
+    """Keys and values of the positions seen so far, in buffers that never move: [L, B, H, context_length, C] each.
+
+    Their ids are kept, too, [B, context_length].
+    """
 
     def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32):
         head_size = config.d_model // config.num_heads
         shape = (config.num_layers, batch_size, config.num_heads, config.context_length, head_size)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.ids = torch.zeros(batch_size, config.context_length, device=device, dtype=torch.int64)
         self.length = 0
 
     def reset(self) -> None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from charlm.config import ModelConfig
 from charlm.model.attention import Attention, KVCache, LayerCache, Rotation
+from charlm.model.embedding import NgramEmbedding
 
 
 class ReluSquared(torch.autograd.Function):
@@ -86,6 +87,7 @@ class CharTransformer(nn.Module):
         self.activation_checkpointing = False
         L, T, D = config.num_layers, config.context_length, config.d_model
         self.embedding = nn.Embedding(vocabulary_size, D)
+        self.ngram_embedding = NgramEmbedding(config) if config.ngrams else None
         num_tables = {"per_layer": L, "input": 1, "rotary": 0}[config.positions]
         self.position_tables = nn.ParameterList(nn.Parameter(torch.empty(T, D)) for _ in range(num_tables))
         self.blocks = nn.ModuleList(Block(config) for _ in range(L))
@@ -139,6 +141,11 @@ class CharTransformer(nn.Module):
             raise ValueError(f"{end} positions exceed the context of {self.config.context_length}")
         rotation = self._rotation(start, end, ids_BT.device)
         x_BTD = self.embedding(ids_BT)
+        if cache is not None:
+            cache.ids[:, start:end] = ids_BT
+        if self.ngram_embedding is not None:
+            seen_BS = ids_BT if cache is None else cache.ids[:, :end]
+            x_BTD = x_BTD + self.ngram_embedding(seen_BS, ids_BT.shape[1])
         hidden_states = {}
         for layer, block in enumerate(self.blocks[: max(wanted)], start=1):
             if layer <= len(self.position_tables):
