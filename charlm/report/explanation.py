@@ -119,7 +119,7 @@ def training_flops(transformer: CharTransformer, heads: Heads, active_terms: Ite
         _matrix_parameters(heads.exits[f"layer{layer}"][f"offset{offset}"]) / (1 if layer in everywhere else T)
         for layer, offset in {(term.layer, term.offset) for term in terms}
     )
-    return round(6 * (_matrix_parameters(transformer.blocks[:depth]) + head_parameters) + 12 * depth * D * T)
+    return round(6 * (_trunk_parameters(transformer, depth) + head_parameters) + 12 * depth * D * T)
 
 
 def inference_flops(transformer: CharTransformer, head: Heads) -> int:
@@ -128,7 +128,7 @@ def inference_flops(transformer: CharTransformer, head: Heads) -> int:
     2 * matrix parameters + 4 * L * D * T
     """
     config = transformer.config
-    parameters = _matrix_parameters(transformer.blocks) + _matrix_parameters(head)
+    parameters = _trunk_parameters(transformer, config.num_layers) + _matrix_parameters(head)
     return 2 * parameters + 4 * config.num_layers * config.d_model * config.context_length
 
 
@@ -145,6 +145,12 @@ def stops_at_step(weight: Schedule, steps: int) -> int | None:
 
 def _num_parameters(*modules: nn.Module) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _trunk_parameters(transformer: CharTransformer, depth: int) -> int:
+    """Matrix parameters that run once per position, up to layer `depth`."""
+    ngrams = transformer.ngram_embedding
+    return _matrix_parameters(transformer.blocks[:depth]) + (_matrix_parameters(ngrams) if ngrams is not None else 0)
 
 
 def _matrix_parameters(module: nn.Module) -> int:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -141,6 +142,18 @@ def test_stops_at_the_step_after_the_last_active_one():
             silent = [step for step in range(steps) if cutoff(end=end)(step / steps) == 0.0]
             assert stops_at_step(cutoff(end=end), steps) == (silent[0] if silent else None)
     assert stops_at_step(cutoff(clock=Fraction(1, 128)), steps=4_000_000) == 31_250
+
+
+def test_the_matrix_after_ngram_tables_counts_once():
+    """Fault: the tables' rows counted as products, or their matrix left out or counted per layer."""
+    plain = explain(tiny(2)).to_dict()
+    config = replace(tiny(2), model=replace(tiny(2).model, ngrams=(2, 3), ngram_buckets=5, ngram_width=3))
+    found = explain(config).to_dict()
+    matrix, tables = 2 * 3 * 4, 2 * 5 * 3
+    for name, factor in (("training_start", 6), ("training_end", 6), ("inference", 2)):
+        assert found["flops_per_character"][name] - plain["flops_per_character"][name] == factor * matrix
+    for name in ("training", "inference"):
+        assert found["parameters"][name] - plain["parameters"][name] == matrix + tables
 
 
 def test_flops_by_hand():
