@@ -49,6 +49,16 @@ def flatten(tree: dict[str, Any], separator: str) -> dict[str, Any]:
     return leaves
 
 
+_DATASETS = ("lm1b", "hub")
+_READ_BY = {
+    "path": ("enwik8", "text8", "file"),
+    **dict.fromkeys(("hub_id", "hub_config", "hub_revision", "text_column", "separator"), _DATASETS),
+    **dict.fromkeys(("train_split", "valid_split", "test_split"), _DATASETS),
+    **dict.fromkeys(("valid_fraction", "test_fraction"), (*_DATASETS, "file", "python-stdlib")),
+}
+"""Options of some corpora only. Set for another one, they would be ignored without a word."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which text, and how it becomes ids."""
@@ -108,6 +118,13 @@ class DataConfig:
             ", ".join(splits),
             "a split is named twice; name another, or none to hold out the end of the training split",
         )
+        for name, corpora in _READ_BY.items():
+            _require(
+                self.corpus in corpora or getattr(self, name) == getattr(DataConfig, name),
+                f"data.{name}",
+                getattr(self, name),
+                f"corpus={self.corpus} has no use for it; leave it out, or choose --data.corpus={' or '.join(corpora)}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from charlm.config import Config, ConfigError, steps_of
+from charlm.config import Config, ConfigError, DataConfig, steps_of
 from charlm.config_files import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +69,35 @@ def test_value_out_of_range(name: str, value: str, way_out: str) -> None:
     assert field in str(caught.value)
     assert way_out in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "name", "value", "way_out"),
+    [
+        ("python-stdlib", "path", "x.txt", "--data.corpus=enwik8 or text8 or file"),
+        ("python-stdlib", "hub_id", "a/b", "--data.corpus=lm1b or hub"),
+        ("lm1b", "path", "x.txt", "--data.corpus=enwik8 or text8 or file"),
+        ("enwik8", "hub_revision", "main", "--data.corpus=lm1b or hub"),
+        ("enwik8", "valid_fraction", "0.1", "--data.corpus=lm1b or hub or file or python-stdlib"),
+        ("text8", "test_split", "held", "--data.corpus=lm1b or hub"),
+    ],
+)
+def test_an_option_that_the_corpus_ignores(corpus: str, name: str, value: str, way_out: str) -> None:
+    """Guards against training on one text when another was named, and against refusing the options of a corpus."""
+    with pytest.raises(ConfigError, match=f"data.{name}={value}: corpus={corpus} has no use for it; .*{way_out}"):
+        load_config((), [f"--data.corpus={corpus}", f"--data.{name}={value}"])
+    for other in way_out.partition("=")[2].split(" or "):
+        needed = {"file": ["--data.path=x.txt"], "hub": ["--data.hub_id=a/b"]}.get(other, [])
+        load_config((), [f"--data.corpus={other}", f"--data.{name}={value}", *needed])
+
+
+@pytest.mark.parametrize(("value", "cache_dir"), [("", "~/.cache/charlm"), ("/somewhere", "/somewhere")])
+def test_the_cache_of_the_environment(value: str, cache_dir: str, monkeypatch) -> None:
+    """Guards against CHARLM_CACHE being ignored, and against corpora in the working folder where it is empty."""
+    monkeypatch.setenv("CHARLM_CACHE", value)
+    assert DataConfig().cache_dir == Path(cache_dir)
+    monkeypatch.delenv("CHARLM_CACHE")
+    assert DataConfig().cache_dir == Path("~/.cache/charlm")
 
 
 def test_checks_see_the_whole_config() -> None:
