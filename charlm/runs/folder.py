@@ -37,11 +37,16 @@ class Run:
         """Make the folder of a new run.
 
         Raises:
-            UserError: the folder holds something already.
+            UserError: the folder holds something already, or cannot be made.
         """
         run = cls(config.run.dir)
         run.check_absent()
-        run.checkpoints_path.mkdir(parents=True)
+        try:
+            run.checkpoints_path.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"run.dir={run.path}: cannot be made ({error.strerror}); choose another --run.dir"
+            ) from error
         write_whole(run.provenance_path, json.dumps({"corpus": corpus} | _environment(), indent=2) + "\n")
         write_whole(run.config_path, to_yaml(config))
         return run
@@ -114,15 +119,19 @@ def read_json(path: Path) -> Any:
 
 
 def _environment() -> dict[str, Any]:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
     return {
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": _git_commit(),
         "command": sys.argv,
         "machine": platform.machine(),
     }
+
+
+def _git_commit() -> str | None:
+    """That of the code, `-dirty` if it differs; None where there is no git, or the code is in no checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
