@@ -261,6 +261,43 @@ def test_saved_config_is_complete() -> None:
     assert all(f"  {name}:" in text for name in names)
 
 
+@pytest.mark.parametrize("corpus", ["text8", "enwik8"])
+@pytest.mark.parametrize(("size", "num_layers", "dropout", "steps"), [("t12", 12, 0.2, 8e6), ("t64", 64, 0.55, 4e6)])
+def test_the_papers_configs(corpus: str, size: str, num_layers: int, dropout: float, steps: float) -> None:
+    """Guards against a default, or a line of the file, that drifts from Al-Rfou et al. 2018."""
+    config = load_config(ROOT / "configs" / f"{corpus}_{size}.yaml")
+    of_the_paper = {
+        "data.corpus": corpus,
+        "data.vocabulary": "bytes",
+        "model.num_layers": num_layers,
+        "model.num_heads": 2,
+        "model.d_model": 512,
+        "model.d_ff": 2048,
+        "model.context_length": 512,
+        "model.positions": "per_layer",
+        "model.activation": "relu",
+        "model.attention_dropout": dropout,
+        "model.activation_dropout": dropout,
+        "model.residual_dropout": 0.0,
+        "aux.positions": PositionsConfig(enabled=True, schedule="constant"),
+        "aux.layers": LayersConfig(enabled=True, every=1, weight=1.0, schedule="staggered", start=0.0, end=1.0),
+        "aux.targets": TargetsConfig(enabled=True, num_targets=2, weight=0.5, schedule="constant"),
+        "aux.reduction": "sum",
+        "aux.main_weight": 1.0,
+        "train.steps": steps,
+        "train.batch_size": 16,
+        "train.optimizer": "sgd",
+        "train.momentum": 0.99,
+        "train.learning_rate": 0.003,
+        "train.lr_schedule": "constant",
+        "train.warmup": 0.0,
+        "train.weight_decay": 0.0,
+        "train.clip_norm": 0.0,
+        "train.valid_every": 10_000,
+    }
+    assert {name: option(config, name) for name in of_the_paper} == of_the_paper
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_config(path: Path) -> None:
     """Guards against a shipped file that does not parse, assumes its own sizes, or repeats a default of its own."""
