@@ -81,8 +81,10 @@ def main() -> None:
         all_layers=options.all_layers,
     )
     if processes.is_main_process:
-        text = corpus.vocabulary.decode(corpus.splits[options.split].ids[: options.limit])
-        yardsticks = compressor_bits_per_byte(text) if options.yardsticks else {}
+        yardsticks = {}
+        if options.yardsticks:
+            text = corpus.vocabulary.decode(corpus.splits[options.split].ids[: options.limit])
+            yardsticks = compressor_bits_per_byte(text)
         if options.json:
             print(json.dumps(score.as_dict() | ({"yardsticks": yardsticks} if yardsticks else {}), indent=2))
         else:
