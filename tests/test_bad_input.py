@@ -5,26 +5,14 @@ import gzip
 import lzma
 import os
 import random
-import runpy
-import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = [
-    "--model.num_layers=2",
-    "--model.num_heads=2",
-    "--model.d_model=16",
-    "--model.d_ff=32",
-    "--model.context_length=16",
-    "--train.steps=2",
-    "--train.batch_size=2",
-    "--train.mixed_precision=no",
-    "--train.valid_symbols=100",
-]
+from charlm.data.sources import PUBLISHED
+from tiny import TINY, run_script
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +24,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "other.txt").write_text(" ".join(reversed(words)))
     (folder / "short.txt").write_text("only two hundred symbols. " * 8)
     (folder / "empty.txt").write_bytes(b"")
+    (folder / "wrong.gz").write_bytes(gzip.compress(bytes(PUBLISHED["enwik8"].size), compresslevel=1))
     (folder / "wrong.xz").write_bytes(lzma.compress(b"not enwik8 at all"))
     (folder / "truncated.gz").write_bytes(gzip.compress(random.Random(0).randbytes(10_000))[:-100])
     (folder / "latin1.txt").write_bytes("café ".encode("latin-1") * 200)
@@ -51,29 +40,20 @@ def place(tmp_path_factory) -> Path:
         patch.chdir(folder)
         patch.setenv("CHARLM_CACHE", str(folder / "cache"))
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        assert run("train", [*TINY, "--data.corpus=file", "--data.path=text.txt", "--run.dir=run"]) == 0
+        assert run_script("train", *TINY, *ON_TEXT, "--run.dir=run") == 0
     return folder
 
 
-def run(script: str, arguments: list[str]) -> int:
-    """The exit code of scripts/SCRIPT.py, run in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script}.py", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
-    return exit.value.code
-
-
 def snapshot(folder: Path) -> dict[str, int]:
-    """Every file and folder with its time of change; locks of the cache aside."""
+    """Every file and folder outside of the cache, with its time of change."""
     return {
         str(path): path.stat().st_mtime_ns
-        for path in sorted(folder.rglob("*"))
-        if path.suffix != ".lock" and path.name != "cache"
+        for path in folder.rglob("*")
+        if "cache" not in path.relative_to(folder).parts
     }
 
 
-ON_TEXT = [*TINY, "--data.corpus=file", "--data.path=text.txt"]
+ON_TEXT = ["--data.corpus=file", "--data.path=text.txt"]
 CASES = {
     "unknown key in YAML": ("train", ["--config=typo.yaml"], ["model.num_layer", "num_layers", "typo.yaml, line 2"]),
     "unknown flag": ("train", ["--train.batch_sise=3"], ["--train.batch_sise", "--train.batch_size"]),
@@ -91,21 +71,35 @@ CASES = {
     "unknown corpus": ("prepare", ["--data.corpus=enwik9"], ["data.corpus", "enwik9", "enwik8"]),
     "missing file": (
         "train",
-        [*TINY, "--data.corpus=file", "--data.path=nowhere.txt"],
-        ["data.path=", "nowhere.txt", "No such file"],
+        ["--data.corpus=file", "--data.path=nowhere.txt"],
+        ["data.path=", "nowhere.txt (No such file", "give a file or folder"],
     ),
     "no path": ("prepare", ["--data.corpus=file"], ["data.corpus=file", "--data.path"]),
+    "option that the corpus ignores": (
+        "prepare",
+        ["--data.corpus=python-stdlib", "--data.path=text.txt"],
+        ["data.path=text.txt", "corpus=python-stdlib has no use for it", "--data.corpus=enwik8 or text8 or file"],
+    ),
     "wrong checksum": (
         "prepare",
+        ["--data.corpus=enwik8", "--data.path=wrong.gz"],
+        ["data.path=", "wrong.gz: has sha256", PUBLISHED["enwik8"].digest, f"Get it from {PUBLISHED['enwik8'].url}"],
+    ),
+    "wrong length": (
+        "prepare",
         ["--data.corpus=enwik8", "--data.path=wrong.xz"],
-        ["data.path=", "wrong.xz", "bytes"],
+        ["data.path=", "wrong.xz: has 17 bytes", "enwik8 has 100,000,000", f"Get it from {PUBLISHED['enwik8'].url}"],
     ),
     "truncated archive": (
         "prepare",
         ["--data.corpus=text8", "--data.path=truncated.gz"],
-        ["data.path=", "truncated.gz"],
+        ["data.path=", "truncated.gz: cannot be read to its end", "fetch it again"],
     ),
-    "empty corpus": ("prepare", ["--data.corpus=file", "--data.path=empty.txt"], ["data.path", "empty"]),
+    "empty corpus": (
+        "prepare",
+        ["--data.corpus=file", "--data.path=empty.txt"],
+        ["data.path=", "empty.txt: there is no text in it"],
+    ),
     "bytes where characters are asked for": (
         "prepare",
         ["--data.corpus=file", "--data.path=latin1.txt", "--data.vocabulary=characters"],
@@ -113,7 +107,7 @@ CASES = {
     ),
     "character that the training split lacks": (
         "train",
-        [*TINY, "--data.corpus=file", "--data.path=rare.txt", "--data.vocabulary=characters"],
+        ["--data.corpus=file", "--data.path=rare.txt", "--data.vocabulary=characters"],
         ["rare.txt", "byte 44 of its test split", "'z' (U+007A)", "--data.vocabulary=sentencepiece"],
     ),
     "coverage out of range": (
@@ -134,13 +128,13 @@ CASES = {
     ),
     "missing split": (
         "train",
-        [*TINY, "--data.corpus=hub", "--data.hub_id=./dataset", "--data.text_column=body", "--data.test_split=held"],
+        ["--data.corpus=hub", "--data.hub_id=./dataset", "--data.text_column=body", "--data.test_split=held"],
         ["data.hub_id=", "no split 'held'", "train"],
     ),
     "missing folder": ("prepare", ["--data.corpus=lm1b", "--data.hub_id=./nowhere"], ["data.hub_id=", "No such file"]),
     "split shorter than a window": (
         "train",
-        [*TINY, "--data.corpus=file", "--data.path=short.txt"],
+        ["--data.corpus=file", "--data.path=short.txt"],
         ["valid split of 10 symbols", "one window of 18", "context_length"],
     ),
     "fp16 on a CPU": ("train", [*ON_TEXT, "--train.mixed_precision=fp16"], ["train.mixed_precision=fp16", "use bf16"]),
@@ -158,7 +152,7 @@ CASES = {
     "resumed from a step that is not there": (
         "train",
         [*ON_TEXT, "--run.dir=run", "--run.resume_from=7"],
-        ["run has no checkpoint 7", "its steps are: 1, 2"],
+        ["run has no checkpoint 7", "its steps are: 2, 3"],
     ),
     "resumed where there is no run": (
         "train",
@@ -191,8 +185,9 @@ def test_wrong_input_is_answered_with_one_message(case, place, monkeypatch, capf
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     before = snapshot(place)
     cached = set(os.listdir(place / "cache"))
-    assert run(script, arguments) == 2
-    printed = capfd.readouterr().err
+    assert run_script(script, *(TINY if script == "train" else ()), *arguments) == 2
+    shown, printed = capfd.readouterr()
+    assert shown == ""
     assert printed.count("error:") == 1
     assert "Traceback" not in printed
     for part in parts:
@@ -200,7 +195,4 @@ def test_wrong_input_is_answered_with_one_message(case, place, monkeypatch, capf
     # A text that was prepared before the mistake was found may stay in the cache, whole; nothing else may.
     new = set(os.listdir(place / "cache")) - cached
     assert all((place / "cache" / name / "corpus.json").exists() for name in new if not name.endswith(".lock"))
-    after = snapshot(place)
-    assert {path: time for path, time in after.items() if "/cache/" not in path} == {
-        path: time for path, time in before.items() if "/cache/" not in path
-    }
+    assert snapshot(place) == before

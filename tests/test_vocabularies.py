@@ -3,10 +3,7 @@
 import json
 import math
 import os
-import runpy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -21,19 +18,8 @@ from charlm.data.vocabulary import CharacterVocabulary
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.loading import build_objective
+from tiny import TINY, run_script
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = [
-    "--model.num_layers=2",
-    "--model.num_heads=2",
-    "--model.d_model=16",
-    "--model.d_ff=32",
-    "--model.context_length=16",
-    "--train.steps=3",
-    "--train.batch_size=2",
-    "--train.mixed_precision=no",
-    "--train.valid_symbols=100",
-]
 VOCABULARIES = ("bytes", "characters", "sentencepiece")
 PANGRAM = " the quick brown fox jumps over the lazy dog"
 """The 27 symbols of text8."""
@@ -48,12 +34,9 @@ def script(tmp_path, monkeypatch, capfd) -> Callable[..., str]:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
     def run(name: str, *arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        with pytest.raises(SystemExit) as exit_info:
-            runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
-        printed = capfd.readouterr()
-        assert exit_info.value.code in (0, 2), printed.err
-        return printed.err if exit_info.value.code else printed.out
+        code, printed = run_script(name, *arguments), capfd.readouterr()
+        assert code in (0, 2), printed.err
+        return printed.err if code else printed.out
 
     return run
 

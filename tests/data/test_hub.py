@@ -21,15 +21,15 @@ from charlm.config import ConfigError, DataConfig, UserError
 from charlm.data import sources
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.sources import HUB_IDS, PUBLISHED, find_source
+from tiny import SCRIPTS, TINY
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [f"document {number} é" for number in range(100)]
 DRIVER = f"""
 import json, runpy, sys
 for script, *arguments in json.loads(sys.argv[1]):
     sys.argv = [script, *arguments]
     try:
-        runpy.run_path(f"{ROOT}/scripts/{{script}}.py", run_name="__main__")
+        runpy.run_path(f"{SCRIPTS}/{{script}}.py", run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise
@@ -288,7 +288,7 @@ def hub(tmp_path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
             text=True,
             env=os.environ
             | {
-                "PYTHONPATH": str(ROOT),
+                "PYTHONPATH": str(SCRIPTS.parent),
                 "HF_ENDPOINT": run.url,
                 "HF_HOME": str(tmp_path / "hf"),
                 "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -316,11 +316,9 @@ def test_from_the_hub_to_generated_text(hub, tmp_path):
     prepared = hub(*(["prepare", *flags[name]] for name in flags))
     assert prepared.returncode == 0, prepared.stderr
     assert prepared.stdout.count("hub from owner/plain@v1") == 3
-    tiny = ["--model.num_layers=2", "--model.d_model=16", "--model.d_ff=32", "--model.context_length=16"]
-    tiny += ["--train.steps=2", "--train.batch_size=2", "--train.mixed_precision=no"]
     hub.answered.clear()
     used = hub(
-        *(["train", *tiny, *flags[name], f"--run.dir={name}"] for name in flags),
+        *(["train", *TINY, *flags[name], f"--run.dir={name}"] for name in flags),
         *(["evaluate", name, "--json"] for name in flags),
         *(["generate", name, "--prompt=doc", "--length=50"] for name in flags),
     )

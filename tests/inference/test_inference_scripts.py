@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,20 +12,15 @@ from charlm.data.corpus import load_corpus
 from charlm.inference.evaluation import bits_per_character
 from charlm.inference.generation import generate
 from charlm.runs.loading import load
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from tiny import SCRIPTS, run_script
 
 
 @pytest.fixture
-def run_script(monkeypatch, capfd):
-    """`run_script(name, *arguments)`: exit code, stdout and stderr."""
+def script(capfd):
+    """`script(name, *arguments)`: exit code, stdout and stderr."""
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *arguments])
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        with pytest.raises(SystemExit) as exit_info:
-            runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
-        return exit_info.value.code, *capfd.readouterr()
+        return run_script(name, *arguments), *capfd.readouterr()
 
     return run
 
@@ -72,9 +66,9 @@ def test_two_processes_and_the_library_agree(run_on_disk):
     }
 
 
-def test_what_evaluate_prints_for_people(run_on_disk, run_script):
+def test_what_evaluate_prints_for_people(run_on_disk, script):
     """Guards against a figure without its protocol, or wider than a terminal."""
-    code, out, err = run_script("evaluate", str(run_on_disk), "--split=valid", "--limit=300", "--yardsticks")
+    code, out, err = script("evaluate", str(run_on_disk), "--split=valid", "--limit=300", "--yardsticks")
     assert (code, err) == (0, "")
     for part in ("bits per character", "bits per byte", "±", "valid", "300", "step-00000003", "stride 8", "context 16"):
         assert part in out
@@ -82,19 +76,19 @@ def test_what_evaluate_prints_for_people(run_on_disk, run_script):
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
-def test_a_corpus_that_has_moved(run_on_disk, run_script):
+def test_a_corpus_that_has_moved(run_on_disk, script):
     """Guards against runs that can only be scored where they were trained."""
     text = run_on_disk.parent / "text.txt"
     moved = [f"--data.path={text.rename(text.with_name('moved.txt'))}", f"--data.cache_dir={text.with_name('other')}"]
-    code, out, err = run_script("evaluate", str(run_on_disk), "--json", *moved)
+    code, out, err = script("evaluate", str(run_on_disk), "--json", *moved)
     assert (code, err) == (0, "")
     assert json.loads(out)["corpus_sha256"] == load(run_on_disk).corpus["sha256"]
 
 
-def test_generate_prints_prompt_and_text(run_on_disk, run_script):
+def test_generate_prints_prompt_and_text(run_on_disk, script):
     """Guards against a script that leaves out options, the prompt or the end."""
     arguments = ["--prompt=12é ", "--length=40", "--temperature=0.9", "--top-k=30", "--top-p=0.9", "--seed=7"]
-    code, out, err = run_script("generate", str(run_on_disk), *arguments)
+    code, out, err = script("generate", str(run_on_disk), *arguments)
     text = generate(load(run_on_disk), "12é ", length=40, temperature=0.9, top_k=30, top_p=0.9, seed=7)
     assert (code, out, err) == (0, f"12é {text}\n", "")
 
@@ -111,20 +105,20 @@ def test_generate_prints_prompt_and_text(run_on_disk, run_script):
         ("generate", ["--prompt=a", "--temperature=-1"], "temperature=-1.0: must be finite and at least 0"),
     ],
 )
-def test_bad_input(run_on_disk, run_script, monkeypatch, name, arguments, message):
+def test_bad_input(run_on_disk, script, monkeypatch, name, arguments, message):
     """Guards against tracebacks, wrong exit codes and output before the error."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     before = files_in(run_on_disk.parent)
-    code, out, err = run_script(name, str(run_on_disk), *arguments)
+    code, out, err = script(name, str(run_on_disk), *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert files_in(run_on_disk.parent) == before
 
 
 @pytest.mark.parametrize(("name", "arguments"), [("evaluate", []), ("generate", ["--prompt=a"])])
-def test_a_folder_that_is_no_run(tmp_path, run_script, name, arguments):
+def test_a_folder_that_is_no_run(tmp_path, script, name, arguments):
     """Guards against a traceback from the first file that is missing."""
-    code, out, err = run_script(name, str(tmp_path), *arguments)
+    code, out, err = script(name, str(tmp_path), *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"{tmp_path} is not a run" in err
     assert not files_in(tmp_path)

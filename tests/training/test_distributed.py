@@ -8,37 +8,42 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import charlm
+from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
+from tiny import TINY
 
 STEPS = 100
-TINY = [
+FLAGS = [
+    *TINY,
     "--model.num_layers=4",
-    "--model.num_heads=2",
-    "--model.d_model=32",
-    "--model.d_ff=64",
-    "--model.context_length=16",
     f"--train.steps={STEPS}",
     "--train.batch_size=6",
-    "--train.mixed_precision=no",
     "--train.matmul_precision=highest",
     "--train.log_every=1",
     "--train.valid_every=50",
-    "--train.valid_symbols=500",
     "--train.clip_norm=1",
 ]
 SETTINGS = {
     "adamw": ["--train.optimizer=adamw", "--train.weight_decay=0.1"],
     "adamw-accumulated": ["--train.optimizer=adamw", "--train.micro_batch_size=2"],
     "sgd": ["--train.optimizer=sgd", "--train.learning_rate=0.003"],
-    "sgd-uneven": ["--train.optimizer=sgd", "--train.learning_rate=0.003", "--train.batch_size=5"],
+    # 3 + 2 windows: one process accumulates twice, the other once.
+    "sgd-uneven": [
+        "--train.optimizer=sgd",
+        "--train.learning_rate=0.003",
+        "--train.batch_size=5",
+        "--train.micro_batch_size=2",
+    ],
+    "sgd-accumulated": ["--train.optimizer=sgd", "--train.learning_rate=0.003", "--train.micro_batch_size=1"],
     "last-position": ["--aux.positions.schedule=cutoff", "--aux.positions.end=0.3", "--train.micro_batch_size=1"],
 }
 
 
 def flags_of(name: str, folder: Path, corpus: list[str]) -> list[str]:
-    return [*TINY, *corpus, *SETTINGS[name], f"--run.dir={folder / name}"]
+    return [*FLAGS, *corpus, *SETTINGS[name], f"--run.dir={folder / name}"]
 
 
 def train_with_two_processes(plan: Path) -> None:
@@ -66,8 +71,8 @@ def two_processes(tmp_path_factory, text_corpus_flags):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_learn_what_one_does(name, two_processes, tmp_path, text_corpus_flags):
-    """Guards against wrong scaling of the loss by processes or micro-batches, a reducer that trips over silent heads,
-    and windows that depend on the number of processes."""
+    """Guards against wrong scaling of the loss by processes or micro-batches, a reducer that trips over silent heads or
+    goes on moving them, and windows that depend on the number of processes."""
     alone = charlm.train(charlm.load_config(overrides=flags_of(name, tmp_path, text_corpus_flags)))
     rows_alone, rows_two = (
         [row for row in Run.open(path).metrics() if "terms" in row] for path in (alone, two_processes / name)
@@ -78,12 +83,18 @@ def test_two_processes_learn_what_one_does(name, two_processes, tmp_path, text_c
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert rows_two[-1]["loss"] < rows_two[0]["loss"]
     assert len(rows_two[0]["terms"]) > len(rows_two[-1]["terms"]), "no head fell silent: the test would prove nothing"
+    # The heads of layers 1, 2 and 3 of 4 fall silent at steps 13, 25 and 38.
+    middle, end = (find_checkpoint(Run.open(two_processes / name), step).tensors() for step in (50, 100))
+    silent = [parameter for parameter in middle if parameter.startswith("heads.exits.") and "layer4" not in parameter]
+    assert len(silent) == 3 * (2 + 2 * 2)
+    assert all(torch.equal(middle[parameter], end[parameter]) for parameter in silent)
+    assert not torch.equal(middle["heads.exits.layer4.offset1.weight"], end["heads.exits.layer4.offset1.weight"])
 
 
 @pytest.mark.slow
 def test_a_run_of_one_process_goes_on_with_two(tmp_path, text_corpus_flags):
     """Guards against a checkpoint that only the processes that wrote it can continue."""
-    flags = [*TINY, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
+    flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
     whole = charlm.train(charlm.load_config(overrides=[*flags, f"--run.dir={tmp_path / 'whole'}"]))
     shutil.copytree(whole, tmp_path / "moved")
     plan = tmp_path / "plan.json"

@@ -3,21 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = [
-    "--model.num_layers=2",
-    "--model.num_heads=2",
-    "--model.d_model=16",
-    "--model.d_ff=32",
-    "--model.context_length=16",
-    "--train.steps=3",
-    "--train.batch_size=4",
-    "--train.valid_symbols=100",
-]
+from tiny import SCRIPTS, TINY
+
+LAUNCH_FILES = SCRIPTS.parent / "configs" / "accelerate"
 
 
 @pytest.mark.slow
@@ -32,9 +23,16 @@ def test_a_launch_file_starts_what_it_says(launch_file, first_lines, tmp_path, t
     """Guards against accelerate's habit of starting one CPU process where two were asked for, and against launch files
     that it cannot read."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", str(ROOT / "configs" / "accelerate" / launch_file), "--main_process_port=0"]
+    launch += ["--config_file", str(LAUNCH_FILES / launch_file), "--main_process_port=0"]
     done = subprocess.run(
-        [*launch, str(ROOT / "scripts" / "train.py"), *TINY, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"],
+        [
+            *launch,
+            str(SCRIPTS / "train.py"),
+            *TINY,
+            "--train.mixed_precision=auto",
+            *text_corpus_flags,
+            f"--run.dir={tmp_path / 'run'}",
+        ],
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from pathlib import Path
+import subprocess
 
 import pytest
 import torch
@@ -14,17 +14,15 @@ from charlm.data.corpus import load_corpus
 from charlm.data.windows import training_windows
 from charlm.runs.folder import Run
 from charlm.runs.loading import build_objective
+from tiny import SCRIPTS, TINY
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-TINY = [
+CONFIGS = SCRIPTS.parent / "configs"
+FLAGS = [
+    *TINY,
     "--model.num_layers=3",
-    "--model.num_heads=2",
     "--model.d_model=32",
     "--model.d_ff=64",
-    "--model.context_length=16",
     "--train.steps=60",
-    "--train.batch_size=4",
-    "--train.mixed_precision=no",
     "--train.log_every=1",
     "--train.valid_every=20",
     "--train.valid_symbols=500",
@@ -40,7 +38,7 @@ def test_every_combination_of_the_losses_trains(positions, layers, targets, tmp_
         f"--aux.targets.enabled={targets}",
     ]
     run = charlm.train(
-        charlm.load_config(overrides=[*TINY, *text_corpus_flags, *switches, f"--run.dir={tmp_path / 'run'}"])
+        charlm.load_config(overrides=[*FLAGS, *text_corpus_flags, *switches, f"--run.dir={tmp_path / 'run'}"])
     )
     rows = [row for row in Run.open(run).metrics() if "terms" in row]
     names = list(rows[0]["terms"])
@@ -49,13 +47,17 @@ def test_every_combination_of_the_losses_trains(positions, layers, targets, tmp_
     assert any("offset2" in name for name in names) == (targets == "true")
     first, last = (sum(row["bits_per_character"] for row in part) / 10 for part in (rows[:10], rows[-10:]))
     assert last < first - 0.1
+    # Layer 1 of 3 stops at 1/6 and layer 2 at 2/6 of 60 steps: the updates after 10 and 20 completed ones lack them.
+    for layer, last_step in (("layer1/", 10), ("layer2/", 20), ("layer3/", 60)):
+        steps = [row["step"] for row in rows if any(name.startswith(layer) for name in row["terms"])]
+        assert steps == list(range(1, last_step + 1 if layers == "true" or layer == "layer3/" else 1))
 
 
 def test_the_first_step_is_what_the_config_says(tmp_path, text_corpus_flags):
     """Guards against a loop whose windows, initialisation, weights, update or learning rate drift from the parts that
     are tested on their own: one step of SGD without momentum is worked out here, from two micro-batches."""
     flags = [
-        *TINY,
+        *FLAGS,
         *text_corpus_flags,
         "--train.steps=1",
         "--train.optimizer=sgd",
@@ -90,11 +92,13 @@ def test_the_first_step_is_what_the_config_says(tmp_path, text_corpus_flags):
 
 def test_a_run_records_what_it_was_made_from(tmp_path, text_corpus_flags):
     """Guards against a run folder that cannot be traced back or reloaded; and against pickle in it."""
-    config = charlm.load_config(overrides=[*TINY, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"])
+    config = charlm.load_config(overrides=[*FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"])
     run = Run.open(charlm.train(config))
     assert run.config() == config
     provenance = run.provenance()
-    assert provenance["corpus"]["sha256"] == load_corpus(config.data).sha256
+    assert provenance["corpus"] == load_corpus(config.data).to_dict()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CONFIGS, capture_output=True, text=True).stdout.strip()
+    assert (provenance["git_commit"] or "").removesuffix("-dirty") == head
     assert provenance["versions"]["torch"] == torch.__version__
     assert {path.suffix for path in run.path.rglob("*") if path.is_file()} <= {
         ".yaml", ".json", ".jsonl", ".safetensors", ".png", ""
@@ -116,8 +120,10 @@ def test_every_config_runs_at_another_size(config_file, tmp_path, text_corpus_fl
     flags = [*smaller, "--train.steps=60", "--train.batch_size=4", "--train.valid_symbols=200", *text_corpus_flags]
     config = charlm.load_config(config_file, [*flags, f"--run.dir={tmp_path / 'run'}"])
     run = Run.open(charlm.train(config))
-    last = list(run.metrics())[-1]
+    rows = list(run.metrics())
+    last = rows[-1]
     assert (last["step"], last["progress"]) == (60, 1.0)
+    assert [row["step"] for row in rows if "terms" in row] == list(range(1, 61)), "too few rows to see the loss fall"
     assert 0 < last["valid"]["bits_per_character"] < 8.5
     first_line = capfd.readouterr().err.splitlines()[0]
     assert ("unfused" in first_line) == (config.model.attention_dropout > 0)
@@ -137,5 +143,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     """Guards against a half-made run folder that is in the way of the corrected command."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(UserError, match=message):
-        charlm.train(charlm.load_config(overrides=[*TINY, *text_corpus_flags, *flags, f"--run.dir={tmp_path / 'run'}"]))
+        charlm.train(
+            charlm.load_config(overrides=[*FLAGS, *text_corpus_flags, *flags, f"--run.dir={tmp_path / 'run'}"])
+        )
     assert not (tmp_path / "run").exists()

@@ -15,30 +15,33 @@ import pytest
 import charlm
 from charlm.config import UserError
 from charlm.runs.folder import Run
+from tiny import SCRIPTS, TINY
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
-TINY = [
+FLAGS = [
+    *TINY,
     "--model.num_layers=3",
-    "--model.num_heads=2",
-    "--model.d_model=16",
-    "--model.d_ff=32",
-    "--model.context_length=16",
     f"--train.steps={STEPS}",
     "--train.batch_size=6",
     "--train.warmup=4",
     "--train.lr_schedule=cosine",
     "--train.log_every=1",
     "--train.valid_every=1",
-    "--train.valid_symbols=100",
     "--train.keep_checkpoints=100",
 ]
 DROPOUT = ["--model.attention_dropout=0.1", "--model.activation_dropout=0.2", "--model.residual_dropout=0.1"]
+CHECKPOINTING = ["--train.activation_checkpointing=true"]
 SETTINGS = {
     "fp32": ["--train.mixed_precision=no", *DROPOUT],
     "bf16": ["--train.mixed_precision=bf16", *DROPOUT, "--train.micro_batch_size=2"],
-    "checkpointed": ["--train.mixed_precision=bf16", *DROPOUT, "--train.activation_checkpointing=true"],
-    "sgd": ["--train.mixed_precision=no", *DROPOUT, "--train.optimizer=sgd", "--train.micro_batch_size=4"],
+    "bf16-checkpointed": ["--train.mixed_precision=bf16", *DROPOUT, *CHECKPOINTING, "--train.micro_batch_size=4"],
+    "sgd": [
+        "--train.mixed_precision=no",
+        *DROPOUT,
+        *CHECKPOINTING,
+        "--train.optimizer=sgd",
+        "--train.micro_batch_size=4",
+    ],
     "muon": ["--train.mixed_precision=bf16", "--train.optimizer=muon", "--train.clip_norm=1"],
 }
 
@@ -61,14 +64,14 @@ def history(run: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, text_corpus_flags):
     """A run of fp32 that never stopped."""
-    flags = [*TINY, *text_corpus_flags, *SETTINGS["fp32"]]
+    flags = [*FLAGS, *text_corpus_flags, *SETTINGS["fp32"]]
     return flags, train(*flags, f"--run.dir={tmp_path_factory.mktemp('whole') / 'run'}")
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_resuming_at_any_step_ends_in_the_same_bytes(setting, tmp_path, text_corpus_flags):
     """Guards against state that a checkpoint forgets: optimizer moments, dropout noise, best score, schedule."""
-    flags = [*TINY, *text_corpus_flags, *SETTINGS[setting]]
+    flags = [*FLAGS, *text_corpus_flags, *SETTINGS[setting]]
     whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
     for step in random.Random(setting).sample(range(1, STEPS), 4):
         resumed = tmp_path / f"from-{step}"
@@ -83,7 +86,7 @@ def test_a_killed_process_resumes_to_the_same_bytes(tmp_path, whole_run):
     """Guards against a run that only resumes after a clean exit: SIGKILL leaves no time for anything."""
     flags, whole = whole_run
     killed = tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *flags, f"--run.dir={killed}"]
+    command = [sys.executable, str(SCRIPTS / "train.py"), *flags, f"--run.dir={killed}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while not (killed / "checkpoints" / "step-00000005").exists():
@@ -99,7 +102,7 @@ def test_a_killed_process_resumes_to_the_same_bytes(tmp_path, whole_run):
 
 def test_another_micro_batch_sees_the_same_characters(tmp_path, text_corpus_flags):
     """Guards against windows or weighting that depend on how the batch is cut up."""
-    flags = [*TINY, *text_corpus_flags, "--train.mixed_precision=no", "--train.matmul_precision=highest"]
+    flags = [*FLAGS, *text_corpus_flags, "--train.mixed_precision=no", "--train.matmul_precision=highest"]
     whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
     resumed = tmp_path / "resumed"
     shutil.copytree(whole, resumed)

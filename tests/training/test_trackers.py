@@ -18,20 +18,14 @@ import charlm
 from charlm.config import TrackerName, UserError
 from charlm.runs.folder import Run
 from charlm.training import loop, trackers
+from tiny import SCRIPTS, TINY
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = [
+FLAGS = [
+    *TINY,
     "--model.num_layers=3",
-    "--model.num_heads=2",
-    "--model.d_model=16",
-    "--model.d_ff=32",
-    "--model.context_length=16",
     "--train.steps=20",
-    "--train.batch_size=4",
-    "--train.mixed_precision=no",
     "--train.log_every=2",
     "--train.valid_every=5",
-    "--train.valid_symbols=100",
     "--train.keep_checkpoints=9",
 ]
 OPTIONS = {"model.num_layers": "3", "train.adam_betas": "[0.9, 0.99]", "train.micro_batch_size": "null"}
@@ -190,13 +184,13 @@ def recorded(run: Path) -> Metrics:
 
 
 def train(run: Path, *flags: str) -> Path:
-    return charlm.train(charlm.load_config(overrides=[*TINY, *flags, f"--run.dir={run}"]))
+    return charlm.train(charlm.load_config(overrides=[*FLAGS, *flags, f"--run.dir={run}"]))
 
 
 def train_apart(run: Path, *flags: str) -> Path:
     """In a process of its own, as most trackers leave threads, sockets and a wrapped stdout behind; and outside of any
     git repository, which dvclive would make one of DVC's."""
-    command = [sys.executable, ROOT / "scripts" / "train.py", *TINY, *flags, f"--run.dir={run}"]
+    command = [sys.executable, SCRIPTS / "train.py", *FLAGS, *flags, f"--run.dir={run}"]
     ended = subprocess.run(command, cwd=run.parent, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "failed and gets no more" not in ended.stderr

@@ -1,0 +1,31 @@
+"""What tests of whole runs share: a run that is over in a moment, and the scripts as a user calls them."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+TINY = (
+    "--model.num_layers=2",
+    "--model.num_heads=2",
+    "--model.d_model=16",
+    "--model.d_ff=32",
+    "--model.context_length=16",
+    "--train.steps=3",
+    "--train.batch_size=4",
+    "--train.mixed_precision=no",
+    "--train.valid_symbols=100",
+)
+"""Flags for scripts/train.py. A test adds its own behind them: the later win."""
+
+
+def run_script(name: str, *arguments: str) -> int:
+    """The exit code of scripts/NAME.py, run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"scripts/{name}.py", *arguments])
+        patch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as exit_info:
+            runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    return exit_info.value.code
