@@ -1,14 +1,26 @@
 """The launch files, through accelerate's own launcher."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import charlm
 from tiny import SCRIPTS, TINY
 
 LAUNCH_FILES = SCRIPTS.parent / "configs" / "accelerate"
+
+
+def launch(launch_file: str, script: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """scripts/SCRIPT.py under `accelerate launch`, which must succeed."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
+    command += ["--config_file", LAUNCH_FILES / launch_file, SCRIPTS / f"{script}.py", *arguments]
+    done = subprocess.run(command, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 @pytest.mark.slow
@@ -20,25 +32,17 @@ LAUNCH_FILES = SCRIPTS.parent / "configs" / "accelerate"
     ],
 )
 def test_a_launch_file_starts_what_it_says(launch_file, first_lines, tmp_path, text_corpus_flags):
-    """Guards against accelerate's habit of starting one CPU process where two were asked for, and against launch files
-    that it cannot read."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", str(LAUNCH_FILES / launch_file), "--main_process_port=0"]
-    done = subprocess.run(
-        [
-            *launch,
-            str(SCRIPTS / "train.py"),
-            *TINY,
-            "--train.mixed_precision=auto",
-            *text_corpus_flags,
-            f"--run.dir={tmp_path / 'run'}",
-        ],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Guards against accelerate's habit of starting one CPU process where two were asked for, launch files that it
+    cannot read, and processes that each print the score of their share."""
+    flags = [*TINY, "--train.mixed_precision=auto", *text_corpus_flags]
+    trained = launch(launch_file, "train", *flags, f"--run.dir={tmp_path / 'run'}")
     for line in first_lines:
-        assert line in done.stderr
-    assert done.stdout.count("Next:") == 1
+        assert line in trained.stderr
+    assert trained.stdout.count("Next:") == 1
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+
+    score = json.loads(launch(launch_file, "evaluate", tmp_path / "run", "--json").stdout)
+    model = charlm.load(tmp_path / "run", device="cpu")
+    alone = charlm.bits_per_character(model, charlm.load_corpus(model.config.data))
+    assert score["bits_per_character"] == pytest.approx(alone.bits_per_character, abs=1e-6)
+    assert score["symbols"] == alone.symbols == 2000
