@@ -19,6 +19,8 @@ STEPS = 100
 FLAGS = [
     *TINY,
     "--model.num_layers=4",
+    "--model.d_model=32",
+    "--model.d_ff=64",
     f"--train.steps={STEPS}",
     "--train.batch_size=6",
     "--train.matmul_precision=highest",
