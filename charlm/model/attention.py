@@ -1,8 +1,12 @@
 """Causal self-attention, in the way that is fastest on the device, with or without a cache of earlier keys and values.
 
-Shapes: B batch, T positions, D d_model, H heads, C = D / H head size, F = C / 2 rotary frequencies, L layers.
+Shapes: B batch, T positions, D d_model, H heads, C = D / H head size, F = C / 2 rotary frequencies, L layers,
+Q queries, where they are of fewer positions than the keys.
 """
 
+import copy
+import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,25 +16,40 @@ from torch import Tensor, nn
 from charlm.config import AttentionBackend, ModelConfig
 
 
+class Places(NamedTuple):
+    """Where the next T positions of each row of a cache lie."""
+
+    positions: slice | Tensor
+    """One slice where all rows are equally long, else [B, T]."""
+    end: int
+    """The number of positions that the longest row then holds."""
+    visible_B1TS: Tensor | None
+    """Which of the first S = `end` positions each new one attends to; None where all rows are equally long."""
+
+
 class LayerCache(NamedTuple):
-    """One layer's buffers, [B, H, context_length, C] each, of which the first `length` positions are filled."""
+    """One layer's buffers, [B, H, context_length, C] each, and where the next positions go."""
 
     keys: Tensor
     values: Tensor
-    length: int
+    places: Places
 
     def extend(self, keys_BHTC: Tensor, values_BHTC: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of new positions; return those of all positions up to them."""
-        end = self.length + keys_BHTC.shape[2]
-        self.keys[:, :, self.length : end] = keys_BHTC
-        self.values[:, :, self.length : end] = values_BHTC
+        positions, end, _ = self.places
+        for buffer, new_BHTC in ((self.keys, keys_BHTC), (self.values, values_BHTC)):
+            if isinstance(positions, slice):
+                buffer[:, :, positions] = new_BHTC
+            else:
+                buffer.scatter_(2, positions[:, None, :, None].expand(new_BHTC.shape), new_BHTC)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class KVCache:
     """Keys and values of the positions seen so far, in buffers that never move: [L, B, H, context_length, C] each.
 
-    Their ids are kept, too, [B, context_length].
+    Their ids are kept, too, [B, context_length]. Every row has a length of its own. A shorter length forgets the newest
+    positions: what was drafted, say.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32):
@@ -38,25 +57,57 @@ class KVCache:
         shape = (config.num_layers, batch_size, config.num_heads, config.context_length, head_size)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.ids = torch.zeros(batch_size, config.context_length, device=device, dtype=torch.int64)
-        self.length = 0
+        self.ids = torch.zeros(batch_size, config.context_length, device=device, dtype=torch.long)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long)
+        """[B], on the CPU, where shapes are decided."""
+
+    @property
+    def length(self) -> int:
+        """The length of the longest row."""
+        return max(self.lengths.tolist())
 
     def reset(self) -> None:
         """Forget every position."""
-        self.length = 0
+        self.lengths.zero_()
 
-    def layer(self, layer: int) -> LayerCache:
+    def row(self, row: int) -> "KVCache":
+        """One row by itself, in the same buffers: what is done to either is done to both."""
+        view = copy.copy(self)
+        view.keys, view.values = self.keys[:, row : row + 1], self.values[:, row : row + 1]
+        view.ids, view.lengths = self.ids[row : row + 1], self.lengths[row : row + 1]
+        return view
+
+    def places(self, num_new: int) -> Places:
+        """Where the next `num_new` positions of each row go."""
+        lengths = self.lengths.tolist()
+        end = max(lengths) + num_new
+        if min(lengths) == max(lengths):
+            return Places(slice(end - num_new, end), end, None)
+        positions_BT = (self.lengths[:, None] + torch.arange(num_new)).to(self.keys.device)
+        visible_BTS = torch.arange(end, device=self.keys.device) <= positions_BT[:, :, None]
+        return Places(positions_BT, end, visible_BTS[:, None])
+
+    def extend_ids(self, ids_BT: Tensor, places: Places, num_earlier: int) -> Tensor:
+        """Store the ids of new positions; return them behind those of up to `num_earlier` before, -1 where none is."""
+        if isinstance(places.positions, slice):
+            self.ids[:, places.positions] = ids_BT
+            return self.ids[:, max(0, places.positions.start - num_earlier) : places.end]
+        self.ids.scatter_(1, places.positions, ids_BT)
+        wanted_BS = places.positions[:, :1] + torch.arange(-num_earlier, ids_BT.shape[1], device=ids_BT.device)
+        return self.ids.gather(1, wanted_BS.clamp(min=0)).masked_fill(wanted_BS < 0, -1)
+
+    def layer(self, layer: int, places: Places) -> LayerCache:
         """The buffers of a layer (1-based)."""
-        return LayerCache(self.keys[layer - 1], self.values[layer - 1], self.length)
+        return LayerCache(self.keys[layer - 1], self.values[layer - 1], places)
 
 
 class Rotation(NamedTuple):
     """Rotary position embedding (Su et al. 2021, eq. 34): turns the pairs (c, c + C/2) by their position's angles."""
 
     cos: Tensor
-    """[T, C], each angle twice."""
+    """[T, C] or [B, 1, T, C], each angle twice."""
     sin: Tensor
-    """[T, C], negative in the first half: where the other of the pair is subtracted."""
+    """As cos; negative in the first half: where the other of the pair is subtracted."""
 
     @staticmethod
     def by(angles_TF: Tensor) -> "Rotation":
@@ -64,9 +115,32 @@ class Rotation(NamedTuple):
         sin = angles_TF.sin()
         return Rotation(torch.cat([angles_TF.cos()] * 2, dim=-1), torch.cat([-sin, sin], dim=-1))
 
+    def at(self, positions: slice | Tensor) -> "Rotation":
+        """That of some of the positions: a slice of them, or [B, T] of their numbers."""
+        cos, sin = self.cos[positions], self.sin[positions]
+        return Rotation(cos, sin) if isinstance(positions, slice) else Rotation(cos[:, None], sin[:, None])
+
+    def last(self, num_positions: int) -> "Rotation":
+        """That of the last positions."""
+        return Rotation(self.cos[..., -num_positions:, :], self.sin[..., -num_positions:, :])
+
     def __call__(self, x_BHTC: Tensor) -> Tensor:
         """The queries or keys of T positions, turned."""
-        return _Rotate.apply(x_BHTC, self.cos.to(x_BHTC.dtype), self.sin.to(x_BHTC.dtype))
+        cos, sin = self.cos.to(x_BHTC.dtype), self.sin.to(x_BHTC.dtype)
+        return _Rotate.apply(x_BHTC, cos, sin) if torch.is_grad_enabled() else _turn(x_BHTC, cos, sin)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # or a table made while generating could not be trained with
+def rotary_table(num_positions: int, head_size: int, device: torch.device) -> Rotation:
+    """The rotation of each position: by position x 10000^(-2i / C), i = 0 ... C / 2 - 1."""
+    half = head_size // 2
+    frequencies = torch.exp(torch.arange(half, device=device) * (-math.log(10_000.0) / half))
+    return Rotation.by(torch.arange(num_positions, device=device)[:, None] * frequencies)
+
+
+def _turn(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.addcmul(x_BHTC * cos, x_BHTC.roll(x_BHTC.shape[-1] // 2, dims=-1), sin)
 
 
 class _Rotate(torch.autograd.Function):
@@ -75,14 +149,12 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TC, sin_TC)
-        half = x_BHTC.shape[-1] // 2
-        return torch.addcmul(x_BHTC * cos_TC, x_BHTC.roll(half, dims=-1), sin_TC)
+        return _turn(x_BHTC, cos_TC, sin_TC)
 
     @staticmethod
     def backward(ctx, grad_BHTC: Tensor) -> tuple[Tensor, None, None]:
         cos_TC, sin_TC = ctx.saved_tensors
-        half = grad_BHTC.shape[-1] // 2
-        return torch.addcmul(grad_BHTC * cos_TC, grad_BHTC.roll(half, dims=-1), -sin_TC), None, None
+        return _turn(grad_BHTC, cos_TC, -sin_TC), None, None
 
 
 BLOCK = 128
@@ -92,6 +164,8 @@ BLOCK = 128
 class BlockwiseAttention(torch.autograd.Function):
     """Causal attention in blocks of queries, each over the keys up to its own end and no further.
 
+    The queries are of the last Q of the keys' T positions.
+
     The CPU's fused kernel computes the masked half of the scores too, and its backward pass uses the processor's matrix
     instructions poorly; here every product is one batched matrix product. The attention weights are kept for the
     backward pass in the precision of the queries, B x H x T x T / 2 of them (activation checkpointing drops them).
@@ -99,38 +173,43 @@ class BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query_BHTC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor) -> Tensor:
-        B, H, T, C = query_BHTC.shape
-        query, key, value = (x.reshape(B * H, T, C) for x in (query_BHTC, key_BHTC, value_BHTC))
+        B, H, T, C = key_BHTC.shape
+        query, key, value = (x.reshape(B * H, -1, C) for x in (query_BHTC, key_BHTC, value_BHTC))
+        earlier = T - query.shape[1]
         mixed = torch.empty_like(query)
         future = query.new_full((BLOCK, BLOCK), float("-inf")).triu(1)
         weights = []
         with torch.autocast(query.device.type, enabled=False):
-            for start in range(0, T, BLOCK):
+            for start in range(earlier, T, BLOCK):
                 end = min(start + BLOCK, T)
-                scores = torch.baddbmm(query.new_empty(1), query[:, start:end], key[:, :end].mT, beta=0, alpha=C**-0.5)
+                own = slice(start - earlier, end - earlier)
+                scores = torch.baddbmm(query.new_empty(1), query[:, own], key[:, :end].mT, beta=0, alpha=C**-0.5)
                 scores[:, :, start:] += future[: end - start, : end - start]
-                weights.append(scores.softmax(dim=-1))
-                torch.bmm(weights[-1], value[:, :end], out=mixed[:, start:end])
+                block = scores.softmax(dim=-1)
+                torch.bmm(block, value[:, :end], out=mixed[:, own])
+                if any(ctx.needs_input_grad):
+                    weights.append(block)
         ctx.save_for_backward(query, key, value, *weights)
-        return mixed.view(B, H, T, C)
+        return mixed.view(query_BHTC.shape)
 
     @staticmethod
     def backward(ctx, grad_BHTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, *weights = ctx.saved_tensors
-        B, H, T, C = grad_BHTC.shape
+        T, C = key.shape[1:]
+        earlier = T - query.shape[1]
         scale = C**-0.5
-        grad = grad_BHTC.reshape(B * H, T, C)
+        grad = grad_BHTC.reshape(query.shape)
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for start, block in zip(range(0, T, BLOCK), weights, strict=True):
+        for start, block in zip(range(earlier, T, BLOCK), weights, strict=True):
             end = min(start + BLOCK, T)
-            grad_value[:, :end].baddbmm_(block.mT, grad[:, start:end])
-            grad_block = torch.bmm(grad[:, start:end], value[:, :end].mT)
+            own = slice(start - earlier, end - earlier)
+            grad_value[:, :end].baddbmm_(block.mT, grad[:, own])
+            grad_block = torch.bmm(grad[:, own], value[:, :end].mT)
             grad_scores = torch.ops.aten._softmax_backward_data(grad_block, block, -1, block.dtype)
-            torch.baddbmm(
-                query.new_empty(1), grad_scores, key[:, :end], beta=0, alpha=scale, out=grad_query[:, start:end]
-            )
-            grad_key[:, :end].baddbmm_(grad_scores.mT, query[:, start:end], alpha=scale)
-        return grad_query.view(B, H, T, C), grad_key.view(B, H, T, C), grad_value.view(B, H, T, C)
+            torch.baddbmm(query.new_empty(1), grad_scores, key[:, :end], beta=0, alpha=scale, out=grad_query[:, own])
+            grad_key[:, :end].baddbmm_(grad_scores.mT, query[:, own], alpha=scale)
+        heads = grad_BHTC.shape[:2]
+        return tuple(gradient.unflatten(0, heads) for gradient in (grad_query, grad_key, grad_value))
 
 
 def attends_in_blocks(backend: AttentionBackend, device_type: str) -> bool:
@@ -141,8 +220,8 @@ def attends_in_blocks(backend: AttentionBackend, device_type: str) -> bool:
 class Attention(nn.Module):
     """Causal multi-head self-attention.
 
-    `backend` "sdpa" is torch's `scaled_dot_product_attention`, "blocks" is `BlockwiseAttention`, which knows neither
-    dropout nor cached keys and leaves those to the former; "auto" takes blocks on a CPU.
+    `backend` "sdpa" is torch's `scaled_dot_product_attention`, "blocks" is `BlockwiseAttention`, which knows no dropout
+    and leaves that, and single queries, to the former; "auto" takes blocks on a CPU.
     """
 
     def __init__(self, config: ModelConfig):
@@ -156,29 +235,48 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.d_model, config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation | None, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rotation: Rotation | None, cache: LayerCache | None, num_last: int | None = None
+    ) -> Tensor:
+        """What each position reads from itself and those before it; of the last `num_last` only, if given."""
         B, T, D = x_BTD.shape
-        projections = (self.query, self.key, self.value)
-        if cache is None:  # one product; for a few characters at a time joining the weights costs more than it saves
-            weight = torch.cat([project.weight for project in projections])
-            bias = torch.cat([project.bias for project in projections])
-            projected = F.linear(x_BTD, weight, bias).chunk(3, dim=-1)
+        num_queries = T if num_last is None else min(num_last, T)
+        queried_BQD = x_BTD[:, T - num_queries :]
+        if cache is not None:  # for a few characters at a time joining the weights costs more than it saves
+            projected = [self.query(queried_BQD), self.key(x_BTD), self.value(x_BTD)]
+        elif num_queries < T:
+            projected = [self.query(queried_BQD), *_project(x_BTD, self.key, self.value)]
         else:
-            projected = [project(x_BTD) for project in projections]
-        query, key, value = (x.view(B, T, self.num_heads, D // self.num_heads).transpose(1, 2) for x in projected)
+            projected = _project(x_BTD, self.query, self.key, self.value)
+        query, key, value = (x.view(B, -1, self.num_heads, D // self.num_heads).transpose(1, 2) for x in projected)
         if rotation is not None:
-            query, key = rotation(query), rotation(key)
-        mask = None
+            query, key = rotation.last(num_queries)(query), rotation(key)
+        visible = None
         if cache is not None:
             key, value = cache.extend(key, value)
-            # is_causal aligns the triangle top-left, which is wrong where earlier keys are cached.
-            if cache.length > 0:
-                mask = torch.ones(T, key.shape[2], dtype=torch.bool, device=x_BTD.device).tril(cache.length)
+            visible = cache.places.visible_B1TS
+            if visible is not None:
+                visible = visible[:, :, T - num_queries :]
+        mixed_BHQC = self._mix(query, key, value, visible)
+        return self.out(mixed_BHQC.transpose(1, 2).reshape(B, num_queries, D))
+
+    def _mix(self, query_BHQC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor, visible: Tensor | None) -> Tensor:
+        """The queries are of the last positions; each sees those up to its own, or what is `visible`."""
+        num_queries, num_keys = query_BHQC.shape[2], key_BHTC.shape[2]
         dropout = self.dropout if self.training else 0.0
-        if mask is None and dropout == 0.0 and attends_in_blocks(self.backend, x_BTD.device.type):
-            mixed_BHTC = BlockwiseAttention.apply(query, key, value)
-        else:
-            mixed_BHTC = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
-            )
-        return self.out(mixed_BHTC.transpose(1, 2).reshape(B, T, D))
+        is_causal = visible is None and num_queries > 1
+        if is_causal and dropout == 0.0 and attends_in_blocks(self.backend, query_BHQC.device.type):
+            return BlockwiseAttention.apply(query_BHQC, key_BHTC, value_BHTC)
+        if is_causal and num_queries < num_keys:  # is_causal aligns the triangle top-left
+            visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BHQC.device)
+            visible, is_causal = visible.tril(num_keys - num_queries), False
+        return F.scaled_dot_product_attention(
+            query_BHQC, key_BHTC, value_BHTC, attn_mask=visible, is_causal=is_causal, dropout_p=dropout
+        )
+
+
+def _project(x_BTD: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+    """All linear layers' outputs, from one matrix product."""
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = torch.cat([linear.bias for linear in linears])
+    return F.linear(x_BTD, weight, bias).chunk(len(linears), dim=-1)

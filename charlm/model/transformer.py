@@ -3,7 +3,6 @@
 Shapes: B batch, T positions, D d_model, H heads, V vocabulary, L layers.
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from charlm.config import ModelConfig
-from charlm.model.attention import Attention, KVCache, LayerCache, Rotation
+from charlm.model.attention import Attention, KVCache, LayerCache, Places, Rotation, rotary_table
 from charlm.model.embedding import NgramEmbedding
 
 
@@ -62,11 +61,19 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.d_model)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation | None = None, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: Rotation | None = None,
+        cache: LayerCache | None = None,
+        num_last: int | None = None,
+    ) -> Tensor:
+        """The layer's output; of the last `num_last` positions only, if given."""
+        kept_BTD = x_BTD if num_last is None else x_BTD[:, -num_last:]
         if self.pre_norm:
-            x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotation, cache))
+            x_BTD = kept_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotation, cache, num_last))
             return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
-        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, rotation, cache)))
+        x_BTD = self.attention_norm(kept_BTD + self.dropout(self.attention(x_BTD, rotation, cache, num_last)))
         return self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
 
 
@@ -106,16 +113,12 @@ class CharTransformer(nn.Module):
             for linear in (block.attention.out, block.feed_forward.down):
                 linear.weight.data.mul_(residual_scale)
 
-    def _rotation(self, start: int, end: int, device: torch.device) -> Rotation | None:
-        """What turns queries and keys of the positions [start, end); None for learned positions."""
-        if self.config.positions != "rotary":
-            return None
-        half = self.config.d_model // self.config.num_heads // 2
-        frequencies = torch.exp(torch.arange(half, device=device) * (-math.log(10_000.0) / half))
-        return Rotation.by(torch.arange(start, end, device=device)[:, None] * frequencies)
-
     def forward(
-        self, ids_BT: Tensor, layers: Iterable[int] | None = None, cache: KVCache | None = None
+        self,
+        ids_BT: Tensor,
+        layers: Iterable[int] | None = None,
+        cache: KVCache | None = None,
+        num_last: int | None = None,
     ) -> dict[int, Tensor]:
         """Hidden states of `layers`.
 
@@ -124,10 +127,12 @@ class CharTransformer(nn.Module):
             layers: 1-based numbers of the layers wanted; by default the last. None above the highest is computed.
             cache: keys and values of earlier positions; it is advanced by T, and only for the layers that run: use one
                 cache for one depth. Only in evaluation mode or without activation checkpointing.
+            num_last: hand out the last so many positions only, at least 1. Of the others the highest layer wanted
+                then computes no more than keys and values.
 
         Returns:
-            {layer: hidden_BTD}. Under pre-norm the last layer's states went through the final norm; those of an
-            intermediate layer are the raw residual stream, which its head normalises.
+            {layer: hidden_BTD}, T at most `num_last`. Under pre-norm the last layer's states went through the final
+            norm; those of an intermediate layer are the raw residual stream, which its head normalises.
 
         Raises:
             ValueError: no such layer, or the positions exceed the context.
@@ -135,27 +140,32 @@ class CharTransformer(nn.Module):
         wanted = {self.config.num_layers} if layers is None else set(layers)
         if not wanted or not wanted <= set(range(1, self.config.num_layers + 1)):
             raise ValueError(f"layers {sorted(wanted)}: name some of 1 to {self.config.num_layers}")
-        start = cache.length if cache is not None else 0
-        end = start + ids_BT.shape[1]
-        if end > self.config.context_length:
-            raise ValueError(f"{end} positions exceed the context of {self.config.context_length}")
-        rotation = self._rotation(start, end, ids_BT.device)
+        T = ids_BT.shape[1]
+        places = cache.places(T) if cache is not None else Places(slice(0, T), T, None)
+        if places.end > self.config.context_length:
+            raise ValueError(f"{places.end} positions exceed the context of {self.config.context_length}")
+        rotation = None
+        if self.config.positions == "rotary":
+            head_size = self.config.d_model // self.config.num_heads
+            rotation = rotary_table(self.config.context_length, head_size, ids_BT.device).at(places.positions)
         x_BTD = self.embedding(ids_BT)
-        if cache is not None:
-            cache.ids[:, start:end] = ids_BT
         if self.ngram_embedding is not None:
-            seen_BS = ids_BT if cache is None else cache.ids[:, :end]
-            x_BTD = x_BTD + self.ngram_embedding(seen_BS, ids_BT.shape[1])
+            num_earlier = self.ngram_embedding.lengths[-1] - 1
+            seen_BS = ids_BT if cache is None else cache.extend_ids(ids_BT, places, num_earlier)
+            x_BTD = x_BTD + self.ngram_embedding(seen_BS, T)
         hidden_states = {}
-        for layer, block in enumerate(self.blocks[: max(wanted)], start=1):
+        highest = max(wanted)
+        for layer, block in enumerate(self.blocks[:highest], start=1):
             if layer <= len(self.position_tables):
-                x_BTD = x_BTD + self.position_tables[layer - 1][start:end]
+                x_BTD = x_BTD + self.position_tables[layer - 1][places.positions]
             if self.activation_checkpointing and self.training:
                 x_BTD = checkpoint(block, x_BTD, rotation, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, rotation, cache.layer(layer) if cache is not None else None)
+                layer_cache = cache.layer(layer, places) if cache is not None else None
+                x_BTD = block(x_BTD, rotation, layer_cache, num_last if layer == highest else None)
             if layer in wanted:
-                hidden_states[layer] = self.final_norm(x_BTD) if layer == self.config.num_layers else x_BTD
+                kept_BTD = x_BTD if num_last is None else x_BTD[:, -num_last:]
+                hidden_states[layer] = self.final_norm(kept_BTD) if layer == self.config.num_layers else kept_BTD
         if cache is not None:
-            cache.length = end
+            cache.lengths += T
         return hidden_states
