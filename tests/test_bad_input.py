@@ -138,6 +138,12 @@ CASES = {
         ["valid split of 10 symbols", "one window of 18", "context_length"],
     ),
     "fp16 on a CPU": ("train", [*ON_TEXT, "--train.mixed_precision=fp16"], ["train.mixed_precision=fp16", "use bf16"]),
+    "tracker that is not installed": (
+        "train",
+        [*ON_TEXT, "--run.tracker=aim"],
+        ["run.tracker=aim: not installed", "pip install 'aim<4'"],
+    ),
+    "unknown tracker": ("train", [*ON_TEXT, "--run.tracker=tensorbord"], ["run.tracker", "tensorbord", "tensorboard"]),
     "run that exists": ("train", [*ON_TEXT, "--run.dir=run"], ["run.dir=run", "--run.resume=true"]),
     "resumed with a changed model": (
         "train",
