@@ -300,6 +300,11 @@ class TrainConfig:
     """Windows per optimizer step, over all processes and accumulated micro-batches."""
     micro_batch_size: int | None = None
     """Most windows that one process holds at once; fewer means gradient accumulation. None: no accumulation."""
+    short_context_length: int | None = None
+    """Shorter windows to begin with, as many more of them per step as keeps the characters of a step (Press et al.
+    2021, Shortformer, "staged training"); must divide model.context_length. None: full windows throughout."""
+    short_context_until: float = 0.0
+    """Progress at which the windows become full."""
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     """sgd is the paper's; muon orthogonalises the updates of the hidden matrices (Jordan et al. 2024) and
     leaves everything else to AdamW."""
@@ -321,8 +326,11 @@ class TrainConfig:
     """Peak learning rate of the hidden matrices under optimizer=muon; learning_rate is that of the rest."""
     muon_momentum: float = 0.95
     """Nesterov momentum of the hidden matrices under optimizer=muon."""
+    ngram_learning_rate: float = 0.04
+    """Peak learning rate of the n-gram tables, whatever the optimizer of the rest: torch.optim.SparseAdam moves only
+    the rows that a batch reads, and those once, where momentum would carry them on; hence the high rate."""
     clip_norm: float = 0.0
-    """Largest norm of the gradient; 0 leaves it alone."""
+    """Largest norm of the gradient, n-gram tables apart; 0 leaves it alone."""
     mixed_precision: Precision = "auto"
     """auto takes what accelerate's launcher was told, and without a launcher bf16 where the hardware has it."""
     matmul_precision: Literal["highest", "high", "medium"] = "medium"
@@ -361,7 +369,7 @@ class TrainConfig:
             self.micro_batch_size,
             "must be at least 1",
         )
-        for name in ("learning_rate", "muon_learning_rate"):
+        for name in ("learning_rate", "muon_learning_rate", "ngram_learning_rate"):
             _require(
                 0 < getattr(self, name) < float("inf"),
                 f"train.{name}",
@@ -383,6 +391,12 @@ class TrainConfig:
                 getattr(self, name),
                 "must be finite and at least 0",
             )
+        _require(
+            0 <= self.short_context_until <= 1,
+            "train.short_context_until",
+            self.short_context_until,
+            "must lie in [0, 1]",
+        )
         _require(0 <= self.final_lr <= 1, "train.final_lr", self.final_lr, "must lie in [0, 1]")
         for name in ("log_every", "valid_every"):
             cadence = getattr(self, name)
@@ -427,6 +441,13 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
+        short = self.train.short_context_length
+        _require(
+            short is None or (short >= 1 and self.model.context_length % short == 0),
+            "train.short_context_length",
+            short,
+            f"must divide model.context_length={self.model.context_length}",
+        )
         for layer in self.aux.layers.at or ():
             _require(
                 1 <= layer <= self.model.num_layers,

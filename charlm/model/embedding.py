@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from charlm.config import ModelConfig
 
-TABLE_STD = 0.1
+TABLE_STD = 0.02
 _MODULUS, _BASE = 2**31 - 1, 1_000_003
 
 
@@ -20,14 +20,15 @@ class NgramEmbedding(nn.Module):
 
     For each n the last n characters are hashed to one row of a table; the rows of all n, side by side, go through one
     matrix to the model's width. N-grams share rows by chance; context and depth tell them apart. A narrow table with a
-    matrix after it (Lan et al. 2020, section 3.1) stands where the source has tables of full width.
+    matrix after it (Lan et al. 2020, section 3.1) stands where the source has tables of full width. The gradients of
+    the tables are sparse: a step costs the rows that it reads, however large the tables are.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.lengths = tuple(sorted(config.ngrams))
         width = config.ngram_width
-        self.tables = nn.ModuleList(nn.Embedding(config.ngram_buckets, width) for _ in self.lengths)
+        self.tables = nn.ModuleList(nn.Embedding(config.ngram_buckets, width, sparse=True) for _ in self.lengths)
         self.up = nn.Linear(len(self.lengths) * width, config.d_model, bias=False)
         for table in self.tables:
             nn.init.normal_(table.weight, std=TABLE_STD)
@@ -36,7 +37,8 @@ class NgramEmbedding(nn.Module):
     def forward(self, ids_BS: Tensor, num_positions: int) -> Tensor:
         """The embeddings of the last `num_positions` of the characters seen: [B, num_positions, D].
 
-        An n-gram that begins before the first of them holds, in place of what it lacks, a sign that is no character.
+        An n-gram that begins before the first of them, or where the id is -1, holds in place of what it lacks a sign
+        that is no character.
         """
         rows = [
             table(hashes_BS[:, -num_positions:] % table.num_embeddings)

@@ -39,25 +39,27 @@ class Objective(nn.Module):
         self.heads = heads
         self.terms = tuple(terms)
         self.cross_entropy: CrossEntropyBackend = "chunked"
-        self.window_length = transformer.config.context_length + max(offset for _, offset in heads.pairs)
+        self.longest_offset = max(offset for _, offset in heads.pairs)
+        self.window_length = transformer.config.context_length + self.longest_offset
 
     def forward(self, windows_BW: Tensor, progress: float) -> LossReport:
         """The loss of `windows_BW` at `progress`.
 
-        The first T characters of a window are the input; position t (0-based) predicts character t + offset. With
-        T = 4 and two offsets a window "abcdef" is read as "abcd": at offset 1 the targets are "bcde", at offset 2
-        "cdef", and the last position alone predicts "e" and "f".
+        The first T characters of a window are the input, all but as many as the longest offset; position t (0-based)
+        predicts character t + offset. With T = 4 and two offsets a window "abcdef" is read as "abcd": at offset 1 the
+        targets are "bcde", at offset 2 "cdef", and the last position alone predicts "e" and "f".
 
         Rows of weight zero cost nothing: neither head nor loss is computed, nor any layer above the highest active.
 
         Raises:
-            ValueError: the windows do not have `window_length` characters, or no row is active.
+            ValueError: the windows hold no input or more than `window_length` characters, or no row is active.
         """
-        if windows_BW.shape[1] != self.window_length:
-            raise ValueError(f"windows have {windows_BW.shape[1]} characters, not {self.window_length}")
+        T = windows_BW.shape[1] - self.longest_offset
+        if not 1 <= T <= self.transformer.config.context_length:
+            raise ValueError(f"windows have {windows_BW.shape[1]} characters, not {self.window_length} or fewer")
         weighted_terms = list(active(self.terms, progress))
         layers = sorted({term.layer for term, _ in weighted_terms})
-        hidden_states = self.transformer(windows_BW[:, : self.transformer.config.context_length], layers)
+        hidden_states = self.transformer(windows_BW[:, :T], layers)
         totals, parts = [], {}
         for layer in layers:
             rows = [(term, weight) for term, weight in weighted_terms if term.layer == layer]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ def optimizer_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict
     """The state of all optimizers by `parameter.key`. Parameters that never had a gradient have none."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}.{key}": value.contiguous()
+        f"{names[parameter]}.{key}": torch.as_tensor(value).contiguous()
         for optimizer in optimizers
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
@@ -166,7 +167,9 @@ def restore_optimizers(model: nn.Module, optimizers: Iterable[Optimizer], tensor
         # Step counters stay on the CPU unless a fused optimizer reads them on the device.
         fused = owner[parameter].param_groups[0].get("fused")
         device = parameter.device if key != "step" or fused else tensor.device
-        owner[parameter].state[parameter][key] = tensor.to(device)
+        # SparseAdam counts its steps in a Python int, and computes otherwise from a tensor.
+        value = tensor.item() if tensor.dtype == torch.int64 else tensor.to(device)
+        owner[parameter].state[parameter][key] = value
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from charlm.report.figures import draw_run
 from charlm.runs.checkpoints import find_checkpoint, rewind, save_checkpoint
 from charlm.runs.folder import Run, write_whole
 from charlm.runs.loading import build_objective
-from charlm.training.hardware import build_accelerator, choose_compile, describe_attention, torch_settings
-from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
+from charlm.training.hardware import build_accelerator, choose_compile, describe_attention, on_cpu, torch_settings
+from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates, sparse_parameters
 from charlm.training.resumption import check_resumable, check_same_corpus, restore
 from charlm.training.trackers import check_installed
 from charlm.training.tracking import Tracker
@@ -100,13 +100,15 @@ def fit(
         for block in objective.transformer.blocks:
             block.compile()
     model, *prepared = accelerator.prepare(objective, *optimizers)
+    sparse = sparse_parameters(objective)
+    clipped = [parameter for parameter in objective.parameters() if parameter not in sparse]
 
     while state.step < steps:
         factor = learning_rate_factor(config.train, state.step)
         set_learning_rates(prepared, factor)
         reports = accumulate_gradients(config, corpus.splits["train"].ids, accelerator, model, objective, state.step)
         if config.train.clip_norm:
-            accelerator.clip_grad_norm_(model.parameters(), config.train.clip_norm)
+            accelerator.clip_grad_norm_(clipped, config.train.clip_norm)
         for optimizer in prepared:
             optimizer.step()
             optimizer.zero_grad()
@@ -139,21 +141,34 @@ def accumulate_gradients(
     over processes, so that each micro-batch counts by its share of the batch times their number.
     """
     train = config.train
+    shortening = context_shortening(config, step)
     windows = training_windows(
-        ids, seed=train.seed, step=step, batch_size=train.batch_size, window_length=objective.window_length
+        ids,
+        seed=train.seed,
+        step=step,
+        batch_size=train.batch_size * shortening,
+        window_length=config.model.context_length // shortening + objective.longest_offset,
     )
     own = torch.from_numpy(np.array_split(windows, accelerator.num_processes)[accelerator.process_index])
-    micro_batches = own.split(train.micro_batch_size or len(own))
+    micro_batches = own.split((train.micro_batch_size or len(own)) * shortening)
     reports = []
     for index, windows_BW in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         torch.manual_seed(noise_seed(train.seed, step, accelerator.process_index, index))
         with nullcontext() if last else accelerator.no_sync(model):
             report = model(windows_BW.to(accelerator.device, non_blocking=True), step / train.steps)
-            share = len(windows_BW) / train.batch_size
+            share = len(windows_BW) / len(windows)
             accelerator.backward(report.total * (share * accelerator.num_processes))
         reports.append((share, LossReport(report.total.detach(), report.parts)))
     return reports
+
+
+def context_shortening(config: Config, step: int) -> int:
+    """How many times shorter than the context the windows of the update after `step` completed steps are."""
+    train = config.train
+    if train.short_context_length is None or step / train.steps >= train.short_context_until:
+        return 1
+    return config.model.context_length // train.short_context_length
 
 
 def noise_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
@@ -196,6 +211,11 @@ def check_fits(config: Config, corpus: Corpus, objective: Objective, num_process
                 f"data.corpus={config.data.corpus}: its {name} split of {split.symbols} symbols is shorter than one "
                 f"window of {objective.window_length}; use more text or a smaller --model.context_length"
             )
+    if config.model.ngrams and num_processes > 1 and not on_cpu():
+        raise UserError(
+            f"model.ngrams={list(config.model.ngrams)}: their sparse gradients cannot be exchanged between GPUs; "
+            "train on one, or without them (--model.ngrams=[])"
+        )
     if config.train.batch_size < num_processes:
         raise UserError(
             f"train.batch_size={config.train.batch_size}: fewer windows than the {num_processes} processes; raise it"

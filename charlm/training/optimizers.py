@@ -35,10 +35,13 @@ def build_optimizers(train: TrainConfig, model: nn.Module) -> list[Optimizer]:
     """The optimizers that together own every parameter of `model` once.
 
     Decay applies to matrices only: not to biases, norms, embeddings and position tables. All of them skip a parameter
-    without a gradient altogether, so a head that falls silent stops moving.
+    without a gradient altogether, so a head that falls silent stops moving; of n-gram tables they skip rows.
     """
+    sparse = sparse_parameters(model)
     matrices, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
+        if parameter in sparse:
+            continue
         if parameter.ndim < 2 or "embedding" in name or "position_tables" in name:
             plain.append(parameter)
         elif train.optimizer == "muon" and "blocks" in name:
@@ -46,14 +49,26 @@ def build_optimizers(train: TrainConfig, model: nn.Module) -> list[Optimizer]:
         else:
             decayed.append(parameter)
     groups = [_group(decayed, train.learning_rate, train.weight_decay), _group(plain, train.learning_rate, 0.0)]
+    optimizers: list[Optimizer] = []
+    if matrices:
+        hidden = _group(matrices, train.muon_learning_rate, train.weight_decay)
+        optimizers.append(torch.optim.Muon([hidden], momentum=train.muon_momentum, nesterov=True))
     if train.optimizer == "sgd":
-        return [torch.optim.SGD(groups, lr=train.learning_rate, momentum=train.momentum)]
-    adamw = torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.adam_betas, fused=True)
-    if not matrices:
-        return [adamw]
-    hidden = _group(matrices, train.muon_learning_rate, train.weight_decay)
-    return [torch.optim.Muon([hidden], lr=train.muon_learning_rate, momentum=train.muon_momentum, nesterov=True), adamw]
+        optimizers.append(torch.optim.SGD(groups, momentum=train.momentum))
+    else:
+        optimizers.append(torch.optim.AdamW(groups, betas=train.adam_betas, fused=True))
+    if sparse:
+        tables = _group(list(sparse), train.ngram_learning_rate)
+        optimizers.append(torch.optim.SparseAdam([tables], betas=train.adam_betas))
+    return optimizers
 
 
-def _group(parameters: list[Tensor], peak_lr: float, weight_decay: float) -> dict:
-    return {"params": parameters, "lr": peak_lr, "peak_lr": peak_lr, "weight_decay": weight_decay}
+def sparse_parameters(model: nn.Module) -> dict[nn.Parameter, None]:
+    """The parameters whose gradients are sparse, in their order."""
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding) and module.sparse)
+    return dict.fromkeys(embedding.weight for embedding in embeddings)
+
+
+def _group(parameters: list[Tensor], peak_lr: float, weight_decay: float | None = None) -> dict:
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    return {"params": parameters, "lr": peak_lr, "peak_lr": peak_lr} | decay

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from charlm.config import AuxConfig, LayersConfig, ModelConfig, PositionsConfig, TargetsConfig, TrainConfig
@@ -218,11 +219,23 @@ def test_heads_are_those_of_the_table_and_the_one_that_stays():
     assert head_pairs(build_terms(AuxConfig(), 2), 2) == {(1, 1), (1, 2), (2, 1), (2, 2)}
 
 
+def test_shorter_windows_are_read_whole(randomise):
+    """A shorter window whose last input is left out, or whose last target is taken for one."""
+    objective = real_objective(randomise, AuxConfig(layers=LayersConfig(enabled=False)))
+    windows_BW = some_windows(objective)[:, :5]
+    hidden_BTD = objective.transformer(windows_BW[:, :3])[4]
+    logits_BTKV = objective.heads(hidden_BTD, 4, (1, 2))
+    parts = objective(windows_BW, 0.0).parts
+    for k in (0, 1):
+        expected = F.cross_entropy(logits_BTKV[:, :, k].flatten(0, 1), windows_BW[:, 1 + k : 4 + k].flatten())
+        torch.testing.assert_close(parts[f"layer4/offset{k + 1}/all"], expected.detach())
+
+
 def test_windows_of_a_wrong_length_are_refused(randomise):
-    """Windows one character short or long, read as if they were right."""
+    """Windows longer than the context, or without any input, read as if they were right."""
     objective = real_objective(randomise, AuxConfig(targets=TargetsConfig(num_targets=3)))
     assert objective.window_length == 6 + 3
-    for length in (8, 10):
+    for length in (3, 10):
         with pytest.raises(ValueError, match=f"windows have {length} characters, not 9"):
             objective(torch.zeros(2, length, dtype=torch.long), 0.0)
 

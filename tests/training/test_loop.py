@@ -12,6 +12,7 @@ import charlm
 from charlm.config import UserError
 from charlm.data.corpus import load_corpus
 from charlm.data.windows import training_windows
+from charlm.objective.objective import Objective
 from charlm.runs.folder import Run
 from charlm.runs.loading import build_objective
 from tiny import SCRIPTS, TINY
@@ -88,6 +89,21 @@ def test_the_first_step_is_what_the_config_says(tmp_path, text_corpus_flags):
     # Untrained heads are uniform: three layers, averaged, of ln 256 + ln 256 / 2 each.
     assert row["loss"] == pytest.approx(1.5 * math.log(256), rel=1e-6)
     assert row["terms"]["layer2/offset2/all"] == {"loss": pytest.approx(math.log(256)), "weight": pytest.approx(1 / 6)}
+
+
+def test_windows_grow_to_the_full_context(tmp_path, text_corpus_flags, monkeypatch):
+    """Short windows that stay or end at another step, or change how many characters a step sees."""
+    shapes = []
+    forward = Objective.forward
+    monkeypatch.setattr(
+        Objective,
+        "forward",
+        lambda self, windows, progress: shapes.append(windows.shape) or forward(self, windows, progress),
+    )
+    growing = ["--train.steps=5", "--train.short_context_length=4", "--train.short_context_until=0.6"]
+    flags = [*FLAGS, *text_corpus_flags, *growing, "--train.micro_batch_size=2", f"--run.dir={tmp_path / 'run'}"]
+    charlm.train(charlm.load_config(overrides=flags))
+    assert shapes == [(8, 4 + 2)] * 2 * 3 + [(2, 16 + 2)] * 2 * 2
 
 
 def test_a_run_records_what_it_was_made_from(tmp_path, text_corpus_flags):

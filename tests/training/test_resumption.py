@@ -43,6 +43,8 @@ SETTINGS = {
         "--train.micro_batch_size=4",
     ],
     "muon": ["--train.mixed_precision=bf16", "--train.optimizer=muon", "--train.clip_norm=1"],
+    "ngrams": [*DROPOUT, "--model.ngrams=[2,3]", "--train.micro_batch_size=2", "--train.clip_norm=1"],
+    "growing": ["--train.short_context_length=8", "--train.short_context_until=0.5", "--train.micro_batch_size=2"],
 }
 
 
