@@ -1,4 +1,7 @@
-"""Let a run write: python scripts/generate.py RUN --prompt "def main(" --length 500 --temperature 0.8"""
+"""Let a run write: python scripts/generate.py RUN --prompt "def main(" --length 500 --temperature 0.8
+
+Several --prompt are continued together, each with a text of its own.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -12,15 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 
+RULE = 20 * "-"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Let a run write: the prompt, and the text that follows it, as it comes."""
+    """Let a run write: the prompt, and the text that follows it, as it comes; several when all are done."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
-    prompt: str
-    """What the text begins with: at least one symbol, at most the model's context."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """What a text begins with: at least one symbol, at most the model's context. Several times for several texts."""
     length: int = 500
     """Symbols to write after the prompt."""
     temperature: float = 1.0
@@ -39,20 +44,18 @@ def main() -> None:
     options = cli.parse(Options)
     from charlm.inference.generation import stream  # not before --help and mistakes were answered
 
-    pieces = stream(
-        charlm.load(options.run, options.checkpoint),
-        options.prompt,
-        length=options.length,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
+    trained = charlm.load(options.run, options.checkpoint)
+    sampling = {name: getattr(options, name) for name in ("length", "temperature", "top_k", "top_p", "seed")}
     sys.stdout.reconfigure(errors="replace")
-    print(options.prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    if len(options.prompt) == 1:
+        pieces = stream(trained, *options.prompt, **sampling)
+        print(*options.prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    else:
+        texts = charlm.generate(trained, options.prompt, **sampling)
+        print(f"\n{RULE}\n".join(prompt + text for prompt, text in zip(options.prompt, texts, strict=True)))
 
 
 if __name__ == "__main__":

@@ -27,14 +27,17 @@ from charlm.config import UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import Vocabulary
 from charlm.data.windows import EvaluationWindows, evaluation_windows
+from charlm.inference.matmul import exact_matmul
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.runs.loading import TrainedModel
 
 EvaluationPrecision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-BATCH_SYMBOLS = {"cpu": 2**14, "cuda": 2**16}
-"""Symbols that a batch of windows reads, by type of device, when no batch size is given."""
+BATCH_SYMBOLS = {"cpu": 2**11, "cuda": 2**16}
+"""Symbols that a batch of windows reads, by type of device, when no batch size is given: what a CPU's caches hold."""
+CHUNK_LOGITS = 2**18
+"""Logits of which the softmax is taken at once, for the same reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ def bits_per_character(
     stride = stride if stride is not None else max(1, context_length // 2)
     ids = corpus.splits[split].ids[:limit]
     characters, num_bytes = count_units(ids, corpus.vocabulary)
-    with _exact_matmul(trained.device):
+    with exact_matmul(trained.device):
         nats = negative_log_likelihoods(
             trained.transformer,
             trained.heads,
@@ -183,13 +186,15 @@ def negative_log_likelihoods(
     ):
         for symbols_BT, counts_BT in _batches(windows, batch_size, rank, num_processes):
             window_ids = torch.from_numpy(ids[symbols_BT].astype(np.int64)).to(device)
+            # Window 0 scores all that it predicts, every other its last `stride` predictions at most.
+            num_last = windows.length if counts_BT[:, :-stride].any() else min(stride, windows.length)
+            counts_BT, targets_BT = counts_BT[:, -num_last:], symbols_BT[:, -num_last:]
             counts = torch.from_numpy(counts_BT)
-            targets_M = window_ids[:, 1:][counts]
-            hidden_states = transformer(window_ids[:, :-1], layers=layers)
+            targets_M = window_ids[:, -num_last:][counts]
+            hidden_states = transformer(window_ids[:, :-1], layers=layers, num_last=num_last)
             for row, layer in enumerate(layers):
-                logits_MV = _logits(heads, hidden_states[layer][counts], layer)
-                nats_M = -logits_MV.double().log_softmax(-1).gather(-1, targets_M[:, None])[:, 0]
-                nats_LN[row, torch.from_numpy(symbols_BT[:, 1:][counts_BT])] = nats_M.cpu()
+                nats_M = _nats(_logits(heads, hidden_states[layer][counts], layer), targets_M)
+                nats_LN[row, torch.from_numpy(targets_BT[counts_BT])] = nats_M.cpu()
             bar.update(int(counts_BT.sum()))
     nats_LN = _sum_over_processes(nats_LN, device)
     nats_LN[:, 0] = math.log(transformer.vocabulary_size)
@@ -275,6 +280,17 @@ def _logits(heads: Heads, hidden_MD: Tensor, layer: int) -> Tensor:
         return heads(hidden_MD[None].float(), layer)[0, :, 0]
 
 
+def _nats(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+    """What the targets cost, float64 [M]."""
+    rows = max(1, CHUNK_LOGITS // logits_MV.shape[-1])
+    return torch.cat(
+        [
+            -logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+            for logits, targets in zip(logits_MV.split(rows), targets_M.split(rows), strict=True)
+        ]
+    )
+
+
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -299,25 +315,6 @@ def _evaluating(*modules: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
-
-
-@contextmanager
-def _exact_matmul(device: torch.device) -> Iterator[None]:
-    """The fastest fp32 matrix product that is fp32 inside; the setting of before is put back after."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if device.type == "cpu" and _medium_is_fp32() else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _medium_is_fp32() -> bool:
-    """Whether "medium" computes in fp32 on this CPU: it takes bf16 where it finds AMX, and may on other makes."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # younger than the oldest torch supported
-    return capabilities.get("architecture") == "x86_64" and not any(
-        present for name, present in capabilities.items() if name.startswith("amx_")
-    )
 
 
 def _check_options(

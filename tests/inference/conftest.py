@@ -10,7 +10,7 @@ import torch
 from charlm.config import Config, DataConfig, ModelConfig, RunConfig
 from charlm.data.corpus import Corpus, Split, load_corpus
 from charlm.data.vocabulary import ByteVocabulary
-from charlm.inference import evaluation
+from charlm.inference import matmul
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.runs.checkpoints import save_checkpoint
@@ -21,7 +21,7 @@ from charlm.runs.loading import TrainedModel, build_objective
 @pytest.fixture(autouse=True)
 def plain_fp32(monkeypatch):
     """Compare with references computed by the same matrix products."""
-    monkeypatch.setattr(evaluation, "_medium_is_fp32", lambda: False)
+    monkeypatch.setattr(matmul, "medium_is_fp32", lambda: False)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from charlm.config import UserError
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.data.windows import evaluation_windows
-from charlm.inference import evaluation
+from charlm.inference import evaluation, matmul
 from charlm.inference.evaluation import (
     bits_per,
     bits_per_character,
@@ -67,6 +67,30 @@ def test_stride_one_equals_brute_force(build_model, build_corpus):
         costs.append(-math.log2(logits.softmax(0)[int(ids[target])]))
     score = bits_per_character(trained, build_corpus(ids.tobytes()), stride=1)
     assert score.bits_per_character == pytest.approx(sum(costs) / 50, abs=1e-6)
+
+
+def test_only_what_is_scored_is_computed(build_model):
+    """Guards against a highest layer and logits for positions that are not scored, and against windows that are cut
+    where one scores more."""
+    trained, ids, read = build_model(), letters(50), []
+    trained.transformer.blocks[1].feed_forward.register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
+    trained.heads.register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
+    negative_log_likelihoods(trained.transformer, trained.heads, ids, stride=2, batch_size=3)
+    # 22 windows of 8: the first batch computes all positions, as window 0 scores 8, and the others score 2 each.
+    assert read[:4] == [(3, 8, 8), (1, 8 + 2 + 2, 8), (3, 2, 8), (1, 6, 8)]
+    assert len(read) == 2 * 8 and set(read[4::2]) == {(3, 2, 8)}
+
+
+def test_costs_in_chunks(monkeypatch):
+    """Guards against costs that a chunk boundary shifts, and against costs rounded to fp32."""
+    random = torch.Generator().manual_seed(0)
+    logits_MV, targets_M = torch.randn(23, 7, generator=random) * 5, torch.randint(7, (23,), generator=random)
+    expected = [
+        math.log(sum(math.exp(x) for x in row)) - row[t] for row, t in zip(logits_MV.tolist(), targets_M, strict=True)
+    ]
+    for size in (1, 7, 30, 10_000):
+        monkeypatch.setattr(evaluation, "CHUNK_LOGITS", size)
+        np.testing.assert_allclose(evaluation._nats(logits_MV, targets_M), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("setting", range(20))
@@ -211,14 +235,17 @@ def test_a_text_in_which_no_character_begins_is_refused(build_model, build_corpu
         bits_per_character(build_model(), build_corpus(b"\x80\x80"))
 
 
-@pytest.mark.parametrize(("has_amx", "expected"), [(False, "medium"), (True, "highest")])
-def test_matmul_stays_fp32_and_is_put_back(monkeypatch, has_amx, expected):
-    """Guards against bf16 inside a figure stamped fp32, and against a global setting that outlives the evaluation."""
+@pytest.mark.parametrize(
+    ("has_amx", "num_rows", "expected"), [(False, 512, "medium"), (True, 512, "highest"), (False, 1, "highest")]
+)
+def test_matmul_stays_fp32_and_is_put_back(monkeypatch, has_amx, num_rows, expected):
+    """Guards against bf16 inside a figure stamped fp32, a path that is slow for single rows, and a global setting that
+    outlives the evaluation."""
     monkeypatch.undo()  # of the fixture that turns the choice off
     capabilities = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": has_amx, "amx_tile": has_amx}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(ZeroDivisionError), evaluation._exact_matmul(torch.device("cpu")):
+    with pytest.raises(ZeroDivisionError), matmul.exact_matmul(torch.device("cpu"), num_rows):
         assert torch.get_float32_matmul_precision() == expected
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before

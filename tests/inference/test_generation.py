@@ -43,7 +43,7 @@ def test_cached_and_uncached_logits_agree(build_model, norm, positions, chunks):
     for _ in range(2):  # and again after the cache was emptied
         end = 0
         for chunk in chunks:
-            logits = generation._next_logits(trained, ids[end : end + chunk], cache)
+            (logits,) = generation._next_logits(trained, [ids[end : end + chunk]], cache)
             end += chunk
             torch.testing.assert_close(logits, expected[end - 1], rtol=1e-4, atol=1e-5)
         cache.reset()
@@ -62,6 +62,59 @@ def test_a_prompt_that_fills_the_context(build_model):
     """Guards against an error, or a lost symbol, where prompt and context are equally long."""
     trained = build_model()
     assert generate(trained, b"abcdefgh", length=20) == naive_text(trained, b"abcdefgh", 20)
+
+
+@pytest.mark.parametrize("ngrams", [(), (2, 4)])
+@pytest.mark.parametrize("positions", ["per_layer", "input", "rotary"])
+def test_texts_of_unequal_lengths_in_one_cache(build_model, positions, ngrams):
+    """Guards against a row that reads another's positions, characters or leftovers, or those beyond its own length."""
+    trained = build_model(positions=positions, num_layers=3, ngrams=ngrams)
+    random = np.random.default_rng(0)
+    cache = KVCache(trained.config.model, 3, trained.device)
+    for _ in range(2):  # and again over what the first time left
+        texts = random.integers(0, 256, (3, 8)).tolist()
+        lengths = [5, 1, 3]
+        logits_BV = generation._next_logits(trained, [text[:n] for text, n in zip(texts, lengths, strict=True)], cache)
+        for _ in range(3):
+            assert cache.lengths.tolist() == lengths and cache.length == max(lengths)
+            for text, n, logits_V in zip(texts, lengths, logits_BV, strict=True):
+                torch.testing.assert_close(logits_V, all_logits(trained, text[:n])[-1], rtol=1e-4, atol=1e-5)
+            logits_BV = generation._next_logits(
+                trained, [[text[n]] for text, n in zip(texts, lengths, strict=True)], cache
+            )
+            lengths = [n + 1 for n in lengths]
+        # Several at once, each behind its own: as a draft is verified.
+        cache.lengths -= 3
+        lengths = [n - 3 for n in lengths]
+        ids_BT = torch.tensor([text[n : n + 3] for text, n in zip(texts, lengths, strict=True)])
+        with torch.no_grad():
+            logits_BTV = trained.heads(trained.transformer(ids_BT, cache=cache)[3], 3)[:, :, 0]
+        for text, n, logits_TV in zip(texts, lengths, logits_BTV, strict=True):
+            torch.testing.assert_close(logits_TV, all_logits(trained, text[: n + 3])[n:], rtol=1e-4, atol=1e-5)
+        cache.reset()
+
+
+@pytest.mark.parametrize("prompts", [["abc", "defghijk", "x", b"\xe2\x82"], ["same", "same"], ["one"]], ids=len)
+def test_several_prompts_are_written_as_each_alone(build_model, prompts):
+    """Guards against texts that depend on their neighbours, at unequal lengths and each beyond its context, and against
+    equal prompts that draw alike."""
+    trained = build_model()
+    texts = generate(trained, prompts, length=30, seed=4)
+    assert texts == [generate(trained, prompt, length=30, seed=4 + row) for row, prompt in enumerate(prompts)]
+    assert len(set(texts)) == len(texts)
+
+
+def test_no_prompt_at_all_is_refused(build_model):
+    """Guards against an error from deep inside."""
+    with pytest.raises(UserError, match="prompt: there is none"):
+        generate(build_model(), [], length=5)
+
+
+def test_a_model_is_trainable_after_it_has_written(build_model):
+    """Guards against tables made in inference mode, which no backward pass may use."""
+    trained = build_model(positions="rotary", context_length=9)  # no other test has made its table
+    generate(trained, "abc", length=20)
+    trained.transformer(torch.zeros(1, 9, dtype=torch.long))[2].sum().backward()
 
 
 def test_the_seed_decides_and_nothing_else(build_model):

@@ -93,6 +93,13 @@ def test_generate_prints_prompt_and_text(run_on_disk, script):
     assert (code, out, err) == (0, f"12é {text}\n", "")
 
 
+def test_generate_continues_several_prompts(run_on_disk, script):
+    """Guards against a prompt that is dropped, or a text under another's prompt."""
+    code, out, err = script("generate", str(run_on_disk), "--prompt=12é ", "--prompt", "7", "--length=20", "--seed=3")
+    texts = generate(load(run_on_disk), ["12é ", "7"], length=20, seed=3)
+    assert (code, out, err) == (0, f"12é {texts[0]}\n--------------------\n7{texts[1]}\n", "")
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -100,6 +107,7 @@ def test_generate_prints_prompt_and_text(run_on_disk, script):
         ("evaluate", ["--stride=17"], "stride=17: must lie between 1 and the model's context of 16"),
         ("evaluate", ["--limit=0"], "limit=0: must be at least 1"),
         ("evaluate", ["--checkpoint=4"], "has no checkpoint '4'; its steps are: 3"),
+        ("generate", [], "prompt: there is none; give at least one"),
         ("generate", ["--prompt="], "prompt: has 0 symbols; give at least 1, at most the context of 16"),
         ("generate", ["--prompt=12345678901234567"], "prompt: has 17 symbols"),
         ("generate", ["--prompt=a", "--temperature=-1"], "temperature=-1.0: must be finite and at least 0"),
