@@ -84,6 +84,8 @@ def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:
     }.get(name, {})
     if name == "tensorboard":  # its writer makes a folder of what accelerate takes for a project
         return LOGGER_TYPE_TO_CLASS[name]("tensorboard", folder, **options)
+    if name == "aim":  # which finds the nearest .aim by itself, unless accelerate names the working folder
+        return LOGGER_TYPE_TO_CLASS[name](title, None, experiment=config.run.project)
     return LOGGER_TYPE_TO_CLASS[name](config.run.project, **options)
 
 

@@ -59,6 +59,27 @@ def newest(folder: Path, pattern: str) -> Path:
     return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
 
 
+def read_aim(run: Path, home: Path) -> tuple[Metrics, Options]:
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        import aim
+
+        repo = aim.Repo(str(run.parent))
+        # Those opened for writing read the record itself; the index of the others is made by aim's server.
+        options = {"repo": repo, "system_tracking_interval": None, "capture_terminal_logs": False}
+        records = [aim.Run(key, **options) for key in repo.list_all_runs()]
+    record = max(records, key=lambda record: record.created_at)
+    metrics = {
+        (step, metric.name): value
+        for metric in record.metrics()
+        for step, value in zip(metric.data.indices_list(), metric.data.values_list()[0], strict=True)
+        if not metric.name.startswith("__")  # the machine's own
+    }
+    options = record["hparams"]
+    for record in records:
+        record.close()
+    return metrics, options
+
+
 def read_clearml(run: Path, home: Path) -> tuple[Metrics, Options]:
     with zipfile.ZipFile(newest(home, "clearml/**/offline-*.zip")) as session:
         lines = session.read("metrics.jsonl").decode().splitlines()
