@@ -48,6 +48,10 @@ def parse(kind: type[T], argv: Sequence[str] | None = None) -> T:
         with explaining():
             return arguments.show_help(kind) if wants_help else arguments.parse(kind, argv)
     flags = [token for token in argv if token not in ("-h", "--help")]
+    for before, token in zip(["", *flags], flags, strict=False):
+        takes_value = before.startswith("-") and "=" not in before
+        if token.endswith((".yaml", ".yml")) and not token.startswith("-") and not takes_value:
+            raise UserError(f"{token}: a file of options is given as --config {token}")
     settings = settings_in_files(arguments.parse_known(_ConfigFiles, flags).config)
     with explaining(settings, flags):
         parsed = arguments.parse(kind, [*(setting.flag for setting in settings), *flags], underscores=True)

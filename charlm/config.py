@@ -300,11 +300,11 @@ class TrainConfig:
     """Windows per optimizer step, over all processes and accumulated micro-batches."""
     micro_batch_size: int | None = None
     """Most windows that one process holds at once; fewer means gradient accumulation. None: no accumulation."""
-    short_context_length: int | None = None
-    """Shorter windows to begin with, as many more of them per step as keeps the characters of a step (Press et al.
-    2021, Shortformer, "staged training"); must divide model.context_length. None: full windows throughout."""
-    short_context_until: float = 0.0
-    """Progress at which the windows become full."""
+    context_divisor: int = 1
+    """To begin with, windows this many times shorter than model.context_length, and this many times more of them per
+    step (Press et al. 2021, Shortformer, "staged training")."""
+    full_context_from: float = 0.0
+    """Progress from which the windows are full."""
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     """sgd is the paper's; muon orthogonalises the updates of the hidden matrices (Jordan et al. 2024) and
     leaves everything else to AdamW."""
@@ -361,7 +361,7 @@ class TrainConfig:
     """Newest checkpoints kept, beside the best."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "valid_symbols", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "context_divisor", "valid_symbols", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         _require(
             self.micro_batch_size is None or self.micro_batch_size >= 1,
@@ -391,13 +391,8 @@ class TrainConfig:
                 getattr(self, name),
                 "must be finite and at least 0",
             )
-        _require(
-            0 <= self.short_context_until <= 1,
-            "train.short_context_until",
-            self.short_context_until,
-            "must lie in [0, 1]",
-        )
-        _require(0 <= self.final_lr <= 1, "train.final_lr", self.final_lr, "must lie in [0, 1]")
+        for name in ("full_context_from", "final_lr"):
+            _require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "must lie in [0, 1]")
         for name in ("log_every", "valid_every"):
             cadence = getattr(self, name)
             _require(0 < cadence < float("inf"), f"train.{name}", cadence, "must be positive and finite")
@@ -441,13 +436,6 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        short = self.train.short_context_length
-        _require(
-            short is None or (short >= 1 and self.model.context_length % short == 0),
-            "train.short_context_length",
-            short,
-            f"must divide model.context_length={self.model.context_length}",
-        )
         for layer in self.aux.layers.at or ():
             _require(
                 1 <= layer <= self.model.num_layers,

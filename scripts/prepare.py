@@ -18,9 +18,15 @@ class Prepare(cli.WithConfig):
 def main() -> None:
     config = cli.parse(Prepare).settings
     corpus = charlm.load_corpus(config.data)
-    print(f"{corpus.name} from {corpus.source}", f"sha256 {corpus.sha256}", sep="\n")
+    print(
+        f"{corpus.name} from {corpus.source}",
+        f"sha256 {corpus.sha256}",
+        f"vocabulary {corpus.vocabulary.name} of {corpus.vocabulary.size} symbols",
+        sep="\n",
+    )
     for split in corpus.splits.values():
         print(f"{split.name:>5}: {split.symbols:,} symbols, {split.characters:,} characters, {split.bytes:,} bytes")
+    print(f"kept in {config.data.cache_dir.expanduser()}; training with the same options finds it there")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ CASES = {
     "unknown flag": ("train", ["--train.batch_sise=3"], ["--train.batch_sise", "--train.batch_size"]),
     "broken YAML": ("train", ["--config=broken.yaml"], ["broken.yaml", "not valid YAML"]),
     "missing config": ("train", ["--config=nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
+    "config without its flag": ("train", ["configs/demo.yaml"], ["configs/demo.yaml", "--config configs/demo.yaml"]),
     "wrong type": ("train", ["--train.steps=many"], ["train.steps", "'many'", "whole number"]),
     "out of range": ("train", ["--train.steps=0"], ["train.steps=0", "at least 1"]),
     "not a number": ("train", ["--train.learning_rate=nan"], ["train.learning_rate=nan", "positive and finite"]),

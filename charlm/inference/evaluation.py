@@ -29,6 +29,7 @@ from charlm.data.vocabulary import Vocabulary
 from charlm.data.windows import EvaluationWindows, evaluation_windows
 from charlm.inference.matmul import exact_matmul
 from charlm.model.heads import Heads
+from charlm.model.memory import keep_freed_memory
 from charlm.model.transformer import CharTransformer
 from charlm.runs.loading import TrainedModel
 
@@ -106,6 +107,7 @@ def bits_per_character(
     stride = stride if stride is not None else max(1, context_length // 2)
     ids = corpus.splits[split].ids[:limit]
     characters, num_bytes = count_units(ids, corpus.vocabulary)
+    keep_freed_memory()
     with exact_matmul(trained.device):
         nats = negative_log_likelihoods(
             trained.transformer,

@@ -250,7 +250,10 @@ class Attention(nn.Module):
             projected = _project(x_BTD, self.query, self.key, self.value)
         query, key, value = (x.view(B, -1, self.num_heads, D // self.num_heads).transpose(1, 2) for x in projected)
         if rotation is not None:
-            query, key = rotation.last(num_queries)(query), rotation(key)
+            if cache is None or num_queries < T:
+                query, key = rotation.last(num_queries)(query), rotation(key)
+            else:  # turned as one, as each operation counts where a character comes at a time
+                query, key = rotation(torch.cat([query, key], dim=1)).chunk(2, dim=1)
         visible = None
         if cache is not None:
             key, value = cache.extend(key, value)

@@ -30,7 +30,12 @@ class ReluSquared(torch.autograd.Function):
         return torch.addcmul(grad.new_zeros(()), grad, positive, value=2)
 
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "relu_squared": ReluSquared.apply}
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)^2; without gradients one tensor suffices."""
+    return ReluSquared.apply(x) if torch.is_grad_enabled() else F.relu(x).square_()
+
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "relu_squared": relu_squared}
 EMBEDDING_STD = 0.3
 POSITION_STD = 0.02
 

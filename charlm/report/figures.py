@@ -84,7 +84,7 @@ def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
     """
     run = Run.open(run_dir)
     figure = run_figure(run.path.resolve().name, run.config(), read_curves(run))
-    return _save(figure, Path(path) if path is not None else run.path / "run.png")
+    return save(figure, Path(path) if path is not None else run.path / "run.png")
 
 
 def draw_table(config: Config, path: Path | str) -> Path:
@@ -93,7 +93,7 @@ def draw_table(config: Config, path: Path | str) -> Path:
     Raises:
         UserError: a suffix that matplotlib does not write.
     """
-    return _save(table_figure(config), Path(path))
+    return save(table_figure(config), Path(path))
 
 
 def run_figure(name: str, config: Config, curves: Curves) -> "Figure":
@@ -193,8 +193,8 @@ def _draw_curves(curves: Curves, axes: "Axes", steps: int, characters_per_step: 
         )  # fmt: skip
         best = int(np.argmin(curves.valid_bits))
         axes.annotate(
-            f"{curves.valid_bits[best]:.3f}", (curves.valid_steps[best], curves.valid_bits[best]), xytext=(0, 7),
-            textcoords="offset points", ha="center", color=VALID, fontweight="bold",
+            f"{curves.valid_bits[best]:.3f}", (curves.valid_steps[best], curves.valid_bits[best]), xytext=(0, -8),
+            textcoords="offset points", ha="right", va="top", color=VALID, fontweight="bold",
         )  # fmt: skip
     axes.set_xlim(0, steps)
     axes.set_ylim(*_limits(curves, smooth))
@@ -216,8 +216,8 @@ def _limits(curves: Curves, smooth: Sequence[float]) -> tuple[float, float]:
     """
     bottom = min([*curves.train_bits, *curves.valid_bits])
     top = max([*smooth[len(smooth) // 50 :], *curves.valid_bits])
-    margin = 0.05 * max(top - bottom, 0.1)
-    return bottom - margin, top + margin
+    span = max(top - bottom, 0.1)
+    return bottom - 0.15 * span, top + 0.05 * span  # room for the label below the best
 
 
 def _smoothed(values: Sequence[float]) -> Sequence[float]:
@@ -260,10 +260,22 @@ def _engineering():
     return EngFormatter(sep="")
 
 
-def _save(figure: "Figure", path: Path) -> Path:
-    formats = figure.canvas.get_supported_filetypes()
+def check_suffix(path: Path) -> None:
+    """Raise UserError for a picture that matplotlib does not write."""
+    from matplotlib.figure import Figure
+
+    formats = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         raise UserError(f"picture {path}: its suffix must be one of .{', .'.join(sorted(formats))}")
+
+
+def save(figure: "Figure", path: Path) -> Path:
+    """Write a figure, making its folder, and return `path`.
+
+    Raises:
+        UserError: a suffix that matplotlib does not write, or a place where nothing can be written.
+    """
+    check_suffix(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)

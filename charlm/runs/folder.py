@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,17 @@ def _environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "git_commit": _git_commit(),
         "command": sys.argv,
-        "machine": platform.machine(),
+        "machine": {"processor": _processor(), "cores": os.cpu_count()},
     }
+
+
+def _processor() -> str:
+    """The processor's name where the system tells, else its architecture."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _git_commit() -> str | None:

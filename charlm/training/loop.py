@@ -5,7 +5,7 @@ Shapes: B windows of this process, W characters of a window.
 
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,34 +14,21 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from charlm.config import Config, UserError, steps_of
-from charlm.config_files import to_yaml
+from charlm.config import Config, steps_of
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.windows import training_windows
 from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
 from charlm.model.memory import keep_freed_memory
 from charlm.objective.objective import LossReport, Objective
 from charlm.report.figures import draw_run
-from charlm.runs.checkpoints import find_checkpoint, rewind, save_checkpoint
-from charlm.runs.folder import Run, write_whole
+from charlm.runs.checkpoints import save_checkpoint
+from charlm.runs.folder import Run
 from charlm.runs.loading import build_objective
-from charlm.training.hardware import build_accelerator, choose_compile, describe_attention, on_cpu, torch_settings
+from charlm.training.hardware import build_accelerator, choose_compile, torch_settings
+from charlm.training.opening import TrainState, check_fits, describe, open_run
 from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates, sparse_parameters
-from charlm.training.resumption import check_resumable, check_same_corpus, restore
 from charlm.training.trackers import check_installed
 from charlm.training.tracking import Tracker
-
-
-@dataclass
-class TrainState:
-    """All that a run remembers beside parameters and optimizer state: windows and dropout follow from (seed, step)."""
-
-    step: int = 0
-    """Completed optimizer steps."""
-    seconds: float = 0.0
-    best_step: int | None = None
-    best_bits: float = float("inf")
-    """Validation bits per character of the best checkpoint."""
 
 
 def train(config: Config) -> Path:
@@ -70,7 +57,7 @@ def train(config: Config) -> Path:
             main=accelerator.is_main_process,
         )
         with closing(tracker):
-            for line in (*describe(config, objective, accelerator, precision_reason), *news):
+            for line in (*describe(config, corpus, objective, accelerator, precision_reason), *news):
                 tracker.say(line)
             fit(config, corpus, accelerator, objective, optimizers, run, state, tracker)
         if accelerator.is_main_process:
@@ -141,16 +128,16 @@ def accumulate_gradients(
     over processes, so that each micro-batch counts by its share of the batch times their number.
     """
     train = config.train
-    shortening = context_shortening(config, step)
+    divisor = train.context_divisor if step / train.steps < train.full_context_from else 1
     windows = training_windows(
         ids,
         seed=train.seed,
         step=step,
-        batch_size=train.batch_size * shortening,
-        window_length=config.model.context_length // shortening + objective.longest_offset,
+        batch_size=train.batch_size * divisor,
+        window_length=max(1, config.model.context_length // divisor) + objective.longest_offset,
     )
     own = torch.from_numpy(np.array_split(windows, accelerator.num_processes)[accelerator.process_index])
-    micro_batches = own.split((train.micro_batch_size or len(own)) * shortening)
+    micro_batches = own.split((train.micro_batch_size or len(own)) * divisor)
     reports = []
     for index, windows_BW in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
@@ -161,14 +148,6 @@ def accumulate_gradients(
             accelerator.backward(report.total * (share * accelerator.num_processes))
         reports.append((share, LossReport(report.total.detach(), report.parts)))
     return reports
-
-
-def context_shortening(config: Config, step: int) -> int:
-    """How many times shorter than the context the windows of the update after `step` completed steps are."""
-    train = config.train
-    if train.short_context_length is None or step / train.steps >= train.short_context_until:
-        return 1
-    return config.model.context_length // train.short_context_length
 
 
 def noise_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
@@ -201,65 +180,3 @@ def validate(config: Config, corpus: Corpus, objective: Objective, precision: st
     )[config.model.num_layers]
     characters, num_bytes = count_units(ids, corpus.vocabulary)
     return bits_per(nats, characters), bits_per(nats, num_bytes)
-
-
-def check_fits(config: Config, corpus: Corpus, objective: Objective, num_processes: int) -> None:
-    """Raise UserError if a split holds no window, or a process would have no window of the batch."""
-    for name, split in corpus.splits.items():
-        if split.symbols < objective.window_length:
-            raise UserError(
-                f"data.corpus={config.data.corpus}: its {name} split of {split.symbols} symbols is shorter than one "
-                f"window of {objective.window_length}; use more text or a smaller --model.context_length"
-            )
-    if config.model.ngrams and num_processes > 1 and not on_cpu():
-        raise UserError(
-            f"model.ngrams={list(config.model.ngrams)}: their sparse gradients cannot be exchanged between GPUs; "
-            "train on one, or without them (--model.ngrams=[])"
-        )
-    if config.train.batch_size < num_processes:
-        raise UserError(
-            f"train.batch_size={config.train.batch_size}: fewer windows than the {num_processes} processes; raise it"
-        )
-
-
-def open_run(
-    config: Config, corpus: Corpus, accelerator: Accelerator, objective: Objective, optimizers: Sequence[Optimizer]
-) -> tuple[Run, TrainState, list[str]]:
-    """A new run, or one to continue: its folder, its state, and what there is to say about it."""
-    if not config.run.resume and config.run.resume_from is None:
-        Run(config.run.dir).check_absent()
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            Run.create(config, corpus.to_dict())
-        accelerator.wait_for_everyone()
-        return Run.open(config.run.dir), TrainState(), []
-
-    run = Run.open(config.run.dir)
-    news = check_resumable(run.config(), config)
-    check_same_corpus(run.provenance()["corpus"], corpus.to_dict())
-    checkpoint = find_checkpoint(run, "last" if config.run.resume_from is None else config.run.resume_from)
-    if checkpoint.step > config.train.steps:
-        raise UserError(f"train.steps={config.train.steps}: the checkpoint is past it, at step {checkpoint.step}")
-    restore(checkpoint, objective, optimizers)
-    scaler = checkpoint.state.pop("scaler")
-    if scaler and accelerator.scaler:
-        accelerator.scaler.load_state_dict(scaler)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        rewind(run, checkpoint)
-        write_whole(run.config_path, to_yaml(config))
-    accelerator.wait_for_everyone()
-    return run, TrainState(**checkpoint.state), [*news, f"resumed at step {checkpoint.step}"]
-
-
-def describe(config: Config, objective: Objective, accelerator: Accelerator, precision_reason: str) -> list[str]:
-    """The first lines of a run: on what, how and why so, and what will be done."""
-    parameters = sum(parameter.numel() for parameter in objective.parameters())
-    device = f"{accelerator.num_processes} x {accelerator.device.type}"
-    if accelerator.device.type == "cpu":
-        device += f" ({torch.get_num_threads()} threads)"
-    return [
-        f"{device}, precision {accelerator.mixed_precision} ({precision_reason}), {describe_attention(config)}",
-        f"{config.model.num_layers} layers, {parameters / 1e6:.1f}M parameters, {len(objective.terms)} terms; "
-        f"{config.train.steps:,} steps of {config.train.batch_size * config.model.context_length:,} characters",
-    ]

@@ -51,6 +51,7 @@ class Tracker:
             dynamic_ncols=True,
             bar_format="{desc} {remaining} left",
         )
+        self.bar.set_description_str(f"{step}/{self.total_steps}")
 
     @property
     def seconds(self) -> float:
@@ -88,9 +89,10 @@ class Tracker:
             }
         )
         shown_bits = "" if bits is None else f" {bits:.3f} bpc"
+        terms = f"{len(parts)} term" + ("s" if len(parts) > 1 else "")
+        shown_speed = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
         self.bar.set_description_str(
-            f"{step}/{self.total_steps} loss {loss:.3f}{shown_bits} lr {learning_rate:.1e} {len(parts)} terms "
-            f"{speed / 1000:.1f}k ch/s",
+            f"{step}/{self.total_steps} loss {loss:.3f}{shown_bits} lr {learning_rate:.1e} {terms} {shown_speed} ch/s",
             refresh=False,
         )
         self.bar.update(step - self.bar.n)

@@ -40,7 +40,7 @@ SETTINGS = {
         "--train.micro_batch_size=2",
     ],
     "sgd-accumulated": ["--train.optimizer=sgd", "--train.learning_rate=0.003", "--train.micro_batch_size=1"],
-    "ngrams": ["--model.ngrams=[2,3]", "--train.short_context_length=4", "--train.short_context_until=0.5"],
+    "ngrams": ["--model.ngrams=[2,3]", "--train.context_divisor=4", "--train.full_context_from=0.5"],
     "last-position": ["--aux.positions.schedule=cutoff", "--aux.positions.end=0.3", "--train.micro_batch_size=1"],
 }
 

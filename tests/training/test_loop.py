@@ -100,7 +100,7 @@ def test_windows_grow_to_the_full_context(tmp_path, text_corpus_flags, monkeypat
         "forward",
         lambda self, windows, progress: shapes.append(windows.shape) or forward(self, windows, progress),
     )
-    growing = ["--train.steps=5", "--train.short_context_length=4", "--train.short_context_until=0.6"]
+    growing = ["--train.steps=5", "--train.context_divisor=4", "--train.full_context_from=0.6"]
     flags = [*FLAGS, *text_corpus_flags, *growing, "--train.micro_batch_size=2", f"--run.dir={tmp_path / 'run'}"]
     charlm.train(charlm.load_config(overrides=flags))
     assert shapes == [(8, 4 + 2)] * 2 * 3 + [(2, 16 + 2)] * 2 * 2

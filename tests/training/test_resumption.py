@@ -44,7 +44,7 @@ SETTINGS = {
     ],
     "muon": ["--train.mixed_precision=bf16", "--train.optimizer=muon", "--train.clip_norm=1"],
     "ngrams": [*DROPOUT, "--model.ngrams=[2,3]", "--train.micro_batch_size=2", "--train.clip_norm=1"],
-    "growing": ["--train.short_context_length=8", "--train.short_context_until=0.5", "--train.micro_batch_size=2"],
+    "growing": ["--train.context_divisor=2", "--train.full_context_from=0.5", "--train.micro_batch_size=2"],
 }
 
 
@@ -100,6 +100,17 @@ def test_a_killed_process_resumes_to_the_same_bytes(tmp_path, whole_run):
     train(*flags, f"--run.dir={killed}", "--run.resume=true")
     assert weights(killed) == weights(whole)
     assert history(killed) == history(whole)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_anew(tmp_path, whole_run, capfd):
+    """Guards against a folder that can neither be resumed, for want of a checkpoint, nor be trained into."""
+    flags, whole = whole_run
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole, stopped, ignore=shutil.ignore_patterns("step-*", "best", "last"))
+    train(*flags, f"--run.dir={stopped}", "--run.resume=true")
+    assert "stopped before its first checkpoint: starts anew" in capfd.readouterr().err
+    assert weights(stopped) == weights(whole)
+    assert history(stopped) == history(whole)
 
 
 def test_another_micro_batch_sees_the_same_characters(tmp_path, text_corpus_flags):

@@ -1,0 +1,1 @@
+"""How fast charlm is beside its peers: `scripts/benchmark.py`."""

@@ -1,0 +1,176 @@
+"""Contestants in processes of their own, at a toy shape: that they run, not how fast."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from charlm.benchmark import contestants, inference
+from charlm.benchmark.contestants import CHECKPOINTED, MAIN_LOSS, TUNED, Contestant, Job, charlm
+from charlm.benchmark.pictures import draw
+from charlm.benchmark.programs import Outcome, Settings, build_plan, points_of, product_jobs, text_file
+from charlm.benchmark.race import Entry, race
+from charlm.benchmark.report import to_markdown
+from charlm.benchmark.results import RaceResult
+from charlm.benchmark.shapes import Shape
+from charlm.benchmark.turns import Stop
+from charlm.config import UserError
+
+TOY = Shape(name="toy", num_layers=2, d_model=16, num_heads=2, d_ff=32, context_length=16, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def text() -> Iterator[Path]:
+    with text_file() as path:
+        yield path
+
+
+def settings(benchmark: str, **options) -> Settings:
+    given = {"shape": TOY, "device": "cpu", "precision": "fp32", "rounds": 2, "steps": 2, "threads": 1}
+    return Settings(benchmark=benchmark, **(given | options))
+
+
+class OneStep:
+    """Turns of a single step in this process, whose result is kept."""
+
+    result = None
+
+    def start(self) -> None:
+        pass
+
+    def ready(self, **facts) -> None:
+        self.facts = facts
+
+    def play(self, work) -> None:
+        self.result = work()
+        raise Stop
+
+
+def one_step(play, job: Job) -> OneStep:
+    turns = OneStep()
+    with pytest.raises(Stop):
+        play(job, turns)
+    return turns
+
+
+def job(task: str, contestant: Contestant, text: Path, **options) -> Job:
+    shared = {"shape": TOY, "device": "cpu", "warmup": 1, "steps": 1}
+    return Job(task=task, contestant=contestant, text=text, **(shared | options))
+
+
+def test_train_end_to_end(text: Path, tmp_path: Path) -> None:
+    """Guards against a training loop that the benchmark no longer drives, and a failing peer that ends the others."""
+    peer = Contestant(library="torch TransformerEncoder", setup=TUNED, precision="fp32", tuned=True)
+    broken = Contestant(library="no such library", setup=TUNED, precision="fp32", tuned=True)
+    runners = [*(charlm("fp32", setup) for setup in ("all losses", MAIN_LOSS, CHECKPOINTED)), peer, broken]
+    jobs = [job("train", runner, text, threads=1, steps=2) for runner in runners]
+    said: list[str] = []
+    entries = race([*jobs, product_jobs(settings("train"))[0]], rounds=2, say=said.append, title="toy")
+    names = ["all losses", MAIN_LOSS, CHECKPOINTED, TUNED, "fp32 highest"]
+    assert [entry.contestant.setup for entry in entries] == names
+    assert len(said) == 1
+    assert said[0].startswith("no such library, tuned failed and is left out: KeyError")
+    for entry in entries:
+        assert len(entry.seconds) == 2
+        assert min(entry.seconds) > 0
+        assert entry.facts["threads"] == 1
+    on, off, _, tuned, _ = (entry.facts for entry in entries)
+    assert on["characters_per_step"] == tuned["characters_per_step"] == 2 * 16
+    # Three more heads of 256 x 16 and their biases, and a norm for the exit of layer 1.
+    assert on["parameters"] - off["parameters"] == 3 * (256 * 16 + 256) + 2 * 16
+    result = RaceResult("Training", entries[:-1], entries[-1:])
+    picture = draw(settings("train"), Outcome(races=[result]), tmp_path / "race.png")
+    assert picture.stat().st_size > 10_000
+    assert result.headline()["fastest_tuned_peer"] == "torch TransformerEncoder, tuned"
+
+
+def test_charlm_that_fails_ends_the_race(text: Path) -> None:
+    """Guards against a table without charlm in it, and a message that hides what went wrong."""
+    impossible = Shape(**(vars(TOY) | {"d_model": 15}))
+    with pytest.raises(UserError, match=r"charlm, all losses failed: .*model\.d_model=15: must be divisible"):
+        race([job("train", charlm("fp32"), text, shape=impossible)], rounds=1, say=print, title="toy")
+
+
+@pytest.mark.parametrize("stride", [1, 5])
+def test_plain_loop_scores_the_same_characters(stride: int, text: Path) -> None:
+    """Guards against a plain loop that does less work than charlm's evaluation, or other work."""
+    options = {"stride": stride, "windows": 40}
+    plain = Contestant(library="plain loop", setup=TUNED, precision="fp32")
+    loop = one_step(inference.evaluate_plainly, job("evaluate", plain, text, **options))
+    own = one_step(inference.evaluate_charlm, job("evaluate", charlm("fp32"), text, **options))
+    assert own.result.symbols == 1 + 16 + 39 * stride
+    first_symbol = 8.0  # bits: charlm scores it too, from nothing
+    bits = own.result.bits_per_character * own.result.characters - first_symbol
+    assert loop.result / 0.6931471805599453 == pytest.approx(bits, rel=1e-5)
+    assert loop.facts == own.facts | {"parameters": loop.facts["parameters"]}
+
+
+def test_charlm_and_peer_write_as_much(text: Path) -> None:
+    """Guards against a peer that stops early or writes less than it is credited with."""
+    pytest.importorskip("transformers")
+    options = {"prompts": 2, "length": 5}
+    own = one_step(inference.generate_charlm, job("generate", charlm("fp32"), text, **options))
+    assert own.facts["characters_per_step"] == 10
+    for library in ("transformers GPT-2", "transformers Llama", "x-transformers"):
+        if library in contestants.installed_peers()[0]:
+            peer = Contestant(library=library, setup=TUNED, precision="fp32", tuned=True)
+            written = one_step(inference.generate_peer, job("generate", peer, text, **options)).result
+            assert written.shape[0] == 2
+            assert written.shape[1] in (5, 8 + 5)  # with the prompt, or without
+
+
+def made_up(setup: str, depth: int) -> Entry:
+    facts = {"characters_per_step": 32, "flop_per_step": 1000 * depth, "parameters": 10**6, "threads": 1}
+    return Entry(charlm("fp32", setup), facts, steps=2, seconds=[depth * 1.0, depth * 1.1], peak_memory=depth * 2**20)
+
+
+@pytest.mark.parametrize("benchmark", ["auxiliary", "scaling"])
+def test_points_from_races(benchmark: str, tmp_path: Path) -> None:
+    """Guards against set-ups of one place that end up in different rows, and a table or picture that cannot be made."""
+    setups = [["all losses", MAIN_LOSS], [CHECKPOINTED]]
+    plan = [(title, jobs) for title, jobs in build_plan(settings("scaling"), [], Path()) if title.startswith("depth")]
+    results = [
+        RaceResult(title, [made_up(setup, int(title.split()[1])) for setup in setups[number % 2]], [])
+        for number, (title, _) in enumerate(plan)
+    ]
+    points = points_of(plan, results)
+    assert [(point.axis, point.value) for point in points] == [
+        ("depth", 6),
+        ("depth", 12),
+        ("depth", 24),
+        ("depth", 64),
+    ]
+    assert all(list(point.setups) == ["all losses", MAIN_LOSS, CHECKPOINTED] for point in points)
+    rows = [line for line in to_markdown(settings(benchmark), Outcome(points=points)).splitlines() if line[:1] == "|"]
+    assert len(rows) == 2 + 4
+    assert draw(settings(benchmark), Outcome(points=points), tmp_path / "picture.svg").exists()
+
+
+def test_plans() -> None:
+    """Guards against a benchmark that leaves out a place, a peer or a set-up that the page promises."""
+    peers = ["x-transformers", "transformers GPT-2", "transformers Llama", "torch TransformerEncoder"]
+    [(_, training)] = build_plan(settings("train", precision="bf16"), peers, Path())
+    assert len(training) == 2 + 4 * 2
+    assert {found.contestant.precision for found in training if found.contestant.setup == "as it comes"} == {"fp32"}
+    assert {found.contestant.precision for found in training if found.contestant.tuned} == {"bf16"}
+    [(_, compiled)] = build_plan(settings("train", compile=True), peers, Path())
+    assert len(compiled) == 3 + 4 * 3
+    assert [len(jobs) for _, jobs in build_plan(settings("generate"), peers, Path())] == [1 + 3 * 3] * 2
+    assert [title for title, _ in build_plan(settings("auxiliary"), [], Path())] == [
+        "depth 2", "depth 12", "depth 24", "depth 64"
+    ]  # fmt: skip
+    scaling = build_plan(settings("scaling"), [], Path())
+    assert len(scaling) == 2 * (5 + 4 + 4)
+    assert [jobs[0].shape.characters for title, jobs in scaling if title == "context 16"] == []
+    assert scaling[0][1][0].shape.context_length == 128
+    assert Shape(**vars(scaling[0][1][0].shape)).batch_size == 1
+
+
+def test_a_missing_peer_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a crash where a peer is not installed, and silence about it."""
+    found = {"torch": True, "transformers": True, "x_transformers": None}
+    monkeypatch.setattr(contestants, "find_spec", found.get)
+    peers, lines = contestants.installed_peers()
+    assert peers == ["transformers GPT-2", "transformers Llama", "torch TransformerEncoder"]
+    assert lines == ["x-transformers is not installed and left out: pip install -r requirements-benchmark.txt"]
+    assert contestants.installed_peers(["torch TransformerEncoder"]) == (["torch TransformerEncoder"], [])
