@@ -115,6 +115,7 @@ def test_a_model_is_trainable_after_it_has_written(build_model):
     trained = build_model(positions="rotary", context_length=9)  # no other test has made its table
     generate(trained, "abc", length=20)
     trained.transformer(torch.zeros(1, 9, dtype=torch.long))[2].sum().backward()
+    assert trained.transformer.embedding.weight.grad is not None
 
 
 def test_the_seed_decides_and_nothing_else(build_model):
