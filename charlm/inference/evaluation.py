@@ -36,7 +36,7 @@ from charlm.runs.loading import TrainedModel
 EvaluationPrecision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH_SYMBOLS = {"cpu": 2**11, "cuda": 2**16}
-"""Symbols that a batch of windows reads, by type of device, when no batch size is given. On a CPU larger ones gain nothing."""
+"""Symbols that a batch of windows reads, by type of device, when no batch size is given. On a CPU more gain nothing."""
 CHUNK_LOGITS = 2**18
 """Logits of which the softmax is taken at once: float64 copies stay small."""
 
