@@ -69,10 +69,15 @@ def test_a_second_run_of_a_process_may_have_another_precision():
         assert accelerator.mixed_precision == precision
 
 
-def test_unfused_attention_is_announced():
+@pytest.mark.parametrize(
+    ("attention", "dropout", "said"),
+    [("sdpa", 0.0, "attention fused"), ("blocks", 0.0, "attention in blocks"), ("auto", 0.2, "attention unfused")],
+)
+def test_how_attention_is_computed_is_announced(attention, dropout, said, monkeypatch):
     """Guards against a CPU run that is slow without a word: the fused kernel refuses dropout there."""
-    assert hardware.describe_attention(Config()) == "attention fused"
-    assert "unfused" in hardware.describe_attention(Config(model=ModelConfig(attention_dropout=0.2)))
+    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
+    config = Config(model=ModelConfig(attention_dropout=dropout), train=TrainConfig(attention=attention))
+    assert hardware.describe_attention(config).startswith(said)
 
 
 def test_settings_of_the_process_are_put_back():
