@@ -18,6 +18,7 @@ from charlm.data.vocabulary import CharacterVocabulary
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.loading import build_objective
+from charlm.runs.snapshot import take_snapshot
 from tiny import TINY, run_script
 
 VOCABULARIES = ("bytes", "characters", "sentencepiece")
@@ -100,7 +101,7 @@ def test_bits_per_byte_of_a_uniform_model(vocabulary, num_symbols, size, tmp_pat
     for parameter in objective.heads.parameters():
         torch.nn.init.zeros_(parameter)
     run = Run.create(config, corpus.to_dict())
-    save_checkpoint(run, objective, [], {"step": 1}, best=True, keep=1)
+    save_checkpoint(run, take_snapshot(objective, [], {"step": 1}), best=True, keep=1)
     score = charlm.bits_per_character(charlm.load(run.path, device="cpu"), corpus)
     assert score.bits_per_byte == pytest.approx(num_symbols * math.log2(size) / 44, rel=1e-6)
     assert score.bits_per_character == pytest.approx(num_symbols * math.log2(size) / 24, rel=1e-6)
@@ -114,7 +115,7 @@ def run(tmp_path) -> Run:
     flags += ["--data.vocabulary=characters", f"--run.dir={tmp_path / 'run'}"]
     config = charlm.load_config(overrides=[*TINY, *flags])
     run = Run.create(config, load_corpus(config.data, progress=False).to_dict())
-    save_checkpoint(run, build_objective(config, 3), [], {"step": 1}, best=True, keep=1)
+    save_checkpoint(run, take_snapshot(build_objective(config, 3), [], {"step": 1}), best=True, keep=1)
     return run
 
 

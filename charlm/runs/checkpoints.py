@@ -12,19 +12,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from charlm.config import UserError
 from charlm.runs.folder import Run, read_json, write_whole
+from charlm.runs.snapshot import Snapshot
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 
@@ -50,6 +48,10 @@ class Checkpoint:
         """The model's parameters by name, on the CPU."""
         return load_file(self.path / MODEL)
 
+    def snapshot(self) -> Snapshot:
+        """All that it holds."""
+        return Snapshot(self.tensors(), load_file(self.path / OPTIMIZER), self.state)
+
     def check_vocabulary(self, vocabulary: Any) -> None:
         """Raise UserError if the parameters belong to another vocabulary than the run's record of one.
 
@@ -62,29 +64,18 @@ class Checkpoint:
                 f"{self.path}: was trained with another vocabulary than provenance.json has; restore that file"
             )
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer state by `parameter.key`, on the CPU."""
-        return load_file(self.path / OPTIMIZER)
 
-
-def save_checkpoint(
-    run: Run, model: nn.Module, optimizers: Iterable[Optimizer], state: Mapping[str, Any], *, best: bool, keep: int
-) -> Checkpoint:
-    """Write a checkpoint beside the others, point `last` (and `best`) at it, then prune to `keep` and the best.
-
-    Args:
-        state: JSON-able; `state["step"]` names the checkpoint.
-    """
-    target = run.checkpoints_path / f"step-{state['step']:08d}"
+def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> Checkpoint:
+    """Write a checkpoint beside the others, point `last` (and `best`) at it, then prune to `keep` and the best."""
+    target = run.checkpoints_path / f"step-{snapshot.state['step']:08d}"
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         metadata = {"vocabulary": _digest(run.provenance()["corpus"].get("vocabulary"))}
-        parameters = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(parameters, temporary / MODEL, metadata)
-        save_file(optimizer_tensors(model, optimizers), temporary / OPTIMIZER)
-        write_whole(temporary / STATE, json.dumps(dict(state), indent=2) + "\n")
+        save_file(snapshot.model, temporary / MODEL, metadata)
+        save_file(snapshot.optimizer, temporary / OPTIMIZER)
+        write_whole(temporary / STATE, json.dumps(snapshot.state, indent=2) + "\n")
         manifest = {name: _fingerprint(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
         write_whole(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         for path in (temporary / MODEL, temporary / OPTIMIZER, temporary):
@@ -98,7 +89,7 @@ def save_checkpoint(
     for pointer in ("last", "best") if best else ("last",):
         write_whole(run.checkpoints_path / pointer, target.name + "\n")
     _prune(run, keep)
-    return Checkpoint(target, dict(state))
+    return Checkpoint(target, snapshot.state)
 
 
 def find_checkpoint(run: Run, which: str | int = "best") -> Checkpoint:
@@ -139,37 +130,6 @@ def rewind(run: Run, checkpoint: Checkpoint) -> None:
     for folder in checkpoint_folders(run):
         if folder.name > checkpoint.name:
             shutil.rmtree(folder)
-
-
-def optimizer_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
-    """The state of all optimizers by `parameter.key`. Parameters that never had a gradient have none."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}.{key}": torch.as_tensor(value).contiguous()
-        for optimizer in optimizers
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-
-
-def restore_optimizers(model: nn.Module, optimizers: Iterable[Optimizer], tensors: Mapping[str, Tensor]) -> None:
-    """Put what `optimizer_tensors` gave back, on each parameter's device."""
-    parameters = dict(model.named_parameters())
-    owner = {
-        parameter: optimizer
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    for full_name, tensor in tensors.items():
-        name, key = full_name.rsplit(".", 1)
-        parameter = parameters[name]
-        # Step counters stay on the CPU unless a fused optimizer reads them on the device.
-        fused = owner[parameter].param_groups[0].get("fused")
-        device = parameter.device if key != "step" or fused else tensor.device
-        # SparseAdam counts its steps in a Python int, and computes otherwise from a tensor.
-        value = tensor.item() if tensor.dtype == torch.int64 else tensor.to(device)
-        owner[parameter].state[parameter][key] = value
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from charlm.report.figures import draw_run
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.loading import build_objective
+from charlm.runs.snapshot import take_snapshot
 from charlm.training.hardware import build_accelerator, choose_compile, torch_settings
 from charlm.training.opening import TrainState, check_fits, describe, open_run
 from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates, sparse_parameters
@@ -115,7 +116,8 @@ def fit(
                 if accelerator.is_main_process:
                     scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
                     record = asdict(state) | {"scaler": scaler}
-                    save_checkpoint(run, objective, optimizers, record, best=best, keep=config.train.keep_checkpoints)
+                    snapshot = take_snapshot(objective, optimizers, record)
+                    save_checkpoint(run, snapshot, best=best, keep=config.train.keep_checkpoints)
                 accelerator.wait_for_everyone()
 
 

@@ -13,8 +13,9 @@ from charlm.data.corpus import Corpus
 from charlm.objective.objective import Objective
 from charlm.runs.checkpoints import checkpoint_folders, find_checkpoint, rewind
 from charlm.runs.folder import Run, write_whole
+from charlm.runs.snapshot import restore
 from charlm.training.hardware import describe_attention, on_cpu
-from charlm.training.resumption import check_resumable, check_same_corpus, restore
+from charlm.training.resumption import check_resumable, check_same_corpus
 
 
 @dataclass
@@ -69,7 +70,7 @@ def open_run(
         checkpoint = find_checkpoint(run, "last" if config.run.resume_from is None else config.run.resume_from)
         if checkpoint.step > config.train.steps:
             raise UserError(f"train.steps={config.train.steps}: the checkpoint is past it, at step {checkpoint.step}")
-        restore(checkpoint, objective, optimizers)
+        restore(checkpoint.snapshot(), objective, optimizers)
         scaler = checkpoint.state.pop("scaler")
         if scaler and accelerator.scaler:
             accelerator.scaler.load_state_dict(scaler)

@@ -1,15 +1,10 @@
-"""Going on with a run that stopped: what may have changed since, and putting everything back."""
+"""Going on with a run that stopped: what may have changed since."""
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
-
 from charlm.config import Config, UserError, flatten
 from charlm.data.vocabulary import vocabulary_from_dict
-from charlm.runs.checkpoints import Checkpoint, restore_optimizers
 
 MAY_CHANGE = {
     "data.path",
@@ -63,9 +58,3 @@ def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None
             "the run was trained with another vocabulary of this text; prepare it with the release of sentencepiece "
             "that the run had, or start another --run.dir"
         )
-
-
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    """Put parameters and optimizer state back as the checkpoint has them."""
-    model.load_state_dict(checkpoint.tensors())
-    restore_optimizers(model, optimizers, checkpoint.optimizer_tensors())

@@ -16,6 +16,7 @@ from charlm.model.transformer import CharTransformer
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.loading import TrainedModel, build_objective
+from charlm.runs.snapshot import take_snapshot
 
 
 @pytest.fixture(autouse=True)
@@ -74,5 +75,5 @@ def run_on_disk(tmp_path, randomise) -> Path:
         run=RunConfig(dir=tmp_path / "run"),
     )
     run = Run.create(config, load_corpus(config.data, progress=False).to_dict())
-    save_checkpoint(run, randomise(build_objective(config, 256)), [], {"step": 3}, best=True, keep=1)
+    save_checkpoint(run, take_snapshot(randomise(build_objective(config, 256)), [], {"step": 3}), best=True, keep=1)
     return run.path

@@ -8,8 +8,9 @@ from torch import nn
 
 from charlm.config import Config, RunConfig, UserError
 from charlm.runs import checkpoints
-from charlm.runs.checkpoints import find_checkpoint, restore_optimizers, rewind, save_checkpoint
+from charlm.runs.checkpoints import find_checkpoint, rewind, save_checkpoint
 from charlm.runs.folder import Run
+from charlm.runs.snapshot import restore, take_snapshot
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def model_and_optimizer(steps: int = 2) -> tuple[nn.Module, torch.optim.Optimize
 
 def save(run: Run, step: int, *, best: bool = False, keep: int = 2):
     model, optimizer = model_and_optimizer()
-    return save_checkpoint(run, model, [optimizer], {"step": step}, best=best, keep=keep)
+    return save_checkpoint(run, take_snapshot(model, [optimizer], {"step": step}), best=best, keep=keep)
 
 
 def steps(run: Run) -> list[int]:
@@ -41,12 +42,11 @@ def steps(run: Run) -> list[int]:
 def test_what_was_saved_comes_back(run):
     """Guards against lost or renamed state; a parameter that never had a gradient has none."""
     model, optimizer = model_and_optimizer()
-    saved = save_checkpoint(run, model, [optimizer], {"step": 2}, best=True, keep=1)
+    saved = save_checkpoint(run, take_snapshot(model, [optimizer], {"step": 2}), best=True, keep=1)
     found = find_checkpoint(run, "best")
     assert found == saved
     other, fresh = model_and_optimizer(steps=0)
-    other.load_state_dict(found.tensors())
-    restore_optimizers(other, [fresh], found.optimizer_tensors())
+    restore(found.snapshot(), other, [fresh])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     state, restored = optimizer.state_dict()["state"], fresh.state_dict()["state"]
     assert state.keys() == restored.keys() == {0, 1}
