@@ -347,6 +347,9 @@ class TrainConfig:
     """Recompute each layer in the backward pass rather than keep its activations."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """Compile each block; auto does so if accelerate's launcher was given a dynamo backend."""
+    sharding: Literal["auto", "no", "fsdp2"] = "auto"
+    """fsdp2: each of several processes keeps its part of parameters and optimizer state rather than all of them (DDP);
+    auto does so if accelerate's launcher was told to."""
     deterministic: bool = False
     """Only deterministic kernels (needed for bit-exact runs on a GPU)."""
     seed: int = 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,24 +22,26 @@ class Snapshot:
     """JSON-able; `state["step"]` is the number of completed optimizer steps."""
 
 
-def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer], state: Mapping[str, Any]) -> Snapshot:
-    """Copies of everything, which further steps don't touch."""
+def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer], state: Mapping[str, Any]) -> Snapshot | None:
+    """Copies of everything, which further steps don't touch; None on every process but the first.
+
+    Every process calls it: what lies in shards is gathered from all of them.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return Snapshot(
-        {name: _copied(tensor) for name, tensor in model.state_dict().items()},
-        {
-            f"{names[parameter]}.{key}": _copied(torch.as_tensor(value))
-            for optimizer in optimizers
-            for parameter, values in optimizer.state.items()
-            for key, value in values.items()
-        },
-        dict(state),
-    )
+    values_of = {parameter: values for optimizer in optimizers for parameter, values in optimizer.state.items()}
+    tensors = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
+    optimizer_tensors = {
+        f"{name}.{key}": _whole(torch.as_tensor(value))
+        for parameter, name in names.items()
+        for key, value in values_of.get(parameter, {}).items()
+    }
+    return Snapshot(tensors, optimizer_tensors, dict(state)) if _is_first() else None
 
 
 def restore(snapshot: Snapshot, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    """Put parameters and optimizer state back, on each parameter's device."""
-    model.load_state_dict(snapshot.model)
+    """Put parameters and optimizer state back, on each parameter's device and in its shards."""
+    current = model.state_dict()
+    model.load_state_dict({name: _placed(tensor, current.get(name)) for name, tensor in snapshot.model.items()})
     parameters = dict(model.named_parameters())
     owner = {
         parameter: optimizer
@@ -49,13 +52,38 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizers: Iterable[Optimizer
     for full_name, tensor in snapshot.optimizer.items():
         name, key = full_name.rsplit(".", 1)
         parameter = parameters[name]
-        # Step counters stay on the CPU unless a fused optimizer reads them on the device.
-        fused = owner[parameter].param_groups[0].get("fused")
-        device = parameter.device if key != "step" or fused else tensor.device
-        # SparseAdam counts its steps in a Python int, and computes otherwise from a tensor.
-        value = tensor.item() if tensor.dtype == torch.int64 else tensor.to(device)
+        if tensor.ndim > 0:
+            value = _placed(tensor, parameter)
+        elif tensor.dtype == torch.int64:
+            value = tensor.item()  # SparseAdam counts its steps in a Python int, and computes otherwise from a tensor.
+        else:
+            # Step counters stay on the CPU unless a fused optimizer reads them on the device.
+            value = tensor.to(parameter.device) if owner[parameter].param_groups[0].get("fused") else tensor
         owner[parameter].state[parameter][key] = value
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def _whole(tensor: Tensor) -> Tensor | None:
+    """A copy on the CPU, gathered where it lies in shards; None on every process but the first."""
+    if _in_shards(tensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().to("cpu", copy=True).contiguous() if _is_first() else None
+
+
+def _placed(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """On the device and in the shards of `like`, each process taking its own from the whole that it has."""
+    if like is None:
+        return tensor
+    tensor = tensor.to(like.device)
+    if not _in_shards(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _in_shards(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes a second to import
+
+
+def _is_first() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

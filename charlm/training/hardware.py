@@ -3,13 +3,18 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
 
 from charlm.config import Config, TrainConfig, UserError
 from charlm.model.attention import attends_in_blocks
+
+PATIENCE = timedelta(minutes=10)
+"""How long processes wait for one that hangs. One that dies ends the others at once."""
 
 
 def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
@@ -26,12 +31,16 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
         )
     precision, reason = choose_precision(train)
     AcceleratorState._reset_state()  # or a second run of this process would be held to the precision of the first
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        dynamo_backend="no",  # blocks are compiled one by one, see `choose_compile`
-        # A head that falls silent takes no part in the backward pass, which the reducer has to expect.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    with patch_environment(accelerate_use_fsdp="false"):  # sharding is `charlm.training.sharding`'s
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            dynamo_backend="no",  # blocks are compiled one by one, see `choose_compile`
+            kwargs_handlers=[
+                # A head that falls silent takes no part in the backward pass, which the reducer has to expect.
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
+        )
     return accelerator, reason
 
 

@@ -28,6 +28,7 @@ from charlm.runs.snapshot import take_snapshot
 from charlm.training.hardware import build_accelerator, choose_compile, torch_settings
 from charlm.training.opening import TrainState, check_fits, describe, open_run
 from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates, sparse_parameters
+from charlm.training.sharding import no_sync, prepare, shard, unsharded
 from charlm.training.trackers import check_installed
 from charlm.training.tracking import Tracker
 
@@ -46,6 +47,7 @@ def train(config: Config) -> Path:
         torch.manual_seed(config.train.seed)
         objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)
         check_fits(config, corpus, objective, accelerator.num_processes)
+        shard(config, objective, accelerator.num_processes)
         optimizers = build_optimizers(config.train, objective)
         run, state, news = open_run(config, corpus, accelerator, objective, optimizers)
         tracker = Tracker(
@@ -87,7 +89,7 @@ def fit(
     if choose_compile(config.train):
         for block in objective.transformer.blocks:
             block.compile()
-    model, *prepared = accelerator.prepare(objective, *optimizers)
+    model, *prepared = prepare(accelerator, objective, optimizers)
     sparse = sparse_parameters(objective)
     clipped = [parameter for parameter in objective.parameters() if parameter not in sparse]
 
@@ -113,10 +115,9 @@ def fit(
                     state.best_step, state.best_bits = state.step, bits_per_character
                 tracker.log_validation(state.step, bits_per_character, bits_per_byte, best)
                 state.seconds = tracker.seconds
-                if accelerator.is_main_process:
-                    scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-                    record = asdict(state) | {"scaler": scaler}
-                    snapshot = take_snapshot(objective, optimizers, record)
+                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+                snapshot = take_snapshot(objective, optimizers, asdict(state) | {"scaler": scaler})
+                if snapshot is not None:
                     save_checkpoint(run, snapshot, best=best, keep=config.train.keep_checkpoints)
                 accelerator.wait_for_everyone()
 
@@ -144,7 +145,7 @@ def accumulate_gradients(
     for index, windows_BW in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         torch.manual_seed(noise_seed(train.seed, step, accelerator.process_index, index))
-        with nullcontext() if last else accelerator.no_sync(model):
+        with nullcontext() if last else no_sync(accelerator, model):
             report = model(windows_BW.to(accelerator.device, non_blocking=True), step / train.steps)
             share = len(windows_BW) / len(windows)
             accelerator.backward(report.total * (share * accelerator.num_processes))
@@ -173,12 +174,13 @@ def validate(config: Config, corpus: Corpus, objective: Objective, precision: st
     In the precision of training, at a stride of half the context; all processes share the work and get the figures.
     """
     ids = corpus.splits["valid"].ids[: config.train.valid_symbols]
-    nats = negative_log_likelihoods(
-        objective.transformer,
-        objective.heads,
-        ids,
-        stride=max(1, config.model.context_length // 2),
-        autocast_dtype=AUTOCAST_DTYPES.get(precision),
-    )[config.model.num_layers]
+    with unsharded(objective):
+        nats = negative_log_likelihoods(
+            objective.transformer,
+            objective.heads,
+            ids,
+            stride=max(1, config.model.context_length // 2),
+            autocast_dtype=AUTOCAST_DTYPES.get(precision),
+        )[config.model.num_layers]
     characters, num_bytes = count_units(ids, corpus.vocabulary)
     return bits_per(nats, characters), bits_per(nats, num_bytes)

@@ -16,6 +16,7 @@ from charlm.runs.folder import Run, write_whole
 from charlm.runs.snapshot import restore
 from charlm.training.hardware import describe_attention, on_cpu
 from charlm.training.resumption import check_resumable, check_same_corpus
+from charlm.training.sharding import is_sharded
 
 
 @dataclass
@@ -94,6 +95,8 @@ def describe(
     device = f"{accelerator.num_processes} x {accelerator.device.type}"
     if accelerator.device.type == "cpu":
         device += f" ({torch.get_num_threads()} threads)"
+    if is_sharded(objective):
+        device += ", sharded by FSDP2"
     terms = f"{len(objective.terms)} term" + ("s" if len(objective.terms) > 1 else "")
     return [
         f"{device}, precision {accelerator.mixed_precision} ({precision_reason}), {describe_attention(config)}",

@@ -18,6 +18,7 @@ MAY_CHANGE = {
     "train.cross_entropy",
     "train.activation_checkpointing",
     "train.compile",
+    "train.sharding",
     "train.deterministic",
     "train.log_every",
     "train.valid_every",
