@@ -4,27 +4,54 @@ RUN/checkpoints/step-00001000/model.safetensors       parameters of transformer 
                                                       the vocabulary that they belong to
                               optimizer.safetensors   optimizer state, by parameter name and state key
                               state.json              step, best validation so far, gradient scaler
-                              manifest.json           size and SHA-256 of the three
+                              manifest.json           size and SHA-256 of the three, and of its own text before that
+                                                      last entry was added
 RUN/checkpoints/last, best    text files that name one of the folders
+RUN/checkpoints/.*.tmp        being written or removed: rubbish after a kill
+RUN/checkpoints/.step-*.old   the whole checkpoint that is being replaced by another of the same step
+
+Reading changes nothing on disk, so that a run can be evaluated while it is trained; saving and `rewind` clear away
+what a kill has left.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from charlm.config import UserError
-from charlm.runs.folder import Run, read_json, write_whole
+from charlm.runs.folder import Run, read_json, sync, write_whole
 from charlm.runs.snapshot import Snapshot
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+FILES = (MODEL, OPTIMIZER, STATE)
+FOLDER = re.compile(r"(\.)?step-(\d{8}|[1-9]\d{8,17})(?(1)\.old)", re.ASCII)
+MAX_HEADER_BYTES = 2**24
+MAX_STATE_BYTES = 2**20
+SPARE_BYTES = 2**20
+"""What must be free beyond the tensors, for their headers and the small files."""
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
+"""safetensors' names of what parameters and buffers may be."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +63,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Its folder's name, `step-00001000`."""
-        return self.path.name
+        """What `last` and `best` call it, `step-00001000`."""
+        return _name(self.step)
 
     @property
     def step(self) -> int:
@@ -46,46 +73,78 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's parameters by name, on the CPU."""
-        return load_file(self.path / MODEL)
+        return _load(self.path / MODEL)
 
     def snapshot(self) -> Snapshot:
         """All that it holds."""
-        return Snapshot(self.tensors(), load_file(self.path / OPTIMIZER), self.state)
+        return Snapshot(self.tensors(), _load(self.path / OPTIMIZER), self.state)
 
     def check_vocabulary(self, vocabulary: Any) -> None:
         """Raise UserError if the parameters belong to another vocabulary than the run's record of one.
 
         Those that do not name theirs are taken at their word.
         """
-        with safe_open(self.path / MODEL, "pt") as file:
+        with _opened(self.path / MODEL) as file:
             expected = (file.metadata() or {}).get("vocabulary")
         if expected not in (None, _digest(vocabulary)):
             raise UserError(
                 f"{self.path}: was trained with another vocabulary than provenance.json has; restore that file"
             )
 
+    def check_tensors(self, expected: Mapping[str, Tensor]) -> None:
+        """Raise UserError, naming file and tensor, unless its tensors are those of a model whose `state_dict` this is.
+
+        Names, shapes and types are compared, and only headers are read. Optimizer state must belong to a parameter,
+        and be a scalar or of its shape and type.
+        """
+        wanted = {name: (list(tensor.shape), DTYPES.get(tensor.dtype)) for name, tensor in expected.items()}
+        found = _header(self.path / MODEL)
+        for name in sorted(wanted.keys() | found.keys()):
+            if name not in found:
+                raise UserError(f"{self.path / MODEL} has no tensor {name}, which the model of config.yaml has")
+            if name not in wanted:
+                raise UserError(f"{self.path / MODEL} has a tensor {name}, which the model of config.yaml has not")
+            if found[name] != wanted[name]:
+                raise UserError(
+                    f"{self.path / MODEL}: its tensor {name} is {_shown(found[name])}, "
+                    f"and that of the model of config.yaml {_shown(wanted[name])}"
+                )
+        for name, described in _header(self.path / OPTIMIZER).items():
+            parameter = name.rpartition(".")[0]
+            if parameter not in wanted:
+                raise UserError(f"{self.path / OPTIMIZER} has a tensor {name}, which belongs to no parameter")
+            if described[0] and described != wanted[parameter]:
+                raise UserError(
+                    f"{self.path / OPTIMIZER}: its tensor {name} is {_shown(described)}, "
+                    f"and its parameter {_shown(wanted[parameter])}"
+                )
+
 
 def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> Checkpoint:
-    """Write a checkpoint beside the others, point `last` (and `best`) at it, then prune to `keep` and the best."""
-    target = run.checkpoints_path / f"step-{snapshot.state['step']:08d}"
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    """Write a checkpoint beside the others, point `last` (and `best`) at it, then prune to `keep` and the best.
+
+    Raises:
+        OSError: the disk is full or fails. The older checkpoints are there as before.
+    """
+    target = run.checkpoints_path / _name(snapshot.state["step"])
+    temporary = _rubbish(target)
+    _tidy(run)
+    _check_space(run, snapshot)
     try:
-        metadata = {"vocabulary": _digest(run.provenance()["corpus"].get("vocabulary"))}
-        save_file(snapshot.model, temporary / MODEL, metadata)
-        save_file(snapshot.optimizer, temporary / OPTIMIZER)
+        temporary.mkdir()
         write_whole(temporary / STATE, json.dumps(snapshot.state, indent=2) + "\n")
-        manifest = {name: _fingerprint(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
-        write_whole(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        for path in (temporary / MODEL, temporary / OPTIMIZER, temporary):
-            _sync(path)
+        metadata = {"vocabulary": _digest(run.provenance()["corpus"].get("vocabulary"))}
+        _save(snapshot.model, temporary / MODEL, metadata)
+        _save(snapshot.optimizer, temporary / OPTIMIZER)
+        write_whole(temporary / MANIFEST, _manifest({name: _fingerprint(temporary / name) for name in FILES}))
+        if run.metrics_path.exists():
+            sync(run.metrics_path)  # a checkpoint that survives the machine must not have lost its history
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(target.with_name(f".{target.name}.old"))
         temporary.rename(target)
-        _sync(run.checkpoints_path)
+        sync(run.checkpoints_path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _tidy(run)
     for pointer in ("last", "best") if best else ("last",):
         write_whole(run.checkpoints_path / pointer, target.name + "\n")
     _prune(run, keep)
@@ -96,40 +155,115 @@ def find_checkpoint(run: Run, which: str | int = "best") -> Checkpoint:
     """The checkpoint that `which` names: best, last, or a step. Its manifest is verified.
 
     Raises:
-        UserError: there is none, or a file of it is damaged.
+        UserError: there is none, or a file of it is damaged; the whole ones are listed.
     """
-    if isinstance(which, int) or which.isdigit():
-        name = f"step-{int(which):08d}"
-    elif (pointer := run.checkpoints_path / which).is_file() and which in ("best", "last"):
-        name = pointer.read_text().strip()
+    if re.fullmatch(r"\d{1,18}", str(which), re.ASCII):
+        name = _name(int(which))
     else:
-        name = which
-    path = run.checkpoints_path / name
-    if path not in checkpoint_folders(run):
-        there = ", ".join(str(int(folder.name[5:])) for folder in checkpoint_folders(run)) or "none yet"
+        name = _pointed(run, which) if which in ("best", "last") else str(which)
+    folders = {_name(_step(path)): path for path in checkpoint_folders(run)}
+    if name not in folders:
+        there = ", ".join(str(_step(path)) for path in folders.values()) or "none yet"
         raise UserError(f"{run.path} has no checkpoint {which!r}; its steps are: {there}")
-    _verify(path)
-    return Checkpoint(path, read_json(path / STATE))
+    try:
+        return _read(folders[name])
+    except UserError as error:
+        whole = ", ".join(str(_step(path)) for other, path in folders.items() if other != name and _is_whole(path))
+        raise UserError(f"{error}; whole checkpoints are at the steps: {whole or 'none'}") from None
+
+
+def newest_whole_checkpoint(run: Run) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, if there is one, and a warning for each newer one that is not.
+
+    `last` is not asked: a kill may have come before it was set, and damage may have changed it.
+    """
+    warnings = []
+    for path in reversed(checkpoint_folders(run)):
+        try:
+            return _read(path), warnings
+        except UserError as error:
+            warnings.append(f"checkpoint of step {_step(path):,} skipped: {error}")
+    return None, warnings
 
 
 def checkpoint_folders(run: Run) -> list[Path]:
-    """The folders of the run's checkpoints, oldest first."""
-    return sorted(path for path in run.checkpoints_path.glob("step-*") if path.name[5:].isdigit())
+    """The folders of the run's checkpoints, oldest first. One that a kill left half replaced is the old one."""
+    by_step = {}
+    if run.checkpoints_path.is_dir():
+        for path in sorted(run.checkpoints_path.iterdir()):  # .step-00000001.old before step-00000001
+            if FOLDER.fullmatch(path.name):
+                by_step[_step(path)] = path
+    return [by_step[step] for step in sorted(by_step)]
 
 
-def rewind(run: Run, checkpoint: Checkpoint) -> None:
+def rewind(run: Run, checkpoint: Checkpoint) -> list[str]:
     """Make `checkpoint` the run's newest: forget the metrics and checkpoints that come after it.
 
-    `best` falls back on it where the best checkpoint came later.
+    `best` is the best that its state knows; where that is gone, what `best` named before, or else the checkpoint
+    itself. Returns warnings: rows of metrics that were damaged and are dropped.
     """
+    _tidy(run)
+    folders = {_step(path): path for path in checkpoint_folders(run)}
+    known, pointed = checkpoint.state.get("best_step"), _pointed(run, "best")
+    steps = [step for step in folders if step == known] + [step for step in folders if _name(step) == pointed]
+    best = next((step for step in steps if step <= checkpoint.step), checkpoint.step)
     write_whole(run.checkpoints_path / "last", checkpoint.name + "\n")
-    best = run.checkpoints_path / "best"
-    if not best.exists() or best.read_text().strip() > checkpoint.name:
-        write_whole(best, checkpoint.name + "\n")
-    run.forget_metrics_after(checkpoint.step)
-    for folder in checkpoint_folders(run):
-        if folder.name > checkpoint.name:
-            shutil.rmtree(folder)
+    write_whole(run.checkpoints_path / "best", _name(best) + "\n")
+    for step in sorted(folders, reverse=True):  # newest first: a kill leaves a run that can go on from what is left
+        if step > checkpoint.step:
+            _remove(folders[step])
+    return run.forget_metrics_after(checkpoint.step)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(folder: Path) -> int:
+    return int(FOLDER.fullmatch(folder.name)[2])
+
+
+def _rubbish(folder: Path) -> Path:
+    return folder.with_name(f".{_name(_step(folder))}.tmp")
+
+
+def _pointed(run: Run, pointer: str) -> str | None:
+    """What `last` or `best` says, whatever that is."""
+    path = run.checkpoints_path / pointer
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(100).decode(errors="replace").strip()
+
+
+def _check_space(run: Run, snapshot: Snapshot) -> None:
+    tensors = (*snapshot.model.values(), *snapshot.optimizer.values())
+    needed = sum(tensor.nbytes for tensor in tensors) + SPARE_BYTES
+    free = shutil.disk_usage(run.checkpoints_path).free
+    if free < needed:
+        complaint = f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
+        raise OSError(errno.ENOSPC, complaint, str(run.checkpoints_path))
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        if cause := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(path)) from error
+        raise
+    shutil.copymode(path.with_name(STATE), path)  # safetensors lets nobody but the owner read it
+    sync(path)
+
+
+def _manifest(files: dict[str, Any]) -> str:
+    text = _plain_manifest(files)
+    own = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return _plain_manifest(files | {MANIFEST: own})
+
+
+def _plain_manifest(files: dict[str, Any]) -> str:
+    return json.dumps(files, indent=2) + "\n"
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -141,23 +275,128 @@ def _digest(record: Any) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _verify(path: Path) -> None:
-    for name, expected in read_json(path / MANIFEST).items():
-        if not (path / name).is_file() or _fingerprint(path / name) != expected:
-            raise UserError(f"{path / name} is damaged: it does not match manifest.json; use another checkpoint")
+def _read(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder.
 
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    Raises:
+        UserError: it is damaged.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        _verify(folder)
+    except OSError as error:
+        raise UserError(f"{folder} is damaged: it cannot be read ({error.strerror})") from error
+    state = read_json(folder / STATE, MAX_STATE_BYTES)
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] != _step(folder):
+        raise UserError(f"{folder / STATE} is damaged: its step is not that of its folder")
+    return Checkpoint(folder, state)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(_read(folder))
+    except UserError:
+        return False
+
+
+def _verify(folder: Path) -> None:
+    """Raise UserError unless the folder holds the three files and the manifest that describes them, and nothing else.
+
+    What is read depends on no file's content, and sizes are compared before anything is hashed.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder} is damaged: it is no folder")
+    for name in (*FILES, MANIFEST):
+        path = folder / name
+        if not os.path.lexists(path):
+            raise UserError(f"{path} is damaged: it is missing")
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise UserError(f"{path} is damaged: it is a link or no file at all")
+    if extra := sorted(set(os.listdir(folder)) - {*FILES, MANIFEST}):
+        raise UserError(f"{folder / extra[0]} is in the way: no checkpoint has such a file; remove it")
+    for name, expected in _read_manifest(folder / MANIFEST).items():
+        path = folder / name
+        if path.stat().st_size != expected["bytes"] or _fingerprint(path) != expected:
+            raise UserError(f"{path} is damaged: it does not match manifest.json")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of the three files; UserError unless the manifest is, to the byte, the one written for them."""
+    record = read_json(path, MAX_STATE_BYTES)
+    files = {}
+    for name in FILES if isinstance(record, dict) else ():
+        match record.get(name):
+            case {"bytes": int(size), "sha256": str(digest)}:
+                files[name] = {"bytes": size, "sha256": digest}
+    # A manifest of an earlier version lacks its own entry, and any change to it is found all the same.
+    if len(files) < len(FILES) or path.read_bytes().decode(errors="replace") not in (
+        _manifest(files),
+        _plain_manifest(files),
+    ):
+        raise UserError(f"{path} is damaged: it does not match its own SHA-256")
+    return files
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """A file of tensors, of which the header has been read. UserError if something is wrong with it."""
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise UserError(f"{path}: its header is said to have {header_bytes:,} bytes, more than any checkpoint's")
+        with safe_open(path, "pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _header(path: Path) -> dict[str, tuple[list[int], str]]:
+    """Shape and type of every tensor of a file."""
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        return {name: (tensor.get_shape(), tensor.get_dtype()) for name, tensor in slices.items()}
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    with _opened(path):
+        return load_file(path)
+
+
+def _shown(described: tuple[list[int], str]) -> str:
+    shape, dtype = described
+    return f"{dtype} {shape}"
+
+
+def _tidy(run: Run) -> None:
+    """Clear away what a kill or a failure left, and put back a checkpoint that was not replaced after all."""
+    for path in run.checkpoints_path.glob(".*"):
+        if path.suffix == ".old" and FOLDER.fullmatch(path.name):
+            target = path.with_name(_name(_step(path)))
+            if target.exists():
+                _discard(path)
+            else:
+                path.rename(target)
+        elif path.suffix == ".tmp":
+            _discard(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, at no time leaving a part of one."""
+    rubbish = _rubbish(folder)
+    folder.rename(rubbish)
+    _discard(rubbish)
+
+
+def _discard(path: Path) -> None:
+    """Remove rubbish; what cannot be removed now is left to the next time."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _prune(run: Run, keep: int) -> None:
-    best = run.checkpoints_path / "best"
-    best_name = best.read_text().strip() if best.exists() else None
+    best_name = _pointed(run, "best")
     for folder in checkpoint_folders(run)[:-keep]:
         if folder.name != best_name:
-            shutil.rmtree(folder)
+            _remove(folder)

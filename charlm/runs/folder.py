@@ -4,23 +4,31 @@ RUN/config.yaml        the resolved config
 RUN/provenance.json    corpus and its hash, versions, git commit, command
 RUN/metrics.jsonl      one JSON object per line: training rows and validation rows
 RUN/checkpoints/       see `charlm.runs.checkpoints`
+RUN/.lock              held by the process that trains into the folder
 """
 
+import errno
 import json
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from charlm.config import Config, UserError
 from charlm.config_files import load_config, to_yaml
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
+UNFINISHED = {"checkpoints", "provenance.json", ".provenance.json.tmp", ".config.yaml.tmp", ".lock"}
+"""What a process that is killed while it makes the folder of a run may leave: config.yaml comes last."""
+MAX_JSON_BYTES = 2**24
+MAX_ROW_BYTES = 2**20
 
 
 class Run:
@@ -42,14 +50,10 @@ class Run:
         """
         run = cls(config.run.dir)
         run.check_absent()
-        try:
-            run.checkpoints_path.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(
-                f"run.dir={run.path}: cannot be made ({error.strerror}); choose another --run.dir"
-            ) from error
-        write_whole(run.provenance_path, json.dumps({"corpus": corpus} | _environment(), indent=2) + "\n")
-        write_whole(run.config_path, to_yaml(config))
+        with run._refused_unless_it_can_be("made"):
+            run.checkpoints_path.mkdir(parents=True, exist_ok=True)
+            write_whole(run.provenance_path, json.dumps({"corpus": corpus} | _environment(), indent=2) + "\n")
+            write_whole(run.config_path, to_yaml(config))
         return run
 
     @classmethod
@@ -71,8 +75,29 @@ class Run:
                 f"run.dir={self.path}: holds a run already; continue it with --run.resume=true, "
                 "or choose another --run.dir"
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and not (self.path.is_dir() and self._holds_nothing()):
             raise UserError(f"run.dir={self.path}: exists and is not empty; choose another --run.dir")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep every other process from training into the folder, which is made if need be.
+
+        Raises:
+            UserError: one does so already, or the folder cannot be written.
+        """
+        with self._refused_unless_it_can_be("written"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(
+                    f"run.dir={self.path}: another process is training into it; let it end, or choose another --run.dir"
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def config(self) -> Config:
         """The resolved config that the run was started with."""
@@ -80,43 +105,115 @@ class Run:
 
     def provenance(self) -> dict[str, Any]:
         """What the run was made from: its corpus, versions, git commit and command."""
-        return read_json(self.provenance_path)
+        record = read_json(self.provenance_path)
+        if not isinstance(record, dict) or not isinstance(record.get("corpus"), dict):
+            raise UserError(f"{self.provenance_path} names no corpus; restore that file")
+        return record
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add one line to metrics.jsonl, or raise OSError and leave the file as it was."""
+        line = json.dumps(row).encode() + b"\n"
+        with self.metrics_path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics_path))
+            except OSError:
+                file.truncate(end)  # or the next row would go on in the middle of this one
+                raise
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
+        """The rows of metrics.jsonl; a last line that a kill cut short is left out.
+
+        Raises:
+            UserError: another line is damaged.
+        """
+        for number, row in self._numbered_metrics():
+            if row is None:
+                raise UserError(
+                    f"{self.metrics_path}, line {number} is damaged: it is no row of metrics; remove that line"
+                )
+            yield row
+
+    def forget_metrics_after(self, step: int) -> list[str]:
+        """Drop the rows that a run resumed at `step` is about to write again, and damaged ones; a warning for each."""
+        kept, warnings = [], []
+        for number, row in self._numbered_metrics():
+            if row is None:
+                warnings.append(f"{self.metrics_path}, line {number} was damaged and has been dropped")
+            elif row["step"] <= step:
+                kept.append(row)
+        write_whole(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+        return warnings
+
+    def _numbered_metrics(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """The lines of metrics.jsonl from 1, each with its row or, if it is damaged, None."""
         if not self.metrics_path.exists():
             return
-        for line in self.metrics_path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
+        with self.metrics_path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES), b""), 1):
+                if line.endswith(b"\n") or len(line) == MAX_ROW_BYTES:
+                    yield number, _row(line)
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the rows that a run resumed at `step` is about to write again."""
-        kept = [row for row in self.metrics() if row["step"] <= step]
-        write_whole(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+    def _holds_nothing(self) -> bool:
+        """Whether the folder is empty, but for what a process left that was killed while it made a run of it."""
+        names = {path.name for path in self.path.iterdir()}
+        return names <= UNFINISHED and not ("checkpoints" in names and any(self.checkpoints_path.iterdir()))
+
+    @contextmanager
+    def _refused_unless_it_can_be(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self.path}: cannot be {done} ({error.strerror}); choose another --run.dir"
+            ) from error
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that, whenever the process dies, it holds either its old or its new content."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; UserError if it is damaged."""
+    """Write a file so that, whenever process or machine dies, it holds either its old or its new content."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        return json.loads(path.read_text())
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The content of a JSON file; UserError if it is damaged, or larger than any that belongs to a run."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise ValueError(f"it has more than {max_bytes:,} bytes")
+        return json.loads(content.decode())
+    except RecursionError:
+        raise UserError(f"{path} cannot be read as JSON: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _environment() -> dict[str, Any]:

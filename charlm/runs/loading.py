@@ -50,22 +50,24 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
         device: by default a GPU if there is one.
 
     Raises:
-        UserError: no run, no such checkpoint, a damaged file, or a vocabulary that is not the model's.
+        UserError: no run, no such checkpoint, a damaged file, or tensors or a vocabulary that are not the model's.
     """
     folder = Run.open(run)
     found = find_checkpoint(folder, checkpoint)
     config, corpus = folder.config(), folder.provenance()["corpus"]
-    found.check_vocabulary(corpus["vocabulary"])
-    vocabulary = vocabulary_from_dict(corpus["vocabulary"])
+    found.check_vocabulary(corpus.get("vocabulary"))
+    vocabulary = vocabulary_from_dict(corpus.get("vocabulary"))
     tensors = found.tensors()
-    if (trained_size := len(tensors["transformer.embedding.weight"])) != vocabulary.size:
+    embedding = tensors.get("transformer.embedding.weight")
+    if embedding is not None and embedding.ndim > 0 and len(embedding) != vocabulary.size:
         raise UserError(
-            f"{folder.provenance_path}: its vocabulary has {vocabulary.size} symbols, and the model {trained_size}; "
+            f"{folder.provenance_path}: its vocabulary has {vocabulary.size} symbols, and the model {len(embedding)}; "
             "restore that file"
         )
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.device("meta"):
         objective = build_objective(config, vocabulary.size)
+    found.check_tensors(objective.state_dict())
     objective.load_state_dict(tensors, assign=True)
     objective.to(chosen).eval()
     return TrainedModel(
