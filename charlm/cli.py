@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn, TypeVar
 import tyro
 
 from charlm import arguments
-from charlm.config import Config, UserError
+from charlm.config import Config, Stopped, UserError
 from charlm.config_files import OPTIONS, explaining, settings_in_files
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def is_main_process() -> bool:
 
 
 def script(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit: 0, or 2 after one message for a UserError, or 130 when interrupted.
+    """Run `main` and exit: 0, also when asked to stop; 2 after one message for a UserError; 130 when interrupted.
 
     Of several processes that fail alike, the first alone prints the message: a launcher ends all as soon as one exits,
     so the others wait for that, and speak up only if they are left alone with their error.
@@ -77,6 +77,9 @@ def script(main: Callable[[], None]) -> NoReturn:
             time.sleep(PATIENCE)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        if is_main_process():
+            print(f"stopped ({stopped}) before training began: there is nothing to save", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

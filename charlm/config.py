@@ -8,6 +8,7 @@ Progress, in every schedule, is the number of completed optimizer steps divided 
 """
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,10 @@ class UserError(Exception):
     """Something the user can mend: shown as one message without a traceback; scripts exit with code 2."""
 
 
+class Stopped(Exception):
+    """A process that was asked to stop; the message is the reason. Scripts exit with code 0."""
+
+
 class ConfigError(UserError):
     """An option whose value cannot work. The message names the field, the value and the way out."""
 
@@ -36,6 +41,13 @@ def _require(condition: bool, name: str, value: object, way_out: str) -> None:
 def steps_of(cadence: float, total_steps: int) -> int:
     """The steps that a cadence stands for: below 1 a fraction of `total_steps` (at least one step), else steps."""
     return max(1, round(cadence * total_steps)) if 0 < cadence < 1 else int(cadence)
+
+
+def _duration(text: str) -> float | None:
+    """The seconds of "3h50m"; None if it is no duration, or none at all."""
+    match = re.fullmatch(r"(?:(\d{1,5})d)?(?:(\d{1,5})h)?(?:(\d{1,5})m)?(?:(\d{1,9})s)?", text)
+    parts = [int(part or 0) for part in match.groups()] if match else [0]
+    return sum(part * seconds for part, seconds in zip(parts, (86400, 3600, 60, 1), strict=False)) or None
 
 
 def flatten(tree: dict[str, Any], separator: str) -> dict[str, Any]:
@@ -331,6 +343,11 @@ class TrainConfig:
     the rows that a batch reads, and those once, where momentum would carry them on; hence the high rate."""
     clip_norm: float = 0.0
     """Largest norm of the gradient, n-gram tables apart; 0 leaves it alone."""
+    max_skipped: int = 20
+    """An update whose loss or gradient is not finite is skipped; after so many in a row the run stops."""
+    spike_threshold: float = 0.0
+    """Skip an update, too, whose loss lies so many robust standard deviations (1.4826 times the median absolute
+    deviation) above the median of the last 128; 0 never does. Not with fp16."""
     mixed_precision: Precision = "auto"
     """auto takes what accelerate's launcher was told, and without a launcher bf16 where the hardware has it."""
     matmul_precision: Literal["highest", "high", "medium"] = "medium"
@@ -358,13 +375,15 @@ class TrainConfig:
     """Cadence of metrics.jsonl."""
     valid_every: float = 0.05
     """Cadence of validation, and of the checkpoint that goes with it."""
+    checkpoint_every: float = 0.0
+    """Cadence of further checkpoints between validations; 0 writes none."""
     valid_symbols: int = 200_000
     """Validation scores the first so many symbols of the validation split."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, beside the best."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "context_divisor", "valid_symbols", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "context_divisor", "max_skipped", "valid_symbols", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         _require(
             self.micro_batch_size is None or self.micro_batch_size >= 1,
@@ -387,7 +406,7 @@ class TrainConfig:
             self.adam_betas,
             "must be two numbers in [0, 1)",
         )
-        for name in ("weight_decay", "clip_norm", "warmup"):
+        for name in ("weight_decay", "clip_norm", "spike_threshold", "warmup", "checkpoint_every"):
             _require(
                 0 <= getattr(self, name) < float("inf"),
                 f"train.{name}",
@@ -412,6 +431,10 @@ class RunConfig:
     """Continue the run from its newest checkpoint."""
     resume_from: int | None = None
     """Continue the run from the checkpoint of this step."""
+    auto_resume: bool = False
+    """Continue the run if there is one, else begin it: what a queue that starts a job again needs."""
+    max_time: str | None = None
+    """Checkpoint and stop when the process has run for so long, before a queue's limit: 3h50m, 90m, 1d12h."""
     tracker: tuple[TrackerName, ...] = ()
     """Experiment trackers that get every number of metrics.jsonl too, each a package of its own to be installed:
     tensorboard, or a list, [tensorboard, wandb]."""
@@ -425,7 +448,18 @@ class RunConfig:
             self.resume_from,
             "must be the step of a checkpoint",
         )
+        _require(
+            self.max_time is None or _duration(self.max_time) is not None,
+            "run.max_time",
+            self.max_time,
+            "must be a time like 3h50m, of days (d), hours, minutes and seconds",
+        )
         _require(len(set(self.tracker)) == len(self.tracker), "run.tracker", self.tracker, "names a tracker twice")
+
+    @property
+    def max_seconds(self) -> float | None:
+        """`max_time` in seconds."""
+        return None if self.max_time is None else _duration(self.max_time)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import gzip
 import lzma
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -148,6 +148,7 @@ def negative_log_likelihoods(
     batch_size: int | None = None,
     autocast_dtype: torch.dtype | None = None,
     progress: bool = False,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[int, np.ndarray]:
     """What each symbol costs, in nats, as each of `layers` predicts it.
 
@@ -158,6 +159,7 @@ def negative_log_likelihoods(
         ids: the text, [N], at least one symbol.
         layers: 1-based, each with a head for offset 1; by default the last layer.
         autocast_dtype: of the transformer; None leaves it in the precision of its parameters.
+        before_batch: called before each batch, equally often by every process; what it raises ends the scoring.
 
     Returns:
         {layer: float64 [N]}; the first symbol, which has no context, costs ln V.
@@ -187,6 +189,7 @@ def negative_log_likelihoods(
         torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
     ):
         for symbols_BT, counts_BT in _batches(windows, batch_size, rank, num_processes):
+            before_batch()
             window_ids = torch.from_numpy(ids[symbols_BT].astype(np.int64)).to(device)
             # Window 0 scores all that it predicts, every other its last `stride` predictions at most.
             num_last = windows.length if counts_BT[:, :-stride].any() else min(stride, windows.length)

@@ -3,10 +3,11 @@
 Shapes: B windows of this process, W characters of a window.
 """
 
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import closing, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -14,21 +15,23 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
-from charlm.config import Config, steps_of
+from charlm.config import Config, Stopped, UserError, steps_of
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.windows import training_windows
 from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
 from charlm.model.memory import keep_freed_memory
-from charlm.objective.objective import LossReport, Objective
+from charlm.objective.objective import Objective
 from charlm.report.figures import draw_run
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.loading import build_objective
 from charlm.runs.snapshot import take_snapshot
+from charlm.training.guard import Losses, Updates, weighted_losses
 from charlm.training.hardware import build_accelerator, choose_compile, torch_settings
 from charlm.training.opening import TrainState, check_fits, describe, open_run
-from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates, sparse_parameters
+from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
 from charlm.training.sharding import no_sync, prepare, shard, unsharded
+from charlm.training.signals import StopRequests
 from charlm.training.trackers import check_installed
 from charlm.training.tracking import Tracker
 
@@ -36,19 +39,25 @@ from charlm.training.tracking import Tracker
 def train(config: Config) -> Path:
     """Train as `config` says, on all the processes of the launcher, and return the run's folder.
 
+    SIGTERM, SIGINT, SIGUSR1, `run.max_time` and the death of the launcher end the run after the step that is being
+    taken, with a checkpoint.
+
     Raises:
-        UserError: the options, the corpus or the run's folder do not allow it; nothing has been written then.
+        UserError: the options, the corpus or the run's folder do not allow it, and nothing has been written; or no
+            update can be made any more, and a checkpoint from before stands.
+        Stopped: a signal came before there was anything to save.
     """
     check_installed(config.run.tracker)
     keep_freed_memory()
-    with torch_settings(config.train):
+    with StopRequests(config.run.max_seconds) as stop, torch_settings(config.train):
         accelerator, precision_reason = build_accelerator(config.train)
         corpus = load_corpus(config.data, progress=accelerator.is_main_process)
         torch.manual_seed(config.train.seed)
         objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)
-        check_fits(config, corpus, objective, accelerator.num_processes)
+        check_fits(config, corpus, objective, accelerator)
         shard(config, objective, accelerator.num_processes)
         optimizers = build_optimizers(config.train, objective)
+        stop.defer()
         run, state, news = open_run(config, corpus, accelerator, objective, optimizers)
         tracker = Tracker(
             run,
@@ -62,70 +71,136 @@ def train(config: Config) -> Path:
         with closing(tracker):
             for line in (*describe(config, corpus, objective, accelerator, precision_reason), *news):
                 tracker.say(line)
-            fit(config, corpus, accelerator, objective, optimizers, run, state, tracker)
+            Training(config, corpus, accelerator, objective, optimizers, run, state, tracker, stop).fit()
         if accelerator.is_main_process:
-            draw_run(run.path)
+            with suppress(UserError):  # it was stopped before there was a point to draw
+                draw_run(run.path)
         accelerator.wait_for_everyone()
         return run.path
 
 
-def fit(
-    config: Config,
-    corpus: Corpus,
-    accelerator: Accelerator,
-    objective: Objective,
-    optimizers: list[Optimizer],
-    run: Run,
-    state: TrainState,
-    tracker: Tracker,
-) -> None:
-    """The loop: everything that a step needs follows from the config, the corpus and the number of completed steps."""
-    steps = config.train.steps
-    log_every, valid_every = steps_of(config.train.log_every, steps), steps_of(config.train.valid_every, steps)
-    objective.cross_entropy = config.train.cross_entropy
-    objective.transformer.activation_checkpointing = config.train.activation_checkpointing
-    for block in objective.transformer.blocks:
-        block.attention.backend = config.train.attention
-    if choose_compile(config.train):
-        for block in objective.transformer.blocks:
-            block.compile()
-    model, *prepared = prepare(accelerator, objective, optimizers)
-    sparse = sparse_parameters(objective)
-    clipped = [parameter for parameter in objective.parameters() if parameter not in sparse]
+@dataclass
+class Training:
+    """A run under way. Every process calls every method at the same step."""
 
-    while state.step < steps:
-        factor = learning_rate_factor(config.train, state.step)
-        set_learning_rates(prepared, factor)
-        reports = accumulate_gradients(config, corpus.splits["train"].ids, accelerator, model, objective, state.step)
-        if config.train.clip_norm:
-            accelerator.clip_grad_norm_(clipped, config.train.clip_norm)
-        for optimizer in prepared:
-            optimizer.step()
-            optimizer.zero_grad()
-        state.step += 1
+    config: Config
+    corpus: Corpus
+    accelerator: Accelerator
+    objective: Objective
+    optimizers: list[Optimizer]
+    run: Run
+    state: TrainState
+    tracker: Tracker
+    stop: StopRequests
 
-        if state.step % log_every == 0 or state.step == steps:
-            loss, parts = global_mean(accelerator, reports)
-            tracker.log_training(state.step, factor * config.train.learning_rate, loss, parts)
-        if state.step % valid_every == 0 or state.step == steps:
-            with tracker.speed_paused():
-                bits_per_character, bits_per_byte = validate(config, corpus, objective, accelerator.mixed_precision)
-                best = bits_per_character < state.best_bits
-                if best:
-                    state.best_step, state.best_bits = state.step, bits_per_character
-                tracker.log_validation(state.step, bits_per_character, bits_per_byte, best)
-                state.seconds = tracker.seconds
-                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-                snapshot = take_snapshot(objective, optimizers, asdict(state) | {"scaler": scaler})
-                if snapshot is not None:
-                    save_checkpoint(run, snapshot, best=best, keep=config.train.keep_checkpoints)
-                accelerator.wait_for_everyone()
+    def fit(self) -> None:
+        """The loop: what a step needs follows from the config, the corpus and the number of completed steps."""
+        train, state = self.config.train, self.state
+        self.prepare()
+        with suppress(Stopped):
+            while True:
+                if self.due(train.valid_every) and state.validated_step < state.step:
+                    self.validate()
+                elif self.due(train.checkpoint_every) and self.saved_step < state.step:
+                    self.save()
+                if state.step == train.steps:
+                    return
+                self.stop.check()
+                self.step()
+                if self.due(train.log_every):
+                    self.log()
+        if state.step == 0 or self.saved_step < state.step:
+            self.save()
+        self.tracker.say(f"stopped after step {state.step:,} of {train.steps:,}: {self.stop.reason}")
+
+    def prepare(self) -> None:
+        """Set the model up as `train` says, and hand it to accelerate."""
+        train = self.config.train
+        self.objective.cross_entropy = train.cross_entropy
+        self.objective.transformer.activation_checkpointing = train.activation_checkpointing
+        for block in self.objective.transformer.blocks:
+            block.attention.backend = train.attention
+            if choose_compile(train):
+                block.compile()
+        self.model, *self.prepared = prepare(self.accelerator, self.objective, self.optimizers)
+        self.updates = Updates(
+            train, self.accelerator, self.prepared, self.objective.parameters(), self.state.accepted_losses
+        )
+        self.saved_step = self.state.step
+
+    def due(self, cadence: float) -> bool:
+        """Whether a cadence of the config falls on the steps completed; every one but 0 falls on the last step."""
+        every, step = steps_of(cadence, self.config.train.steps), self.state.step
+        return every > 0 and (step % every == 0 or step == self.config.train.steps)
+
+    def step(self) -> None:
+        """One optimizer step."""
+        config, step = self.config, self.state.step
+        set_learning_rates(self.prepared, learning_rate_factor(config.train, step))
+        ids = self.corpus.splits["train"].ids
+        losses = accumulate_gradients(config, ids, self.accelerator, self.model, self.objective, step)
+        self.updates.apply(step, losses)
+        self.state.step += 1
+
+    def log(self) -> None:
+        """Record the losses of the newest update, and every update that was skipped."""
+        train = self.config.train
+        for report in self.updates.read():
+            if report.skipped:
+                self.tracker.log_skipped(report.step, report.skipped)
+            else:
+                self.state.updated_step = report.step
+                rate = train.learning_rate * learning_rate_factor(train, report.step - 1)
+                self.tracker.log_training(report.step, rate, report.loss, report.parts)
+        if self.state.step - self.state.updated_step >= train.max_skipped:
+            self.give_up()
+
+    def give_up(self) -> NoReturn:
+        """Leave a checkpoint from before the updates that were skipped, and raise UserError."""
+        skipped = self.state.step - self.state.updated_step
+        self.state.step = self.state.updated_step
+        if self.saved_step < self.state.step:
+            self.save()
+        raise UserError(
+            f"train.max_skipped={self.config.train.max_skipped}: the last {skipped} updates were skipped, see above, "
+            "and the newest checkpoint is from before them; begin another --run.dir with a smaller "
+            "--train.learning_rate, a longer --train.warmup or --train.clip_norm=1"
+        )
+
+    def validate(self) -> None:
+        """Score the validation split, and save."""
+        state = self.state
+        with self.tracker.speed_paused():
+            bits_per_character, bits_per_byte = validate(
+                self.config, self.corpus, self.objective, self.accelerator.mixed_precision, self.stop.check
+            )
+            best = bits_per_character < state.best_bits
+            if best:
+                state.best_step, state.best_bits = state.step, bits_per_character
+            state.validated_step = state.step
+            self.tracker.log_validation(state.step, bits_per_character, bits_per_byte, best)
+            self.save(best)
+
+    def save(self, best: bool = False) -> None:
+        """Write a checkpoint of the completed steps."""
+        state, scaler = self.state, self.accelerator.scaler
+        state.seconds, state.accepted_losses = self.tracker.seconds, self.updates.accepted_losses()
+        record = asdict(state) | {"scaler": scaler.state_dict() if scaler else None}
+        snapshot = take_snapshot(self.objective, self.optimizers, record)
+        if snapshot is not None and not all(tensor.isfinite().all() for tensor in snapshot.model.values()):
+            self.tracker.say(f"step {state.step}: no checkpoint, the parameters are not finite any more")
+        elif snapshot is not None:
+            # Until a validation tells, the newest is the best.
+            best = best or state.best_step is None
+            save_checkpoint(self.run, snapshot, best=best, keep=self.config.train.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+        self.saved_step = state.step
 
 
 def accumulate_gradients(
     config: Config, ids: np.ndarray, accelerator: Accelerator, model: nn.Module, objective: Objective, step: int
-) -> list[tuple[float, LossReport]]:
-    """The gradient of the global batch's mean loss, in `.grad`; each micro-batch's report with its share of the batch.
+) -> Losses:
+    """The gradient of the global batch's mean loss, in `.grad`, and this process's share of the losses.
 
     A process takes its slice of the global batch, at most `micro_batch_size` windows at a time. The reducer averages
     over processes, so that each micro-batch counts by its share of the batch times their number.
@@ -149,8 +224,8 @@ def accumulate_gradients(
             report = model(windows_BW.to(accelerator.device, non_blocking=True), step / train.steps)
             share = len(windows_BW) / len(windows)
             accelerator.backward(report.total * (share * accelerator.num_processes))
-        reports.append((share, LossReport(report.total.detach(), report.parts)))
-    return reports
+        reports.append((share, report))
+    return weighted_losses(reports)
 
 
 def noise_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
@@ -158,17 +233,9 @@ def noise_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0])
 
 
-def global_mean(
-    accelerator: Accelerator, reports: Sequence[tuple[float, LossReport]]
-) -> tuple[float, dict[str, float]]:
-    """Total and parts over all micro-batches and processes, in nats per symbol. Waits for the device."""
-    names = list(reports[0][1].parts)
-    rows = [share * torch.stack([report.total, *report.parts.values()]) for share, report in reports]
-    total, *parts = accelerator.reduce(torch.stack(rows).sum(dim=0), reduction="sum").tolist()
-    return total, dict(zip(names, parts, strict=True))
-
-
-def validate(config: Config, corpus: Corpus, objective: Objective, precision: str) -> tuple[float, float]:
+def validate(
+    config: Config, corpus: Corpus, objective: Objective, precision: str, before_batch: Callable[[], None]
+) -> tuple[float, float]:
     """Bits per character and per byte of the first `train.valid_symbols` symbols of the validation split.
 
     In the precision of training, at a stride of half the context; all processes share the work and get the figures.
@@ -181,6 +248,7 @@ def validate(config: Config, corpus: Corpus, objective: Objective, precision: st
             ids,
             stride=max(1, config.model.context_length // 2),
             autocast_dtype=AUTOCAST_DTYPES.get(precision),
+            before_batch=before_batch,
         )[config.model.num_layers]
     characters, num_bytes = count_units(ids, corpus.vocabulary)
     return bits_per(nats, characters), bits_per(nats, num_bytes)

@@ -1,13 +1,15 @@
 """How a run begins or goes on: what is checked, its folder, its state, and its first lines."""
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
-from charlm.config import Config, UserError
+from charlm.config import Config, RunConfig, UserError
 from charlm.config_files import to_yaml
 from charlm.data.corpus import Corpus
 from charlm.objective.objective import Objective
@@ -15,7 +17,7 @@ from charlm.runs.checkpoints import checkpoint_folders, find_checkpoint, rewind
 from charlm.runs.folder import Run, write_whole
 from charlm.runs.snapshot import restore
 from charlm.training.hardware import describe_attention, on_cpu
-from charlm.training.resumption import check_resumable, check_same_corpus
+from charlm.training.resumption import check_resumable, check_same_corpus, rescaled_rows
 from charlm.training.sharding import is_sharded
 
 
@@ -29,10 +31,19 @@ class TrainState:
     best_step: int | None = None
     best_bits: float = float("inf")
     """Validation bits per character of the best checkpoint."""
+    validated_step: int = 0
+    """The newest that was validated: a stop can come between a step and its validation."""
+    updated_step: int = 0
+    """The newest whose update was not skipped, as far as the losses were read."""
+    accepted_losses: list[float] = field(default_factory=list)
+    """What train.spike_threshold judges by."""
+    processes: int | None = None
+    """That the run was on last."""
 
 
-def check_fits(config: Config, corpus: Corpus, objective: Objective, num_processes: int) -> None:
-    """Raise UserError if a split holds no window, or a process would have no window of the batch."""
+def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator) -> None:
+    """Raise UserError if a split holds no window, a process would have none, or the precision rules an option out."""
+    num_processes = accelerator.num_processes
     for name, split in corpus.splits.items():
         if split.symbols < objective.window_length:
             raise UserError(
@@ -44,6 +55,11 @@ def check_fits(config: Config, corpus: Corpus, objective: Objective, num_process
             f"model.ngrams={list(config.model.ngrams)}: their sparse gradients cannot be exchanged between GPUs; "
             "train on one, or without them (--model.ngrams=[])"
         )
+    if config.train.spike_threshold and accelerator.mixed_precision == "fp16":
+        raise UserError(
+            f"train.spike_threshold={config.train.spike_threshold}: not with fp16, whose scaler decides which updates "
+            "are skipped; use bf16, or leave it at 0"
+        )
     if config.train.batch_size < num_processes:
         raise UserError(
             f"train.batch_size={config.train.batch_size}: fewer windows than the {num_processes} processes; raise it"
@@ -54,16 +70,19 @@ def open_run(
     config: Config, corpus: Corpus, accelerator: Accelerator, objective: Objective, optimizers: Sequence[Optimizer]
 ) -> tuple[Run, TrainState, list[str]]:
     """A new run, or one to continue: its folder, its state, and what there is to say about it."""
-    if not config.run.resume and config.run.resume_from is None:
+    resumes = goes_on(config.run)
+    accelerator.wait_for_everyone()  # or one would see the folder that another is about to make
+    if not resumes:
         Run(config.run.dir).check_absent()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             Run.create(config, corpus.to_dict())
         accelerator.wait_for_everyone()
-        return Run.open(config.run.dir), TrainState(), []
+        return Run.open(config.run.dir), TrainState(processes=accelerator.num_processes), []
 
     run = Run.open(config.run.dir)
-    news = check_resumable(run.config(), config)
+    old = run.config()
+    news = check_resumable(old, config)
     check_same_corpus(run.provenance()["corpus"], corpus.to_dict())
     state, said = TrainState(), "stopped before its first checkpoint: starts anew"
     checkpoint = None
@@ -76,6 +95,10 @@ def open_run(
         if scaler and accelerator.scaler:
             accelerator.scaler.load_state_dict(scaler)
         state, said = TrainState(**checkpoint.state), f"resumed at step {checkpoint.step}"
+        news += rescaled_rows(objective.terms, state.step, old.train.steps, config.train.steps)
+    if state.processes not in (None, accelerator.num_processes):
+        news.append(f"processes: {state.processes} -> {accelerator.num_processes}")
+    state.processes = accelerator.num_processes
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if checkpoint is not None:
@@ -85,6 +108,19 @@ def open_run(
         write_whole(run.config_path, to_yaml(config))
     accelerator.wait_for_everyone()
     return run, state, [*news, said]
+
+
+def goes_on(run: RunConfig) -> bool:
+    """Whether to continue a run: as told, or one that is there if that was left open.
+
+    A launcher that starts its processes again (`--max_restarts`) means the run that it began, and no older one.
+    """
+    if run.resume or run.resume_from is not None:
+        return True
+    begun = Run(run.dir).config_path
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and begun.exists():
+        return run.auto_resume or begun.stat().st_mtime > psutil.Process(os.getppid()).create_time()
+    return run.auto_resume and begun.exists()
 
 
 def describe(

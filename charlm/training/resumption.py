@@ -1,10 +1,12 @@
 """Going on with a run that stopped: what may have changed since."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from charlm.config import Config, UserError, flatten
 from charlm.data.vocabulary import vocabulary_from_dict
+from charlm.objective.terms import Term, active
 
 MAY_CHANGE = {
     "data.path",
@@ -23,7 +25,9 @@ MAY_CHANGE = {
     "train.log_every",
     "train.valid_every",
     "train.valid_symbols",
+    "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.max_skipped",
 }
 """Options that a resumed run may set anew, beside those of `run`. Every other one belongs to what is being trained."""
 
@@ -59,3 +63,12 @@ def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None
             "the run was trained with another vocabulary of this text; prepare it with the release of sentencepiece "
             "that the run had, or start another --run.dir"
         )
+
+
+def rescaled_rows(terms: Sequence[Term], step: int, old_steps: int, new_steps: int) -> list[str]:
+    """What another number of total steps does to the table at `step`, as lines to print: progress is a share of it."""
+    before, after = ({term.name for term, _ in active(terms, step / steps)} for steps in (old_steps, new_steps))
+    lines = [f"{name} wakes" for name in sorted(after - before)] + [
+        f"{name} falls silent" for name in sorted(before - after)
+    ]
+    return [f"at step {step} progress is now {step / new_steps:.3f}: {line}" for line in lines]

@@ -54,13 +54,15 @@ def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
-    """A row of metrics.jsonl by path, `terms/layer3/offset1/all/loss`, without its step and what has no value.
+    """A row of metrics.jsonl by path, `terms/layer3/offset1/all/loss`, without its step and what is no number.
 
     All of a validation stands beneath `valid/`: a tracker keeps one value for each name and step.
     """
     if "valid" in row:
         row = {"valid": {name: value for name, value in row.items() if name not in ("step", "valid")} | row["valid"]}
-    return {path: value for path, value in flatten(row, "/").items() if path != "step" and value is not None}
+    return {
+        path: value for path, value in flatten(row, "/").items() if path != "step" and isinstance(value, int | float)
+    }
 
 
 def _options(config: Config) -> dict[str, bool | int | float | str]:

@@ -97,6 +97,13 @@ class Tracker:
         )
         self.bar.update(step - self.bar.n)
 
+    def log_skipped(self, step: int, reason: str) -> None:
+        """One row for an update that was not made."""
+        if not self.main:
+            return
+        self._record({"step": step, "progress": step / self.total_steps, "skipped": 1, "reason": reason})
+        self.say(f"step {step}: update skipped, {reason}")
+
     def log_validation(self, step: int, bits_per_character: float, bits_per_byte: float, best: bool) -> None:
         """One validation row."""
         if not self.main:
