@@ -310,8 +310,9 @@ class TrainConfig:
     """Optimizer steps of the whole run."""
     batch_size: int = 16
     """Windows per optimizer step, over all processes and accumulated micro-batches."""
-    micro_batch_size: int | None = None
-    """Most windows that one process holds at once; fewer means gradient accumulation. None: no accumulation."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Most windows that one process holds at once; fewer means gradient accumulation. None: no accumulation; auto: as
+    many as fit into the memory of a GPU."""
     context_divisor: int = 1
     """To begin with, windows this many times shorter than model.context_length, and this many times more of them per
     step (Press et al. 2021, Shortformer, "staged training")."""
@@ -386,10 +387,10 @@ class TrainConfig:
         for name in ("steps", "batch_size", "context_divisor", "max_skipped", "valid_symbols", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         _require(
-            self.micro_batch_size is None or self.micro_batch_size >= 1,
+            self.micro_batch_size in (None, "auto") or self.micro_batch_size >= 1,
             "train.micro_batch_size",
             self.micro_batch_size,
-            "must be at least 1",
+            "must be at least 1, or auto",
         )
         for name in ("learning_rate", "muon_learning_rate", "ngram_learning_rate"):
             _require(

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 
 from charlm.config import TrainConfig, UserError
 from charlm.objective.objective import Objective
-from charlm.training.sharding import is_sharded
 
 NO_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED")
 NO_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
@@ -76,11 +75,8 @@ def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper:
     parameters, gradients and random state as they were.
 
     Raises:
-        UserError: not one window fits, or the objective is sharded: a process without memory would leave the others
-            waiting for its shards.
+        UserError: not one window fits.
     """
-    if is_sharded(objective):
-        raise UserError("train.micro_batch_size=auto: cannot be found in shards; give a number")
     device, cuda = accelerator.device, accelerator.device.type == "cuda"
 
     def try_step(windows: int) -> None:

@@ -4,8 +4,8 @@ Shapes: B windows of this process, W characters of a window.
 """
 
 from collections.abc import Callable
-from contextlib import closing, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,10 +22,10 @@ from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, 
 from charlm.model.memory import keep_freed_memory
 from charlm.objective.objective import Objective
 from charlm.report.figures import draw_run
-from charlm.runs.checkpoints import save_checkpoint
-from charlm.runs.folder import Run
 from charlm.runs.loading import build_objective
 from charlm.runs.snapshot import take_snapshot
+from charlm.training.checkpointing import CheckpointWriter
+from charlm.training.failures import explained, find_micro_batch_size
 from charlm.training.guard import Losses, Updates, weighted_losses
 from charlm.training.hardware import build_accelerator, choose_compile, torch_settings
 from charlm.training.opening import TrainState, check_fits, describe, open_run
@@ -58,20 +58,24 @@ def train(config: Config) -> Path:
         shard(config, objective, accelerator.num_processes)
         optimizers = build_optimizers(config.train, objective)
         stop.defer()
-        run, state, news = open_run(config, corpus, accelerator, objective, optimizers)
-        tracker = Tracker(
-            run,
-            config,
-            objective.terms,
-            step=state.step,
-            seconds=state.seconds,
-            bits_per_nat=corpus.splits["train"].symbols / corpus.splits["train"].characters / np.log(2),
-            main=accelerator.is_main_process,
-        )
-        with closing(tracker):
+        with ExitStack() as stack:
+            run, state, news = stack.enter_context(open_run(config, corpus, accelerator, objective, optimizers))
+            tracker = Tracker(
+                run,
+                config,
+                objective.terms,
+                step=state.step,
+                seconds=state.seconds,
+                bits_per_nat=corpus.splits["train"].symbols / corpus.splits["train"].characters / np.log(2),
+                main=accelerator.is_main_process,
+            )
+            stack.enter_context(closing(tracker))
             for line in (*describe(config, corpus, objective, accelerator, precision_reason), *news):
                 tracker.say(line)
-            Training(config, corpus, accelerator, objective, optimizers, run, state, tracker, stop).fit()
+            stack.enter_context(explained(config.train))
+            writer = CheckpointWriter(run, config.train.keep_checkpoints, tracker.say)
+            stack.enter_context(closing(writer))
+            Training(config, corpus, accelerator, objective, optimizers, state, tracker, writer, stop).fit()
         if accelerator.is_main_process:
             with suppress(UserError):  # it was stopped before there was a point to draw
                 draw_run(run.path)
@@ -88,9 +92,9 @@ class Training:
     accelerator: Accelerator
     objective: Objective
     optimizers: list[Optimizer]
-    run: Run
     state: TrainState
     tracker: Tracker
+    writer: CheckpointWriter
     stop: StopRequests
 
     def fit(self) -> None:
@@ -111,6 +115,7 @@ class Training:
                     self.log()
         if state.step == 0 or self.saved_step < state.step:
             self.save()
+        self.writer.wait()
         self.tracker.say(f"stopped after step {state.step:,} of {train.steps:,}: {self.stop.reason}")
 
     def prepare(self) -> None:
@@ -122,6 +127,11 @@ class Training:
             block.attention.backend = train.attention
             if choose_compile(train):
                 block.compile()
+        if train.micro_batch_size == "auto":
+            most = -(-train.batch_size // self.accelerator.num_processes)
+            found = find_micro_batch_size(self.objective, self.accelerator, most)
+            self.tracker.say(f"train.micro_batch_size=auto: {found} windows fit")
+            self.config = replace(self.config, train=replace(train, micro_batch_size=found))
         self.model, *self.prepared = prepare(self.accelerator, self.objective, self.optimizers)
         self.updates = Updates(
             train, self.accelerator, self.prepared, self.objective.parameters(), self.state.accepted_losses
@@ -182,7 +192,7 @@ class Training:
             self.save(best)
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint of the completed steps."""
+        """Begin to write a checkpoint of the completed steps; the loop goes on meanwhile."""
         state, scaler = self.state, self.accelerator.scaler
         state.seconds, state.accepted_losses = self.tracker.seconds, self.updates.accepted_losses()
         record = asdict(state) | {"scaler": scaler.state_dict() if scaler else None}
@@ -191,9 +201,7 @@ class Training:
             self.tracker.say(f"step {state.step}: no checkpoint, the parameters are not finite any more")
         elif snapshot is not None:
             # Until a validation tells, the newest is the best.
-            best = best or state.best_step is None
-            save_checkpoint(self.run, snapshot, best=best, keep=self.config.train.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+            self.writer.save(snapshot, best or state.best_step is None)
         self.saved_step = state.step
 
 

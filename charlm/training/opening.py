@@ -1,7 +1,8 @@
 """How a run begins or goes on: what is checked, its folder, its state, and its first lines."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import psutil
@@ -13,7 +14,7 @@ from charlm.config import Config, RunConfig, UserError
 from charlm.config_files import to_yaml
 from charlm.data.corpus import Corpus
 from charlm.objective.objective import Objective
-from charlm.runs.checkpoints import checkpoint_folders, find_checkpoint, rewind
+from charlm.runs.checkpoints import Checkpoint, checkpoint_folders, find_checkpoint, newest_whole_checkpoint, rewind
 from charlm.runs.folder import Run, write_whole
 from charlm.runs.snapshot import restore
 from charlm.training.hardware import describe_attention, on_cpu
@@ -55,6 +56,8 @@ def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator
             f"model.ngrams={list(config.model.ngrams)}: their sparse gradients cannot be exchanged between GPUs; "
             "train on one, or without them (--model.ngrams=[])"
         )
+    if config.train.micro_batch_size == "auto" and on_cpu():
+        raise UserError("train.micro_batch_size=auto: searches the memory of a GPU; on a CPU give a number, or none")
     if config.train.spike_threshold and accelerator.mixed_precision == "fp16":
         raise UserError(
             f"train.spike_threshold={config.train.spike_threshold}: not with fp16, whose scaler decides which updates "
@@ -66,48 +69,76 @@ def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator
         )
 
 
+@contextmanager
 def open_run(
     config: Config, corpus: Corpus, accelerator: Accelerator, objective: Objective, optimizers: Sequence[Optimizer]
-) -> tuple[Run, TrainState, list[str]]:
-    """A new run, or one to continue: its folder, its state, and what there is to say about it."""
-    resumes = goes_on(config.run)
-    accelerator.wait_for_everyone()  # or one would see the folder that another is about to make
-    if not resumes:
-        Run(config.run.dir).check_absent()
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            Run.create(config, corpus.to_dict())
-        accelerator.wait_for_everyone()
-        return Run.open(config.run.dir), TrainState(processes=accelerator.num_processes), []
+) -> Iterator[tuple[Run, TrainState, list[str]]]:
+    """A new run, or one to continue: its folder, its state, and what there is to say about it.
 
-    run = Run.open(config.run.dir)
-    old = run.config()
-    news = check_resumable(old, config)
+    While the context is open, no other launch can train into the folder.
+
+    Raises:
+        UserError: the folder holds something else, what it holds cannot be continued so, or it is in use.
+    """
+    main, run, resumes = accelerator.is_main_process, Run(config.run.dir), goes_on(config.run)
+    state, news, checkpoint = TrainState(), [], None
+    if resumes:
+        checkpoint, news = _where_to_continue(Run.open(run.path), config, corpus)
+        if checkpoint is not None:
+            state, more = _continue_from(checkpoint, run.config(), config, accelerator, objective, optimizers)
+            news += more
+    else:
+        run.check_absent()
+    accelerator.wait_for_everyone()  # the folder as it was has been seen by all
+    with run.lock() if main else nullcontext():
+        if main and not resumes:
+            Run.create(config, corpus.to_dict())
+        elif main:
+            news += rewind(run, checkpoint) if checkpoint else run.forget_metrics_after(0)
+            write_whole(run.config_path, to_yaml(config))
+        accelerator.wait_for_everyone()
+        state.processes = accelerator.num_processes
+        yield run, state, news
+
+
+def _where_to_continue(run: Run, config: Config, corpus: Corpus) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint, None if the run stopped before its first, and what there is to say."""
+    news = check_resumable(run.config(), config)
     check_same_corpus(run.provenance()["corpus"], corpus.to_dict())
-    state, said = TrainState(), "stopped before its first checkpoint: starts anew"
-    checkpoint = None
-    if config.run.resume_from is not None or checkpoint_folders(run):
-        checkpoint = find_checkpoint(run, "last" if config.run.resume_from is None else config.run.resume_from)
-        if checkpoint.step > config.train.steps:
-            raise UserError(f"train.steps={config.train.steps}: the checkpoint is past it, at step {checkpoint.step}")
-        restore(checkpoint.snapshot(), objective, optimizers)
-        scaler = checkpoint.state.pop("scaler")
-        if scaler and accelerator.scaler:
-            accelerator.scaler.load_state_dict(scaler)
-        state, said = TrainState(**checkpoint.state), f"resumed at step {checkpoint.step}"
-        news += rescaled_rows(objective.terms, state.step, old.train.steps, config.train.steps)
+    if config.run.resume_from is not None:
+        checkpoint = find_checkpoint(run, config.run.resume_from)
+    elif not checkpoint_folders(run):
+        return None, [*news, "stopped before its first checkpoint: starts anew"]
+    else:
+        checkpoint, skipped = newest_whole_checkpoint(run)
+        news += skipped
+        if checkpoint is None:
+            raise UserError(f"{run.path} has no checkpoint that is whole: " + "; ".join(skipped))
+    if checkpoint.step > config.train.steps:
+        raise UserError(f"train.steps={config.train.steps}: the checkpoint is past it, at step {checkpoint.step}")
+    return checkpoint, [*news, f"resumed at step {checkpoint.step}"]
+
+
+def _continue_from(
+    checkpoint: Checkpoint,
+    old: Config,
+    new: Config,
+    accelerator: Accelerator,
+    objective: Objective,
+    optimizers: Sequence[Optimizer],
+) -> tuple[TrainState, list[str]]:
+    """The state of the checkpoint, with everything put back, and what is otherwise than it was."""
+    checkpoint.check_tensors(objective.state_dict())
+    restore(checkpoint.snapshot(), objective, optimizers)
+    record = dict(checkpoint.state)
+    scaler = record.pop("scaler")
+    if scaler and accelerator.scaler:
+        accelerator.scaler.load_state_dict(scaler)
+    state = TrainState(**record)
+    news = rescaled_rows(objective.terms, state.step, old.train.steps, new.train.steps)
     if state.processes not in (None, accelerator.num_processes):
         news.append(f"processes: {state.processes} -> {accelerator.num_processes}")
-    state.processes = accelerator.num_processes
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if checkpoint is not None:
-            rewind(run, checkpoint)
-        else:
-            run.forget_metrics_after(0)
-        write_whole(run.config_path, to_yaml(config))
-    accelerator.wait_for_everyone()
-    return run, state, [*news, said]
+    return state, news
 
 
 def goes_on(run: RunConfig) -> bool:

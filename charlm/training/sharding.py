@@ -104,6 +104,8 @@ def _check_shardable(config: Config, num_processes: int) -> None:
             "use --train.sharding=no, or train without them (--model.ngrams=[])"
         )
     train = config.train
+    if train.micro_batch_size == "auto":
+        raise UserError("train.micro_batch_size=auto: cannot be found in shards; give a number")
     for divisor in {1, train.context_divisor}:
         windows = train.batch_size * divisor
         most, fewest = -(-windows // num_processes), windows // num_processes

@@ -44,6 +44,7 @@ class Tracker:
         self.trackers = start_trackers(config, run, step) if main else []
         self.started = time.perf_counter() - seconds
         self.logged_step, self.logged_time = step, time.perf_counter()
+        self.lost_rows = 0
         self.bar = tqdm(
             total=self.total_steps,
             initial=step,
@@ -130,7 +131,12 @@ class Tracker:
         self.bar.close()
 
     def _record(self, row: dict[str, Any]) -> None:
-        self.run.append_metrics(row)
+        try:
+            self.run.append_metrics(row)
+        except OSError as error:
+            if not self.lost_rows:
+                self.say(f"metrics.jsonl lacks rows from step {row['step']} on ({error.strerror}); the run goes on")
+            self.lost_rows += 1
         self.trackers = [
             tracker
             for tracker in self.trackers
