@@ -1,0 +1,26 @@
+"""Programs under launchers, on two CPU processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def launch(command: Sequence[str | Path], **environment: str) -> subprocess.CompletedProcess:
+    """The finished `command`, killed if it hangs."""
+    environ = os.environ | ON_CPU | environment
+    return subprocess.run([*map(str, command)], env=environ, capture_output=True, text=True, timeout=800)
+
+
+def train_with_two_processes(plan: Path, runs: Sequence[Sequence[str]]) -> str:
+    """Make `runs`, lists of flags, one after the other on two processes; what they said. `plan` is a file to write."""
+    plan.write_text(json.dumps([list(flags) for flags in runs]))
+    done = launch([*TORCHRUN, Path(__file__).parent / "training" / "train_many.py", plan])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("2 x cpu") == len(runs), "torchrun did not start two processes"
+    return done.stderr

@@ -1,0 +1,72 @@
+"""The job templates, under stand-ins for srun and scontrol: no cluster is at hand."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from launched import ON_CPU
+from tiny import SCRIPTS, TINY
+
+TEMPLATES = sorted((SCRIPTS / "slurm").glob("*.sbatch"))
+SRUN = """#!/bin/bash
+# As srun does: every task with its own number, and the worst exit code.
+while [[ $1 == --* ]]; do shift; done
+for ((task = 0; task < SLURM_NTASKS; task++)); do
+  SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+done
+code=0
+for job in $(jobs -p); do wait "$job" || code=$?; done
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo localhost; else echo "$*" >> "$REQUEUED"; fi
+"""
+
+
+@pytest.fixture
+def submit(tmp_path):
+    """Run a template as a batch script of two tasks; the finished process, and whether it asked to be queued again."""
+
+    def run(template, *flags, python=sys.executable, steps=3):
+        for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
+            (tmp_path / "bin").mkdir(exist_ok=True)
+            (tmp_path / "bin" / name).write_text(script)
+            (tmp_path / "bin" / name).chmod(0o755)
+        requeued = tmp_path / "requeued"
+        slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost", "SLURM_CPUS_PER_TASK": "1"}
+        slurm |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "REQUEUED": str(requeued)}
+        choice = {"CONFIG": "configs/demo.yaml", "RUN": str(tmp_path / "run"), "STEPS": str(steps), "PYTHON": python}
+        environment = os.environ | ON_CPU | slurm | choice | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        command = ["bash", str(template), *flags]
+        done = subprocess.run(command, env=environment, cwd=SCRIPTS.parent, capture_output=True, text=True, timeout=800)
+        return done, requeued.exists() and requeued.read_text() == f"requeue {os.getpid()}\n"
+
+    return run
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_is_bash_and_goes_back_into_the_queue_if_steps_are_left(template, submit):
+    """Guards against a script that bash cannot read, a preempted run that is taken for a finished one, and one that
+    fails and is queued again for ever."""
+    assert subprocess.run(["bash", "-n", template], capture_output=True).returncode == 0
+    for directive in ("#SBATCH --requeue\n", "#SBATCH --signal=USR1@"):
+        assert directive in template.read_text()
+    failed, requeued = submit(template, python="false")
+    assert failed.returncode == 1 and not requeued
+    stopped, requeued = submit(template, python="true")
+    assert stopped.returncode == 0 and requeued, stopped.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_trains_to_the_end(template, submit, tmp_path, text_corpus_flags):
+    """Guards against ranks that do not find each other, flags that do not arrive, and a finished run queued again."""
+    flags = [flag for flag in (*TINY, *text_corpus_flags) if not flag.startswith("--train.steps")]
+    done, requeued = submit(template, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 x cpu" in done.stderr
+    assert ("sharded by FSDP2" in done.stderr) == (template.stem == "fsdp2")
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+    assert not requeued
