@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from charlm.config import Config, RunConfig, UserError
+from charlm.config import UserError
 from charlm.runs import checkpoints
-from charlm.runs.checkpoints import find_checkpoint, rewind, save_checkpoint
+from charlm.runs.checkpoints import find_checkpoint, newest_whole_checkpoint, rewind, save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.snapshot import restore, take_snapshot
+from storage import make_run, manifest_for, number_of, save, steps
 
 
 @pytest.fixture
 def run(tmp_path) -> Run:
-    return Run.create(Config(run=RunConfig(dir=tmp_path / "run")), {"name": "none"})
+    return make_run(tmp_path / "run")
 
 
 def model_and_optimizer(steps: int = 2) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -28,15 +29,6 @@ def model_and_optimizer(steps: int = 2) -> tuple[nn.Module, torch.optim.Optimize
         optimizer.step()
         optimizer.zero_grad()
     return model, optimizer
-
-
-def save(run: Run, step: int, *, best: bool = False, keep: int = 2):
-    model, optimizer = model_and_optimizer()
-    return save_checkpoint(run, take_snapshot(model, [optimizer], {"step": step}), best=best, keep=keep)
-
-
-def steps(run: Run) -> list[int]:
-    return [int(folder.name[5:]) for folder in checkpoints.checkpoint_folders(run)]
 
 
 def test_what_was_saved_comes_back(run):
@@ -56,7 +48,7 @@ def test_what_was_saved_comes_back(run):
 def test_the_newest_and_the_best_are_kept(run):
     """Guards against pruning the checkpoint that evaluation will ask for."""
     for step in range(1, 7):
-        save(run, step, best=step == 2)
+        save(run, step, best=step == 2, keep=2)
     assert steps(run) == [2, 5, 6]
     assert find_checkpoint(run, "best").step == 2
     assert find_checkpoint(run, "last").step == 6
@@ -98,7 +90,7 @@ def test_rewinding_forgets_what_came_after(run):
     """Guards against pointers to another future, and against pruning what a resumed run has just written."""
     for step in (1, 2, 3):
         run.append_metrics({"step": step})
-        save(run, step, best=step == 3, keep=9)
+        save(run, step, best=step == 3)
     rewind(run, find_checkpoint(run, 2))
     assert steps(run) == [1, 2]
     assert find_checkpoint(run, "last").step == find_checkpoint(run, "best").step == 2
@@ -111,6 +103,92 @@ def test_a_pointer_cannot_lead_out_of_the_run(run, tmp_path):
     (run.checkpoints_path / "best").write_text("../../elsewhere\n")
     with pytest.raises(UserError, match="no checkpoint 'best'; its steps are: 1"):
         find_checkpoint(run, "best")
+
+
+@pytest.mark.parametrize("pointer", [b"", b"step-00000009\n", b"\xff\x00", b"a" * 10_000, None])
+def test_a_damaged_pointer_costs_nothing(pointer, run):
+    """Guards against a run that cannot go on, or forgets its best, because of a file of 14 bytes."""
+    for step in (1, 2, 3):
+        save(run, step, best=step == 2, best_step=min(step, 2))
+    for name in ("last", "best"):
+        path = run.checkpoints_path / name
+        path.unlink() if pointer is None else path.write_bytes(pointer)
+        with pytest.raises(UserError, match=f"has no checkpoint '{name}'; its steps are: 1, 2, 3"):
+            find_checkpoint(run, name)
+    checkpoint, warnings = newest_whole_checkpoint(run)
+    assert (checkpoint.step, warnings) == (3, [])
+    rewind(run, checkpoint)
+    assert (find_checkpoint(run, "last").step, find_checkpoint(run, "best").step) == (3, 2)
+
+
+def test_the_newest_whole_checkpoint_is_found_past_damaged_ones(run):
+    """Guards against a run that cannot go on, or goes on from damage, and against damage that is not said."""
+    folders = [save(run, step, best=step == 3).path for step in (1, 2, 3, 4)]
+    (folders[3] / "model.safetensors").write_bytes(b"rotten")
+    (folders[2] / "state.json").unlink()
+    checkpoint, warnings = newest_whole_checkpoint(run)
+    assert number_of(checkpoint) == 2.0
+    assert warnings == [
+        f"checkpoint of step 4 skipped: {folders[3]}/model.safetensors is damaged: it does not match manifest.json",
+        f"checkpoint of step 3 skipped: {folders[2]}/state.json is damaged: it is missing",
+    ]
+    with pytest.raises(UserError, match=r"state.json is damaged: .*; whole checkpoints are at the steps: 1, 2"):
+        find_checkpoint(run, "best")
+    rewind(run, checkpoint)
+    assert steps(run) == [1, 2]
+    assert find_checkpoint(run, "best").step == 2
+    for folder in folders[:2]:
+        (folder / "manifest.json").unlink()
+    assert newest_whole_checkpoint(run)[0] is None
+    with pytest.raises(UserError, match="whole checkpoints are at the steps: none"):
+        find_checkpoint(run, "last")
+
+
+def test_rewinding_keeps_the_best_that_the_checkpoint_knows(run):
+    """Guards against a `best` that a kill kept from being set, and one that is worse than it could be."""
+    for step in (1, 2, 3):
+        save(run, step, best=True, best_step=step)
+    (run.checkpoints_path / "best").write_text("step-00000002\n")  # killed before it was set to 3
+    rewind(run, find_checkpoint(run, 3))
+    assert find_checkpoint(run, "best").step == 3
+    save(run, 4, best=False, best_step=3)
+    save(run, 5, best=True, best_step=5)
+    rewind(run, find_checkpoint(run, 4))
+    assert find_checkpoint(run, "best").step == 3
+
+
+def test_steps_are_ordered_as_numbers(run):
+    """Guards against step 100,000,000 being older than step 20,000,000."""
+    for step in (10**8, 2 * 10**7):
+        save(run, step)
+    assert newest_whole_checkpoint(run)[0].step == 10**8
+    assert find_checkpoint(run, "100000000").name == "step-100000000"
+
+
+def test_everyone_may_read_who_may_read_the_run(run):
+    """Guards against weights that colleagues cannot load: safetensors writes files for their owner alone."""
+    modes = {path.stat().st_mode for path in save(run, 1).path.iterdir()}
+    assert modes == {run.config_path.stat().st_mode}
+
+
+def test_reading_changes_nothing(run):
+    """Guards against an evaluation that tidies up in the middle of a training's write."""
+    folder = save(run, 1, best=True).path
+    folder.rename(folder.with_name(".step-00000001.old"))
+    (run.checkpoints_path / ".step-00000001.tmp").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    assert find_checkpoint(run, "best").name == "step-00000001"
+    assert number_of(newest_whole_checkpoint(run)[0]) == 1.0
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+def test_the_manifest_names_sizes_and_digests(run):
+    """Guards against a format other than documented, the manifest's own entry included; and an earlier version's is
+    read, which had none."""
+    folder = save(run, 1).path
+    assert (folder / "manifest.json").read_text() == manifest_for(folder)
+    (folder / "manifest.json").write_text(manifest_for(folder, own_entry=False))
+    assert number_of(find_checkpoint(run, 1)) == 1.0
 
 
 def test_metrics_survive_a_line_that_a_kill_cut_short(run):

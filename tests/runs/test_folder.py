@@ -1,11 +1,15 @@
 """The folder of a run: made whole, or not at all and with one message."""
 
+import errno
 import json
+import resource
+import subprocess
+import sys
 
 import pytest
 
 from charlm.config import Config, RunConfig, UserError
-from charlm.runs.folder import Run
+from charlm.runs.folder import MAX_JSON_BYTES, MAX_ROW_BYTES, Run, write_whole
 
 
 def config_in(folder) -> Config:
@@ -41,7 +45,7 @@ def test_a_machine_without_git(tmp_path, monkeypatch):
     assert (run.provenance()["git_commit"], run.provenance()["corpus"]) == (None, {"name": "none"})
 
 
-@pytest.mark.parametrize("content", ["", "{", "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "\x00", "[" * 100_000, "9" * 10_000, " " * (MAX_JSON_BYTES + 1)])
 def test_a_damaged_record_is_named(content, tmp_path):
     """Guards against a traceback from the depths of a JSON parser."""
     run = Run.create(config_in(tmp_path / "run"), {})
@@ -49,3 +53,105 @@ def test_a_damaged_record_is_named(content, tmp_path):
     run.provenance_path.write_text(content)
     with pytest.raises(UserError, match=r"provenance.json cannot be read as JSON"):
         run.provenance()
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"corpus": 3}'])
+def test_a_record_of_something_else_is_named(content, tmp_path):
+    """Guards against a KeyError from a provenance.json that is JSON, and no run's."""
+    run = Run.create(config_in(tmp_path / "run"), {})
+    run.provenance_path.write_text(content)
+    with pytest.raises(UserError, match=r"provenance.json names no corpus"):
+        run.provenance()
+
+
+@pytest.mark.parametrize("made", [[], ["checkpoints"], ["checkpoints", "provenance.json", ".config.yaml.tmp", ".lock"]])
+def test_a_folder_that_a_kill_left_unfinished_is_taken(made, tmp_path):
+    """Guards against a queue's job that can neither begin nor go on, since its first try died in its first moment."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in made:
+        (folder / name).mkdir() if name == "checkpoints" else (folder / name).write_text("half")
+    assert Run.create(config_in(folder), {"name": "none"}).provenance()["corpus"] == {"name": "none"}
+    Run.open(folder).config_path.unlink()
+    (folder / "checkpoints" / "step-00000001").mkdir()
+    with pytest.raises(UserError, match="exists and is not empty"):
+        Run.create(config_in(folder), {})
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Guards against a config.yaml cut short by a full disk, and against rubbish beside it."""
+    path = tmp_path / "file"
+    write_whole(path, "old é")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_whole(path, "newer")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == "old é".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_row_that_the_disk_does_not_take_leaves_the_others(tmp_path):
+    """Guards against a row that goes on in the middle of the one that a full disk cut short."""
+    run = Run.create(config_in(tmp_path / "run"), {})
+    run.append_metrics({"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in range(12):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (run.metrics_path.stat().st_size + room, limits[1]))
+        try:
+            with pytest.raises(OSError) as caught:
+                run.append_metrics({"step": 2})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+        assert run.metrics_path.read_text() == '{"step": 1}\n'
+    run.append_metrics({"step": 3})
+    assert [row["step"] for row in run.metrics()] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\x00\xff\n", b"[1]\n", b"{}\n", b'{"step": "2"}\n', b"[" * 5000 + b"\n", b"1" * MAX_ROW_BYTES]
+)
+def test_a_damaged_row_is_named_and_then_dropped(damage, tmp_path):
+    """Guards against a traceback from a damaged row, and a run that cannot go on because of one."""
+    run = Run.create(config_in(tmp_path / "run"), {})
+    rows = [f'{{"step": {step}}}\n'.encode() for step in (1, 2, 3)]
+    run.metrics_path.write_bytes(rows[0] + damage + (b"" if damage.endswith(b"\n") else b"\n") + rows[1] + rows[2])
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is damaged"):
+        list(run.metrics())
+    assert run.forget_metrics_after(2)[0] == f"{run.metrics_path}, line 2 was damaged and has been dropped"
+    assert [row["step"] for row in run.metrics()] == [1, 2]
+
+
+TRAIN = """
+import sys
+from charlm.runs.folder import Run
+with Run(sys.argv[1]).lock():
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_cannot_train_into_one_folder(tmp_path):
+    """Guards against two jobs of a queue that write each other's checkpoints away; and a killed one holds no lock."""
+    run = Run(tmp_path / "run")
+    refusal = rf"run.dir={run.path}: another process is training into it; let it end"
+    with run.lock(), pytest.raises(UserError, match=refusal), run.lock():
+        pass
+    command = [sys.executable, "-c", TRAIN, str(run.path)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=refusal), run.lock():
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with run.lock():
+        Run.create(config_in(run.path), {})
+    (tmp_path / "file").touch()
+    blocked = Run(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"), blocked.lock():
+        pass

@@ -1,0 +1,247 @@
+"""Checkpoints that someone broke, or made to do harm: one message that names file and reason, and nothing changed.
+
+A file whose SHA-256 does not fit is found by that alone; in the cases called `forged` the manifest is made to fit.
+"""
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from charlm.config import Config, ModelConfig, RunConfig, UserError
+from charlm.data.vocabulary import ByteVocabulary
+from charlm.runs.checkpoints import find_checkpoint, newest_whole_checkpoint, save_checkpoint
+from charlm.runs.folder import Run
+from charlm.runs.loading import build_objective, load
+from charlm.runs.snapshot import Snapshot
+from storage import content, manifest_for
+
+WEIGHT = "transformer.blocks.0.attention.query.weight"
+
+
+@pytest.fixture(scope="module")
+def sound_run(tmp_path_factory) -> Path:
+    """A run of a tiny model with optimizer state, which loads."""
+    config = Config(
+        model=ModelConfig(num_layers=2, num_heads=2, d_model=8, d_ff=16, context_length=8),
+        run=RunConfig(dir=tmp_path_factory.mktemp("sound") / "run"),
+    )
+    run = Run.create(config, {"name": "none", "vocabulary": ByteVocabulary().to_dict()})
+    model = build_objective(config, 256).state_dict()
+    optimizer = {f"{name}.exp_avg": torch.zeros_like(tensor) for name, tensor in model.items()}
+    optimizer |= {f"{name}.step": torch.tensor(1.0) for name in model}
+    save_checkpoint(run, Snapshot(dict(model), optimizer, {"step": 1}), best=True, keep=1)
+    assert load(run.path, device="cpu").step == 1
+    return run.path
+
+
+def text(name: str, written: str):
+    return lambda folder: (folder / name).write_text(written)
+
+
+def raw(name: str, written: bytes):
+    return lambda folder: (folder / name).write_bytes(written)
+
+
+def tensors(name: str, **changes):
+    """Change tensors of a file by name: to another, or to None for none. Dots are written as two underscores."""
+
+    def change(folder: Path) -> None:
+        held = load_file(folder / name)
+        held |= {key.replace("__", "."): tensor for key, tensor in changes.items()}
+        held = {key: tensor.clone() for key, tensor in held.items() if tensor is not None}
+        (folder / name).unlink()
+        save_file(held, folder / name)
+
+    return change
+
+
+def linked(name: str):
+    """Move a file out of the run, and leave a link to it."""
+
+    def change(folder: Path) -> None:
+        outside = folder.parents[2] / "outside"
+        shutil.move(folder / name, outside)
+        (folder / name).symlink_to(outside)
+
+    return change
+
+
+def replaced(name: str, make):
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return change
+
+
+def manifest(change):
+    """Change the manifest's own record."""
+
+    def write(folder: Path) -> None:
+        record = json.loads((folder / "manifest.json").read_text())
+        change(record)
+        (folder / "manifest.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    return write
+
+
+def tensor_file(header: bytes, data: bytes = b"", header_bytes: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if header_bytes is None else header_bytes) + header + data
+
+
+def one_tensor(**described) -> bytes:
+    return json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | described}).encode()
+
+
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+OUTSIDE = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
+DAMAGED = {
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), [MANIFEST, "missing"]),
+    "an empty manifest": (text(MANIFEST, ""), [MANIFEST, "JSON"]),
+    "a manifest that is a list": (text(MANIFEST, "[]"), [MANIFEST, "damaged"]),
+    "a manifest that is null": (text(MANIFEST, "null"), [MANIFEST, "damaged"]),
+    "a manifest of nothing": (text(MANIFEST, "{}\n"), [MANIFEST, "damaged"]),
+    "a manifest nested deeply": (text(MANIFEST, "[" * 100_000), [MANIFEST, "nested too deeply"]),
+    "an entry nested deeply": (
+        manifest(lambda record: record.update({STATE: json.loads("[" * 500 + "]" * 500)})),
+        [MANIFEST, "damaged"],
+    ),
+    "a manifest with an enormous number": (text(MANIFEST, "9" * 100_000), [MANIFEST, "JSON"]),
+    "a manifest of megabytes": (text(MANIFEST, "[" + "0," * 2**20 + "0]"), [MANIFEST, "more than 1,048,576 bytes"]),
+    "a manifest that is no text": (raw(MANIFEST, b"\x80\x04\x95"), [MANIFEST, "JSON"]),
+    "a manifest that says NaN": (text(MANIFEST, "NaN"), [MANIFEST, "damaged"]),
+    "a manifest that names a file outside": (
+        manifest(lambda record: record.update({"../../../outside": OUTSIDE})),
+        [MANIFEST, "damaged"],
+    ),
+    "a manifest that names an absolute path": (
+        manifest(lambda record: record.update({"/etc/hostname": OUTSIDE})),
+        [MANIFEST, "damaged"],
+    ),
+    "a manifest without the optimizer": (manifest(lambda record: record.pop(OPTIMIZER)), [MANIFEST, "damaged"]),
+    "a manifest of an absurd size": (
+        manifest(lambda record: record[MODEL].update(bytes=10**18)),
+        [MANIFEST, "damaged"],
+    ),
+    "a manifest whose size is text": (manifest(lambda record: record[MODEL].update(bytes="9")), [MANIFEST, "damaged"]),
+    "an extra file": (text("model.bin", "x"), ["model.bin", "no checkpoint has such a file"]),
+    "an extra folder": (lambda folder: (folder / "more").mkdir(), ["more", "no checkpoint has such a file"]),
+    "linked parameters": (linked(MODEL), [MODEL, "a link"]),
+    "a linked manifest": (linked(MANIFEST), [MANIFEST, "a link"]),
+    "a link to nowhere": (replaced(STATE, lambda path: path.symlink_to("nowhere")), [STATE, "a link"]),
+    "a folder in place of a file": (replaced(OPTIMIZER, Path.mkdir), [OPTIMIZER, "no file at all"]),
+    "a pipe that never ends": (replaced(MODEL, os.mkfifo), [MODEL, "no file at all"]),
+    "a pickle": (raw(MODEL, b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."), [MODEL, "does not match"]),
+    "no parameters": (lambda folder: (folder / MODEL).unlink(), [MODEL, "missing"]),
+    "state of another run": (text(STATE, '{"step": 1}'), [STATE, "does not match"]),
+}
+FORGED = {
+    "a pickle, forged": (raw(MODEL, b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."), [MODEL]),
+    "an archive": (raw(MODEL, b"PK\x03\x04" + bytes(100)), [MODEL]),
+    "parameters of no bytes": (raw(MODEL, b""), [MODEL]),
+    "a header said to be huge": (raw(MODEL, tensor_file(b"{}", header_bytes=2**63)), [MODEL, "bytes, more than any"]),
+    "a header of 17 MB": (raw(MODEL, tensor_file(b"{" + b" " * 17_000_000 + b"}")), [MODEL, "bytes, more than any"]),
+    "a header past the end": (raw(MODEL, tensor_file(b"{}", header_bytes=1000)), [MODEL]),
+    "a header that is no JSON": (raw(MODEL, tensor_file(b"{a: 1}")), [MODEL]),
+    "a header nested deeply": (raw(MODEL, tensor_file(b'{"a":' * 10_000)), [MODEL]),
+    "a tensor past the end": (raw(MODEL, tensor_file(one_tensor(data_offsets=[0, 10**12]))), [MODEL]),
+    "a tensor that ends before it begins": (raw(MODEL, tensor_file(one_tensor(data_offsets=[4, 0]))), [MODEL]),
+    "a shape that overflows": (raw(MODEL, tensor_file(one_tensor(shape=[2**62, 2**62]), bytes(4))), [MODEL]),
+    "a type that is none": (raw(MODEL, tensor_file(one_tensor(dtype="PICKLE"), bytes(4))), [MODEL]),
+    "no tensors at all": (raw(MODEL, tensor_file(b"{}")), [MODEL, "has no tensor heads."]),
+    "a missing tensor": (tensors(MODEL, **{WEIGHT: None}), [MODEL, f"has no tensor {WEIGHT}"]),
+    "an extra tensor": (tensors(MODEL, virus=torch.zeros(1)), [MODEL, "has a tensor virus"]),
+    "a wrong shape": (tensors(MODEL, **{WEIGHT: torch.zeros(4, 16)}), [MODEL, WEIGHT, "F32 [4, 16]", "F32 [8, 8]"]),
+    "a wrong number of dimensions": (tensors(MODEL, **{WEIGHT: torch.zeros(64)}), [MODEL, WEIGHT, "F32 [64]"]),
+    "a wrong type": (tensors(MODEL, **{WEIGHT: torch.zeros(8, 8).double()}), [MODEL, WEIGHT, "F64", "F32"]),
+    "an embedding that is a number": (
+        tensors(MODEL, transformer__embedding__weight=torch.tensor(1.0)),
+        [MODEL, "transformer.embedding.weight", "F32 []"],
+    ),
+    "state of no parameter": (tensors(OPTIMIZER, nobody__exp_avg=torch.zeros(1)), [OPTIMIZER, "nobody.exp_avg"]),
+    "state without a name": (tensors(OPTIMIZER, exp_avg=torch.zeros(1)), [OPTIMIZER, "exp_avg", "no parameter"]),
+    "state of a wrong shape": (
+        tensors(OPTIMIZER, **{f"{WEIGHT}.exp_avg": torch.zeros(3)}),
+        [OPTIMIZER, f"{WEIGHT}.exp_avg", "F32 [3]"],
+    ),
+    "state of a wrong type": (
+        tensors(OPTIMIZER, **{f"{WEIGHT}.exp_avg": torch.zeros(8, 8).half()}),
+        [OPTIMIZER, f"{WEIGHT}.exp_avg", "F16"],
+    ),
+    "optimizer state that is a pickle": (raw(OPTIMIZER, b"\x80\x04."), [OPTIMIZER]),
+    "a state that is a list": (text(STATE, "[1]"), [STATE, "its step is not"]),
+    "a state without a step": (text(STATE, "{}"), [STATE, "its step is not"]),
+    "a state of another step": (text(STATE, '{"step": 2}'), [STATE, "its step is not"]),
+    "a step that is text": (text(STATE, '{"step": "1"}'), [STATE, "its step is not"]),
+    "a step that is true": (text(STATE, '{"step": true}'), [STATE, "its step is not"]),
+    "a state nested deeply": (text(STATE, '{"step": 1, "a": ' + "[" * 100_000), [STATE, "nested too deeply"]),
+    "a state with an enormous number": (text(STATE, '{"step": ' + "9" * 100_000 + "}"), [STATE, "JSON"]),
+    "a state of megabytes": (text(STATE, " " * 2**21), [STATE, "more than 1,048,576 bytes"]),
+}
+
+
+@pytest.mark.parametrize("case", [*DAMAGED, *FORGED])
+def test_a_broken_checkpoint_is_answered_with_one_message(case, sound_run, tmp_path):
+    """Guards against tracebacks, code that runs, files read outside the run, memory that a file asks for, and damage
+    that is loaded."""
+    shutil.copytree(sound_run, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    change, parts = (DAMAGED | FORGED)[case]
+    change(folder)
+    if case in FORGED:
+        (folder / MANIFEST).write_text(manifest_for(folder))
+    before = sorted(content(tmp_path))
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "run", device="cpu")
+    message = str(caught.value)
+    assert str(folder) in message
+    assert len(message) < 600
+    for part in parts:
+        assert part in message
+    assert sorted(content(tmp_path)) == before
+
+
+def test_a_folder_that_is_a_link_is_refused(sound_run, tmp_path):
+    """Guards against a checkpoint that lies outside of the run, and against removing what a link leads to."""
+    shutil.copytree(sound_run, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    shutil.move(folder, tmp_path / "outside")
+    folder.symlink_to(tmp_path / "outside")
+    outside = content(tmp_path / "outside")
+    run = Run(tmp_path / "run")
+    with pytest.raises(UserError, match="step-00000001 is damaged: it is no folder"):
+        load(run.path, device="cpu")
+    assert newest_whole_checkpoint(run)[0] is None
+    for step in (2, 3):
+        save_checkpoint(run, Snapshot({}, {}, {"step": step}), best=True, keep=1)
+    assert sorted(path.name for path in run.checkpoints_path.iterdir()) == ["best", "last", "step-00000003"]
+    assert content(tmp_path / "outside") == outside
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.sampled_from([MODEL, STATE, MANIFEST, "bytes"]) | st.text(), inner)
+    ),
+)
+
+
+@given(written=st.binary() | JSON.map(lambda value: json.dumps(value).encode()))
+def test_no_manifest_but_its_own_is_taken(written, sound_run):
+    """Guards against bytes, or JSON, that the manifest's reader takes or stumbles over."""
+    path = sound_run / "checkpoints" / "step-00000001" / MANIFEST
+    sound = path.read_bytes()
+    path.write_bytes(written)
+    try:
+        with pytest.raises(UserError, match=MANIFEST):
+            find_checkpoint(Run(sound_run), 1)
+    finally:
+        path.write_bytes(sound)

@@ -1,0 +1,65 @@
+"""What the tests of checkpoints share: a run, snapshots that tell themselves apart, and what lies on disk."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from charlm.config import Config, RunConfig
+from charlm.runs.checkpoints import Checkpoint, checkpoint_folders, save_checkpoint
+from charlm.runs.folder import Run
+from charlm.runs.snapshot import Snapshot
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+def make_run(path: Path) -> Run:
+    return Run.create(Config(run=RunConfig(dir=path)), {"name": "none"})
+
+
+def snapshot_of(step: int, number: float | None = None, **state) -> Snapshot:
+    """A snapshot of which every tensor holds `number`, by default the step."""
+    number = float(step if number is None else number)
+    parameters = {"layer.weight": torch.full((5, 4), number), "layer.bias": torch.full((5,), number)}
+    moments = {f"{name}.exp_avg": tensor.clone() for name, tensor in parameters.items()}
+    return Snapshot(parameters, moments, {"step": step, "number": number} | state)
+
+
+def save(run: Run, step: int, number: float | None = None, *, best: bool = False, keep: int = 9, **state) -> Checkpoint:
+    return save_checkpoint(run, snapshot_of(step, number, **state), best=best, keep=keep)
+
+
+def number_of(checkpoint: Checkpoint) -> float:
+    """The number that all of a checkpoint holds."""
+    snapshot = checkpoint.snapshot()
+    tensors = [*snapshot.model.values(), *snapshot.optimizer.values()]
+    (number,) = {float(value) for tensor in tensors for value in tensor.flatten()}
+    assert number == checkpoint.state["number"]
+    return number
+
+
+def steps(run: Run) -> list[int]:
+    return [int(folder.name[5:]) for folder in checkpoint_folders(run)]
+
+
+def names(run: Run) -> set[str]:
+    """All that lies among the checkpoints, hidden or not."""
+    return {path.name for path in run.checkpoints_path.iterdir()}
+
+
+def content(folder: Path) -> dict[str, bytes | None]:
+    """All that lies below a folder: files with what they hold, folders with None."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def manifest_for(folder: Path, *, own_entry: bool = True) -> str:
+    """The manifest that belongs to the files of a folder, as someone would write it who changed them on purpose."""
+    entries = {name: _entry((folder / name).read_bytes()) for name in FILES}
+    if own_entry:
+        entries["manifest.json"] = _entry((json.dumps(entries, indent=2) + "\n").encode())
+    return json.dumps(entries, indent=2) + "\n"
+
+
+def _entry(content: bytes) -> dict:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

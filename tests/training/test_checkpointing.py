@@ -1,0 +1,112 @@
+"""Checkpoints written beside the loop: in order, never two at once, and a full disk is said."""
+
+import errno
+import os
+import threading
+
+import pytest
+
+from charlm.config import UserError
+from charlm.runs.checkpoints import find_checkpoint
+from charlm.runs.folder import Run
+from charlm.training import checkpointing
+from charlm.training.checkpointing import CheckpointWriter
+from storage import make_run, number_of, snapshot_of, steps
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return make_run(tmp_path / "run")
+
+
+def failing_at(*failing: int):
+    """save_checkpoint on a disk that is full at some steps."""
+    real = checkpointing.save_checkpoint
+
+    def save_checkpoint(run, snapshot, **options):
+        if snapshot.state["step"] in failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(run, snapshot, **options)
+
+    return save_checkpoint
+
+
+def test_the_loop_does_not_wait_but_for_the_write_before(run, monkeypatch):
+    """Guards against a write that holds up the loop, against two at once, and against another order."""
+    events, may_end = [], threading.Event()
+
+    def slow(run, snapshot, *, best, keep) -> None:
+        events.append(("begins", snapshot.state["step"], best, keep))
+        assert may_end.wait(30)
+        events.append(("ends", snapshot.state["step"]))
+
+    monkeypatch.setattr(checkpointing, "save_checkpoint", slow)
+    writer = CheckpointWriter(run, keep=3, say=events.append)
+    writer.save(snapshot_of(1), best=True)
+    assert ("ends", 1) not in events
+    threading.Timer(0.2, may_end.set).start()
+    writer.save(snapshot_of(2), best=False)
+    assert events[:2] == [("begins", 1, True, 3), ("ends", 1)]
+    writer.wait()
+    assert events[2:] == [("begins", 2, False, 3), ("ends", 2)]
+    writer.close()
+
+
+def test_what_was_given_is_on_disk_after_close(run):
+    """Guards against a writer that ends before its thread does."""
+    writer = CheckpointWriter(run, keep=2, say=print)
+    for step in (1, 2, 3):
+        writer.save(snapshot_of(step), best=step == 1)
+    writer.close()
+    assert steps(run) == [1, 2, 3]
+    assert (number_of(find_checkpoint(run, "last")), number_of(find_checkpoint(run, "best"))) == (3.0, 1.0)
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on(run, monkeypatch):
+    """Guards against a run that a full disk ends, or that loses checkpoints without a word."""
+    monkeypatch.setattr(checkpointing, "save_checkpoint", failing_at(1000, 2000))
+    said = []
+    writer = CheckpointWriter(run, keep=5, say=said.append)
+    for step in (500, 1000, 2000, 2500):
+        writer.save(snapshot_of(step), best=True)
+    writer.close()
+    assert steps(run) == [500, 2500]
+    assert said == [
+        f"step {step}: checkpoint not written (No space left on device); "
+        "the run goes on, the next try is at the next checkpoint"
+        for step in ("1,000", "2,000")
+    ]
+
+
+def test_a_lost_end_is_an_error(run, monkeypatch):
+    """Guards against exit code 0 for a run whose last steps are on no disk."""
+    monkeypatch.setattr(checkpointing, "save_checkpoint", failing_at(2))
+    writer = CheckpointWriter(run, keep=5, say=lambda line: None)
+    for step in (1, 2):
+        writer.save(snapshot_of(step), best=True)
+    with pytest.raises(UserError, match=rf"{run.path}: the newest .*step 2: checkpoint not written .*run.resume=true"):
+        writer.close()
+    assert find_checkpoint(run, "last").step == 1
+
+
+def test_a_mistake_in_the_thread_is_not_lost(run, monkeypatch):
+    """Guards against a bug that passes for a full disk."""
+
+    def broken(*_, **__) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(checkpointing, "save_checkpoint", broken)
+    writer = CheckpointWriter(run, keep=5, say=print)
+    writer.save(snapshot_of(1), best=True)
+    with pytest.raises(ZeroDivisionError):
+        writer.wait()
+
+
+def test_a_damaged_record_does_not_end_the_run(run):
+    """Guards against a file that others can touch, provenance.json, ending a run of days."""
+    run.provenance_path.write_text("{")
+    said = []
+    writer = CheckpointWriter(run, keep=5, say=said.append)
+    writer.save(snapshot_of(1), best=True)
+    writer.wait()
+    assert "step 1: checkpoint not written" in said[0] and "provenance.json" in said[0]
