@@ -1,10 +1,10 @@
 """Who is measured: charlm and its peers, each as it comes and with every trick that applies. Imports no torch."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from charlm.benchmark.shapes import Shape
 from charlm.config import UserError
@@ -78,6 +78,20 @@ class Job:
     length: int = 128
     """generate: characters of a step and text."""
     seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON keeps, for `from_dict`."""
+        return asdict(self) | {"text": str(self.text)}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Job":
+        """The job that `to_dict` described."""
+        parts = {
+            "contestant": Contestant(**record["contestant"]),
+            "shape": Shape(**record["shape"]),
+            "text": Path(record["text"]),
+        }
+        return cls(**record | parts)
 
 
 def charlm(precision: Dtype, setup: str = ALL_LOSSES) -> Contestant:

@@ -4,9 +4,9 @@ Whatever the machine does over time, it does to all of them alike: ratios are ta
 """
 
 import contextlib
+import json
 import math
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -69,11 +69,11 @@ class Worker:
             env=os.environ | {"PYTHONPATH": path} | job.contestant.environment(job.device),
         )
         with contextlib.suppress(WorkerError):  # if it has died already, `receive` says so
-            self.send(job)
+            self.send(job.to_dict())
 
     def send(self, message: Any) -> None:
         try:
-            pickle.dump(message, self.process.stdin)
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             raise WorkerError(self._last_words()) from None
@@ -84,8 +84,8 @@ class Worker:
             WorkerError: it has died.
         """
         try:
-            return pickle.load(self.process.stdout)
-        except (EOFError, pickle.UnpicklingError):
+            return json.loads(self.process.stdout.readline())
+        except ValueError:
             raise WorkerError(self._last_words()) from None
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-import pickle
+import json
 import resource
 import sys
 import time
@@ -71,9 +71,9 @@ class Turns:
             self.done()
 
     def _reply(self, message: dict[str, Any]) -> None:
-        pickle.dump(message, self.replies)
+        self.replies.write(json.dumps(message).encode() + b"\n")
         self.replies.flush()
-        if pickle.load(self.commands) == "stop":
+        if json.loads(self.commands.readline() or '"stop"') == "stop":  # nothing to read: the parent is gone
             raise Stop
         self.count = 0
         if self.warmup == 0:

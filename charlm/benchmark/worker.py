@@ -1,11 +1,11 @@
 """One contestant in a process of its own, with its own settings and environment.
 
-The parent sends a `Job`, then "turn" or "stop"; all messages are pickled, through stdin and stdout.
+The parent sends a `Job`, then "turn" or "stop"; each message is a line of JSON, through stdin and stdout.
 """
 
 import contextlib
+import json
 import os
-import pickle
 import sys
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ def main() -> None:
     """Measure what stdin asks for."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get between the replies
-    job: Job = pickle.load(sys.stdin.buffer)
+    job = Job.from_dict(json.loads(sys.stdin.buffer.readline()))
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
