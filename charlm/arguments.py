@@ -10,6 +10,7 @@ import io
 import os
 import types
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
@@ -21,6 +22,12 @@ from charlm.config import UserError
 
 T = TypeVar("T")
 NULLS = ("null", "none", "~", "")
+LARGEST = 32_000
+"""Characters of a YAML text, its aliases written out. A whole configuration has some 4,000, and PyYAML is slow."""
+DEEPEST = 20
+"""Levels of lists and mappings in a YAML text."""
+LONGEST = 1000
+"""Values in a list."""
 _RULES = ConstructorRegistry()
 
 
@@ -37,20 +44,22 @@ def value_of(kind: Any, text: str) -> Any:
         return _tuple_of(options, text)
     if get_origin(kind) is Literal:
         if text not in options:
-            raise ValueError(f"{text!r} is none of {', '.join(options)}")
+            raise ValueError(f"{_quoted(text)} is none of {', '.join(options)}")
         return text
     if kind is bool:
         if text.strip().lower() not in ("true", "false"):
-            raise ValueError(f"{text!r} is neither true nor false")
+            raise ValueError(f"{_quoted(text)} is neither true nor false")
         return text.strip().lower() == "true"
     if kind is int:
         return _whole_number(text)
     if not text:
         raise ValueError("the value is empty")
+    if kind is Path:
+        return _path(text)
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"{text!r} is not a number") from None
+        raise ValueError(f"{_quoted(text)} is not a number") from None
 
 
 def text_of(value: Any) -> str:
@@ -62,29 +71,108 @@ def text_of(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def compose(text: str) -> yaml.Node | None:
+    """The one YAML document in `text`, every scalar a piece of text, its aliases small enough to be written out.
+
+    Raises:
+        ValueError: there is none such; the message says what the text is or holds.
+    """
+    if len(text) > LARGEST:
+        raise ValueError(f"is longer than {LARGEST:,} characters, too long to be a configuration")
+    try:
+        root = yaml.compose(text, _Loader)
+    except _TooDeep:
+        raise ValueError("is nested too deeply to be a configuration") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"is not valid YAML: {place}{error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"is not valid YAML: {' '.join(str(error).split())}") from None
+    if root is not None and _weight(root, {}) > LARGEST:
+        raise ValueError(f"is longer than {LARGEST:,} characters, or endless, with its aliases written out")
+    return root
+
+
+class _TooDeep(Exception):
+    """A YAML text has too many levels."""
+
+
+class _Loader(yaml.BaseLoader):
+    """Text only: no tags, which name types and functions, and no more levels than a configuration has."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise yaml.composer.ComposerError(None, None, f"the tag {_quoted(tag)} has no place here", event.start_mark)
+        if self.depth > DEEPEST:
+            raise _TooDeep
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _weight(node: yaml.Node, weights: dict[yaml.Node, int]) -> int:
+    """Characters and nodes of `node`, each alias counted as what it stands for."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1 + len(node.value)
+    if node not in weights:
+        weights[node] = LARGEST + 1  # as long as it is being counted: one that holds itself has no end
+        parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        weights[node] = 1 + sum(_weight(part, weights) for part in parts)
+    return weights[node]
+
+
 def _whole_number(text: str) -> int:
+    try:
+        number = float(text)  # 1e6; of a large one, not all its digits
+    except ValueError:
+        number = 0.5
+    if not number.is_integer() and abs(number) != float("inf"):
+        raise ValueError(f"{_quoted(text)} is not a whole number")
+    if abs(number) > 2**64:  # the options' own limits are all below
+        raise ValueError(f"{_quoted(text)} is too large a number")
     with contextlib.suppress(ValueError):
         return int(text)
-    with contextlib.suppress(ValueError):
-        if (number := float(text)).is_integer():  # 1e6
-            return int(number)
-    raise ValueError(f"{text!r} is not a whole number")
+    return int(number)
+
+
+def _path(text: str) -> Path:
+    try:
+        longest = max(map(len, os.fsencode(text).split(b"/")))
+    except UnicodeEncodeError:
+        raise ValueError(f"{_quoted(text)} holds a character that no path has") from None
+    if "\0" in text:
+        raise ValueError(f"{_quoted(text)} holds a NUL character, which no path has")
+    if longest > 255 or len(os.fsencode(text)) > 4095:
+        raise ValueError(f"{_quoted(text)} is too long a path")
+    return Path(text)
 
 
 def _tuple_of(kinds: tuple[Any, ...], text: str) -> tuple[Any, ...]:
     try:
-        items = yaml.load(text, yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError):
-        items = None
+        node = compose(text)
+    except ValueError:
+        node = None
+    items = yaml.constructor.BaseConstructor().construct_document(node) if node else None
     if isinstance(items, str) and items and kinds[-1] is Ellipsis:
         items = [item.strip() for item in items.split(",")]
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise ValueError(f"{text!r} is not a list such as [3, 6]")
+        raise ValueError(f"{_quoted(text)} is not a list such as [3, 6]")
+    if len(items) > LONGEST:
+        raise ValueError(f"{_quoted(text)} has {len(items):,} values, more than the {LONGEST:,} that a list may have")
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(items)
     if len(items) != len(kinds):
-        raise ValueError(f"{text!r} has {len(items)} values where {len(kinds)} are needed")
+        raise ValueError(f"{_quoted(text)} has {len(items)} values where {len(kinds)} are needed")
     return tuple(map(value_of, kinds, items))
+
+
+def _quoted(text: str) -> str:
+    return repr(text) if len(text) <= 120 else f"{text[:80]!r}... ({len(text):,} characters)"
 
 
 def _is_optional(kind: Any) -> bool:

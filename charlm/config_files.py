@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import tyro
 import yaml
 
-from charlm.arguments import NULLS, parse
+from charlm.arguments import LARGEST, NULLS, compose, parse
 from charlm.config import Config, UserError
 
 
@@ -94,23 +94,27 @@ def _choices(error: UserError) -> list[str]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise UserError(f"config file {file} is a pipe or a device; give the path of a YAML file")
+        with file.open("rb") as stream:
+            return stream.read(LARGEST + 1).decode("utf-8")
     except FileNotFoundError:
         similar = difflib.get_close_matches(file.stem, [path.stem for path in file.parent.glob("*.yaml")], n=1)
         way_out = f"did you mean {file.with_name(similar[0])}.yaml?" if similar else "give the path of a YAML file"
         raise UserError(f"config file {file} does not exist: {way_out}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"config file {file} cannot be read as UTF-8 text: {error}") from None
 
 
 def _settings_in(text: str, source: str) -> list[Setting]:
     try:
-        root = yaml.compose(text, yaml.BaseLoader)
-        return list(_settings_below(root, "", f"{source}, line 1", source)) if root else []
-    except RecursionError:
-        raise UserError(f"{source} is nested too deeply to be a configuration") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {error}") from None
+        root = compose(text)
+    except ValueError as error:
+        raise UserError(f"{source} {error}") from None
+    settings = list(_settings_below(root, "", f"{source}, line 1", source)) if root else []
+    if len(settings) > len(_NAMES):
+        raise UserError(f"{source} sets {len(settings):,} options, more than there are: --help lists them")
+    return settings
 
 
 def _settings_below(node: yaml.Node, name: str, origin: str, source: str) -> Iterator[Setting]:
@@ -118,7 +122,7 @@ def _settings_below(node: yaml.Node, name: str, origin: str, source: str) -> Ite
         seen = set()
         for key, value in node.value:
             place = f"{source}, line {key.start_mark.line + 1}"
-            if not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode) or not re.fullmatch(r"\w[\w.-]*", key.value):
                 raise UserError(f"{place}: a key must be the name of a section or an option")
             child = f"{name}.{key.value}".lstrip(".").replace("-", "_")
             if child in seen:

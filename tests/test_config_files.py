@@ -161,11 +161,11 @@ def test_anchors_and_nested_and_dotted_overrides(yaml_file) -> None:
         ("a: 1\n---\nb: 2\n", ["is not valid YAML"]),
         ("train: *nowhere", ["is not valid YAML"]),
         ("train: \x00", ["is not valid YAML"]),
-        ("!!python/object/apply:os.system ['true']", ["must hold `name: value` lines"]),
+        ("!!python/object/apply:os.system ['true']", ["tag:yaml.org,2002:python/object/apply:os.system", "no place"]),
         ("train: " + "[" * 5000, ["nested too deeply"]),
         ("train: " + "{a: " * 5000, ["nested too deeply"]),
-        ("train: &a {b: *a}", ["nested too deeply"]),
-        ("model: &a {b: *a}", ["nested too deeply"]),
+        ("train: &a {b: *a}", ["endless, with its aliases written out"]),
+        ("aux: {layers: {at: &a [*a]}}", ["endless, with its aliases written out"]),
     ],
 )
 def test_bad_file(text: str, fragments: list[str], yaml_file) -> None:

@@ -34,6 +34,8 @@ from charlm.data.vocabulary import (
 FORMAT = 1
 """Of the folder; one of another format is prepared anew."""
 SPLITS = ("train", "valid", "test")
+LARGEST_RECORD = 1 << 26
+"""Bytes that corpus.json may have: the characters of all of Unicode, or a model of them, and room."""
 
 
 @dataclass(frozen=True)
@@ -131,21 +133,30 @@ def _cached(folder: Path, source: Source) -> Corpus | None:
     """The prepared corpus, or None if it is missing, damaged, or made from something else."""
     try:
         return _open(folder, source)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, UserError):
         return None
 
 
 def _open(folder: Path, source: Source) -> Corpus:
+    for path in (folder, folder / "corpus.json", folder / "ids.bin"):
+        if path.is_symlink() or (path != folder and not path.is_file()):
+            raise ValueError(f"{path} is a link or no file, which no prepared corpus has")
+    if (folder / "corpus.json").stat().st_size > LARGEST_RECORD:
+        raise ValueError("corpus.json is far too long")
     record = json.loads((folder / "corpus.json").read_text("utf-8"))
     if record["format"] != FORMAT or source.fingerprint not in (None, record["fingerprint"]):
         raise ValueError("made by another version, or from another text")
     vocabulary = vocabulary_from_dict(record["vocabulary"])
     if record["dtype"] != id_type(vocabulary.size).name:
         raise ValueError(f"ids of type {record['dtype']} for {vocabulary.size} symbols")
+    if "ids_sha256" in record and _sha256(folder / "ids.bin") != record["ids_sha256"]:
+        raise ValueError("ids.bin is damaged")
     ids = np.memmap(folder / "ids.bin", dtype=record["dtype"], mode="r")
     splits, start = {}, 0
     for name in SPLITS:
         sizes = record["splits"][name]
+        if not all(type(size) is int and size > 0 for size in sizes.values()):
+            raise ValueError(f"sizes of {name}: {sizes}")
         splits[name] = Split(name, ids[start : start + sizes["symbols"]], **sizes)
         start += sizes["symbols"]
     if start != len(ids):
@@ -157,6 +168,11 @@ def _prepare(config: DataConfig, source: Source, folder: Path, progress: bool) -
     """Written under another name first, the folder is there as a whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    if source.size is not None and source.size > (free := shutil.disk_usage(folder.parent).free):
+        raise UserError(
+            f"data.cache_dir={folder.parent}: has {free:,} bytes free, and {source.option} has {source.size:,}; "
+            "make room, or choose another"
+        )
     temporary.mkdir()
     try:
         text = _write_text(source, temporary / "text.bin", progress)
@@ -178,6 +194,7 @@ def _prepare(config: DataConfig, source: Source, folder: Path, progress: bool) -
             "sha256": text.sha256,
             "vocabulary": vocabulary.to_dict(),
             "dtype": id_type(vocabulary.size).name,
+            "ids_sha256": _sha256(temporary / "ids.bin"),
             "splits": splits,
         }
         (temporary / "corpus.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
@@ -317,6 +334,11 @@ def _bar(description: str, progress: bool, total: int | None = None) -> tqdm:
         delay=0.5,  # shown with the first bytes, so not before the bar of a download is gone
         disable=None if progress else True,
     )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(file: BinaryIO) -> None:

@@ -4,6 +4,7 @@ No code of theirs is ever run. Those of the hub are kept in the library's own ca
 again without a network; files of a folder are read where they are.
 """
 
+import logging
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ def open_dataset(where: str | Path, config: str | None, revision: str | None, op
     """
     import datasets
 
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # it logs an error and raises it, too
     show = progress and sys.stderr.isatty()
     (datasets.enable_progress_bars if show else datasets.disable_progress_bars)()
     with _explained(option):

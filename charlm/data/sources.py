@@ -8,6 +8,7 @@ import hashlib
 import lzma
 import os
 import platform
+import struct
 import sysconfig
 import zipfile
 import zlib
@@ -23,6 +24,21 @@ from charlm.data.download import download
 from charlm.data.hub import documents, open_dataset
 
 CHUNK = 1 << 20
+LONGEST_END, LONGEST_DIRECTORY = 22 + 0xFFFF, 1 << 20
+"""Bytes that the end of a zip archive takes with its comment, and that the list of its members may take."""
+_DAMAGED = (
+    OSError,
+    EOFError,
+    MemoryError,  # an xz header may ask for gigabytes
+    RuntimeError,  # the member is encrypted, or packed in a way that zipfile does not know
+    ValueError,
+    OverflowError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+"""What reading an archive may raise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +107,8 @@ class Source:
     """Texts of valid and test, kept apart from it; where one is missing or empty, the text's end is held out."""
     split_sizes: tuple[int, int, int] | None = None
     """Bytes of train, valid and test in the text; None: the config's fractions decide."""
+    size: int | None = None
+    """Bytes of the text, where they are known before it is read."""
 
 
 def find_source(config: DataConfig, cache_dir: Path, progress: bool) -> Source:
@@ -133,6 +151,7 @@ def _fetched(config: DataConfig, published: Published, cache_dir: Path, progress
         fingerprint=None,
         chunks=chunks,
         split_sizes=published.split_sizes,
+        size=published.size,
     )
 
 
@@ -162,6 +181,7 @@ def _local_copy(config: DataConfig, published: Published) -> Source:
         fingerprint=fingerprint,
         chunks=lambda: _verified(_unpacked(path, published.member, option), published, option),
         split_sizes=published.split_sizes,
+        size=published.size,
     )
 
 
@@ -170,7 +190,8 @@ def _files(
 ) -> Source:
     """A file as it is, or all files of a folder in the order of their relative paths with nothing put between them."""
     with _reading(option):
-        fingerprint = _fingerprint(_list_files(root, suffix, skip))
+        listed = _list_files(root, suffix, skip)
+        fingerprint, size = _fingerprint(listed), sum(file.stat().st_size for file in listed)
     if not os.path.isfile(root) and not os.path.isdir(root):
         raise UserError(f"{option}: neither a file nor a folder")
 
@@ -187,6 +208,7 @@ def _files(
         option=option,
         fingerprint=fingerprint,
         chunks=chunks,
+        size=size,
     )
 
 
@@ -295,18 +317,34 @@ def _unpacked(path: Path, member: str, option: str) -> Generator[bytes]:
             yield from _blocks(stream)
     except KeyError as error:
         raise UserError(f"{option}: the archive has no member named {member}") from error
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{option}: cannot be read to its end ({error}); fetch it again") from error
+    except _DAMAGED as error:
+        why = str(error) or type(error).__name__
+        raise UserError(f"{option}: cannot be read to its end ({why}); fetch it again") from error
 
 
 def _open(path: Path, member: str, stack: ExitStack) -> BinaryIO:
     with path.open("rb") as file:
         magic = file.read(6)
     if magic.startswith(b"PK"):
+        _check_directory(path)
         return stack.enter_context(zipfile.ZipFile(path)).open(member)
     if magic.startswith(b"\x1f\x8b"):
         return gzip.open(path)
     return lzma.open(path) if magic == b"\xfd7zXZ\0" else path.open("rb")
+
+
+def _check_directory(path: Path) -> None:
+    """Raise BadZipFile where zipfile would read a list of members that fills the memory.
+
+    The record at the end of an archive says how long the list is; one of 64 bits before it (zip64) says it again.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST_END))
+        end = file.read()
+    record = end.rfind(b"PK\5\6")
+    length = int.from_bytes(end[record + 12 : record + 16], "little") if record >= 0 else 0
+    if length > LONGEST_DIRECTORY or end[max(0, record - 20) :].startswith(b"PK\6\7"):
+        raise zipfile.BadZipFile("it has far too many members for a copy of one text")
 
 
 def _verified(chunks: Iterator[bytes], published: Published, option: str) -> Generator[bytes]:

@@ -190,7 +190,10 @@ class SentencePieceVocabulary(_SymbolTable):
         if pieces[:FIRST_CHARACTER] != ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]:
             raise UserError("vocabulary: not a sentencepiece model with byte fallback, which every text needs")
         symbols = ["\ufffd".encode(), *(bytes([byte]) for byte in range(256))]
-        symbols += [piece.replace("\u2581", " ").encode() for piece in pieces[FIRST_CHARACTER:]]
+        characters = [piece.replace("\u2581", " ") for piece in pieces[FIRST_CHARACTER:]]
+        if len(set(characters)) < len(characters) or any(len(character) != 1 for character in characters):
+            raise UserError("vocabulary: not a sentencepiece model of characters, each once")
+        symbols += map(str.encode, characters)
         return cls(tuple(symbols), model)
 
     @classmethod
@@ -278,6 +281,8 @@ def vocabulary_from_dict(record: dict[str, Any]) -> Vocabulary:
             return ByteVocabulary(utf8)
         case {"name": CharacterVocabulary.name, "characters": str(characters), "sha256": digest, **rest} if not rest:
             _verify(characters.encode("utf-8", "surrogatepass"), digest)
+            if characters != "".join(sorted(set(characters))) or any(map(_is_surrogate, characters)) or not characters:
+                raise UserError("vocabulary: its characters are not in order, each once; restore provenance.json")
             return CharacterVocabulary(characters)
         case {"name": SentencePieceVocabulary.name, "model": str(model), "sha256": digest, **rest} if not rest:
             return SentencePieceVocabulary.from_model(_verify(_unpack(model), digest))
@@ -295,6 +300,10 @@ def id_type(size: int) -> np.dtype:
             f"vocabulary of {size:,} symbols: ids have at most 32 bits; use one of at most {2**32:,} symbols"
         )
     return np.min_scalar_type(max(size - 1, 0))
+
+
+def _is_surrogate(character: str) -> bool:
+    return "\ud800" <= character <= "\udfff"
 
 
 def _starts_character(bytes_N: np.ndarray) -> np.ndarray:

@@ -1,0 +1,702 @@
+"""Files that someone else made, broken or meant to hurt: each is refused with one message that names it and the reason,
+nothing of it is run, nothing is left on disk, and memory and time stay small."""
+
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from charlm.config import Config, ConfigError, DataConfig, UserError
+from charlm.config_files import load_config, to_yaml
+from charlm.data import corpus as corpora
+from charlm.data.sources import PUBLISHED
+from charlm.model.transformer import CharTransformer
+from charlm.runs.checkpoints import find_checkpoint
+from charlm.runs.folder import Run, read_json
+from tiny import SCRIPTS, TINY, run_script
+
+TEXT = b"the text that enwik8 stands for in these tests. " * 40
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch) -> Path:
+    """The working folder, with a text in it; enwik8 is that text."""
+    (tmp_path / "text.txt").write_bytes(TEXT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHARLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    little = replace(PUBLISHED["enwik8"], size=len(TEXT), digest=sha256(TEXT).hexdigest(), split_sizes=(1800, 60, 60))
+    monkeypatch.setitem(PUBLISHED, "enwik8", little)
+    return tmp_path
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file, link and folder, outside of the caches, with its size and time of change."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.relative_to(folder).parts[0] not in ("cache", "prepared"):
+            status = path.lstat()
+            found[str(path)] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+def refused(script: str, arguments: list[str], place: Path, capfd) -> str:
+    """What the script prints as it refuses; everything else is as it was."""
+    before = listing(place)
+    capfd.readouterr()
+    assert run_script(script, *arguments) == 2
+    shown, printed = capfd.readouterr()
+    assert shown == ""
+    assert [line[:7] for line in printed.splitlines()].count("error: ") == printed.count("error:") == 1
+    assert "Traceback" not in printed
+    assert len(printed) < 4000
+    assert listing(place) == before
+    cached = os.listdir(place / "cache") if (place / "cache").exists() else []
+    assert [name for name in cached if not name.endswith(".lock")] == []
+    return printed
+
+
+def aliases(first: str, each: str) -> str:
+    """A list that holds each time three times what it held before: 3^12 values in a few lines."""
+    lists = [f"&a {first}"]
+    lists += [f"&{name} {each.replace('?', '*' + before)}" for before, name in pairwise("abcdefghijklm")]
+    return f"aux:\n  layers:\n    at: [{', '.join(lists)}]\n"
+
+
+IN_LISTS, IN_MAPPINGS = aliases("[1, 1, 1]", "[?, ?, ?]"), aliases("{x: 1}", "{x: ?, y: ?, z: ?}")
+DEEP, TAG = "nested too deeply", "has no place here"
+CONFIGS: dict[str, tuple[str | bytes, list[str]]] = {
+    "10,000 lists": ("model: " + "[" * 10_000, [DEEP]),
+    "10,000 closed lists": ("model: " + "[" * 10_000 + "]" * 10_000, [DEEP]),
+    "8,000 mappings": ("{a: " * 8_000, [DEEP]),
+    "10,000 lists by dashes": ("- " * 10_000, [DEEP]),
+    "200 indented mappings": ("\n".join(" " * depth + "a:" for depth in range(200)), [DEEP]),
+    "tag that calls a function": ("model: !!python/object/apply:os.system ['touch hurt']", ["line 1", TAG]),
+    "tag at the top": ("!!python/object/new:os.system ['touch hurt']", ["line 1", TAG]),
+    "tag on a value": ("model:\n  d_model: !!python/name:os.system 8\n", ["line 2", "os.system", TAG]),
+    "tag of one's own": ("model: {d_model: !hurt 8}", ["line 1", "!hurt", TAG]),
+    "aliases that explode": (IN_LISTS, ["longer than 32,000 characters"]),
+    "aliases that explode in mappings": (IN_MAPPINGS, ["longer than 32,000 characters"]),
+    "long text aliased often": (
+        f"run:\n  project: &a {'x' * 9_000}\n  tracker: [{','.join(['*a'] * 500)}]",
+        ["longer than 32,000 characters"],
+    ),
+    "list that holds itself": ("aux: {layers: {at: &a [*a]}}", ["endless"]),
+    "mapping that holds itself": ("aux: &a\n  layers: *a\n", ["endless"]),
+    "alias of nothing": ("model: *nothing", ["not valid YAML", "undefined alias"]),
+    "merge key": ("model: &m {d_model: 8}\ntrain:\n  <<: *m\n", ["line 3", "a key must be the name"]),
+    "5,000 digits": ("train: {steps: " + "9" * 5_000 + "}", ["--train.steps", "too large", "(5,000 characters)"]),
+    "5,000 digits of a float": ("train: {learning_rate: " + "9" * 5_000 + "}", ["learning_rate=inf", "finite"]),
+    "1e999 steps": ("train: {steps: 1e999}", ["--train.steps", "'1e999' is too large"]),
+    "1e308 steps": ("train: {steps: 1e308}", ["--train.steps", "'1e308' is too large"]),
+    "an int of more than 64 bits": ("train: {batch_size: 36893488147419103232}", ["--train.batch_size", "too large"]),
+    "negative": ("train: {steps: -1}", ["train.steps=-1", "at least 1", "line 1"]),
+    "not a number": ("train: {learning_rate: nan}", ["train.learning_rate=nan", "finite"]),
+    "YAML's not a number": ("train: {learning_rate: .nan}", ["--train.learning_rate", "'.nan' is not a number"]),
+    "infinite": ("train: {weight_decay: inf}", ["train.weight_decay=inf", "finite"]),
+    "not a number in a list": ("train: {adam_betas: [nan, 0.9]}", ["train.adam_betas=(nan"]),
+    "key twice": ("train:\n  steps: 3\n  steps: 4\n", ["line 3", "train.steps is set twice"]),
+    "section twice": ("train: {steps: 3}\ntrain: {seed: 4}\n", ["line 2", "train is set twice"]),
+    "a list": ("- model\n", ["must hold `name: value` lines"]),
+    "a text": ("hello", ["must hold `name: value` lines", "'hello'"]),
+    "several documents": ("train: {steps: 3}\n---\ntrain: {steps: 4}\n", ["not valid YAML", "line 2"]),
+    "bytes": (random.Random(1).randbytes(4096), ["cannot be read as UTF-8"]),
+    "an archive": (gzip.compress(b"train: {steps: 3}"), ["cannot be read as UTF-8"]),
+    "UTF-16": ("train: {steps: 3}".encode("utf-16"), ["cannot be read as UTF-8"]),
+    "NUL": (b"train: {steps: 3}\0", ["not valid YAML", "#x0000"]),
+    "key that is a number": ("train: {1: 2}", ["--train.1=2"]),
+    "key that is a list": ("[model]: 2", ["a key must be the name"]),
+    "key that is a mapping": ("{a: b}: 2", ["a key must be the name"]),
+    "key that is nothing": ("train: {'': 2}", ["a key must be the name"]),
+    "key that is a flag": ("train:\n  'steps=3 --run.dir': x\n", ["line 2", "a key must be the name"]),
+    "key of help": ("train: {--help: 1}", ["a key must be the name"]),
+    "list in place of a section": ("train: [1, 2]", ["train must hold `name: value` lines"]),
+    "number in place of a section": ("train: 3", ["train must hold `name: value` lines"]),
+    "section in place of a value": ("train: {steps: {a: b}}", ["--train.steps.a=b"]),
+    "list in place of a number": ("train: {steps: [3]}", ["--train.steps", "is not a whole number"]),
+    "fraction in place of a whole number": ("train: {steps: 3.5}", ["'3.5' is not a whole number"]),
+    "truth in place of a number": ("train: {steps: true}", ["'true' is not a whole number"]),
+    "number in place of truth": ("run: {resume: 1}", ["'1' is neither true nor false"]),
+    "number in place of a choice": ("model: {positions: 3}", ["--model.positions", "'3'", "per_layer"]),
+    "nothing in place of a number": ("train: {steps: null}", ["'null' is not a whole number"]),
+    "empty text in place of a folder": ("run: {dir: ''}", ["--run.dir", "empty"]),
+    "5,000 values": ("aux: {layers: {at: [" + ",".join(["3"] * 5_000) + "]}}", ["--aux.layers.at", "5,000 values"]),
+    "3,000 options": ("train: {" + ", ".join(f"a{n}: 1" for n in range(3_000)) + "}", ["sets 3,000 options"]),
+    "NUL in a path": ('run: {dir: "a\\0b"}', ["--run.dir", "NUL"]),
+    "half a character in a path": ('run: {dir: "a\\ud800b"}', ["--run.dir", "no path has"]),
+    "a name too long": (f"run: {{dir: {'a' * 300}}}", ["--run.dir", "too long a path", "(300 characters)"]),
+    "a path too long": (f"run: {{dir: {'a/' * 3000}}}", ["--run.dir", "too long a path"]),
+    "too long": (b"# " + b"x" * 200_000 + b"\ntrain: {steps: 3}\n", ["longer than 32,000 characters"]),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_hostile_config_is_refused(case, inside, capfd):
+    """Guards against code that a file has run, memory and time that it takes, and guesses at what it means."""
+    content, parts = CONFIGS[case]
+    file = inside / "hostile.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    printed = refused("explain", ["--config=hostile.yaml"], inside, capfd)
+    for part in ["hostile.yaml", *parts]:
+        assert part in printed
+
+
+def sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+PLACES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "a terabyte": (sparse, ["hostile", "longer than 32,000 characters"]),
+    "a folder": (Path.mkdir, ["hostile", "Is a directory"]),
+    "a pipe": (os.mkfifo, ["hostile", "a pipe or a device"]),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), ["hostile", "a pipe or a device"]),
+    "a link to itself": (lambda path: path.symlink_to("hostile"), ["hostile", "symbolic link"]),
+    "a link to nothing": (lambda path: path.symlink_to("nothing"), ["hostile", "does not exist"]),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_a_config_that_is_no_file_is_refused(case, inside, capfd):
+    """Guards against waiting for ever on a pipe, and against reading without end."""
+    make, parts = PLACES[case]
+    make(inside / "hostile")
+    printed = refused("explain", ["--config=hostile"], inside, capfd)
+    for part in parts:
+        assert part in printed
+
+
+FLAGS = {
+    "config with NUL": (["--config=a\0b"], ["--config", "NUL"]),
+    "config with a name too long": ([f"--config={'a' * 5000}"], ["--config", "too long a path"]),
+    "10,000 lists": ([f"--aux.layers.at={'[' * 10_000}"], ["--aux.layers.at", "is not a list", "(10,000 characters)"]),
+    "aliases that explode": (
+        [f"--aux.layers.at={IN_LISTS.partition('at: ')[2].strip()}"],
+        ["--aux.layers.at", "is not a list"],
+    ),
+    "tag": (["--aux.layers.at=!!python/object/apply:os.system ['touch hurt']"], ["--aux.layers.at", "is not a list"]),
+    "5,000 digits": ([f"--train.steps={'9' * 5_000}"], ["--train.steps", "too large"]),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_a_hostile_flag_is_refused(case, inside, capfd):
+    """Guards against a command line that does what a file may not."""
+    arguments, parts = FLAGS[case]
+    printed = refused("explain", arguments, inside, capfd)
+    for part in parts:
+        assert part in printed
+
+
+def zipped(*members: tuple[str, bytes], **options) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members:
+            file.writestr(name, content, **options)
+    return archive.getvalue()
+
+
+def encrypted() -> bytes:
+    """An archive whose headers say that its member is."""
+    archive = bytearray(zipped(("enwik8", TEXT)))
+    archive[6] |= 1
+    archive[archive.rindex(b"PK\1\2") + 8] |= 1
+    return bytes(archive)
+
+
+def link_member() -> bytes:
+    info = zipfile.ZipInfo("enwik8")
+    info.external_attr = 0o120777 << 16
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr(info, "/etc/hostname")
+    return archive.getvalue()
+
+
+def packed_by(method: int) -> bytes:
+    """An archive whose headers name a method that does not exist."""
+    archive = bytearray(zipped(("enwik8", TEXT)))
+    at = archive.rindex(b"PK\1\2")
+    archive[8:10] = archive[at + 10 : at + 12] = method.to_bytes(2, "little")
+    return bytes(archive)
+
+
+def by_hand(name: bytes, packed: bytes, size: int, copies: int = 1) -> bytes:
+    """A zip archive of one member, whose list names it `copies` times; its checksum is not computed."""
+    local = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 8, 0, 0, 0, len(packed), size, len(name), 0) + name + packed
+    entry = struct.pack("<4s6H3L", b"PK\1\2", 20, 20, 0, 8, 0, 0, 0, len(packed), size)
+    listed = copies * (entry + struct.pack("<5H2L", len(name), 0, 0, 0, 0, 0, 0) + name)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, copies % 65536, copies % 65536, len(listed), len(local), 0)
+    return local + listed + end
+
+
+def gigabytes_of_zeros() -> bytes:
+    """Three, deflated: a block that remembers nothing of the one before can be repeated."""
+    squeeze = zlib.compressobj(wbits=-15)
+    block = squeeze.compress(bytes(1 << 26)) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    return 48 * block + zlib.compressobj(wbits=-15).flush()
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+UNREADABLE, MEMBER = "cannot be read to its end", "no member named enwik8"
+ARCHIVES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
+    "zip with ..": (lambda: zipped(("../enwik8", TEXT), ("../../hurt", TEXT)), [MEMBER]),
+    "zip with an absolute name": (lambda: zipped(("/tmp/enwik8", TEXT)), [MEMBER]),
+    "zip with a link": (link_member, ["has 13 bytes"]),
+    "zip with the wrong member": (lambda: zipped(("enwik9", TEXT)), [MEMBER]),
+    "zip with a folder": (lambda: zipped(("enwik8/", b"")), [MEMBER]),
+    "zip with nothing": (zipped, [MEMBER]),
+    "zip with several, another text last": (
+        lambda: zipped(("README", b"read me"), ("enwik8", bytes(len(TEXT)))),
+        ["has sha256"],
+    ),
+    "zip, encrypted": (encrypted, [UNREADABLE, "password"]),
+    "zip, truncated": (lambda: zipped(("enwik8", TEXT))[:-30], [UNREADABLE, "not a zip file"]),
+    "zip, bad checksum": (
+        lambda: by_hand(b"enwik8", zlib.compress(TEXT, wbits=-15), len(TEXT)),
+        [UNREADABLE, "Bad CRC-32"],
+    ),
+    "zip, unknown method": (lambda: packed_by(99), [UNREADABLE, "compression"]),
+    "zip of a million members": (
+        lambda: by_hand(b"enwik8", zlib.compress(TEXT, wbits=-15), len(TEXT), 1_000_000),
+        [UNREADABLE, "far too many members"],
+    ),
+    "zip, longer than it says": (lambda: by_hand(b"enwik8", gigabytes_of_zeros(), 7), [UNREADABLE]),
+    "gz, truncated": (lambda: gzip.compress(TEXT)[:-9], [UNREADABLE, "end-of-stream"]),
+    "gz, bad checksum": (lambda: flipped(gzip.compress(TEXT), -5), [UNREADABLE, "CRC check failed"]),
+    "gz with rubbish behind": (lambda: gzip.compress(TEXT) + b"rubbish", [UNREADABLE, "Not a gzipped file"]),
+    "gz of another text": (lambda: gzip.compress(TEXT[::-1]), ["has sha256"]),
+    "xz, truncated": (lambda: lzma.compress(TEXT)[:-9], [UNREADABLE, "end-of-stream"]),
+    "xz, damaged": (lambda: flipped(lzma.compress(TEXT), 40), [UNREADABLE]),
+    "xz of too long a text": (lambda: lzma.compress(TEXT + b"!"), ["more than 1,920 bytes"]),
+    "nothing": (bytes, ["has 0 bytes"]),
+    "too short": (lambda: TEXT[:-1], ["has 1,919 bytes"]),
+    "a bit flipped": (lambda: flipped(TEXT, 99), ["has sha256"]),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_a_hostile_archive_is_refused(case, inside, capfd):
+    """Guards against a member that is written where its name leads, and against tracebacks of decompressors."""
+    make, parts = ARCHIVES[case]
+    (inside / "copy").write_bytes(make())
+    printed = refused("prepare", ["--data.corpus=enwik8", "--data.path=copy"], inside, capfd)
+    for part in [f"data.path={inside / 'copy'}", *parts]:
+        assert part in printed
+
+
+def test_bombs_are_refused_in_little_memory(tmp_path):
+    """Guards against gigabytes, in memory or on disk, that files of megabytes unpack to."""
+    (tmp_path / "bomb.gz").write_bytes(48 * gzip.compress(bytes(1 << 26)))
+    (tmp_path / "bomb.xz").write_bytes(48 * lzma.compress(bytes(1 << 24), preset=0))
+    (tmp_path / "bomb.zip").write_bytes(by_hand(b"enwik8", gigabytes_of_zeros(), 3 << 30))
+    (tmp_path / "greedy.xz").write_bytes(asking_for_gigabytes())
+    names = ["bomb.gz", "bomb.xz", "bomb.zip", "greedy.xz"]
+    assert sum((tmp_path / name).stat().st_size for name in names) < 20 << 20
+    complaints = ["more than 10,000,000 bytes"] * 3 + ["cannot be read to its end (MemoryError)"]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *names],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(SCRIPTS.parent), "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for line, name, complaint in zip(done.stdout.splitlines(), names, complaints, strict=True):
+        assert f"data.path={tmp_path / name}: " in line
+        assert complaint in line
+
+
+CHILD = """
+import resource, sys
+from dataclasses import replace
+from pathlib import Path
+from charlm.config import DataConfig, UserError
+from charlm.data.corpus import load_corpus
+from charlm.data.sources import PUBLISHED
+
+PUBLISHED["enwik8"] = replace(PUBLISHED["enwik8"], size=10_000_000)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), used + (1 << 28)))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
+for name in sys.argv[1:]:
+    try:
+        load_corpus(DataConfig(corpus="enwik8", path=Path(name), cache_dir=Path("cache")), progress=False)
+    except UserError as error:
+        print(error)
+    assert [path.name for path in Path("cache").iterdir()] == [".enwik8.lock"]
+"""
+
+
+def asking_for_gigabytes() -> bytes:
+    """An xz file that wants a dictionary of 1.5 GiB, the most that there is."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 20}]
+    small = bytearray(lzma.compress(TEXT, filters=filters))
+    size = (small[12] + 1) * 4  # of the block's header, which ends with its checksum
+    at = small.index(b"\x21\x01", 12, 12 + size) + 2
+    small[at] = 39  # 3 GiB
+    small[12 + size - 4 : 12 + size] = zlib.crc32(small[12 : 12 + size - 4]).to_bytes(4, "little")
+    return bytes(small)
+
+
+def write(name: str, content: bytes | str) -> Callable[[Path], object]:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda place: (place / name).write_bytes(data)
+
+
+def hostile_folder(spoil: Callable[[Path], object]) -> Callable[[Path], object]:
+    def make(place: Path) -> None:
+        (place / "hostile").mkdir()
+        spoil(place / "hostile")
+
+    return make
+
+
+FILE = ["--data.corpus=file", "--data.path=hostile"]
+HUB = ["--data.corpus=hub", "--data.hub_id=./hostile"]
+TEXTS: dict[str, tuple[list[str], Callable[[Path], object], list[str]]] = {
+    "a pipe": (FILE, lambda place: os.mkfifo(place / "hostile"), ["neither a file nor a folder"]),
+    "a device": (FILE, lambda place: (place / "hostile").symlink_to("/dev/zero"), ["/dev/zero", "neither a file"]),
+    "a link to itself": (FILE, lambda place: (place / "hostile").symlink_to("hostile"), ["cannot read", "symbolic"]),
+    "a link to nothing": (FILE, lambda place: (place / "hostile").symlink_to("nothing"), ["nothing", "cannot read"]),
+    "a folder of links in circles": (
+        FILE,
+        hostile_folder(lambda folder: [(folder / name).symlink_to(folder) for name in "ab"]),
+        ["there is no text in it"],
+    ),
+    "a folder of pipes": (FILE, hostile_folder(lambda folder: os.mkfifo(folder / "pipe")), ["there is no text"]),
+    "a terabyte": (FILE, lambda place: sparse(place / "hostile"), ["bytes free", "1,099,511,627,776"]),
+    "a pipe for enwik8": (
+        ["--data.corpus=enwik8", "--data.path=hostile"],
+        lambda place: os.mkfifo(place / "hostile"),
+        ["not a file; give a copy of enwik8"],
+    ),
+    "a folder for enwik8": (
+        ["--data.corpus=enwik8", "--data.path=hostile"],
+        lambda place: (place / "hostile").mkdir(),
+        ["not a file; give a copy of enwik8"],
+    ),
+    "Latin-1 where characters are asked for": (
+        [*FILE, "--data.vocabulary=characters"],
+        write("hostile", "café ".encode("latin-1") * 200),
+        ["not UTF-8 at byte 3", "--data.vocabulary=bytes"],
+    ),
+    "half a character at the end": (
+        [*FILE, "--data.vocabulary=sentencepiece"],
+        write("hostile", b"plain text " * 200 + "é".encode()[:1]),
+        ["not UTF-8 at byte 2,200"],
+    ),
+    "surrogates in UTF-8": (
+        [*FILE, "--data.vocabulary=characters"],
+        write("hostile", b"plain text " * 200 + "\ud800".encode("utf-8", "surrogatepass")),
+        ["not UTF-8 at byte 2,200"],
+    ),
+    "an overlong character": (
+        [*FILE, "--data.vocabulary=characters"],
+        write("hostile", b"\xc0\xaf" + b"plain text " * 200),
+        ["not UTF-8 at byte 0"],
+    ),
+    "parquet of rubbish": (
+        HUB,
+        hostile_folder(lambda folder: (folder / "train.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")),
+        ["cannot be read"],
+    ),
+    "parquet, truncated": (HUB, hostile_folder(lambda folder: parquet(folder, cut=100)), ["cannot be read"]),
+    "parquet of numbers": (HUB, hostile_folder(lambda folder: parquet(folder, [1, 2, 3])), ["holds int, not text"]),
+    "dataset with a program": (
+        HUB,
+        hostile_folder(lambda folder: (folder / "hostile.py").write_text("open('hurt', 'w')")),
+        ["hostile"],
+    ),
+}
+
+
+def parquet(folder: Path, values: list | None = None, cut: int = 0) -> None:
+    path = folder / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": values or ["some text"] * 1000}), path)
+    os.truncate(path, path.stat().st_size - cut)
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_a_hostile_text_is_refused(case, inside, capfd):
+    """Guards against hanging on a pipe, filling the disk, and ids made from what is no text."""
+    arguments, make, parts = TEXTS[case]
+    make(inside)
+    printed = refused("prepare", arguments, inside, capfd)
+    for part in ["data.", *parts]:
+        assert part in printed
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished run on the text."""
+    folder = tmp_path_factory.mktemp("sound")
+    (folder / "text.txt").write_bytes(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        assert run_script("train", *TINY, *ON_TEXT, "--run.dir=run") == 0
+    return folder / "run"
+
+
+ON_TEXT = ["--data.corpus=file", "--data.path=text.txt", "--data.cache_dir=prepared"]
+EVALUATE = ("evaluate", ["run"])
+RESUME_FROM = ("train", [*TINY, *ON_TEXT, "--run.dir=run", "--run.resume_from=3"])
+GENERATE = ("generate", ["run", "--prompt=the"])
+LAST = "checkpoints/step-00000003"
+
+
+def changed(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda run: (run / name).write_bytes(change((run / name).read_bytes()))
+
+
+def replaced(name: str, put: Callable[[Path], object]) -> Callable[[Path], object]:
+    """`put` something in the place of a file."""
+
+    def spoil(run: Path) -> None:
+        (run / name).unlink()
+        put(run / name)
+
+    return spoil
+
+
+def elsewhere(name: str) -> Callable[[Path], object]:
+    """The file is moved out of the run, and a link put in its place."""
+
+    def spoil(run: Path) -> None:
+        (run / name).rename(run.parent / "moved")
+        (run / name).symlink_to(run.parent / "moved")
+
+    return spoil
+
+
+def manifest(**entries) -> Callable[[Path], object]:
+    """A manifest with other entries, which lead out of the run."""
+    return changed(f"{LAST}/manifest.json", lambda text: json.dumps(json.loads(text) | entries, indent=2).encode())
+
+
+def vocabulary(record: object) -> Callable[[Path], object]:
+    def change(text: bytes) -> bytes:
+        provenance = json.loads(text)
+        provenance["corpus"]["vocabulary"] = record
+        return json.dumps(provenance).encode()
+
+    return changed("provenance.json", change)
+
+
+DEEP_JSON = b"[" * 100_000
+OUTSIDE = {"../../../text.txt": {"bytes": len(TEXT), "sha256": sha256(TEXT).hexdigest()}}
+RUNS: dict[str, tuple[tuple[str, list[str]], Callable[[Path], object], list[str]]] = {
+    "run that is a file": (EVALUATE, lambda run: (shutil.rmtree(run), run.write_text("run")), ["run is not a run"]),
+    "config of rubbish": (EVALUATE, changed("config.yaml", lambda _: bytes(range(256))), ["config.yaml", "UTF-8"]),
+    "config with a tag": (
+        EVALUATE,
+        changed("config.yaml", lambda text: text + b"!!python/object/apply:os.system ['touch hurt']: 1\n"),
+        ["config.yaml", TAG],
+    ),
+    "config of another model": (
+        EVALUATE,
+        changed("config.yaml", lambda text: text.replace(b"d_ff: 32", b"d_ff: 64")),
+        [f"{LAST}/model.safetensors", "its tensor transformer.blocks.0", "config.yaml"],
+    ),
+    "config that is a pipe": (EVALUATE, replaced("config.yaml", os.mkfifo), ["run is not a run"]),
+    "provenance of 100,000 lists": (EVALUATE, changed("provenance.json", lambda _: DEEP_JSON), ["provenance.json"]),
+    "provenance of a terabyte": (EVALUATE, replaced("provenance.json", sparse), ["provenance.json"]),
+    "provenance without a corpus": (EVALUATE, changed("provenance.json", lambda _: b"{}"), ["names no corpus"]),
+    "provenance, truncated": (GENERATE, changed("provenance.json", lambda text: text[:99]), ["provenance.json"]),
+    "vocabulary of nothing": (EVALUATE, vocabulary(None), ["run", "vocabulary"]),
+    "vocabulary of another kind": (EVALUATE, vocabulary({"name": "hurt"}), ["run", "vocabulary"]),
+    "parameters, one bit": (EVALUATE, changed(f"{LAST}/model.safetensors", lambda it: flipped(it, 999)), ["model"]),
+    "parameters, truncated": (GENERATE, changed(f"{LAST}/model.safetensors", lambda it: it[:-9]), ["model.saf"]),
+    "parameters missing": (EVALUATE, lambda run: (run / LAST / "model.safetensors").unlink(), ["is missing"]),
+    "parameters of another name": (
+        EVALUATE,
+        lambda run: (run / LAST / "model.safetensors").rename(run / LAST / "model.pt"),
+        ["model.safetensors", "is missing"],
+    ),
+    "parameters behind a link": (EVALUATE, elsewhere(f"{LAST}/model.safetensors"), ["model.safetensors", "a link"]),
+    "parameters that are a pipe": (
+        EVALUATE,
+        replaced(f"{LAST}/model.safetensors", os.mkfifo),
+        ["model.safetensors", "no file at all"],
+    ),
+    "a file too many": (EVALUATE, lambda run: (run / LAST / "hurt.pt").touch(), ["hurt.pt", "is in the way"]),
+    "state of 100,000 lists": (EVALUATE, changed(f"{LAST}/state.json", lambda _: DEEP_JSON), ["state.json"]),
+    "state missing": (RESUME_FROM, lambda run: (run / LAST / "state.json").unlink(), ["state.json", "missing"]),
+    "manifest that leads out": (EVALUATE, manifest(**OUTSIDE), ["manifest.json", "its own SHA-256"]),
+    "manifest with an absolute name": (EVALUATE, manifest(**{"/etc/hostname": {}}), ["manifest.json"]),
+    "manifest of 100,000 lists": (EVALUATE, changed(f"{LAST}/manifest.json", lambda _: DEEP_JSON), ["manifest.json"]),
+    "manifest of NaN": (EVALUATE, changed(f"{LAST}/manifest.json", lambda _: b"NaN"), ["manifest.json"]),
+    "optimizer, truncated": (RESUME_FROM, changed(f"{LAST}/optimizer.safetensors", lambda it: it[:-1]), ["optimizer"]),
+    "checkpoint behind a link": (
+        RESUME_FROM,
+        lambda run: ((run / LAST).rename(run.parent / "moved"), (run / LAST).symlink_to(run.parent / "moved")),
+        [LAST, "is no folder"],
+    ),
+    "pointer that leads out": (
+        EVALUATE,
+        lambda run: [(run / "checkpoints" / name).write_text("../../moved\n") for name in ("best", "last")],
+        ["run has no checkpoint 'best'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_hostile_run_is_refused(case, run, inside, capfd):
+    """Guards against a run of somebody else's that runs code, leads out of its folder, or ends in a traceback."""
+    (script, arguments), spoil, parts = RUNS[case]
+    shutil.copytree(run, inside / "run")
+    spoil(inside / "run")
+    printed = refused(script, arguments, inside, capfd)
+    for part in parts:
+        assert part in printed
+
+
+LARGE = {
+    "d_model": ["--model.d_model=2000000"],
+    "num_layers": ["--model.num_layers=100000000"],
+    "d_ff": ["--model.d_ff=1000000000000"],
+    "ngram_buckets": ["--model.ngrams=[2]", "--model.ngram_buckets=1000000000000"],
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_a_model_larger_than_the_machine_is_refused(case, inside):
+    """Guards against an absurd size that ends all other processes of the machine before it fails."""
+    config = load_config((), [*TINY, *LARGE[case]])
+    with pytest.raises(ConfigError, match=rf"{case.removesuffix('_buckets')}.* GB, and this machine has"):
+        CharTransformer(config.model, 256)
+    if case != "num_layers":
+        with torch.device("meta"):
+            CharTransformer(config.model, 256)  # which only counts
+
+
+CACHES: dict[str, Callable[[Path], object]] = {
+    "ids, one bit": changed("ids.bin", lambda ids: flipped(ids, 99)),
+    "ids, truncated": changed("ids.bin", lambda ids: ids[:-1]),
+    "ids, longer": changed("ids.bin", lambda ids: ids + b"!"),
+    "ids that are a pipe": replaced("ids.bin", os.mkfifo),
+    "ids behind a link": elsewhere("ids.bin"),
+    "ids missing": lambda folder: (folder / "ids.bin").unlink(),
+    "record, truncated": changed("corpus.json", lambda text: text[:-9]),
+    "record of 100,000 lists": changed("corpus.json", lambda _: DEEP_JSON),
+    "record that is a list": changed("corpus.json", lambda _: b"[1, 2]"),
+    "record of a terabyte": replaced("corpus.json", sparse),
+    "record that is a pipe": replaced("corpus.json", os.mkfifo),
+    "negative sizes": changed("corpus.json", lambda text: text.replace(b'"characters": 1', b'"characters": -1')),
+    "sizes of NaN": changed("corpus.json", lambda text: text.replace(b'"characters": 1', b'"characters": NaN, "x": 1')),
+    "a type of objects": changed("corpus.json", lambda text: text.replace(b'"uint8"', b'"object"')),
+}
+
+
+@pytest.mark.parametrize("case", CACHES)
+def test_a_damaged_cache_is_prepared_anew(case, tmp_path):
+    """Guards against training on what is no longer the text, and against a cache that hangs or ends every run."""
+    (tmp_path / "text.txt").write_bytes(TEXT)
+    config = DataConfig(corpus="file", path=tmp_path / "text.txt", cache_dir=tmp_path / "cache")
+    sound = corpora.load_corpus(config, progress=False).to_dict()
+    [folder] = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    CACHES[case](folder)
+    assert corpora.load_corpus(config, progress=False).to_dict() == sound
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert all(path.is_file() and not path.is_symlink() for path in folder.iterdir())
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+NAMES = st.sampled_from(["data", "model", "aux", "train", "run", "layers", "at", "steps", "path", "d_model", "tracker"])
+trees = st.recursive(
+    scalars,
+    lambda children: (
+        st.lists(children, max_size=4) | st.dictionaries(NAMES | st.text(max_size=9), children, max_size=4)
+    ),
+    max_leaves=12,
+)
+VALID = to_yaml(Config())
+changes = st.tuples(st.integers(0, len(VALID)), st.integers(0, 9), st.text(max_size=9))
+
+
+def read_config(text: str, path: Path) -> None:
+    """A Config, or a UserError."""
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        assert isinstance(load_config(path), Config)
+    except UserError as error:
+        assert str(error)
+
+
+@settings(max_examples=100)
+@given(text=st.text(alphabet=st.sampled_from("{}[]:-,&*!|>'\"#%@? \n\tab0.~<") | st.characters(), max_size=60))
+def test_any_text_is_a_config_or_a_user_error(text, tmp_path_factory):
+    """Guards against whatever PyYAML, tyro or a converter of ours may raise beside."""
+    read_config(text, tmp_path_factory.getbasetemp() / "fuzzed.yaml")
+
+
+@settings(max_examples=25)
+@given(tree=trees)
+def test_any_structure_is_a_config_or_a_user_error(tree, tmp_path_factory):
+    """Guards against a type that is not foreseen at its place."""
+    read_config(yaml.safe_dump(tree), tmp_path_factory.getbasetemp() / "fuzzed.yaml")
+
+
+@settings(max_examples=25)
+@given(edits=st.lists(changes, min_size=1, max_size=4))
+def test_a_config_changed_at_random_is_a_config_or_a_user_error(edits, tmp_path_factory):
+    """Guards against damage to a run's own config that ends in a traceback."""
+    text = VALID
+    for place, length, inserted in edits:
+        text = text[:place] + inserted + text[place + length :]
+    read_config(text, tmp_path_factory.getbasetemp() / "fuzzed.yaml")
+
+
+@settings(max_examples=200)
+@given(content=st.binary(max_size=60) | trees.map(lambda tree: json.dumps(tree).encode()))
+def test_any_file_is_json_or_a_user_error(content, tmp_path_factory):
+    """Guards against what a JSON parser raises beside ValueError."""
+    path = tmp_path_factory.getbasetemp() / "fuzzed.json"
+    path.write_bytes(content)
+    try:
+        read_json(path)
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+entry = st.fixed_dictionaries({"bytes": scalars, "sha256": scalars}) | trees
+paths = st.sampled_from(["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "../../text.txt"])
+
+
+@settings(max_examples=100)
+@given(record=st.dictionaries(paths | st.text(max_size=9), entry, max_size=6) | trees)
+def test_any_manifest_is_refused(record, run, tmp_path_factory):
+    """Guards against a manifest that vouches for what it should not, reads elsewhere, or ends in a traceback."""
+    folder = tmp_path_factory.getbasetemp() / "fuzzed run"
+    if not folder.exists():
+        shutil.copytree(run, folder)
+    (folder / LAST / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        find_checkpoint(Run.open(folder), 3)
