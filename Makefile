@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint: each makes .venv first, from any Python >= 3.11 with pip.
+# make demo | test | test-slow | soak | lint: each makes .venv first, from any Python >= 3.11 with pip.
 # PYTHON=... names the interpreter to make it with.
 
 READY := .venv/.installed
@@ -6,7 +6,7 @@ BIN := .venv/bin
 # A test process per core, each with one thread: small models gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow soak lint
 
 demo: $(READY)
 	rm -rf runs/demo
@@ -19,6 +19,11 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow || test $$? -eq 5  # 5: no test is slow
+
+KILLS := 100
+
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills $(KILLS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

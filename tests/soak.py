@@ -1,0 +1,269 @@
+"""Kill runs until they should be lost, and show that they are not: make soak, or python tests/soak.py --kills 100
+
+Each run is trained once without disturbance. Then the same command is started again and again with
+`--run.auto_resume=true`, and struck: kill -9 at a random moment or in the middle of a checkpoint write, of all
+processes or of one, or a signal that asks it to stop; between two starts a file of the newest checkpoint may be
+damaged, or the number of processes changed. At the end every step must have been taken exactly once, and the weights
+of a run that kept its number of processes must be the undisturbed run's to the bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psutil
+import torch
+
+import charlm
+import charlm.training.loop  # before the first fork, so that a start takes no time
+from charlm.config import Stopped
+from charlm.runs.checkpoints import checkpoint_folders
+from charlm.runs.folder import Run
+
+STEPS = 300
+PATIENCE, GRACE = 120.0, 5.0
+"""Seconds that a run may take before it counts as hanging, and that it has to end once one of its processes has failed:
+then a launcher kills the others, too."""
+FLAGS = [
+    "--data.corpus=file",
+    "--model.num_layers=2",
+    "--model.num_heads=2",
+    "--model.d_model=32",
+    "--model.d_ff=64",
+    "--model.context_length=32",
+    f"--train.steps={STEPS}",
+    "--train.batch_size=4",
+    "--train.log_every=1",
+    "--train.valid_every=50",
+    "--train.valid_symbols=1000",
+    "--train.keep_checkpoints=3",
+]
+FREE = {  # what a run that keeps its processes may be
+    "precision": ["--train.mixed_precision=no", "--train.mixed_precision=bf16"],
+    "optimizer": ["--train.optimizer=adamw", "--train.optimizer=sgd", "--train.optimizer=muon"],
+    "dropout": ["--model.residual_dropout=0.0", "--model.residual_dropout=0.1"],
+    "micro-batch": ["--train.micro_batch_size=4", "--train.micro_batch_size=2"],
+    "cadence": ["--train.checkpoint_every=3", "--train.checkpoint_every=20"],
+    "clipping": ["--train.clip_norm=0", "--train.clip_norm=1"],
+}
+MOVING = {  # and one that moves between one and two, whose losses then differ by rounding
+    "cadence": FREE["cadence"],
+    "micro-batch": FREE["micro-batch"],
+    "rest": ["--train.mixed_precision=no"],
+}
+STRIKES = {"kill": 5, "kill in a write": 4, "kill one process": 2, "ask to stop": 2}
+"""How a run is struck, and how often of so many."""
+
+
+@dataclass
+class Outcome:
+    """What happened to one run."""
+
+    settings: str
+    processes: str
+    strikes: Counter = field(default_factory=Counter)
+    damaged: int = 0
+    end: str = "lost"
+    wrong_steps: int = 0
+    """Steps that metrics.jsonl has not exactly once."""
+
+    @property
+    def kills(self) -> int:
+        return sum(count for strike, count in self.strikes.items() if strike.startswith("kill"))
+
+
+def start(flags: list[str], run: Path, num_processes: int) -> list[int]:
+    """The processes that train, as a launcher would start them, each a fork of this one: nothing has to be imported."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(num_processes):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 1
+        try:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if num_processes > 1:
+                world = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": num_processes,
+                    "LOCAL_WORLD_SIZE": num_processes,
+                }
+                os.environ |= {name: str(value) for name, value in world.items()}
+                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            with (run.parent / "said.txt").open("a") as said:
+                os.dup2(said.fileno(), 1)
+                os.dup2(said.fileno(), 2)
+            charlm.train(charlm.load_config(overrides=[*flags, f"--run.dir={run}", "--run.auto_resume=true"]))
+            code = 0
+        except Stopped:  # before it had begun
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return children
+
+
+def wait(children: list[int]) -> list[int]:
+    """The exit codes, once all have ended; TimeoutError if they hang."""
+    codes, began, failed = {}, time.monotonic(), None
+    while len(codes) < len(children):
+        left = set(children) - codes.keys()
+        for child in left:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                failed = failed or (time.monotonic() if codes[child] else None)
+        if time.monotonic() > min(began + PATIENCE, (failed or began + PATIENCE) + GRACE):
+            for child in left - codes.keys():
+                os.kill(child, signal.SIGKILL)
+            if not failed:
+                raise TimeoutError(f"{len(left)} of {len(children)} processes hang")
+        time.sleep(0.002)
+    return [codes[child] for child in children]
+
+
+def strike(kind: str, children: list[int], run: Path, choose: random.Random) -> None:
+    """Wait for the moment, and strike."""
+    if kind == "kill in a write":
+        while not any((run / "checkpoints").glob(".step-*.tmp")) and not has_ended(children[0]):
+            pass
+        time.sleep(choose.uniform(0.0, 0.01))
+    else:
+        time.sleep(choose.uniform(0.0, 1.5))
+    number = choose.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]) if kind == "ask to stop" else signal.SIGKILL
+    for child in children[-1:] if kind == "kill one process" else children:
+        os.kill(child, number)
+
+
+def has_ended(child: int) -> bool:
+    return psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def damage(run: Path, choose: random.Random) -> bool:
+    """Flip a bit of the newest checkpoint, if there is one to fall back on."""
+    folders = checkpoint_folders(Run(run))
+    if len(folders) < 2:
+        return False
+    path = choose.choice([path for path in sorted(folders[-1].iterdir()) if path.stat().st_size])
+    with path.open("r+b") as file:
+        position = choose.randrange(path.stat().st_size)
+        file.seek(position)
+        (byte,) = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte ^ 1 << choose.randrange(8)]))
+    return True
+
+
+def last_weights(run: Path) -> Path:
+    return run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors"
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """Step and loss of every training row."""
+    rows = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def soak_one(folder: Path, corpus: list[str], choose: random.Random, strikes: int) -> Outcome:
+    """One run, undisturbed and disturbed."""
+    moving = choose.random() < 0.3
+    settings = {name: choose.choice(values) for name, values in (MOVING if moving else FREE).items()}
+    fixed = choose.choice([1, 1, 2])
+    flags = [*FLAGS, *corpus, *settings.values()]
+    shown = " ".join(flag.rpartition(".")[2] for flag in settings.values())
+    outcome = Outcome(shown, "1 and 2" if moving else str(fixed))
+    assert wait(start(flags, folder / "whole", fixed)) == [0] * fixed, (folder / "said.txt").read_text()
+    run = folder / "run"
+    for _ in range(strikes):
+        children = start(flags, run, choose.choice([1, 2]) if moving else fixed)
+        (kind,) = choose.choices(list(STRIKES), list(STRIKES.values()))
+        strike(kind, children, run, choose)
+        codes = wait(children)
+        if -signal.SIGKILL in codes or (kind == "ask to stop" and set(codes) == {0}):
+            outcome.strikes[kind] += 1
+        elif any(code > 0 for code in codes):
+            raise AssertionError(f"{kind}: it ended with {codes}\n{(folder / 'said.txt').read_text()[-3000:]}")
+        if run.exists() and choose.random() < 0.25:
+            outcome.damaged += damage(run, choose)
+        if last_weights(run).exists():
+            break
+    last = choose.choice([1, 2]) if moving else fixed
+    if wait(start(flags, run, last)) != [0] * last:
+        return outcome
+    whole, disturbed = losses(folder / "whole"), losses(run)
+    taken = Counter(step for step, _ in disturbed)
+    outcome.wrong_steps = sum(taken[step] != 1 for step in range(1, STEPS + 1))
+    if last_weights(run).read_bytes() == last_weights(folder / "whole").read_bytes():
+        outcome.end = "identical"
+    elif moving:
+        furthest = max(abs(mine / other - 1) for (_, mine), (_, other) in zip(disturbed, whole, strict=True))
+        outcome.end = f"losses within {furthest:.0e}" if furthest < 1e-3 else "another run"
+    else:
+        outcome.end = "other weights"
+    return outcome
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """What was done, as Markdown."""
+    lines = [
+        "| settings | processes | " + " | ".join(STRIKES) + " | damaged | steps wrong | end |",
+        "|---|---|" + "---:|" * (len(STRIKES) + 2) + "---|",
+    ]
+    for outcome in outcomes:
+        counts = [*(outcome.strikes[kind] for kind in STRIKES), outcome.damaged, outcome.wrong_steps]
+        cells = [f"`{outcome.settings}`", outcome.processes, *map(str, counts), outcome.end]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="stop after so many kills")
+    parser.add_argument("--minutes", type=float, default=60.0, help="or after so much time")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # threads do not survive a fork
+    choose, began, outcomes = random.Random(arguments.seed), time.monotonic(), []
+    with tempfile.TemporaryDirectory() as home:
+        text = Path(home) / "text.txt"
+        text.write_text(" ".join(random.Random(0).choices(["to", "be", "or", "not", "that", "is\n"], k=20_000)))
+        corpus = [f"--data.path={text}", f"--data.cache_dir={home}/cache"]
+        while (kills := sum(outcome.kills for outcome in outcomes)) < arguments.kills:
+            if time.monotonic() - began > 60 * arguments.minutes:
+                break
+            folder = Path(home) / f"run{len(outcomes)}"
+            folder.mkdir()
+            outcomes.append(soak_one(folder, corpus, choose, strikes=12))
+            print(f"{kills + outcomes[-1].kills} kills, {outcomes[-1]}", file=sys.stderr)
+            if outcomes[-1].end in ("lost", "another run", "other weights") or outcomes[-1].wrong_steps:
+                print((folder / "said.txt").read_text()[-5000:], file=sys.stderr)
+            shutil.rmtree(folder)
+    lost = sum(outcome.kills for outcome in outcomes if outcome.end in ("lost", "another run", "other weights"))
+    print(table(outcomes))
+    kills, wrong = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("kills", "wrong_steps"))
+    print(f"\n{kills} kills in {len(outcomes)} runs: {kills - lost} survived, {wrong} steps repeated or skipped")
+    sys.exit(1 if lost or wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
