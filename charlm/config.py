@@ -188,6 +188,8 @@ class ModelConfig:
             "ngram_width",
         ):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        # Deeper than any, and shallow enough for the table of terms to be counted.
+        _require(self.num_layers <= 10_000, "model.num_layers", self.num_layers, "must be at most 10,000")
         _require(
             self.d_model % self.num_heads == 0,
             "model.d_model",
@@ -201,10 +203,10 @@ class ModelConfig:
             f"needs an even head size; d_model / num_heads is {self.d_model // self.num_heads}",
         )
         _require(
-            all(n >= 2 for n in self.ngrams) and len(set(self.ngrams)) == len(self.ngrams),
+            all(2 <= n <= 64 for n in self.ngrams) and len(set(self.ngrams)) == len(self.ngrams),
             "model.ngrams",
             list(self.ngrams),
-            "must be different lengths of at least 2",
+            "must be different lengths from 2 to 64",
         )
         for name in ("attention_dropout", "activation_dropout", "residual_dropout"):
             _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must lie in [0, 1)")
@@ -280,7 +282,7 @@ class TargetsConfig(AuxLossConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.num_targets >= 1, "aux.targets.num_targets", self.num_targets, "must be at least 1")
+        _require(1 <= self.num_targets <= 1000, "aux.targets.num_targets", self.num_targets, "must lie in [1, 1000]")
         _require(0 <= self.weight < float("inf"), "aux.targets.weight", self.weight, "must be finite and at least 0")
 
 

@@ -34,7 +34,7 @@ OUT_OF_RANGE = [
     ("aux.layers.at", "[3, 13]", "layers run from 1 to model.num_layers=12"),
     ("aux.layers.at", "[0]", "layers run from 1 to model.num_layers=12"),
     ("aux.layers.weight", "-1", "finite and at least 0"),
-    ("aux.targets.num_targets", "0", "at least 1"),
+    ("aux.targets.num_targets", "0", "must lie in [1, 1000]"),
     ("aux.targets.weight", "inf", "finite and at least 0"),
     ("train.steps", "0", "at least 1"),
     ("train.batch_size", "0", "at least 1"),
@@ -52,9 +52,13 @@ OUT_OF_RANGE = [
     ("train.valid_every", "-1", "positive and finite"),
     ("train.valid_symbols", "0", "at least 1"),
     ("train.keep_checkpoints", "0", "at least 1"),
+    ("train.checkpoint_every", "-1", "finite and at least 0"),
+    ("train.max_skipped", "0", "at least 1"),
+    ("train.spike_threshold", "nan", "finite and at least 0"),
     ("train.seed", "-1", "must lie in [0, 2^63)"),
     ("train.seed", str(2**63), "must lie in [0, 2^63)"),
     ("run.resume_from", "-1", "must be the step of a checkpoint"),
+    ("run.max_time", "soon", "must be a time like 3h50m"),
     ("run.tracker", "[wandb, wandb]", "names a tracker twice"),
 ]
 

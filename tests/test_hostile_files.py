@@ -196,6 +196,9 @@ FLAGS = {
         ["--aux.layers.at", "is not a list"],
     ),
     "tag": (["--aux.layers.at=!!python/object/apply:os.system ['touch hurt']"], ["--aux.layers.at", "is not a list"]),
+    "a billion layers": (["--model.num_layers=1000000000"], ["model.num_layers", "at most 10,000"]),
+    "a billion targets": (["--aux.targets.num_targets=1000000000"], ["aux.targets.num_targets", "[1, 1000]"]),
+    "n-grams of a billion": (["--model.ngrams=[1000000000]"], ["model.ngrams", "from 2 to 64"]),
     "5,000 digits": ([f"--train.steps={'9' * 5_000}"], ["--train.steps", "too large"]),
 }
 

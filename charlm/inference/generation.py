@@ -158,10 +158,10 @@ def _write(
 
 def _encode(trained: TrainedModel, prompt: str | bytes) -> tuple[bytes, list[int]]:
     """A prompt's bytes and ids."""
-    data = prompt.encode("utf-8", "surrogateescape") if isinstance(prompt, str) else prompt
     try:
+        data = prompt.encode("utf-8", "surrogateescape") if isinstance(prompt, str) else prompt
         ids = trained.vocabulary.encode(data).tolist()
-    except EncodingError as error:
+    except (EncodingError, UnicodeEncodeError) as error:
         raise UserError(f"prompt: {error}; give one that the model can read") from error
     context_length = trained.config.model.context_length
     if not 1 <= len(ids) <= context_length:

@@ -21,6 +21,11 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
+def physical_memory() -> int:
+    """The machine's, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_fits(config: ModelConfig, vocabulary_size: int) -> None:
     """Raise ConfigError, before anything is allocated, if the parameters alone need more memory than the machine has.
 
@@ -30,7 +35,7 @@ def check_fits(config: ModelConfig, vocabulary_size: int) -> None:
     num_tables = {"per_layer": L, "input": 1, "rotary": 0}[config.positions]
     ngrams = len(config.ngrams) * config.ngram_width * (config.ngram_buckets + D)
     parameters = L * (4 * D * D + 2 * D * config.d_ff) + num_tables * T * D + 2 * vocabulary_size * D + ngrams
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = physical_memory()
     if 4 * parameters > memory:
         raise ConfigError(
             f"model.num_layers={L}, d_model={D}, d_ff={config.d_ff}, context_length={T}, "

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from charlm.config import Config, RunConfig, UserError
 from charlm.config_files import to_yaml
 from charlm.data.corpus import Corpus
+from charlm.model.memory import physical_memory
 from charlm.objective.objective import Objective
 from charlm.runs.checkpoints import Checkpoint, checkpoint_folders, find_checkpoint, newest_whole_checkpoint, rewind
 from charlm.runs.folder import Run, write_whole
@@ -63,6 +64,12 @@ def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator
             f"train.spike_threshold={config.train.spike_threshold}: not with fp16, whose scaler decides which updates "
             "are skipped; use bf16, or leave it at 0"
         )
+    windows_bytes = 8 * config.train.batch_size * objective.window_length
+    if windows_bytes > physical_memory():
+        raise UserError(
+            f"train.batch_size={config.train.batch_size}: its windows alone take {windows_bytes / 1e9:,.0f} GB, more "
+            "than this machine has; lower it"
+        )
     if config.train.batch_size < num_processes:
         raise UserError(
             f"train.batch_size={config.train.batch_size}: fewer windows than the {num_processes} processes; raise it"
@@ -80,17 +87,20 @@ def open_run(
     Raises:
         UserError: the folder holds something else, what it holds cannot be continued so, or it is in use.
     """
-    main, run, resumes = accelerator.is_main_process, Run(config.run.dir), goes_on(config.run)
-    state, news, checkpoint = TrainState(), [], None
-    if resumes:
-        checkpoint, news = _where_to_continue(Run.open(run.path), config, corpus)
+    main, resumes = accelerator.is_main_process, goes_on(config.run)
+    run = Run.open(config.run.dir) if resumes else Run(config.run.dir)
+    if not resumes:
+        run.check_absent()
+    accelerator.wait_for_everyone()  # all have seen the folder as it was
+    with run.lock() if main else nullcontext():
+        accelerator.wait_for_everyone()
+        state, news, checkpoint = TrainState(), [], None
+        if resumes:
+            checkpoint, news = _where_to_continue(run, config, corpus)
         if checkpoint is not None:
             state, more = _continue_from(checkpoint, run.config(), config, accelerator, objective, optimizers)
             news += more
-    else:
-        run.check_absent()
-    accelerator.wait_for_everyone()  # the folder as it was has been seen by all
-    with run.lock() if main else nullcontext():
+        accelerator.wait_for_everyone()
         if main and not resumes:
             Run.create(config, corpus.to_dict())
         elif main:
@@ -131,10 +141,13 @@ def _continue_from(
     checkpoint.check_tensors(objective.state_dict())
     restore(checkpoint.snapshot(), objective, optimizers)
     record = dict(checkpoint.state)
-    scaler = record.pop("scaler")
-    if scaler and accelerator.scaler:
-        accelerator.scaler.load_state_dict(scaler)
-    state = TrainState(**record)
+    scaler = record.pop("scaler", None)
+    try:
+        state = TrainState(**record)
+        if scaler and accelerator.scaler:
+            accelerator.scaler.load_state_dict(scaler)
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{checkpoint.path / 'state.json'} is not what training writes: {error}") from error
     news = rescaled_rows(objective.terms, state.step, old.train.steps, new.train.steps)
     if state.processes not in (None, accelerator.num_processes):
         news.append(f"processes: {state.processes} -> {accelerator.num_processes}")
