@@ -4,11 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+PATIENCE = 300.0
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Return as soon as `condition` holds."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < PATIENCE, f"no {what} after {PATIENCE} seconds"
+        time.sleep(0.1)
 
 
 def launch(command: Sequence[str | Path], **environment: str) -> subprocess.CompletedProcess:

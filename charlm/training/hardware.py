@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment
@@ -30,6 +31,7 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
             "which keeps the global batch, and leave accelerate's at 1"
         )
     precision, reason = choose_precision(train)
+    _rejoin_group()
     AcceleratorState._reset_state()  # or a second run of this process would be held to the precision of the first
     with patch_environment(accelerate_use_fsdp="false"):  # sharding is `charlm.training.sharding`'s
         accelerator = Accelerator(
@@ -42,6 +44,24 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
             ],
         )
     return accelerator, reason
+
+
+def _rejoin_group() -> None:
+    """The process group of processes that a launcher of one machine has started again.
+
+    The launcher keeps its store, in which torch would find the addresses of the processes before, and wait for them.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
+        return
+    store, rank, num_processes = next(dist.rendezvous("env://", timeout=PATIENCE))
+    dist.init_process_group(
+        "gloo" if on_cpu() else "nccl",
+        store=dist.PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=num_processes,
+        timeout=PATIENCE,
+    )
 
 
 def on_cpu() -> bool:

@@ -4,26 +4,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 
 import psutil
 import pytest
 
 from charlm.runs.folder import Run
-from launched import ON_CPU, TORCHRUN
+from launched import ON_CPU, PATIENCE, TORCHRUN, wait_until
 from tiny import SCRIPTS, TINY
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
 CPU = SCRIPTS.parent / "configs" / "accelerate" / "cpu.yaml"
-PATIENCE = 120.0
-
-
-def wait_until(condition, what: str) -> None:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < PATIENCE, f"no {what} after {PATIENCE} seconds"
-        time.sleep(0.1)
 
 
 @pytest.mark.slow

@@ -5,13 +5,19 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import charlm
 from charlm.config import Config, ModelConfig, TrainConfig, UserError
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.loading import build_objective
+from charlm.training.guard import step_unless
 from charlm.training.sharding import shard, wants_shards
 from launched import TORCHRUN, launch, train_with_two_processes
 from tiny import SCRIPTS, TINY
@@ -45,6 +51,10 @@ SETTINGS = {
         "--train.full_context_from=0.5",
     ],
 }
+DYING = SCRIPTS.parent / "tests" / "training" / "train_and_die.py"
+LAUNCH_FILES = SCRIPTS.parent / "configs" / "accelerate"
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0", "--config_file")
+ACCELERATE += (LAUNCH_FILES / "cpu_2_processes.yaml",)
 LAUNCHER = ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
 
 
@@ -136,7 +146,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkp
     """Guards against processes that wait forever for one that was killed, and a checkpoint that it takes along."""
     flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", f"--train.sharding={sharding}"]
     flags += [f"--run.dir={tmp_path / 'run'}"]
-    died = launch([*TORCHRUN, SCRIPTS.parent / "tests" / "training" / "train_and_die.py", *flags])
+    died = launch([*TORCHRUN, DYING, *flags])
     assert died.returncode != 0
     assert "[rank0]: Traceback" not in died.stderr
     assert died.stderr.count("error: another process of this run has ended") <= 1
@@ -146,11 +156,16 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkp
 
 
 @pytest.mark.slow
-def test_a_launcher_that_restarts_processes_continues_the_run(tmp_path, text_corpus_flags):
-    """Guards against a restart that stops at the folder of the run that it is to continue."""
+@pytest.mark.parametrize(
+    ("launcher", "sharding"),
+    [((*TORCHRUN, "--max_restarts=1"), "fsdp2"), ((*ACCELERATE, "--max_restarts=1"), "no")],
+    ids=["torchrun-shards", "accelerate"],
+)
+def test_a_launcher_that_restarts_processes_continues_the_run(launcher, sharding, tmp_path, text_corpus_flags):
+    """Guards against a restart that stops at the folder of the run that it is to continue, or that waits for the
+    processes before at the addresses that the launcher remembers."""
     flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", f"--run.dir={tmp_path / 'run'}"]
-    program = SCRIPTS.parent / "tests" / "training" / "train_and_die.py"
-    done = launch([*TORCHRUN, "--max_restarts=1", program, *flags])
+    done = launch([*launcher, DYING, *flags, f"--train.sharding={sharding}"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed at step 40" in done.stderr
     assert [row["step"] for row in training_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
@@ -196,6 +211,7 @@ def test_what_the_launcher_asks_in_vain_is_refused(environment, message, monkeyp
     ("model", "train", "message"),
     [
         ({"ngrams": (2, 3)}, {}, "model.ngrams"),
+        ({}, {"micro_batch_size": "auto"}, "train.micro_batch_size=auto"),
         ({}, {"batch_size": 5, "micro_batch_size": 2}, "train.batch_size=5"),
         ({}, {"batch_size": 5, "micro_batch_size": 2, "context_divisor": 4}, "train.batch_size=5"),
     ],
@@ -212,10 +228,43 @@ def test_what_cannot_be_sharded_is_refused(model, train, message):
 def test_the_launch_file_shards(tmp_path, text_corpus_flags):
     """Guards against accelerate's own FSDP, which would wrap the model a second time, and a file it cannot read."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0", "--num_processes=2"]
-    command += ["--config_file", SCRIPTS.parent / "configs" / "accelerate" / "fsdp2_bf16.yaml", SCRIPTS / "train.py"]
+    command += ["--config_file", LAUNCH_FILES / "fsdp2_bf16.yaml", SCRIPTS / "train.py"]
     flags = [*TINY, "--train.mixed_precision=auto", *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"]
     done = launch([*command, *flags])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x cpu" in done.stderr
     assert "sharded by FSDP2, precision bf16 (as accelerate was told)" in done.stderr
     assert charlm.load(tmp_path / "run", device="cpu").step == 3
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.AdamW(parameters, fused=True),
+        lambda parameters: torch.optim.SGD(parameters, momentum=0.9),
+        lambda parameters: torch.optim.Muon(parameters),
+    ],
+    ids=["adamw", "sgd", "muon"],
+)
+def test_an_update_that_is_skipped_on_the_device_leaves_shards_as_they_were(make):
+    """Guards against a decision for the whole that an optimizer cannot apply to shards. A group of one has them too."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        linear = nn.Linear(4, 4, bias=False)
+        fully_shard(linear)
+        optimizer = make(linear.parameters())
+        for skip in (True, False):
+            before = linear.weight.full_tensor().clone()
+            linear(torch.randn(2, 4)).sum().backward()
+            step_unless(torch.tensor(skip), optimizer)
+            assert torch.equal(linear.weight.full_tensor(), before) is skip
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("launch_file", sorted(LAUNCH_FILES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_knows_every_key_of_a_launch_file(launch_file):
+    """Guards against a key that accelerate has dropped or never had, which it would refuse on a cluster first."""
+    loaded = load_config_from_file(str(launch_file))
+    flags = {flag.removeprefix("--") for action in launch_command_parser()._actions for flag in action.option_strings}
+    assert set(loaded.fsdp_config) <= flags

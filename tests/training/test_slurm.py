@@ -1,12 +1,14 @@
 """The job templates, under stand-ins for srun and scontrol: no cluster is at hand."""
 
 import os
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
-from launched import ON_CPU
+from launched import ON_CPU, wait_until
 from tiny import SCRIPTS, TINY
 
 TEMPLATES = sorted((SCRIPTS / "slurm").glob("*.sbatch"))
@@ -27,9 +29,10 @@ if [ "$1" = show ]; then echo localhost; else echo "$*" >> "$REQUEUED"; fi
 
 @pytest.fixture
 def submit(tmp_path):
-    """Run a template as a batch script of two tasks; the finished process, and whether it asked to be queued again."""
+    """Run a template as a batch script of two tasks, which may be signalled once they train: its exit code, what it
+    said, and whether it asked to be queued again."""
 
-    def run(template, *flags, python=sys.executable, steps=3):
+    def run(template, *flags, python=sys.executable, steps=3, signal_ranks=None):
         for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
             (tmp_path / "bin").mkdir(exist_ok=True)
             (tmp_path / "bin" / name).write_text(script)
@@ -40,8 +43,15 @@ def submit(tmp_path):
         choice = {"CONFIG": "configs/demo.yaml", "RUN": str(tmp_path / "run"), "STEPS": str(steps), "PYTHON": python}
         environment = os.environ | ON_CPU | slurm | choice | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         command = ["bash", str(template), *flags]
-        done = subprocess.run(command, env=environment, cwd=SCRIPTS.parent, capture_output=True, text=True, timeout=800)
-        return done, requeued.exists() and requeued.read_text() == f"requeue {os.getpid()}\n"
+        requeued.unlink(missing_ok=True)
+        with subprocess.Popen(command, env=environment, cwd=SCRIPTS.parent, stderr=subprocess.PIPE, text=True) as job:
+            if signal_ranks is not None:
+                wait_until((tmp_path / "run" / "metrics.jsonl").exists, "training")
+                for rank in psutil.Process(job.pid).children(recursive=True):
+                    if "RANK" in rank.environ():
+                        rank.send_signal(signal_ranks)
+            said = job.communicate(timeout=800)[1]
+        return job.returncode, said, requeued.exists() and requeued.read_text() == f"requeue {os.getpid()}\n"
 
     return run
 
@@ -53,10 +63,10 @@ def test_a_template_is_bash_and_goes_back_into_the_queue_if_steps_are_left(templ
     assert subprocess.run(["bash", "-n", template], capture_output=True).returncode == 0
     for directive in ("#SBATCH --requeue\n", "#SBATCH --signal=USR1@"):
         assert directive in template.read_text()
-    failed, requeued = submit(template, python="false")
-    assert failed.returncode == 1 and not requeued
-    stopped, requeued = submit(template, python="true")
-    assert stopped.returncode == 0 and requeued, stopped.stderr
+    code, _, requeued = submit(template, python="false")
+    assert code == 1 and not requeued
+    code, said, requeued = submit(template, python="true")
+    assert code == 0 and requeued, said
 
 
 @pytest.mark.slow
@@ -64,9 +74,26 @@ def test_a_template_is_bash_and_goes_back_into_the_queue_if_steps_are_left(templ
 def test_a_template_trains_to_the_end(template, submit, tmp_path, text_corpus_flags):
     """Guards against ranks that do not find each other, flags that do not arrive, and a finished run queued again."""
     flags = [flag for flag in (*TINY, *text_corpus_flags) if not flag.startswith("--train.steps")]
-    done, requeued = submit(template, *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 x cpu" in done.stderr
-    assert ("sharded by FSDP2" in done.stderr) == (template.stem == "fsdp2")
+    code, said, requeued = submit(template, *flags)
+    assert code == 0, said[-3000:]
+    assert "2 x cpu" in said
+    assert ("sharded by FSDP2" in said) == (template.stem == "fsdp2")
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
     assert not requeued
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_job_whose_tasks_are_signalled_saves_and_is_queued_again_and_goes_on(
+    number, submit, tmp_path, text_corpus_flags
+):
+    """Guards against a job that is lost at its limit of time or at a preemption, or that begins anew."""
+    flags = [flag for flag in (*TINY, *text_corpus_flags) if not flag.startswith("--train.steps")]
+    flags += ["--train.log_every=1", "--train.valid_every=1000000"]
+    code, said, requeued = submit(TEMPLATES[0], *flags, steps=1_000_000, signal_ranks=number)
+    assert code == 0 and requeued, said[-3000:]
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    step = int(saved.name.removeprefix("step-"))
+    code, said, requeued = submit(TEMPLATES[0], *flags, steps=step + 2)
+    assert code == 0 and not requeued, said[-3000:]
+    assert f"resumed at step {step}" in said
