@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from charlm.config import Config, ModelConfig
 from charlm.config_files import load_config
-from charlm.model.attention import BLOCK, BlockwiseAttention, Rotation
+from charlm.model.attention import BlockwiseAttention, Rotation, block_length
 from charlm.model.transformer import CharTransformer, ReluSquared
 from charlm.training.hardware import describe_attention
 
@@ -74,11 +74,14 @@ def test_attention_runs_as_the_first_line_of_a_run_says(file, backend, precision
         assert counts["aten::bmm"] + counts["aten::baddbmm"] >= 2
 
 
-@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 17])
-def test_blockwise_attention_equals_the_fused_kernel(length):
+@pytest.mark.parametrize(
+    ("head_size", "length"),
+    [(8, 1), *((size, block_length(size) + more) for size in (8, 128) for more in (-1, 0, 1)), (8, 256), (8, 273)],
+)
+def test_blockwise_attention_equals_the_fused_kernel(head_size, length):
     """A block that sees the future, misses the last keys, or adds its gradient to the wrong ones; a scale left out."""
-    states_BHTC = [torch.randn(2, 3, length, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    grad_BHTC = torch.randn(2, 3, length, 8, dtype=torch.float64)
+    states_BHTC = [torch.randn(2, 3, length, head_size, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    grad_BHTC = torch.randn(2, 3, length, head_size, dtype=torch.float64)
     blockwise_BHTC = BlockwiseAttention.apply(*states_BHTC)
     fused_BHTC = F.scaled_dot_product_attention(*states_BHTC, is_causal=True)
     torch.testing.assert_close(blockwise_BHTC, fused_BHTC, rtol=1e-10, atol=1e-10)
