@@ -14,6 +14,7 @@ from tiny import SCRIPTS, TINY
 TEMPLATES = sorted((SCRIPTS / "slurm").glob("*.sbatch"))
 SRUN = """#!/bin/bash
 # As srun does: every task with its own number, and the worst exit code.
+echo "$*" > "$REQUEUED.srun"
 while [[ $1 == --* ]]; do shift; done
 for ((task = 0; task < SLURM_NTASKS; task++)); do
   SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
@@ -23,7 +24,8 @@ for job in $(jobs -p); do wait "$job" || code=$?; done
 exit $code
 """
 SCONTROL = """#!/bin/bash
-if [ "$1" = show ]; then echo localhost; else echo "$*" >> "$REQUEUED"; fi
+# More hosts than a pipe holds: who reads only the first of them breaks it.
+if [ "$1" = show ]; then echo localhost; seq 20000; else echo "$*" >> "$REQUEUED"; fi
 """
 
 
@@ -57,16 +59,27 @@ def submit(tmp_path):
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
-def test_a_template_is_bash_and_goes_back_into_the_queue_if_steps_are_left(template, submit):
-    """Guards against a script that bash cannot read, a preempted run that is taken for a finished one, and one that
-    fails and is queued again for ever."""
-    assert subprocess.run(["bash", "-n", template], capture_output=True).returncode == 0
+def test_a_template_is_bash_and_goes_back_into_the_queue_if_steps_are_left(template, submit, tmp_path):
+    """Guards against a script that bash cannot read, a preempted run that is taken for a finished one, one that fails
+    and is queued again for ever, tasks on one core, and a list of nodes that breaks the pipe."""
+    for script in (template, TEMPLATES[0].with_name("run.sh")):
+        assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
     for directive in ("#SBATCH --requeue\n", "#SBATCH --signal=USR1@"):
         assert directive in template.read_text()
     code, _, requeued = submit(template, python="false")
     assert code == 1 and not requeued
     code, said, requeued = submit(template, python="true")
     assert code == 0 and requeued, said
+    assert "--cpus-per-task=1 " in (tmp_path / "requeued.srun").read_text()
+
+
+@pytest.mark.parametrize("flag", ["--run.dir=elsewhere", "--train.steps=9", "--train.steps"])
+def test_flags_that_hide_the_end_of_the_run_are_refused(flag, submit, tmp_path):
+    """Guards against a job that looks for its last checkpoint where none will be, and is queued again for ever."""
+    code, said, requeued = submit(TEMPLATES[0], "--train.seed=1", flag, python="true")
+    assert (code, requeued) == (2, False)
+    assert said == f"error: {flag}: set RUN and STEPS before sbatch instead; they tell, too, when the run is done\n"
+    assert not (tmp_path / "requeued.srun").exists()
 
 
 @pytest.mark.slow
