@@ -9,6 +9,7 @@ RUN/checkpoints/step-00001000/model.safetensors       parameters of transformer 
 RUN/checkpoints/last, best    text files that name one of the folders
 RUN/checkpoints/.*.tmp        being written or removed: rubbish after a kill
 RUN/checkpoints/.step-*.old   the whole checkpoint that is being replaced by another of the same step
+RUN/checkpoints/.step-*.damaged   what could not be read when the run went on from an older one; nothing looks there
 
 Reading changes nothing on disk, so that a run can be evaluated while it is trained; saving and `rewind` clear away
 what a kill has left.
@@ -21,7 +22,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,11 +93,12 @@ class Checkpoint:
                 f"{self.path}: was trained with another vocabulary than provenance.json has; restore that file"
             )
 
-    def check_tensors(self, expected: Mapping[str, Tensor]) -> None:
+    def check_tensors(self, expected: Mapping[str, Tensor], owned: Iterable[Collection[str]] = ()) -> None:
         """Raise UserError, naming file and tensor, unless its tensors are those of a model whose `state_dict` this is.
 
         Names, shapes and types are compared, and only headers are read. Optimizer state must belong to a parameter,
-        and be a scalar or of its shape and type.
+        and be a scalar or of its shape and type. `owned`, the parameters of each optimizer by name: every one has all
+        that another of the same optimizer has, or nothing, as one that never had a gradient.
         """
         wanted = {name: (list(tensor.shape), DTYPES.get(tensor.dtype)) for name, tensor in expected.items()}
         found = _header(self.path / MODEL)
@@ -109,8 +112,10 @@ class Checkpoint:
                     f"{self.path / MODEL}: its tensor {name} is {_shown(found[name])}, "
                     f"and that of the model of config.yaml {_shown(wanted[name])}"
                 )
+        keys = defaultdict(set)
         for name, described in _header(self.path / OPTIMIZER).items():
-            parameter = name.rpartition(".")[0]
+            parameter, _, key = name.rpartition(".")
+            keys[parameter].add(key)
             if parameter not in wanted:
                 raise UserError(f"{self.path / OPTIMIZER} has a tensor {name}, which belongs to no parameter")
             if described[0] and described != wanted[parameter]:
@@ -118,6 +123,13 @@ class Checkpoint:
                     f"{self.path / OPTIMIZER}: its tensor {name} is {_shown(described)}, "
                     f"and its parameter {_shown(wanted[parameter])}"
                 )
+        for parameters in owned:
+            complete = set().union(*(keys[name] for name in parameters))
+            for name in parameters:
+                if keys[name] and (missing := complete - keys[name]):
+                    raise UserError(
+                        f"{self.path / OPTIMIZER} has no tensor {name}.{min(missing)}, and other parameters have one"
+                    )
 
 
 def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> Checkpoint:
@@ -196,12 +208,16 @@ def checkpoint_folders(run: Run) -> list[Path]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def rewind(run: Run, checkpoint: Checkpoint) -> list[str]:
+def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[str]:
     """Make `checkpoint` the run's newest: forget the metrics and checkpoints that come after it.
 
+    `discard` removes those checkpoints that are whole. Others, and without it all, are put aside: what could not be
+    read may be sound, and the disk at fault for a moment.
+
     `best` is the best that its state knows; where that is gone, what `best` named before, or else the checkpoint
-    itself. Returns warnings: rows of metrics that were damaged and are dropped.
+    itself. Returns warnings: checkpoints put aside, and rows of metrics that were damaged and are dropped.
     """
+    warnings = []
     _tidy(run)
     folders = {_step(path): path for path in checkpoint_folders(run)}
     known, pointed = checkpoint.state.get("best_step"), _pointed(run, "best")
@@ -210,9 +226,13 @@ def rewind(run: Run, checkpoint: Checkpoint) -> list[str]:
     write_whole(run.checkpoints_path / "last", checkpoint.name + "\n")
     write_whole(run.checkpoints_path / "best", _name(best) + "\n")
     for step in sorted(folders, reverse=True):  # newest first: a kill leaves a run that can go on from what is left
-        if step > checkpoint.step:
+        if step > checkpoint.step and discard and _is_whole(folders[step]):
             _remove(folders[step])
-    return run.forget_metrics_after(checkpoint.step)
+        elif step > checkpoint.step:
+            warnings.append(f"checkpoint of step {step:,} put aside as {_put_aside(folders[step])}")
+    # Earlier versions did not say what they had validated, and validate the last step again.
+    validated_step = checkpoint.state.get("validated_step", checkpoint.step - 1)
+    return warnings + run.forget_metrics_after(checkpoint.step, validated_step)
 
 
 def _name(step: int) -> str:
@@ -279,12 +299,12 @@ def _read(folder: Path) -> Checkpoint:
     """The checkpoint in a folder.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or cannot be read now.
     """
     try:
         _verify(folder)
     except OSError as error:
-        raise UserError(f"{folder} is damaged: it cannot be read ({error.strerror})") from error
+        raise UserError(f"{folder} cannot be read ({error.strerror})") from error
     state = read_json(folder / STATE, MAX_STATE_BYTES)
     if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] != _step(folder):
         raise UserError(f"{folder / STATE} is damaged: its step is not that of its folder")
@@ -385,6 +405,14 @@ def _remove(folder: Path) -> None:
     rubbish = _rubbish(folder)
     folder.rename(rubbish)
     _discard(rubbish)
+
+
+def _put_aside(folder: Path) -> Path:
+    """Where a checkpoint lies from now on, in the place of one of the same step that was put aside before."""
+    aside = folder.with_name(f".{_name(_step(folder))}.damaged")
+    _discard(aside)
+    folder.rename(aside)
+    return aside
 
 
 def _discard(path: Path) -> None:

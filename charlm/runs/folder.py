@@ -50,7 +50,7 @@ class Run:
         """
         run = cls(config.run.dir)
         run.check_absent()
-        with run._refused_unless_it_can_be("made"):
+        with run.refused_unless("made"):
             run.checkpoints_path.mkdir(parents=True, exist_ok=True)
             write_whole(run.provenance_path, json.dumps({"corpus": corpus} | _environment(), indent=2) + "\n")
             write_whole(run.config_path, to_yaml(config))
@@ -85,7 +85,7 @@ class Run:
         Raises:
             UserError: one does so already, or the folder cannot be written.
         """
-        with self._refused_unless_it_can_be("written"):
+        with self.refused_unless("written"):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
             try:
@@ -98,6 +98,17 @@ class Run:
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def refused_unless(self, done: str) -> Iterator[None]:
+        """Inside, an OSError is a UserError: the folder cannot be `done`, as in "written"."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self.path}: cannot be {done} ({error.strerror or error}); mend that, "
+                "or choose another --run.dir"
+            ) from error
 
     def config(self) -> Config:
         """The resolved config that the run was started with."""
@@ -135,13 +146,17 @@ class Run:
                 )
             yield row
 
-    def forget_metrics_after(self, step: int) -> list[str]:
-        """Drop the rows that a run resumed at `step` is about to write again, and damaged ones; a warning for each."""
+    def forget_metrics_after(self, step: int, validated_step: int | None = None) -> list[str]:
+        """Drop the rows that a run resumed at `step` is about to write again, and damaged ones; a warning for each.
+
+        `validated_step`: the newest whose validation it knows of, by default `step`.
+        """
+        known = step if validated_step is None else min(step, validated_step)
         kept, warnings = [], []
         for number, row in self._numbered_metrics():
             if row is None:
                 warnings.append(f"{self.metrics_path}, line {number} was damaged and has been dropped")
-            elif row["step"] <= step:
+            elif row["step"] <= (known if "valid" in row else step):
                 kept.append(row)
         write_whole(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
         return warnings
@@ -159,15 +174,6 @@ class Run:
         """Whether the folder is empty, but for what a process left that was killed while it made a run of it."""
         names = {path.name for path in self.path.iterdir()}
         return names <= UNFINISHED and not ("checkpoints" in names and any(self.checkpoints_path.iterdir()))
-
-    @contextmanager
-    def _refused_unless_it_can_be(self, done: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"run.dir={self.path}: cannot be {done} ({error.strerror}); choose another --run.dir"
-            ) from error
 
 
 def write_whole(path: Path, text: str) -> None:

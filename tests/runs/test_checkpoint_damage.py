@@ -209,6 +209,22 @@ def test_a_broken_checkpoint_is_answered_with_one_message(case, sound_run, tmp_p
     assert sorted(content(tmp_path)) == before
 
 
+def test_optimizer_state_is_all_there_or_not_at_all(sound_run, tmp_path):
+    """Guards against a parameter that goes on with half of its state; silent heads have none, and other optimizers'
+    parameters other state."""
+    shutil.copytree(sound_run, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    model = load_file(folder / MODEL)
+    others = [name for name in model if name != WEIGHT]
+    silent = {f"{others[0]}__{key}".replace(".", "__"): None for key in ("exp_avg", "step")}
+    tensors(OPTIMIZER, **silent, **{f"{WEIGHT}.exp_avg": None})(folder)
+    (folder / MANIFEST).write_text(manifest_for(folder))
+    checkpoint = find_checkpoint(Run(tmp_path / "run"), 1)
+    checkpoint.check_tensors(model, [others, [WEIGHT]])
+    with pytest.raises(UserError, match=rf"{OPTIMIZER} has no tensor {WEIGHT}.exp_avg, and other parameters have one"):
+        checkpoint.check_tensors(model, [list(model)])
+
+
 def test_a_folder_that_is_a_link_is_refused(sound_run, tmp_path):
     """Guards against a checkpoint that lies outside of the run, and against removing what a link leads to."""
     shutil.copytree(sound_run, tmp_path / "run")

@@ -123,13 +123,14 @@ def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(prepare, allowed, r
     assert found == allowed
 
 
-def test_a_kill_while_a_run_is_rewound_leaves_all_rows_of_what_it_goes_on_from(run):
+@pytest.mark.parametrize("discard", [False, True])
+def test_a_kill_while_a_run_is_rewound_leaves_all_rows_of_what_it_goes_on_from(discard, run):
     """Guards against a later checkpoint that outlives the rows of metrics before it."""
     for step in (1, 2, 3):
         run.append_metrics({"step": step})
         save(run, step, best=step == 3)
     found = set()
-    for killed in left_by_kills(lambda: rewind(run, find_checkpoint(run, 1)), run):
+    for killed in left_by_kills(lambda: rewind(run, find_checkpoint(run, 1), discard=discard), run):
         checkpoint, _ = newest_whole_checkpoint(killed)
         found.add(checkpoint.step)
         rewind(killed, checkpoint)
@@ -233,7 +234,7 @@ def test_a_disk_that_is_full_at_any_call_loses_nothing(run):
         if disk.room >= 0:
             break
         check_lost_nothing(run, before)
-        rewind(run, find_checkpoint(run, 1))
+        rewind(run, find_checkpoint(run, 1), discard=True)
     assert 20 < room < 100
     assert names(run) == {"last", "best", "step-00000001", "step-00000002"}
 
@@ -281,7 +282,7 @@ def test_a_small_disk_that_fills_up_loses_nothing(run, tmp_path, monkeypatch):
                 failures += 1
                 (disk / "filler").unlink()
                 check_lost_nothing(run, before)
-                rewind(run, find_checkpoint(run, 1))
+                rewind(run, find_checkpoint(run, 1), discard=True)
         assert 2 < failures < 20
         assert names(run) == {"last", "best", "step-00000001", "step-00000002"}
     finally:

@@ -1,6 +1,8 @@
 """Checkpoints are whole or absent, verified when read, and pruned only when a newer one stands."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from charlm.runs import checkpoints
 from charlm.runs.checkpoints import find_checkpoint, newest_whole_checkpoint, rewind, save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.snapshot import restore, take_snapshot
-from storage import make_run, manifest_for, number_of, save, steps
+from storage import make_run, manifest_for, names, number_of, save, steps
 
 
 @pytest.fixture
@@ -86,13 +88,15 @@ def test_a_write_that_fails_leaves_the_older_checkpoint(run, monkeypatch):
     assert sorted(path.name for path in run.checkpoints_path.iterdir()) == ["best", "last", "step-00000001"]
 
 
-def test_rewinding_forgets_what_came_after(run):
+@pytest.mark.parametrize("discard", [False, True])
+def test_rewinding_forgets_what_came_after(discard, run):
     """Guards against pointers to another future, and against pruning what a resumed run has just written."""
     for step in (1, 2, 3):
         run.append_metrics({"step": step})
         save(run, step, best=step == 3)
-    rewind(run, find_checkpoint(run, 2))
+    rewind(run, find_checkpoint(run, 2), discard=discard)
     assert steps(run) == [1, 2]
+    assert (".step-00000003.damaged" in names(run)) is not discard
     assert find_checkpoint(run, "last").step == find_checkpoint(run, "best").step == 2
     assert [row["step"] for row in run.metrics()] == [1, 2]
 
@@ -134,14 +138,55 @@ def test_the_newest_whole_checkpoint_is_found_past_damaged_ones(run):
     ]
     with pytest.raises(UserError, match=r"state.json is damaged: .*; whole checkpoints are at the steps: 1, 2"):
         find_checkpoint(run, "best")
-    rewind(run, checkpoint)
+    aside = [run.checkpoints_path / f".step-0000000{step}.damaged" for step in (4, 3)]
+    assert rewind(run, checkpoint) == [
+        f"checkpoint of step {step} put aside as {path}" for step, path in zip((4, 3), aside, strict=True)
+    ]
     assert steps(run) == [1, 2]
+    assert (aside[0] / "model.safetensors").read_bytes() == b"rotten"
+    save(run, 3)  # which tidies up
+    rewind(run, find_checkpoint(run, 2), discard=True)
+    assert all(path.is_dir() for path in aside)
     assert find_checkpoint(run, "best").step == 2
     for folder in folders[:2]:
         (folder / "manifest.json").unlink()
     assert newest_whole_checkpoint(run)[0] is None
     with pytest.raises(UserError, match="whole checkpoints are at the steps: none"):
         find_checkpoint(run, "last")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_what_cannot_be_read_for_a_moment_is_kept(code, run, monkeypatch):
+    """Guards against the newest checkpoint being removed, whole as it is, because a disk stumbled."""
+    for step in (1, 2):
+        save(run, step)
+    with monkeypatch.context() as patch:
+
+        def stumble(path):
+            raise OSError(code, os.strerror(code))
+
+        patch.setattr(checkpoints, "_fingerprint", stumble)
+        assert newest_whole_checkpoint(run)[0] is None
+        verify = checkpoints._verify
+        patch.setattr(checkpoints, "_verify", lambda folder: verify(folder) if folder.name.endswith("2") else None)
+        checkpoint, warnings = newest_whole_checkpoint(run)
+    assert (checkpoint.step, len(warnings)) == (1, 1)
+    assert f"step-00000002 cannot be read ({os.strerror(code)})" in warnings[0]
+    rewind(run, checkpoint)  # by now it could be read
+    (run.checkpoints_path / ".step-00000002.damaged").rename(run.checkpoints_path / "step-00000002")
+    assert number_of(newest_whole_checkpoint(run)[0]) == 2.0
+
+
+def test_what_is_damaged_is_kept_when_an_older_one_is_asked_for(run):
+    """Guards against the removal of what may be sound behind one bad moment of the disk."""
+    paths = [save(run, step).path for step in (1, 2, 3)]
+    (paths[1] / "stray").touch()
+    rewind(run, find_checkpoint(run, 1), discard=True)
+    assert {"step-00000001", ".step-00000002.damaged"} == {name for name in names(run) if "step" in name}
+    save(run, 2, 2.5)
+    (run.checkpoints_path / "step-00000002" / "stray").mkdir()
+    rewind(run, find_checkpoint(run, 1))
+    assert (run.checkpoints_path / ".step-00000002.damaged" / "stray").is_dir(), "two of one step"
 
 
 def test_rewinding_keeps_the_best_that_the_checkpoint_knows(run):

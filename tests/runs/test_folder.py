@@ -19,7 +19,7 @@ def config_in(folder) -> Config:
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     """Guards against a traceback where a file is in the way, or the disk takes no new folder."""
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=rf"run.dir={tmp_path}/file/run: cannot be made \(Not a directory\); choose"):
+    with pytest.raises(UserError, match=rf"run.dir={tmp_path}/file/run: cannot be made \(Not a directory\); mend that"):
         Run.create(config_in(tmp_path / "file" / "run"), {})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -123,6 +123,19 @@ def test_a_damaged_row_is_named_and_then_dropped(damage, tmp_path):
         list(run.metrics())
     assert run.forget_metrics_after(2)[0] == f"{run.metrics_path}, line 2 was damaged and has been dropped"
     assert [row["step"] for row in run.metrics()] == [1, 2]
+
+
+def test_a_validation_that_the_checkpoint_does_not_know_is_dropped(tmp_path):
+    """Guards against two rows of one validation: stopped before it, resumed, and killed after its row was written."""
+    run = Run.create(config_in(tmp_path / "run"), {})
+    rows = [{"step": 1}, {"step": 1, "valid": 8}, {"step": 2}, {"step": 2, "valid": 7}, {"step": 3}]
+    for row in rows:
+        run.append_metrics(row)
+    run.forget_metrics_after(2, validated_step=1)
+    assert list(run.metrics()) == rows[:3]
+    run.append_metrics(rows[3])
+    run.forget_metrics_after(1, validated_step=2)
+    assert list(run.metrics()) == rows[:2]
 
 
 TRAIN = """
