@@ -1,10 +1,6 @@
 """Two CPU processes against one: they must see the same characters and learn the same, whichever heads are silent."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 import charlm
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
+from launched import train_with_two_processes
 from tiny import TINY
 
 STEPS = 100
@@ -49,26 +46,11 @@ def flags_of(name: str, folder: Path, corpus: list[str]) -> list[str]:
     return [*FLAGS, *corpus, *SETTINGS[name], f"--run.dir={folder / name}"]
 
 
-def train_with_two_processes(plan: Path) -> None:
-    """Run every list of flags in `plan`, a JSON file, on two CPU processes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, str(Path(__file__).with_name("train_many.py")), str(plan)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 x cpu" in done.stderr, "torchrun did not start two processes"
-
-
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, text_corpus_flags):
     """The runs of all settings, made by two processes that torchrun starts once."""
     folder = tmp_path_factory.mktemp("two")
-    plan = folder / "plan.json"
-    plan.write_text(json.dumps([flags_of(name, folder, text_corpus_flags) for name in SETTINGS]))
-    train_with_two_processes(plan)
+    train_with_two_processes(folder / "plan.json", [flags_of(name, folder, text_corpus_flags) for name in SETTINGS])
     return folder
 
 
@@ -100,8 +82,7 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path, text_corpus_flags):
     flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
     whole = charlm.train(charlm.load_config(overrides=[*flags, f"--run.dir={tmp_path / 'whole'}"]))
     shutil.copytree(whole, tmp_path / "moved")
-    plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps([[*flags, f"--run.dir={tmp_path / 'moved'}", "--run.resume_from=20"]]))
-    train_with_two_processes(plan)
+    moved = [*flags, f"--run.dir={tmp_path / 'moved'}", "--run.resume_from=20"]
+    train_with_two_processes(tmp_path / "plan.json", [moved])
     rows, moved = ([row for row in Run.open(path).metrics() if "terms" in row] for path in (whole, tmp_path / "moved"))
     assert [row["loss"] for row in moved] == pytest.approx([row["loss"] for row in rows], rel=1e-5)

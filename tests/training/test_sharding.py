@@ -149,7 +149,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkp
     died = launch([*TORCHRUN, DYING, *flags])
     assert died.returncode != 0
     assert "[rank0]: Traceback" not in died.stderr
-    assert died.stderr.count("error: another process of this run has ended") <= 1
+    assert died.stderr.count("error: another process of this run has ended") == 1
     assert (tmp_path / "run" / "checkpoints" / "last").read_text() == "step-00000040\n"
     charlm.train(charlm.load_config(overrides=[*flags, "--run.resume=true"]))
     assert [row["step"] for row in training_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
@@ -168,6 +168,18 @@ def test_a_launcher_that_restarts_processes_continues_the_run(launcher, sharding
     done = launch([*launcher, DYING, *flags, f"--train.sharding={sharding}"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed at step 40" in done.stderr
+    assert [row["step"] for row in training_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_a_launcher_that_restarts_processes_goes_back_to_a_chosen_step_once(tmp_path, text_corpus_flags):
+    """Guards against attempts that each go back to run.resume_from and remove what the one before has learned."""
+    flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
+    flags += ["--train.sharding=no", f"--run.dir={tmp_path / 'run'}"]
+    charlm.train(charlm.load_config(overrides=flags))
+    done = launch([*TORCHRUN, "--max_restarts=1", DYING, *flags, "--run.resume_from=20"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("resumed at step 20\n") == done.stderr.count("resumed at step 40\n") == 1
     assert [row["step"] for row in training_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
