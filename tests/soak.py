@@ -3,8 +3,9 @@
 Each run is trained once without disturbance. Then the same command is started again and again with
 `--run.auto_resume=true`, and struck: kill -9 at a random moment or in the middle of a checkpoint write, of all
 processes or of one, or a signal that asks it to stop; between two starts a file of the newest checkpoint may be
-damaged, or the number of processes changed. At the end every step must have been taken exactly once, and the weights
-of a run that kept its number of processes must be the undisturbed run's to the bit.
+damaged, or the number of processes changed. At the end every step must have been taken, and every validation made,
+exactly once, and weights and optimizer state of a run that kept its number of processes must be the undisturbed run's
+to the bit.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from charlm.config import Stopped
 from charlm.runs.checkpoints import checkpoint_folders
 from charlm.runs.folder import Run
 
-STEPS = 300
+STEPS, VALID_EVERY = 300, 50
 PATIENCE, GRACE = 120.0, 5.0
 """Seconds that a run may take before it counts as hanging, and that it has to end once one of its processes has failed:
 then a launcher kills the others, too."""
@@ -47,7 +48,7 @@ FLAGS = [
     f"--train.steps={STEPS}",
     "--train.batch_size=4",
     "--train.log_every=1",
-    "--train.valid_every=50",
+    f"--train.valid_every={VALID_EVERY}",
     "--train.valid_symbols=1000",
     "--train.keep_checkpoints=3",
 ]
@@ -78,7 +79,7 @@ class Outcome:
     damaged: int = 0
     end: str = "lost"
     wrong_steps: int = 0
-    """Steps that metrics.jsonl has not exactly once."""
+    """Steps and validations that metrics.jsonl has not exactly once."""
 
     @property
     def kills(self) -> int:
@@ -142,8 +143,8 @@ def wait(children: list[int]) -> list[int]:
     return [codes[child] for child in children]
 
 
-def strike(kind: str, children: list[int], run: Path, choose: random.Random) -> None:
-    """Wait for the moment, and strike."""
+def strike(kind: str, children: list[int], run: Path, choose: random.Random) -> tuple[list[int], int]:
+    """Wait for the moment, and strike; the processes that were struck, and with what signal."""
     if kind == "kill in a write":
         while not any((run / "checkpoints").glob(".step-*.tmp")) and not has_ended(children[0]):
             pass
@@ -151,8 +152,25 @@ def strike(kind: str, children: list[int], run: Path, choose: random.Random) -> 
     else:
         time.sleep(choose.uniform(0.0, 1.5))
     number = choose.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]) if kind == "ask to stop" else signal.SIGKILL
-    for child in children[-1:] if kind == "kill one process" else children:
+    struck = children[-1:] if kind == "kill one process" else children
+    for child in struck:
         os.kill(child, number)
+    return struck, number
+
+
+def came_through(kind: str, codes: list[int], struck: list[int], number: int) -> bool:
+    """Whether the strike hit a run under way, as the exit codes of all processes and of those struck tell.
+
+    What `wait` kills because another process has failed was not struck.
+
+    Raises:
+        AssertionError: the run ended otherwise than it should.
+    """
+    if -number in struck:
+        return number == signal.SIGKILL  # who is asked and dies of it had not begun, and the others wait for it in vain
+    if set(codes) != {0}:
+        raise AssertionError(f"{kind}: it ended with {codes}")
+    return kind == "ask to stop"
 
 
 def has_ended(child: int) -> bool:
@@ -174,14 +192,29 @@ def damage(run: Path, choose: random.Random) -> bool:
     return True
 
 
-def last_weights(run: Path) -> Path:
-    return run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors"
+def last_checkpoint(run: Path) -> Path:
+    return run / "checkpoints" / f"step-{STEPS:08d}"
 
 
-def losses(run: Path) -> list[tuple[int, float]]:
-    """Step and loss of every training row."""
-    rows = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+def learned(run: Path) -> list[bytes]:
+    """Weights and optimizer state after the last step."""
+    return [(last_checkpoint(run) / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
+
+
+def rows(run: Path, kind: str) -> list[dict]:
+    """The rows that have a `loss`, or that are `valid`."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if kind in row]
+
+
+def wrong_steps(run: Path) -> int:
+    """How many steps and validations the metrics have not exactly once."""
+    wrong = 0
+    for kind, every in (("loss", 1), ("valid", VALID_EVERY)):
+        found = Counter(row["step"] for row in rows(run, kind))
+        expected = range(every, STEPS + 1, every)
+        wrong += sum(found[step] != (step in expected) for step in found.keys() | set(expected))
+    return wrong
 
 
 def soak_one(folder: Path, corpus: list[str], choose: random.Random, strikes: int) -> Outcome:
@@ -197,29 +230,29 @@ def soak_one(folder: Path, corpus: list[str], choose: random.Random, strikes: in
     for _ in range(strikes):
         children = start(flags, run, choose.choice([1, 2]) if moving else fixed)
         (kind,) = choose.choices(list(STRIKES), list(STRIKES.values()))
-        strike(kind, children, run, choose)
-        codes = wait(children)
-        if -signal.SIGKILL in codes or (kind == "ask to stop" and set(codes) == {0}):
-            outcome.strikes[kind] += 1
-        elif any(code > 0 for code in codes):
-            raise AssertionError(f"{kind}: it ended with {codes}\n{(folder / 'said.txt').read_text()[-3000:]}")
+        struck, number = strike(kind, children, run, choose)
+        codes = dict(zip(children, wait(children), strict=True))
+        try:
+            outcome.strikes[kind] += came_through(kind, [*codes.values()], [codes[child] for child in struck], number)
+        except AssertionError as error:
+            error.add_note((folder / "said.txt").read_text()[-3000:])
+            raise
         if run.exists() and choose.random() < 0.25:
             outcome.damaged += damage(run, choose)
-        if last_weights(run).exists():
+        if last_checkpoint(run).exists():
             break
     last = choose.choice([1, 2]) if moving else fixed
     if wait(start(flags, run, last)) != [0] * last:
         return outcome
-    whole, disturbed = losses(folder / "whole"), losses(run)
-    taken = Counter(step for step, _ in disturbed)
-    outcome.wrong_steps = sum(taken[step] != 1 for step in range(1, STEPS + 1))
-    if last_weights(run).read_bytes() == last_weights(folder / "whole").read_bytes():
+    outcome.wrong_steps = wrong_steps(run)
+    if learned(run) == learned(folder / "whole"):
         outcome.end = "identical"
-    elif moving:
-        furthest = max(abs(mine / other - 1) for (_, mine), (_, other) in zip(disturbed, whole, strict=True))
+    elif moving and not outcome.wrong_steps:
+        pairs = zip(rows(run, "loss"), rows(folder / "whole", "loss"), strict=True)
+        furthest = max(abs(mine["loss"] / other["loss"] - 1) for mine, other in pairs)
         outcome.end = f"losses within {furthest:.0e}" if furthest < 1e-3 else "another run"
     else:
-        outcome.end = "other weights"
+        outcome.end = "other state"
     return outcome
 
 
@@ -255,13 +288,13 @@ def main() -> None:
             folder.mkdir()
             outcomes.append(soak_one(folder, corpus, choose, strikes=12))
             print(f"{kills + outcomes[-1].kills} kills, {outcomes[-1]}", file=sys.stderr)
-            if outcomes[-1].end in ("lost", "another run", "other weights") or outcomes[-1].wrong_steps:
+            if outcomes[-1].end in ("lost", "another run", "other state") or outcomes[-1].wrong_steps:
                 print((folder / "said.txt").read_text()[-5000:], file=sys.stderr)
             shutil.rmtree(folder)
-    lost = sum(outcome.kills for outcome in outcomes if outcome.end in ("lost", "another run", "other weights"))
+    lost = sum(outcome.kills for outcome in outcomes if outcome.end in ("lost", "another run", "other state"))
     print(table(outcomes))
     kills, wrong = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("kills", "wrong_steps"))
-    print(f"\n{kills} kills in {len(outcomes)} runs: {kills - lost} survived, {wrong} steps repeated or skipped")
+    print(f"\n{kills} kills in {len(outcomes)} runs: {kills - lost} survived, {wrong} steps or validations wrong")
     sys.exit(1 if lost or wrong else 0)
 
 
