@@ -452,6 +452,12 @@ class RunConfig:
             "must be the step of a checkpoint",
         )
         _require(
+            self.resume_from is None or not self.auto_resume,
+            "run.resume_from",
+            self.resume_from,
+            "would go back to that step whenever a queue starts the command again; not with run.auto_resume",
+        )
+        _require(
             self.max_time is None or _duration(self.max_time) is not None,
             "run.max_time",
             self.max_time,

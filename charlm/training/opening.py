@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 
 import psutil
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
@@ -31,7 +33,7 @@ class TrainState:
     """Completed optimizer steps."""
     seconds: float = 0.0
     best_step: int | None = None
-    best_bits: float = float("inf")
+    best_bits: float = inf
     """Validation bits per character of the best checkpoint."""
     validated_step: int = 0
     """The newest that was validated: a stop can come between a step and its validation."""
@@ -41,6 +43,10 @@ class TrainState:
     """What train.spike_threshold judges by."""
     processes: int | None = None
     """That the run was on last."""
+    precision: str | None = None
+    """That it had last: train.mixed_precision=auto is another one on another machine."""
+    valid_symbols: int | None = None
+    """That `best_bits` was scored on."""
 
 
 def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator) -> None:
@@ -87,27 +93,38 @@ def open_run(
     Raises:
         UserError: the folder holds something else, what it holds cannot be continued so, or it is in use.
     """
-    main, resumes = accelerator.is_main_process, goes_on(config.run)
-    run = Run.open(config.run.dir) if resumes else Run(config.run.dir)
-    if not resumes:
-        run.check_absent()
+    main, run = accelerator.is_main_process, Run(config.run.dir)
+    with run.refused_unless("read"):
+        resumes = goes_on(config.run)
+        if resumes:
+            Run.open(run.path)
+        else:
+            run.check_absent()
+        config, news = _without_repetition(config)
     accelerator.wait_for_everyone()  # all have seen the folder as it was
     with run.lock() if main else nullcontext():
         accelerator.wait_for_everyone()
-        state, news, checkpoint = TrainState(), [], None
-        if resumes:
-            checkpoint, news = _where_to_continue(run, config, corpus)
-        if checkpoint is not None:
-            state, more = _continue_from(checkpoint, run.config(), config, accelerator, objective, optimizers)
-            news += more
+        state, checkpoint = TrainState(), None
+        with run.refused_unless("read and written"):
+            if resumes:
+                checkpoint, more = _where_to_continue(run, config, corpus)
+                news += more
+            check_agreed(run, checkpoint.step if checkpoint else 0, accelerator)
+            if checkpoint is not None:
+                state, more = _continue_from(checkpoint, run.config(), config, accelerator, objective, optimizers)
+                news += more
+            accelerator.wait_for_everyone()
+            if main and not resumes:
+                Run.create(config, corpus.to_dict())
+            elif main:
+                run.checkpoints_path.mkdir(exist_ok=True)
+                chosen = config.run.resume_from is not None
+                news += rewind(run, checkpoint, discard=chosen) if checkpoint else run.forget_metrics_after(0)
+                # What continues this command later means the newest checkpoint, and not the one it began with.
+                write_whole(run.config_path, to_yaml(replace(config, run=replace(config.run, resume_from=None))))
         accelerator.wait_for_everyone()
-        if main and not resumes:
-            Run.create(config, corpus.to_dict())
-        elif main:
-            news += rewind(run, checkpoint) if checkpoint else run.forget_metrics_after(0)
-            write_whole(run.config_path, to_yaml(config))
-        accelerator.wait_for_everyone()
-        state.processes = accelerator.num_processes
+        state.processes, state.precision = accelerator.num_processes, accelerator.mixed_precision
+        state.valid_symbols = config.train.valid_symbols
         yield run, state, news
 
 
@@ -138,7 +155,11 @@ def _continue_from(
     optimizers: Sequence[Optimizer],
 ) -> tuple[TrainState, list[str]]:
     """The state of the checkpoint, with everything put back, and what is otherwise than it was."""
-    checkpoint.check_tensors(objective.state_dict())
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    groups = [optimizer.param_groups for optimizer in optimizers]
+    checkpoint.check_tensors(
+        objective.state_dict(), [[names[parameter] for group in own for parameter in group["params"]] for own in groups]
+    )
     restore(checkpoint.snapshot(), objective, optimizers)
     record = dict(checkpoint.state)
     scaler = record.pop("scaler", None)
@@ -149,9 +170,31 @@ def _continue_from(
     except (TypeError, KeyError) as error:
         raise UserError(f"{checkpoint.path / 'state.json'} is not what training writes: {error}") from error
     news = rescaled_rows(objective.terms, state.step, old.train.steps, new.train.steps)
-    if state.processes not in (None, accelerator.num_processes):
-        news.append(f"processes: {state.processes} -> {accelerator.num_processes}")
+    for name, before, now in (
+        ("processes", state.processes, accelerator.num_processes),
+        ("precision", state.precision, accelerator.mixed_precision),
+    ):
+        if before not in (None, now):
+            news.append(f"{name}: {before} -> {now}")
+    scored = state.valid_symbols or old.train.valid_symbols
+    if state.best_bits < inf and scored != new.train.valid_symbols:
+        state.best_bits = inf
+        news.append(f"train.valid_symbols was {scored}: scores cannot be compared, the next validation is the best")
     return state, news
+
+
+def check_agreed(run: Run, step: int, accelerator: Accelerator) -> None:
+    """Raise UserError unless every process, each of which has read the folder on its own, goes on from `step`."""
+    if accelerator.num_processes == 1:
+        return
+    bounds = torch.tensor([-step, step], device=accelerator.device)
+    dist.all_reduce(bounds, dist.ReduceOp.MAX)
+    lowest, highest = -int(bounds[0]), int(bounds[1])
+    if lowest != highest:
+        raise UserError(
+            f"{run.path}: the processes would go on from different steps, {lowest} to {highest}; see to it that all "
+            "machines can read the same checkpoints, and start again"
+        )
 
 
 def goes_on(run: RunConfig) -> bool:
@@ -159,12 +202,27 @@ def goes_on(run: RunConfig) -> bool:
 
     A launcher that starts its processes again (`--max_restarts`) means the run that it began, and no older one.
     """
-    if run.resume or run.resume_from is not None:
+    if run.resume or run.resume_from is not None or _begun_by_this_launcher(run):
         return True
+    return run.auto_resume and Run(run.dir).config_path.exists()
+
+
+def _begun_by_this_launcher(run: RunConfig) -> bool:
+    """Whether a launcher has started its processes again, and those before had begun the run, or gone on with it."""
     begun = Run(run.dir).config_path
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and begun.exists():
-        return run.auto_resume or begun.stat().st_mtime > psutil.Process(os.getppid()).create_time()
-    return run.auto_resume and begun.exists()
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not begun.exists():
+        return False
+    return begun.stat().st_mtime > psutil.Process(os.getppid()).create_time()
+
+
+def _without_repetition(config: Config) -> tuple[Config, list[str]]:
+    """The config, with no run.resume_from if its command is started again: what came after would be lost each time."""
+    chosen = config.run.resume_from
+    again = _begun_by_this_launcher(config.run) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    if chosen is None or not again:
+        return config, []
+    newest = replace(config, run=replace(config.run, resume=True, resume_from=None))
+    return newest, [f"run.resume_from={chosen}: ignored by a restart, which goes on from the newest checkpoint"]
 
 
 def describe(

@@ -1,5 +1,6 @@
 """A run that stops and goes on must end where the run that never stopped ends."""
 
+import errno
 import json
 import os
 import random
@@ -11,10 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 import charlm
-from charlm.config import UserError
+from charlm.config import AuxConfig, PositionsConfig, TargetsConfig, UserError
+from charlm.objective.terms import build_terms
+from charlm.runs import folder
 from charlm.runs.folder import Run
+from charlm.training.opening import check_agreed
+from charlm.training.resumption import rescaled_rows
+from storage import manifest_for
 from tiny import SCRIPTS, TINY
 
 STEPS = 24
@@ -194,3 +203,183 @@ def test_changed_length_is_recorded(whole_run, tmp_path):
     train(*flags, f"--run.dir={longer}", "--run.resume=true", f"--train.steps={STEPS + 4}")
     assert Run.open(longer).config().train.steps == STEPS + 4
     assert json.loads((longer / "metrics.jsonl").read_text().splitlines()[-1])["step"] == STEPS + 4
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def forge_state(run: Path, step: int, **changes) -> None:
+    """Change the state of a checkpoint, of which the manifest then knows."""
+    path = checkpoint_folder(run, step)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | changes))
+    (path / "manifest.json").write_text(manifest_for(path))
+
+
+def state_of(run: Path, step: int = STEPS) -> dict:
+    return json.loads((checkpoint_folder(run, step) / "state.json").read_text())
+
+
+@pytest.fixture
+def stopped(whole_run, tmp_path) -> tuple[list[str], Path]:
+    """A copy of a run, with its newest checkpoint at step 10, and the flags that resume it."""
+    flags, whole = whole_run
+    run = shutil.copytree(whole, tmp_path / "stopped")
+    for step in range(11, STEPS + 1):
+        shutil.rmtree(checkpoint_folder(run, step))
+    return [*flags, f"--run.dir={run}", "--run.resume=true"], run
+
+
+def test_a_run_goes_on_past_a_damaged_checkpoint(stopped, whole_run, capfd):
+    """Guards against a run that ends, or ends elsewhere, because its newest checkpoint rotted; what is left of that is
+    nobody's to remove."""
+    flags, run = stopped
+    rotten = checkpoint_folder(run, 10) / "model.safetensors"
+    content = bytearray(rotten.read_bytes())
+    content[-1] ^= 1
+    rotten.write_bytes(content)
+    train(*flags)
+    said = capfd.readouterr().err
+    assert f"checkpoint of step 10 skipped: {rotten} is damaged" in said
+    assert "resumed at step 9" in said
+    assert (run / "checkpoints" / ".step-00000010.damaged" / rotten.name).read_bytes() == content
+    assert weights(run) == weights(whole_run[1])
+    assert history(run) == history(whole_run[1])
+
+
+RESTARTED = {
+    "by the launcher": ({"TORCHELASTIC_RESTART_COUNT": "1"}, False, STEPS),
+    "by the launcher, before it had begun": ({"TORCHELASTIC_RESTART_COUNT": "1"}, True, 5),
+    "by the queue": ({"SLURM_RESTART_COUNT": "2"}, True, STEPS),
+    "by nobody": ({"TORCHELASTIC_RESTART_COUNT": "0", "SLURM_RESTART_COUNT": "0"}, False, 5),
+}
+
+
+@pytest.mark.parametrize("case", RESTARTED)
+def test_a_restart_goes_back_to_a_chosen_step_only_once(case, whole_run, tmp_path, monkeypatch, capfd):
+    """Guards against attempts that each go back to run.resume_from and remove what the one before has learned."""
+    flags, whole = whole_run
+    environment, old, step = RESTARTED[case]
+    run = shutil.copytree(whole, tmp_path / "run")
+    if old:
+        os.utime(run / "config.yaml", (0, 0))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    train(*flags, f"--run.dir={run}", "--run.resume_from=5")
+    said = capfd.readouterr().err
+    assert f"resumed at step {step}\n" in said
+    assert ("run.resume_from=5: ignored by a restart" in said) is (step == STEPS)
+    assert Run.open(run).config().run.resume_from is None
+    assert weights(run) == weights(whole)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_chosen_step_is_not_for_a_queue():
+    """Guards against a command that goes back to the same step whenever a queue starts it."""
+    with pytest.raises(UserError, match=r"run.resume_from=5: would go back .*; not with run.auto_resume"):
+        charlm.load_config(overrides=["--run.resume_from=5", "--run.auto_resume=true"])
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_full_disk_at_the_beginning_is_said(resumed, stopped, tmp_path, monkeypatch):
+    """Guards against a traceback where the first files of a run, or those of a resumption, cannot be written."""
+    flags, run = stopped
+    if not resumed:
+        flags = [flag for flag in flags if not flag.startswith("--run.resume")] + [f"--run.dir={tmp_path / 'new'}"]
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folder.os, "fsync", full)
+    with pytest.raises(UserError, match=r"run.dir=.*: cannot be .* \(No space left on device\); mend that"):
+        train(*flags)
+    assert checkpoint_folder(run, 10).is_dir()
+
+
+def test_processes_that_found_different_checkpoints_do_not_go_on(tmp_path, monkeypatch):
+    """Guards against averaging the gradients of two steps, after one machine could not read the newest checkpoint."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    found_by_another = torch.tensor([-20, 20])
+    monkeypatch.setattr(
+        "torch.distributed.all_reduce", lambda mine, _: mine.copy_(torch.maximum(mine, found_by_another))
+    )
+    check_agreed(Run(tmp_path), 20, accelerator)
+    for step, named in ((10, "10 to 20"), (30, "20 to 30"), (0, "0 to 20")):
+        with pytest.raises(UserError, match=f"different steps, {named}; see to it that all machines"):
+            check_agreed(Run(tmp_path), step, accelerator)
+
+
+def test_another_precision_is_said(stopped, capfd, monkeypatch):
+    """Guards against a run that goes on in another precision without a word, as `auto` does on another machine."""
+    flags, run = stopped
+    forge_state(run, 10, precision="bf16")
+    train(*flags, f"--train.steps={STEPS}")
+    assert "precision: bf16 -> no" in capfd.readouterr().err.splitlines()
+    assert state_of(run)["precision"] == "no"
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_a_score_of_other_symbols_is_not_compared(asked_before, stopped, capfd):
+    """Guards against a best checkpoint that no later one can beat, because it was scored on an easier part; also where
+    a resumption before this one was killed before its first checkpoint."""
+    flags, run = stopped
+    forge_state(run, 10, best_bits=0.001)
+    if asked_before:
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(text.replace("valid_symbols: 100\n", "valid_symbols: 50\n"))
+    train(*flags, "--train.valid_symbols=50")
+    assert "train.valid_symbols was 100: scores cannot be compared" in capfd.readouterr().err
+    assert state_of(run)["best_step"] > 10
+    assert state_of(run)["valid_symbols"] == 50
+
+
+def test_a_better_score_of_the_same_symbols_stays_the_best(stopped):
+    """Guards against forgetting a best score that can be compared."""
+    flags, run = stopped
+    forge_state(run, 10, best_bits=0.001)
+    train(*flags)
+    assert state_of(run)["best_step"] == state_of(run, 10)["best_step"]
+
+
+def test_a_validation_that_was_written_and_not_saved_is_written_once(stopped, whole_run):
+    """Guards against two rows of one validation: stopped before it, resumed, and killed after its row was written."""
+    flags, run = stopped
+    forge_state(run, 10, validated_step=9)
+    train(*flags)
+    assert history(run) == history(whole_run[1])
+
+
+def test_a_run_without_a_folder_for_its_checkpoints_gets_one(stopped, whole_run):
+    """Guards against a run of which no checkpoint is ever written."""
+    flags, run = stopped
+    shutil.rmtree(run / "checkpoints")
+    train(*flags)
+    assert weights(run) == weights(whole_run[1])
+
+
+def test_optimizer_state_that_lacks_a_tensor_is_refused(stopped):
+    """Guards against a KeyError in the first update, or one that begins a moment anew."""
+    flags, run = stopped
+    path, name = checkpoint_folder(run, 10), "transformer.embedding.weight.exp_avg_sq"
+    optimizer = {key: tensor.clone() for key, tensor in load_file(path / "optimizer.safetensors").items()}
+    del optimizer[name]
+    save_file(optimizer, path / "optimizer.safetensors")
+    (path / "manifest.json").write_text(manifest_for(path))
+    with pytest.raises(UserError, match=rf"optimizer.safetensors has no tensor {name}"):
+        train(*flags)
+
+
+def test_another_number_of_steps_wakes_and_silences_rows():
+    """Guards against a change of the table that is not said. The heads of layers 1, 2 and 3 of 4 stop at progress 1/8,
+    2/8 and 3/8; step 30 of 100 is at 0.3, of 200 at 0.15, of 60 at 0.5."""
+    aux = AuxConfig(positions=PositionsConfig(enabled=False), targets=TargetsConfig(enabled=False))
+    terms = build_terms(aux, 4)
+    assert rescaled_rows(terms, 30, 100, 100) == []
+    assert rescaled_rows(terms, 30, 100, 110) == []
+    assert rescaled_rows(terms, 30, 100, 200) == ["at step 30 progress is now 0.150: layer2/offset1/last wakes"]
+    assert rescaled_rows(terms, 30, 100, 60) == ["at step 30 progress is now 0.500: layer3/offset1/last falls silent"]
+    assert rescaled_rows(terms, 30, 60, 1000) == [
+        f"at step 30 progress is now 0.030: layer{layer}/offset1/last wakes" for layer in (1, 2, 3)
+    ]
