@@ -79,7 +79,7 @@ def script(main: Callable[[], None]) -> NoReturn:
         sys.exit(2)
     except Stopped as stopped:
         if is_main_process():
-            print(f"stopped ({stopped}) before training began: there is nothing to save", file=sys.stderr)
+            print(stopped, file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -25,8 +25,11 @@ class UserError(Exception):
     """Something the user can mend: shown as one message without a traceback; scripts exit with code 2."""
 
 
-class Stopped(Exception):
-    """A process that was asked to stop; the message is the reason. Scripts exit with code 0."""
+class Stopped(BaseException):
+    """The process was asked to stop, and has saved what there was to save: scripts exit with code 0.
+
+    Like KeyboardInterrupt no Exception, so that whoever trains several runs in a row stops, too.
+    """
 
 
 class ConfigError(UserError):
@@ -350,7 +353,7 @@ class TrainConfig:
     """An update whose loss or gradient is not finite is skipped; after so many in a row the run stops."""
     spike_threshold: float = 0.0
     """Skip an update, too, whose loss lies so many robust standard deviations (1.4826 times the median absolute
-    deviation) above the median of the last 128; 0 never does. Not with fp16."""
+    deviation) above the median of the last 128; 0 never does."""
     mixed_precision: Precision = "auto"
     """auto takes what accelerate's launcher was told, and without a launcher bf16 where the hardware has it."""
     matmul_precision: Literal["highest", "high", "medium"] = "medium"

@@ -91,7 +91,6 @@ def charlm_config(
     auxiliary: bool = True,
     compile: bool = False,
     activation_checkpointing: bool = False,
-    log_every: int = 1,
 ) -> Config:
     """charlm as it comes, at this shape, with AdamW.
 
@@ -117,7 +116,7 @@ def charlm_config(
             mixed_precision=mixed_precision,
             compile="yes" if compile else "no",
             activation_checkpointing=activation_checkpointing,
-            log_every=log_every,
+            log_every=100,
             valid_every=ENDLESS,
         ),
         run=RunConfig(dir=text.parent / f"run-{os.getpid()}"),

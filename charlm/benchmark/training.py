@@ -17,11 +17,10 @@ NUM_BATCHES = 64
 
 
 def train_charlm(job: Job, turns: Turns) -> None:
-    """`charlm.train` itself, batches, schedules and logging included; its tracker counts the steps as well."""
+    """`charlm.train` itself, batches, schedules and logging included."""
     from charlm.report.explanation import explain
     from charlm.training import loop
 
-    log_every = 1 if job.device == "cpu" else job.steps  # a logged step waits for the GPU
     config = charlm_config(
         job.shape,
         job.text,
@@ -29,26 +28,23 @@ def train_charlm(job: Job, turns: Turns) -> None:
         auxiliary=job.contestant.auxiliary,
         compile=job.contestant.compile,
         activation_checkpointing=job.contestant.activation_checkpointing,
-        log_every=log_every,
     )
     explanation = explain(config)
 
-    class CountingTracker(loop.Tracker):
-        """It is made when model and optimizers are, right before the first step."""
-
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
+    class CountedTraining(loop.Training):
+        def prepare(self) -> None:
+            super().prepare()
             turns.ready(
                 parameters=explanation.parameters["training"],
                 flop_per_step=explanation.flops_per_character["training_start"] * job.shape.characters,
                 characters_per_step=job.shape.characters,
             )
 
-        def log_training(self, *arguments) -> None:
-            super().log_training(*arguments)
-            turns.done(log_every)
+        def step(self) -> None:
+            super().step()
+            turns.done()
 
-    loop.Tracker = CountingTracker
+    loop.Training = CountedTraining
     turns.start()
     loop.train(config)
 

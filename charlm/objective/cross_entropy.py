@@ -74,13 +74,15 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
                 chunk = slice(start, start + rows)
                 targets = targets_NK[chunk].flatten()[:, None]
                 logits = F.linear(hidden[chunk], weight, bias).float().view(len(targets), -1)
-                log_probabilities = logits.log_softmax(dim=-1)
-                losses_NK[chunk] = -log_probabilities.gather(1, targets).view(-1, K)
+                probabilities = logits.softmax(dim=-1)
+                # -ln p of the target by way of the largest p, at least 1 / V, as the target's own may be no number.
+                behind = logits.amax(dim=-1, keepdim=True) - logits.gather(1, targets)
+                losses_NK[chunk] = (behind - probabilities.amax(dim=-1, keepdim=True).log()).view(-1, K)
                 if differentiable:
                     # d loss / d logits = softmax - onehot
-                    grad_logits = log_probabilities.exp_()
+                    grad_logits = probabilities
                     grad_logits.scatter_add_(1, targets, grad_logits.new_full((1, 1), -1.0).expand_as(targets))
-                    grad_logits = (grad_logits * factors_NK[chunk].reshape(-1, 1)).view(-1, len(weight))
+                    grad_logits = grad_logits.mul_(factors_NK[chunk].reshape(-1, 1)).view(-1, len(weight))
                     grad_bias += grad_logits.sum(dim=0)
                     grad_logits = grad_logits.to(dtype)
                     torch.mm(grad_logits, weight, out=grad_hidden[chunk])

@@ -1,4 +1,4 @@
-"""The update of one optimizer step, and when it must not happen: numbers that are not finite, a loss that leaps.
+"""The update of one optimizer step, and when it must not happen: numbers that are not finite, a loss that spikes.
 
 Skipping leaves parameters and optimizer state as they were, on every process alike. It is decided where the gradients
 are; the host learns of it when it reads the losses, so that a device is not waited for in between.
@@ -74,57 +74,56 @@ class Updates:
 
     def apply(self, step: int, losses: Losses) -> None:
         """Clip the gradients, update every parameter that has one, or skip all of it; then forget the gradients."""
-        total = self.accelerator.reduce(losses.row[0].clone(), reduction="sum")
+        total = self.accelerator.reduce(losses.row[0], reduction="sum")
         finite = torch.isfinite(total) & torch.isfinite(self._clipped_norm())
-        leaps = self._leaps(total) if self.train.spike_threshold else torch.zeros_like(finite)
-        skip = ~finite | leaps
-        if self.accelerator.scaler is not None:  # it looks at the gradients itself, and lowers its scale
-            for optimizer in self.optimizers:
-                optimizer.step()
-        elif not self.decides_on_host:
-            for optimizer in self.optimizers:
-                step_unless(skip, optimizer.optimizer)
-        elif not skip:
-            for optimizer in self.optimizers:
-                optimizer.step()
+        spikes = self._spikes(total) if self.train.spike_threshold else torch.zeros_like(finite)
+        skip = ~finite | spikes
         for optimizer in self.optimizers:
+            if not self.decides_on_host:
+                step_unless(skip, optimizer.optimizer)
+            elif not skip:
+                optimizer.optimizer.step()
             optimizer.zero_grad()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
         if self.train.spike_threshold:
             self.history = torch.where(skip, self.history, torch.cat([self.history[1:], total[None]]))
-        self.unread.append((step + 1, losses, skip, leaps))
+        self.unread.append((step + 1, losses, skip, spikes))
 
     def read(self) -> list[StepReport]:
         """The last step that was not skipped, and all that were, since the last reading. Waits for the device."""
-        flags = torch.stack([torch.stack([skip, leaps]) for _, _, skip, leaps in self.unread]).tolist()
+        flags = [torch.stack([skip, spikes]) for _, _, skip, spikes in self.unread]
+        flags = torch.stack(flags).tolist() if flags else []
         made = [index for index, (skip, _) in enumerate(flags) if not skip]
         reports = []
         for index, (step, losses, _, _) in enumerate(self.unread):
-            skip, leaps = flags[index]
+            skip, spikes = flags[index]
             if skip or index == made[-1]:
                 total, *parts = self.accelerator.reduce(losses.row, reduction="sum").tolist()
                 named = dict(zip(losses.names, parts, strict=True))
-                reports.append(StepReport(step, total, named, _why(total, named, leaps) if skip else None))
+                reports.append(StepReport(step, total, named, _why(total, named, spikes) if skip else None))
         self.unread.clear()
         return reports
 
     def accepted_losses(self) -> list[float]:
-        """What a resumed run needs to judge leaps alike."""
+        """What a resumed run needs to judge spikes alike."""
         return self.history[~self.history.isnan()].tolist()
 
     def _clipped_norm(self) -> Tensor:
         """The norm of the whole gradient before clipping; sparse gradients count, but are not clipped."""
+        if self.accelerator.scaler is not None:
+            for optimizer in self.optimizers:
+                self.accelerator.scaler.unscale_(optimizer.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         sparse = [gradient._values() for gradient in gradients if gradient.is_sparse]
+        norm = nn.utils.get_total_norm([gradient for gradient in gradients if not gradient.is_sparse])
         if self.train.clip_norm:
-            dense = [parameter for parameter in self.parameters if parameter.grad is not None]
-            dense = [parameter for parameter in dense if not parameter.grad.is_sparse]
-            norm = self.accelerator.clip_grad_norm_(dense, self.train.clip_norm)
-        else:
-            norm = nn.utils.get_total_norm([gradient for gradient in gradients if not gradient.is_sparse])
+            dense = [p for p in self.parameters if p.grad is not None and not p.grad.is_sparse]
+            nn.utils.clip_grads_with_norm_(dense, self.train.clip_norm, norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return torch.stack([norm, *(values.norm() for values in sparse)]).norm()
 
-    def _leaps(self, total: Tensor) -> Tensor:
+    def _spikes(self, total: Tensor) -> Tensor:
         """Whether a loss lies beyond the robust threshold."""
         median = self.history.nanmedian()
         deviation = (self.history - median).abs().nanmedian() * DEVIATION
@@ -152,8 +151,8 @@ def _tensors(optimizer: Optimizer) -> list[Tensor]:
     return parameters + [value for state in optimizer.state.values() for value in state.values()]
 
 
-def _why(total: float, parts: dict[str, float], leaps: bool) -> str:
+def _why(total: float, parts: dict[str, float], spikes: bool) -> str:
     for name, loss in parts.items():
         if not math.isfinite(loss):
             return f"the loss of {name} is {loss}"
-    return f"a loss of {total:.3f} leaps" if leaps else "the gradient is not finite"
+    return f"a loss of {total:.3f} spikes" if spikes else "the gradient is not finite"

@@ -39,26 +39,27 @@ from charlm.training.tracking import Tracker
 def train(config: Config) -> Path:
     """Train as `config` says, on all the processes of the launcher, and return the run's folder.
 
-    SIGTERM, SIGINT, SIGUSR1, `run.max_time` and the death of the launcher end the run after the step that is being
-    taken, with a checkpoint.
-
     Raises:
         UserError: the options, the corpus or the run's folder do not allow it, and nothing has been written; or no
             update can be made any more, and a checkpoint from before stands.
-        Stopped: a signal came before there was anything to save.
+        Stopped: SIGTERM, SIGINT, SIGUSR1, `run.max_time` or the death of the launcher asked for it. A checkpoint holds
+            all steps, that which was being taken included.
     """
     check_installed(config.run.tracker)
     keep_freed_memory()
     with StopRequests(config.run.max_seconds) as stop, torch_settings(config.train):
         accelerator, precision_reason = build_accelerator(config.train)
-        corpus = load_corpus(config.data, progress=accelerator.is_main_process)
+        with stop.interrupting():
+            corpus = load_corpus(config.data, progress=accelerator.is_main_process)
+        if stop.agreed():
+            raise Stopped(f"stopped before training began: {stop.reason}; there is nothing to save")
         torch.manual_seed(config.train.seed)
         objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)
         check_fits(config, corpus, objective, accelerator)
         shard(config, objective, accelerator.num_processes)
         optimizers = build_optimizers(config.train, objective)
-        stop.defer()
         with ExitStack() as stack:
+            stack.enter_context(explained(config.train))
             run, state, news = stack.enter_context(open_run(config, corpus, accelerator, objective, optimizers))
             tracker = Tracker(
                 run,
@@ -72,13 +73,14 @@ def train(config: Config) -> Path:
             stack.enter_context(closing(tracker))
             for line in (*describe(config, corpus, objective, accelerator, precision_reason), *news):
                 tracker.say(line)
-            stack.enter_context(explained(config.train))
             writer = CheckpointWriter(run, config.train.keep_checkpoints, tracker.say)
             stack.enter_context(closing(writer))
-            Training(config, corpus, accelerator, objective, optimizers, state, tracker, writer, stop).fit()
-        if accelerator.is_main_process:
-            with suppress(UserError):  # it was stopped before there was a point to draw
-                draw_run(run.path)
+            try:
+                Training(config, corpus, accelerator, objective, optimizers, state, tracker, writer, stop).fit()
+            finally:
+                if accelerator.is_main_process:
+                    with suppress(UserError):  # it ended before there was a point to draw
+                        draw_run(run.path)
         accelerator.wait_for_everyone()
         return run.path
 
@@ -101,7 +103,7 @@ class Training:
         """The loop: what a step needs follows from the config, the corpus and the number of completed steps."""
         train, state = self.config.train, self.state
         self.prepare()
-        with suppress(Stopped):
+        try:
             while True:
                 if self.due(train.valid_every) and state.validated_step < state.step:
                     self.validate()
@@ -113,10 +115,13 @@ class Training:
                 self.step()
                 if self.due(train.log_every):
                     self.log()
-        if state.step == 0 or self.saved_step < state.step:
-            self.save()
-        self.writer.wait()
-        self.tracker.say(f"stopped after step {state.step:,} of {train.steps:,}: {self.stop.reason}")
+        except Stopped:
+            if state.step == 0 or self.saved_step < state.step:
+                self.save()
+            self.writer.wait()
+            raise Stopped(
+                f"stopped after step {state.step:,} of {train.steps:,}: {self.stop.reason}; --run.resume=true goes on"
+            ) from None
 
     def prepare(self) -> None:
         """Set the model up as `train` says, and hand it to accelerate."""
@@ -136,7 +141,7 @@ class Training:
         self.updates = Updates(
             train, self.accelerator, self.prepared, self.objective.parameters(), self.state.accepted_losses
         )
-        self.saved_step = self.state.step
+        self.saved_step, self.newest_update = self.state.step, None
 
     def due(self, cadence: float) -> bool:
         """Whether a cadence of the config falls on the steps completed; every one but 0 falls on the last step."""
@@ -153,27 +158,34 @@ class Training:
         self.state.step += 1
 
     def log(self) -> None:
-        """Record the losses of the newest update, and every update that was skipped."""
-        train = self.config.train
+        """Record the losses of the newest update."""
+        self.read_updates()
+        train, made = self.config.train, self.newest_update
+        if made is not None:
+            rate = train.learning_rate * learning_rate_factor(train, made.step - 1)
+            self.tracker.log_training(made.step, rate, made.loss, made.parts)
+            self.newest_update = None
+        if self.state.step - self.state.updated_step >= train.max_skipped:
+            self.give_up()
+
+    def read_updates(self) -> None:
+        """Learn what became of the updates since the last reading, and record those that were skipped."""
         for report in self.updates.read():
             if report.skipped:
                 self.tracker.log_skipped(report.step, report.skipped)
             else:
-                self.state.updated_step = report.step
-                rate = train.learning_rate * learning_rate_factor(train, report.step - 1)
-                self.tracker.log_training(report.step, rate, report.loss, report.parts)
-        if self.state.step - self.state.updated_step >= train.max_skipped:
-            self.give_up()
+                self.newest_update, self.state.updated_step = report, report.step
 
     def give_up(self) -> NoReturn:
         """Leave a checkpoint from before the updates that were skipped, and raise UserError."""
         skipped = self.state.step - self.state.updated_step
         self.state.step = self.state.updated_step
+        self.state.validated_step = min(self.state.validated_step, self.state.step)
         if self.saved_step < self.state.step:
             self.save()
         raise UserError(
             f"train.max_skipped={self.config.train.max_skipped}: the last {skipped} updates were skipped, see above, "
-            "and the newest checkpoint is from before them; begin another --run.dir with a smaller "
+            "and the newest checkpoint has the parameters from before them; begin another --run.dir with a smaller "
             "--train.learning_rate, a longer --train.warmup or --train.clip_norm=1"
         )
 
@@ -184,7 +196,7 @@ class Training:
             bits_per_character, bits_per_byte = validate(
                 self.config, self.corpus, self.objective, self.accelerator.mixed_precision, self.stop.check
             )
-            best = bits_per_character < state.best_bits
+            best = bits_per_character < (float("inf") if state.best_bits is None else state.best_bits)
             if best:
                 state.best_step, state.best_bits = state.step, bits_per_character
             state.validated_step = state.step
@@ -193,6 +205,8 @@ class Training:
 
     def save(self, best: bool = False) -> None:
         """Begin to write a checkpoint of the completed steps; the loop goes on meanwhile."""
+        self.read_updates()
+        self.writer.wait()  # or two snapshots would be in memory
         state, scaler = self.state, self.accelerator.scaler
         state.seconds, state.accepted_losses = self.tracker.seconds, self.updates.accepted_losses()
         record = asdict(state) | {"scaler": scaler.state_dict() if scaler else None}

@@ -33,8 +33,8 @@ class TrainState:
     """Completed optimizer steps."""
     seconds: float = 0.0
     best_step: int | None = None
-    best_bits: float = inf
-    """Validation bits per character of the best checkpoint."""
+    best_bits: float | None = None
+    """Validation bits per character of the best checkpoint; None before the first validation."""
     validated_step: int = 0
     """The newest that was validated: a stop can come between a step and its validation."""
     updated_step: int = 0
@@ -65,11 +65,6 @@ def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator
         )
     if config.train.micro_batch_size == "auto" and on_cpu():
         raise UserError("train.micro_batch_size=auto: searches the memory of a GPU; on a CPU give a number, or none")
-    if config.train.spike_threshold and accelerator.mixed_precision == "fp16":
-        raise UserError(
-            f"train.spike_threshold={config.train.spike_threshold}: not with fp16, whose scaler decides which updates "
-            "are skipped; use bf16, or leave it at 0"
-        )
     windows_bytes = 8 * config.train.batch_size * objective.window_length
     if windows_bytes > physical_memory():
         raise UserError(
@@ -176,9 +171,11 @@ def _continue_from(
     ):
         if before not in (None, now):
             news.append(f"{name}: {before} -> {now}")
+    if state.best_bits == inf:  # as earlier versions wrote, before the first validation
+        state.best_bits = None
     scored = state.valid_symbols or old.train.valid_symbols
-    if state.best_bits < inf and scored != new.train.valid_symbols:
-        state.best_bits = inf
+    if state.best_bits is not None and scored != new.train.valid_symbols:
+        state.best_bits = None
         news.append(f"train.valid_symbols was {scored}: scores cannot be compared, the next validation is the best")
     return state, news
 

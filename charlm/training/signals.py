@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from charlm.config import Stopped
+from charlm.training.hardware import PATIENCE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REASONS = (*(number.name for number in SIGNALS), "run.max_time is over", "the launcher is gone")
@@ -23,8 +26,8 @@ launcher."""
 class StopRequests:
     """What asks a run to stop, for as long as the context is open.
 
-    Outside of `deferred` a signal raises Stopped where it strikes: nothing has been learned that could be lost.
-    Inside, it is remembered until `agreed` is asked. A second signal ends the process at once.
+    A request is remembered until `agreed` or `check` is called, but inside of `interrupting`. A second signal ends the
+    process at once, whatever it is doing.
     """
 
     def __init__(self, max_seconds: float | None = None):
@@ -32,27 +35,37 @@ class StopRequests:
         self.max_seconds = max_seconds
         self.reason: str | None = None
         self._began = psutil.Process().create_time()
-        self._signalled: float | None = None
-        self._deferring = False
+        self._interrupts = False
         self._launcher = os.getppid() if _launched() else None
-        self._handlers: dict[int, Any] = {}
         self._group: dist.ProcessGroup | None = None
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequests":
         if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
+            watched, self._told = os.pipe()
+            os.set_blocking(self._told, False)
+            self._told_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
             self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            threading.Thread(target=_exit_at_the_second, args=(watched,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._handlers:
+            signal.set_wakeup_fd(self._told_before)
+            os.close(self._told)
 
-    def defer(self) -> None:
-        """From now on signals wait until `agreed` is asked. Every process calls it, once its group exists."""
-        self._deferring = True
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            # Over the network of the hosts: a device need not be waited for.
-            self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else dist.group.WORLD
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """A signal ends what is done inside where it is, because nothing could be lost; `check` must follow."""
+        self._interrupts = True
+        try:
+            yield
+        except Stopped:
+            pass
+        finally:
+            self._interrupts = False
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop. Every process calls it at the same point, and all get one answer."""
@@ -60,7 +73,9 @@ class StopRequests:
             self.reason = "run.max_time is over"
         if self.reason is None and self._launcher not in (None, os.getppid()):
             self.reason = "the launcher is gone"
-        if self._group is not None:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            if self._group is None:  # over the network of the hosts: no device need be waited for
+                self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
             code = torch.tensor(REASONS.index(self.reason) + 1 if self.reason else 0)
             dist.all_reduce(code, dist.ReduceOp.MAX, group=self._group)
             self.reason = REASONS[code.item() - 1] if code else None
@@ -72,13 +87,20 @@ class StopRequests:
             raise Stopped(self.reason)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._signalled is None:
-            self._signalled, self.reason = now, self.reason or signal.Signals(number).name
-            if not self._deferring:
-                raise Stopped(self.reason)
-        elif now - self._signalled > SAME_REQUEST:
-            os._exit(128 + number)
+        self.reason = self.reason or signal.Signals(number).name
+        if self._interrupts:
+            raise Stopped(self.reason)
+
+
+def _exit_at_the_second(watched: int) -> None:
+    """Read signals as they come, also while the main thread waits in a library and no handler of Python's can run."""
+    first = None
+    with os.fdopen(watched, "rb", buffering=0) as numbers:
+        while number := numbers.read(1):
+            now = time.monotonic()
+            first = first or now
+            if number[0] in SIGNALS and now - first > SAME_REQUEST:
+                os._exit(128 + number[0])
 
 
 def _launched() -> bool:

@@ -70,5 +70,5 @@ def test_the_future_is_not_read(randomise):
 @pytest.mark.parametrize("ngrams", [(1,), (2, 2), (0, 3)])
 def test_impossible_lengths_are_refused(ngrams):
     """A table of single characters beside the embedding of characters, or the same one twice."""
-    with pytest.raises(ConfigError, match=r"model\.ngrams=.*at least 2"):
+    with pytest.raises(ConfigError, match=r"model\.ngrams=.*from 2 to 64"):
         small(ngrams=ngrams)

@@ -95,6 +95,28 @@ def test_what_is_not_finite_moves_nothing(where, clip_norm):
     assert not model.head.weight.equal(before[0]["head.weight"])
 
 
+def test_fp16_scales_back_once_for_all_optimizers():
+    """Guards against gradients unscaled twice, a scale that each optimizer moves anew, and a half skipped update."""
+    models = [Net(), Net()]
+    optimizers = [build_optimizers(TrainConfig(optimizer="muon"), model) for model in models]
+    plain = updates_of(models[0], optimizers[0], clip_norm=0.5)
+    scaled = updates_of(models[1], optimizers[1], clip_norm=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2)
+    scaled.accelerator.scaler = scaler
+    scales = []
+    for step, broken in enumerate([False, False, True, False]):
+        for model, updates in zip(models, (plain, scaled), strict=True):
+            loss = model.loss()
+            (scaler.scale(loss) if updates is scaled else loss).backward()
+            if broken:
+                model.head.weight.grad[0, 0] = float("inf")
+            updates.apply(step, Losses(("a",), torch.tensor([1.0, 1.0])))
+        scales.append(scaler.get_scale())
+    assert scales == [4.0, 8.0, 4.0, 4.0]
+    torch.testing.assert_close(dict(models[1].named_parameters()), dict(models[0].named_parameters()))
+    assert [report.step for report in scaled.read() if report.skipped] == [3]
+
+
 def test_the_term_that_broke_is_named():
     """Guards against a message that leaves the user to guess which head it was."""
     model = Net()

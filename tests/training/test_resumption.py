@@ -343,6 +343,19 @@ def test_a_better_score_of_the_same_symbols_stays_the_best(stopped):
     assert state_of(run)["best_step"] == state_of(run, 10)["best_step"]
 
 
+def test_a_state_from_before_the_first_validation_is_json(tmp_path, text_corpus_flags):
+    """Guards against `Infinity`, which other readers of JSON refuse; an earlier version's is read."""
+    flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=1000000", "--train.checkpoint_every=1"]
+    run = train(*flags, f"--run.dir={tmp_path / 'run'}")
+    state = json.loads((checkpoint_folder(run, 10) / "state.json").read_text(), parse_constant=pytest.fail)
+    assert state["best_bits"] is None
+    forge_state(run, 10, best_bits=float("inf"))
+    train(*flags, f"--run.dir={run}", "--run.resume_from=10")
+    for step in (11, STEPS):
+        json.loads((checkpoint_folder(run, step) / "state.json").read_text(), parse_constant=pytest.fail)
+    assert state_of(run)["best_step"] == STEPS
+
+
 def test_a_validation_that_was_written_and_not_saved_is_written_once(stopped, whole_run):
     """Guards against two rows of one validation: stopped before it, resumed, and killed after its row was written."""
     flags, run = stopped
