@@ -65,7 +65,7 @@ MOVING = {  # and one that moves between one and two, whose losses then differ b
     "micro-batch": FREE["micro-batch"],
     "rest": ["--train.mixed_precision=no"],
 }
-STRIKES = {"kill": 5, "kill in a write": 4, "kill one process": 2, "ask to stop": 2}
+STRIKES = {"kill": 5, "kill in a write": 4, "kill one process": 2, "ask to stop": 6}
 """How a run is struck, and how often of so many."""
 
 
@@ -76,6 +76,8 @@ class Outcome:
     settings: str
     processes: str
     strikes: Counter = field(default_factory=Counter)
+    slowest_stop: float = 0.0
+    """Seconds from a signal to the end of all processes."""
     damaged: int = 0
     end: str = "lost"
     wrong_steps: int = 0
@@ -231,12 +233,15 @@ def soak_one(folder: Path, corpus: list[str], choose: random.Random, strikes: in
         children = start(flags, run, choose.choice([1, 2]) if moving else fixed)
         (kind,) = choose.choices(list(STRIKES), list(STRIKES.values()))
         struck, number = strike(kind, children, run, choose)
+        asked = time.monotonic()
         codes = dict(zip(children, wait(children), strict=True))
         try:
             outcome.strikes[kind] += came_through(kind, [*codes.values()], [codes[child] for child in struck], number)
         except AssertionError as error:
             error.add_note((folder / "said.txt").read_text()[-3000:])
             raise
+        if kind == "ask to stop":
+            outcome.slowest_stop = max(outcome.slowest_stop, time.monotonic() - asked)
         if run.exists() and choose.random() < 0.25:
             outcome.damaged += damage(run, choose)
         if last_checkpoint(run).exists():
@@ -295,6 +300,8 @@ def main() -> None:
     print(table(outcomes))
     kills, wrong = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("kills", "wrong_steps"))
     print(f"\n{kills} kills in {len(outcomes)} runs: {kills - lost} survived, {wrong} steps or validations wrong")
+    stops, slowest = sum(o.strikes["ask to stop"] for o in outcomes), max(o.slowest_stop for o in outcomes)
+    print(f"{stops} stops with a checkpoint, the slowest after {slowest:.1f} s")
     sys.exit(1 if lost or wrong else 0)
 
 

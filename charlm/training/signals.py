@@ -78,7 +78,9 @@ class StopRequests:
                 self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
             code = torch.tensor(REASONS.index(self.reason) + 1 if self.reason else 0)
             dist.all_reduce(code, dist.ReduceOp.MAX, group=self._group)
-            self.reason = REASONS[code.item() - 1] if code else None
+            if not code:  # a signal that came meanwhile is for the next time, when the others hear of it, too
+                return False
+            self.reason = REASONS[code.item() - 1]
         return self.reason is not None
 
     def check(self) -> None:

@@ -76,6 +76,7 @@ def sharded(tmp_path_factory, text_corpus_flags):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_shards_learn_what_one_process_does(name, sharded, tmp_path, text_corpus_flags):
     """Guards against gradients that are scaled or reduced wrongly, norms of gradients taken of one shard only, silent

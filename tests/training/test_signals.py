@@ -248,6 +248,23 @@ def test_a_run_whose_launcher_died_saves_and_stops(whole_run, tmp_path):
     assert saved_steps(run)
 
 
+def test_a_signal_while_the_processes_agree_is_not_lost(monkeypatch):
+    """Guards against a request that strikes between the question and the answer, and that the answer wipes out."""
+
+    def reduce_under_fire(code, *_, **__):
+        signal.raise_signal(signal.SIGTERM)
+
+    with signals.StopRequests() as stop:
+        monkeypatch.setattr(signals.dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(signals.dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(signals.dist, "new_group", lambda **_: None)
+        monkeypatch.setattr(signals.dist, "all_reduce", reduce_under_fire)
+        assert not stop.agreed()
+        monkeypatch.setattr(signals.dist, "all_reduce", lambda *_, **__: None)
+        assert stop.agreed()
+        assert stop.reason == "SIGTERM"
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_processes_stop_after_the_same_step(rank, whole_run, tmp_path):
     """Guards against processes that wait for each other for ever because only one of them got the signal."""
