@@ -41,6 +41,7 @@ def home(tmp_path_factory):
         "CLEARML_OFFLINE_MODE": "1",
         "CLEARML_CACHE_DIR": f"{home}/clearml",
         "CLEARML__sdk__development__report_use_subprocess": "false",  # at times it waits for that one for ever
+        "CLEARML__sdk__development__vcs_repo_detect_async": "false",  # and for git, which its thread starts
         "COMET_START_ONLINE": "0",
         "COMET_OFFLINE_DIRECTORY": f"{home}/comet_ml",
         "MLFLOW_TRACKING_URI": (home / "mlflow").as_uri(),
