@@ -6,12 +6,14 @@ import threading
 
 import pytest
 
+import charlm
 from charlm.config import UserError
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
 from charlm.training import checkpointing
 from charlm.training.checkpointing import CheckpointWriter
 from storage import make_run, number_of, snapshot_of, steps
+from tiny import TINY
 
 
 @pytest.fixture
@@ -110,3 +112,23 @@ def test_a_damaged_record_does_not_end_the_run(run):
     writer.save(snapshot_of(1), best=True)
     writer.wait()
     assert "step 1: checkpoint not written" in said[0] and "provenance.json" in said[0]
+
+
+@pytest.mark.parametrize("also_at_the_end", [False, True])
+def test_a_run_goes_on_while_its_disk_is_full(also_at_the_end, tmp_path, text_corpus_flags, monkeypatch, capfd):
+    """Guards against a run of days that a full disk ends, and against an end that is lost without a word."""
+    flags = [*TINY, *text_corpus_flags, "--train.steps=20", "--train.valid_every=5", f"--run.dir={tmp_path / 'run'}"]
+    full = (10, 20) if also_at_the_end else (10, 15)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", failing_at(*full))
+    if also_at_the_end:
+        with pytest.raises(UserError, match="the newest checkpoint is missing: step 20"):
+            charlm.train(charlm.load_config(overrides=flags))
+    else:
+        charlm.train(charlm.load_config(overrides=flags))
+    assert steps(Run(tmp_path / "run")) == ([5, 15] if also_at_the_end else [5, 20])
+    said = capfd.readouterr().err
+    assert "step 10: checkpoint not written (No space left on device); the run goes on" in said
+    monkeypatch.undo()
+    if also_at_the_end:
+        charlm.train(charlm.load_config(overrides=[*flags, "--run.resume=true"]))
+        assert steps(Run(tmp_path / "run"))[-1] == 20
