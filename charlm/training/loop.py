@@ -52,7 +52,7 @@ def train(config: Config) -> Path:
         with stop.interrupting():
             corpus = load_corpus(config.data, progress=accelerator.is_main_process)
         if stop.agreed():
-            raise Stopped(f"stopped before training began: {stop.reason}; there is nothing to save")
+            raise Stopped(f"stopped before training began: {stop.reason}; there is nothing new to save")
         torch.manual_seed(config.train.seed)
         objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)
         check_fits(config, corpus, objective, accelerator)

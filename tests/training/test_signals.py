@@ -135,7 +135,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_script_well(
     """Guards against a queue that takes a preempted preparation for a failure."""
     monkeypatch.setattr("charlm.training.loop.load_corpus", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     assert run_script("train", *FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}") == 0
-    assert "stopped before training began: SIGTERM; there is nothing to save" in capfd.readouterr().err
+    assert "stopped before training began: SIGTERM; there is nothing new to save" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
