@@ -16,6 +16,11 @@ class ConfigError(UserError):
     """An option whose value cannot work. The message names the field, the value and the way out."""
 
 
+def first_line(error: Exception) -> str:
+    """What `error` says, short enough to stand in a message of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()[:200]
+
+
 def require(condition: bool, name: str, value: object, way_out: str) -> None:
     """Raise ConfigError, which names the option `name` and its `value`, unless `condition` holds."""
     if not condition:

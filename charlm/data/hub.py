@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from charlm.config import UserError
+from charlm.config.errors import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -83,23 +84,19 @@ def _explained(option: str) -> Iterator[None]:
         raise
     except DatasetNotFoundError as error:
         way_out = "check the name and --data.hub_revision; for one that is not public, log in with `hf auth login`"
-        raise UserError(f"{option}: no such dataset ({_first_line(error)}); {way_out}") from error
+        raise UserError(f"{option}: no such dataset ({first_line(error)}); {way_out}") from error
     except ConnectionError as error:
         raise UserError(
-            f"{option}: cannot be fetched ({_first_line(error)}). Without a network, give a folder with its parquet "
+            f"{option}: cannot be fetched ({first_line(error)}). Without a network, give a folder with its parquet "
             "files as --data.hub_id=FOLDER, or fetch it where there is one and bring the folder HF_HOME along, with "
             "HF_HUB_OFFLINE=1"
         ) from error
     except Exception as error:
         if "scripts are no longer supported" in str(error):
             raise UserError(
-                f"{option}: needs code of its own to be read ({_first_line(error)}), and such code is never run; "
+                f"{option}: needs code of its own to be read ({first_line(error)}), and such code is never run; "
                 "try --data.hub_revision=refs/convert/parquet, or another copy of it in parquet files"
             ) from error
         raise UserError(
-            f"{option}: cannot be read ({_first_line(error)}); check its files and --data.hub_config"
+            f"{option}: cannot be read ({first_line(error)}); check its files and --data.hub_config"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -26,7 +26,7 @@ def physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_fits(config: ModelConfig, vocabulary_size: int) -> None:
+def check_memory(config: ModelConfig, vocabulary_size: int) -> None:
     """Raise ConfigError, before anything is allocated, if the parameters alone need more memory than the machine has.
 
     Four bytes each; gradients, optimizer and activations come on top, so what passes may still be too large.

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from charlm.config import ModelConfig
 from charlm.model.attention import Attention, KVCache, LayerCache, Places, Rotation, rotary_table
 from charlm.model.embedding import NgramEmbedding
-from charlm.model.memory import check_fits
+from charlm.model.memory import check_memory
 
 
 class ReluSquared(torch.autograd.Function):
@@ -104,7 +104,7 @@ class CharTransformer(nn.Module):
     def __init__(self, config: ModelConfig, vocabulary_size: int):
         super().__init__()
         if torch.get_default_device().type != "meta":
-            check_fits(config, vocabulary_size)
+            check_memory(config, vocabulary_size)
         self.config = config
         self.vocabulary_size = vocabulary_size
         self.activation_checkpointing = False

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from charlm.config import TrainConfig, UserError
+from charlm.config.errors import first_line
 from charlm.objective.objective import Objective
 
 NO_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED")
@@ -26,11 +27,11 @@ def explained(train: TrainConfig) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         if _is_about_memory(error):
-            raise UserError(f"out of memory: {_less_memory(train)} ({_first_line(error)})") from error
+            raise UserError(f"out of memory: {_less_memory(train)} ({first_line(error)})") from error
         if any(words in str(error) for words in NO_PEER):
             raise UserError(
                 "another process of this run has ended or hangs, and its own message says why; "
-                f"--run.resume=true continues from the newest checkpoint ({_first_line(error)})"
+                f"--run.resume=true continues from the newest checkpoint ({first_line(error)})"
             ) from error
         raise
 
@@ -114,7 +115,3 @@ def _less_memory(train: TrainConfig) -> str:
     if not train.activation_checkpointing:
         ways.append("use --train.activation_checkpointing=true")
     return ", or ".join(ways) or "use a smaller model or context, or --train.sharding=fsdp2 on several GPUs"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].strip()[:200]
