@@ -3,7 +3,7 @@
 Shapes: B batch, T positions, D d_model, K offsets, W characters of a window (T + the largest offset).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ class LossReport(NamedTuple):
     """The weighted sum of the active terms: what is minimised."""
     parts: dict[str, Tensor]
     """Each active term's own loss, unweighted and detached, by name."""
+    by_layer: dict[int, Tensor]
+    """What the rows of each layer add to the total; differentiable, as the total is, which is their sum."""
 
 
 def head_pairs(terms: Sequence[Term], num_layers: int) -> set[tuple[int, int]]:
@@ -42,8 +44,8 @@ class Objective(nn.Module):
         self.longest_offset = max(offset for _, offset in heads.pairs)
         self.window_length = transformer.config.context_length + self.longest_offset
 
-    def forward(self, windows_BW: Tensor, progress: float) -> LossReport:
-        """The loss of `windows_BW` at `progress`.
+    def forward(self, windows_BW: Tensor, progress: float, layers: Collection[int] | None = None) -> LossReport:
+        """The loss of `windows_BW` at `progress`; that of the rows of `layers` alone, if given.
 
         The first T characters of a window are the input, all but as many as the longest offset; position t (0-based)
         predicts character t + offset. With T = 4 and two offsets a window "abcdef" is read as "abcd": at offset 1 the
@@ -57,16 +59,35 @@ class Objective(nn.Module):
         T = windows_BW.shape[1] - self.longest_offset
         if not 1 <= T <= self.transformer.config.context_length:
             raise ValueError(f"windows have {windows_BW.shape[1]} characters, not {self.window_length} or fewer")
-        weighted_terms = list(active(self.terms, progress))
-        layers = sorted({term.layer for term, _ in weighted_terms})
-        hidden_states = self.transformer(windows_BW[:, :T], layers)
-        totals, parts = [], {}
-        for layer in layers:
-            rows = [(term, weight) for term, weight in weighted_terms if term.layer == layer]
-            total, losses = self._layer_losses(hidden_states[layer], windows_BW, rows)
-            totals.append(total)
+        rows = self._active_rows(progress, layers)
+        return self._losses(self.transformer(windows_BW[:, :T], rows), windows_BW, rows)
+
+    def losses(self, hidden_states: Mapping[int, Tensor], windows_BW: Tensor, progress: float) -> LossReport:
+        """The loss of the layers whose `hidden_states` are at hand, [B, T, D] each: as `forward`, without the trunk.
+
+        Raises:
+            ValueError: none of them has an active row.
+        """
+        return self._losses(hidden_states, windows_BW, self._active_rows(progress, hidden_states))
+
+    def _active_rows(self, progress: float, layers: Collection[int] | None) -> dict[int, list[tuple[Term, float]]]:
+        """The rows that count, with their weights, by layer from the lowest on."""
+        rows: dict[int, list[tuple[Term, float]]] = {}
+        for term, weight in active(self.terms, progress):
+            if layers is None or term.layer in layers:
+                rows.setdefault(term.layer, []).append((term, weight))
+        if not rows:
+            raise ValueError(f"no row of the table weighs anything at progress {progress}")
+        return dict(sorted(rows.items()))
+
+    def _losses(
+        self, hidden_states: Mapping[int, Tensor], windows_BW: Tensor, rows: Mapping[int, list[tuple[Term, float]]]
+    ) -> LossReport:
+        by_layer, parts = {}, {}
+        for layer, layer_rows in rows.items():
+            by_layer[layer], losses = self._layer_losses(hidden_states[layer], windows_BW, layer_rows)
             parts |= losses
-        return LossReport(torch.stack(totals).sum(), parts)
+        return LossReport(torch.stack(list(by_layer.values())).sum(), parts, by_layer)
 
     def _layer_losses(
         self, hidden_BTD: Tensor, windows_BW: Tensor, rows: Sequence[tuple[Term, float]]

@@ -96,7 +96,7 @@ FADING = PositionsConfig(schedule="linear")
 def test_loss_by_hand(aux, progress, bits):
     """Targets shifted by one, a mean over the wrong positions, weights applied twice or to the wrong row."""
     objective = known_objective(aux)
-    total, parts = objective(WINDOWS_BW, progress)
+    total, parts, _ = objective(WINDOWS_BW, progress)
     assert total.item() / math.log(2) == pytest.approx(bits, rel=1e-6)
     assert parts.keys() == {term.name for term, _ in active(objective.terms, progress)}
     for name, part in parts.items():  # as they are, whatever the row weighs
@@ -247,3 +247,42 @@ def test_progress_without_an_active_row_is_refused(randomise):
     assert ended(some_windows(ended), 0.49).total > 0
     with pytest.raises(ValueError):
         ended(some_windows(ended), 0.5)
+
+
+@pytest.mark.parametrize("layers", [None, [1], [2], [2, 1], {2, 7}])
+def test_layers_apart_by_hand(layers):
+    """A layer's share of the total that holds another's rows, and rows of layers that were not asked for."""
+    objective = known_objective(AuxConfig(positions=FADING, layers=LASTING))
+    expected_bits = {
+        1: 3 / 4 * (2.25 + 2.25 / 2) + 1 / 4 * (3.0 + 2.5 / 2),
+        2: 3 / 4 * (1.75 + 2.125 / 2) + 1 / 4 * (2.0 + 2.0 / 2),
+    }
+    wanted = [layer for layer in expected_bits if layers is None or layer in layers]
+    report = objective(WINDOWS_BW, 0.25, layers)
+    assert list(report.by_layer) == wanted
+    for layer, share in report.by_layer.items():
+        assert share.item() / math.log(2) == pytest.approx(expected_bits[layer], rel=1e-6)
+        assert share.requires_grad
+    assert report.total.item() / math.log(2) == pytest.approx(sum(expected_bits[layer] for layer in wanted), rel=1e-6)
+    assert list(report.parts) == [term.name for term in objective.terms if term.layer in wanted]
+
+
+def test_layers_apart_need_only_the_trunk_below_them(randomise):
+    """A forward pass to the top of the stack for each of the losses below it, or gradients of a layer above."""
+    objective = real_objective(randomise, AuxConfig(layers=LASTING))
+    objective(some_windows(objective), 0.5, [2]).total.backward()
+    moved = {name for name, parameter in objective.named_parameters() if parameter.grad is not None}
+    assert {name.split(".")[2] for name in moved if "blocks" in name} == {"0", "1"}
+    assert {name.split(".")[2] for name in moved if "exits" in name} == {"layer2"}
+
+
+def test_losses_of_states_at_hand_are_those_of_the_windows(randomise):
+    """Losses computed from hidden states that part from those of a forward pass, or rows of layers not handed in."""
+    objective = real_objective(randomise, AuxConfig(positions=FADING, layers=LASTING))
+    windows_BW = some_windows(objective)
+    hidden_states = objective.transformer(windows_BW[:, :6], [1, 3, 4])
+    report, expected = objective.losses(hidden_states, windows_BW, 0.25), objective(windows_BW, 0.25, [1, 3, 4])
+    assert report.parts == expected.parts
+    assert torch.equal(report.total, expected.total)
+    with pytest.raises(ValueError, match="no row"):
+        real_objective(randomise, AuxConfig()).losses({1: hidden_states[1]}, windows_BW, 0.125)
