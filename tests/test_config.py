@@ -53,6 +53,7 @@ OUT_OF_RANGE = [
     ("train.valid_symbols", "0", "at least 1"),
     ("train.keep_checkpoints", "0", "at least 1"),
     ("train.checkpoint_every", "-1", "finite and at least 0"),
+    ("train.diagnose_every", "-1", "finite and at least 0"),
     ("train.max_skipped", "0", "at least 1"),
     ("train.spike_threshold", "nan", "finite and at least 0"),
     ("train.seed", "-1", "must lie in [0, 2^63)"),

@@ -95,6 +95,9 @@ class TrainConfig:
     """Validation scores the first so many symbols of the validation split."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, beside the best."""
+    diagnose_every: float = 0.0
+    """Cadence of `diagnostics` in metrics.jsonl: bits per character of every head, and what gradients reach every
+    layer; 0 never does it."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "context_divisor", "max_skipped", "valid_symbols", "keep_checkpoints"):
@@ -120,7 +123,7 @@ class TrainConfig:
             self.adam_betas,
             "must be two numbers in [0, 1)",
         )
-        for name in ("weight_decay", "clip_norm", "spike_threshold", "warmup", "checkpoint_every"):
+        for name in ("weight_decay", "clip_norm", "spike_threshold", "warmup", "checkpoint_every", "diagnose_every"):
             require(
                 0 <= getattr(self, name) < float("inf"),
                 f"train.{name}",

@@ -27,6 +27,7 @@ MAY_CHANGE = {
     "train.valid_symbols",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.diagnose_every",
     "train.max_skipped",
 }
 """Options that a resumed run may set anew, beside those of `run`. Every other one belongs to what is being trained."""
