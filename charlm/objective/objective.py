@@ -13,6 +13,7 @@ from charlm.config import CrossEntropyBackend
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.cross_entropy import linear_cross_entropy
+from charlm.objective.hedge import Hedge
 from charlm.objective.terms import Term, active
 
 
@@ -35,11 +36,15 @@ def head_pairs(terms: Sequence[Term], num_layers: int) -> set[tuple[int, int]]:
 class Objective(nn.Module):
     """The transformer, its heads and the table of terms: windows and progress to a loss."""
 
-    def __init__(self, transformer: CharTransformer, heads: Heads, terms: Sequence[Term]):
+    def __init__(
+        self, transformer: CharTransformer, heads: Heads, terms: Sequence[Term], *, hedge: Hedge | None = None
+    ):
+        """`hedge`: multiplies what the heads of its layers predict, beside the table's own weights."""
         super().__init__()
         self.transformer = transformer
         self.heads = heads
         self.terms = tuple(terms)
+        self.hedge = hedge
         self.cross_entropy: CrossEntropyBackend = "chunked"
         self.longest_offset = max(offset for _, offset in heads.pairs)
         self.window_length = transformer.config.context_length + self.longest_offset
@@ -70,6 +75,23 @@ class Objective(nn.Module):
         """
         return self._losses(hidden_states, windows_BW, self._active_rows(progress, hidden_states))
 
+    def adapt(self, parts: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
+        """Let the layers' weights follow the losses of an update, global means on the device. Nothing without a hedge.
+
+        A layer is judged by its loss of the next character, at all positions while there is such a row.
+
+        Args:
+            parts: as of a LossReport.
+            skip: whether the update was not made after all (bool, a scalar on the device): then nothing changes.
+        """
+        if self.hedge is None:
+            return
+        losses: dict[int, Tensor] = {}
+        for positions in ("last", "all"):  # the later wins
+            rows = [term for term in self.terms if (term.offset, term.positions) == (1, positions)]
+            losses |= {term.layer: parts[term.name] for term in rows if term.name in parts}
+        self.hedge.adapt(losses, skip)
+
     def _active_rows(self, progress: float, layers: Collection[int] | None) -> dict[int, list[tuple[Term, float]]]:
         """The rows that count, with their weights, by layer from the lowest on."""
         rows: dict[int, list[tuple[Term, float]]] = {}
@@ -86,6 +108,8 @@ class Objective(nn.Module):
         by_layer, parts = {}, {}
         for layer, layer_rows in rows.items():
             by_layer[layer], losses = self._layer_losses(hidden_states[layer], windows_BW, layer_rows)
+            if self.hedge is not None:
+                by_layer[layer] = by_layer[layer] * self.hedge.weight(layer)
             parts |= losses
         return LossReport(torch.stack(list(by_layer.values())).sum(), parts, by_layer)
 
