@@ -1,15 +1,20 @@
 """One parser for everything that people type: tyro over dataclasses, with our rules for values and our errors.
 
 A value is always one piece of text: `true` and `false` in any case, `1e6` where a whole number is meant, `null` for
-None, and lists as one YAML string, `--aux.layers.at=[3,6]`, where a list of any length may go without its brackets.
-So YAML files can be turned into flags (see `charlm.config_files`) and every mistake is found and worded in one place.
+None, and lists and mappings as one YAML string, `--aux.layers.at=[3,6]`, `--aux.layers.weights={4: 0.3}`, where a list
+of any length may go without its brackets. So YAML files can be turned into flags (see `charlm.config_files`) and every
+mistake is found and worded in one place.
 """
 
 import contextlib
+import dataclasses
+import functools
 import io
+import operator
 import os
+import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -18,7 +23,7 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from charlm.config import UserError
+from charlm.config import Depth, UserError
 
 T = TypeVar("T")
 NULLS = ("null", "none", "~", "")
@@ -27,7 +32,7 @@ LARGEST = 32_000
 DEEPEST = 20
 """Levels of lists and mappings in a YAML text."""
 LONGEST = 1000
-"""Values in a list."""
+"""Values in a list or a mapping."""
 _RULES = ConstructorRegistry()
 
 
@@ -40,8 +45,13 @@ def value_of(kind: Any, text: str) -> Any:
     options = get_args(kind)
     if _is_optional(kind):
         return None if text.strip().lower() in NULLS else value_of(_inner(kind), text)
-    if get_origin(kind) is tuple:
-        return _tuple_of(options, text)
+    if kind == Depth:
+        return _depth(text)
+    if is_structured(kind):
+        return _structure_of(kind, text)
+    if _is_union(kind):  # of a number and words, such as auto
+        words = [option for option in options if text in get_args(option)]
+        return value_of(words[0] if words else options[0], text)
     if get_origin(kind) is Literal:
         if text not in options:
             raise ValueError(f"{_quoted(text)} is none of {', '.join(options)}")
@@ -64,8 +74,12 @@ def value_of(kind: Any, text: str) -> Any:
 
 def text_of(value: Any) -> str:
     """The text that `value_of` reads back as `value`."""
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(text_of, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{text_of(key)}: {text_of(item)}' for key, item in value.items())}}}"
+    if dataclasses.is_dataclass(value):
+        return text_of(dataclasses.asdict(value))
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -152,51 +166,158 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _tuple_of(kinds: tuple[Any, ...], text: str) -> tuple[Any, ...]:
+def _depth(text: str) -> int | float | str:
+    with contextlib.suppress(ValueError):
+        return _whole_number(text) if re.fullmatch(r"[+-]?\d[\d_]*", text) else float(text)
+    if re.fullmatch(r"[+-]?\d+/\d+", text):
+        return text
+    raise ValueError(f"{_quoted(text)} is not a whole number, nor a fraction such as 1/3 or 0.5")
+
+
+class _Misshapen(Exception):
+    """Lists and mappings that are not those of a kind; the message says in what way."""
+
+
+def is_structured(kind: Any) -> bool:
+    """Whether values of `kind` are written as YAML lists or mappings."""
+    return any(get_origin(option) in (tuple, dict) or dataclasses.is_dataclass(option) for option in _members(kind))
+
+
+def _structure_of(kind: Any, text: str) -> Any:
     try:
-        node = compose(text)
-    except ValueError:
-        node = None
-    items = yaml.constructor.BaseConstructor().construct_document(node) if node else None
-    if isinstance(items, str) and items and kinds[-1] is Ellipsis:
-        items = [item.strip() for item in items.split(",")]
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise ValueError(f"{_quoted(text)} is not a list such as [3, 6]")
-    if len(items) > LONGEST:
-        raise ValueError(f"{_quoted(text)} has {len(items):,} values, more than the {LONGEST:,} that a list may have")
+        return _structure(kind, _plain(text, kind))
+    except _Misshapen as error:
+        raise ValueError(f"{_quoted(text)} {error}") from None
+
+
+def _plain(text: str, kind: Any) -> list[Any] | dict[str, Any]:
+    """The lists and mappings of text that `text` holds; values that lack their brackets are a list of any length."""
+    with contextlib.suppress(ValueError):
+        plain = _unfolded(node) if (node := compose(text)) else None
+        if isinstance(plain, str) and plain and any(get_args(option)[-1:] == (Ellipsis,) for option in _members(kind)):
+            return [item.strip() for item in plain.split(",")]
+        if isinstance(plain, (list, dict)):
+            return plain
+    raise _Misshapen(f"is not {_example(kind)}")
+
+
+def _unfolded(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [_unfolded(item) for item in node.value]
+    if isinstance(node, yaml.ScalarNode):
+        return node.value
+    plain = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise _Misshapen("has a key that is no plain text")
+        if key.value in plain:
+            raise _Misshapen(f"has {_quoted(key.value)} twice; keep one of the two")
+        plain[key.value] = _unfolded(value)
+    return plain
+
+
+def _structure(kind: Any, plain: Any) -> Any:
+    """The value of `kind` that text, lists and mappings spell."""
+    for option in _members(kind):
+        if get_origin(option) is tuple and isinstance(plain, list):
+            return _tuple_of(get_args(option), plain)
+        if get_origin(option) is dict and isinstance(plain, dict):
+            key_kind, item_kind = get_args(option)
+            _require_size(plain)
+            return {value_of(key_kind, key): _structure(item_kind, item) for key, item in plain.items()}
+        if dataclasses.is_dataclass(option):
+            return _record_of(option, plain)
+    if not isinstance(plain, str):
+        raise _Misshapen(f"is not {_example(kind)}" if is_structured(kind) else "is not a list such as [3, 6]")
+    return value_of(kind, plain)
+
+
+def _tuple_of(kinds: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
+    _require_size(items)
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(items)
     if len(items) != len(kinds):
-        raise ValueError(f"{_quoted(text)} has {len(items)} values where {len(kinds)} are needed")
-    return tuple(map(value_of, kinds, items))
+        raise _Misshapen(f"has {len(items)} values where {len(kinds)} are needed")
+    return tuple(map(_structure, kinds, items))
+
+
+def _record_of(kind: Any, plain: Any) -> Any:
+    """A dataclass from a mapping; what is none is the value of its one required field."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    required = [name for name, field in fields.items() if _is_required(field)]
+    if not isinstance(plain, dict):
+        plain = {required[0]: plain}
+    for name in plain:
+        if name not in fields:
+            raise _Misshapen(f"names {_quoted(name)}, which is none of {', '.join(fields)}")
+    for name in required:
+        if name not in plain:
+            raise _Misshapen(f"lacks {name}")
+    return kind(**{name: _structure(fields[name].type, value) for name, value in plain.items()})
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _require_size(values: Sequence[Any] | Mapping[str, Any]) -> None:
+    if len(values) > LONGEST:
+        raise _Misshapen(f"has {len(values):,} values, more than the {LONGEST:,} that a list may have")
+
+
+def _example(kind: Any) -> str:
+    """What text of a structured `kind` looks like."""
+    option = _members(kind)[0]
+    if get_origin(option) is dict or dataclasses.is_dataclass(get_args(option)[0]):
+        return f"{'a mapping' if get_origin(option) is dict else 'a list'} such as {_metavar(option)}"
+    return "a list such as [3, 6]"
 
 
 def _quoted(text: str) -> str:
     return repr(text) if len(text) <= 120 else f"{text[:80]!r}... ({len(text):,} characters)"
 
 
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
+
+
 def _is_optional(kind: Any) -> bool:
-    return get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
+    return _is_union(kind) and type(None) in get_args(kind)
 
 
 def _inner(kind: Any) -> Any:
-    return next(option for option in get_args(kind) if option is not type(None))
+    """What an optional `kind` is when it isn't None."""
+    return functools.reduce(operator.or_, _members(kind))
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The kinds of a union, None apart, or `kind` itself."""
+    return tuple(option for option in get_args(kind) if option is not type(None)) if _is_union(kind) else (kind,)
 
 
 def _metavar(kind: Any) -> str:
     if _is_optional(kind):
         return f"{_metavar(_inner(kind))}|null"
+    if kind == Depth:
+        return "LAYER"
+    if _is_union(kind):
+        return "|".join(map(_metavar, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"[{','.join('...' if part is Ellipsis else _metavar(part) for part in get_args(kind))}]"
+    if get_origin(kind) is dict:
+        key, item = get_args(kind)
+        return f"{{{'NAME' if key is str else _metavar(key)}: {_metavar(item)},...}}"
     if get_origin(kind) is Literal:
-        return f"{{{','.join(get_args(kind))}}}"
+        return f"{{{','.join(get_args(kind))}}}" if len(get_args(kind)) > 1 else get_args(kind)[0]
+    if dataclasses.is_dataclass(kind):
+        return f"{{{', '.join(field.name for field in dataclasses.fields(kind))}}}"
     return "{true,false}" if kind is bool else kind.__name__.upper()
 
 
 @_RULES.primitive_rule
 def _one_piece_of_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     kind = info.type
-    is_ours = kind in (bool, int, float, Path) or get_origin(kind) is tuple or _is_optional(kind)
+    is_ours = kind in (bool, int, float, Path) or get_origin(kind) in (tuple, dict) or _is_optional(kind)
     if not is_ours or tyro.conf.UseAppendAction in info.markers:
         return None
     return PrimitiveConstructorSpec(

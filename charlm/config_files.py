@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import tyro
 import yaml
 
-from charlm.arguments import LARGEST, NULLS, compose, parse
+from charlm.arguments import LARGEST, NULLS, compose, is_structured, parse
 from charlm.config import Config, UserError
 
 
@@ -118,7 +118,7 @@ def _settings_in(text: str, source: str) -> list[Setting]:
 
 
 def _settings_below(node: yaml.Node, name: str, origin: str, source: str) -> Iterator[Setting]:
-    if isinstance(node, yaml.MappingNode):
+    if isinstance(node, yaml.MappingNode) and name not in _STRUCTURED:
         seen = set()
         for key, value in node.value:
             place = f"{source}, line {key.start_mark.line + 1}"
@@ -139,9 +139,16 @@ def _settings_below(node: yaml.Node, name: str, origin: str, source: str) -> Ite
 
 
 def _text_of(node: yaml.Node) -> str:
+    return node.value if isinstance(node, yaml.ScalarNode) else _one_line(node)
+
+
+def _one_line(node: yaml.Node) -> str:
+    """The same YAML, a key that is given twice included."""
     if isinstance(node, yaml.ScalarNode):
-        return node.value
-    return json.dumps(yaml.constructor.BaseConstructor().construct_document(node))  # JSON is YAML on one line
+        return json.dumps(node.value)
+    if isinstance(node, yaml.SequenceNode):
+        return f"[{', '.join(map(_one_line, node.value))}]"
+    return f"{{{', '.join(f'{_one_line(key)}: {_one_line(value)}' for key, value in node.value)}}}"
 
 
 def _dump(tree: Mapping[str, Any]) -> str:
@@ -153,21 +160,25 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return _plain(dataclasses.asdict(value))
     if isinstance(value, Path):
         return f"./{value}" if str(value).lower() in NULLS else str(value)  # a file may be named null
     return value
 
 
-def _names_below(kind: Any, prefix: str = "") -> Iterator[str]:
+def _kinds_below(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(kind):
-        yield f"{prefix}{field.name}"
+        yield f"{prefix}{field.name}", field.type
         if dataclasses.is_dataclass(field.type):
-            yield from _names_below(field.type, f"{prefix}{field.name}.")
+            yield from _kinds_below(field.type, f"{prefix}{field.name}.")
 
 
 OPTIONS = tyro.conf.FlagConversionOff[Config]  # --run.resume=true, never a bare --run.resume
-_NAMES = tuple(_names_below(Config))
+_KINDS = dict(_kinds_below(Config))
+_NAMES = tuple(_KINDS)
 _SECTIONS = {name.rpartition(".")[0] for name in _NAMES}
+_STRUCTURED = {name for name, kind in _KINDS.items() if name not in _SECTIONS and is_structured(kind)}
 
 
 def _names_in(section: str) -> list[str]:

@@ -11,9 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from charlm.config.data import DataConfig
-from charlm.config.errors import ConfigError, Stopped, UserError, require
+from charlm.config.errors import ConfigError, Stopped, UserError
 from charlm.config.model import ModelConfig
-from charlm.config.objective import AuxConfig, LayersConfig, PositionsConfig, TargetsConfig
+from charlm.config.objective import (
+    AuxConfig,
+    Depth,
+    HedgeConfig,
+    LayersConfig,
+    PositionsConfig,
+    Stage,
+    TargetsConfig,
+    TaskConfig,
+    layer_at,
+)
 from charlm.config.run import RunConfig, TrackerName
 from charlm.config.train import AttentionBackend, CrossEntropyBackend, TrainConfig, steps_of
 
@@ -24,16 +34,21 @@ __all__ = [
     "ConfigError",
     "CrossEntropyBackend",
     "DataConfig",
+    "Depth",
+    "HedgeConfig",
     "LayersConfig",
     "ModelConfig",
     "PositionsConfig",
     "RunConfig",
+    "Stage",
     "Stopped",
     "TargetsConfig",
+    "TaskConfig",
     "TrackerName",
     "TrainConfig",
     "UserError",
     "flatten",
+    "layer_at",
     "steps_of",
 ]
 
@@ -60,10 +75,5 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        for layer in self.aux.layers.at or ():
-            require(
-                1 <= layer <= self.model.num_layers,
-                "aux.layers.at",
-                list(self.aux.layers.at),
-                f"names layer {layer}; layers run from 1 to model.num_layers={self.model.num_layers}",
-            )
+        for name, value, way_out in self.aux.problems(self.model.num_layers):
+            raise ConfigError(f"{name}={value}: {way_out}")

@@ -19,13 +19,19 @@ class Term:
 
     layer: int
     offset: int
+    """0 in a row of a task of the user's own."""
     positions: Literal["all", "last"]
     weight: Schedule
+    hinge: float = 0.0
+    """Nats up to which the loss does not count."""
+    task: str | None = None
+    """Name of the user's own task that this row is for."""
 
     @property
     def name(self) -> str:
         """Unique in a table, and a path in trackers that group by slashes."""
-        return f"layer{self.layer}/offset{self.offset}/{self.positions}"
+        what = f"offset{self.offset}/{self.positions}" if self.task is None else f"task/{self.task}"
+        return f"layer{self.layer}/{what}"
 
 
 def build_terms(aux: AuxConfig, num_layers: int) -> tuple[Term, ...]:

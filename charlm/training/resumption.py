@@ -40,8 +40,9 @@ def check_resumable(old: Config, new: Config) -> list[str]:
         UserError: an option changed that may not; the message names every one of them.
     """
     before, after = flatten(asdict(old), "."), flatten(asdict(new), ".")
-    changed = [name for name in before if before[name] != after[name] and not name.startswith("run.")]
-    lines = [f"{name}: {before[name]} -> {after[name]}" for name in changed]
+    names = {**before, **after}  # a mapping, of tasks or of weights by layer, has more or fewer leaves
+    changed = [name for name in names if before.get(name) != after.get(name) and not name.startswith("run.")]
+    lines = [f"{name}: {before.get(name)} -> {after.get(name)}" for name in changed]
     refused = [line for name, line in zip(changed, lines, strict=True) if name not in MAY_CHANGE]
     if refused:
         raise UserError(
