@@ -147,7 +147,7 @@ def draw_weights(terms: Sequence[Term], axes: "Axes", steps: int) -> "AxesImage"
     )
     _label_rows(blocks, axes)
     axes.spines["top"].set_visible(False)
-    axes.xaxis.set_major_formatter(_engineering())
+    axes.xaxis.set_major_formatter(engineering())
     axes.set_xlabel("optimizer steps")
     return image
 
@@ -204,7 +204,7 @@ def _draw_curves(curves: Curves, axes: "Axes", steps: int, characters_per_step: 
     characters = axes.secondary_xaxis(
         "top", functions=(lambda step: step * characters_per_step, lambda count: count / characters_per_step)
     )
-    characters.xaxis.set_major_formatter(_engineering())
+    characters.xaxis.set_major_formatter(engineering())
     characters.set_xlabel("characters seen")
 
 
@@ -254,7 +254,7 @@ def _blues():
     return ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.15, 1.0, 256)))
 
 
-def _engineering():
+def engineering():
     from matplotlib.ticker import EngFormatter
 
     return EngFormatter(sep="")

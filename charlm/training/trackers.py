@@ -56,10 +56,13 @@ def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
 def numbers(row: dict[str, Any]) -> dict[str, float]:
     """A row of metrics.jsonl by path, `terms/layer3/offset1/all/loss`, without its step and what is no number.
 
-    All of a validation stands beneath `valid/`: a tracker keeps one value for each name and step.
+    All of a validation stands beneath `valid/`: a tracker keeps one value for each name and step. A row of diagnostics
+    gives no more than these, as the training row of its step has its progress.
     """
     if "valid" in row:
         row = {"valid": {name: value for name, value in row.items() if name not in ("step", "valid")} | row["valid"]}
+    elif "diagnostics" in row:
+        row = {"diagnostics": row["diagnostics"]}
     return {
         path: value for path, value in flatten(row, "/").items() if path != "step" and isinstance(value, int | float)
     }

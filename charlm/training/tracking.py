@@ -119,6 +119,11 @@ class Tracker:
         )
         self.say(f"step {step}: valid {bits_per_character:.4f} bits per character{' (best so far)' if best else ''}")
 
+    def log_diagnostics(self, step: int, diagnostics: dict[str, Any]) -> None:
+        """One row of `charlm.training.diagnostics.diagnose`."""
+        if self.main:
+            self._record({"step": step, "progress": step / self.total_steps, "diagnostics": diagnostics})
+
     def say(self, line: str) -> None:
         """Print a line above the progress line."""
         if self.main:
