@@ -15,7 +15,6 @@ Reading changes nothing on disk, so that a run can be evaluated while it is trai
 what a kill has left.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -23,37 +22,22 @@ import re
 import shutil
 import stat
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from charlm.config import UserError
 from charlm.runs.folder import Run, read_json, sync, write_whole
 from charlm.runs.snapshot import Snapshot
+from charlm.runs.tensors import check_model, check_space, describe_tensors, load_tensors, opened, save_tensors, shown
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)
 FOLDER = re.compile(r"(\.)?step-(\d{8}|[1-9]\d{8,17})(?(1)\.old)", re.ASCII)
-MAX_HEADER_BYTES = 2**24
 MAX_STATE_BYTES = 2**20
-SPARE_BYTES = 2**20
-"""What must be free beyond the tensors, for their headers and the small files."""
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-}
-"""safetensors' names of what parameters and buffers may be."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +59,18 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's parameters by name, on the CPU."""
-        return _load(self.path / MODEL)
+        return load_tensors(self.path / MODEL)
 
     def snapshot(self) -> Snapshot:
         """All that it holds."""
-        return Snapshot(self.tensors(), _load(self.path / OPTIMIZER), self.state)
+        return Snapshot(self.tensors(), load_tensors(self.path / OPTIMIZER), self.state)
 
     def check_vocabulary(self, vocabulary: Any) -> None:
         """Raise UserError if the parameters belong to another vocabulary than the run's record of one.
 
         Those that do not name theirs are taken at their word.
         """
-        with _opened(self.path / MODEL) as file:
+        with opened(self.path / MODEL) as file:
             expected = (file.metadata() or {}).get("vocabulary")
         if expected not in (None, _digest(vocabulary)):
             raise UserError(
@@ -100,28 +84,17 @@ class Checkpoint:
         and be a scalar or of its shape and type. `owned`, the parameters of each optimizer by name: every one has all
         that another of the same optimizer has, or nothing, as one that never had a gradient.
         """
-        wanted = {name: (list(tensor.shape), DTYPES.get(tensor.dtype)) for name, tensor in expected.items()}
-        found = _header(self.path / MODEL)
-        for name in sorted(wanted.keys() | found.keys()):
-            if name not in found:
-                raise UserError(f"{self.path / MODEL} has no tensor {name}, which the model of config.yaml has")
-            if name not in wanted:
-                raise UserError(f"{self.path / MODEL} has a tensor {name}, which the model of config.yaml has not")
-            if found[name] != wanted[name]:
-                raise UserError(
-                    f"{self.path / MODEL}: its tensor {name} is {_shown(found[name])}, "
-                    f"and that of the model of config.yaml {_shown(wanted[name])}"
-                )
+        wanted = check_model(self.path / MODEL, expected, "config.yaml")
         keys = defaultdict(set)
-        for name, described in _header(self.path / OPTIMIZER).items():
+        for name, described in describe_tensors(self.path / OPTIMIZER).items():
             parameter, _, key = name.rpartition(".")
             keys[parameter].add(key)
             if parameter not in wanted:
                 raise UserError(f"{self.path / OPTIMIZER} has a tensor {name}, which belongs to no parameter")
             if described[0] and described != wanted[parameter]:
                 raise UserError(
-                    f"{self.path / OPTIMIZER}: its tensor {name} is {_shown(described)}, "
-                    f"and its parameter {_shown(wanted[parameter])}"
+                    f"{self.path / OPTIMIZER}: its tensor {name} is {shown(described)}, "
+                    f"and its parameter {shown(wanted[parameter])}"
                 )
         for parameters in owned:
             complete = set().union(*(keys[name] for name in parameters))
@@ -141,13 +114,14 @@ def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> C
     target = run.checkpoints_path / _name(snapshot.state["step"])
     temporary = _rubbish(target)
     _tidy(run)
-    _check_space(run, snapshot)
+    tensors = (*snapshot.model.values(), *snapshot.optimizer.values())
+    check_space(run.checkpoints_path, sum(tensor.nbytes for tensor in tensors))
     try:
         temporary.mkdir()
         write_whole(temporary / STATE, json.dumps(snapshot.state, indent=2) + "\n")
         metadata = {"vocabulary": _digest(run.provenance()["corpus"].get("vocabulary"))}
-        _save(snapshot.model, temporary / MODEL, metadata)
-        _save(snapshot.optimizer, temporary / OPTIMIZER)
+        save_tensors(snapshot.model, temporary / MODEL, temporary / STATE, metadata)
+        save_tensors(snapshot.optimizer, temporary / OPTIMIZER, temporary / STATE)
         write_whole(temporary / MANIFEST, _manifest({name: _fingerprint(temporary / name) for name in FILES}))
         if run.metrics_path.exists():
             sync(run.metrics_path)  # a checkpoint that survives the machine must not have lost its history
@@ -256,26 +230,6 @@ def _pointed(run: Run, pointer: str) -> str | None:
         return file.read(100).decode(errors="replace").strip()
 
 
-def _check_space(run: Run, snapshot: Snapshot) -> None:
-    tensors = (*snapshot.model.values(), *snapshot.optimizer.values())
-    needed = sum(tensor.nbytes for tensor in tensors) + SPARE_BYTES
-    free = shutil.disk_usage(run.checkpoints_path).free
-    if free < needed:
-        complaint = f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
-        raise OSError(errno.ENOSPC, complaint, str(run.checkpoints_path))
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        if cause := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(path)) from error
-        raise
-    shutil.copymode(path.with_name(STATE), path)  # safetensors lets nobody but the owner read it
-    sync(path)
-
-
 def _manifest(files: dict[str, Any]) -> str:
     text = _plain_manifest(files)
     own = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -354,37 +308,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     ):
         raise UserError(f"{path} is damaged: it does not match its own SHA-256")
     return files
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    """A file of tensors, of which the header has been read. UserError if something is wrong with it."""
-    try:
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise UserError(f"{path}: its header is said to have {header_bytes:,} bytes, more than any checkpoint's")
-        with safe_open(path, "pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
-
-
-def _header(path: Path) -> dict[str, tuple[list[int], str]]:
-    """Shape and type of every tensor of a file."""
-    with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        return {name: (tensor.get_shape(), tensor.get_dtype()) for name, tensor in slices.items()}
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    with _opened(path):
-        return load_file(path)
-
-
-def _shown(described: tuple[list[int], str]) -> str:
-    shape, dtype = described
-    return f"{dtype} {shape}"
 
 
 def _tidy(run: Run) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from charlm.config import UserError
-from charlm.runs import checkpoints
+from charlm.runs import tensors
 from charlm.runs.checkpoints import find_checkpoint, newest_whole_checkpoint, rewind
 from charlm.runs.folder import Run
 from storage import FILES, content, make_run, manifest_for, names, number_of, save
@@ -199,7 +199,7 @@ class FullDisk:
         for module, name in [(os, "mkdir"), (os, "fsync"), (os, "rename"), (os, "replace")]:
             monkeypatch.setattr(module, name, self.limited(getattr(module, name)))
         monkeypatch.setattr(io, "open", self.limited(io.open, lambda path, mode="r", *_: "r" not in mode))
-        monkeypatch.setattr(checkpoints, "save_file", self.save_file)
+        monkeypatch.setattr(tensors, "save_file", self.save_file)
 
     def full(self) -> bool:
         self.room -= 1
@@ -269,7 +269,7 @@ def test_a_small_disk_that_fills_up_loses_nothing(run, tmp_path, monkeypatch):
         run = make_run(disk / "run")
         save(run, 1, best=True)
         before = content(run.checkpoints_path)
-        monkeypatch.setattr(checkpoints, "SPARE_BYTES", -(2**20))
+        monkeypatch.setattr(tensors, "SPARE_BYTES", -(2**20))
         failures = 0
         for pages in range(20):
             with (disk / "filler").open("wb") as filler:
@@ -295,7 +295,7 @@ def test_free_space_is_checked_before_anything_is_written(run, monkeypatch):
     before = content(run.checkpoints_path)
     usage = shutil.disk_usage(run.path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20 + 100))
-    monkeypatch.setattr(checkpoints, "save_file", lambda *_: pytest.fail("began to write"))
+    monkeypatch.setattr(tensors, "save_file", lambda *_: pytest.fail("began to write"))
     with pytest.raises(OSError, match="No space left on device: 1 MB needed, 1 MB free"):
         save(run, 2)
     assert content(run.checkpoints_path) == before

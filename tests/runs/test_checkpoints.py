@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from charlm.config import UserError
-from charlm.runs import checkpoints
+from charlm.runs import checkpoints, tensors
 from charlm.runs.checkpoints import find_checkpoint, newest_whole_checkpoint, rewind, save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.snapshot import restore, take_snapshot
@@ -81,7 +81,7 @@ def test_a_write_that_fails_leaves_the_older_checkpoint(run, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoints, "save_file", full_disk)
+    monkeypatch.setattr(tensors, "save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save(run, 2)
     assert find_checkpoint(run, "last").step == 1
