@@ -1,15 +1,16 @@
 """Prediction heads: hidden states of a layer to logits of the characters at one or several offsets.
 
-Shapes: B batch, T positions, D d_model, K offsets, V vocabulary.
+Shapes: B batch, T positions, D d_model, E width of what a classifier reads (D, or a tower's), K offsets, V vocabulary.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from charlm.config import ModelConfig
+from charlm.config import LayersConfig, ModelConfig
 
 
 class Heads(nn.Module):
@@ -18,36 +19,105 @@ class Heads(nn.Module):
     Under pre-norm an intermediate layer hands out the raw residual stream, so each exit owns a layer norm; the last
     layer's is the model's final norm. Classifiers start at zero: every loss starts at exactly ln V, and however many
     heads there are, none disturbs the trunk before it has learned anything itself.
+
+    The last layer's head is always this one. Those of intermediate layers may be of another kind (`aux.layers.head`):
+
+    - shared: the model's final norm and the last layer's classifier of the same offset (Elhoushi et al. 2024,
+      LayerSkip, section 4.1.2). Nothing is added to parameters or state. Under post-norm the states are normal already.
+    - shared_frozen: the same, but as constants: the gradient reaches the trunk alone.
+    - tower: norm, a hidden layer that the offsets share, ReLU, dropout, and a classifier per offset. The auxiliary
+      networks of GoogLeNet (Szegedy et al. 2015, section 5) and PSPNet (Zhao et al. 2017, section 4), at a position
+      what those are at a pixel.
     """
 
-    def __init__(self, config: ModelConfig, vocabulary_size: int, pairs: Iterable[tuple[int, int]]):
-        """`pairs`: the (layer, offset) pairs that have a classifier; layers are 1-based, offset 1 is the next."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocabulary_size: int,
+        pairs: Iterable[tuple[int, int]],
+        *,
+        layers: LayersConfig | None = None,
+        final_norm: nn.Module | None = None,
+    ):
+        """A classifier for each of `pairs`, and one of the last layer for each offset if those are shared.
+
+        Args:
+            pairs: (layer, offset); layers are 1-based, offset 1 is the next.
+            layers: says of what kind the heads of intermediate layers are; linear by default.
+            final_norm: the transformer's, which shared heads apply.
+        """
         super().__init__()
-        self.pairs = sorted(set(pairs))
+        layers = layers or LayersConfig()
+        shared = layers.head in ("shared", "shared_frozen")
+        if shared and final_norm is None:
+            raise ValueError(f"heads of kind {layers.head} need the final norm")
+        self.last_layer = config.num_layers
+        self.frozen = layers.head == "shared_frozen"
+        self._final_norm = (final_norm,)  # in a tuple: it is a part of the transformer, and none of this module
+        wanted = set(pairs)
+        owned = {(self.last_layer, offset) for _, offset in wanted} if shared else wanted
+        self.pairs = sorted(wanted | owned)
         self.layers = sorted({layer for layer, _ in self.pairs})
+        self._homes = {layer: self.last_layer if shared else layer for layer in self.layers}
         self.exits = nn.ModuleDict()
-        for layer in self.layers:
-            own_norm = config.norm == "pre" and layer < config.num_layers
-            parts: dict[str, nn.Module] = {"norm": nn.LayerNorm(config.d_model) if own_norm else nn.Identity()}
-            for offset in (offset for pair_layer, offset in self.pairs if pair_layer == layer):
-                classifier = nn.Linear(config.d_model, vocabulary_size)
+        for layer in sorted({layer for layer, _ in owned}):
+            intermediate, width = layer < self.last_layer, config.d_model
+            own_norm = config.norm == "pre" and intermediate
+            parts: dict[str, nn.Module] = {"norm": nn.LayerNorm(width) if own_norm else nn.Identity()}
+            if intermediate and layers.head == "tower":
+                width = layers.tower_width or config.d_model
+                parts["tower"] = _tower(config.d_model, width, layers.tower_dropout)
+            for offset in sorted(offset for pair_layer, offset in owned if pair_layer == layer):
+                classifier = nn.Linear(width, vocabulary_size)
                 nn.init.zeros_(classifier.weight)
                 nn.init.zeros_(classifier.bias)
                 parts[f"offset{offset}"] = classifier
             self.exits[f"layer{layer}"] = nn.ModuleDict(parts)
 
+    def norm(self, layer: int) -> nn.Module:
+        """What the head of `layer` does to its states first; nothing where they come normalised."""
+        home = self._homes[layer]
+        return self.exits[f"layer{layer}"]["norm"] if home == layer else self._final_norm[0]
+
+    def linears(self, layer: int, offsets: Sequence[int]) -> list[nn.Linear]:
+        """The linear layers that predict `offsets` from `layer`: the tower's, if there is one, and the classifiers."""
+        parts = self._parts(layer)
+        tower = [parts["tower"].hidden] if "tower" in parts else []
+        return tower + [parts[f"offset{offset}"] for offset in offsets]
+
     def classifiers(self, hidden_BTD: Tensor, layer: int, offsets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the classifiers of `layer` read, [B, T, D], and their weights [K * V, D] and biases [K * V] as of one.
+        """What the classifiers of `layer` read, [B, T, E], and their weights [K * V, E] and biases [K * V] as of one.
 
         The offsets share one matrix product, but each keeps its own parameters: a classifier that is not asked for
         gets no gradient at all, so no optimizer moves it.
         """
-        parts = self.exits[f"layer{layer}"]
+        parts, norm = self._parts(layer), self.norm(layer)
         linears = [parts[f"offset{offset}"] for offset in offsets]
         weight = torch.cat([linear.weight for linear in linears])
         bias = torch.cat([linear.bias for linear in linears])
-        return parts["norm"](hidden_BTD), weight, bias
+        if self.frozen and layer < self.last_layer:
+            return _frozen(norm, hidden_BTD), weight.detach(), bias.detach()
+        states_BTE = norm(hidden_BTD)
+        return parts["tower"](states_BTE) if "tower" in parts else states_BTE, weight, bias
 
     def forward(self, hidden_BTD: Tensor, layer: int, offsets: Sequence[int] = (1,)) -> Tensor:
         """Logits of `offsets` from the hidden states of `layer`: [B, T, K, V]."""
         return F.linear(*self.classifiers(hidden_BTD, layer, offsets)).unflatten(-1, (len(offsets), -1))
+
+    def _parts(self, layer: int) -> nn.ModuleDict:
+        """The modules that the head of `layer` is made of; those of the last layer where they are shared."""
+        return self.exits[f"layer{self._homes[layer]}"]
+
+
+def _tower(d_model: int, width: int, dropout: float) -> nn.Sequential:
+    hidden = nn.Linear(d_model, width)
+    nn.init.normal_(hidden.weight, std=d_model**-0.5)
+    nn.init.zeros_(hidden.bias)
+    return nn.Sequential(OrderedDict(hidden=hidden, activation=nn.ReLU(), dropout=nn.Dropout(dropout)))
+
+
+def _frozen(norm: nn.Module, hidden_BTD: Tensor) -> Tensor:
+    """What `norm`, a layer norm or nothing, gives, its parameters being constants."""
+    if isinstance(norm, nn.Identity):
+        return hidden_BTD
+    return F.layer_norm(hidden_BTD, norm.normalized_shape, norm.weight.detach(), norm.bias.detach(), norm.eps)
