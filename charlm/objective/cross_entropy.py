@@ -20,41 +20,59 @@ def linear_cross_entropy(
     targets_NK: Tensor,
     loss_weights_NK: Tensor,
     backend: CrossEntropyBackend = "chunked",
+    hinge: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Losses of K linear classifiers that read the same hidden states, and the weighted sum to minimise.
 
     Products run in the precision of autocast, if it is on; the softmax and the losses are fp32 whatever it is.
 
+    With a `hinge` each prediction's loss counts as max(0, loss - hinge): one that is good enough teaches nothing more.
+    Lee et al. 2015 (Deeply-Supervised Nets, section 2) put such a threshold on a companion's objective as a whole; on
+    single predictions it does not depend on how a batch is cut into micro-batches.
+
     Args:
         weight_RD, bias_R: of the K classifiers, one below the other.
         targets_NK: ids; of the classifier of each offset.
         loss_weights_NK: what each loss counts, at least 0 and one of them more; fp32, without a gradient.
+        hinge: in nats, at least 0.
 
     Returns:
-        total: sum of loss_weights * losses; differentiable with respect to hidden states, weight and bias.
-        losses_NK: -ln softmax(logits)[target] in nats; without a gradient.
+        total: sum of loss_weights * max(0, losses - hinge); differentiable with respect to hidden states, weight and
+            bias.
+        losses_NK: -ln softmax(logits)[target] in nats, whatever the hinge; without a gradient.
     """
     function = _reference if backend == "reference" else ChunkedLinearCrossEntropy.apply
-    return function(hidden_ND, weight_RD, bias_R, targets_NK, loss_weights_NK)
+    return function(hidden_ND, weight_RD, bias_R, targets_NK, loss_weights_NK, hinge)
 
 
 def _reference(
-    hidden_ND: Tensor, weight_RD: Tensor, bias_R: Tensor, targets_NK: Tensor, loss_weights_NK: Tensor
+    hidden_ND: Tensor, weight_RD: Tensor, bias_R: Tensor, targets_NK: Tensor, loss_weights_NK: Tensor, hinge: float
 ) -> tuple[Tensor, Tensor]:
     N, K = targets_NK.shape
     logits = F.linear(hidden_ND, weight_RD, bias_R).float().view(N * K, -1)
     losses_NK = F.cross_entropy(logits, targets_NK.flatten(), reduction="none").view(N, K)
-    return (loss_weights_NK * losses_NK).sum(), losses_NK.detach()
+    return _weighted_sum(losses_NK, loss_weights_NK, hinge), losses_NK.detach()
+
+
+def _weighted_sum(losses_NK: Tensor, loss_weights_NK: Tensor, hinge: float) -> Tensor:
+    return (loss_weights_NK * (F.relu(losses_NK - hinge) if hinge else losses_NK)).sum()
 
 
 class ChunkedLinearCrossEntropy(torch.autograd.Function):
     """The gradient is computed in the forward pass, chunk by chunk while the logits are at hand, and kept in their
-    place: one matrix of the hidden states' shape however many classifiers read them.
+    place: one matrix of the hidden states' shape however many classifiers read them. Of classifiers that are constants
+    none is computed.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden_ND: Tensor, weight_RD: Tensor, bias_R: Tensor, targets_NK: Tensor, loss_weights_NK: Tensor
+        ctx,
+        hidden_ND: Tensor,
+        weight_RD: Tensor,
+        bias_R: Tensor,
+        targets_NK: Tensor,
+        loss_weights_NK: Tensor,
+        hinge: float,
     ) -> tuple[Tensor, Tensor]:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
@@ -62,10 +80,11 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
             hidden, weight, bias = hidden_ND.to(dtype), weight_RD.to(dtype), bias_R.to(dtype)
             N, K = targets_NK.shape
             losses_NK = torch.empty(N, K, device=hidden.device)
-            differentiable = any(ctx.needs_input_grad)
+            differentiable, constant = any(ctx.needs_input_grad), not any(ctx.needs_input_grad[1:3])
             if differentiable:
                 grad_hidden = torch.empty_like(hidden)
-                grad_weight, grad_bias = torch.zeros_like(weight_RD), torch.zeros_like(bias_R)
+                grad_weight = None if constant else torch.zeros_like(weight_RD)
+                grad_bias = None if constant else torch.zeros_like(bias_R)
                 # The gradients kept here are of order 1 whatever the weights are, so that fp16 can hold them.
                 scale = loss_weights_NK.max()
                 factors_NK = loss_weights_NK / scale
@@ -82,19 +101,23 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
                     # d loss / d logits = softmax - onehot
                     grad_logits = probabilities
                     grad_logits.scatter_add_(1, targets, grad_logits.new_full((1, 1), -1.0).expand_as(targets))
-                    grad_logits = grad_logits.mul_(factors_NK[chunk].reshape(-1, 1)).view(-1, len(weight))
-                    grad_bias += grad_logits.sum(dim=0)
+                    factors = factors_NK[chunk] * (losses_NK[chunk] > hinge) if hinge else factors_NK[chunk]
+                    grad_logits = grad_logits.mul_(factors.reshape(-1, 1)).view(-1, len(weight))
+                    if not constant:
+                        grad_bias += grad_logits.sum(dim=0)
                     grad_logits = grad_logits.to(dtype)
                     torch.mm(grad_logits, weight, out=grad_hidden[chunk])
-                    grad_weight += grad_logits.mT @ hidden[chunk]
+                    if not constant:
+                        grad_weight += grad_logits.mT @ hidden[chunk]
             if differentiable:
                 ctx.save_for_backward(scale, grad_hidden, grad_weight, grad_bias)
                 ctx.dtype = hidden_ND.dtype
         ctx.mark_non_differentiable(losses_NK)
-        return (loss_weights_NK * losses_NK).sum(), losses_NK
+        return _weighted_sum(losses_NK, loss_weights_NK, hinge), losses_NK
 
     @staticmethod
     def backward(ctx, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scale, grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        scale, grad_hidden, *grads_classifiers = ctx.saved_tensors
         factor = grad_total * scale
-        return grad_hidden.to(ctx.dtype) * factor, grad_weight * factor, grad_bias * factor, None, None
+        grads = [None if grad is None else grad * factor for grad in grads_classifiers]
+        return grad_hidden.to(ctx.dtype) * factor, *grads, None, None, None

@@ -23,14 +23,16 @@ def example(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor, T
     return inputs, targets_NK, weights_NK
 
 
+@pytest.mark.parametrize("hinge", [0.0, 2.0])
 @pytest.mark.parametrize("rows_at_once", [1, 3, N, 100])
-def test_backends_agree(rows_at_once, monkeypatch):
+def test_backends_agree(rows_at_once, hinge, monkeypatch):
     """A chunk left out or read twice, a last chunk of the wrong size, weights of other positions, a lost factor."""
     monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", rows_at_once * K * V)
     inputs, targets_NK, weights_NK = example()
     results = {}
     for backend in BACKENDS:
-        total, losses_NK = linear_cross_entropy(*inputs, targets_NK, weights_NK, backend)
+        total, losses_NK = linear_cross_entropy(*inputs, targets_NK, weights_NK, backend, hinge)
+        assert (losses_NK > hinge).any() and (losses_NK < hinge).any() == (hinge > 0.0)
         assert not losses_NK.requires_grad
         # 3 * total stands for what accelerate does to a loss: divide it by the number of accumulation steps.
         results[backend] = [total, losses_NK, *torch.autograd.grad(3 * total, inputs)]
@@ -86,3 +88,44 @@ def test_the_chunked_backend_keeps_no_logits():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda _: None):
         linear_cross_entropy(*inputs, targets_NK, weights_NK, "chunked")
     assert sum(kept) <= N * D + K * V * D + K * V + 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hinge_by_hand(backend):
+    """A threshold on the mean in place of each loss, one that scales the gradient, and losses reported without it."""
+    # Logits 0, ln 3 over two symbols: probabilities 1/4 and 3/4.
+    hidden_ND = torch.ones(3, 1, requires_grad=True)
+    weight_RD = torch.tensor([[0.0], [math.log(3)]], requires_grad=True)
+    bias_R = torch.zeros(2, requires_grad=True)
+    targets_NK, weights_NK = torch.tensor([[0], [1], [0]]), torch.tensor([[0.5], [0.25], [2.0]])
+    total, losses_NK = linear_cross_entropy(hidden_ND, weight_RD, bias_R, targets_NK, weights_NK, backend, 1.0)
+    torch.testing.assert_close(losses_NK, torch.tensor([[math.log(4)], [math.log(4 / 3)], [math.log(4)]]))
+    assert total.item() == pytest.approx(2.5 * (math.log(4) - 1))
+    total.backward()
+    # softmax - onehot of target 0 is (-3/4, 3/4); the second prediction's loss lies under the hinge.
+    torch.testing.assert_close(bias_R.grad, 2.5 * torch.tensor([-0.75, 0.75]))
+    torch.testing.assert_close(hidden_ND.grad, 0.75 * math.log(3) * torch.tensor([[0.5], [0.0], [2.0]]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loss_wholly_below_the_hinge_is_zero(backend):
+    """A division of nothing by nothing once every prediction is good enough."""
+    inputs, targets_NK, weights_NK = example()
+    total, _ = linear_cross_entropy(*inputs, targets_NK, weights_NK, backend, 100.0)
+    assert total.item() == 0.0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(total, inputs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_classifiers_that_are_constants(backend):
+    """A gradient of the states that changes when the classifiers have none, and work done for that of constants."""
+    (hidden_ND, weight_RD, bias_R), targets_NK, weights_NK = example()
+    (expected,) = torch.autograd.grad(
+        linear_cross_entropy(hidden_ND, weight_RD, bias_R, targets_NK, weights_NK, backend)[0], [hidden_ND]
+    )
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        total, _ = linear_cross_entropy(hidden_ND, weight_RD.detach(), bias_R.detach(), targets_NK, weights_NK, backend)
+    (gradient,) = torch.autograd.grad(total, [hidden_ND])
+    assert torch.equal(gradient, expected)
+    assert backend == "reference" or sum(tensor.numel() for tensor in kept) <= N * D + 1
