@@ -4,6 +4,7 @@ Shapes: B batch, T positions, D d_model, K offsets, W characters of a window (T 
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -30,24 +31,41 @@ class LossReport(NamedTuple):
 
 def head_pairs(terms: Sequence[Term], num_layers: int) -> set[tuple[int, int]]:
     """The (layer, offset) pairs that need a head: those of the table, and the one that predicts after training."""
-    return {(term.layer, term.offset) for term in terms} | {(num_layers, 1)}
+    return {(term.layer, term.offset) for term in terms if term.task is None} | {(num_layers, 1)}
 
 
 class Objective(nn.Module):
     """The transformer, its heads and the table of terms: windows and progress to a loss."""
 
     def __init__(
-        self, transformer: CharTransformer, heads: Heads, terms: Sequence[Term], *, hedge: Hedge | None = None
+        self,
+        transformer: CharTransformer,
+        heads: Heads,
+        terms: Sequence[Term],
+        *,
+        hedge: Hedge | None = None,
+        tasks: nn.ModuleDict | None = None,
     ):
-        """`hedge`: multiplies what the heads of its layers predict, beside the table's own weights."""
+        """
+        Args:
+            hedge: multiplies what the heads of its layers lose, beside the table's own weights.
+            tasks: the modules of the table's rows that have a task, by its name (see `charlm.objective.tasks`).
+
+        Raises:
+            ValueError: the heads of one layer have different hinges.
+        """
         super().__init__()
         self.transformer = transformer
         self.heads = heads
         self.terms = tuple(terms)
         self.hedge = hedge
+        self.tasks = tasks
         self.cross_entropy: CrossEntropyBackend = "chunked"
         self.longest_offset = max(offset for _, offset in heads.pairs)
         self.window_length = transformer.config.context_length + self.longest_offset
+        hinges = {(term.layer, term.hinge) for term in self.terms if term.task is None}
+        if len(hinges) > len({layer for layer, _ in hinges}):
+            raise ValueError(f"a layer has one hinge: {sorted(hinges)}")
 
     def forward(self, windows_BW: Tensor, progress: float, layers: Collection[int] | None = None) -> LossReport:
         """The loss of `windows_BW` at `progress`; that of the rows of `layers` alone, if given.
@@ -107,17 +125,24 @@ class Objective(nn.Module):
     ) -> LossReport:
         by_layer, parts = {}, {}
         for layer, layer_rows in rows.items():
-            by_layer[layer], losses = self._layer_losses(hidden_states[layer], windows_BW, layer_rows)
-            if self.hedge is not None:
-                by_layer[layer] = by_layer[layer] * self.hedge.weight(layer)
-            parts |= losses
+            shares = []
+            if predictions := [row for row in layer_rows if row[0].task is None]:
+                share, losses = self._layer_losses(hidden_states[layer], windows_BW, predictions)
+                shares.append(share if self.hedge is None else share * self.hedge.weight(layer))
+                parts |= losses
+            for term, weight in layer_rows:
+                if term.task is not None:
+                    loss = self.tasks[term.task](hidden_states[layer], windows_BW).float().mean()
+                    shares.append(weight * loss)
+                    parts[term.name] = loss.detach()
+            by_layer[layer] = reduce(torch.add, shares)
         return LossReport(torch.stack(list(by_layer.values())).sum(), parts, by_layer)
 
     def _layer_losses(
         self, hidden_BTD: Tensor, windows_BW: Tensor, rows: Sequence[tuple[Term, float]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a layer's active rows add to the total, and their losses: all offsets and positions from one product."""
-        layer = rows[0][0].layer
+        """What the active rows of a layer's heads add up to, and their losses: all of them from one product."""
+        layer, hinge = rows[0][0].layer, rows[0][0].hinge
         offsets = sorted({term.offset for term, _ in rows})
         T = hidden_BTD.shape[1]
         first = 0 if any(term.positions == "all" for term, _ in rows) else T - 1
@@ -134,7 +159,13 @@ class Objective(nn.Module):
             share += weight / share.numel()
         hidden, weight, bias = self.heads.classifiers(hidden_BTD[:, first:], layer, offsets)
         total, losses_NK = linear_cross_entropy(
-            hidden.flatten(0, 1), weight, bias, targets_BTK.flatten(0, 1), weights_BTK.flatten(0, 1), self.cross_entropy
+            hidden.flatten(0, 1),
+            weight,
+            bias,
+            targets_BTK.flatten(0, 1),
+            weights_BTK.flatten(0, 1),
+            self.cross_entropy,
+            hinge,
         )
         losses_BTK = losses_NK.view_as(targets_BTK)
         return total, {name: losses_BTK[where].mean() for name, where in chosen.items()}

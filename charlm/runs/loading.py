@@ -1,5 +1,6 @@
 """A trained model, read back from its run."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from charlm.config import Config, UserError
 from charlm.data.vocabulary import Vocabulary, vocabulary_from_dict
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
+from charlm.objective.hedge import Hedge
 from charlm.objective.objective import Objective, head_pairs
+from charlm.objective.tasks import build_tasks
 from charlm.objective.terms import build_terms
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
@@ -31,14 +34,36 @@ class TrainedModel:
     corpus: dict[str, Any]
     """What the run recorded of its corpus: name, sha256, vocabulary, sizes."""
     device: torch.device
+    hedge_weights: dict[int, float] | None = None
+    """What aux.hedge has made of the layers' weights, which sum to 1; None without it."""
 
 
-def build_objective(config: Config, vocabulary_size: int) -> Objective:
-    """A fresh model, with the heads and the table of terms that the config asks for."""
-    terms = build_terms(config.aux, config.model.num_layers)
-    pairs = head_pairs(terms, config.model.num_layers)
+def build_heads(
+    config: Config, vocabulary_size: int, pairs: Iterable[tuple[int, int]], transformer: CharTransformer
+) -> Heads:
+    """Fresh heads, of the kind that the config asks for, for the (layer, offset) `pairs`."""
+    return Heads(config.model, vocabulary_size, pairs, layers=config.aux.layers, final_norm=transformer.final_norm)
+
+
+def build_objective(config: Config, vocabulary_size: int, *, tasks: bool = True) -> Objective:
+    """A fresh model, with the heads and the table of terms that the config asks for.
+
+    `tasks` false leaves out the user's own, which then need not be registered.
+
+    Raises:
+        UserError: a task of aux.tasks is not registered.
+        ConfigError: at some point of training no row of the table weighs anything.
+    """
+    terms = build_terms(config.aux, config.model.num_layers, config.train.steps)
+    if not tasks:
+        terms = tuple(term for term in terms if term.task is None)
     transformer = CharTransformer(config.model, vocabulary_size)
-    return Objective(transformer, Heads(config.model, vocabulary_size, pairs), terms)
+    heads = build_heads(config, vocabulary_size, head_pairs(terms, config.model.num_layers), transformer)
+    settings, hedge = config.aux.hedge, None
+    if settings.enabled:
+        hedge = Hedge((term.layer for term in terms if term.offset == 1), settings.beta, settings.smoothing)
+    modules = build_tasks(config, vocabulary_size) if tasks else None
+    return Objective(transformer, heads, terms, hedge=hedge, tasks=modules)
 
 
 def load(run: Path | str, checkpoint: str | int = "best", device: torch.device | str | None = None) -> TrainedModel:
@@ -66,10 +91,13 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
         )
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.device("meta"):
-        objective = build_objective(config, vocabulary.size)
-    found.check_tensors(objective.state_dict())
-    objective.load_state_dict(tensors, assign=True)
+        objective = build_objective(config, vocabulary.size, tasks=False)
+    model = objective.state_dict()
+    prefixes = tuple(f"tasks.{task}." for task in config.aux.tasks)  # only what trains them knows their modules
+    found.check_tensors(model | {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)})
+    objective.load_state_dict({name: tensors[name] for name in model}, assign=True)
     objective.to(chosen).eval()
+    hedge = objective.hedge
     return TrainedModel(
         config=config,
         transformer=objective.transformer,
@@ -79,4 +107,5 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
         step=found.step,
         corpus=corpus,
         device=chosen,
+        hedge_weights=dict(zip(hedge.layers, hedge.weights.tolist(), strict=True)) if hedge else None,
     )

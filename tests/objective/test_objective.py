@@ -4,6 +4,7 @@ Shapes: B batch, T positions, D d_model, V vocabulary, W characters of a window.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from charlm.config import AuxConfig, LayersConfig, ModelConfig, PositionsConfig, TargetsConfig, TrainConfig
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
+from charlm.objective.hedge import Hedge
 from charlm.objective.objective import Objective, head_pairs
 from charlm.objective.schedules import constant, cutoff
 from charlm.objective.terms import Term, active, build_terms
@@ -286,3 +288,79 @@ def test_losses_of_states_at_hand_are_those_of_the_windows(randomise):
     assert torch.equal(report.total, expected.total)
     with pytest.raises(ValueError, match="no row"):
         real_objective(randomise, AuxConfig()).losses({1: hidden_states[1]}, windows_BW, 0.125)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_hinge_of_an_intermediate_layer_by_hand(backend):
+    """A hinge on a layer's mean, on the last layer too, or in the losses that are logged."""
+    objective = known_objective(AuxConfig(layers=LASTING, targets=TargetsConfig(enabled=False)))
+    objective.terms = tuple(replace(term, hinge=math.log(4) if term.layer == 1 else 0.0) for term in objective.terms)
+    objective.cross_entropy = backend
+    report = objective(WINDOWS_BW, 0.5)
+    # Layer 1 loses 2 1 2 3 3 1 3 3 bits, of which those beyond 2 count: 1 + 1 + 1 + 1 of 8.
+    assert report.by_layer[1].item() / math.log(2) == pytest.approx(4 / 8, rel=1e-5)
+    assert report.by_layer[2].item() / math.log(2) == pytest.approx(1.75, rel=1e-5)
+    assert report.parts["layer1/offset1/all"].item() / math.log(2) == pytest.approx(2.25, rel=1e-5)
+    mixed = (replace(objective.terms[0], hinge=0.5), replace(objective.terms[0], positions="last"))
+    with pytest.raises(ValueError, match="one hinge"):
+        Objective(objective.transformer, objective.heads, mixed)
+
+
+def test_a_hinge_does_not_depend_on_micro_batches(randomise):
+    """Thresholds of means: a batch whose halves stand above and below them would count otherwise when it is cut."""
+    objective = real_objective(randomise, AuxConfig(layers=LASTING))
+    objective.terms = tuple(replace(term, hinge=1.5 if term.layer < 4 else 0.0) for term in objective.terms)
+    windows_BW = some_windows(objective).repeat(2, 1)
+    whole = objective(windows_BW, 0.0)
+    parts = [objective(windows_BW[cut], 0.0) for cut in (slice(0, 2), slice(2, 6))]
+    expected = parts[0].total * (2 / 6) + parts[1].total * (4 / 6)
+    torch.testing.assert_close(whole.total, expected)
+
+
+class ReadsStates(nn.Module):
+    """Losses that say what they were computed from: the sum of a position's states, and 10 times the first id."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, hidden_BTD: Tensor, windows_BW: Tensor) -> Tensor:
+        return self.scale * hidden_BTD.sum(dim=-1) + 10.0 * windows_BW[:, :1]
+
+
+def test_tasks_of_ones_own_by_hand():
+    """A task that reads another layer's states, is weighed twice or not at all, or summed in place of averaged."""
+    known = known_objective(AuxConfig(layers=LASTING))
+    fading = cutoff(0.0, 0.5)
+    rows = (
+        *known.terms,
+        Term(1, 0, "all", constant(0.25), task="first"),
+        Term(2, 0, "all", constant(0.5) * fading, task="second"),
+    )
+    hedge = Hedge([1, 2], 0.9, 0.1)
+    tasks = nn.ModuleDict({"first": ReadsStates(), "second": ReadsStates()})
+    objective = Objective(known.transformer, known.heads, rows, hedge=hedge, tasks=tasks)
+    report, without = objective(WINDOWS_BW, 0.0), known(WINDOWS_BW, 0.0)
+    loss = 2.0 * 1.0 + 10.0 * (0 + 3) / 2  # every state has one 1
+    assert report.parts["layer1/task/first"].item() == pytest.approx(loss)
+    assert report.by_layer[1].item() == pytest.approx(without.by_layer[1].item() / 2 + 0.25 * loss, rel=1e-6)
+    assert report.by_layer[2].item() == pytest.approx(without.by_layer[2].item() / 2 + 0.5 * loss, rel=1e-6)
+    report.total.backward()
+    assert tasks["first"].scale.grad.item() == pytest.approx(0.25)
+    assert tasks["second"].scale.grad.item() == pytest.approx(0.5)
+    later = objective(WINDOWS_BW, 0.5, [2])
+    assert later.parts.keys() == {"layer2/offset1/all", "layer2/offset2/all"}
+
+
+def test_a_layer_may_have_a_task_and_no_head(randomise):
+    """A head made for a task's row, or a layer that is computed only if a head reads it."""
+    plain = real_objective(randomise, AuxConfig(layers=LayersConfig(enabled=False)))
+    rows = (Term(2, 0, "all", constant(1.0), task="own"), *plain.terms)
+    assert head_pairs(rows, 4) == {(4, 1), (4, 2)}
+    hedge, tasks = Hedge([4], 0.9, 0.1), nn.ModuleDict({"own": ReadsStates()})
+    objective = Objective(plain.transformer, plain.heads, rows, hedge=hedge, tasks=tasks)
+    windows_BW = some_windows(objective)
+    hidden_BTD = objective.transformer(windows_BW[:, :6], [2])[2]
+    expected = (2.0 * hidden_BTD.sum(dim=-1) + 10.0 * windows_BW[:, :1]).mean()
+    torch.testing.assert_close(objective(windows_BW, 0.0).by_layer[2], expected)
+    torch.testing.assert_close(objective(windows_BW, 0.0, [2]).total, expected)
