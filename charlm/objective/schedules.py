@@ -5,37 +5,71 @@ stops at c is positive while p < c, and zero from c on.
 """
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """On at every `turns`-th optimizer step, first at step `index`.
+
+    What changes from one step to the next has no formula over progress alone: it needs to know of how many `steps`.
+    """
+
+    index: int
+    turns: int
+    steps: int
+
+    def is_on(self, progress: float) -> bool:
+        return (round(progress * self.steps) - self.index) % self.turns == 0
+
+    def next_on(self, progress: float) -> float:
+        """The progress of the first step from `progress` on at which it is on."""
+        step = round(progress * self.steps)
+        return (step + (self.index - step) % self.turns) / self.steps
+
+
+@dataclass(frozen=True)
 class Schedule:
     """A weight over progress: `schedule(p)` for p in [0, 1).
 
-    `breakpoints` are the points inside (0, 1) at which the formula changes. Between two of them a schedule is either
-    zero or positive throughout (an isolated zero aside), which lets `stops_at` be exact.
+    `breakpoints` are the points inside (0, 1) at which the formula changes. Between two of them `weight` is either
+    zero or positive throughout (an isolated zero aside), which lets `stops_at` be exact. With a `rotation` the
+    schedule is zero at the steps between its turns; `stops_at` and `limit` are about its turns.
     """
 
     weight: Callable[[float], float]
     breakpoints: frozenset[float] = frozenset()
+    rotation: Rotation | None = None
 
     def __call__(self, progress: float) -> float:
-        return self.weight(progress)
+        return self.weight(progress) if self.rotation is None or self.rotation.is_on(progress) else 0.0
 
     def __mul__(self, other: "Schedule") -> "Schedule":
-        return Schedule(lambda p: self(p) * other(p), self.breakpoints | other.breakpoints)
+        """The product; one of the two may have a rotation."""
+        assert self.rotation is None or other.rotation is None
+        return Schedule(
+            lambda p: self.weight(p) * other.weight(p),
+            self.breakpoints | other.breakpoints,
+            self.rotation or other.rotation,
+        )
 
     def complement(self) -> "Schedule":
-        """1 - weight."""
-        return Schedule(lambda p: 1.0 - self(p), self.breakpoints)
+        """1 - weight, of a schedule without a rotation."""
+        assert self.rotation is None
+        return Schedule(lambda p: 1.0 - self.weight(p), self.breakpoints)
+
+    def at_next_turn(self, progress: float) -> float:
+        """The weight at the first step from `progress` on at which the rotation is on."""
+        return self.weight(progress if self.rotation is None else self.rotation.next_on(progress))
 
     @property
     def limit(self) -> float:
         """The weight that the last steps of a long run approach: the limit at p = 1 from the left."""
-        return round(self(math.nextafter(1.0, 0.0)), 12)
+        return round(self.weight(math.nextafter(1.0, 0.0)), 12)
 
     @property
     def stops_at(self) -> float | None:
@@ -43,7 +77,7 @@ class Schedule:
         edges = [0.0, *sorted(self.breakpoints), 1.0]
         stop = None
         for left, right in reversed(list(pairwise(edges))):
-            if self((left + right) / 2) != 0.0:
+            if self.weight((left + right) / 2) != 0.0:
                 break
             stop = left
         return stop
@@ -96,6 +130,49 @@ def staggered(layer: int, num_layers: int, start: float = 0.0, end: float = 1.0)
     The lowest of n layers stops first; at u = 1/2 every intermediate layer l < n has stopped.
     """
     return cutoff(start, end, Fraction(layer, 2 * num_layers))
+
+
+def gradual(layer: int, num_layers: int, start: float = 0.0, end: float = 1.0) -> Schedule:
+    """0 until the clock reads (n - l) / (2n), then 1 (Elhoushi et al. 2024, LayerSkip, section 4.1.2).
+
+    From the top one more of n layers starts every 2n-th of training, so that at u = 1/2 all have.
+    """
+    return cutoff(start, end, Fraction(num_layers - layer, 2 * num_layers)).complement()
+
+
+def rotational(index: int, turns: int, steps: int) -> Schedule:
+    """1 at every `turns`-th step, first at step `index`; 0 at the others (LayerSkip, section 4.1.2)."""
+    return Schedule(lambda p: 1.0, rotation=Rotation(index, turns, steps))
+
+
+def growing(offset: int, num_targets: int, start: float = 0.0, end: float = 1.0) -> Schedule:
+    """0 until the clock reads (k - 1) / K, then 1: target k of K comes as the k-th of K equal parts begins."""
+    return cutoff(start, end, Fraction(offset - 1, num_targets)).complement()
+
+
+def shrinking(offset: int, num_targets: int, start: float = 0.0, end: float = 1.0) -> Schedule:
+    """1 until the clock reads (K - k + 1) / K, then 0: of K targets the farthest goes as each of K parts ends."""
+    return cutoff(start, end, Fraction(num_targets - offset + 1, num_targets))
+
+
+def staged(
+    weights: Sequence[float], ends: Sequence[float], start: float = 0.0, end: float = 1.0, passage: str = "step"
+) -> Schedule:
+    """`weights[i]` until the clock reads `ends[i]`, which rise to 1.
+
+    Under passage=linear a stage's weight moves on a straight line to the next one's, which it reaches as the stage
+    ends; the last stage holds its own.
+    """
+    edges = [_at(Fraction(repr(clock)), start, end) for clock in (0.0, *ends)]
+
+    def weight(p: float) -> float:
+        stage = min(bisect_right(edges, p, lo=1) - 1, len(weights) - 1)
+        if passage == "step" or stage == len(weights) - 1 or p <= edges[stage]:
+            return weights[stage]
+        passed = (p - edges[stage]) / (edges[stage + 1] - edges[stage])
+        return weights[stage] + passed * (weights[stage + 1] - weights[stage])
+
+    return Schedule(weight, _inside(*edges))
 
 
 DECAYS: dict[str, Callable[[float, float], Schedule]] = {

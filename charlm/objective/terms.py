@@ -1,12 +1,30 @@
 """The objective as a table: one row per prediction task, with its weight over training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from charlm.config import AuxConfig, ConfigError
-from charlm.objective.schedules import DECAYS, Schedule, constant, staggered
+from charlm.config import AuxConfig, ConfigError, LayersConfig, TargetsConfig, layer_at
+from charlm.objective.schedules import (
+    DECAYS,
+    Schedule,
+    constant,
+    gradual,
+    growing,
+    rotational,
+    shrinking,
+    staged,
+    staggered,
+)
+
+WEIGHTINGS: dict[str, Callable[[int, int, float], float]] = {
+    "uniform": lambda l, L, gamma: 1.0,  # noqa: E741
+    "linear": lambda l, L, gamma: l / L,  # noqa: E741
+    "quadratic": lambda l, L, gamma: l * (l + 1) / (L * (L + 1)),  # noqa: E741
+    "power": lambda l, L, gamma: max(0.01, (l / L) ** gamma),  # noqa: E741
+}
+"""What layer l of L weighs against the last, by `aux.layers.weighting`."""
 
 
 @dataclass(frozen=True)
@@ -34,27 +52,37 @@ class Term:
         return f"layer{self.layer}/{what}"
 
 
-def build_terms(aux: AuxConfig, num_layers: int) -> tuple[Term, ...]:
-    """The table that a config stands for, ordered by layer, offset and positions.
+def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tuple[Term, ...]:
+    """The table that a config stands for, ordered by layer, offset and positions; the user's own tasks come last.
 
     The main task, the last layer predicting the next character, has weight 1 unless `aux.main_weight` says otherwise.
     A layer's weight multiplies all its rows and an offset's all of its. With the share w of `aux.positions`, each task
     has an "all" row of weight w and a "last" row of weight 1 - w. Rows that are zero throughout are not listed.
 
+    Args:
+        steps: optimizer steps of the whole run; a rotational schedule, which changes from step to step, needs them.
+
     Raises:
         ConfigError: at some point of training no row weighs anything.
     """
-    layer_weights = _layer_weights(aux, num_layers)
-    offset_weights = _offset_weights(aux)
+    layer_weights = _layer_weights(aux, num_layers, steps)
+    offset_weights = _offset_weights(aux.targets)
     positions = aux.positions
     share = DECAYS[positions.schedule](positions.start, positions.end) if positions.enabled else constant(0.0)
-    rows = (
-        Term(layer, offset, kind, layer_weight * offset_weight * position_weight)
+    rows = [
+        Term(
+            layer,
+            offset,
+            kind,
+            layer_weight * offset_weight * position_weight,
+            hinge=aux.layers.hinge if layer < num_layers else 0.0,
+        )
         for layer, layer_weight in layer_weights.items()
         for offset, offset_weight in offset_weights.items()
+        if offset == 1 or layer == num_layers or aux.targets.layers == "all"
         for kind, position_weight in (("all", share), ("last", share.complement()))
-    )
-    terms = tuple(row for row in rows if row.weight.stops_at != 0.0)
+    ]
+    terms = tuple(row for row in [*rows, *_task_rows(aux, num_layers)] if row.weight.stops_at != 0.0)
     _require_a_loss(terms, aux)
     return terms
 
@@ -63,44 +91,96 @@ def _require_a_loss(terms: Sequence[Term], aux: AuxConfig) -> None:
     edges = [0.0, *sorted(frozenset().union(*(term.weight.breakpoints for term in terms))), 1.0]
     for left, right in pairwise(edges):
         if not any(active(terms, (left + right) / 2)):
+            silent = "aux.main_weight=0.0" if aux.main_weight == 0 else "aux.targets.schedule=stages"
             raise ConfigError(
-                f"aux.main_weight={aux.main_weight}: all losses have weight zero from progress {left:g} on; "
+                f"{silent}: all losses have weight zero from progress {left:g} on; "
                 "raise it, or enable other losses for that time"
             )
 
 
-def _layer_weights(aux: AuxConfig, num_layers: int) -> dict[int, Schedule]:
-    intermediate = aux.layers.at if aux.layers.at is not None else range(aux.layers.every, num_layers, aux.layers.every)
-    weights = {
-        layer: constant(aux.layers.weight) * _layer_schedule(aux, layer, num_layers)
-        for layer in sorted(intermediate)
-        if aux.layers.enabled and layer < num_layers
-    }
+def _layer_weights(aux: AuxConfig, num_layers: int, steps: int | None) -> dict[int, Schedule]:
+    base = _base_weights(aux.layers, num_layers)
+    schedules = _layer_schedules(aux.layers, tuple(base), num_layers, steps)
+    weights = {layer: constant(base[layer]) * schedule for layer, schedule in schedules.items()}
     weights[num_layers] = constant(aux.main_weight)
-    return _averaged(weights) if aux.reduction == "mean" else weights
+    return weights if aux.reduction == "sum" else _averaged(weights, weighted=aux.reduction == "weighted_mean")
 
 
-def _layer_schedule(aux: AuxConfig, layer: int, num_layers: int) -> Schedule:
-    if aux.layers.schedule == "staggered":
-        return staggered(layer, num_layers, aux.layers.start, aux.layers.end)
-    return DECAYS[aux.layers.schedule](aux.layers.start, aux.layers.end)
+def _base_weights(layers: LayersConfig, num_layers: int) -> dict[int, float]:
+    """What each intermediate layer with a head weighs before its schedule."""
+    heads = layers.intermediate(num_layers)
+    if isinstance(layers.weights, dict):
+        by_layer = {layer_at(depth, num_layers): weight for depth, weight in layers.weights.items()}
+        weights = {layer: by_layer[layer] for layer in heads}
+    elif layers.weights is not None:
+        weights = dict(zip(heads, layers.weights, strict=True))
+    else:
+        weights = {layer: WEIGHTINGS[layers.weighting](layer, num_layers, layers.gamma) for layer in heads}
+    factor = layers.weight if layers.total is None else layers.total / (sum(weights.values()) or 1.0)
+    return {layer: factor * weight for layer, weight in weights.items()}
 
 
-def _offset_weights(aux: AuxConfig) -> dict[int, Schedule]:
-    targets = aux.targets
-    extra = constant(targets.weight) * DECAYS[targets.schedule](targets.start, targets.end)
-    offsets = range(2, targets.num_targets + 1) if targets.enabled else ()
-    return {1: constant(1.0)} | dict.fromkeys(offsets, extra)
+def _layer_schedules(
+    layers: LayersConfig, heads: Sequence[int], num_layers: int, steps: int | None
+) -> dict[int, Schedule]:
+    start, end = layers.start, layers.end
+    if layers.schedule == "staggered":
+        return {layer: staggered(layer, num_layers, start, end) for layer in heads}
+    if layers.schedule == "gradual":
+        return {layer: gradual(layer, num_layers, start, end) for layer in heads}
+    if layers.schedule == "rotational":
+        if steps is None:
+            raise ValueError("a rotational schedule changes from step to step: build_terms needs the steps of the run")
+        return {layer: rotational(i, layers.rotation or len(heads), steps) for i, layer in enumerate(heads)}
+    if layers.schedule == "stages":
+        ends = [stage.until for stage in layers.stages]
+        by_stage = [stage.weights if len(stage.weights) > 1 else stage.weights * len(heads) for stage in layers.stages]
+        return {
+            layer: staged(weights, ends, start, end, layers.passage)
+            for layer, weights in zip(heads, zip(*by_stage, strict=True), strict=True)
+        }
+    return {layer: DECAYS[layers.schedule](start, end) for layer in heads}
 
 
-def _averaged(weights: dict[int, Schedule]) -> dict[int, Schedule]:
-    """Each weight divided by the number of layers that are active at the same progress."""
+def _offset_weights(targets: TargetsConfig) -> dict[int, Schedule]:
+    if not targets.enabled:
+        return {1: constant(1.0)}
+    offsets, start, end = range(1, targets.num_targets + 1), targets.start, targets.end
+    if targets.schedule == "stages":
+        ends = [stage.until for stage in targets.stages]
+        padded = [stage.weights + (0.0,) * (targets.num_targets - len(stage.weights)) for stage in targets.stages]
+        return {
+            offset: staged([weights[offset - 1] for weights in padded], ends, start, end, targets.passage)
+            for offset in offsets
+        }
+    curriculum = {"growing": growing, "shrinking": shrinking}.get(targets.schedule)
+    return {1: constant(1.0)} | {
+        offset: constant(targets.weight)
+        * (curriculum(offset, len(offsets), start, end) if curriculum else DECAYS[targets.schedule](start, end))
+        for offset in offsets[1:]
+    }
+
+
+def _task_rows(aux: AuxConfig, num_layers: int) -> list[Term]:
+    """A row for each of the user's own tasks, in order of layer and name."""
+    rows = []
+    for name, task in aux.tasks.items():
+        layer = num_layers if task.layer is None else layer_at(task.layer, num_layers)
+        weight = constant(task.weight) * DECAYS[task.schedule](task.start, task.end)
+        rows.append(Term(layer, 0, "all", weight, task=name))
+    return sorted(rows, key=lambda row: (row.layer, row.task))
+
+
+def _averaged(weights: dict[int, Schedule], weighted: bool) -> dict[int, Schedule]:
+    """Each weight divided by the number of layers that are active at the same progress, or by all their weights."""
     schedules = tuple(weights.values())
-    share = Schedule(
-        lambda p: 1.0 / max(1, sum(schedule(p) > 0.0 for schedule in schedules)),
-        frozenset().union(*(schedule.breakpoints for schedule in schedules)),
-    )
-    return {layer: weight * share for layer, weight in weights.items()}
+
+    def share(p: float) -> float:
+        active_weights = [weight for schedule in schedules if (weight := schedule(p)) > 0.0]
+        return 1.0 / ((sum(active_weights) if weighted else len(active_weights)) or 1)
+
+    factor = Schedule(share, frozenset().union(*(schedule.breakpoints for schedule in schedules)))
+    return {layer: weight * factor for layer, weight in weights.items()}
 
 
 def active(terms: Sequence[Term], progress: float) -> Iterator[tuple[Term, float]]:

@@ -101,7 +101,8 @@ def run_figure(name: str, config: Config, curves: Curves) -> "Figure":
     import matplotlib
     from matplotlib.figure import Figure
 
-    steps, terms = config.train.steps, build_terms(config.aux, config.model.num_layers)
+    steps = config.train.steps
+    terms = build_terms(config.aux, config.model.num_layers, steps)
     curves_height, heat_height = 2.9, _heat_height(terms)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 1.5 + curves_height + heat_height), layout="constrained")
@@ -117,7 +118,7 @@ def table_figure(config: Config) -> "Figure":
     import matplotlib
     from matplotlib.figure import Figure
 
-    terms = build_terms(config.aux, config.model.num_layers)
+    terms = build_terms(config.aux, config.model.num_layers, config.train.steps)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.9 + _heat_height(terms)), layout="constrained")
         axes = figure.subplots()
@@ -134,8 +135,10 @@ def draw_weights(terms: Sequence[Term], axes: "Axes", steps: int) -> "AxesImage"
     """
     blocks = _blocks(terms)
     rows = [term for block in blocks.values() for term in block]
-    weights = np.array([[term.weight((column + 0.5) / COLUMNS) for column in range(COLUMNS)] for term in rows])
-    highest = max(weights.max(), *(max(term.weight(0.0), term.weight.limit) for term in rows))
+    weights = np.array(
+        [[term.weight.at_next_turn((column + 0.5) / COLUMNS) for column in range(COLUMNS)] for term in rows]
+    )
+    highest = max(weights.max(), *(max(term.weight.at_next_turn(0.0), term.weight.limit) for term in rows))
     image = axes.imshow(
         np.ma.masked_equal(weights, 0.0),
         aspect="auto",

@@ -6,7 +6,7 @@ from typing import Any
 
 from charlm.config import Config, UserError, flatten
 from charlm.data.vocabulary import vocabulary_from_dict
-from charlm.objective.terms import Term, active
+from charlm.objective.terms import Term
 
 MAY_CHANGE = {
     "data.path",
@@ -69,7 +69,10 @@ def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None
 
 def rescaled_rows(terms: Sequence[Term], step: int, old_steps: int, new_steps: int) -> list[str]:
     """What another number of total steps does to the table at `step`, as lines to print: progress is a share of it."""
-    before, after = ({term.name for term, _ in active(terms, step / steps)} for steps in (old_steps, new_steps))
+    before, after = (
+        {term.name for term in terms if term.weight.at_next_turn(step / steps) > 0.0}
+        for steps in (old_steps, new_steps)
+    )
     lines = [f"{name} wakes" for name in sorted(after - before)] + [
         f"{name} falls silent" for name in sorted(before - after)
     ]

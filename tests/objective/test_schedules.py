@@ -8,7 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charlm.objective.schedules import DECAYS, Schedule, constant, cosine, cutoff, linear, staggered
+from charlm.objective.schedules import (
+    DECAYS,
+    Schedule,
+    constant,
+    cosine,
+    cutoff,
+    gradual,
+    growing,
+    linear,
+    rotational,
+    shrinking,
+    staged,
+    staggered,
+)
 
 PROGRESSES = [0.0, 0.1, 0.25, 0.375, 0.5, 0.625, 0.75, 0.9]
 
@@ -36,6 +49,28 @@ PROGRESSES = [0.0, 0.1, 0.25, 0.375, 0.5, 0.625, 0.75, 0.9]
         (linear(0.25, 0.75) * linear(), [1.0, 0.9, 0.75, 0.46875, 0.25, 0.09375, 0.0, 0.0]),
         (linear(0.25, 0.75).complement(), [0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]),
         (cutoff(0.0, 0.5).complement(), [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]),
+        (gradual(3, 4), [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),  # from (4 - 3) / 8 on
+        (gradual(1, 4), [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        (gradual(2, 4, 0.5, 1.0), [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]),
+        (growing(2, 4), [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),  # from 1/4, 2/4 and 3/4 on
+        (growing(3, 4), [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]),
+        (growing(4, 4, 0.5, 1.0), [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]),
+        (shrinking(4, 4), [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),  # until 1/4, 2/4 and 3/4
+        (shrinking(3, 4), [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
+        (shrinking(2, 4, 0.0, 0.5), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        (staged([1.0, 0.25, 0.0], [0.25, 0.625, 1.0]), [1.0, 1.0, 0.25, 0.25, 0.25, 0.0, 0.0, 0.0]),
+        (staged([1.0, 0.5], [0.5, 1.0], 0.5, 1.0), [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5]),
+        (staged([0.0, 2.0], [0.5, 1.0], passage="linear"), [0.0, 0.4, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0]),
+        (
+            staged([1.0, 0.5, 0.0], [0.25, 0.75, 1.0], passage="linear"),
+            [1.0, 0.8, 0.5, 0.375, 0.25, 0.125, 0.0, 0.0],
+        ),
+        (
+            staged([1.0, 0.0], [0.5, 1.0], 0.25, 0.75, passage="linear"),
+            [1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0],
+        ),
+        (staged([0.7], [1.0], passage="linear"), [0.7] * 8),
+        (staged([1.0, 0.5], [0.4, 1.0], 0.25, 0.25, passage="linear"), [1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
     ],
 )
 def test_weights_by_hand(schedule, weights):
@@ -100,6 +135,21 @@ def test_long_runs_switch_at_the_exact_step(total, start, end):
         (cutoff(0.0, 0.3).complement() * cutoff(0.0, 0.5), 0.5, 0.0),
         (cutoff(0.0, 0.3).complement() * cutoff(0.0, 0.3), 0.0, 0.0),
         (linear() * linear().complement(), None, 0.0),
+        (gradual(1, 4), None, 1.0),
+        (gradual(1, 4, 1.0, 1.0), 0.0, 0.0),
+        (gradual(3, 4, 0.2, 1.0) * cutoff(0.0, 0.3), 0.0, 0.0),
+        (gradual(3, 4, 0.2, 1.0) * cutoff(0.0, 0.31), 0.31, 0.0),
+        (growing(4, 4), None, 1.0),
+        (shrinking(4, 4), 0.25, 0.0),
+        (shrinking(2, 3, 0.1, 0.7), 0.5, 0.0),
+        (staged([0.0, 1.0, 0.0], [0.3, 0.6, 1.0]), 0.6, 0.0),
+        (staged([1.0, 0.0, 0.0], [0.3, 0.6, 1.0], passage="linear"), 0.3, 0.0),
+        (staged([0.0, 0.0, 1.0], [0.3, 0.6, 1.0], passage="linear"), None, 1.0),
+        (staged([0.0, 0.0], [0.3, 1.0]), 0.0, 0.0),
+        (staged([0.0, 0.5], [0.3, 1.0], 0.5, 0.5), None, 0.5),
+        (rotational(3, 4, 100), None, 1.0),
+        (rotational(3, 4, 100) * cutoff(0.0, 0.5), 0.5, 0.0),
+        (constant(0.0) * rotational(0, 4, 100), 0.0, 0.0),
     ],
 )
 def test_end_of_a_schedule(schedule, stops_at, limit):
@@ -136,3 +186,39 @@ def test_decays_fall_from_1_to_0(schedule, progresses):
     )
     if schedule.stops_at is not None:
         assert all(weight == 0.0 for p, weight in zip(progresses, weights, strict=True) if p >= schedule.stops_at)
+
+
+@pytest.mark.parametrize("steps", [7, 60, 1000, 999_983, 8_000_000])
+@pytest.mark.parametrize("turns", [1, 2, 3, 11])
+def test_rotation_by_the_step(turns, steps):
+    """A head that misses its turn, or has two in a row, because step / steps * steps is not the step."""
+    some = [*range(min(steps, 300)), *range(max(0, steps - 300), steps)]
+    for index in range(turns):
+        schedule = constant(0.5) * rotational(index, turns, steps)
+        assert [schedule(step / steps) for step in some] == [0.5 * (step % turns == index) for step in some]
+    assert rotational(0, turns, steps).at_next_turn(1 / steps) == 1.0
+
+
+def test_the_next_turn():
+    """A weight shown of a step at which the row is off."""
+    schedule = linear() * rotational(2, 4, 10)  # on at steps 2, 6
+    assert [schedule.at_next_turn(step / 10) for step in range(7)] == pytest.approx([0.8] * 3 + [0.4] * 4)
+    assert linear().at_next_turn(0.3) == 0.7
+
+
+@pytest.mark.parametrize("total", [60, 97, 1000, 4_000_000])
+@pytest.mark.parametrize(("start", "end"), [("0", "1"), ("0.1", "0.9"), ("0.12", "0.345")])
+def test_the_other_switches_are_exact_too(total, start, end):
+    """Layers and targets that come or go a step early or late."""
+    span = Fraction(end) - Fraction(start)
+    for n in (2, 3, 5, 12):
+        for k in range(1, n):
+            for schedule, clock in (
+                (gradual(k, n, float(start), float(end)), Fraction(n - k, 2 * n)),
+                (growing(k + 1, n, float(start), float(end)), Fraction(k, n)),
+                (shrinking(k + 1, n, float(start), float(end)).complement(), Fraction(n - k, n)),
+                (staged([0.0, 1.0], [0.7, 1.0], float(start), float(end)), Fraction("0.7")),
+            ):
+                first = math.ceil((Fraction(start) + span * clock) * total)
+                assert schedule((first - 1) / total) == 0.0
+                assert schedule(first / total) == 1.0
