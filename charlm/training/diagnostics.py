@@ -20,7 +20,8 @@ from torch import Tensor
 from charlm.config import Config
 from charlm.data.corpus import Corpus
 from charlm.data.windows import evaluation_windows
-from charlm.inference.evaluation import AUTOCAST_DTYPES, BATCH_SYMBOLS, count_units
+from charlm.inference.evaluation import AUTOCAST_DTYPES, count_units
+from charlm.inference.scoring import BATCH_SYMBOLS
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.cross_entropy import linear_cross_entropy
