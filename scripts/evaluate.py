@@ -5,6 +5,7 @@ On several GPUs: accelerate launch --multi_gpu scripts/evaluate.py RUN --split v
 
 import json
 import sys
+import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +18,7 @@ import charlm
 from charlm import cli
 
 if TYPE_CHECKING:
+    from charlm.inference.early_exit import EarlyExit
     from charlm.inference.evaluation import Score
 
 
@@ -52,6 +54,12 @@ class Options:
     """Windows that one process runs at once; default by the device."""
     all_layers: bool = False
     """Score every layer that has a head."""
+    mixture: Literal["hedge"] | None = None
+    """Score the prediction of all layers together, with the weights that hedge has learned."""
+    early_exit: bool = False
+    """Let the first layer that is sure enough predict: bits per character against layers used."""
+    picture: Path | None = None
+    """Draw the curve of --early-exit into this file (.png, .svg, .pdf)."""
     yardsticks: bool = False
     """Also compress the scored bytes with gzip, bzip2 and xz."""
     json: bool = False
@@ -61,6 +69,7 @@ class Options:
 
 def main() -> None:
     options = cli.parse(Options)
+    check(options)
     from accelerate import PartialState  # not before --help and mistakes were answered
 
     from charlm.inference.evaluation import compressor_bits_per_byte
@@ -70,45 +79,82 @@ def main() -> None:
     trained = charlm.load(options.run, options.checkpoint, device=processes.device)
     moved = {name: value for name, value in vars(options.data).items() if value is not None}
     corpus = charlm.load_corpus(replace(trained.config.data, **moved), progress=processes.is_main_process)
-    score = charlm.bits_per_character(
-        trained,
-        corpus,
-        split=options.split,
-        stride=options.stride,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        all_layers=options.all_layers,
-    )
+    protocol = {name: getattr(options, name) for name in ("split", "stride", "limit", "batch_size", "precision")}
+    if options.early_exit:
+        from charlm.inference.early_exit import early_exit
+
+        result = early_exit(trained, corpus, **protocol)
+        score = result.score
+    else:
+        result = score = charlm.bits_per_character(
+            trained, corpus, all_layers=options.all_layers, mixture=options.mixture, **protocol
+        )
     if processes.is_main_process:
         yardsticks = {}
         if options.yardsticks:
             text = corpus.vocabulary.decode(corpus.splits[options.split].ids[: options.limit])
             yardsticks = compressor_bits_per_byte(text)
+        if options.picture is not None:
+            from charlm.report.exits import draw_early_exit
+
+            draw_early_exit(result, options.picture)
         if options.json:
-            print(json.dumps(score.as_dict() | ({"yardsticks": yardsticks} if yardsticks else {}), indent=2))
+            print(json.dumps(result.as_dict() | ({"yardsticks": yardsticks} if yardsticks else {}), indent=2))
         else:
             sys.stdout.reconfigure(errors="replace")
-            print("\n".join(describe(score, yardsticks)))
+            lines = describe(score, corpus.splits[options.split].symbols, yardsticks)
+            print("\n".join(lines + (describe_exits(result) if options.early_exit else [])))
     processes.destroy_process_group()
 
 
-def describe(score: "Score", yardsticks: dict[str, float]) -> list[str]:
-    """Lines for people: the figures, then the protocol."""
+def check(options: Options) -> None:
+    """Raise UserError for options that do not go together, before anything is computed."""
+    if options.early_exit and options.mixture:
+        raise charlm.UserError("mixture: is the prediction of all layers, and early exit that of one; choose one")
+    if options.picture is not None:
+        if not options.early_exit:
+            raise charlm.UserError(f"picture={options.picture}: shows the curve of --early-exit; add that")
+        from charlm.report.figures import check_suffix
+
+        check_suffix(options.picture)
+
+
+def describe(score: "Score", symbols: int, yardsticks: dict[str, float]) -> list[str]:
+    """Lines for people: the figures, then the protocol. `symbols` is how many the whole split has."""
     error = score.standard_error or 0.0
+    scored = f"{score.symbols:,}" if score.symbols == symbols else f"first {score.symbols:,} of {symbols:,}"
     lines = [
         f"{score.bits_per_character:.4f} ± {error:.4f} bits per character, "
         f"{score.bits_per_byte:.4f} ± {error * score.characters / score.bytes:.4f} bits per byte",
         f"  {score.split} split of {score.corpus} (sha256 {score.corpus_sha256[:12]}), {score.checkpoint}",
-        f"  {score.symbols:,} symbols, {score.characters:,} characters, {score.bytes:,} bytes",
+        f"  {scored} symbols, {score.characters:,} characters, {score.bytes:,} bytes",
         f"  stride {score.stride}, context {score.context_length}, {score.precision}, {score.seconds:,.1f} s",
     ]
+    if score.mixture:
+        weights = ", ".join(f"{layer}: {weight:.3f}" for layer, weight in score.mixture.items())
+        lines += textwrap.wrap(f"mixture of layers {weights}", 80, initial_indent="  ", subsequent_indent="  ")
     if yardsticks:
         figures = ", ".join(f"{name} {bits:.4f}" for name, bits in yardsticks.items())
         lines.append(f"  the same bytes compressed: {figures} bits per byte")
     return lines + [
         f"  layer {layer:>2}: {bits:.4f} bits per character" for layer, bits in (score.layers or {}).items()
     ]
+
+
+def describe_exits(result: "EarlyExit") -> list[str]:
+    """The curve as a table, a line for each threshold."""
+    lines = [
+        "early exit by entropy: each symbol is predicted by the first layer under the",
+        f"threshold, chosen on {result.chosen_on}.",
+        "This counts layers used; scoring computes all of them.",
+        "  quantile  threshold   layers used   bits per character",
+    ]
+    for point in result.points:
+        threshold = "any" if point.threshold is None else f"{point.threshold:.3f}"
+        lines.append(
+            f"  {point.quantile:8.2f}  {threshold:>9}  {point.mean_layers:12.2f}   {point.bits_per_character:18.4f}"
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Every symbol of the text is scored exactly once. Each symbol's cost is kept in f
 exactly (`math.fsum`) and divided once, at the end. The figure therefore does not depend on the batch size or the number
 of processes, but for the rounding inside the model.
 
-Shapes: B batch, T positions, D d_model, V vocabulary, N symbols, M scored positions of a batch.
+Shapes: N symbols.
 """
 
 import bz2
@@ -12,33 +12,23 @@ import gzip
 import lzma
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from tqdm import tqdm
 
 from charlm.config import UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import Vocabulary
-from charlm.data.windows import EvaluationWindows, evaluation_windows
 from charlm.inference.matmul import exact_matmul
-from charlm.model.heads import Heads
+from charlm.inference.scoring import negative_log_likelihoods
 from charlm.model.memory import keep_freed_memory
-from charlm.model.transformer import CharTransformer
 from charlm.runs.loading import TrainedModel
 
 EvaluationPrecision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-BATCH_SYMBOLS = {"cpu": 2**11, "cuda": 2**16}
-"""Symbols that a batch of windows reads, by type of device, when no batch size is given. On a CPU more gain nothing."""
-CHUNK_LOGITS = 2**18
-"""Logits of which the softmax is taken at once: float64 copies stay small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +56,13 @@ class Score:
     seconds: float
     layers: dict[str, float] | None = None
     """Bits per character from each layer that has a head for the next symbol, where asked."""
+    mixture: dict[str, float] | None = None
+    """What each layer's prediction weighs in the one that was scored, where it is a mixture of several."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; without `layers` unless they were asked for."""
-        return {name: value for name, value in asdict(self).items() if name != "layers" or value is not None}
+        """JSON-able; without `layers` and `mixture` unless they were asked for."""
+        optional = ("layers", "mixture")
+        return {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
 
 
 def bits_per_character(
@@ -82,6 +75,7 @@ def bits_per_character(
     batch_size: int | None = None,
     precision: EvaluationPrecision = "fp32",
     all_layers: bool = False,
+    mixture: Literal["hedge"] | None = None,
     progress: bool = True,
 ) -> Score:
     """Score a split of the corpus that the model was trained on (see `charlm.data.windows`).
@@ -96,17 +90,19 @@ def bits_per_character(
         batch_size: windows that one process runs at once; by default as many as `BATCH_SYMBOLS` allows.
         precision: of the transformer; heads and softmax are computed in fp32 and float64 whatever it is.
         all_layers: score every layer that has a head for the next symbol, in the same pass.
+        mixture: "hedge" scores the prediction sum_i alpha_i f_i in place of the last layer's, with the weights alpha
+            that hedge backpropagation has learned (Sahoo et al. 2018).
         progress: show a bar on stderr if that is a terminal.
 
     Raises:
-        UserError: a value out of range, fp16 on a CPU, or a corpus other than the run's.
+        UserError: a value out of range, fp16 on a CPU, a corpus other than the run's, or a mixture without weights.
     """
-    _check_options(trained, corpus, split, limit, batch_size, precision)
+    check_options(trained, corpus, split, limit, batch_size, precision)
     started = time.perf_counter()
-    last_layer, context_length = trained.config.model.num_layers, trained.config.model.context_length
-    stride = stride if stride is not None else max(1, context_length // 2)
+    weights = _mixture_weights(trained) if mixture else {trained.config.model.num_layers: 1.0}
+    stride = stride if stride is not None else default_stride(trained)
     ids = corpus.splits[split].ids[:limit]
-    characters, num_bytes = count_units(ids, corpus.vocabulary)
+    characters, _ = count_units(ids, corpus.vocabulary)
     keep_freed_memory()
     with exact_matmul(trained.device):
         nats = negative_log_likelihoods(
@@ -114,96 +110,62 @@ def bits_per_character(
             trained.heads,
             ids,
             stride=stride,
-            layers=[layer for layer, offset in trained.heads.pairs if offset == 1] if all_layers else None,
+            layers=exit_layers(trained) if all_layers else weights,
             batch_size=batch_size,
             autocast_dtype=AUTOCAST_DTYPES[precision],
             progress=progress,
         )
+    return score(
+        trained,
+        corpus,
+        mixture_nats(nats, weights) if mixture else nats[trained.config.model.num_layers],
+        split=split,
+        stride=stride,
+        precision=precision,
+        seconds=time.perf_counter() - started,
+        layers={str(layer): bits_per(nats[layer], characters) for layer in sorted(nats)} if all_layers else None,
+        mixture={str(layer): weight for layer, weight in sorted(weights.items())} if mixture else None,
+    )
+
+
+def score(trained: TrainedModel, corpus: Corpus, nats_N: np.ndarray, *, split: str, **protocol: Any) -> Score:
+    """The figure that the costs of the first N symbols of a split make, with what is known of their protocol."""
+    ids = corpus.splits[split].ids[: len(nats_N)]
+    characters, num_bytes = count_units(ids, corpus.vocabulary)
     return Score(
-        bits_per_character=bits_per(nats[last_layer], characters),
-        bits_per_byte=bits_per(nats[last_layer], num_bytes),
-        standard_error=standard_error(nats[last_layer], ids, corpus.vocabulary),
+        bits_per_character=bits_per(nats_N, characters),
+        bits_per_byte=bits_per(nats_N, num_bytes),
+        standard_error=standard_error(nats_N, ids, corpus.vocabulary),
         symbols=len(ids),
         characters=characters,
         bytes=num_bytes,
         split=split,
-        stride=stride,
-        context_length=context_length,
+        context_length=trained.config.model.context_length,
         checkpoint=trained.checkpoint,
         corpus=corpus.name,
         corpus_sha256=corpus.sha256,
-        precision=precision,
-        seconds=time.perf_counter() - started,
-        layers={str(layer): bits_per(nats[layer], characters) for layer in sorted(nats)} if all_layers else None,
+        **protocol,
     )
 
 
-def negative_log_likelihoods(
-    transformer: CharTransformer,
-    heads: Heads,
-    ids: np.ndarray,
-    *,
-    stride: int,
-    layers: Iterable[int] | None = None,
-    batch_size: int | None = None,
-    autocast_dtype: torch.dtype | None = None,
-    progress: bool = False,
-    before_batch: Callable[[], None] = lambda: None,
-) -> dict[int, np.ndarray]:
-    """What each symbol costs, in nats, as each of `layers` predicts it.
+def default_stride(trained: TrainedModel) -> int:
+    """Half the context."""
+    return max(1, trained.config.model.context_length // 2)
 
-    Safe for modules in training: no gradients, dropout off, and their mode is put back. Where torch.distributed is
-    initialised, each process scores a contiguous share of the windows and all get the whole result.
 
-    Args:
-        ids: the text, [N], at least one symbol.
-        layers: 1-based, each with a head for offset 1; by default the last layer.
-        autocast_dtype: of the transformer; None leaves it in the precision of its parameters.
-        before_batch: called before each batch, equally often by every process; what it raises ends the scoring.
+def exit_layers(trained: TrainedModel) -> list[int]:
+    """The layers that have a head for the next symbol, the last one among them."""
+    return [layer for layer, offset in trained.heads.pairs if offset == 1]
 
-    Returns:
-        {layer: float64 [N]}; the first symbol, which has no context, costs ln V.
 
-    Raises:
-        UserError: the stride is not in [1, context_length].
+def mixture_nats(nats: Mapping[int, np.ndarray], weights: Mapping[int, float]) -> np.ndarray:
+    """What each symbol costs, in nats, if layers predict it together: -log sum_i weight_i exp(-nats_i), float64 [N].
+
+    No weight is negative, and they are scaled to add up to 1: else this would not be a distribution's cost.
     """
-    layers = sorted(layers) if layers is not None else [transformer.config.num_layers]
-    device = next(transformer.parameters()).device
-    rank, num_processes = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
-    windows = evaluation_windows(len(ids), transformer.config.context_length, stride)
-    if batch_size is None:
-        budget = BATCH_SYMBOLS.get(device.type, BATCH_SYMBOLS["cpu"])
-        batch_size = max(1, budget // (transformer.config.context_length * len(layers)))
-
-    nats_LN = torch.zeros(len(layers), len(ids), dtype=torch.float64)
-    bar = tqdm(
-        total=math.ceil(len(ids) / num_processes),
-        desc="evaluating",
-        unit="ch",
-        unit_scale=True,
-        disable=None if progress and rank == 0 else True,
-    )
-    with (
-        bar,
-        _evaluating(transformer, heads),
-        torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
-    ):
-        for symbols_BT, counts_BT in _batches(windows, batch_size, rank, num_processes):
-            before_batch()
-            window_ids = torch.from_numpy(ids[symbols_BT].astype(np.int64)).to(device)
-            # Window 0 scores all that it predicts, every other its last `stride` predictions at most.
-            num_last = windows.length if counts_BT[:, :-stride].any() else min(stride, windows.length)
-            counts_BT, targets_BT = counts_BT[:, -num_last:], symbols_BT[:, -num_last:]
-            counts = torch.from_numpy(counts_BT)
-            targets_M = window_ids[:, -num_last:][counts]
-            hidden_states = transformer(window_ids[:, :-1], layers=layers, num_last=num_last)
-            for row, layer in enumerate(layers):
-                nats_M = _nats(_logits(heads, hidden_states[layer][counts], layer), targets_M)
-                nats_LN[row, torch.from_numpy(targets_BT[counts_BT])] = nats_M.cpu()
-            bar.update(int(counts_BT.sum()))
-    nats_LN = _sum_over_processes(nats_LN, device)
-    nats_LN[:, 0] = math.log(transformer.vocabulary_size)
-    return {layer: nats_LN[row].numpy() for row, layer in enumerate(layers)}
+    total = math.fsum(weights.values())
+    log_shares = [math.log(weight / total) - nats[layer] for layer, weight in weights.items() if weight > 0]
+    return -np.logaddexp.reduce(log_shares, axis=0)
 
 
 def bits_per(nats: np.ndarray, count: int) -> float:
@@ -256,75 +218,18 @@ def compressor_bits_per_byte(data: bytes) -> dict[str, float]:
     return {name: 8 * len(packed) / len(data) for name, packed in compressed.items()}
 
 
-def _batches(
-    windows: EvaluationWindows, batch_size: int, rank: int, num_processes: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The windows of one process in batches: the symbols that each reads and predicts, and which predictions count.
-
-    Compiled modules want batches of one size, and sharded ones equally many in every process. So the last batches are
-    filled up with windows that belong to another process or were scored before, of which nothing counts.
-
-    Yields:
-        symbols: int64 [B, T + 1], indices into the text.
-        counts: bool [B, T], over symbols[:, 1:].
-    """
-    num_windows, offsets = len(windows.starts), np.arange(windows.length + 1)
-    share = math.ceil(num_windows / num_processes)
-    first, end = rank * share, min((rank + 1) * share, num_windows)
-    batch_size = min(batch_size, share)
-    for batch_start in range(first, first + share, max(1, batch_size)):
-        batch = np.arange(batch_start, batch_start + batch_size)
-        own, batch = batch < end, np.minimum(batch, num_windows - 1)
-        counts_BT = own[:, None] & (offsets[:-1] >= windows.first_scored[batch, None])
-        yield windows.starts[batch, None] + offsets, counts_BT
+def _mixture_weights(trained: TrainedModel) -> dict[int, float]:
+    if trained.hedge_weights is None:
+        raise UserError(
+            "mixture=hedge: the model has no weights to mix its layers with; train one with --aux.hedge.enabled=true"
+        )
+    return trained.hedge_weights
 
 
-def _logits(heads: Heads, hidden_MD: Tensor, layer: int) -> Tensor:
-    """Logits of the next symbol, [M, V], in fp32 also under autocast: at one row a symbol it costs next to nothing."""
-    with torch.autocast(hidden_MD.device.type, enabled=False):
-        return heads(hidden_MD[None].float(), layer)[0, :, 0]
-
-
-def _nats(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """What the targets cost, float64 [M]."""
-    rows = max(1, CHUNK_LOGITS // logits_MV.shape[-1])
-    return torch.cat(
-        [
-            -logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-            for logits, targets in zip(logits_MV.split(rows), targets_M.split(rows), strict=True)
-        ]
-    )
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
-    if not _distributed():
-        return tensor
-    shared = tensor.to(device) if "nccl" in dist.get_backend() else tensor
-    dist.all_reduce(shared)
-    return shared.cpu()
-
-
-@contextmanager
-def _evaluating(*modules: torch.nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside; each module's mode is put back after."""
-    modes = [module.training for module in modules]
-    try:
-        with torch.no_grad():
-            for module in modules:
-                module.eval()
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
-
-
-def _check_options(
+def check_options(
     trained: TrainedModel, corpus: Corpus, split: str, limit: int | None, batch_size: int | None, precision: str
 ) -> None:
+    """Raise UserError unless the model can be scored on this split of the corpus in this way."""
     if corpus.sha256 != trained.corpus["sha256"] or corpus.vocabulary != trained.vocabulary:
         raise UserError(
             f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on {trained.corpus['name']} "

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,15 +7,15 @@ import torch
 
 from charlm.config import UserError
 from charlm.data.vocabulary import ByteVocabulary
-from charlm.data.windows import evaluation_windows
-from charlm.inference import evaluation, matmul
+from charlm.inference import matmul
 from charlm.inference.evaluation import (
     bits_per,
     bits_per_character,
     compressor_bits_per_byte,
-    negative_log_likelihoods,
+    mixture_nats,
     standard_error,
 )
+from charlm.inference.scoring import negative_log_likelihoods
 
 
 def letters(length: int, seed: int = 0) -> np.ndarray:
@@ -81,18 +82,6 @@ def test_only_what_is_scored_is_computed(build_model):
     assert len(read) == 2 * 8 and set(read[4::2]) == {(3, 2, 8)}
 
 
-def test_costs_in_chunks(monkeypatch):
-    """Guards against costs that a chunk boundary shifts, and against costs rounded to fp32."""
-    random = torch.Generator().manual_seed(0)
-    logits_MV, targets_M = torch.randn(23, 7, generator=random) * 5, torch.randint(7, (23,), generator=random)
-    expected = [
-        math.log(sum(math.exp(x) for x in row)) - row[t] for row, t in zip(logits_MV.tolist(), targets_M, strict=True)
-    ]
-    for size in (1, 7, 30, 10_000):
-        monkeypatch.setattr(evaluation, "CHUNK_LOGITS", size)
-        np.testing.assert_allclose(evaluation._nats(logits_MV, targets_M), expected, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("setting", range(20))
 def test_each_symbol_is_scored_once_from_the_right_context(build_model, build_corpus, setting):
     """Guards against symbols that are skipped, scored twice or from a wrong context, at any length, context, stride,
@@ -135,19 +124,6 @@ def test_other_batch_sizes_give_the_same_figure(build_model, build_corpus):
     np.testing.assert_allclose(figures, figures[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
-@pytest.mark.parametrize("num_symbols", [1, 2, 12, 29, 30])
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
-def test_processes_share_the_windows(num_processes, num_symbols, batch_size):
-    """Guards against symbols that two processes score or none, and unequal numbers of batches, on which processes that
-    wait for each other in every forward pass would hang."""
-    windows = evaluation_windows(num_symbols, context_length=4, stride=3)
-    batches = [list(evaluation._batches(windows, batch_size, rank, num_processes)) for rank in range(num_processes)]
-    scored = [int(symbol) for own in batches for symbols, counts in own for symbol in symbols[:, 1:][counts]]
-    assert sorted(scored) == list(range(1, num_symbols))
-    assert len({tuple(len(symbols) for symbols, _ in own) for own in batches}) == 1
-
-
 def test_a_text_in_several_bytes_per_character(build_model, build_corpus):
     """Guards against denominators that are mixed up, or taken from the split where a limit was set."""
     trained, corpus = build_model(zero_heads=True), build_corpus("né€ß".encode())  # 1 + 2 + 3 + 2 bytes
@@ -157,6 +133,39 @@ def test_a_text_in_several_bytes_per_character(build_model, build_corpus):
     part = bits_per_character(trained, corpus, limit=4)  # n, é and the first byte of €
     assert (part.symbols, part.characters, part.bytes) == (4, 3, 4)
     assert part.bits_per_character == pytest.approx(32 / 3, abs=1e-12)
+
+
+@torch.no_grad()
+def test_a_mixture_equals_brute_force(build_model, build_corpus):
+    """Guards against costs that are averaged in place of probabilities, weights that are not scaled to add up to 1, or
+    given to another layer, and a layer of weight zero that makes the cost infinite."""
+    weights = {1: 0.1, 2: 0.3, 4: 0.6, 3: 0.0}
+    trained, ids = replace(build_model(num_layers=4), hedge_weights=weights), letters(40)
+    costs = [8.0]
+    for target in range(1, 40):
+        context = torch.from_numpy(ids[max(0, target - 8) : target].astype(np.int64))[None]
+        hidden = trained.transformer(context, layers=range(1, 5))
+        mixed = sum(
+            weight * trained.heads(hidden[layer], layer)[0, -1, 0].double().softmax(0)
+            for layer, weight in weights.items()
+        )
+        assert float(mixed.sum()) == pytest.approx(1)
+        costs.append(-math.log2(mixed[int(ids[target])]))
+    corpus = build_corpus(ids.tobytes())
+    score = bits_per_character(trained, corpus, stride=1, mixture="hedge", all_layers=True)
+    assert score.bits_per_character == pytest.approx(sum(costs) / 40, abs=1e-6)
+    assert score.mixture == score.as_dict()["mixture"] == {"1": 0.1, "2": 0.3, "3": 0.0, "4": 0.6}
+    alone = bits_per_character(trained, corpus, stride=1, all_layers=True)
+    assert alone.mixture is None and "mixture" not in alone.as_dict()
+    assert alone.layers == score.layers
+    nats = {1: np.log([2.0, 4.0]), 2: np.log([8.0, 1.0])}
+    np.testing.assert_allclose(mixture_nats(nats, {1: 1.0, 2: 1.0}), -np.log([(1 / 2 + 1 / 8) / 2, (1 / 4 + 1) / 2]))
+
+
+def test_a_mixture_without_weights_is_refused(build_model, build_corpus):
+    """Guards against the last layer's score under the name of a mixture."""
+    with pytest.raises(UserError, match=r"mixture=hedge: the model has no weights .* --aux.hedge.enabled=true"):
+        bits_per_character(build_model(), build_corpus(b"some text"), mixture="hedge")
 
 
 def test_standard_error_by_hand():
