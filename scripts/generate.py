@@ -1,6 +1,7 @@
 """Let a run write: python scripts/generate.py RUN --prompt "def main(" --length 500 --temperature 0.8
 
 Several --prompt are continued together, each with a text of its own.
+With --draft the same is written faster: --draft offsets, or the number of a layer with a head.
 """
 
 import sys
@@ -38,24 +39,46 @@ class Options:
     """The same seed gives the same text."""
     checkpoint: str = "best"
     """best, last, or a step."""
+    draft: Annotated[str | None, tyro.conf.arg(metavar="offsets|LAYER")] = None
+    """Draft several symbols for each pass of the model: from the heads that predict those after the next (offsets), or
+    from the exit at a layer. The text at temperature 0 is the same; others follow the same distribution."""
+    num_draft_tokens: int | None = None
+    """The most symbols to draft before a pass."""
 
 
 def main() -> None:
     options = cli.parse(Options)
     from charlm.inference.generation import stream  # not before --help and mistakes were answered
 
+    draft, statistics = parse_draft(options.draft), charlm.DraftStatistics()
     trained = charlm.load(options.run, options.checkpoint)
-    sampling = {name: getattr(options, name) for name in ("length", "temperature", "top_k", "top_p", "seed")}
+    names = ("length", "temperature", "top_k", "top_p", "seed", "num_draft_tokens")
+    how = {name: getattr(options, name) for name in names} | {"draft": draft, "statistics": statistics}
     sys.stdout.reconfigure(errors="replace")
     if len(options.prompt) == 1:
-        pieces = stream(trained, *options.prompt, **sampling)
+        pieces = stream(trained, *options.prompt, **how)
         print(*options.prompt, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
     else:
-        texts = charlm.generate(trained, options.prompt, **sampling)
+        texts = charlm.generate(trained, options.prompt, **how)
         print(f"\n{RULE}\n".join(prompt + text for prompt, text in zip(options.prompt, texts, strict=True)))
+    if draft is not None:
+        print(
+            f"num_draft_tokens {statistics.num_draft_tokens}, acceptance_rate {statistics.acceptance_rate:.3f}, "
+            f"{statistics.characters_per_pass:.2f} characters per pass",
+            file=sys.stderr,
+        )
+
+
+def parse_draft(text: str | None) -> str | int | None:
+    """What --draft names."""
+    if text is None or text == "offsets":
+        return text
+    if not text.isdecimal():
+        raise charlm.UserError(f"draft={text}: must be offsets or the number of a layer")
+    return int(text)
 
 
 if __name__ == "__main__":

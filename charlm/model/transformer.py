@@ -157,21 +157,46 @@ class CharTransformer(nn.Module):
         if not wanted or not wanted <= set(range(1, self.config.num_layers + 1)):
             raise ValueError(f"layers {sorted(wanted)}: name some of 1 to {self.config.num_layers}")
         T = ids_BT.shape[1]
-        places = cache.places(T) if cache is not None else Places(slice(0, T), T, None)
-        if places.end > self.config.context_length:
-            raise ValueError(f"{places.end} positions exceed the context of {self.config.context_length}")
-        rotation = None
-        if self.config.positions == "rotary":
-            head_size = self.config.d_model // self.config.num_heads
-            rotation = rotary_table(self.config.context_length, head_size, ids_BT.device).at(places.positions)
+        places = self._places(T, cache)
         x_BTD = self.embedding(ids_BT)
         if self.ngram_embedding is not None:
             num_earlier = self.ngram_embedding.lengths[-1] - 1
             seen_BS = ids_BT if cache is None else cache.extend_ids(ids_BT, places, num_earlier)
             x_BTD = x_BTD + self.ngram_embedding(seen_BS, T)
+        return self._run(x_BTD, 0, wanted, places, cache, num_last)
+
+    def resume(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
+        """The last layer's hidden states from those of an intermediate `layer`, which `forward` gave for the T
+        positions behind those that `cache` holds, and whose keys and values are still in its buffers: set back its
+        lengths first. The cache is advanced by T again."""
+        places = self._places(hidden_BTD.shape[1], cache)
+        last = self.config.num_layers
+        return self._run(hidden_BTD, layer, {last}, places, cache)[last]
+
+    def _places(self, num_new: int, cache: KVCache | None) -> Places:
+        places = cache.places(num_new) if cache is not None else Places(slice(0, num_new), num_new, None)
+        if places.end > self.config.context_length:
+            raise ValueError(f"{places.end} positions exceed the context of {self.config.context_length}")
+        return places
+
+    def _run(
+        self,
+        x_BTD: Tensor,
+        lowest: int,
+        wanted: set[int],
+        places: Places,
+        cache: KVCache | None,
+        num_last: int | None = None,
+    ) -> dict[int, Tensor]:
+        """The layers above `lowest`, whose output `x_BTD` is; 0 is the embedding."""
+        rotation = None
+        if self.config.positions == "rotary":
+            head_size = self.config.d_model // self.config.num_heads
+            rotation = rotary_table(self.config.context_length, head_size, x_BTD.device).at(places.positions)
+        T = x_BTD.shape[1]
         hidden_states = {}
         highest = max(wanted)
-        for layer, block in enumerate(self.blocks[:highest], start=1):
+        for layer, block in enumerate(self.blocks[lowest:highest], start=lowest + 1):
             if layer <= len(self.position_tables):
                 x_BTD = x_BTD + self.position_tables[layer - 1][places.positions]
             if self.activation_checkpointing and self.training:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,16 @@ def test_generate_continues_several_prompts(run_on_disk, script):
     assert (code, out, err) == (0, f"12é {texts[0]}\n--------------------\n7{texts[1]}\n", "")
 
 
+@pytest.mark.parametrize("draft", ["offsets", "1"])
+def test_generate_drafts(run_on_disk, script, draft):
+    """Guards against another text than without drafts, and figures that are missing or among the text."""
+    common = ["--prompt=12é ", "--length=40", "--temperature=0"]
+    _, plain, _ = script("generate", str(run_on_disk), *common)
+    code, out, err = script("generate", str(run_on_disk), *common, f"--draft={draft}", "--num-draft-tokens=1")
+    assert (code, out) == (0, plain)
+    assert re.fullmatch(r"num_draft_tokens 1, acceptance_rate [01]\.\d{3}, [12]\.\d\d characters per pass\n", err)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -111,6 +122,14 @@ def test_generate_continues_several_prompts(run_on_disk, script):
         ("generate", ["--prompt="], "prompt: has 0 symbols; give at least 1, at most the context of 16"),
         ("generate", ["--prompt=12345678901234567"], "prompt: has 17 symbols"),
         ("generate", ["--prompt=a", "--temperature=-1"], "temperature=-1.0: must be finite and at least 0"),
+        (
+            "generate",
+            ["--prompt=a", "--draft=2"],
+            "draft=2: this run has no exit at such a layer; draft from offsets, 1",
+        ),
+        ("generate", ["--prompt=a", "--draft=all"], "draft=all: must be offsets or the number of a layer"),
+        ("generate", ["--prompt=a", "--draft=offsets", "--num-draft-tokens=2"], "must lie between 1 and 1"),
+        ("generate", ["--prompt=a", "--num-draft-tokens=2"], "num_draft_tokens=2: needs drafts"),
     ],
 )
 def test_bad_input(run_on_disk, script, monkeypatch, name, arguments, message):

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from charlm.inference.generation import next_distribution, sample
+from charlm.inference.sampling import next_distribution, sample
 
 # Powers of two, so that sums are exact and a threshold can be met to the last bit.
 PROBABILITIES = torch.tensor([0.125, 0.5, 0.125, 0.25], dtype=torch.float64)
