@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from charlm.data.corpus import load_corpus
     from charlm.inference.evaluation import bits_per_character
     from charlm.inference.generation import generate
+    from charlm.inference.speculative import DraftStatistics
     from charlm.report.explanation import explain
     from charlm.runs.loading import load
     from charlm.training.loop import train
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Config",
     "ConfigError",
+    "DraftStatistics",
     "UserError",
     "__version__",
     "bits_per_character",
@@ -41,6 +43,7 @@ __all__ = [
 _HOMES = {
     "Config": "config",
     "ConfigError": "config",
+    "DraftStatistics": "inference.speculative",
     "UserError": "config",
     "bits_per_character": "inference.evaluation",
     "explain": "report.explanation",
