@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from charlm.config import Config, ConfigError, UserError
     from charlm.config_files import load_config
     from charlm.data.corpus import load_corpus
+    from charlm.inference.compression import compress, decompress
     from charlm.inference.evaluation import bits_per_character
     from charlm.inference.generation import generate
     from charlm.inference.speculative import DraftStatistics
+    from charlm.objective.tasks import auxiliary_task
     from charlm.report.explanation import explain
     from charlm.runs.loading import load
     from charlm.training.loop import train
@@ -31,7 +33,10 @@ __all__ = [
     "DraftStatistics",
     "UserError",
     "__version__",
+    "auxiliary_task",
     "bits_per_character",
+    "compress",
+    "decompress",
     "explain",
     "generate",
     "load",
@@ -45,7 +50,10 @@ _HOMES = {
     "ConfigError": "config",
     "DraftStatistics": "inference.speculative",
     "UserError": "config",
+    "auxiliary_task": "objective.tasks",
     "bits_per_character": "inference.evaluation",
+    "compress": "inference.compression",
+    "decompress": "inference.compression",
     "explain": "report.explanation",
     "generate": "inference.generation",
     "load": "runs.loading",

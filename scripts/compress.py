@@ -1,0 +1,84 @@
+"""Compress a file with a run's model: python scripts/compress.py RUN FILE -o FILE.clm
+
+python scripts/compress.py RUN FILE -o FILE.clm --report --picture sizes.png
+python scripts/decompress.py RUN FILE.clm -o FILE
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
+
+import charlm
+from charlm import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compress a file with a run's model, and decode it again to see that nothing is lost."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """The run's folder."""
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """What to compress."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """The compressed file; it is replaced if it is there."""
+    checkpoint: str = "best"
+    """best, last, or a step; decompressing needs the same."""
+    streams: int | None = None
+    """Parts of the file that are read side by side: more are faster, up to a point, and cost some bytes each. Default
+    by the file's size."""
+    context: int | None = None
+    """Symbols that a prediction sees at most; default the model's context."""
+    stride: int | None = None
+    """Symbols that are forgotten at once when the context is full, as in evaluate; default about half of it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the matrix products."""
+    threads: int | None = None
+    """Of the processor; decompressing uses as many. Default torch's own choice."""
+    verify: bool = True
+    """Decode the result and compare before it takes its place."""
+    report: bool = False
+    """Also print what gzip, bzip2, xz and zstd make of the file, and what the model weighs itself."""
+    speeds: tuple[int, ...] = ()
+    """Also measure characters per second with so many streams: 1,16,64. Takes a while each."""
+    picture: Path | None = None
+    """Also draw the report into this file (.png, .svg, .pdf)."""
+    json: bool = False
+    """Print one JSON document."""
+
+
+def main() -> None:
+    options = cli.parse(Options)
+    from charlm.report import compression, figures  # not before --help and mistakes were answered
+
+    if options.picture is not None:
+        figures.check_suffix(options.picture)
+    trained = charlm.load(options.run, options.checkpoint)
+    compressed = charlm.compress(
+        trained,
+        options.file,
+        options.output,
+        verify=options.verify,
+        **{name: getattr(options, name) for name in ("streams", "context", "stride", "precision", "threads")},
+    )
+    report = compression.weigh(
+        trained,
+        options.file,
+        compressed,
+        others=options.report or options.picture is not None,
+        speeds=options.speeds,
+    )
+    sys.stdout.reconfigure(errors="replace")
+    print(json.dumps(report.as_dict(), indent=2) if options.json else report.to_text())
+    if options.picture is not None:
+        compression.draw(report, options.picture)
+
+
+if __name__ == "__main__":
+    cli.script(main)
