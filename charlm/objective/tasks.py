@@ -17,13 +17,13 @@ Builder = TypeVar("Builder", bound=TaskBuilder)
 _builders: dict[str, TaskBuilder] = {}
 
 
-def register_task(name: str) -> Callable[[Builder], Builder]:
+def auxiliary_task(name: str) -> Callable[[Builder], Builder]:
     """A decorator: `--aux.tasks='{NAME: 0.1}'` then adds that loss, times 0.1, to what is minimised.
 
         @charlm.auxiliary_task("order")
         class Order(nn.Module):
-            def __init__(self, config: charlm.ModelConfig, vocabulary_size: int): ...
-            def forward(self, hidden_BTD, windows_BW) -> Tensor: ...
+            def __init__(self, config, vocabulary_size): ...
+            def forward(self, hidden_BTD, windows_BW): ...
 
     What is decorated builds the module from the model's options and the size of the vocabulary. The module maps the
     hidden states of its layer and the windows that they were computed from, T inputs first, to losses in nats: one

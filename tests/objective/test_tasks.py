@@ -1,0 +1,125 @@
+"""Tasks of the user's own: their registry, and the example of the documentation, run as it stands there."""
+
+import math
+import random
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import charlm
+from charlm.config import Config, UserError
+from charlm.objective import tasks
+from charlm.runs.checkpoints import find_checkpoint
+from charlm.runs.folder import Run
+from charlm.runs.loading import build_objective
+from tiny import TINY
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "tasks.md"
+OFFERED = "--aux.tasks={order: 0.5}"
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """One for each test."""
+    monkeypatch.setattr(tasks, "_builders", {})
+
+
+@pytest.fixture
+def program(tmp_path) -> Path:
+    """The example, as a file."""
+    (code,) = re.findall(r"<!-- order\.py -->\n```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    (tmp_path / "order.py").write_text(code)
+    return tmp_path / "order.py"
+
+
+def run(program: Path, *flags: str) -> int:
+    """The exit code of a program."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(program), *flags])
+        with pytest.raises(SystemExit) as exit_info:
+            runpy.run_path(str(program), run_name="__main__")
+    return exit_info.value.code
+
+
+def order_task(program: Path, vocabulary_size: int = 5) -> torch.nn.Module:
+    runpy.run_path(str(program))
+    config = charlm.load_config(overrides=[*TINY, OFFERED])
+    return tasks.build_tasks(config, vocabulary_size)["order"]
+
+
+def test_the_example_learns_and_its_run_loads_without_it(program, tmp_path, monkeypatch, capsys):
+    """A document whose code does not run, a task that nobody can learn or that is not saved, a run that needs it."""
+    words = ["the", "deep", "stack", "learns", "to", "spell", "before", "it", "reads", "characters\n"]
+    (tmp_path / "words.txt").write_text(" ".join(random.Random(0).choices(words, k=8000)))
+    flags = ["--data.corpus=file", f"--data.path={tmp_path / 'words.txt'}", f"--data.cache_dir={tmp_path / 'cache'}"]
+    flags += [*TINY, OFFERED, "--model.positions=rotary", "--train.optimizer=adamw"]
+    flags += ["--train.learning_rate=0.01", "--model.context_length=32", "--train.steps=60", "--train.log_every=1"]
+    flags += ["--aux.layers.enabled=false", f"--run.dir={tmp_path / 'run'}"]
+    assert run(program, *flags) == 0
+    rows = [row for row in Run.open(tmp_path / "run").metrics() if "terms" in row]
+    losses = [row["terms"]["layer2/task/order"]["loss"] for row in rows]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert sum(losses[-10:]) / 10 < 0.6 * math.log(2)
+    assert rows[0]["loss"] == pytest.approx(1.5 * math.log(256) + 0.5 * math.log(2), rel=1e-5)
+    saved = find_checkpoint(Run.open(tmp_path / "run"), "last").tensors()
+    assert saved["tasks.order.stretches.weight"].shape == (16, 16, 8)
+
+    monkeypatch.setattr(tasks, "_builders", {})
+    trained = charlm.load(tmp_path / "run", "last", device="cpu")
+    assert torch.equal(trained.transformer.embedding.weight, saved["transformer.embedding.weight"])
+    with pytest.raises(UserError, match="'order' is not registered"):
+        charlm.train(charlm.load_config(overrides=[*flags, "--run.resume=true", "--train.steps=61"]))
+    assert run(program, *flags, "--run.resume=true", "--train.steps=61") == 0
+    assert "resumed at step 60" in capsys.readouterr().err
+
+
+def test_the_example_sees_no_answer(program, randomise):
+    """A stretch that knows its place, or a state that has read what it is asked about."""
+    task = randomise(order_task(program))
+    generator = torch.Generator().manual_seed(0)
+    hidden_BTD = torch.randn(2, 16, 16, generator=generator)
+    windows_BW = torch.randint(5, (2, 17), generator=generator)
+    losses = task(hidden_BTD, windows_BW)
+    assert losses.shape == (2, 1)  # only the first position has sixteen characters after it
+    swapped = torch.cat([windows_BW[:, :1], windows_BW[:, 9:], windows_BW[:, 1:9]], dim=1)
+    # The same two stretches in the other order: the probabilities of the two orders sum to 1.
+    total = (-losses).exp() + (-task(hidden_BTD, swapped)).exp()
+    torch.testing.assert_close(total, torch.ones(2, 1))
+    other = windows_BW.clone()
+    other[:, 0] = (other[:, 0] + 1) % 5
+    assert torch.equal(task(hidden_BTD, other), losses)
+
+
+def test_what_is_not_registered_is_named():
+    """A task left out without a word."""
+    charlm.auxiliary_task("zebra")(lambda config, vocabulary_size: torch.nn.Identity())
+    charlm.auxiliary_task("ant")(lambda config, vocabulary_size: torch.nn.Identity())
+    with pytest.raises(UserError, match=r"'order' is not registered; registered are: ant, zebra\. "):
+        build_objective(charlm.load_config(overrides=[*TINY, OFFERED]), 5)
+    monkeys = charlm.load_config(overrides=[*TINY, "--aux.tasks={zebra: 1, ant: 2}"])
+    assert list(build_objective(monkeys, 5).tasks) == ["ant", "zebra"]
+    assert build_objective(monkeys, 5, tasks=False).tasks is None
+    assert build_objective(Config(), 5).tasks is None
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a b", "keys", "training", "forward", "9a", "x" * 65])
+def test_names_that_no_module_can_have(name):
+    """A task that fails when a run begins, with a message about modules."""
+    with pytest.raises(UserError, match="auxiliary task"):
+        charlm.auxiliary_task(name)
+
+
+def test_the_same_seed_builds_the_same_model_with_and_without_a_task(program):
+    """A task that changes what the model starts from: runs with and without it could not be compared."""
+    runpy.run_path(str(program))
+    states = []
+    for flags in ([OFFERED], [OFFERED], []):
+        torch.manual_seed(0)
+        states.append(build_objective(charlm.load_config(overrides=[*TINY, *flags]), 5).state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[2].items())
+    assert {name.split(".")[0] for name in states[0].keys() - states[2].keys()} == {"tasks"}
