@@ -1,0 +1,91 @@
+"""What a run's model is, read back: heads of every kind, layer weights, names that checkpoints of all times share."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from charlm.config import AuxConfig, Config, LayersConfig, ModelConfig, RunConfig, TargetsConfig, UserError
+from charlm.data.vocabulary import ByteVocabulary
+from charlm.objective.objective import Objective
+from charlm.runs.checkpoints import find_checkpoint, save_checkpoint
+from charlm.runs.folder import Run
+from charlm.runs.loading import build_objective, load
+from charlm.runs.snapshot import restore, take_snapshot
+
+MODEL = ModelConfig(num_layers=3, num_heads=2, d_model=8, d_ff=16, context_length=8)
+KINDS = ("linear", "shared", "shared_frozen", "tower")
+
+
+def config_of(tmp_path: Path, kind: str, hedged: bool = False) -> Config:
+    aux = AuxConfig(layers=LayersConfig(head=kind, at=(1, 2), schedule="constant", tower_width=5))
+    hedge = replace(aux.hedge, enabled=hedged)
+    return Config(model=MODEL, aux=replace(aux, hedge=hedge), run=RunConfig(dir=tmp_path / "run"))
+
+
+def saved(config: Config, objective: Objective) -> Run:
+    run = Run.create(config, {"name": "none", "vocabulary": ByteVocabulary().to_dict()})
+    save_checkpoint(run, take_snapshot(objective, [], {"step": 1}), best=True, keep=1)
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_of_every_kind_come_back(kind, tmp_path, randomise):
+    """A head that is read from the wrong tensors, or that reads others than those that were loaded."""
+    config = config_of(tmp_path, kind)
+    objective = randomise(build_objective(config, 256)).eval()
+    run = saved(config, objective)
+    trained = load(run.path, device="cpu")
+    resumed = build_objective(config, 256).eval()
+    restore(find_checkpoint(run).snapshot(), resumed, [])
+    assert trained.heads.pairs == [(layer, offset) for layer in (1, 2, 3) for offset in (1, 2)]
+    assert trained.hedge_weights is None
+    ids_BT = torch.arange(8)[None]
+    states = objective.transformer(ids_BT, (1, 2, 3))
+    for layer, hidden_BTD in states.items():
+        expected = objective.heads(hidden_BTD, layer, (1, 2))
+        for other in (trained, resumed):
+            assert torch.equal(other.heads(other.transformer(ids_BT, [layer])[layer], layer, (1, 2)), expected)
+
+
+def test_layer_weights_come_back(tmp_path, randomise):
+    """Weights that a run learned and that nobody can ask for, or that a resumed run begins anew."""
+    config = config_of(tmp_path, "linear", hedged=True)
+    objective = randomise(build_objective(config, 256))
+    losses = {"layer1/offset1/all": 3.0, "layer2/offset1/all": 1.0, "layer3/offset1/all": 2.0}
+    objective.adapt({name: torch.tensor(loss) for name, loss in losses.items()})
+    run = saved(config, objective)
+    factors = [0.99**loss for loss in losses.values()]
+    expected = {layer: factor / sum(factors) for layer, factor in zip((1, 2, 3), factors, strict=True)}
+    assert load(run.path, device="cpu").hedge_weights == pytest.approx(expected, rel=1e-6)
+    resumed = build_objective(config, 256)
+    restore(find_checkpoint(run).snapshot(), resumed, [])
+    assert torch.equal(resumed.hedge.weights, objective.hedge.weights)
+
+
+def test_only_layers_that_predict_the_next_character_are_hedged(tmp_path):
+    """A weight that no loss ever moves: that of a head which training does not use."""
+    config = config_of(tmp_path, "linear", hedged=True)
+    silent = replace(config, aux=replace(config.aux, main_weight=0.0))
+    assert build_objective(config, 5).hedge.layers == [1, 2, 3]
+    assert build_objective(silent, 5).hedge.layers == [1, 2]
+
+
+def test_names_of_linear_heads_stay(tmp_path):
+    """Checkpoints of earlier versions that cannot be read any more."""
+    aux = AuxConfig(targets=TargetsConfig(num_targets=2), layers=LayersConfig(at=(2,)))
+    names = {name for name in build_objective(Config(model=MODEL, aux=aux), 5).state_dict() if "heads" in name}
+    parts = ("norm", "offset1", "offset2")
+    expected = {f"heads.exits.layer2.{part}.{tensor}" for part in parts for tensor in ("weight", "bias")}
+    expected |= {f"heads.exits.layer3.{part}.{tensor}" for part in parts[1:] for tensor in ("weight", "bias")}
+    assert names == expected
+
+
+def test_tensors_of_a_task_that_the_run_does_not_have_are_refused(tmp_path, randomise):
+    """Anything taken for a task's, so that a damaged checkpoint passes."""
+    config = config_of(tmp_path, "linear")
+    objective = randomise(build_objective(config, 256))
+    objective.tasks = torch.nn.ModuleDict({"order": torch.nn.Linear(2, 2)})
+    with pytest.raises(UserError, match=r"has a tensor tasks\.order\.bias"):
+        load(saved(config, objective).path, device="cpu")
