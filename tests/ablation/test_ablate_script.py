@@ -1,0 +1,68 @@
+"""scripts/ablate.py as a user types it."""
+
+from pathlib import Path
+
+import pytest
+
+from tiny import TINY, run_script
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHARLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--sweep", "aux.layers.weigth=0,1"], ["row 'aux.layers.weigth=0'", "--aux.layers.weight"]),
+        (["--sweep", "train.steps"], ["sweep=train.steps", "section.field=value,value"]),
+        (["--sweep", "model.num_heads=2,7"], ["row 'model.num_heads=7'", "model.d_model=512", "divisible"]),
+        (["--row", "a: b"], ["row 'a: b'", "'name: --section.field=value ...'"]),
+        (["--methods", "nowhere.yaml"], ["row 'nowhere'", "nowhere.yaml does not exist"]),
+        (["--methods", "one.yaml", "two.yaml", "--seeds=0"], ["seeds=0: must be at least 1"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
+        (["--jobs=0"], ["jobs=0: must be at least 1"]),
+        (["--seed=3"], ["--seed", "--seeds"]),
+        (["--run.dir=file"], ["run.dir=file: is a file"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input(place, capfd, arguments: list[str], parts: list[str]) -> None:
+    """Guards against tracebacks, and folders made before a mistake is found."""
+    (place / "file").write_text("")
+    assert run_script("ablate", *arguments) == 2
+    shown, printed = capfd.readouterr()
+    assert (shown, printed.count("error:")) == ("", 1)
+    assert "Traceback" not in printed
+    for part in parts:
+        assert part in printed
+    assert [path.name for path in place.iterdir()] == ["file"]
+
+
+@pytest.mark.slow
+def test_real_runs(place, capfd) -> None:
+    """Guards against a script that doesn't fit the one that trains: its options, its files, its messages, its codes."""
+    (place / "text.txt").write_text(" ".join(map(str, range(2000))))
+    (place / "base.yaml").write_text("data: {corpus: file, path: text.txt}\nrun: {dir: out}\n")
+    for name, text in {"one": "aux: {layers: {enabled: false}}", "two": "train: {mixed_precision: fp16}"}.items():
+        (place / f"{name}.yaml").write_text(text)
+    command = ["--config=base.yaml", *TINY[:-2], TINY[-1], "--seeds=2", "--jobs=2", "--row", "full: "]
+    command += ["--methods", "one.yaml", "two.yaml"]
+    assert run_script("ablate", *command, "--train.log_every=1") == 2
+    shown, printed = capfd.readouterr()
+    assert "2 of 6 runs failed; the same command tries them again" in printed
+    assert "failed: two, seed 0: train.mixed_precision=fp16" in printed
+    rows = [line.split(" | ") for line in shown.splitlines() if line.startswith("| ")]
+    assert [(row[0], row[6]) for row in rows[2:]] == [("| full", "2 |"), ("| one", "2 |"), ("| two", "0 |")]
+    assert shown == (place / "out" / "table.md").read_text()
+    assert {path.name for path in (place / "out").iterdir()} >= {"table.csv", "table.png", "full", "one", "two"}
+    assert (place / "out" / "one" / "seed-1" / "checkpoints" / "best").exists()
+    assert run_script("ablate", *command[:-1], "--train.log_every=1") == 0
+    assert "4 of 4: " not in capfd.readouterr().err, "a finished run was made again"
+    assert run_script("ablate", *command, "--train.batch_size=2") == 2
+    assert "was made with another configuration (train.batch_size: 4 -> 2" in capfd.readouterr().err
