@@ -81,20 +81,24 @@ class Checkpoint:
         """Raise UserError, naming file and tensor, unless its tensors are those of a model whose `state_dict` this is.
 
         Names, shapes and types are compared, and only headers are read. Optimizer state must belong to a parameter,
-        and be a scalar or of its shape and type. `owned`, the parameters of each optimizer by name: every one has all
-        that another of the same optimizer has, or nothing, as one that never had a gradient.
+        and be a scalar or of its shape and type. `owned`, the parameters of each optimizer by the names that their
+        state has (`snapshot.owned_parameters`): every one has all that another of the same optimizer has, or nothing,
+        as one that never had a gradient, and there is no state but theirs.
         """
         wanted = check_model(self.path / MODEL, expected, "config.yaml")
+        owned = list(owned)
+        owners = set().union(*owned) if owned else wanted.keys()
         keys = defaultdict(set)
         for name, described in describe_tensors(self.path / OPTIMIZER).items():
             parameter, _, key = name.rpartition(".")
             keys[parameter].add(key)
-            if parameter not in wanted:
+            described_parameter = wanted.get(parameter.rpartition("/")[2])  # behind the prefix of a loss
+            if described_parameter is None or parameter not in owners:
                 raise UserError(f"{self.path / OPTIMIZER} has a tensor {name}, which belongs to no parameter")
-            if described[0] and described != wanted[parameter]:
+            if described[0] and described != described_parameter:
                 raise UserError(
                     f"{self.path / OPTIMIZER}: its tensor {name} is {shown(described)}, "
-                    f"and its parameter {shown(wanted[parameter])}"
+                    f"and its parameter {shown(described_parameter)}"
                 )
         for parameters in owned:
             complete = set().union(*(keys[name] for name in parameters))

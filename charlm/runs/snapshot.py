@@ -17,7 +17,8 @@ class Snapshot:
     model: dict[str, Tensor]
     """Parameters by name."""
     optimizer: dict[str, Tensor]
-    """The state of all optimizers by `parameter.key`. Parameters that never had a gradient have none."""
+    """The state of all optimizers by `parameter.key`, behind a prefix where several learn the same parameters from
+    different losses. Parameters that never had a gradient have none."""
     state: dict[str, Any]
     """JSON-able; `state["step"]` is the number of completed optimizer steps."""
 
@@ -27,13 +28,12 @@ def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer], state: Mapp
 
     Every process calls it: what lies in shards is gathered from all of them.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    values_of = {parameter: values for optimizer in optimizers for parameter, values in optimizer.state.items()}
     tensors = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
     optimizer_tensors = {
         f"{name}.{key}": _whole(torch.as_tensor(value))
-        for parameter, name in names.items()
-        for key, value in values_of.get(parameter, {}).items()
+        for optimizer in optimizers
+        for name, parameter in owned_parameters(model, optimizer).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
     return Snapshot(tensors, optimizer_tensors, dict(state)) if _is_first() else None
 
@@ -42,24 +42,35 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizers: Iterable[Optimizer
     """Put parameters and optimizer state back, on each parameter's device and in its shards."""
     current = model.state_dict()
     model.load_state_dict({name: _placed(tensor, current.get(name)) for name, tensor in snapshot.model.items()})
-    parameters = dict(model.named_parameters())
-    owner = {
-        parameter: optimizer
+    owned = {
+        name: (optimizer, parameter)
         for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
+        for name, parameter in owned_parameters(model, optimizer).items()
     }
     for full_name, tensor in snapshot.optimizer.items():
         name, key = full_name.rsplit(".", 1)
-        parameter = parameters[name]
+        optimizer, parameter = owned[name]
         if tensor.ndim > 0:
             value = _placed(tensor, parameter)
         elif tensor.dtype == torch.int64:
             value = tensor.item()  # SparseAdam counts its steps in a Python int, and computes otherwise from a tensor.
         else:
             # Step counters stay on the CPU unless a fused optimizer reads them on the device.
-            value = tensor.to(parameter.device) if owner[parameter].param_groups[0].get("fused") else tensor
-        owner[parameter].state[parameter][key] = value
+            value = tensor.to(parameter.device) if optimizer.param_groups[0].get("fused") else tensor
+        optimizer.state[parameter][key] = value
+
+
+def owned_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The parameters of an optimizer, by the names that their state has in a snapshot.
+
+    That is the model's name for them, behind what the optimizer's groups have as "state_prefix".
+    """
+    prefixes = {
+        parameter: group.get("state_prefix", "") for group in optimizer.param_groups for parameter in group["params"]
+    }
+    return {
+        prefixes[parameter] + name: parameter for name, parameter in model.named_parameters() if parameter in prefixes
+    }
 
 
 def _whole(tensor: Tensor) -> Tensor | None:

@@ -6,14 +6,14 @@ Shapes: B windows of this process, W characters of a window.
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
 from charlm.config import Config, Stopped, UserError, steps_of
 from charlm.data.corpus import Corpus, load_corpus
@@ -21,16 +21,19 @@ from charlm.data.windows import training_windows
 from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
 from charlm.model.memory import keep_freed_memory
 from charlm.objective.objective import Objective
+from charlm.objective.routing import Joint, build_route
+from charlm.report.diagnostics import draw_diagnostics
 from charlm.report.figures import draw_run
 from charlm.runs.loading import build_objective
 from charlm.runs.snapshot import take_snapshot
 from charlm.training.checkpointing import CheckpointWriter
+from charlm.training.diagnostics import diagnose
 from charlm.training.failures import explained, find_micro_batch_size
 from charlm.training.guard import Losses, Updates, weighted_losses
 from charlm.training.hardware import build_accelerator, choose_compile, torch_settings
 from charlm.training.opening import TrainState, check_fits, describe, open_run
 from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
-from charlm.training.sharding import no_sync, prepare, shard, unsharded
+from charlm.training.sharding import average, no_sync, prepare, shard, unsharded
 from charlm.training.signals import StopRequests
 from charlm.training.trackers import check_installed
 from charlm.training.tracking import Tracker
@@ -57,10 +60,10 @@ def train(config: Config) -> Path:
         objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)
         check_fits(config, corpus, objective, accelerator)
         shard(config, objective, accelerator.num_processes)
-        optimizers = build_optimizers(config.train, objective)
+        route = build_route(config.aux, objective, partial(build_optimizers, config.train, objective))
         with ExitStack() as stack:
             stack.enter_context(explained(config.train))
-            run, state, news = stack.enter_context(open_run(config, corpus, accelerator, objective, optimizers))
+            run, state, news = stack.enter_context(open_run(config, corpus, accelerator, objective, route.optimizers))
             tracker = Tracker(
                 run,
                 config,
@@ -76,11 +79,13 @@ def train(config: Config) -> Path:
             writer = CheckpointWriter(run, config.train.keep_checkpoints, tracker.say)
             stack.enter_context(closing(writer))
             try:
-                Training(config, corpus, accelerator, objective, optimizers, state, tracker, writer, stop).fit()
+                Training(config, corpus, accelerator, objective, route, state, tracker, writer, stop).fit()
             finally:
                 if accelerator.is_main_process:
                     with suppress(UserError):  # it ended before there was a point to draw
                         draw_run(run.path)
+                        if config.train.diagnose_every:
+                            draw_diagnostics(run.path)
         accelerator.wait_for_everyone()
         return run.path
 
@@ -93,7 +98,7 @@ class Training:
     corpus: Corpus
     accelerator: Accelerator
     objective: Objective
-    optimizers: list[Optimizer]
+    route: Joint
     state: TrainState
     tracker: Tracker
     writer: CheckpointWriter
@@ -115,6 +120,8 @@ class Training:
                 self.step()
                 if self.due(train.log_every):
                     self.log()
+                if self.due(train.diagnose_every):
+                    self.diagnose()
         except Stopped:
             if state.step == 0 or self.saved_step < state.step:
                 self.save()
@@ -137,10 +144,9 @@ class Training:
             found = find_micro_batch_size(self.objective, self.accelerator, most)
             self.tracker.say(f"train.micro_batch_size=auto: {found} windows fit")
             self.config = replace(self.config, train=replace(train, micro_batch_size=found))
-        self.model, *self.prepared = prepare(self.accelerator, self.objective, self.optimizers)
-        self.updates = Updates(
-            train, self.accelerator, self.prepared, self.objective.parameters(), self.state.accepted_losses
-        )
+        self.model = prepare(self.accelerator, self.objective, self.route.one_backward)
+        adapt = self.objective.adapt if self.objective.hedge is not None else None
+        self.updates = Updates(train, self.accelerator, self.route.optimizers, self.state.accepted_losses, adapt)
         self.saved_step, self.newest_update = self.state.step, None
 
     def due(self, cadence: float) -> bool:
@@ -149,12 +155,19 @@ class Training:
         return every > 0 and (step % every == 0 or step == self.config.train.steps)
 
     def step(self) -> None:
-        """One optimizer step."""
-        config, step = self.config, self.state.step
-        set_learning_rates(self.prepared, learning_rate_factor(config.train, step))
-        ids = self.corpus.splits["train"].ids
-        losses = accumulate_gradients(config, ids, self.accelerator, self.model, self.objective, step)
-        self.updates.apply(step, losses)
+        """One optimizer step: one update, or one for each loss, as the route says."""
+        config, accelerator, step = self.config, self.accelerator, self.state.step
+        progress, factor = step / config.train.steps, learning_rate_factor(config.train, step)
+        windows = micro_batches(config, self.corpus.splits["train"].ids, accelerator, self.objective, step)
+        passes = self.route.passes(progress)
+        for number, layers in enumerate(passes, start=1):
+            losses = accumulate_gradients(config, accelerator, self.model, self.route, step, windows, layers)
+            updates = self.route.updates(progress)
+            for update in updates:
+                set_learning_rates(update.step_sizes, factor)
+                if not self.route.one_backward:
+                    average(accelerator, update.gradients.values())
+            self.updates.apply(step, losses, updates, last=number == len(passes))
         self.state.step += 1
 
     def log(self) -> None:
@@ -189,6 +202,14 @@ class Training:
             "--train.learning_rate, a longer --train.warmup or --train.clip_norm=1"
         )
 
+    def diagnose(self) -> None:
+        """Record what the heads know, and what the losses of the newest step ask of each layer."""
+        self.read_updates()
+        with self.tracker.speed_paused():
+            progress = (self.state.step - 1) / self.config.train.steps
+            diagnostics = diagnose(self.config, self.corpus, self.objective, self.accelerator, progress)
+            self.tracker.log_diagnostics(self.state.step, diagnostics)
+
     def validate(self) -> None:
         """Score the validation split, and save."""
         state = self.state
@@ -210,7 +231,7 @@ class Training:
         state, scaler = self.state, self.accelerator.scaler
         state.seconds, state.accepted_losses = self.tracker.seconds, self.updates.accepted_losses()
         record = asdict(state) | {"scaler": scaler.state_dict() if scaler else None}
-        snapshot = take_snapshot(self.objective, self.optimizers, record)
+        snapshot = take_snapshot(self.objective, self.route.optimizers, record)
         if snapshot is not None and not all(tensor.isfinite().all() for tensor in snapshot.model.values()):
             self.tracker.say(f"step {state.step}: no checkpoint, the parameters are not finite any more")
         elif snapshot is not None:
@@ -219,14 +240,11 @@ class Training:
         self.saved_step = state.step
 
 
-def accumulate_gradients(
-    config: Config, ids: np.ndarray, accelerator: Accelerator, model: nn.Module, objective: Objective, step: int
-) -> Losses:
-    """The gradient of the global batch's mean loss, in `.grad`, and this process's share of the losses.
-
-    A process takes its slice of the global batch, at most `micro_batch_size` windows at a time. The reducer averages
-    over processes, so that each micro-batch counts by its share of the batch times their number.
-    """
+def micro_batches(
+    config: Config, ids: np.ndarray, accelerator: Accelerator, objective: Objective, step: int
+) -> list[tuple[float, Tensor]]:
+    """This process's windows of a step, at most `micro_batch_size` at a time, and what share of the global batch each
+    micro-batch is."""
     train = config.train
     divisor = train.context_divisor if step / train.steps < train.full_context_from else 1
     windows = training_windows(
@@ -237,15 +255,29 @@ def accumulate_gradients(
         window_length=max(1, config.model.context_length // divisor) + objective.longest_offset,
     )
     own = torch.from_numpy(np.array_split(windows, accelerator.num_processes)[accelerator.process_index])
-    micro_batches = own.split((train.micro_batch_size or len(own)) * divisor)
-    reports = []
-    for index, windows_BW in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
+    parts = own.split((train.micro_batch_size or len(own)) * divisor)
+    return [(len(windows_BW) / len(windows), windows_BW) for windows_BW in parts]
+
+
+def accumulate_gradients(
+    config: Config,
+    accelerator: Accelerator,
+    model: nn.Module,
+    route: Joint,
+    step: int,
+    windows: list[tuple[float, Tensor]],
+    layers: list[int] | None,
+) -> Losses:
+    """The gradients of the global batch's mean losses, for `route` to collect, and this process's share of the losses.
+
+    Averages are taken over processes, so that each micro-batch counts by its share of the batch times their number.
+    """
+    train, reports = config.train, []
+    for index, (share, windows_BW) in enumerate(windows):
         torch.manual_seed(noise_seed(train.seed, step, accelerator.process_index, index))
-        with nullcontext() if last else no_sync(accelerator, model):
-            report = model(windows_BW.to(accelerator.device, non_blocking=True), step / train.steps)
-            share = len(windows_BW) / len(windows)
-            accelerator.backward(report.total * (share * accelerator.num_processes))
+        with nullcontext() if index == len(windows) - 1 else no_sync(accelerator, model):
+            report = model(windows_BW.to(accelerator.device, non_blocking=True), step / train.steps, layers)
+            route.backward(report, share * accelerator.num_processes, accelerator.backward)
         reports.append((share, report))
     return weighted_losses(reports)
 

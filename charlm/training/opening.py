@@ -17,12 +17,14 @@ from charlm.config_files import to_yaml
 from charlm.data.corpus import Corpus
 from charlm.model.memory import physical_memory
 from charlm.objective.objective import Objective
+from charlm.objective.route_cost import route_cost
+from charlm.objective.routing import check_route
 from charlm.runs.checkpoints import Checkpoint, checkpoint_folders, find_checkpoint, newest_whole_checkpoint, rewind
 from charlm.runs.folder import Run, write_whole
-from charlm.runs.snapshot import restore
+from charlm.runs.snapshot import owned_parameters, restore
 from charlm.training.hardware import describe_attention, on_cpu
 from charlm.training.resumption import check_resumable, check_same_corpus, rescaled_rows
-from charlm.training.sharding import is_sharded
+from charlm.training.sharding import is_sharded, wants_shards
 
 
 @dataclass
@@ -52,6 +54,7 @@ class TrainState:
 def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator) -> None:
     """Raise UserError if a split holds no window, a process would have none, or the precision rules an option out."""
     num_processes = accelerator.num_processes
+    check_route(config, accelerator.mixed_precision, sharded=num_processes > 1 and wants_shards(config.train))
     for name, split in corpus.splits.items():
         if split.symbols < objective.window_length:
             raise UserError(
@@ -150,10 +153,8 @@ def _continue_from(
     optimizers: Sequence[Optimizer],
 ) -> tuple[TrainState, list[str]]:
     """The state of the checkpoint, with everything put back, and what is otherwise than it was."""
-    names = {parameter: name for name, parameter in objective.named_parameters()}
-    groups = [optimizer.param_groups for optimizer in optimizers]
     checkpoint.check_tensors(
-        objective.state_dict(), [[names[parameter] for group in own for parameter in group["params"]] for own in groups]
+        objective.state_dict(), [owned_parameters(objective, optimizer).keys() for optimizer in optimizers]
     )
     restore(checkpoint.snapshot(), objective, optimizers)
     record = dict(checkpoint.state)
@@ -233,10 +234,16 @@ def describe(
     if is_sharded(objective):
         device += ", sharded by FSDP2"
     terms = f"{len(objective.terms)} term" + ("s" if len(objective.terms) > 1 else "")
-    return [
+    lines = [
         f"{device}, precision {accelerator.mixed_precision} ({precision_reason}), {describe_attention(config)}",
         f"{corpus.name}, {corpus.splits['train'].symbols:,} symbols of vocabulary {corpus.vocabulary.name}; "
         f"{config.model.num_layers} layers, {parameters / 1e6:.1f}M parameters, {terms}",
         f"{config.train.steps:,} steps of {config.train.batch_size * config.model.context_length:,} characters, "
         f"seed {config.train.seed}, into {config.run.dir}",
     ]
+    if config.aux.route != "joint":
+        cost = route_cost(config, objective)
+        lines.append(f"gradients by {config.aux.route}: at first {cost.total:.2f} times the operations of joint")
+    if config.train.diagnose_every and is_sharded(objective):
+        lines.append("diagnostics: bits per character alone, as the gradients are in shards")
+    return lines

@@ -1,7 +1,7 @@
 """Optimizers, and the learning rate as a pure function of the optimizer step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +24,27 @@ def learning_rate_factor(train: TrainConfig, step: int) -> float:
     return train.final_lr + (1.0 - train.final_lr) * fall
 
 
-def set_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> None:
-    """Set every group's rate to `factor` times its peak."""
-    for optimizer in optimizers:
+def set_learning_rates(step_sizes: Mapping[Optimizer, float], factor: float) -> None:
+    """Set the rate of every group to `factor` times its peak times its optimizer's step size."""
+    for optimizer, step_size in step_sizes.items():
         for group in optimizer.param_groups:
-            group["lr"] = factor * group["peak_lr"]
+            group["lr"] = factor * step_size * group["peak_lr"]
 
 
-def build_optimizers(train: TrainConfig, model: nn.Module) -> list[Optimizer]:
-    """The optimizers that together own every parameter of `model` once.
+def build_optimizers(
+    train: TrainConfig, model: nn.Module, only: Collection[nn.Parameter] | None = None
+) -> list[Optimizer]:
+    """The optimizers that together own every parameter of `model` once, or of `only` those that are given.
 
     Decay applies to matrices only: not to biases, norms, embeddings and position tables. All of them skip a parameter
     without a gradient altogether, so a head that falls silent stops moving; of n-gram tables they skip rows.
     """
-    sparse = sparse_parameters(model)
+    wanted = set(model.parameters() if only is None else only)
+    sparse = [parameter for parameter in sparse_parameters(model) if parameter in wanted]
+    wanted -= set(sparse)
     matrices, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
-        if parameter in sparse:
+        if parameter not in wanted:
             continue
         if parameter.ndim < 2 or "embedding" in name or "position_tables" in name:
             plain.append(parameter)
@@ -58,7 +62,7 @@ def build_optimizers(train: TrainConfig, model: nn.Module) -> list[Optimizer]:
     else:
         optimizers.append(torch.optim.AdamW(groups, betas=train.adam_betas, fused=True))
     if sparse:
-        tables = _group(list(sparse), train.ngram_learning_rate)
+        tables = _group(sparse, train.ngram_learning_rate)
         optimizers.append(torch.optim.SparseAdam([tables], betas=train.adam_betas))
     return optimizers
 

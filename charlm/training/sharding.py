@@ -5,13 +5,14 @@ path for both. Parameters stay in fp32 and mixed precision stays autocast's: the
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.optim import Optimizer
 
 from charlm.config import Config, TrainConfig, UserError
 from charlm.objective.objective import Objective
@@ -64,10 +65,30 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def prepare(accelerator: Accelerator, objective: Objective, optimizers: Sequence[Optimizer]) -> list:
-    """The objective and the optimizers as the loop uses them: under autocast, and DDP unless it is sharded."""
-    model = accelerator.prepare_model(objective, evaluation_mode=is_sharded(objective))
-    return [model, *(accelerator.prepare_optimizer(optimizer) for optimizer in optimizers)]
+def prepare(accelerator: Accelerator, objective: Objective, one_backward: bool = True) -> nn.Module:
+    """The objective as the loop uses it: under autocast, and DDP unless it is sharded.
+
+    Without `one_backward`, nor under DDP: what several backward passes make of one forward pass its reducer would not
+    see, and `average` exchanges it.
+    """
+    return accelerator.prepare_model(objective, evaluation_mode=is_sharded(objective) or not one_backward)
+
+
+def average(accelerator: Accelerator, gradients: Iterable[Tensor]) -> None:
+    """Replace gradients by their means over all processes, which have the same ones in the same order."""
+    if accelerator.num_processes == 1:
+        return
+    dense = []
+    for gradient in gradients:
+        if gradient.is_sparse:
+            dist.all_reduce(gradient.div_(accelerator.num_processes))
+        else:
+            dense.append(gradient)
+    together = torch.cat([gradient.flatten() for gradient in dense])
+    dist.all_reduce(together)
+    together /= accelerator.num_processes
+    for gradient, mean in zip(dense, together.split([gradient.numel() for gradient in dense]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def no_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[None]:

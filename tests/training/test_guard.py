@@ -10,6 +10,7 @@ from torch import nn
 
 import charlm
 from charlm.config import TrainConfig, UserError
+from charlm.objective.routing import Update
 from charlm.runs.folder import Run
 from charlm.training import guard
 from charlm.training.guard import Losses, Updates, step_unless
@@ -64,10 +65,14 @@ def test_a_step_skipped_on_the_device_never_happened(kind, first):
         assert_same(optimizer.state_dict()["state"], other.state_dict()["state"])
 
 
-def updates_of(model: nn.Module, optimizers: list, accepted: tuple = (), **options) -> Updates:
-    accelerator = Accelerator(cpu=True)
-    prepared = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
-    return Updates(TrainConfig(**options), accelerator, prepared, model.parameters(), accepted)
+def updates_of(optimizers: list, accepted: tuple = (), **options) -> Updates:
+    return Updates(TrainConfig(**options), Accelerator(cpu=True), optimizers, accepted)
+
+
+def update_of(model: nn.Module, optimizers: list) -> Update:
+    """The update that the gradients of the model ask for."""
+    gradients = {parameter: parameter.grad for parameter in model.parameters() if parameter.grad is not None}
+    return Update(gradients, dict.fromkeys(optimizers, 1.0))
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
@@ -76,22 +81,24 @@ def test_what_is_not_finite_moves_nothing(where, clip_norm):
     """Guards against one bad batch that ends a run of days: neither a loss, nor a gradient, nor a sparse one passes."""
     model = Net(sparse=True)
     optimizers = build_optimizers(TrainConfig(optimizer="muon"), model)
-    updates = updates_of(model, optimizers, clip_norm=clip_norm)
+    updates = updates_of(optimizers, clip_norm=clip_norm)
     model.loss().backward()
-    updates.apply(0, Losses(("a",), torch.tensor([1.0, 1.0])))
+    updates.apply(0, Losses(("a",), torch.tensor([1.0, 1.0])), [update_of(model, optimizers)])
     before = state_of(model, optimizers)
     model.loss().backward()
     broken = {"gradient": model.head.weight.grad, "table": model.embedding.weight.grad._values()}
     if where in broken:
         broken[where][0, 0] = float("inf")
-    updates.apply(1, Losses(("a",), torch.tensor([float("nan") if where == "loss" else 1.0, 1.0])))
+    updates.apply(
+        1, Losses(("a",), torch.tensor([float("nan") if where == "loss" else 1.0, 1.0])), [update_of(model, optimizers)]
+    )
     assert_same(state_of(model, optimizers), before)
     assert all(parameter.grad is None for parameter in model.parameters())
     made, skipped = updates.read()
     assert (made.step, made.skipped) == (1, None)
     assert (skipped.step, skipped.skipped) == (2, "the gradient is not finite")
     model.loss().backward()
-    updates.apply(2, Losses(("a",), torch.tensor([1.0, 1.0])))
+    updates.apply(2, Losses(("a",), torch.tensor([1.0, 1.0])), [update_of(model, optimizers)])
     assert not model.head.weight.equal(before[0]["head.weight"])
 
 
@@ -99,18 +106,18 @@ def test_fp16_scales_back_once_for_all_optimizers():
     """Guards against gradients unscaled twice, a scale that each optimizer moves anew, and a half skipped update."""
     models = [Net(), Net()]
     optimizers = [build_optimizers(TrainConfig(optimizer="muon"), model) for model in models]
-    plain = updates_of(models[0], optimizers[0], clip_norm=0.5)
-    scaled = updates_of(models[1], optimizers[1], clip_norm=0.5)
+    plain = updates_of(optimizers[0], clip_norm=0.5)
+    scaled = updates_of(optimizers[1], clip_norm=0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2)
     scaled.accelerator.scaler = scaler
     scales = []
     for step, broken in enumerate([False, False, True, False]):
-        for model, updates in zip(models, (plain, scaled), strict=True):
+        for model, own, updates in zip(models, optimizers, (plain, scaled), strict=True):
             loss = model.loss()
             (scaler.scale(loss) if updates is scaled else loss).backward()
             if broken:
                 model.head.weight.grad[0, 0] = float("inf")
-            updates.apply(step, Losses(("a",), torch.tensor([1.0, 1.0])))
+            updates.apply(step, Losses(("a",), torch.tensor([1.0, 1.0])), [update_of(model, own)])
         scales.append(scaler.get_scale())
     assert scales == [4.0, 8.0, 4.0, 4.0]
     torch.testing.assert_close(dict(models[1].named_parameters()), dict(models[0].named_parameters()))
@@ -120,9 +127,14 @@ def test_fp16_scales_back_once_for_all_optimizers():
 def test_the_term_that_broke_is_named():
     """Guards against a message that leaves the user to guess which head it was."""
     model = Net()
-    updates = updates_of(model, build_optimizers(TrainConfig(), model))
+    optimizers = build_optimizers(TrainConfig(), model)
+    updates = updates_of(optimizers)
     model.loss(float("inf")).backward()
-    updates.apply(6, Losses(("layer1/offset1/all", "layer2/offset1/all"), torch.tensor([float("inf"), 2, torch.inf])))
+    updates.apply(
+        6,
+        Losses(("layer1/offset1/all", "layer2/offset1/all"), torch.tensor([float("inf"), 2, torch.inf])),
+        [update_of(model, optimizers)],
+    )
     (report,) = updates.read()
     assert report.skipped == "the loss of layer2/offset1/all is inf"
 
@@ -133,11 +145,12 @@ def test_a_loss_that_leaps_is_skipped():
     median = statistics.median_low(losses)
     deviation = 1.4826 * statistics.median_low(abs(loss - median) for loss in losses)
     model = Net()
-    updates = updates_of(model, build_optimizers(TrainConfig(), model), tuple(losses), spike_threshold=4.0)
+    optimizers = build_optimizers(TrainConfig(), model)
+    updates = updates_of(optimizers, tuple(losses), spike_threshold=4.0)
     kept = []
     for step, loss in enumerate([median + 3.99 * deviation, 9.0, 9.0, 9.0, median]):
         model.loss().backward()
-        updates.apply(step, Losses(("a",), torch.tensor([loss, loss])))
+        updates.apply(step, Losses(("a",), torch.tensor([loss, loss])), [update_of(model, optimizers)])
         kept.append(len(updates.accepted_losses()))
     assert kept == [41, 41, 41, 41, 42]
     assert [report.step for report in updates.read() if report.skipped] == [2, 3, 4]
@@ -147,11 +160,82 @@ def test_few_losses_judge_nothing():
     """Guards against a run whose first noisy losses are skipped for want of others to compare with."""
     model = Net()
     losses = [1.0] * (guard.ENOUGH - 1)
-    updates = updates_of(model, build_optimizers(TrainConfig(), model), tuple(losses), spike_threshold=1.0)
+    optimizers = build_optimizers(TrainConfig(), model)
+    updates = updates_of(optimizers, tuple(losses), spike_threshold=1.0)
     for step, skipped in enumerate([False, True]):
         model.loss().backward()
-        updates.apply(step, Losses(("a",), torch.tensor([5.0, 5.0])))
+        updates.apply(step, Losses(("a",), torch.tensor([5.0, 5.0])), [update_of(model, optimizers)])
         assert bool(updates.unread[-1][2]) == skipped
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon", "sparse"])
+@pytest.mark.parametrize("broken_pass", [0, 1, 2])
+def test_a_step_of_several_passes_is_made_whole_or_not_at_all(broken_pass, kind, on_host):
+    """Guards against the updates before the one that was not finite: parameters, moments, counters, and state that the
+    step itself began; the next step must not know of any of it."""
+    if kind == "sparse" and not on_host:
+        pytest.skip("SparseAdam counts its steps on the host")
+    train = TrainConfig(optimizer="adamw" if kind == "sparse" else kind, weight_decay=0.1, learning_rate=0.1)
+    skipping, plain = Net(sparse=kind == "sparse"), Net(sparse=kind == "sparse")
+    for model in (skipping, plain):
+        optimizers = build_optimizers(train, model)
+        updates = updates_of(optimizers)
+        updates.decides_on_host = on_host
+        for step, broken in enumerate([True, False, True, False]):
+            if broken and model is plain:
+                continue
+            for number in range(3):
+                model.loss(float("nan") if broken and number == broken_pass else 1.0 + number).backward()
+                losses = Losses((f"layer{number}",), torch.tensor([1.0, 1.0]))
+                updates.apply(step, losses, [update_of(model, optimizers)], last=number == 2)
+        assert [report.step for report in updates.read() if report.skipped] == ([1, 3] if model is skipping else [])
+        assert updates.unread == []
+        if model is skipping:
+            left = state_of(model, optimizers)
+    assert_same(left, state_of(plain, optimizers))
+
+
+def test_the_losses_of_passes_make_one_report():
+    """Guards against the losses of all passes but one that are lost, or a total of one of them."""
+    model = Net()
+    optimizers = build_optimizers(TrainConfig(), model)
+    updates = updates_of(optimizers)
+    for number in range(3):
+        model.loss().backward()
+        losses = Losses((f"layer{number}",), torch.tensor([2.0**number, 10.0 + number]))
+        updates.apply(4, losses, [update_of(model, optimizers)], last=number == 2)
+    (report,) = updates.read()
+    assert (report.step, report.loss, report.skipped) == (5, 7.0, None)
+    assert report.parts == {"layer0": 10.0, "layer1": 11.0, "layer2": 12.0}
+
+
+def test_each_update_is_clipped_by_its_own_norm():
+    """Guards against a small loss that is held down by the norm of another one's gradient."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for _ in range(2)]
+    updates = updates_of(optimizers, clip_norm=1.0)
+    before = model.weight.item()
+    gradients = [torch.tensor([[0.5]]), torch.tensor([[100.0]])]
+    two = [
+        Update({model.weight: gradient}, {optimizer: 1.0})
+        for gradient, optimizer in zip(gradients, optimizers, strict=True)
+    ]
+    updates.apply(0, Losses(("a",), torch.tensor([1.0, 1.0])), two)
+    assert before - model.weight.item() == pytest.approx(1.5)
+
+
+def test_the_weights_adapt_to_updates_that_were_made():
+    """Guards against losses that are no means, or of other terms, and against a skipped update that counts."""
+    model = Net()
+    optimizers = build_optimizers(TrainConfig(), model)
+    told = []
+    updates = Updates(TrainConfig(), Accelerator(cpu=True), optimizers, (), lambda *heard: told.append(heard))
+    for step, total in enumerate([3.0, float("nan")]):
+        model.loss().backward()
+        updates.apply(step, Losses(("a", "b"), torch.tensor([total, 1.0, 2.0])), [update_of(model, optimizers)])
+    assert [parts for parts, _ in told] == [{"a": 1.0, "b": 2.0}] * 2
+    assert [bool(skipped) for _, skipped in told] == [False, True]
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_adamw_by_hand():
     optimizers = build_optimizers(train, model)
     weight, bias, first, second = 2.0, -1.0, 0.0, 0.0
     for step, (gradient, factor) in enumerate([(3.0, 1.0), (-1.0, 0.5), (0.5, 0.25)], start=1):
-        set_learning_rates(optimizers, factor)
+        set_learning_rates(dict.fromkeys(optimizers, 1.0), factor)
         first = 0.9 * first + 0.1 * gradient
         second = 0.99 * second + 0.01 * gradient**2
         update = (first / (1 - 0.9**step)) / (math.sqrt(second / (1 - 0.99**step)) + 1e-8)
@@ -79,7 +79,7 @@ def test_momentum_sgd_by_hand():
     optimizers = build_optimizers(train, model)
     weight, bias, weight_velocity, bias_velocity = 2.0, -1.0, 0.0, 0.0
     for gradient, factor in [(3.0, 1.0), (-1.0, 0.5), (0.5, 0.25)]:
-        set_learning_rates(optimizers, factor)
+        set_learning_rates(dict.fromkeys(optimizers, 1.0), factor)
         weight_velocity = 0.75 * weight_velocity + gradient + 0.5 * weight
         bias_velocity = 0.75 * bias_velocity + gradient
         weight -= 0.1 * factor * weight_velocity
@@ -133,7 +133,9 @@ def test_muon_takes_the_hidden_matrices_and_only_them():
     train = TrainConfig(optimizer="muon", learning_rate=0.001, muon_learning_rate=0.02, muon_momentum=0.9)
     muon, adamw = build_optimizers(train, objective)
     assert {names[parameter] for group in muon.param_groups for parameter in group["params"]} == HIDDEN
-    set_learning_rates([muon, adamw], 0.5)
+    set_learning_rates({muon: 0.25, adamw: 1.0}, 0.5)
+    assert {group["lr"] for group in muon.param_groups} == {0.0025}
+    set_learning_rates({muon: 1.0, adamw: 1.0}, 0.5)
     assert {group["lr"] for group in muon.param_groups} == {0.01}
     assert {group["lr"] for group in adamw.param_groups} == {0.0005}
     assert {group["momentum"] for group in muon.param_groups} == {0.9}

@@ -13,10 +13,10 @@ from charlm.objective.objective import Objective
 
 
 def die_half_way(forward):
-    def dying(self, windows_BW, progress):
+    def dying(self, windows_BW, progress, layers):
         if progress >= 0.5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
-        return forward(self, windows_BW, progress)
+        return forward(self, windows_BW, progress, layers)
 
     return dying
 

@@ -1,0 +1,312 @@
+"""The ways of gradients against updates written out by hand, with torch.autograd.grad and p -= lr * g."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from charlm.config import (
+    AuxConfig,
+    Config,
+    HedgeConfig,
+    LayersConfig,
+    ModelConfig,
+    TargetsConfig,
+    TrainConfig,
+    UserError,
+)
+from charlm.objective.objective import Objective
+from charlm.objective.routing import (
+    Joint,
+    auxnet_step_sizes,
+    build_route,
+    check_route,
+    head_parameters,
+    loss_weights,
+    trunk_parameters,
+)
+from charlm.runs.loading import build_objective
+
+V, LR, STEPS = 5, 0.05, 3
+MODEL = {"num_layers": 3, "num_heads": 2, "d_model": 8, "d_ff": 16, "context_length": 6}
+LAYERS = LayersConfig(schedule="constant", weight=0.5)
+# Of each layer the next character at full weight and the one after it at half.
+LAMBDAS = {1: 0.75, 2: 0.75, 3: 1.5}
+
+
+def objective_of(randomise, aux: AuxConfig, **model) -> Objective:
+    config = Config(model=ModelConfig(**MODEL | model), aux=aux)
+    return randomise(build_objective(config, V), 3)
+
+
+def some_windows(objective: Objective, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(V, (4, objective.window_length), generator=generator)
+
+
+def sgd(parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(parameters, lr=LR)]
+
+
+def take_step(route: Joint, windows_BW: Tensor, progress: float = 0.0, parts: int = 1) -> None:
+    """A step as the training loop makes it, the windows cut into equal parts."""
+    for layers in route.passes(progress):
+        for part_BW in windows_BW.chunk(parts):
+            report = route.objective(part_BW, progress, layers)
+            route.backward(report, 1 / parts, lambda loss, **options: loss.backward(**options))
+        for update in route.updates(progress):
+            update.install()
+            for optimizer, step_size in update.step_sizes.items():
+                rates = [group["lr"] for group in optimizer.param_groups]
+                for group in optimizer.param_groups:
+                    group["lr"] *= step_size
+                optimizer.step()
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+            update.clear()
+    assert all(parameter.grad is None for parameter in route.objective.parameters())
+
+
+def gradients_of(loss: Tensor, objective: Objective) -> dict[str, Tensor]:
+    """Those that the loss has, by name."""
+    named = dict(objective.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+    return {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
+
+
+def is_head(name: str) -> bool:
+    return name.startswith("heads.") or "final_norm" in name
+
+
+@torch.no_grad()
+def move(objective: Objective, gradients: dict[str, Tensor], rate: Callable[[str], float] = lambda _: LR) -> None:
+    for name, gradient in gradients.items():
+        objective.get_parameter(name).sub_(rate(name) * gradient)
+
+
+def joint_by_hand(objective: Objective, windows_BW: Tensor) -> None:
+    report = objective(windows_BW, 0.0)
+    move(objective, gradients_of(sum(report.by_layer.values()), objective))
+
+
+def pairwise_by_hand(objective: Objective, windows_BW: Tensor) -> None:
+    for layer in LAMBDAS:
+        move(objective, gradients_of(objective(windows_BW, 0.0).by_layer[layer], objective))
+
+
+def multiway_by_hand(objective: Objective, windows_BW: Tensor) -> None:
+    report = objective(windows_BW, 0.0)
+    mean_loss_gradients = {
+        layer: gradients_of(report.by_layer[layer] / weight, objective) for layer, weight in LAMBDAS.items()
+    }
+    for layer, weight in LAMBDAS.items():
+        above = sum(other for number, other in LAMBDAS.items() if number >= layer)
+        move(
+            objective,
+            mean_loss_gradients[layer],
+            lambda name, weight=weight, above=above: LR if is_head(name) else LR / above * weight,
+        )
+
+
+def relay_by_hand(objective: Objective, windows_BW: Tensor, depth: int) -> None:
+    """With a forward pass for each loss, in which the states below are cut off."""
+    transformer = objective.transformer
+    total = objective(windows_BW, 0.0).by_layer[3]
+    for layer in (1, 2):
+        x_BTD = transformer.embedding(windows_BW[:, :6])
+        for number in range(1, layer + 1):
+            if number == layer - depth + 1 and number > 1:
+                x_BTD = x_BTD.detach()
+            if number <= len(transformer.position_tables):
+                x_BTD = x_BTD + transformer.position_tables[number - 1]
+            x_BTD = transformer.blocks[number - 1](x_BTD)
+        total = total + objective.losses({layer: x_BTD}, windows_BW, 0.0).total
+    move(objective, gradients_of(total, objective))
+
+
+BY_HAND = {
+    "joint": joint_by_hand,
+    "pairwise": pairwise_by_hand,
+    "multiway": multiway_by_hand,
+    "relay-1": lambda objective, windows_BW: relay_by_hand(objective, windows_BW, 1),
+    "relay-2": lambda objective, windows_BW: relay_by_hand(objective, windows_BW, 2),
+}
+
+
+def aux_of(way: str, **options) -> AuxConfig:
+    route, _, depth = way.partition("-")
+    return AuxConfig(layers=LAYERS, route=route, relay_layers=int(depth or 1), **options)
+
+
+def assert_same_parameters(left: Objective, right: Objective, tolerance: float = 1e-6) -> None:
+    for (name, parameter), other in zip(left.named_parameters(), right.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("way", BY_HAND)
+def test_updates_by_hand(way, norm, randomise):
+    """Guards against a loss that reaches what it must not, or not all that it must; a later loss of pairwise that sees
+    parameters from before the update; one of multiway that sees them after; step sizes of the wrong losses."""
+    routed, by_hand = (
+        objective_of(randomise, aux_of(way), norm=norm, positions="input" if norm == "pre" else "per_layer")
+        for _ in range(2)
+    )
+    route = build_route(aux_of(way), routed, sgd)
+    for step in range(STEPS):
+        take_step(route, some_windows(routed, step))
+        BY_HAND[way](by_hand, some_windows(by_hand, step))
+        assert_same_parameters(routed, by_hand, 1e-5)
+
+
+def test_multiway_with_one_step_size_is_joint(randomise):
+    """Guards against gradients that are lost, counted twice, or taken after an update: plain SGD must not tell."""
+    aux = aux_of("multiway", step_sizes="common")
+    apart, together = (objective_of(randomise, aux) for _ in range(2))
+    routes = build_route(aux, apart, sgd), build_route(aux_of("joint"), together, sgd)
+    for step in range(10):
+        for route in routes:
+            take_step(route, some_windows(apart, step))
+    assert_same_parameters(apart, together, 1e-6)
+
+
+def test_multiway_keeps_optimizer_state_for_each_loss(randomise):
+    """Guards against moments that losses share: Adam's, written out for each loss by itself."""
+    objective, by_hand = (objective_of(randomise, aux_of("multiway")) for _ in range(2))
+    betas, eps = (0.9, 0.99), 1e-2  # above the noise that is the gradient of key biases
+    route = build_route(
+        aux_of("multiway"), objective, lambda parameters: [torch.optim.Adam(parameters, lr=LR, betas=betas, eps=eps)]
+    )
+    moments: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+    for step in range(1, STEPS + 1):
+        windows_BW = some_windows(objective, step)
+        take_step(route, windows_BW)
+        report = by_hand(windows_BW, 0.0)
+        gradients = {layer: gradients_of(loss, by_hand) for layer, loss in report.by_layer.items()}
+        for layer, weight in LAMBDAS.items():
+            above = sum(other for number, other in LAMBDAS.items() if number >= layer)
+            for name, gradient in gradients[layer].items():
+                gradient = gradient / weight if is_head(name) else gradient
+                first, second = moments.get((layer, name), (0.0, 0.0))
+                first = betas[0] * first + (1 - betas[0]) * gradient
+                second = betas[1] * second + (1 - betas[1]) * gradient**2
+                moments[layer, name] = first, second
+                corrected = (second / (1 - betas[1] ** step)).sqrt() + eps
+                rate = LR if is_head(name) else LR / above
+                move(by_hand, {name: first / (1 - betas[0] ** step) / corrected}, lambda _, rate=rate: rate)
+    assert_same_parameters(objective, by_hand, 1e-5)
+    kept = sum(len(optimizer.state) for optimizer in route.optimizers)
+    assert kept == len(moments)
+
+
+@pytest.mark.parametrize("way", ["pairwise", "multiway", "relay-1"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(way, randomise):
+    """Guards against micro-batches of one loss that are added to those of another, or that update in between."""
+    whole, accumulated = (objective_of(randomise, aux_of(way)) for _ in range(2))
+    routes = [build_route(aux_of(way), objective, sgd) for objective in (whole, accumulated)]
+    for step in range(STEPS):
+        for route, parts in zip(routes, (1, 4), strict=True):
+            take_step(route, some_windows(whole, step), parts=parts)
+    assert_same_parameters(whole, accumulated, 1e-5)
+
+
+@pytest.mark.parametrize("way", ["pairwise", "multiway", "relay-1"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_recomputed_activations_give_the_same_updates(way, precision, randomise):
+    """Guards against a graph that is freed, or recomputed with other dropout, between two losses of one pass."""
+    noisy = {"residual_dropout": 0.3, "attention_dropout": 0.3}
+    plain, recomputing = (objective_of(randomise, aux_of(way), **noisy) for _ in range(2))
+    recomputing.transformer.activation_checkpointing = True
+    for objective in (plain, recomputing):
+        route = build_route(aux_of(way), objective, sgd)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+            take_step(route, some_windows(objective, 0))
+    assert_same_parameters(plain, recomputing, 1e-6)
+
+
+@pytest.mark.parametrize("way", ["joint", "pairwise", "multiway", "relay-1"])
+def test_a_silent_loss_moves_nothing_and_has_no_state(way, randomise):
+    """Guards against a head that momentum or decay carries on, and a loss that costs memory before it wakes."""
+    aux = AuxConfig(route=way.partition("-")[0])  # layer 1 falls silent at 1/6, layer 2 at 1/3
+    objective = objective_of(randomise, aux)
+    route = build_route(aux, objective, lambda own: [torch.optim.AdamW(own, lr=LR, weight_decay=0.1)])
+    take_step(route, some_windows(objective, 0), progress=0.2)
+    states = {parameter for optimizer in route.optimizers for parameter in optimizer.state}
+    before = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
+    take_step(route, some_windows(objective, 1), progress=0.5)
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    assert not any("exits.layer1." in names[parameter] for parameter in states)
+    for name, parameter in objective.named_parameters():
+        silent = any(f"exits.layer{layer}." in name for layer in (1, 2))
+        assert torch.equal(parameter, before[name]) is silent, name
+
+
+@pytest.mark.parametrize("head", ["shared", "shared_frozen", "tower"])
+@pytest.mark.parametrize("way", ["pairwise", "multiway", "relay-1"])
+def test_other_heads_have_ways_too(way, head, randomise):
+    """Guards against a shared classifier that only the last loss moves, or that a frozen one does."""
+    route, _, depth = way.partition("-")
+    aux = AuxConfig(
+        layers=LayersConfig(schedule="constant", head=head), main_weight=0.0, route=route, relay_layers=int(depth or 1)
+    )
+    objective = objective_of(randomise, aux)
+    before = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
+    take_step(build_route(aux, objective, sgd), some_windows(objective, 0))
+    moved = {name for name, parameter in objective.named_parameters() if not torch.equal(parameter, before[name])}
+    assert any("exits.layer3" in name for name in moved) is (head == "shared")
+    assert any("tower" in name for name in moved) is (head == "tower")
+    assert any("blocks.1" in name for name in moved)
+    assert not any("blocks.2" in name for name in moved), "no active loss lies above layer 2"
+
+
+@pytest.mark.parametrize("ngrams", [(), (2,)])
+@pytest.mark.parametrize("positions", ["per_layer", "input", "rotary"])
+def test_trunk_and_heads_are_all_there_is(positions, ngrams, randomise):
+    """Guards against a parameter that no loss reaches, or that counts twice; layers that are cut in the wrong place."""
+    objective = objective_of(randomise, AuxConfig(layers=LAYERS), positions=positions, ngrams=ngrams)
+    layers = [trunk_parameters(objective.transformer, layer, layer) for layer in (1, 2, 3)]
+    owned = [*head_parameters(objective), *(parameter for layer in layers for parameter in layer)]
+    assert len(owned) == len(set(owned))
+    assert set(owned) == set(objective.parameters())
+    assert set(trunk_parameters(objective.transformer, -1, 2)) == {*layers[0], *layers[1]}
+    assert set(trunk_parameters(objective.transformer, 2, 3)) == {*layers[1], *layers[2]}
+    assert {objective.get_parameter(name) for name, _ in objective.named_parameters() if is_head(name)} == set(
+        head_parameters(objective)
+    )
+
+
+def test_weights_and_step_sizes_by_hand(randomise):
+    """Guards against weights that leave out a row or the schedule, and sums over the losses below in place of above."""
+    aux = AuxConfig(targets=TargetsConfig(num_targets=3, weight=0.25), main_weight=2.0)
+    terms = objective_of(randomise, aux).terms
+    assert loss_weights(terms, 0.0) == {1: 1.5, 2: 1.5, 3: 3.0}
+    assert loss_weights(terms, 0.2) == {2: 1.5, 3: 3.0}
+    assert loss_weights(terms, 0.5) == {3: 3.0}
+    assert auxnet_step_sizes({1: 0.25, 4: 0.5, 9: 1.0}) == {1: 1 / 1.75, 4: 1 / 1.5, 9: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("aux", "train", "options", "message"),
+    [
+        ({"route": "relay"}, {"mixed_precision": "fp16"}, {}, "aux.route=relay: fp16"),
+        ({"route": "multiway"}, {}, {"precision": "fp16"}, "aux.route=multiway: fp16"),
+        ({"route": "pairwise"}, {}, {"sharded": True}, "aux.route=pairwise: FSDP2"),
+        ({"route": "pairwise"}, {"micro_batch_size": "auto"}, {}, "micro_batch_size=auto"),
+        ({"route": "multiway", "hedge": HedgeConfig(enabled=True)}, {}, {}, "aux.step_sizes=common"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(aux, train, options, message):
+    """Guards against a run that fails at its first step, or learns something else than it says."""
+    with pytest.raises(UserError, match=message):
+        check_route(Config(aux=AuxConfig(**aux), train=TrainConfig(**train)), **options)
+
+
+def test_what_can_be_combined_is_not_refused():
+    """Guards against refusals that are wider than their reason."""
+    hedge = HedgeConfig(enabled=True)
+    for route in ("joint", "relay", "pairwise"):
+        check_route(Config(aux=AuxConfig(route=route, hedge=hedge)), precision="bf16")
+    check_route(Config(aux=AuxConfig(route="multiway", step_sizes="common", hedge=hedge)))
+    check_route(Config(train=TrainConfig(mixed_precision="fp16", micro_batch_size="auto")), sharded=True)

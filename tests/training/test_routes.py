@@ -1,0 +1,214 @@
+"""Runs by every way of gradients: cut up, on two processes, stopped, skipped, and as they stand in checkpoints."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import charlm
+from charlm.config import UserError
+from charlm.runs.folder import Run
+from charlm.training import guard
+from launched import train_with_two_processes
+from storage import manifest_for
+from tiny import TINY
+
+STEPS = 12
+FLAGS = [
+    *TINY,
+    "--model.num_layers=3",
+    f"--train.steps={STEPS}",
+    "--train.batch_size=6",
+    "--train.warmup=4",
+    "--train.lr_schedule=cosine",
+    "--train.log_every=1",
+    "--train.valid_every=3",
+    "--train.keep_checkpoints=100",
+]
+WAYS = {
+    "relay": ["--aux.route=relay"],
+    "pairwise": ["--aux.route=pairwise"],
+    "multiway": ["--aux.route=multiway"],
+    "multiway-common": ["--aux.route=multiway", "--aux.step_sizes=common"],
+}
+DROPOUT = ["--model.attention_dropout=0.1", "--model.activation_dropout=0.2", "--model.residual_dropout=0.1"]
+BF16 = ["--train.mixed_precision=bf16", "--train.micro_batch_size=4", "--train.clip_norm=1"]
+SETTINGS = {
+    "relay": [*DROPOUT, *BF16],
+    "pairwise": [*DROPOUT, *BF16, "--model.ngrams=[2]"],
+    "multiway": [*DROPOUT, *BF16, "--train.activation_checkpointing=true", "--train.weight_decay=0.1"],
+    "multiway-common": ["--train.optimizer=muon", "--model.ngrams=[2]"],
+}
+
+
+def train(*flags: str) -> Path:
+    return charlm.train(charlm.load_config(overrides=flags))
+
+
+def folder_of(run: Path, step: int = STEPS) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def files(run: Path, step: int = STEPS) -> tuple[bytes, bytes]:
+    folder = folder_of(run, step)
+    return (folder / "model.safetensors").read_bytes(), (folder / "optimizer.safetensors").read_bytes()
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in Run.open(run).metrics() if "terms" in row]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_resuming_ends_in_the_same_bytes(way, tmp_path, text_corpus_flags, capfd):
+    """Guards against optimizer state of one loss that is lost or that another one gets, and noise that depends on what
+    came before."""
+    flags = [*FLAGS, *text_corpus_flags, *WAYS[way], *SETTINGS[way]]
+    whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
+    assert f"gradients by {way.partition('-')[0]}: " in capfd.readouterr().err
+    resumed = shutil.copytree(whole, tmp_path / "resumed")
+    train(*flags, f"--run.dir={resumed}", "--run.resume_from=3")  # heads are silent from steps 2 and 4 on
+    assert files(resumed) == files(whole)
+    assert losses(resumed) == losses(whole)
+    assert losses(whole)[-1] < losses(whole)[0]
+
+
+def test_each_loss_has_its_state_in_checkpoints(tmp_path, text_corpus_flags):
+    """Guards against keys of different losses that collide, and state that is written for what a loss never reaches."""
+    flags = [
+        *FLAGS,
+        *text_corpus_flags,
+        *WAYS["multiway"],
+        "--train.steps=12",
+        "--train.valid_every=2",
+        f"--run.dir={tmp_path / 'run'}",
+    ]
+    state = load_file(folder_of(train(*flags), 2) / "optimizer.safetensors")
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        for layer in (1, 2, 3):
+            own = {name for name in state if name.startswith(f"layer{layer}/") and name.endswith(f".{key}")}
+            blocks = {name.split(".")[2] for name in own if ".blocks." in name}
+            assert blocks == {str(number) for number in range(layer)}
+            assert {name.split(".")[2] for name in own if ".exits." in name} == {f"layer{layer}"}
+            assert f"layer{layer}/transformer.embedding.weight.{key}" in own
+    moments = [state[f"layer{layer}/transformer.embedding.weight.exp_avg"] for layer in (1, 2, 3)]
+    assert not torch.equal(moments[0], moments[1])
+
+
+@pytest.mark.parametrize("way", ["pairwise", "multiway"])
+def test_a_step_whose_last_loss_is_not_finite_leaves_nothing_behind(way, tmp_path, text_corpus_flags, monkeypatch):
+    """Guards against the updates for the losses before it, which a run would keep and a resumed one not know of."""
+    plain, calls = guard.weighted_losses, iter(range(1000))
+    broken = {"pairwise": 3 + 2, "multiway": 1}[way]  # the third pass of the second step; the second step
+
+    def breaking(reports):
+        found = plain(reports)
+        if next(calls) == broken:
+            found.row[-1], found.row[0] = float("nan"), float("nan")
+        return found
+
+    monkeypatch.setattr("charlm.training.loop.weighted_losses", breaking)
+    flags = [*FLAGS, *text_corpus_flags, *WAYS[way], "--aux.layers.schedule=constant", "--train.steps=3"]
+    flags += ["--train.valid_every=1"]
+    run = train(*flags, f"--run.dir={tmp_path / 'run'}", "--aux.targets.enabled=false")
+    assert files(run, 2) == files(run, 1)
+    assert files(run, 3) != files(run, 2)
+    (row,) = [row for row in Run.open(run).metrics() if "skipped" in row]
+    assert (row["step"], row["reason"]) == (2, "the loss of layer3/offset1/all is nan")
+
+
+@pytest.mark.parametrize("prefix", ["layer9/", "", "layer1/layer1/"])
+def test_state_of_a_loss_that_there_is_not_is_refused(prefix, tmp_path, text_corpus_flags):
+    """Guards against going on from another table of losses as if they were these."""
+    flags = [*FLAGS, *text_corpus_flags, *WAYS["multiway"], "--train.steps=4", f"--run.dir={tmp_path / 'run'}"]
+    run = train(*flags)
+    path = folder_of(run, 4) / "optimizer.safetensors"
+    state = load_file(path)
+    state[f"{prefix}transformer.embedding.weight.exp_avg"] = state.pop("layer1/transformer.embedding.weight.exp_avg")
+    save_file(state, path)
+    (path.parent / "manifest.json").write_text(manifest_for(path.parent))
+    with pytest.raises(UserError, match="which belongs to no parameter"):
+        train(*flags, "--run.resume=true")
+
+
+def test_the_way_belongs_to_what_is_trained(tmp_path, text_corpus_flags):
+    """Guards against a run that goes on another way, with optimizer state that is none of that way's."""
+    flags = [*FLAGS, *text_corpus_flags, *WAYS["pairwise"], "--train.steps=2", f"--run.dir={tmp_path / 'run'}"]
+    train(*flags)
+    with pytest.raises(UserError, match=r"aux\.route: pairwise -> multiway"):
+        train(*flags, "--run.resume=true", *WAYS["multiway"])
+
+
+TWO_STEPS = 30
+TWO = [
+    *FLAGS,
+    f"--train.steps={TWO_STEPS}",
+    "--train.warmup=0",
+    "--train.valid_every=15",
+    "--train.optimizer=sgd",
+    "--train.learning_rate=0.03",
+    "--train.momentum=0.9",
+    "--train.matmul_precision=highest",
+    "--aux.layers.schedule=linear",
+    "--aux.layers.end=0.8",
+]
+SPLITS = {
+    "even": ["--train.clip_norm=1"],
+    "accumulated": ["--train.micro_batch_size=1"],
+    # 3 + 2 windows: one process accumulates twice, the other once.
+    "uneven": ["--train.batch_size=5", "--train.micro_batch_size=2", "--model.ngrams=[2]"],
+}
+
+
+def flags_of(way: str, split: str, folder: Path, corpus: list[str]) -> list[str]:
+    return [*TWO, *corpus, *WAYS[way], *SPLITS[split], f"--run.dir={folder / f'{way}-{split}'}"]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, text_corpus_flags) -> Path:
+    """The runs of all ways, made by two processes that torchrun starts once."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [flags_of(way, split, folder, text_corpus_flags) for way in WAYS for split in SPLITS]
+    train_with_two_processes(folder / "plan.json", runs)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_and_micro_batches_learn_what_one_does(way, split, two_processes, tmp_path, text_corpus_flags):
+    """Guards against gradients that are averaged twice or not at all, of one loss before those of another, or of some
+    micro-batches only; against heads that fall silent on one process, and against other text."""
+    alone = train(*flags_of(way, split, tmp_path, text_corpus_flags), "--train.micro_batch_size=null")
+    assert losses(two_processes / f"{way}-{split}") == pytest.approx(losses(alone), rel=1e-5)
+    one, two = (
+        load_file(folder_of(run, TWO_STEPS) / "model.safetensors") for run in (alone, two_processes / f"{way}-{split}")
+    )
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_moves_from_one_process_to_two_and_back(tmp_path, text_corpus_flags):
+    """Guards against a checkpoint of several optimizers that only as many processes as wrote it can continue."""
+    flags = [*TWO, *text_corpus_flags, *WAYS["multiway"], "--train.valid_every=10", "--train.keep_checkpoints=9"]
+    whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
+    moved = shutil.copytree(whole, tmp_path / "moved")
+    here = [*flags, f"--run.dir={moved}"]
+    train_with_two_processes(tmp_path / "plan.json", [[*here, "--run.resume_from=10"]])
+    train(*here, "--run.resume_from=20")
+    assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
+    assert json.loads((folder_of(moved, 20) / "state.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="blocks are compiled by a C++ compiler")
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_blocks_take_several_backward_passes(way, tmp_path, text_corpus_flags):
+    """Guards against compiled graphs that give their buffers away in the first of several backward passes."""
+    flags = [*TWO, *text_corpus_flags, *WAYS[way], "--train.steps=4"]
+    plain, compiled = (
+        train(*flags, f"--train.compile={compile}", f"--run.dir={tmp_path / compile}") for compile in ("no", "yes")
+    )
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
