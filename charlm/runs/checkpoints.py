@@ -2,7 +2,8 @@
 
 RUN/checkpoints/step-00001000/model.safetensors       parameters of transformer and heads, by name; its metadata name
                                                       the vocabulary that they belong to
-                              optimizer.safetensors   optimizer state, by parameter name and state key
+                              optimizer.safetensors   optimizer state, by parameter name and state key; where losses
+                                                      have their own, layer4/ of the loss comes first
                               state.json              step, best validation so far, gradient scaler
                               manifest.json           size and SHA-256 of the three, and of its own text before that
                                                       last entry was added
@@ -87,13 +88,13 @@ class Checkpoint:
         """
         wanted = check_model(self.path / MODEL, expected, "config.yaml")
         owned = list(owned)
-        owners = set().union(*owned) if owned else wanted.keys()
+        owners = set().union(*owned)
         keys = defaultdict(set)
         for name, described in describe_tensors(self.path / OPTIMIZER).items():
             parameter, _, key = name.rpartition(".")
             keys[parameter].add(key)
             described_parameter = wanted.get(parameter.rpartition("/")[2])  # behind the prefix of a loss
-            if described_parameter is None or parameter not in owners:
+            if described_parameter is None or (owned and parameter not in owners):
                 raise UserError(f"{self.path / OPTIMIZER} has a tensor {name}, which belongs to no parameter")
             if described[0] and described != described_parameter:
                 raise UserError(

@@ -73,6 +73,7 @@ def test_resuming_ends_in_the_same_bytes(way, tmp_path, text_corpus_flags, capfd
     assert files(resumed) == files(whole)
     assert losses(resumed) == losses(whole)
     assert losses(whole)[-1] < losses(whole)[0]
+    assert charlm.load(whole, "last", device="cpu").step == STEPS
 
 
 def test_each_loss_has_its_state_in_checkpoints(tmp_path, text_corpus_flags):
