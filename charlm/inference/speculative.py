@@ -8,7 +8,7 @@ Shapes: P positions of a pass, K drafts, D d_model, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from charlm.config import UserError
 from charlm.inference.cached import logits_after, read, read_last
 from charlm.inference.matmul import exact_matmul
+from charlm.inference.packing import packed
 from charlm.inference.sampling import Sampling, draw
 from charlm.model.attention import KVCache
 from charlm.runs.loading import TrainedModel
@@ -81,7 +82,7 @@ class OffsetDrafts:
     """The heads that, one symbol ago, predicted what follows the newest."""
 
     def __init__(self, trained: TrainedModel, num_draft_tokens: int, chooser: "Chooser"):
-        self.trained, self.chooser = trained, chooser
+        self.packed, self.chooser = replace(trained, transformer=packed(trained.transformer)), chooser
         self.num_draft_tokens, self.num_positions = num_draft_tokens, num_draft_tokens + 1
         self.layer = trained.config.model.num_layers
         nothing = torch.empty(1, 0, trained.config.model.d_model, device=trained.device)
@@ -91,7 +92,7 @@ class OffsetDrafts:
     def __call__(self, hidden_11D: Tensor, newest: int, num_positions: int, cache: KVCache) -> Proposal:
         logits_KV = F.linear(hidden_11D, self.weight, self.bias).view(self.num_positions - 1, -1)
         symbols, chances_KV = self.chooser(logits_KV[: num_positions - 1].cpu())
-        return Proposal(symbols, chances_KV, read(self.trained, [[newest, *symbols]], cache, layer=self.layer))
+        return Proposal(symbols, chances_KV, read(self.packed, [[newest, *symbols]], cache, layer=self.layer))
 
 
 class ExitDrafts:
@@ -99,6 +100,7 @@ class ExitDrafts:
 
     def __init__(self, trained: TrainedModel, layer: int, num_draft_tokens: int, chooser: "Chooser"):
         self.trained, self.chooser, self.layer = trained, chooser, layer
+        self.upper = packed(trained.transformer)
         self.num_draft_tokens = self.num_positions = num_draft_tokens
 
     def __call__(self, hidden_11D: Tensor, newest: int, num_positions: int, cache: KVCache) -> Proposal:
@@ -111,7 +113,7 @@ class ExitDrafts:
             chances.append(chances_1V)
         cache.lengths -= num_positions
         with exact_matmul(self.trained.device, num_positions):
-            hidden_1PD = self.trained.transformer.resume(torch.cat(states, dim=1), self.layer, cache)
+            hidden_1PD = self.upper.resume(torch.cat(states, dim=1), self.layer, cache)
         return Proposal(symbols[1:], None if chances[0] is None else torch.cat(chances), hidden_1PD)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from charlm.config import AttentionBackend, ModelConfig
 
+FEW_QUERIES = 16
+
 
 class Places(NamedTuple):
     """Where the next T positions of each row of a cache lie."""
@@ -24,7 +26,8 @@ class Places(NamedTuple):
     end: int
     """The number of positions that the longest row then holds."""
     visible_B1TS: Tensor | None
-    """Which of the first S = `end` positions each new one attends to; None where all rows are equally long."""
+    """Which of the first S = `end` positions each new one attends to; None where that is all up to its own, and the new
+    ones are one or many: for a few, masked attention is faster than attention in blocks."""
 
 
 class LayerCache(NamedTuple):
@@ -81,11 +84,12 @@ class KVCache:
         """Where the next `num_new` positions of each row go."""
         lengths = self.lengths.tolist()
         end = max(lengths) + num_new
-        if min(lengths) == max(lengths):
+        equal = min(lengths) == max(lengths)
+        if equal and not 1 < num_new <= FEW_QUERIES:
             return Places(slice(end - num_new, end), end, None)
         positions_BT = (self.lengths[:, None] + torch.arange(num_new)).to(self.keys.device)
         visible_BTS = torch.arange(end, device=self.keys.device) <= positions_BT[:, :, None]
-        return Places(positions_BT, end, visible_BTS[:, None])
+        return Places(slice(end - num_new, end) if equal else positions_BT, end, visible_BTS[:, None])
 
     def extend_ids(self, ids_BT: Tensor, places: Places, num_earlier: int) -> Tensor:
         """Store the ids of new positions; return them behind those of up to `num_earlier` before, -1 where none is."""

@@ -1,9 +1,9 @@
 """What the network reads at a position beside the character itself.
 
-Shapes: B batch, S characters seen, T positions, D d_model.
+Shapes: B batch, S characters seen, T positions, N characters of the longest n-gram, D d_model.
 """
 
-from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -40,18 +40,20 @@ class NgramEmbedding(nn.Module):
         An n-gram that begins before the first of them, or where the id is -1, holds in place of what it lacks a sign
         that is no character.
         """
+        longest = self.lengths[-1]
+        signs_BS = F.pad(ids_BS + 1, (longest - 1, 0))
+        newest_first_BTN = signs_BS.unfold(1, longest, 1)[:, -num_positions:].flip(-1)
+        hashes_BTN = (newest_first_BTN * _powers(longest, ids_BS.device)).cumsum(dim=-1) % _MODULUS
         rows = [
-            table(hashes_BS[:, -num_positions:] % table.num_embeddings)
-            for table, hashes_BS in zip(self.tables, self._hashes(ids_BS), strict=True)
+            table(hashes_BTN[..., n - 1] % table.num_embeddings)
+            for n, table in zip(self.lengths, self.tables, strict=True)
         ]
         return self.up(torch.cat(rows, dim=-1))
 
-    def _hashes(self, ids_BS: Tensor) -> Iterator[Tensor]:
-        """sum of (id + 1) * base^j over the last n characters, j steps back, modulo a prime: for each n, [B, S]."""
-        signs_BS, hashes_BS, factor = ids_BS + 1, torch.zeros_like(ids_BS), 1
-        for back in range(self.lengths[-1]):
-            earlier_BS = F.pad(signs_BS[:, : max(0, signs_BS.shape[1] - back)], (min(back, signs_BS.shape[1]), 0))
-            hashes_BS = (hashes_BS + earlier_BS * factor) % _MODULUS
-            factor = factor * _BASE % _MODULUS
-            if back + 1 in self.lengths:
-                yield hashes_BS
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # or what was made while generating could not be trained with
+def _powers(count: int, device: torch.device) -> Tensor:
+    """base^j modulo a prime for j = 0 ... count - 1. The hash of an n-gram is the sum of (id + 1) * base^j over its
+    characters, j steps back, modulo the same prime."""
+    return torch.tensor([pow(_BASE, j, _MODULUS) for j in range(count)], device=device)
