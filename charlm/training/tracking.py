@@ -66,8 +66,16 @@ class Tracker:
         yield
         self.logged_time += time.perf_counter() - paused
 
-    def log_training(self, step: int, learning_rate: float, loss: float, parts: dict[str, float]) -> None:
-        """One training row: the losses, in nats per symbol, of the update that completed `step`."""
+    def log_training(
+        self,
+        step: int,
+        learning_rate: float,
+        loss: float,
+        parts: dict[str, float],
+        hedge_weights: dict[int, float] | None = None,
+    ) -> None:
+        """One training row: the losses, in nats per symbol, of the update that completed `step`, and the weights that
+        aux.hedge gives the layers after it."""
         if not self.main:
             return
         now = time.perf_counter()
@@ -77,18 +85,19 @@ class Tracker:
         weights = {term.name: weight for term, weight in active(self.terms, (step - 1) / self.total_steps)}
         main_loss = next((parts[name] for name in self.main_names if name in parts), None)
         bits = None if main_loss is None else main_loss * self.bits_per_nat
-        self._record(
-            {
-                "step": step,
-                "progress": step / self.total_steps,
-                "loss": loss,
-                "bits_per_character": bits,
-                "learning_rate": learning_rate,
-                "characters_per_second": speed,
-                "seconds": self.seconds,
-                "terms": {name: {"loss": part, "weight": weights[name]} for name, part in parts.items()},
-            }
-        )
+        row = {
+            "step": step,
+            "progress": step / self.total_steps,
+            "loss": loss,
+            "bits_per_character": bits,
+            "learning_rate": learning_rate,
+            "characters_per_second": speed,
+            "seconds": self.seconds,
+            "terms": {name: {"loss": part, "weight": weights[name]} for name, part in parts.items()},
+        }
+        if hedge_weights is not None:
+            row["hedge"] = {f"layer{layer}": weight for layer, weight in hedge_weights.items()}
+        self._record(row)
         shown_bits = "" if bits is None else f" {bits:.3f} bpc"
         terms = f"{len(parts)} term" + ("s" if len(parts) > 1 else "")
         shown_speed = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"

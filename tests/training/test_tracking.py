@@ -96,6 +96,19 @@ def test_training_rows_by_hand(build_tracker, clock):
     ]
 
 
+def test_rows_of_hedge_and_diagnostics_by_hand(build_tracker, clock):
+    """Guards against learned weights that no log has, and diagnostics that are written by every process."""
+    clock.now += 1.0
+    tracker, other = build_tracker(), build_tracker(main=False)
+    clock.now += 1.0
+    tracker.log_training(2, 0.125, 9.0, parts(1.5, 2.0), {1: 0.25, 2: 0.75})
+    for own in (tracker, other):
+        own.log_diagnostics(2, {"gradient_norm": {"layer1": 2.0}})
+    first, second = rows(tracker)
+    assert first["hedge"] == {"layer1": 0.25, "layer2": 0.75}
+    assert second == {"step": 2, "progress": 0.25, "diagnostics": {"gradient_norm": {"layer1": 2.0}}}
+
+
 def test_validation_rows_by_hand(build_tracker, clock, capfd):
     """Guards against a log without its validations, and one that does not say which checkpoint is the best."""
     tracker = build_tracker()
