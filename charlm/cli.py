@@ -4,14 +4,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
 from charlm import arguments
-from charlm.config import Config, Stopped, UserError
+from charlm.config import Config, DataConfig, Stopped, UserError
 from charlm.config_files import OPTIONS, explaining, settings_in_files
 
 T = TypeVar("T")
@@ -30,6 +30,22 @@ class WithConfig(_ConfigFiles):
     """Base of the options of a script that takes `--config FILE` and every option of `Config` as a flag."""
 
     settings: Annotated[OPTIONS, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovedCorpus:
+    """Where a model's corpus is, if no longer where it was in training."""
+
+    path: Path | None = None
+    """A local copy of the corpus, or the file or folder it was made from."""
+    hub_id: str | None = None
+    """Another copy of a dataset, such as a folder of its parquet files."""
+    cache_dir: Path | None = None
+    """Where prepared corpora are kept."""
+
+    def where(self, config: DataConfig) -> DataConfig:
+        """The config with these places."""
+        return replace(config, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 def parse(kind: type[T], argv: Sequence[str] | None = None) -> T:

@@ -20,7 +20,8 @@ class Heads(nn.Module):
     layer's is the model's final norm. Classifiers start at zero: every loss starts at exactly ln V, and however many
     heads there are, none disturbs the trunk before it has learned anything itself.
 
-    The last layer's head is always this one. Those of intermediate layers may be of another kind (`aux.layers.head`):
+    The last layer's head is always this one, but in a model whose upper layers were cut off above a tower. Those of
+    intermediate layers may be of another kind (`aux.layers.head`):
 
     - shared: the model's final norm and the last layer's classifier of the same offset (Elhoushi et al. 2024,
       LayerSkip, section 4.1.2). Nothing is added to parameters or state. Under post-norm the states are normal already.
@@ -38,6 +39,7 @@ class Heads(nn.Module):
         *,
         layers: LayersConfig | None = None,
         final_norm: nn.Module | None = None,
+        last_tower: bool = False,
     ):
         """A classifier for each of `pairs`, and one of the last layer for each offset if those are shared.
 
@@ -45,6 +47,7 @@ class Heads(nn.Module):
             pairs: (layer, offset); layers are 1-based, offset 1 is the next.
             layers: says of what kind the heads of intermediate layers are; linear by default.
             final_norm: the transformer's, which shared heads apply.
+            last_tower: the last layer has a tower, too, behind the final norm.
         """
         super().__init__()
         layers = layers or LayersConfig()
@@ -52,6 +55,7 @@ class Heads(nn.Module):
         if shared and final_norm is None:
             raise ValueError(f"heads of kind {layers.head} need the final norm")
         self.last_layer = config.num_layers
+        self.last_tower = last_tower
         self.frozen = layers.head == "shared_frozen"
         self._final_norm = (final_norm,)  # in a tuple: it is a part of the transformer, and none of this module
         wanted = set(pairs)
@@ -64,7 +68,7 @@ class Heads(nn.Module):
             intermediate, width = layer < self.last_layer, config.d_model
             own_norm = config.norm == "pre" and intermediate
             parts: dict[str, nn.Module] = {"norm": nn.LayerNorm(width) if own_norm else nn.Identity()}
-            if intermediate and layers.head == "tower":
+            if layers.head == "tower" and (intermediate or last_tower):
                 width = layers.tower_width or config.d_model
                 parts["tower"] = _tower(config.d_model, width, layers.tower_dropout)
             for offset in sorted(offset for pair_layer, offset in owned if pair_layer == layer):

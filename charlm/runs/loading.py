@@ -1,41 +1,23 @@
 """A trained model, read back from its run."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from charlm.config import Config, UserError
-from charlm.data.vocabulary import Vocabulary, vocabulary_from_dict
+from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.hedge import Hedge
 from charlm.objective.objective import Objective, head_pairs
 from charlm.objective.tasks import build_tasks
 from charlm.objective.terms import build_terms
-from charlm.runs.checkpoints import find_checkpoint
+from charlm.runs.checkpoints import Checkpoint, find_checkpoint
+from charlm.runs.exported import is_exported, is_hub_id, read_model
 from charlm.runs.folder import Run
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A model with all that it takes to use it."""
-
-    config: Config
-    transformer: CharTransformer
-    heads: Heads
-    vocabulary: Vocabulary
-    checkpoint: str
-    """The checkpoint's name, `step-00001000`."""
-    step: int
-    """Optimizer steps it was trained for."""
-    corpus: dict[str, Any]
-    """What the run recorded of its corpus: name, sha256, vocabulary, sizes."""
-    device: torch.device
-    hedge_weights: dict[int, float] | None = None
-    """What aux.hedge has made of the layers' weights, which sum to 1; None without it."""
+from charlm.runs.trained import TrainedModel
 
 
 def build_heads(
@@ -67,17 +49,32 @@ def build_objective(config: Config, vocabulary_size: int, *, tasks: bool = True)
 
 
 def load(run: Path | str, checkpoint: str | int = "best", device: torch.device | str | None = None) -> TrainedModel:
-    """The model of a run, in evaluation mode and fp32.
+    """The model of a run or of an exported folder, in evaluation mode and fp32.
 
     Args:
-        run: the run's folder.
-        checkpoint: "best" on validation, "last", or a step.
+        run: the folder, or OWNER/NAME of an exported model on the Hugging Face hub, if need be with @REVISION behind
+            it. No code of others is run.
+        checkpoint: of a run: "best" on validation, "last", or a step.
         device: by default a GPU if there is one.
 
     Raises:
-        UserError: no run, no such checkpoint, a damaged file, or tensors or a vocabulary that are not the model's.
+        UserError: no run or model, no such checkpoint, a damaged file, or tensors or a vocabulary that are not the
+            model's.
     """
-    folder = Run.open(run)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not Path(run).exists() and is_hub_id(str(run)):
+        from charlm.runs.hub import download
+
+        run = download(str(run))
+    if is_exported(Path(run)):
+        trained = read_model(Path(run), chosen)
+        if checkpoint != "best":
+            raise UserError(f"checkpoint={checkpoint}: {run} is an exported model, which has only one; leave it out")
+        return trained
+    return _load_run(Run.open(run), checkpoint, chosen)
+
+
+def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> TrainedModel:
     found = find_checkpoint(folder, checkpoint)
     config, corpus = folder.config(), folder.provenance()["corpus"]
     found.check_vocabulary(corpus.get("vocabulary"))
@@ -89,14 +86,13 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
             f"{folder.provenance_path}: its vocabulary has {vocabulary.size} symbols, and the model {len(embedding)}; "
             "restore that file"
         )
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.device("meta"):
         objective = build_objective(config, vocabulary.size, tasks=False)
     model = objective.state_dict()
     prefixes = tuple(f"tasks.{task}." for task in config.aux.tasks)  # only what trains them knows their modules
     found.check_tensors(model | {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)})
     objective.load_state_dict({name: tensors[name] for name in model}, assign=True)
-    objective.to(chosen).eval()
+    objective.to(device).eval()
     hedge = objective.hedge
     return TrainedModel(
         config=config,
@@ -106,6 +102,25 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
         checkpoint=found.name,
         step=found.step,
         corpus=corpus,
-        device=chosen,
+        device=device,
         hedge_weights=dict(zip(hedge.layers, hedge.weights.tolist(), strict=True)) if hedge else None,
+        scores=_validation(config, corpus, found),
     )
+
+
+def _validation(config: Config, corpus: dict[str, Any], found: Checkpoint) -> tuple[dict[str, Any], ...]:
+    """What the run noted of its best checkpoint, if this is that one."""
+    bits = found.state.get("best_bits")
+    if found.state.get("best_step") != found.step or not isinstance(bits, float):
+        return ()
+    figure = {
+        "bits_per_character": bits,
+        "split": "valid",
+        "symbols": f"the first {config.train.valid_symbols:,} at most",
+        "stride": max(1, config.model.context_length // 2),
+        "context_length": config.model.context_length,
+        "checkpoint": found.name,
+        "corpus": corpus.get("name"),
+        "precision": "that of training",
+    }
+    return (figure,)

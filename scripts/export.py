@@ -1,0 +1,89 @@
+"""Make a folder to share of a run: python scripts/export.py RUN --to DIR
+
+Only the layers that are worth it: python scripts/export.py RUN --to DIR --depth auto --within 0.01
+"""
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
+
+import charlm
+from charlm import cli
+
+if TYPE_CHECKING:
+    from charlm.runs.trained import TrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Make a folder of a model that can be loaded without its run, or shared: the whole of it, or its lower layers."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """The folder of a run or of an exported model, or OWNER/NAME of one on the hub."""
+    to: Path
+    """The folder to make."""
+    depth: int | Literal["auto"] | None = None
+    """End the model at this layer, whose head becomes the last one; auto looks for the lowest that is good enough."""
+    within: float = 0.01
+    """What --depth auto may cost against the best layer, in bits per character of the validation split."""
+    keep_heads: bool = False
+    """Also keep the heads of lower layers and of characters further ahead."""
+    score: Literal["valid", "test"] | None = None
+    """Score the exported model on this split, for its card."""
+    stride: int | None = None
+    """Of what is scored, as in scripts/evaluate.py."""
+    limit: int | None = None
+    """Score the first so many symbols only; for --depth auto by default as many as the run validated on."""
+    checkpoint: str = "best"
+    """Of a run: best, last, or a step."""
+    data: cli.MovedCorpus = field(default_factory=cli.MovedCorpus)
+
+
+def main() -> None:
+    options = cli.parse(Options)
+    from charlm.inference.export import check_depth, score_at, shallowest, truncate
+    from charlm.runs.exported import check_absent, save_model
+
+    check_absent(options.to)
+    if not options.within >= 0:
+        raise charlm.UserError(f"within={options.within}: must be a number of bits, at least 0")
+    trained = charlm.load(options.run, options.checkpoint)
+    scores = ()
+    if options.depth == "auto":
+        limit = options.limit or trained.config.train.valid_symbols
+        score = measured(trained, options, "valid", limit, all_layers=True)
+        layers = {int(layer): bits for layer, bits in score.layers.items()}
+        depth = shallowest(layers, options.within)
+        print(f"valid split, first {score.symbols:,} symbols at most, stride {score.stride}:")
+        for layer, bits in layers.items():
+            print(f"  layer {layer:>2}: {bits:.4f} bits per character{'  <- exported' if layer == depth else ''}")
+        scores = (score_at(score, depth),)
+    else:
+        depth = options.depth
+        if depth is not None:
+            check_depth(trained, depth)
+    model = truncate(trained, depth, keep_heads=options.keep_heads)
+    model = replace(model, scores=model.scores + scores)
+    if options.score is not None:
+        score = measured(model, options, options.score, options.limit)
+        print(f"{options.score}: {score.bits_per_character:.4f} bits per character, {score.symbols:,} symbols")
+        model = replace(model, scores=(*model.scores, score.as_dict()))
+    save_model(model, options.to)
+    print(f"{options.to}: {model.checkpoint}, {model.config.model.num_layers} layers")
+    print(f"  python scripts/evaluate.py {options.to}")
+    print(f'  charlm.load("{options.to}").push_to_hub("OWNER/NAME")')
+
+
+def measured(trained: "TrainedModel", options: Options, split: str, limit: int | None, **more):
+    """A score of the model on a split of its corpus, which is where the options say."""
+    corpus = charlm.load_corpus(options.data.where(trained.config.data))
+    return charlm.bits_per_character(trained, corpus, split=split, stride=options.stride, limit=limit, **more)
+
+
+if __name__ == "__main__":
+    cli.script(main)

@@ -1,0 +1,164 @@
+"""Exported folders that someone broke, or made to do harm: one message that names the file and the reason."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from charlm.config import Config, ModelConfig, UserError
+from charlm.data.vocabulary import ByteVocabulary, CharacterVocabulary
+from charlm.model.transformer import CharTransformer
+from charlm.runs.exported import save_model
+from charlm.runs.loading import build_heads, load
+from charlm.runs.trained import TrainedModel
+from storage import content
+
+CONFIG, TENSORS, VOCABULARY = "config.json", "model.safetensors", "vocabulary.json"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    """A folder that loads."""
+    config = Config(model=ModelConfig(num_layers=2, num_heads=2, d_model=8, d_ff=16, context_length=8))
+    transformer = CharTransformer(config.model, 256)
+    trained = TrainedModel(
+        config=config,
+        transformer=transformer,
+        heads=build_heads(config, 256, [(2, 1)], transformer),
+        vocabulary=ByteVocabulary(),
+        checkpoint="step-00000007",
+        step=7,
+        corpus={"name": "enwik8", "sha256": "abc", "splits": {}},
+        device=torch.device("cpu"),
+    )
+    return save_model(trained, tmp_path_factory.mktemp("sound") / "sound")
+
+
+def changed(**entries):
+    """Set entries of config.json, named by their path with two underscores between the parts."""
+
+    def change(folder: Path) -> None:
+        record = json.loads((folder / CONFIG).read_text())
+        for name, value in entries.items():
+            *path, last = name.split("__")
+            below = record
+            for part in path:
+                below = below[part]
+            below[last] = value
+        (folder / CONFIG).write_text(json.dumps(record))
+
+    return change
+
+
+def written(name: str, text: str | bytes):
+    return lambda folder: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def replaced(name: str, make):
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return change
+
+
+def extra_tensor(folder: Path) -> None:
+    save_file(load_file(folder / TENSORS) | {"virus": torch.zeros(1)}, folder / TENSORS)
+
+
+CASES = {
+    "no tensors": (lambda folder: (folder / TENSORS).unlink(), ["has no model.safetensors"]),
+    "no vocabulary": (lambda folder: (folder / VOCABULARY).unlink(), ["has no vocabulary.json"]),
+    "a pipe that never ends": (replaced(TENSORS, os.mkfifo), [TENSORS, "is no file"]),
+    "a config that never ends": (replaced(CONFIG, lambda path: path.symlink_to("/dev/zero")), [CONFIG, "is no file"]),
+    "a config that is no JSON": (written(CONFIG, "{"), [CONFIG, "cannot be read as JSON"]),
+    "a config of megabytes": (written(CONFIG, "[" + "0," * 2**20 + "0]"), [CONFIG, "more than 1,048,576 bytes"]),
+    "a config nested deeply": (written(CONFIG, "[" * 100_000), [CONFIG, "nested too deeply"]),
+    "a config that is a list": (written(CONFIG, "[]"), [CONFIG, "not that of a model exported"]),
+    "another library's config": (written(CONFIG, '{"model_type": "gpt2"}'), [CONFIG, "not that of a model exported"]),
+    "a later format": (changed(format=2), [CONFIG, "not that of a model exported by this version"]),
+    "no options": (changed(options=None), [CONFIG, "options: must be of type dict"]),
+    "options nested deeply": (changed(options__model=json.loads("[" * 300 + "]" * 300)), [CONFIG]),
+    "an unknown option": (changed(options__model__virus=1), [CONFIG, "virus"]),
+    "code in an option": (changed(options__model__norm="!!python/object/apply:os.system ['x']"), [CONFIG, "norm"]),
+    "a place to write": (changed(options__data__cache_dir="/etc"), [CONFIG, "name a place on a machine"]),
+    "a folder to train into": (changed(options__run={"dir": "/etc"}), [CONFIG, "name a place on a machine"]),
+    "a file to read": (
+        changed(options__data={"corpus": "file", "path": "/etc/passwd"}),
+        [CONFIG, "name a place on a machine"],
+    ),
+    "a file above": (
+        changed(options__data={"corpus": "file", "path": "../x"}),
+        [CONFIG, "name a place on a machine"],
+    ),
+    "a dataset that is a folder": (
+        changed(options__data={"corpus": "hub", "hub_id": "/home/me"}),
+        [CONFIG, "name a place on a machine"],
+    ),
+    "a model larger than the file": (changed(options__model__d_model=4096), [TENSORS, "F32"]),
+    "layers that are missing": (changed(options__model__num_layers=3, heads__pairs=[[3, 1]]), [TENSORS, "no tensor"]),
+    "no head for the last layer": (changed(heads__pairs=[[1, 1]]), [CONFIG, "the last layer has none"]),
+    "a head of no layer": (changed(heads__pairs=[[3, 1], [2, 1]]), [CONFIG, "[3, 1] is no layer with an offset"]),
+    "heads without end": (changed(heads__pairs=[[2, 10**9]]), [CONFIG, "is no layer with an offset"]),
+    "heads that are none": (changed(heads__pairs=7), [CONFIG, "pairs: must be of type list"]),
+    "heads that are text": (changed(heads__pairs=["ab"]), [CONFIG, "is no layer with an offset"]),
+    "a head more than there are tensors": (changed(heads__pairs=[[2, 1], [2, 2]]), [TENSORS, "no tensor heads"]),
+    "a tower that is text": (changed(heads__last_tower="yes"), [CONFIG, "last_tower: must be of type bool"]),
+    "a weight of no layer": (changed(hedge_weights={"1": 1.0}), [CONFIG, "hedge_weights: must name layers"]),
+    "weights below zero": (changed(hedge_weights={"2": -1.0}), [CONFIG, "hedge_weights: must be finite"]),
+    "weights that are zero": (changed(hedge_weights={"2": 0.0}), [CONFIG, "not all 0"]),
+    "a step that is text": (changed(step="7"), [CONFIG, "step: must be of type int"]),
+    "a corpus without a hash": (changed(corpus={"name": "x"}), [CONFIG, "sha256: must be of type str"]),
+    "figures that are none": (changed(scores=[1]), [CONFIG, "scores: must hold figures"]),
+    "another vocabulary": (
+        written(VOCABULARY, json.dumps(CharacterVocabulary("ab").to_dict())),
+        [TENSORS, "embedding", "F32 [256, 8]", "F32 [2, 8]"],
+    ),
+    "a vocabulary that is none": (written(VOCABULARY, "[]"), [VOCABULARY, "not one that this version"]),
+    "a damaged vocabulary": (
+        written(VOCABULARY, json.dumps(CharacterVocabulary("ab").to_dict() | {"characters": "abc"})),
+        [VOCABULARY, "SHA-256 does not match"],
+    ),
+    "a pickle": (written(TENSORS, b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."), [TENSORS]),
+    "a header said to be huge": (written(TENSORS, (2**63).to_bytes(8, "little") + b"{}"), [TENSORS, "its header"]),
+    "a header past the end": (written(TENSORS, (1000).to_bytes(8, "little") + b"{}"), [TENSORS, "safetensors"]),
+    "no tensors in the file": (written(TENSORS, (2).to_bytes(8, "little") + b"{}"), [TENSORS, "has no tensor"]),
+    "an extra tensor": (extra_tensor, [TENSORS, "has a tensor virus"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_broken_folder_is_answered_with_one_message(case, sound, tmp_path):
+    """Guards against tracebacks, code that runs, places on this machine that a stranger names, memory that a file asks
+    for, and tensors of another model."""
+    folder = tmp_path / "model"
+    shutil.copytree(sound, folder)
+    change, parts = CASES[case]
+    change(folder)
+    before = None if "never ends" in case else content(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load(folder, device="cpu")
+    message = str(caught.value)
+    assert str(folder) in message and "\n" not in message
+    assert len(message) < 600
+    for part in parts:
+        assert part in message
+    assert before is None or content(tmp_path) == before
+
+
+def test_a_checkpoint_of_what_has_none_is_refused(sound):
+    """Guards against the one model that there is under the name of another."""
+    with pytest.raises(UserError, match=r"checkpoint=last: .* is an exported model, which has only one"):
+        load(sound, "last")
+
+
+def test_links_of_the_library_cache_are_followed(sound, tmp_path):
+    """Guards against refusing the folders of the hub's own library, whose files are links."""
+    (tmp_path / "snapshot").mkdir()
+    for name in (CONFIG, TENSORS, VOCABULARY):
+        (tmp_path / "snapshot" / name).symlink_to(sound / name)
+    assert load(tmp_path / "snapshot", device="cpu").step == 7
