@@ -115,7 +115,7 @@ def test_acceptance_is_counted_by_hand(build_drafting_model, monkeypatch):
     """Guards against a rate that counts what was never drafted, or accepted symbols beyond the first rejected one."""
     trained = build_drafting_model()
 
-    def first_stays(_, drafts):
+    def first_stays(_, drafts, near_tie):
         return [drafts[0], (drafts[1] + 1) % 256 if len(drafts) > 1 else 0], None
 
     monkeypatch.setattr(speculative, "accept_likeliest", first_stays)
@@ -145,13 +145,17 @@ def test_near_ties_are_decided_as_plain_generation_decides_them(build_drafting_m
 def test_doubt_stops_at_the_first_near_tie():
     """Guards against doubt that comes from symbols that are not used, or that is missed."""
     clear, tie = [0.0, 5.0, 1.0], [4.0, 4.0, 0.0]
-    assert accept_likeliest(torch.tensor([clear, clear]), [1]) == ([1, 1], None)
-    assert accept_likeliest(torch.tensor([clear, tie]), [0]) == ([1], None)
-    assert accept_likeliest(torch.tensor([clear, tie, clear]), [1, 0])[1] == 1
-    assert accept_likeliest(torch.tensor([clear, clear]), [1, 1]) == ([1, 1], None)  # the last draft was not read
-    assert accept_likeliest(torch.tensor([[4.0, 4.0 - 3e-4, 0.0]]), [])[1] == 0
-    assert accept_likeliest(torch.tensor([[4.0, 4.0 - 5e-4, 0.0]]), [])[1] is None
-    assert accept_likeliest(torch.tensor([[float("nan"), 1.0]]), [])[1] == 0
+
+    def outcome(rows, drafts):
+        return accept_likeliest(torch.tensor(rows), drafts, 1e-4)
+
+    assert outcome([clear, clear], [1]) == ([1, 1], None)
+    assert outcome([clear, tie], [0]) == ([1], None)
+    assert outcome([clear, tie, clear], [1, 0])[1] == 1
+    assert outcome([clear, clear], [1, 1]) == ([1, 1], None)  # the last draft was not read
+    assert outcome([[4.0, 4.0 - 3e-4, 0.0]], [])[1] == 0
+    assert outcome([[4.0, 4.0 - 5e-4, 0.0]], [])[1] is None
+    assert outcome([[float("nan"), 1.0]], [])[1] == 0
 
 
 @pytest.fixture
