@@ -44,13 +44,15 @@ def measure(job: Job) -> Measurement | None:
     scores = [row["valid"] for row in rows if "valid" in row and row["step"] == train.steps]
     if not scores or not math.isfinite(scores[-1]["bits_per_character"]):
         return None
+    record = read_record(job)
     return Measurement(
         row=job.row,
         seed=job.seed,
         bits_per_character=scores[-1]["bits_per_character"],
         bits_per_byte=scores[-1]["bits_per_byte"],
         seconds_per_step=seconds_per_step(rows, train.batch_size * job.config.model.context_length),
-        peak_memory=read_record(job).get("peak_memory"),
+        cpu_seconds=record.get("cpu_seconds"),
+        peak_memory=record.get("peak_memory"),
     )
 
 

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ HOW_TO_READ = (
     "Bits per character: mean ± standard deviation over seeds. Δ: mean of the differences to `{reference}` seed by "
     "seed (a seed means the same windows in every row) ± half of its 95 % interval by Student's t. Better and worse: "
     "zero lies outside of the interval; of 20 rows that change nothing, one is expected to look so. Time per step: in "
-    "training, validation left out, median over seeds. Memory: the most that the process had resident, libraries "
-    "included."
+    "training, validation left out, median over seeds. CPU s: processor time of a whole run, which other work on the "
+    "machine hardly changes, median over seeds. Memory: the most that the process had resident, libraries included."
 )
 
 
@@ -33,6 +33,8 @@ class Measurement:
     bits_per_byte: float
     """Both of the validation after the last step."""
     seconds_per_step: float | None
+    cpu_seconds: float | None
+    """Processor time of the run's processes, from their start to their end."""
     peak_memory: int | None
     """Bytes resident."""
 
@@ -85,8 +87,11 @@ class Line:
 
     @property
     def seconds_per_step(self) -> float | None:
-        times = [run.seconds_per_step for run in self.runs if run.seconds_per_step is not None]
-        return statistics.median(times) if times else None
+        return _median(run.seconds_per_step for run in self.runs)
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        return _median(run.cpu_seconds for run in self.runs)
 
     @property
     def peak_memory(self) -> int | None:
@@ -144,9 +149,9 @@ def protocols(configs: Mapping[str, Config]) -> list[str]:
 def to_markdown(lines: Sequence[Line], notes: Sequence[str] = ()) -> str:
     """The table under its `notes`, over how it is read and what failed."""
     with_paper = any(line.paper is not None for line in lines)
-    header = ["row", "bits per character", "Δ", "", "ms per step", "peak memory", "seeds"]
-    header += ["paper: T64, text8 dev", "Δ"] if with_paper else []
-    table = [header, ["---", "---:", "---:", "---", "---:", "---:", "---:", "---:", "---:"][: len(header)]]
+    header = ["row", "bits per character", "Δ", "verdict", "ms per step", "CPU s", "peak memory", "seeds"]
+    header += ["paper: T64, text8 dev", "paper's Δ"] if with_paper else []
+    table = [header, ["---" if title in ("row", "verdict") else "---:" for title in header]]
     for line in lines:
         cells = [
             line.name.replace("|", "\\|"),
@@ -154,6 +159,7 @@ def to_markdown(lines: Sequence[Line], notes: Sequence[str] = ()) -> str:
             _with_spread(line.delta, line.margin, "+"),
             line.verdict,
             "" if line.seconds_per_step is None else f"{1000 * line.seconds_per_step:.1f}",
+            "" if line.cpu_seconds is None else f"{line.cpu_seconds:,.0f}",
             "" if line.peak_memory is None else f"{line.peak_memory / MEBI:,.0f} MiB",
             str(len(line.runs)),
         ]
@@ -233,6 +239,11 @@ def _limits(lines: Sequence[Line]) -> tuple[float, float]:
     return lowest - 0.05 * span, max(near) + 0.05 * span
 
 
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
 def _record(line: Line) -> dict[str, Any]:
     return {
         "row": line.name,
@@ -243,6 +254,7 @@ def _record(line: Line) -> dict[str, Any]:
         "delta_95": line.margin,
         "verdict": line.verdict,
         "seconds_per_step": line.seconds_per_step,
+        "cpu_seconds": line.cpu_seconds,
         "peak_memory_bytes": line.peak_memory,
         "seeds": len(line.runs),
         "failed": len(line.failures),

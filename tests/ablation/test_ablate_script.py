@@ -46,7 +46,7 @@ def test_bad_input(place, capfd, arguments: list[str], parts: list[str]) -> None
 
 @pytest.mark.slow
 def test_real_runs(place, capfd) -> None:
-    """Guards against a script that doesn't fit the one that trains: its options, its files, its messages, its codes."""
+    """Guards against a script that doesn't fit the one that trains: its options, files, messages and codes."""
     (place / "text.txt").write_text(" ".join(map(str, range(2000))))
     (place / "base.yaml").write_text("data: {corpus: file, path: text.txt}\nrun: {dir: out}\n")
     for name, text in {"one": "aux: {layers: {enabled: false}}", "two": "train: {mixed_precision: fp16}"}.items():
@@ -58,7 +58,7 @@ def test_real_runs(place, capfd) -> None:
     assert "2 of 6 runs failed; the same command tries them again" in printed
     assert "failed: two, seed 0: train.mixed_precision=fp16" in printed
     rows = [line.split(" | ") for line in shown.splitlines() if line.startswith("| ")]
-    assert [(row[0], row[6]) for row in rows[2:]] == [("| full", "2 |"), ("| one", "2 |"), ("| two", "0 |")]
+    assert [(row[0], row[7]) for row in rows[2:]] == [("| full", "2 |"), ("| one", "2 |"), ("| two", "0 |")]
     assert shown == (place / "out" / "table.md").read_text()
     assert {path.name for path in (place / "out").iterdir()} >= {"table.csv", "table.png", "full", "one", "two"}
     assert (place / "out" / "one" / "seed-1" / "checkpoints" / "best").exists()

@@ -57,9 +57,9 @@ def test_runs_are_made_measured_and_skipped(jobs_of, make_runs, capfd) -> None:
     assert measure(jobs[0]).bits_per_byte == pytest.approx(1.1)
     assert jobs[0].beside(".log").read_text() == "threads 3\n"
     assert 2**20 < measure(jobs[0]).peak_memory < 2**30
-    assert read_record(jobs[0])["cpu_seconds"] > 0
+    assert measure(jobs[0]).cpu_seconds > 0
     said = capfd.readouterr().err
-    assert "4 runs; 2 at once, 3 threads each" in said
+    assert "4 runs; 2 at once, threads of each: 3" in said
     assert "4 of 4: rate 0.2, seed 1: 2.2100 bits per character" in said
     assert make_runs(jobs) == Outcome(total=4, done=4, failed=0, stopped=False)
     assert jobs[0].beside(".log").read_text() == "threads 3\n", "a finished run was made again"

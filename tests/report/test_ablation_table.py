@@ -18,6 +18,7 @@ def runs(name: str, *scores: float, first_seed: int = 0, milliseconds=(10.0, 30.
             bits_per_character=score,
             bits_per_byte=score - 0.5,
             seconds_per_step=milliseconds[index] / 1000,
+            cpu_seconds=100.0 * (index + 1),
             peak_memory=(100 + index) * 2**20,
         )
         for index, score in enumerate(scores)
@@ -76,13 +77,14 @@ def test_markdown() -> None:
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     assert text.startswith("Scored on something.\n\n| row |")
     assert table[0] == [
-        "row", "bits per character", "Δ", "", "ms per step", "peak memory", "seeds", "paper: T64, text8 dev", "Δ",
+        "row", "bits per character", "Δ", "verdict", "ms per step", "CPU s", "peak memory", "seeds",
+        "paper: T64, text8 dev", "paper's Δ",
     ]  # fmt: skip
-    assert table[2] == ["full", "3.1000 ± 0.1000", "", "", "20.0", "102 MiB", "3", "1.062", ""]
+    assert table[2] == ["full", "3.1000 ± 0.1000", "", "", "20.0", "200", "102 MiB", "3", "1.062", ""]
     assert table[3] == [
-        "worse", "4.1000 ± 0.1000", "+1.0000 ± 0.2484", "worse", "20.0", "102 MiB", "3", "2.482", "+1.420",
+        "worse", "4.1000 ± 0.1000", "+1.0000 ± 0.2484", "worse", "20.0", "200", "102 MiB", "3", "2.482", "+1.420",
     ]  # fmt: skip
-    assert table[4][3:] == ["within noise", "20.0", "102 MiB", "3", "", ""]
+    assert table[4][3:] == ["within noise", "20.0", "200", "102 MiB", "3", "", ""]
     assert len({len(row) for row in table}) == 1
     assert "differences to `full` seed by seed" in text
     assert text.endswith("Failed:\n\n- full, seed 4: no\n- noise, seed 4: out of memory (a.log)\n")
