@@ -23,11 +23,14 @@ class Options:
     train: training steps against x-transformers, transformers' GPT-2 and Llama, and torch's TransformerEncoder.
     evaluate: sliding-window evaluation against a plain loop over the same model.
     generate: generation with a cache against the peers that have one.
+    drafts: what drafts from extra heads and from exits save a trained run in generation.
     auxiliary: what intermediate layers and extra targets cost, in time and memory, at several depths.
     scaling: time per character against context, depth and batch; memory with and without activation checkpointing.
     """
 
-    benchmark: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="train|evaluate|generate|auxiliary|scaling")]
+    benchmark: Annotated[
+        tyro.conf.Positional[str], tyro.conf.arg(metavar="train|evaluate|generate|drafts|auxiliary|scaling")
+    ]
     """What to measure."""
     shape: Literal["S", "P", "D"] = "S"
     """S: 6 layers of 256, batch 8; P: the paper's 12 layers, batch 2, on a GPU 64; D: its 64 layers, on a GPU."""
@@ -43,6 +46,8 @@ class Options:
     """Also measure charlm and tuned peers with torch.compile; auto: on a GPU."""
     peers: tuple[str, ...] = ()
     """Only these, separated by commas."""
+    run: Path | None = None
+    """drafts: the trained run that writes; --shape has no meaning then."""
     json: bool = False
     """Print one JSON document; the tables go to stderr."""
     picture: Path | None = None
@@ -52,15 +57,15 @@ class Options:
 def main() -> None:
     options = cli.parse(Options)
     from charlm.benchmark import pictures, programs, report  # not before --help and mistakes were answered
-    from charlm.benchmark.shapes import named_shape
+    from charlm.benchmark.shapes import named_shape, shape_of
     from charlm.report.figures import check_suffix
     from charlm.training.hardware import has_fast_bf16, on_cpu
 
-    is_training = options.benchmark not in ("evaluate", "generate")
+    is_training = options.benchmark not in ("evaluate", "generate", "drafts")
     automatic = "bf16" if is_training and has_fast_bf16() else "fp32"
     settings = programs.Settings(
         benchmark=options.benchmark,
-        shape=named_shape(options.shape, gpu=not on_cpu()),
+        shape=shape_of(options.run) if options.run else named_shape(options.shape, gpu=not on_cpu()),
         device="cpu" if on_cpu() else "cuda",
         precision=automatic if options.precision == "auto" else options.precision,
         rounds=options.rounds,
@@ -68,6 +73,7 @@ def main() -> None:
         threads=options.threads,
         compile=options.compile == "yes" or (options.compile == "auto" and not on_cpu()),
         peers=options.peers,
+        run=options.run,
     )
     if options.picture is not None:
         check_suffix(options.picture)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from charlm.benchmark.shapes import Shape
 from charlm.config import UserError
 
-Task = Literal["train", "evaluate", "generate", "matrix product"]
+Task = Literal["train", "evaluate", "generate", "drafts", "matrix product"]
 Dtype = Literal["fp32", "bf16"]
 MODULES = {
     "x-transformers": "x_transformers",
@@ -21,6 +21,7 @@ MODULES = {
 AS_IT_COMES, TUNED, COMPILED, TUNED_MEDIUM = "as it comes", "tuned", "tuned, compiled", "tuned, medium"
 ALL_LOSSES, MAIN_LOSS, CHECKPOINTED = "all losses", "main loss alone", "all losses, checkpointed"
 CHARLM_COMPILED = "all losses, compiled"
+PLAIN = "no drafts"
 ALLOCATOR = {
     "cpu": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)},
     "cuda": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
@@ -43,6 +44,8 @@ class Contestant:
     compile: bool = False
     auxiliary: bool = False
     activation_checkpointing: bool = False
+    draft: Literal["offsets"] | int | None = None
+    """drafts: what charlm drafts from."""
 
     @property
     def name(self) -> str:
@@ -74,14 +77,18 @@ class Job:
     windows: int = 64
     """evaluate: windows of a step."""
     prompts: int = 1
-    """generate: texts that are written at once."""
+    """generate: texts that are written at once; drafts: one after the other."""
     length: int = 128
-    """generate: characters of a step and text."""
+    """generate, drafts: characters of a step and text."""
+    run: Path | None = None
+    """drafts: the trained run that writes."""
+    temperature: float = 1.0
+    """drafts: of sampling."""
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON keeps, for `from_dict`."""
-        return asdict(self) | {"text": str(self.text)}
+        return asdict(self) | {"text": str(self.text), "run": str(self.run) if self.run else None}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Job":
@@ -90,6 +97,7 @@ class Job:
             "contestant": Contestant(**record["contestant"]),
             "shape": Shape(**record["shape"]),
             "text": Path(record["text"]),
+            "run": Path(record["run"]) if record["run"] else None,
         }
         return cls(**record | parts)
 
@@ -141,6 +149,21 @@ def generation_lineup(compile: bool, peers: Sequence[str]) -> list[Contestant]:
             if compile and peer != "x-transformers":  # whose cache grows: every character would compile anew
                 contestants.append(Contestant(setup=COMPILED, tuned=True, compile=True, **plain))
     return contestants
+
+
+def drafts_lineup(pairs: Iterable[tuple[int, int]], num_layers: int) -> list[Contestant]:
+    """A run's plain generation and its ways to drafts: all its extra targets, and each exit in the lower half.
+
+    `pairs`: the layers and offsets that it has heads for.
+    """
+    exits = [layer for layer, offset in pairs if offset == 1 and layer <= num_layers / 2]
+    extra = ["offsets"] if any(layer == num_layers and offset > 1 for layer, offset in pairs) else []
+    common = {"library": "charlm", "precision": "fp32", "auxiliary": True}
+    return [
+        Contestant(setup=PLAIN, **common),
+        *(Contestant(setup=f"drafts from {way}", draft=way, **common) for way in extra),
+        *(Contestant(setup=f"drafts from layer {way}", draft=way, **common) for way in exits),
+    ]
 
 
 def installed_peers(only: Iterable[str] = ()) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ from charlm.benchmark.peers import autocast, build_peer, num_parameters
 from charlm.benchmark.shapes import charlm_config, text_config
 from charlm.benchmark.turns import Turns
 from charlm.data.corpus import load_corpus
-from charlm.runs.loading import TrainedModel, build_objective
+from charlm.runs.loading import TrainedModel, build_objective, load
 
 PLAIN_BATCH = 32
 """Windows that the plain loop runs at once."""
@@ -104,6 +104,45 @@ def generate_charlm(job: Job, turns: Turns) -> None:
     prompts = [row.tobytes() for row in _prompts(job)]
     turns.ready(parameters=num_parameters(trained.transformer) + num_parameters(trained.heads), **_writing_facts(job))
     turns.play(lambda: generate(trained, prompts, length=job.length, seed=job.seed))
+
+
+def write_with_drafts(job: Job, turns: Turns) -> None:
+    """A trained run writes a text after each of some stretches of its own corpus."""
+    from charlm.inference.generation import generate
+    from charlm.inference.speculative import DraftStatistics
+
+    turns.start()
+    trained = load(job.run)
+    ids = load_corpus(trained.config.data, progress=False).splits["valid"].ids
+    half = trained.config.model.context_length // 2
+    starts = np.linspace(0, len(ids) - half, job.prompts, dtype=np.int64)
+    prompts = [trained.vocabulary.decode(ids[start : start + half]) for start in starts]
+
+    def write(statistics: DraftStatistics | None = None) -> None:
+        for prompt in prompts:
+            generate(
+                trained,
+                prompt,
+                length=job.length,
+                temperature=job.temperature,
+                seed=job.seed,
+                draft=job.contestant.draft,
+                statistics=statistics,
+            )
+
+    statistics = DraftStatistics()
+    write(statistics)
+    drafted = {
+        "num_draft_tokens": statistics.num_draft_tokens,
+        "acceptance_rate": statistics.acceptance_rate,
+        "characters_per_pass": statistics.characters_per_pass,
+    }
+    turns.ready(
+        parameters=num_parameters(trained.transformer) + num_parameters(trained.heads),
+        **_writing_facts(job),
+        **(drafted if job.contestant.draft is not None else {}),
+    )
+    turns.play(write)
 
 
 def generate_peer(job: Job, turns: Turns) -> None:

@@ -1,4 +1,4 @@
-"""The five benchmarks: which races each runs, and what it says before it starts."""
+"""The six benchmarks: which races each runs, and what it says before it starts."""
 
 import sysconfig
 import tempfile
@@ -15,6 +15,7 @@ from charlm.benchmark.contestants import (
     Job,
     Task,
     charlm,
+    drafts_lineup,
     evaluation_lineup,
     generation_lineup,
     installed_peers,
@@ -32,7 +33,8 @@ BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (4, 16, 64, 256)}
 AUXILIARY_DEPTHS = (12, 24, 64)
 STRIDES = (1, 64)
 PROMPTS = (1, 8)
-ROUNDS = {"train": 7, "evaluate": 5, "generate": 5, "auxiliary": 7, "scaling": 3}
+TEMPERATURES, DRAFT_PROMPTS = (0.0, 0.8, 1.0), 4
+ROUNDS = {"train": 7, "evaluate": 5, "generate": 5, "drafts": 5, "auxiliary": 7, "scaling": 3}
 STEPS = {"cpu": 3, "cuda": 5}
 WINDOWS = {"cpu": 64, "cuda": 1024}
 START_SECONDS, COMPILE_SECONDS, EFFICIENCY = 8.0, 40.0, 0.4
@@ -55,6 +57,8 @@ class Settings:
     compile: bool = False
     peers: tuple[str, ...] = ()
     """Only these; empty for all."""
+    run: Path | None = None
+    """drafts: the trained run."""
 
     @property
     def num_rounds(self) -> int:
@@ -119,7 +123,9 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UserError(f"{name}={value}: must be at least 1")
-    if settings.benchmark == "generate" and settings.precision != "fp32":
+    if (settings.benchmark == "drafts") != (settings.run is not None):
+        raise UserError(f"run={settings.run}: `drafts` needs a trained run, and the other benchmarks none")
+    if settings.benchmark in ("generate", "drafts") and settings.precision != "fp32":
         raise UserError(f"precision={settings.precision}: charlm generates in fp32; use --precision fp32 or auto")
 
 
@@ -179,6 +185,18 @@ def build_plan(settings: Settings, peers: Sequence[str], text: Path) -> Plan:
                 lineup, "generate", prompts=prompts, length=length
             ))
             for prompts in PROMPTS
+        ]  # fmt: skip
+    if settings.benchmark == "drafts":
+        from charlm.runs.loading import load
+
+        heads = load(settings.run, device="cpu").heads
+        lineup = drafts_lineup(heads.pairs, heads.layers[-1])
+        texts = {"run": settings.run, "prompts": DRAFT_PROMPTS, "length": shape.context_length}
+        return [
+            (f"Drafts, {f'temperature {temperature:g}' if temperature else 'greedy'}", jobs(
+                lineup, "drafts", temperature=temperature, **texts
+            ))
+            for temperature in TEMPERATURES
         ]  # fmt: skip
     pair = [charlm(precision), charlm(precision, MAIN_LOSS)]
     if settings.benchmark == "auxiliary":
@@ -256,6 +274,8 @@ def _step_flop(job: Job) -> float:
         return per_character / 3 * job.windows * job.shape.context_length
     if job.task == "generate":
         return per_character / 3 * job.length * 50
+    if job.task == "drafts":
+        return per_character / 3 * job.length * job.prompts * 50
     return per_character * job.shape.characters
 
 

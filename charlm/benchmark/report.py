@@ -13,7 +13,7 @@ import numpy as np
 from charlm.benchmark.contestants import ALL_LOSSES, ALLOCATOR, CHECKPOINTED, MAIN_LOSS
 from charlm.benchmark.programs import Outcome, Point, Settings
 from charlm.benchmark.race import Entry
-from charlm.benchmark.results import markdown, paired, spread
+from charlm.benchmark.results import RaceResult, drafts_table, markdown, paired, spread
 
 PACKAGES = ("torch", "accelerate", "x-transformers", "transformers")
 
@@ -46,7 +46,7 @@ def protocol(settings: Settings, entries: Sequence[Entry]) -> dict[str, Any]:
         "compile": settings.compile,
         "optimizer": "AdamW",
         "dropout": 0.0,
-        "text": "Python standard library, bytes",
+        "text": "the run's valid split" if settings.run else "Python standard library, bytes",
         "allocator_of_tuned_peers": ALLOCATOR[settings.device],
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
@@ -95,7 +95,8 @@ def point_dict(point: Point) -> dict[str, Any]:
 
 def to_markdown(settings: Settings, outcome: Outcome) -> str:
     """Tables, and under them how they were measured."""
-    tables = [result.to_markdown() for result in outcome.races]
+    as_table = drafts_table if settings.benchmark == "drafts" else RaceResult.to_markdown
+    tables = [as_table(result) for result in outcome.races]
     if settings.benchmark == "auxiliary":
         tables.append(auxiliary_table(outcome.points))
     if settings.benchmark == "scaling":
@@ -109,7 +110,7 @@ def to_markdown(settings: Settings, outcome: Outcome) -> str:
         [
             *tables,
             f"Medians of {found['rounds']} rounds of {found['timed_steps_per_round']} timed steps, "
-            f"contestants in turn; {found['threads']} threads, AdamW, no dropout; {versions}; "
+            f"contestants in turn; {found['threads']} threads{', AdamW, no dropout' * (not settings.run)}; {versions}; "
             f"{machine(settings.device)}.",
         ]
     )

@@ -10,6 +10,7 @@ from charlm.benchmark.contestants import AS_IT_COMES
 from charlm.benchmark.race import Entry
 
 PRODUCT = "matrix product"
+DRAFT_FACTS = ("num_draft_tokens", "acceptance_rate", "characters_per_pass")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -123,7 +124,7 @@ class RaceResult:
             "model_flops_utilisation": self.utilisation(entry),
             "peak_memory_bytes": entry.peak_memory,
             "first_turn_seconds": entry.first_turn,
-        }
+        } | {name: entry.facts[name] for name in DRAFT_FACTS if name in entry.facts}
 
     def to_markdown(self) -> str:
         """The race as a table, the fastest first after charlm's own lines."""
@@ -154,6 +155,36 @@ class RaceResult:
             f"{entry.peak_memory / 2**20:,.0f} MiB",
             "" if entry is self.own else f"{ratio:.2f}",
         ]
+
+
+def drafts_table(result: RaceResult) -> str:
+    """Ways to drafts beside plain generation."""
+    header = [
+        "",
+        "characters per second",
+        "middle half",
+        "times plain",
+        "middle half",
+        "characters per pass",
+        "accepted",
+    ]
+    (plain,) = (entry for entry in result.entries if entry.contestant.draft is None)
+    rows = []
+    for entry in result.entries:
+        rate, ratio = spread(entry.rates()), result.ratio(entry, plain)
+        drafted = "acceptance_rate" in entry.facts
+        rows.append(
+            [
+                entry.contestant.setup,
+                f"{rate['median']:,.0f}",
+                f"{rate['lower_quartile']:,.0f} to {rate['upper_quartile']:,.0f}",
+                f"{ratio['median']:.2f}" if drafted else "",
+                f"{ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f}" if drafted else "",
+                f"{entry.facts['characters_per_pass']:.2f}" if drafted else "1.00",
+                f"{entry.facts['acceptance_rate']:.0%} of {entry.facts['num_draft_tokens']}" if drafted else "",
+            ]
+        )
+    return f"**{result.title}**\n\n" + markdown(header, rows)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,12 +13,12 @@ from charlm.config import (
     DataConfig,
     LayersConfig,
     ModelConfig,
-    Precision,
     RunConfig,
     TargetsConfig,
     TrainConfig,
     UserError,
 )
+from charlm.config.train import Precision
 
 VOCABULARY = 256
 ENDLESS = 10**9
@@ -64,6 +64,20 @@ def named_shape(name: str, *, gpu: bool) -> Shape:
     if name == "P":
         return Shape(name="P", num_layers=12, batch_size=64 if gpu else 2, **paper)
     return Shape(name="D", num_layers=64, batch_size=16, **paper)
+
+
+def shape_of(run: Path) -> Shape:
+    """That of a trained run.
+
+    Raises:
+        UserError: it is none.
+    """
+    from charlm.runs.folder import Run
+
+    config = Run.open(run).config()
+    names = ("num_layers", "d_model", "num_heads", "d_ff", "context_length")
+    dimensions = {name: getattr(config.model, name) for name in names}
+    return Shape(name=run.name, batch_size=config.train.batch_size, **dimensions)
 
 
 def flop_per_character(shape: Shape, num_targets: int = 1, num_exits: int = 1) -> int:

@@ -38,6 +38,8 @@ def contestant_of(job: Job) -> Callable[[Job, Turns], None]:
         return inference.evaluate_charlm if job.contestant.library == "charlm" else inference.evaluate_plainly
     if job.task == "generate":
         return inference.generate_charlm if job.contestant.library == "charlm" else inference.generate_peer
+    if job.task == "drafts":
+        return inference.write_with_drafts
     return matrix_products
 
 

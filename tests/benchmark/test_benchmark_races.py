@@ -1,6 +1,7 @@
 """Contestants in processes of their own, at a toy shape: that they run, not how fast."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,16 @@ from charlm.benchmark.contestants import CHECKPOINTED, MAIN_LOSS, TUNED, Contest
 from charlm.benchmark.pictures import draw
 from charlm.benchmark.programs import Outcome, Settings, build_plan, points_of, product_jobs, text_file
 from charlm.benchmark.race import Entry, race
-from charlm.benchmark.report import to_markdown
+from charlm.benchmark.report import document, to_markdown
 from charlm.benchmark.results import RaceResult
-from charlm.benchmark.shapes import Shape
+from charlm.benchmark.shapes import Shape, charlm_config, shape_of
 from charlm.benchmark.turns import Stop
-from charlm.config import UserError
+from charlm.config import RunConfig, UserError
+from charlm.data.corpus import load_corpus
+from charlm.runs.checkpoints import save_checkpoint
+from charlm.runs.folder import Run
+from charlm.runs.loading import build_objective
+from charlm.runs.snapshot import take_snapshot
 
 TOY = Shape(name="toy", num_layers=2, d_model=16, num_heads=2, d_ff=32, context_length=16, batch_size=2)
 
@@ -117,6 +123,39 @@ def test_charlm_and_peer_write_as_much(text: Path) -> None:
             written = one_step(inference.generate_peer, job("generate", peer, text, **options)).result
             assert written.shape[0] == 2
             assert written.shape[1] in (5, 8 + 5)  # with the prompt, or without
+
+
+def test_drafts_from_run_to_table(text: Path, tmp_path: Path) -> None:
+    """Guards against a run whose ways to drafts are not all measured, a table without plain generation's line, and
+    contestants that write different amounts."""
+    config = replace(charlm_config(TOY, text, mixed_precision="no"), run=RunConfig(dir=tmp_path / "run"))
+    objective = build_objective(config, 256)
+    run = Run.create(config, load_corpus(config.data, progress=False).to_dict())
+    save_checkpoint(run, take_snapshot(objective, [], {"step": 0}), best=True, keep=1)
+    shape = shape_of(run.path)
+    assert vars(shape) == vars(TOY) | {"name": "run"}
+    drafts = settings("drafts", shape=shape, run=run.path, rounds=1)
+    plan = build_plan(drafts, [], text)
+    assert [title for title, _ in plan] == ["Drafts, greedy", "Drafts, temperature 0.8", "Drafts, temperature 1"]
+    title, jobs = plan[0]
+    facts = [one_step(inference.write_with_drafts, job).facts | {"threads": 1} for job in jobs]
+    assert {of_one["characters_per_step"] for of_one in facts} == {4 * 16}
+    seconds = ([3.0, 8.0], [1.0, 4.0], [3.0, 4.0])
+    entries = [
+        Entry(job.contestant, of_one, steps=1, seconds=of_job)
+        for job, of_one, of_job in zip(jobs, facts, seconds, strict=True)
+    ]
+    outcome = Outcome(races=[RaceResult(title, entries, [])])
+    lines = [line for line in to_markdown(drafts, outcome).splitlines() if line[:1] == "|"]
+    columns = [[cell.strip() for cell in line.split("|")] for line in lines[2:]]
+    assert [(row[1], row[4]) for row in columns] == [
+        ("no drafts", ""), ("drafts from offsets", "2.50"), ("drafts from layer 1", "1.50")
+    ]  # fmt: skip
+    written = document(drafts, outcome)["races"][0]["contestants"]
+    assert "acceptance_rate" not in written[0]
+    assert written[1]["num_draft_tokens"] == 1
+    assert 0 < written[1]["characters_per_pass"] <= 2
+    assert draw(drafts, outcome, tmp_path / "drafts.svg").exists()
 
 
 def made_up(setup: str, depth: int) -> Entry:

@@ -13,12 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["race"], "benchmark=race: must be one of train, evaluate, generate, auxiliary, scaling"),
+        (["race"], "benchmark=race: must be one of train, evaluate, generate, drafts, auxiliary, scaling"),
         (["train", "--rounds=0"], "rounds=0: must be at least 1"),
         (["train", "--steps=-1"], "steps=-1: must be at least 1"),
         (["train", "--shape=D"], "shape=D: needs a GPU; take S or P"),
         (["train", "--peers=nanoGPT"], "peers=nanoGPT: must be some of x-transformers, transformers GPT-2"),
         (["generate", "--precision=bf16"], "precision=bf16: charlm generates in fp32; use --precision fp32 or auto"),
+        (["drafts"], "run=None: `drafts` needs a trained run"),
+        (["drafts", "--run=nowhere"], "nowhere"),
         (["train", "--picture=speed.doc"], "picture speed.doc: its suffix must be one of"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
