@@ -24,6 +24,8 @@ from charlm.runs.folder import write_whole
 POLL_SECONDS = 0.2
 REDRAW_SECONDS = 2.0
 LONGEST_MESSAGE = 300
+LEAST_TO_JUDGE_BY = 0.02
+"""Of a run, that must be made before the time that is left is estimated."""
 SAME_REQUEST = 1.0
 """Seconds in which further signals count as the first."""
 STOPPED = (0, -signal.SIGTERM, -signal.SIGKILL)
@@ -180,18 +182,16 @@ class Runner:
         tqdm.write(line, file=sys.stderr)
 
     def _draw(self) -> None:
-        """The line that is redrawn in place, no wider than the terminal."""
         shares = [(child, progress(child.job)) for child in self.children]
         made = self.made + sum(share - child.progress_start for child, share in shares)
         left = self.to_make - sum(share for _, share in shares)
-        line = f"{self.done}/{self.total} runs"
-        if made > 0.02:
-            seconds = round((time.monotonic() - self.began) / made * left)
-            line += f", {tqdm.format_interval(seconds)} left"
+        parts = [f"{self.done}/{self.total} runs"]
+        if made > LEAST_TO_JUDGE_BY:
+            parts[0] += f", {tqdm.format_interval((time.monotonic() - self.began) / made * left)} left"
         if self.signals:
-            line += ", stopping"
-        line += "".join(f"; {child.job} {share:.0%}" for child, share in shares)
-        self.bar.set_description_str(line[: shutil.get_terminal_size().columns - 1])
+            parts[0] += ", stopping"
+        parts += [f"{child.job} {share:.0%}" for child, share in shares]
+        self.bar.set_description_str("; ".join(parts)[: shutil.get_terminal_size().columns - 1])
 
 
 @contextmanager

@@ -8,13 +8,15 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 
+from charlm.ablation import runner as runner_module
 from charlm.ablation.results import measure, progress, read_record, seconds_per_step, table, write_tables
 from charlm.ablation.rows import Job, Row, plan
-from charlm.ablation.runner import Outcome, Runner
+from charlm.ablation.runner import Child, Outcome, Runner
 from charlm.config import UserError
 
 STUB = [sys.executable, Path(__file__).with_name("stub_train.py")]
@@ -125,6 +127,22 @@ def test_two_at_the_same_runs(jobs_of, make_runs, tmp_path) -> None:
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".lock"), pytest.raises(UserError, match="another process makes runs in it"):
         make_runs(jobs_of(rates(0.1)))
+
+
+def test_the_line_of_progress(jobs_of, monkeypatch) -> None:
+    """Guards against a line that wraps in a terminal of 80 columns, and time left that forgets what was resumed."""
+    jobs = jobs_of([Row("a row with quite a long name, as some have"), Row("and another one of them")])
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(runner_module.time, "monotonic", lambda: 1600.0)
+    runner, shown = Runner(command=STUB, at_once=2, threads=1, after_each=lambda: None), []
+    runner.children = [Child(job, process=None, log_start=0, progress_start=0.25) for job in jobs]
+    monkeypatch.setattr(runner_module, "progress", lambda job: 0.5 if job is jobs[0] else 0.75)
+    runner.bar = SimpleNamespace(set_description_str=shown.append)
+    # Made: 1 run, and 0.25 + 0.5 of two resumed ones, in 700 s. Left: 4.75 - 0.5 - 0.75 = 3.5 runs, or 1,400 s.
+    runner.done, runner.total, runner.began, runner.made, runner.to_make = 3, 8, 900.0, 1.0, 4.75
+    runner._draw()
+    assert shown[-1].startswith("3/8 runs, 23:20 left; a row with quite a long name, as some have, seed 0 50%; a")
+    assert len(shown[-1]) == 79
 
 
 def test_time_per_step_by_hand() -> None:
