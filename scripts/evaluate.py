@@ -60,6 +60,10 @@ class Options:
     """Let the first layer that is sure enough predict: bits per character against layers used."""
     picture: Path | None = None
     """Draw the curve of --early-exit into this file (.png, .svg, .pdf)."""
+    as_compressor: bool = False
+    """Score what compress.py would code, with its streams and stride, without writing a file."""
+    streams: int | None = None
+    """Of --as-compressor: parts of the text that are read side by side; default by its length."""
     yardsticks: bool = False
     """Also compress the scored bytes with gzip, bzip2 and xz."""
     json: bool = False
@@ -85,6 +89,11 @@ def main() -> None:
 
         result = early_exit(trained, corpus, **protocol)
         score = result.score
+    elif options.as_compressor:
+        from charlm.inference.compression import score_as_compressor
+
+        del protocol["batch_size"]
+        result = score = score_as_compressor(trained, corpus, streams=options.streams, **protocol)
     else:
         result = score = charlm.bits_per_character(
             trained, corpus, all_layers=options.all_layers, mixture=options.mixture, **protocol
@@ -111,6 +120,10 @@ def check(options: Options) -> None:
     """Raise UserError for options that do not go together, before anything is computed."""
     if options.early_exit and options.mixture:
         raise charlm.UserError("mixture: is the prediction of all layers, and early exit that of one; choose one")
+    if options.as_compressor and (options.all_layers or options.mixture or options.early_exit or options.batch_size):
+        raise charlm.UserError("as_compressor: codes with the last layer, all streams at once; leave the others out")
+    if options.streams is not None and not options.as_compressor:
+        raise charlm.UserError(f"streams={options.streams}: are those of a compressed file; add --as_compressor")
     if options.picture is not None:
         if not options.early_exit:
             raise charlm.UserError(f"picture={options.picture}: shows the curve of --early-exit; add that")
@@ -130,6 +143,8 @@ def describe(score: "Score", symbols: int, yardsticks: dict[str, float]) -> list
         f"  {scored} symbols, {score.characters:,} characters, {score.bytes:,} bytes",
         f"  stride {score.stride}, context {score.context_length}, {score.precision}, {score.seconds:,.1f} s",
     ]
+    if score.streams is not None:
+        lines.append(f"  as a compressor: {score.streams:,} streams, {score.compressed_bytes:,} bytes compressed")
     if score.mixture:
         weights = ", ".join(f"{layer}: {weight:.3f}" for layer, weight in score.mixture.items())
         lines += textwrap.wrap(f"mixture of layers {weights}", 80, initial_indent="  ", subsequent_indent="  ")

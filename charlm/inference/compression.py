@@ -7,6 +7,7 @@ Shapes: S streams, A of which still have symbols, V vocabulary, N symbols of a b
 """
 
 import hashlib
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from charlm.config import UserError
+from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import id_type
 from charlm.inference.container import Header, Writer, open_regular, read_block, read_header, replacing
+from charlm.inference.evaluation import EvaluationPrecision, Score, check_options, score
 from charlm.inference.reading import Text, blocks_of, measure, sha256_of
 from charlm.inference.streams import (
     FAMILY,
@@ -164,14 +167,50 @@ def compressed_nats(
         for begin in range(0, len(ids), protocol.block):
             own_ids, own_nats = ids[begin : begin + protocol.block], nats[begin : begin + protocol.block]
 
-            def score(where_A: np.ndarray, logits_AV: Tensor, ids=own_ids, nats=own_nats) -> np.ndarray:
+            def note(where_A: np.ndarray, logits_AV: Tensor, ids=own_ids, nats=own_nats) -> np.ndarray:
                 costs_AV = -logits_AV.double().log_softmax(dim=-1).cpu().numpy()
                 nats[where_A] = costs_AV[np.arange(len(where_A)), ids[where_A]]
                 bar.update(len(where_A))
                 return ids[where_A]
 
-            walk(streams, protocol.streams, len(own_ids), score)
+            walk(streams, protocol.streams, len(own_ids), note)
     return nats, protocol
+
+
+def score_as_compressor(
+    trained: TrainedModel,
+    corpus: Corpus,
+    *,
+    split: str = "test",
+    stride: int | None = None,
+    limit: int | None = None,
+    streams: int | None = None,
+    precision: EvaluationPrecision = "fp32",
+    progress: bool = True,
+) -> Score:
+    """Score a split of the corpus that the model was trained on as `compress` would code it, without writing a file.
+
+    Args: as of `charlm.bits_per_character` and `compress`.
+
+    Raises:
+        UserError: a value out of range, or a corpus other than the run's.
+    """
+    check_options(trained, corpus, split, limit, None, precision)
+    started = time.perf_counter()
+    ids = corpus.splits[split].ids[:limit]
+    options = {"stride": stride, "streams": streams, "precision": precision}
+    nats, protocol = compressed_nats(trained, ids, progress=progress, **options)
+    return score(
+        trained,
+        corpus,
+        nats,
+        split=split,
+        stride=protocol.stride,
+        precision=precision,
+        seconds=time.perf_counter() - started,
+        streams=protocol.streams,
+        compressed_bytes=math.ceil(math.fsum(nats) / math.log(2) / 8),
+    )
 
 
 def _header(trained: TrainedModel, protocol: Protocol, text: Text) -> Header:

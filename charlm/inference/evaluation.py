@@ -58,10 +58,14 @@ class Score:
     """Bits per character from each layer that has a head for the next symbol, where asked."""
     mixture: dict[str, float] | None = None
     """What each layer's prediction weighs in the one that was scored, where it is a mixture of several."""
+    streams: int | None = None
+    """Parts of the text that were read side by side, each from no context, where it was scored as it is compressed."""
+    compressed_bytes: int | None = None
+    """Bytes that the bits of all symbols fill, where it was scored as it is compressed."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; without `layers` and `mixture` unless they were asked for."""
-        optional = ("layers", "mixture")
+        """JSON-able; without those of the last four that were not asked for."""
+        optional = ("layers", "mixture", "streams", "compressed_bytes")
         return {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
 
 

@@ -72,15 +72,15 @@ class CompressionReport:
         lines = [
             f"{self.file}: {made.bytes:,} bytes in {made.compressed_bytes:,}{rate}",
             f"  {made.symbols:,} symbols in {protocol.streams:,} streams, context {protocol.context:,}, "
-            f"stride {protocol.stride:,}, {protocol.precision}, {protocol.threads} threads",
-            f"  {_pace(made.symbols, made.seconds)}"
+            f"stride {protocol.stride:,}",
+            f"  {protocol.precision}, {protocol.threads} threads, {_pace(made.symbols, made.seconds)}"
             + ("; not verified" if made.verify_seconds is None else f"; verified in {made.verify_seconds:,.1f} s"),
         ]
         if self.others is not None and self.model is not None:
             lines += ["", *_table(("", "bytes", "bits per character", "of the file"), self._weights())]
             lines += [
-                f"The model: {self.model.parameters:,} parameters in 16 bits each, compressed by xz. "
-                "Contests that count the decompressor add it."
+                f"The model: {self.model.parameters:,} parameters in 16 bits each, compressed by xz;",
+                "contests that count the decompressor count it.",
             ]
         if self.speeds:
             rows = [
