@@ -6,7 +6,7 @@ On several GPUs: accelerate launch --multi_gpu scripts/evaluate.py RUN --split v
 import json
 import sys
 import textwrap
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,23 +23,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Where the run's corpus is, if no longer where it was in training."""
-
-    path: Path | None = None
-    """A local copy of the corpus, or the file or folder it was made from."""
-    hub_id: str | None = None
-    """Another copy of a dataset, such as a folder of its parquet files."""
-    cache_dir: Path | None = None
-    """Where prepared corpora are kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Options:
     """Score a run: bits per character and per byte of a split, each symbol once."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """The run's folder."""
+    """The folder of a run or of an exported model, or OWNER/NAME of one on the hub."""
     split: Literal["valid", "test"] = "test"
     """Which part of the corpus."""
     stride: int | None = None
@@ -47,7 +35,7 @@ class Options:
     limit: int | None = None
     """Score the first so many symbols only."""
     checkpoint: str = "best"
-    """best, last, or a step."""
+    """Of a run: best, last, or a step."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the matrix products."""
     batch_size: int | None = None
@@ -68,7 +56,7 @@ class Options:
     """Also compress the scored bytes with gzip, bzip2 and xz."""
     json: bool = False
     """Print one JSON document."""
-    data: DataOptions = field(default_factory=DataOptions)
+    data: cli.MovedCorpus = field(default_factory=cli.MovedCorpus)
 
 
 def main() -> None:
@@ -81,8 +69,7 @@ def main() -> None:
 
     processes = PartialState(cpu=on_cpu())
     trained = charlm.load(options.run, options.checkpoint, device=processes.device)
-    moved = {name: value for name, value in vars(options.data).items() if value is not None}
-    corpus = charlm.load_corpus(replace(trained.config.data, **moved), progress=processes.is_main_process)
+    corpus = charlm.load_corpus(options.data.where(trained.config.data), progress=processes.is_main_process)
     protocol = {name: getattr(options, name) for name in ("split", "stride", "limit", "batch_size", "precision")}
     if options.early_exit:
         from charlm.inference.early_exit import early_exit

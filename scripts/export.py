@@ -55,11 +55,11 @@ def main() -> None:
     trained = charlm.load(options.run, options.checkpoint)
     scores = ()
     if options.depth == "auto":
-        limit = options.limit or trained.config.train.valid_symbols
+        limit = options.limit if options.limit is not None else trained.config.train.valid_symbols
         score = measured(trained, options, "valid", limit, all_layers=True)
         layers = {int(layer): bits for layer, bits in score.layers.items()}
         depth = shallowest(layers, options.within)
-        print(f"valid split, first {score.symbols:,} symbols at most, stride {score.stride}:")
+        print(f"valid split, first {score.symbols:,} symbols, stride {score.stride}:")
         for layer, bits in layers.items():
             print(f"  layer {layer:>2}: {bits:.4f} bits per character{'  <- exported' if layer == depth else ''}")
         scores = (score_at(score, depth),)

@@ -100,7 +100,10 @@ CASES = {
         [CONFIG, "name a place on a machine"],
     ),
     "a model larger than the file": (changed(options__model__d_model=4096), [TENSORS, "F32"]),
-    "layers that are missing": (changed(options__model__num_layers=3, heads__pairs=[[3, 1]]), [TENSORS, "no tensor"]),
+    "layers that are missing": (
+        changed(options__model__num_layers=3, heads__pairs=[[3, 1], [2, 1]]),
+        [TENSORS, "has no tensor"],
+    ),
     "no head for the last layer": (changed(heads__pairs=[[1, 1]]), [CONFIG, "the last layer has none"]),
     "a head of no layer": (changed(heads__pairs=[[3, 1], [2, 1]]), [CONFIG, "[3, 1] is no layer with an offset"]),
     "heads without end": (changed(heads__pairs=[[2, 10**9]]), [CONFIG, "is no layer with an offset"]),
@@ -116,7 +119,7 @@ CASES = {
     "figures that are none": (changed(scores=[1]), [CONFIG, "scores: must hold figures"]),
     "another vocabulary": (
         written(VOCABULARY, json.dumps(CharacterVocabulary("ab").to_dict())),
-        [TENSORS, "embedding", "F32 [256, 8]", "F32 [2, 8]"],
+        [TENSORS, "its tensor heads.exits.layer2.offset1.bias is F32 [256]", "F32 [2]"],
     ),
     "a vocabulary that is none": (written(VOCABULARY, "[]"), [VOCABULARY, "not one that this version"]),
     "a damaged vocabulary": (
