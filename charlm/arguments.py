@@ -175,7 +175,7 @@ def _depth(text: str) -> int | float | str:
 
 
 class _Misshapen(Exception):
-    """Lists and mappings that are not those of a kind; the message says in what way."""
+    """Lists and mappings that are not those of a kind; the message, if there is one, says in what way."""
 
 
 def is_structured(kind: Any) -> bool:
@@ -187,7 +187,7 @@ def _structure_of(kind: Any, text: str) -> Any:
     try:
         return _structure(kind, _plain(text, kind))
     except _Misshapen as error:
-        raise ValueError(f"{_quoted(text)} {error}") from None
+        raise ValueError(f"{_quoted(text)} {str(error) or f'is not {_example(kind)}'}") from None
 
 
 def _plain(text: str, kind: Any) -> list[Any] | dict[str, Any]:
@@ -198,7 +198,7 @@ def _plain(text: str, kind: Any) -> list[Any] | dict[str, Any]:
             return [item.strip() for item in plain.split(",")]
         if isinstance(plain, (list, dict)):
             return plain
-    raise _Misshapen(f"is not {_example(kind)}")
+    raise _Misshapen
 
 
 def _unfolded(node: yaml.Node) -> Any:
@@ -228,7 +228,7 @@ def _structure(kind: Any, plain: Any) -> Any:
         if dataclasses.is_dataclass(option):
             return _record_of(option, plain)
     if not isinstance(plain, str):
-        raise _Misshapen(f"is not {_example(kind)}" if is_structured(kind) else "is not a list such as [3, 6]")
+        raise _Misshapen
     return value_of(kind, plain)
 
 
@@ -267,10 +267,14 @@ def _require_size(values: Sequence[Any] | Mapping[str, Any]) -> None:
 
 def _example(kind: Any) -> str:
     """What text of a structured `kind` looks like."""
-    option = _members(kind)[0]
-    if get_origin(option) is dict or dataclasses.is_dataclass(get_args(option)[0]):
-        return f"{'a mapping' if get_origin(option) is dict else 'a list'} such as {_metavar(option)}"
-    return "a list such as [3, 6]"
+    examples = []
+    for option in _members(kind):
+        if get_origin(option) is dict:
+            examples.append(f"a mapping such as {_metavar(option)}")
+        else:
+            of_numbers = not dataclasses.is_dataclass(get_args(option)[0])
+            examples.append(f"a list such as {'[3, 6]' if of_numbers else _metavar(option)}")
+    return " or ".join(examples)
 
 
 def _quoted(text: str) -> str:

@@ -33,7 +33,44 @@ OUT_OF_RANGE = [
     ("aux.layers.at", "[3, 3]", "names a layer twice"),
     ("aux.layers.at", "[3, 13]", "layers run from 1 to model.num_layers=12"),
     ("aux.layers.at", "[0]", "layers run from 1 to model.num_layers=12"),
+    ("aux.layers.at", "[1/3, 0.5, 1.5]", "1.5 is no fraction of the depth in (0, 1]"),
+    ("aux.layers.at", "[4/3]", "4/3 is no fraction of the depth in (0, 1]"),
+    ("aux.layers.at", "[0/3]", "0/3 is no fraction of the depth in (0, 1]"),
+    ("aux.layers.at", "[1/0]", "1/0 is no fraction of the depth in (0, 1]"),
+    ("aux.layers.at", "[0.0]", "0.0 is no fraction of the depth in (0, 1]"),
+    ("aux.layers.at", "[nan]", "nan is no fraction of the depth in (0, 1]"),
+    ("aux.layers.at", "[1/3, 1/3]", "names a layer twice"),
+    ("aux.layers.weights", "[1, 2]", "has 2 weights, and 11 intermediate layers have a head: 1, 2, 3"),
+    ("aux.layers.weights", "[]", "has 0 weights, and 11 intermediate layers have a head"),
+    ("aux.layers.weights", "{4: -1}", "finite and at least 0"),
+    ("aux.layers.weights", "{4: inf}", "finite and at least 0"),
+    ("aux.layers.weights", "{13: 1}", "layers run from 1 to model.num_layers=12"),
+    ("aux.layers.weights", "{2/1: 1}", "2/1 is no fraction of the depth in (0, 1]"),
+    ("aux.layers.weights", "{4: 1, 1/3: 1}", "gives a layer two weights"),
+    ("aux.layers.weights", "{12: 1}", "its weight is aux.main_weight"),
     ("aux.layers.weight", "-1", "finite and at least 0"),
+    ("aux.layers.gamma", "-1", "finite and at least 0"),
+    ("aux.layers.hinge", "nan", "finite and at least 0"),
+    ("aux.layers.total", "0", "positive and finite"),
+    ("aux.layers.rotation", "0", "at least 1, or null"),
+    ("aux.layers.tower_width", "0", "at least 1, or null"),
+    ("aux.layers.tower_dropout", "1", "must lie in [0, 1)"),
+    ("aux.layers.schedule", "stages", "needs aux.layers.stages"),
+    ("aux.layers.stages", "[{until: 0.5, weights: [1]}]", "until must rise to 1"),
+    ("aux.layers.stages", "[{until: 0.5, weights: [1]}, {until: 0.5, weights: [1]}, {weights: [1]}]", "rise to 1"),
+    ("aux.layers.stages", "[{until: 0, weights: [1]}, {weights: [1]}]", "until must rise to 1"),
+    ("aux.layers.stages", "[{weights: []}]", "a stage has no weights"),
+    ("aux.layers.stages", "[{weights: [-1]}]", "finite and at least 0"),
+    ("aux.targets.schedule", "stages", "needs aux.targets.stages"),
+    ("aux.targets.stages", "[{weights: [1, 1, 1]}]", "a stage has 3 weights, and there are num_targets=2 targets"),
+    ("aux.relay_layers", "0", "at least 1"),
+    ("aux.hedge.beta", "1", "must lie between 0 and 1"),
+    ("aux.hedge.smoothing", "1", "must lie in [0, 1)"),
+    ("aux.tasks", "{order: -1}", "finite and at least 0"),
+    ("aux.tasks", "{order: {weight: 1, layer: 13}}", "layers run from 1 to model.num_layers=12"),
+    ("aux.tasks", "{order: {weight: 1, layer: 3/2}}", "3/2 is no fraction of the depth in (0, 1]"),
+    ("aux.tasks", "{order: {weight: 1, start: 0.5, end: 0.2}}", "0 <= start <= end=0.2 <= 1"),
+    ("aux.tasks", "{a/b: 1}", "a task's name has letters, digits"),
     ("aux.targets.num_targets", "0", "must lie in [1, 1000]"),
     ("aux.targets.weight", "inf", "finite and at least 0"),
     ("train.steps", "0", "at least 1"),
@@ -74,6 +111,37 @@ def test_value_out_of_range(name: str, value: str, way_out: str) -> None:
     assert field in str(caught.value)
     assert way_out in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "way_out"),
+    [
+        (["weights=[1, 2]", "at=[3, 6]", "weighting=linear"], "in place of weighting=linear; set one of the two"),
+        (["weights={4: 1}", "at=[3, 6]"], "a mapping names its layers itself; leave aux.layers.at=null"),
+        (["weights=[1, 2]", "at=[3, 6, 9]"], "has 2 weights, and 3 intermediate layers have a head: 3, 6, 9"),
+        (["weights=[1, 2, 3]", "at=[3, 6, 12]"], "has 3 weights, and 2 intermediate layers have a head: 3, 6"),
+        (["weights=[0, 0]", "at=[3, 6]", "total=1"], "weights that are all zero cannot be scaled"),
+        (["schedule=stages", "stages=[{weights: [1, 2]}]"], "a stage has 2 weights, and 11 intermediate layers"),
+    ],
+)
+def test_options_of_layers_that_cannot_be_combined(flags: list[str], way_out: str) -> None:
+    """Guards against an option that is silently ignored, and weights given to other layers than was meant."""
+    with pytest.raises(ConfigError) as caught:
+        load_config((), [f"--aux.layers.{flag}" for flag in flags])
+    assert way_out in str(caught.value)
+    assert str(caught.value).startswith("aux.layers.")
+
+
+def test_a_rotation_without_a_main_loss_is_refused() -> None:
+    """Guards against steps on which nothing is learned."""
+    with pytest.raises(ConfigError, match=r"aux\.main_weight=0\.0: schedule=rotational leaves steps"):
+        load_config((), ["--aux.layers.schedule=rotational", "--aux.main_weight=0"])
+
+
+def test_checks_leave_layers_alone_that_are_switched_off() -> None:
+    """Guards against a base config whose unused weights forbid another depth."""
+    flags = ["--aux.layers.weights=[1, 2]", "--aux.layers.enabled=false", "--model.num_layers=5"]
+    assert load_config((), flags).aux.layers.intermediate(5) == ()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from charlm.config import (
     ModelConfig,
     PositionsConfig,
     RunConfig,
+    Stage,
     TargetsConfig,
+    TaskConfig,
     TrainConfig,
     UserError,
 )
@@ -24,6 +26,10 @@ from charlm.config_files import load_config, to_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "accelerate" not in path.parts)
+
+
+TWO_STAGES = (Stage(until=0.4, weights=(0.5,)), Stage(weights=(1.0,)))
+TWO_TASKS = {"a": TaskConfig(weight=2.0, layer=0.5), "b": TaskConfig(weight=1.0)}
 
 
 @pytest.fixture
@@ -54,7 +60,17 @@ def option(config: Config, name: str) -> Any:
         ("train.micro_batch_size", "null", None),
         ("train.micro_batch_size", "~", None),
         ("train.micro_batch_size", "4", 4),
+        ("train.micro_batch_size", "auto", "auto"),
         ("train.adam_betas", "[0.9, 95e-2]", (0.9, 0.95)),
+        ("aux.layers.at", "[1/3, 0.5, 4, 1.0]", ("1/3", 0.5, 4, 1.0)),
+        ("aux.layers.weights", f"[{', '.join(['0.3'] * 11)}]", (0.3,) * 11),
+        ("aux.layers.weights", "{4: 0.3, 3/4: 1}", {4: 0.3, "3/4": 1.0}),
+        ("aux.layers.weights", "null", None),
+        ("aux.layers.stages", "[{until: 4e-1, weights: 0.5}, {weights: [1]}]", TWO_STAGES),
+        ("aux.targets.stages", "[]", ()),
+        ("aux.tasks", "{order: 0.1}", {"order": TaskConfig(weight=0.1)}),
+        ("aux.tasks", "{a: {weight: 2, layer: 0.5}, b: {layer: null, weight: 1}}", TWO_TASKS),
+        ("aux.tasks", "{}", {}),
         ("aux.layers.at", "[3,6]", (3, 6)),
         ("aux.layers.at", "[]", ()),
         ("aux.layers.at", "null", None),
@@ -141,6 +157,26 @@ def test_anchors_and_nested_and_dotted_overrides(yaml_file) -> None:
         ("train: {adam_betas: 0.9}", ["--train.adam_betas", "'0.9' is not a list such as [3, 6]"]),
         ("aux: {layers: {at: [3, x]}}", ["--aux.layers.at", "'x' is not a whole number"]),
         ("aux: {layers: {at: [[3]]}}", ["--aux.layers.at", "is not a list"]),
+        ("aux: {layers: {at: {3: 6}}}", ["--aux.layers.at", "is not a list such as [3, 6]"]),
+        ("aux: {layers: {weights: {4: 1, 4: 2}}}", ["--aux.layers.weights", "has '4' twice", "line 1"]),
+        ("aux: {layers: {weights: {4: [1]}}}", ["--aux.layers.weights", "or a mapping such as {LAYER: FLOAT,...}"]),
+        ("aux: {layers: {weights: {x: 1}}}", ["--aux.layers.weights", "'x' is not a whole number, nor a fraction"]),
+        ("aux: {layers: {weights: {? [4] : 1}}}", ["--aux.layers.weights", "has a key that is no plain text"]),
+        ("aux: {layers: {stages: {weights: 1}}}", ["--aux.layers.stages", "a list such as [{weights, until},...]"]),
+        ("aux: {layers: {stages: [{until: 1}]}}", ["--aux.layers.stages", "lacks weights"]),
+        ("aux: {layers: {stages: [{weights: 1, til: 1}]}}", ["--aux.layers.stages", "'til', which is none of weights"]),
+        (
+            "aux: {layers: {stages: [{weights: {a: 1}}]}}",
+            ["--aux.layers.stages", "is not a list such as [{weights, until},...]"],
+        ),
+        ("aux: {tasks: order}", ["--aux.tasks", "'order' is not a mapping such as {NAME: {weight, layer,"]),
+        ("aux:\n  tasks:\n    order: {wait: 1}\n", ["--aux.tasks", "'wait', which is none of weight, layer", "line 2"]),
+        ("aux: {tasks: {order: {weight: x}}}", ["--aux.tasks", "'x' is not a number"]),
+        ("aux: {tasks: {order: {weight: 1, schedule: up}}}", ["--aux.tasks", "'up' is none of constant, linear"]),
+        ("aux:\n  tasks:\n    order: -1\n", ["aux.tasks: weight=-1.0: must be finite", "line 2"]),
+        ("aux: {layers: {weighting: cubic}}", ["--aux.layers.weighting", "'cubic'", "quadratic"]),
+        ("aux: {layers: {head: conv}}", ["--aux.layers.head", "'conv'", "shared_frozen"]),
+        ("aux: {route: scenic}", ["--aux.route", "'scenic'", "multiway"]),
         ("run: {tracker: tensorbord}", ["--run.tracker", "'tensorbord' is none of aim", "tensorboard, trackio"]),
         ("run: {tracker: ''}", ["--run.tracker", "is not a list"]),
         ("run: {tracker: 'wandb,'}", ["--run.tracker", "'' is none of aim"]),
@@ -208,6 +244,13 @@ unit = st.floats(0, 1, exclude_max=True)
 finite = st.floats(0, allow_infinity=False)
 positive = st.floats(0, allow_infinity=False, exclude_min=True)
 clocks = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted).map(lambda ends: {"start": ends[0], "end": ends[1]})
+depths = st.integers(1, 12) | st.floats(0, 1, exclude_min=True) | st.sampled_from(["1/3", "3/4", "1/1"])
+stages = st.lists(st.tuples(st.floats(0, 1, exclude_min=True, exclude_max=True), finite), unique_by=lambda s: s[0]).map(
+    lambda pairs: (
+        *(Stage(until=until, weights=(weight, 1.0)) for until, weight in sorted(pairs)),
+        Stage(weights=(1.0, 0.5, 0.25)),
+    )
+)
 configs = st.builds(
     Config,
     data=st.builds(DataConfig, corpus=st.just("text8"), path=st.none() | paths, cache_dir=paths),
@@ -220,10 +263,19 @@ configs = st.builds(
         layers=st.builds(
             LayersConfig,
             enabled=st.booleans(),
-            at=st.none() | st.lists(st.integers(1, 12), unique=True).map(tuple),
+            at=st.none() | st.lists(depths, unique_by=str).map(tuple),
             weight=finite,
+            total=st.none() | positive,
+            stages=stages,
         ),
-        targets=st.builds(TargetsConfig, num_targets=st.integers(1, 9), weight=finite),
+        targets=st.builds(TargetsConfig, num_targets=st.integers(3, 9), weight=finite, stages=stages),
+        tasks=st.dictionaries(
+            st.from_regex(r"[A-Za-z_][A-Za-z0-9_-]{0,9}", fullmatch=True),
+            st.builds(
+                lambda clock, **rest: TaskConfig(**clock, **rest), clocks, weight=finite, layer=st.none() | depths
+            ),
+            max_size=3,
+        ),
     ),
     train=st.builds(
         TrainConfig,

@@ -346,7 +346,6 @@ class AuxConfig:
                     _shown(layers.stages),
                     f"a stage has {len(stage.weights)} weights, and {wanted}",
                 )
-        total = layers.total is not None and heads
         explicit = layers.weights.values() if isinstance(layers.weights, dict) else layers.weights
-        if total and (layers.weight == 0 or (explicit is not None and not any(explicit))):
+        if layers.total is not None and heads and explicit is not None and not any(explicit):
             yield "aux.layers.total", layers.total, "weights that are all zero cannot be scaled to it"

@@ -6,7 +6,7 @@ Shapes: T positions, D d_model, V vocabulary, L layers.
 import math
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -16,9 +16,11 @@ from charlm.data.corpus import prepared_corpus
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
-from charlm.objective.objective import head_pairs
+from charlm.objective.route_cost import RouteCost, route_cost
+from charlm.objective.routing import check_route
 from charlm.objective.schedules import Schedule
-from charlm.objective.terms import Term, build_terms
+from charlm.objective.terms import Term
+from charlm.runs.loading import build_heads, build_objective
 
 PROGRESSES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -33,15 +35,19 @@ class Explanation:
     vocabulary_is_known: bool
     """False where it depends on a corpus that is not prepared yet: then the size is that of bytes."""
     terms: tuple[Term, ...]
-    """The table, ordered by layer, offset and positions."""
+    """The table, ordered by layer, offset and positions; tasks of the user's own come last."""
     parameters: dict[str, int]
-    """training: the transformer and every head of the table; inference: the transformer and the one head it keeps."""
+    """training: the transformer, every head of the table and the tasks; inference: the transformer and the one head it
+    keeps."""
     flops_per_character: dict[str, int]
-    """training_start, training_end and inference; see `training_flops` and `inference_flops`."""
+    """training_start, training_end and inference; see `training_flops` and `inference_flops`. Of the joint route."""
+    route_cost: RouteCost
 
     def to_dict(self) -> dict:
-        """JSON-able. `terms[].weights` are pairs [progress, weight]; at progress 1 the limit from the left."""
-        train, context_length = self.config.train, self.config.model.context_length
+        """JSON-able. `terms[].weights` are pairs [progress, weight], in a rotation the weight at the next turn; at
+        progress 1 the limit from the left. What aux.hedge makes of them is known only afterwards.
+        """
+        aux, train, context_length = self.config.aux, self.config.train, self.config.model.context_length
         return {
             "parameters": self.parameters,
             "flops_per_character": self.flops_per_character,
@@ -50,13 +56,20 @@ class Explanation:
             "context_length": context_length,
             "vocabulary_size": self.vocabulary_size,
             "vocabulary_is_known": self.vocabulary_is_known,
+            "head": aux.layers.head,
+            "hedge": asdict(aux.hedge) if aux.hedge.enabled else None,
+            "route": {"name": aux.route, "relay_layers": aux.relay_layers, "step_sizes": aux.step_sizes}
+            | asdict(self.route_cost),
             "terms": [
                 {
                     "name": term.name,
                     "layer": term.layer,
                     "offset": term.offset,
                     "positions": term.positions,
-                    "weights": [[p, term.weight(p) if p < 1.0 else term.weight.limit] for p in PROGRESSES],
+                    "task": term.task,
+                    "hinge": term.hinge,
+                    "one_of_steps": _turns(term),
+                    "weights": [[p, term.weight.at_next_turn(p) if p < 1.0 else term.weight.limit] for p in PROGRESSES],
                     "stops_at_step": stops_at_step(term.weight, train.steps),
                 }
                 for term in self.terms
@@ -73,16 +86,18 @@ def explain(config: Config) -> Explanation:
 
     Raises:
         ConfigError: at some point of training every loss has weight zero.
+        UserError: a route that cannot be taken, a task that is not registered.
     """
     model = config.model
+    check_route(config)
     corpus = prepared_corpus(config.data) if config.data.vocabulary != ByteVocabulary.name else None
     vocabulary_size = corpus.vocabulary.size if corpus else ByteVocabulary.size
-    terms = build_terms(config.aux, model.num_layers)
     with torch.device("meta"):
-        transformer = CharTransformer(model, vocabulary_size)
-        heads = Heads(model, vocabulary_size, head_pairs(terms, model.num_layers))
-        last_head = Heads(model, vocabulary_size, [(model.num_layers, 1)])
-    starting = [term for term in terms if term.weight(0.0) != 0.0]
+        objective = build_objective(config, vocabulary_size)
+        transformer, heads = objective.transformer, objective.heads
+        last_head = build_heads(config, vocabulary_size, [(model.num_layers, 1)], transformer)
+    terms = objective.terms
+    starting = [term for term in terms if term.weight.at_next_turn(0.0) != 0.0]
     ending = [term for term in terms if term.weight.stops_at is None]
     return Explanation(
         config=config,
@@ -90,7 +105,7 @@ def explain(config: Config) -> Explanation:
         vocabulary_is_known=corpus is not None or config.data.vocabulary == ByteVocabulary.name,
         terms=terms,
         parameters={
-            "training": _num_parameters(transformer, heads),
+            "training": _num_parameters(objective),
             "inference": _num_parameters(transformer, last_head),
         },
         flops_per_character={
@@ -98,6 +113,7 @@ def explain(config: Config) -> Explanation:
             "training_end": training_flops(transformer, heads, ending),
             "inference": inference_flops(transformer, last_head),
         },
+        route_cost=route_cost(config, objective),
     )
 
 
@@ -108,17 +124,20 @@ def training_flops(transformer: CharTransformer, heads: Heads, active_terms: Ite
 
     A matrix product costs 2 operations per parameter forward and 4 backward. Attention makes two products of 2 * D * T
     per layer and position, counted in full although half of it is masked. Only layers up to the highest active one
-    run. A layer's heads run at all T positions if one of its rows does, else at the last alone, 1 / T of them.
-    Embeddings and position tables are looked up, norms and activations are small: neither counts.
+    run. A layer's heads run at all T positions if one of its rows does, else at the last alone, 1 / T of them; in a
+    rotation they count as often as they have a turn. Embeddings and position tables are looked up, norms and
+    activations are small, and what a task of the user's own computes is not known: none of them counts.
     """
     terms = list(active_terms)
     T, D = transformer.config.context_length, transformer.config.d_model
     depth = max(term.layer for term in terms)
-    everywhere = {term.layer for term in terms if term.positions == "all"}
-    head_parameters = sum(
-        _matrix_parameters(heads.exits[f"layer{layer}"][f"offset{offset}"]) / (1 if layer in everywhere else T)
-        for layer, offset in {(term.layer, term.offset) for term in terms}
-    )
+    head_parameters = 0.0
+    for layer in {term.layer for term in terms if term.task is None}:
+        rows = [term for term in terms if term.layer == layer and term.task is None]
+        linears = heads.linears(layer, sorted({term.offset for term in rows}))
+        positions = 1 if any(term.positions == "all" for term in rows) else T
+        products = 2 / 3 if heads.frozen and layer < transformer.config.num_layers else 1  # none for their own gradient
+        head_parameters += products * sum(linear.weight.numel() for linear in linears) / positions / _turns(rows[0])
     return round(6 * (_trunk_parameters(transformer, depth) + head_parameters) + 12 * depth * D * T)
 
 
@@ -141,6 +160,11 @@ def stops_at_step(weight: Schedule, steps: int) -> int | None:
         return None
     step = bisect_left(range(steps), weight.stops_at, key=lambda step: step / steps)
     return step if step < steps else None
+
+
+def _turns(term: Term) -> int:
+    """Of how many steps the row is on at one."""
+    return 1 if term.weight.rotation is None else term.weight.rotation.turns
 
 
 def _num_parameters(*modules: nn.Module) -> int:
@@ -176,6 +200,7 @@ def _summary(explanation: Explanation) -> list[str]:
         f"{flops['inference']} at inference",
         f"training             {train.steps:,} steps of {train.batch_size * model.context_length:,} characters",
     ]
+    lines += _methods(explanation)
     if not explanation.vocabulary_is_known:
         lines.append(
             f"vocabulary           {explanation.vocabulary_size} symbols assumed: scripts/prepare.py counts them"
@@ -183,12 +208,57 @@ def _summary(explanation: Explanation) -> list[str]:
     return lines
 
 
+def _methods(explanation: Explanation) -> list[str]:
+    """A line for each thing that the rows do not tell, where it is not the default."""
+    aux, model = explanation.config.aux, explanation.config.model
+    layers, intermediate = aux.layers, aux.layers.intermediate(model.num_layers)
+    heads = {
+        "shared": "the last layer's, on every layer",
+        "shared_frozen": "the last layer's, as constants on intermediate layers",
+        "tower": f"towers of width {layers.tower_width or model.d_model}, dropout {layers.tower_dropout:g}",
+    }
+    lines = []
+    if intermediate and layers.head in heads:
+        lines.append(f"heads                {heads[layers.head]}")
+    if intermediate and layers.hinge:
+        lines.append(f"hinge                losses of intermediate layers count above {layers.hinge:g} nats")
+    turns = max(map(_turns, explanation.terms))
+    if turns > 1:
+        lines.append(f"rotation             each intermediate head is on at one of {turns} steps")
+    if aux.hedge.enabled:
+        lines.append(
+            f"hedge                weights times alphas, learned with beta {aux.hedge.beta:g}, "
+            f"smoothing {aux.hedge.smoothing:g}"
+        )
+    if aux.route != "joint":
+        lines += _route(explanation)
+    return lines
+
+
+def _route(explanation: Explanation) -> list[str]:
+    """What the gradients' route is and costs, beside the joint one."""
+    aux, cost = explanation.config.aux, explanation.route_cost
+    how = {
+        "relay": f"relay, down to {aux.relay_layers} layer{'s' if aux.relay_layers > 1 else ''} below each head",
+        "pairwise": "pairwise, an update per layer with a head",
+        "multiway": f"multiway, an update per layer with a head, step sizes: {aux.step_sizes}",
+    }[aux.route]
+    memory = {"gradients": cost.gradients, "optimizer state": cost.optimizer_state, "copies": cost.copies}
+    more = ", ".join(f"+{_short(numbers)} {name}" for name, numbers in memory.items() if numbers)
+    return [
+        f"route                {how}",
+        f"- operations         {cost.total:.2f} of the joint route's ({cost.forward:.2f} forward, "
+        f"{cost.backward:.2f} backward)",
+        f"- memory             {more} (numbers)" if more else "- memory             the joint route's",
+    ]
+
+
 def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
     """The rows under their header, in columns as wide as their content; the strips take what is left of `width`."""
     stops = [stops_at_step(term.weight, steps) for term in terms]
     columns = [
         ["term", *(term.name for term in terms)],
-        ["at start", *(f"{term.weight(0.0):.3g}" for term in terms)],
+        ["at start", *(f"{term.weight.at_next_turn(0.0):.3g}" for term in terms)],
         ["stops at step", *("never" if step is None else f"{step:,}" for step in stops)],
     ]
     names, weights, steps_ = (max(map(len, column)) for column in columns)
@@ -203,7 +273,7 @@ def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
 
 def _strips(terms: tuple[Term, ...], cells: int) -> list[str]:
     """One strip of `cells` blocks per term, each cell the weight at its start against the highest of the table."""
-    weights = [[term.weight(cell / cells) for cell in range(cells)] for term in terms]
+    weights = [[term.weight.at_next_turn(cell / cells) for cell in range(cells)] for term in terms]
     highest = max(map(max, weights))
     return ["".join(_block(weight / highest) for weight in row) for row in weights]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,22 +10,31 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from charlm.config import (
     AuxConfig,
     Config,
     ConfigError,
+    HedgeConfig,
     LayersConfig,
     ModelConfig,
     PositionsConfig,
+    Stage,
     TargetsConfig,
+    TaskConfig,
     TrainConfig,
+    UserError,
 )
+from charlm.config_files import load_config
 from charlm.objective.schedules import cutoff
+from charlm.objective.tasks import auxiliary_task
 from charlm.report.explanation import explain, stops_at_step
 
 TINY = {"num_heads": 2, "d_model": 4, "d_ff": 8, "context_length": 4}
-SCRIPT = Path(__file__).parents[2] / "scripts" / "explain.py"
+NEXT_ONLY = {"targets": TargetsConfig(enabled=False)}
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "explain.py"
 
 
 def tiny(num_layers: int, steps: int = 1000, **aux) -> Config:
@@ -186,6 +196,100 @@ def test_flops_by_hand():
     assert inference == 2 * (2 * layer + head) + 4 * 2 * D * T
 
 
+def test_parameters_and_flops_of_other_heads():
+    """Fault: a shared head counted once per layer, or not at all when it runs; a tower's hidden layer left out, or
+    counted per target."""
+    D, F, V, T, W = 4, 8, 256, 4, 3
+    layer, head = 4 * D * D + 2 * D * F, V * D
+    trunk = 6 * 2 * layer + 2 * 12 * D * T
+
+    def found(**layers):
+        config = tiny(2, layers=LayersConfig(schedule="constant", **layers))
+        explained = explain(config).to_dict()
+        assert explained["head"] == layers["head"]
+        flops = explained["flops_per_character"]
+        assert flops["training_start"] == flops["training_end"]
+        return explained["parameters"]["training"], flops["training_start"]
+
+    without, _ = found(head="linear", at=())
+    assert found(head="linear") == (without + 2 * (head + V) + 2 * D, trunk + 6 * 4 * head)  # and a norm
+    assert found(head="shared") == (without, trunk + 6 * 4 * head)
+    assert found(head="shared_frozen") == (without, trunk + 4 * 2 * head + 6 * 2 * head)
+    hidden, classifier = D * W, V * W
+    assert found(head="tower", tower_width=W) == (
+        without + 2 * D + hidden + W + 2 * (classifier + V),
+        trunk + 6 * (2 * head + hidden + 2 * classifier),
+    )
+
+
+def test_heads_that_take_turns_are_counted_by_their_share():
+    """Fault: FLOPs of all heads at every step, or weights shown of a step at which a row is off."""
+    D, F, V, T = 4, 8, 256, 4
+    config = tiny(4, layers=LayersConfig(schedule="rotational", weighting="linear"), **NEXT_ONLY)
+    found, head = explain(config), V * D
+    trunk = 6 * 4 * (4 * D * D + 2 * D * F) + 4 * 12 * D * T
+    assert found.flops_per_character["training_start"] == trunk + 6 * 2 * head  # 1 / 3 of three heads, and the last
+    assert weights(config) == {(l, 1, "all"): [l / 4] * 5 for l in (1, 2, 3, 4)}  # noqa: E741
+    assert [term["one_of_steps"] for term in found.to_dict()["terms"]] == [3, 3, 3, 1]
+    assert "each intermediate head is on at one of 3 steps" in found.to_text()
+
+
+def test_what_the_rows_do_not_tell():
+    """Fault: a hinge, a kind of heads, adaptive weights or a route that shows nowhere, or where it is not on."""
+    config = tiny(
+        3,
+        layers=LayersConfig(schedule="constant", hinge=0.5, head="tower", tower_dropout=0.25),
+        hedge=HedgeConfig(enabled=True, beta=0.9),
+        route="pairwise",
+        **NEXT_ONLY,
+    )
+    found = explain(config)
+    told = dict(line.split(maxsplit=1) for line in found.to_text().splitlines() if line and line[0] != "-")
+    assert told["heads"] == "towers of width 4, dropout 0.25"
+    assert told["hinge"] == "losses of intermediate layers count above 0.5 nats"
+    assert told["hedge"] == "weights times alphas, learned with beta 0.9, smoothing 0.2"
+    assert told["route"] == "pairwise, an update per layer with a head"
+    data = found.to_dict()
+    assert [term["hinge"] for term in data["terms"]] == [0.5, 0.5, 0.0]
+    assert data["hedge"] == {"enabled": True, "beta": 0.9, "smoothing": 0.2}
+    assert (data["route"]["name"], data["route"]["total"]) == ("pairwise", found.route_cost.total)
+    assert f"{found.route_cost.total:.2f} of the joint route's" in found.to_text()
+
+    plain = explain(tiny(3))
+    assert {"heads", "hinge", "hedge", "route", "rotation"}.isdisjoint(
+        line.split()[0] for line in plain.to_text().splitlines() if line
+    )
+    assert plain.to_dict()["hedge"] is None
+    assert plain.to_dict()["route"]["total"] == 1.0
+
+
+def test_rows_of_own_tasks(monkeypatch):
+    """Fault: a task without a row or without its parameters, or one taken for a prediction of a character."""
+    monkeypatch.setattr("charlm.objective.tasks._builders", {})
+    auxiliary_task("parity")(lambda config, vocabulary_size: nn.Linear(config.d_model, 1))
+    config = tiny(2, tasks={"parity": TaskConfig(weight=0.1, layer=1)}, **NEXT_ONLY)
+    without = explain(tiny(2, **NEXT_ONLY))
+    found = explain(config)
+    assert found.terms[-1].name == "layer1/task/parity" and found.to_dict()["terms"][-1]["task"] == "parity"
+    assert found.parameters["training"] == without.parameters["training"] + 4 + 1
+    assert found.flops_per_character == without.flops_per_character
+    assert found.to_text().splitlines()[-1].split()[:3] == ["layer1/task/parity", "0.1", "never"]
+    with pytest.raises(UserError, match="'order' is not registered"):
+        explain(tiny(2, tasks={"order": TaskConfig(weight=0.1)}))
+
+
+def test_rows_that_begin_later():
+    """Fault: rows that are silent at first taken for rows that never weigh anything."""
+    stages = (Stage(until=0.5, weights=(1.0,)), Stage(weights=(1.0, 0.5)))
+    config = tiny(2, layers=LayersConfig(schedule="gradual"), targets=TargetsConfig(schedule="stages", stages=stages))
+    assert weights(config) == {
+        (1, 1, "all"): [0, 1, 1, 1, 1],
+        (1, 2, "all"): [0, 0, 0.5, 0.5, 0.5],
+        (2, 1, "all"): [1, 1, 1, 1, 1],
+        (2, 2, "all"): [0, 0, 0.5, 0.5, 0.5],
+    }
+
+
 def test_sizes_of_the_run():
     """Fault: characters per step that count the targets beyond the context, or only one window."""
     found = explain(tiny(2, steps=77)).to_dict()
@@ -234,6 +338,31 @@ def test_text_fits_80_columns(reduction, schedule):
     assert max(map(len, lines)) <= 80
     assert sum(line.startswith("layer") for line in lines) == 64 * 2 * (1 if schedule == "constant" else 2)
     assert "235.5M in training, 218.8M at inference" in lines[1]
+
+
+@pytest.mark.parametrize("route", ["relay", "pairwise", "multiway"])
+def test_methods_fit_80_columns(route):
+    """Fault: a route's costs, or rotating heads, that push a line out of the terminal."""
+    config = Config(
+        model=ModelConfig(num_layers=64),
+        aux=AuxConfig(
+            layers=LayersConfig(schedule="rotational", head="shared_frozen", hinge=1.23),
+            reduction="weighted_mean",
+            route=route,
+        ),
+        train=TrainConfig(steps=4_000_000),
+    )
+    assert max(map(len, explain(config).to_text().splitlines())) <= 80
+
+
+def test_the_rows_in_the_document():
+    """Fault: a document that shows a method's table as it was before the preset, or what explain prints, changed."""
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"<!-- rows: (\w+) -->\n```\n(.*?)\n```", text, flags=re.DOTALL))
+    presets = {path.stem: path for path in (ROOT / "configs" / "methods").glob("*.yaml")}
+    assert sorted(shown) == sorted(presets)
+    for name, path in presets.items():
+        assert shown[name] == explain(load_config([ROOT / "configs" / "demo.yaml", path])).to_text(), name
 
 
 def test_script_prints_one_document_and_draws(tmp_path):
