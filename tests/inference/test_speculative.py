@@ -283,21 +283,25 @@ def test_heads_that_a_run_lacks_are_refused(build_model):
             stream(alone, "a", length=5, draft=draft)
 
 
-TINY_CASES = [
-    ("offsets", Sampling()),
-    (1, Sampling()),
-    ("offsets", Sampling(temperature=0.6, top_p=0.9)),
-    (1, Sampling(temperature=1.5, top_k=3)),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("draft", "sampling"), TINY_CASES, ids=str)
-def test_drawn_symbols_follow_the_models_distribution(build_drafting_model, draft, sampling):
+@pytest.mark.parametrize(
+    ("draft", "sampling", "draws"),
+    [
+        ("offsets", Sampling(), 20_000),
+        (1, Sampling(), 20_000),
+        ("offsets", Sampling(temperature=0.6, top_p=0.9), 4_000),
+        (1, Sampling(temperature=1.5, top_k=3), 4_000),
+    ],
+    ids=str,
+)
+def test_drawn_symbols_follow_the_models_distribution(build_drafting_model, draft, sampling, draws):
     """Guards against any error in the rule of acceptance, the rest that is drawn from, or which position's distribution
-    is whose: 20,000 continuations of a fixed context, by a chi-square test against all possible ones' probabilities."""
+    is whose: many continuations of a fixed context, by a chi-square test against all possible ones' probabilities."""
     trained = build_drafting_model(vocabulary_size=4)
-    context, ahead, draws = [0, 3, 1, 2], 3, 20_000
+    with torch.no_grad():
+        for parameter in trained.heads.parameters():
+            parameter.mul_(0.3)  # or the heads are too sure to agree now and then
+    context, ahead = [0, 3, 1, 2], 3
     last = trained.config.model.num_layers
     expected = {(): 1.0}
     for _ in range(ahead):
