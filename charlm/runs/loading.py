@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from charlm.config import Config, UserError
+from charlm.config import Config, ConfigError, HedgeConfig, UserError
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.hedge import Hedge
 from charlm.objective.objective import Objective, head_pairs
 from charlm.objective.tasks import build_tasks
-from charlm.objective.terms import build_terms
+from charlm.objective.terms import Term, build_terms
 from charlm.runs.checkpoints import Checkpoint, find_checkpoint
 from charlm.runs.exported import is_exported, is_hub_id, read_model
 from charlm.runs.folder import Run
@@ -34,18 +34,27 @@ def build_objective(config: Config, vocabulary_size: int, *, tasks: bool = True)
 
     Raises:
         UserError: a task of aux.tasks is not registered.
-        ConfigError: at some point of training no row of the table weighs anything.
+        ConfigError: at some point of training no row of the table weighs anything, or aux.hedge lacks layers.
     """
     terms = build_terms(config.aux, config.model.num_layers, config.train.steps)
     if not tasks:
         terms = tuple(term for term in terms if term.task is None)
     transformer = CharTransformer(config.model, vocabulary_size)
     heads = build_heads(config, vocabulary_size, head_pairs(terms, config.model.num_layers), transformer)
-    settings, hedge = config.aux.hedge, None
-    if settings.enabled:
-        hedge = Hedge((term.layer for term in terms if term.offset == 1), settings.beta, settings.smoothing)
     modules = build_tasks(config, vocabulary_size) if tasks else None
-    return Objective(transformer, heads, terms, hedge=hedge, tasks=modules)
+    return Objective(transformer, heads, terms, hedge=_build_hedge(config.aux.hedge, terms), tasks=modules)
+
+
+def _build_hedge(hedge: HedgeConfig, terms: Iterable[Term]) -> Hedge | None:
+    if not hedge.enabled:
+        return None
+    layers = {term.layer for term in terms if term.offset == 1}
+    if len(layers) < 2:
+        raise ConfigError(
+            f"aux.hedge.enabled=true: weighs layers against each other, and {len(layers)} predicts the next character; "
+            "give others a head (aux.layers), or leave it out"
+        )
+    return Hedge(layers, hedge.beta, hedge.smoothing)
 
 
 def load(run: Path | str, checkpoint: str | int = "best", device: torch.device | str | None = None) -> TrainedModel:

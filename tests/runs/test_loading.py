@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from charlm.config import AuxConfig, Config, LayersConfig, ModelConfig, RunConfig, TargetsConfig, UserError
+from charlm.config import AuxConfig, Config, ConfigError, LayersConfig, ModelConfig, RunConfig, TargetsConfig, UserError
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.objective.objective import Objective
 from charlm.runs.checkpoints import find_checkpoint, save_checkpoint
@@ -70,6 +70,9 @@ def test_only_layers_that_predict_the_next_character_are_hedged(tmp_path):
     silent = replace(config, aux=replace(config.aux, main_weight=0.0))
     assert build_objective(config, 5).hedge.layers == [1, 2, 3]
     assert build_objective(silent, 5).hedge.layers == [1, 2]
+    alone = replace(config, aux=replace(config.aux, layers=LayersConfig(enabled=False)))
+    with pytest.raises(ConfigError, match=r"aux\.hedge\.enabled=true: .* 1 predicts the next character"):
+        build_objective(alone, 5)
 
 
 def test_names_of_linear_heads_stay(tmp_path):
