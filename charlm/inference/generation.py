@@ -82,7 +82,7 @@ def stream(
         draft: write several symbols per pass of the model, with drafts from "offsets", the last layer's heads for the
             symbols after the next, or from the exit at this layer. The text at temperature 0 is the same to the last
             symbol; others are drawn from the same distribution, but are not those of the same seed without drafts.
-        num_draft_tokens: the most symbols to draft before a pass; by default as many as there are heads, or 3.
+        num_draft_tokens: the most symbols to draft before a pass; by default as many as there are heads, or 5.
         statistics: counts what the drafts were good for.
 
     Raises:
