@@ -104,7 +104,7 @@ def test_drafts_that_agree_save_passes(build_drafting_model, draft):
     text, statistics = with_drafts(trained, b"a", draft, length=50, temperature=0)
     assert len(set(text)) > 20
     assert statistics.num_draft_tokens == (3 if draft == "offsets" else 5)
-    assert statistics.acceptance_rate > 0.5
+    assert statistics.acceptance_rate > 0.4
     assert statistics.characters_per_pass > 2
     # Every character came from an accepted draft or from a pass of its own; of exits' drafts all may stay, and none.
     own = statistics.characters - statistics.accepted
