@@ -176,7 +176,9 @@ class Training:
         train, made = self.config.train, self.newest_update
         if made is not None:
             rate = train.learning_rate * learning_rate_factor(train, made.step - 1)
-            self.tracker.log_training(made.step, rate, made.loss, made.parts)
+            hedge = self.objective.hedge
+            hedge_weights = dict(zip(hedge.layers, hedge.weights.tolist(), strict=True)) if hedge is not None else None
+            self.tracker.log_training(made.step, rate, made.loss, made.parts, hedge_weights)
             self.newest_update = None
         if self.state.step - self.state.updated_step >= train.max_skipped:
             self.give_up()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import charlm
-from charlm.config import AuxConfig, Config, LayersConfig, ModelConfig, TrainConfig
+from charlm.config import AuxConfig, Config, HedgeConfig, LayersConfig, ModelConfig, TrainConfig
 from charlm.inference.evaluation import bits_per, negative_log_likelihoods
 from charlm.objective.objective import Objective
 from charlm.runs.checkpoints import find_checkpoint
@@ -207,6 +207,31 @@ def test_leaves_no_trace():
     assert objective.transformer.embedding.weight.grad is marked and torch.equal(marked, torch.ones(V, 8))
 
 
+@pytest.mark.parametrize("head", ["shared", "shared_frozen", "tower"])
+def test_heads_of_every_kind(head):
+    """Guards against bits and gradients that take a classifier for the layer's own, or trip over one without a
+    gradient."""
+    config = Config(
+        model=ModelConfig(num_layers=2, num_heads=2, d_model=8, d_ff=16, context_length=8),
+        aux=AuxConfig(layers=LayersConfig(schedule="constant", head=head, hinge=0.1), hedge=HedgeConfig(enabled=True)),
+    )
+    objective = build_objective(config, V).eval()
+    for parameter in objective.heads.parameters():
+        nn.init.normal_(parameter)
+    ids = random_ids(9)
+    bits = bits_per_head(objective.transformer, objective.heads, ids, characters=9)
+    states = objective.transformer(torch.from_numpy(ids[None, :8].astype(int)), [1])[1]
+    loss = F.cross_entropy(objective.heads(states, 1, (1,))[0, :, 0], torch.from_numpy(ids[1:].astype(int)))
+    assert bits["layer1/offset1"] == approx((8 * loss.item() / math.log(2) + math.log2(V)) / 9, rel=1e-5)
+    figures = gradient_figures(objective, torch.from_numpy(spread_windows(random_ids(60), 4, 10)), 0.0)
+    assert {name: list(values) for name, values in figures.items()} == {
+        "supervision_ratio": LAYERS[:2],
+        "main_supervision_ratio": LAYERS[:2],
+        "gradient_cosine": LAYERS[:1],
+        "gradient_norm": LAYERS[:2],
+    }
+
+
 def test_windows_lie_evenly():
     """Guards against windows beyond the text's end, or all from its beginning."""
     assert spread_windows(np.arange(11), 3, 5).tolist() == [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7], [6, 7, 8, 9, 10]]
@@ -241,10 +266,13 @@ def assert_same_training(one: Run, other: Run) -> None:
 def test_training_is_the_same_with_and_without(tmp_path, text_corpus_flags, monkeypatch):
     """Guards against diagnostics that change what is trained; and a run whose rows, picture or trackers lack them."""
     flags = [*text_corpus_flags, "--train.micro_batch_size=3", "--train.activation_checkpointing=true"]
+    flags += ["--aux.hedge.enabled=true"]
     run = train(tmp_path / "with", *flags, "--train.diagnose_every=3")
     assert_same_training(run, train(tmp_path / "without", *flags))
     found = diagnosed(run)
     assert list(found) == [3, 6, 8]
+    weights = [row["hedge"] for row in run.metrics() if "loss" in row]
+    assert len(weights) == 8 and all(list(row) == LAYERS and sum(row.values()) == approx(1.0) for row in weights)
     for row in found.values():
         assert row["symbols"] == 500 and row["windows"] == 16
         assert {name: list(row[name]) for name in KINDS} == {
