@@ -3,6 +3,8 @@
 A loss here is that of one layer l: the weighted sum of its rows, or lambda_l times their weighted mean, where lambda_l
 is the sum of their weights at a step's progress. theta_l, the trunk up to layer l, are embeddings, position tables and
 blocks. All else is heads: the exits' norms, too, of which the last layer's is the transformer's final norm.
+
+Clipping and weight decay belong to an update: where a step has several, what is in more than one decays in each.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,6 +50,7 @@ class Joint:
 
     def __init__(self, objective: Objective, aux: AuxConfig, build: OptimizerFactory):
         self.objective, self.aux = objective, aux
+        self.parameters, self.heads = list(objective.parameters()), head_parameters(objective)
         self.optimizers = self._build(build)
 
     def passes(self, progress: float) -> list[list[int] | None]:
@@ -64,10 +67,16 @@ class Joint:
 
     def updates(self, progress: float) -> list[Update]:
         """The updates that follow a pass, in their order; the gradients are theirs from then on."""
-        return [Update(_take_gradients(self.objective), dict.fromkeys(self.optimizers, 1.0))]
+        return [Update(self._take_gradients(), dict.fromkeys(self.optimizers, 1.0))]
 
     def _build(self, build: OptimizerFactory) -> list[Optimizer]:
-        return build(list(self.objective.parameters()))
+        return build(self.parameters)
+
+    def _take_gradients(self) -> dict[nn.Parameter, Tensor]:
+        gradients = {parameter: parameter.grad for parameter in self.parameters if parameter.grad is not None}
+        for parameter in gradients:
+            parameter.grad = None
+        return gradients
 
 
 class Relay(Joint):
@@ -84,9 +93,8 @@ class Relay(Joint):
         transformer, depth = self.objective.transformer, self.aux.relay_layers
         blocked = blocked_layers(report.by_layer, transformer.config.num_layers, depth)
         whole = [loss for layer, loss in report.by_layer.items() if layer not in blocked]
-        heads = head_parameters(self.objective)
         for index, layer in enumerate(blocked, start=1):
-            reached = [*heads, *trunk_parameters(transformer, layer - depth + 1, layer)]
+            reached = [*self.heads, *trunk_parameters(transformer, layer - depth + 1, layer)]
             more = index < len(blocked) or bool(whole)
             backward(report.by_layer[layer] * factor, inputs=reached, retain_graph=more)
         if whole:
@@ -116,12 +124,11 @@ class Multiway(Joint):
     one_backward = False
 
     def _build(self, build: OptimizerFactory) -> list[Optimizer]:
-        transformer, heads = self.objective.transformer, head_parameters(self.objective)
         self.gradients: dict[int, dict[nn.Parameter, Tensor]] = {}
         self.of_trunk, self.of_heads = {}, {}
         for layer in sorted({term.layer for term in self.objective.terms}):
-            self.of_trunk[layer] = build(trunk_parameters(transformer, 1, layer))
-            self.of_heads[layer] = build(heads)
+            self.of_trunk[layer] = build(trunk_parameters(self.objective.transformer, 1, layer))
+            self.of_heads[layer] = build(self.heads)
             for optimizer in (*self.of_trunk[layer], *self.of_heads[layer]):
                 for group in optimizer.param_groups:
                     group["state_prefix"] = f"layer{layer}/"
@@ -132,13 +139,13 @@ class Multiway(Joint):
         for layer, loss in report.by_layer.items():
             Update(self.gradients.get(layer, {}), {}).install()
             backward(loss * factor, retain_graph=layer != highest)
-            self.gradients[layer] = _take_gradients(self.objective)
+            self.gradients[layer] = self._take_gradients()
 
     def updates(self, progress: float) -> list[Update]:
         weights = loss_weights(self.objective.terms, progress)
         of_auxnet = self.aux.step_sizes == "auxnet"
         sizes = auxnet_step_sizes(weights) if of_auxnet else dict.fromkeys(weights, 1.0)
-        heads = set(head_parameters(self.objective)) if of_auxnet else set()
+        heads = set(self.heads) if of_auxnet else set()
         updates = []
         for layer, gradients in self.gradients.items():
             for parameter in heads & gradients.keys():
@@ -150,6 +157,11 @@ class Multiway(Joint):
 
 
 ROUTES: dict[str, type[Joint]] = {"joint": Joint, "relay": Relay, "pairwise": Pairwise, "multiway": Multiway}
+
+
+def one_backward(aux: AuxConfig) -> bool:
+    """Whether a forward pass of `aux.route` has one backward pass."""
+    return ROUTES[aux.route].one_backward
 
 
 def build_route(aux: AuxConfig, objective: Objective, build: OptimizerFactory) -> Joint:
@@ -219,10 +231,3 @@ def head_parameters(objective: Objective) -> list[nn.Parameter]:
     """All that is no part of the trunk."""
     trunk = set(trunk_parameters(objective.transformer, 1, objective.transformer.config.num_layers))
     return [parameter for parameter in objective.parameters() if parameter not in trunk]
-
-
-def _take_gradients(objective: Objective) -> dict[nn.Parameter, Tensor]:
-    gradients = {parameter: parameter.grad for parameter in objective.parameters() if parameter.grad is not None}
-    for parameter in gradients:
-        parameter.grad = None
-    return gradients

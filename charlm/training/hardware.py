@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -114,13 +114,23 @@ def describe_attention(config: Config) -> str:
 
 
 @contextmanager
-def torch_settings(train: TrainConfig) -> Iterator[None]:
-    """The process-wide settings of a run, put back at its end."""
+def torch_settings(train: TrainConfig, one_backward: bool = True) -> Iterator[None]:
+    """The process-wide settings of a run, put back at its end.
+
+    Without `one_backward`, compiled blocks must not give their buffers away in the first of several backward passes.
+    """
     matmul, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     torch.set_float32_matmul_precision(train.matmul_precision)
     torch.use_deterministic_algorithms(train.deterministic or deterministic)
     try:
-        yield
+        with nullcontext() if one_backward or not choose_compile(train) else _kept_buffers():
+            yield
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.use_deterministic_algorithms(deterministic)
+
+
+def _kept_buffers() -> AbstractContextManager[None]:
+    from torch._functorch import config  # as the error of such a backward pass advises
+
+    return config.patch(donated_buffer=False)

@@ -21,7 +21,7 @@ from charlm.data.windows import training_windows
 from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
 from charlm.model.memory import keep_freed_memory
 from charlm.objective.objective import Objective
-from charlm.objective.routing import Joint, build_route
+from charlm.objective.routing import Joint, build_route, one_backward
 from charlm.report.diagnostics import draw_diagnostics
 from charlm.report.figures import draw_run
 from charlm.runs.loading import build_objective
@@ -50,7 +50,7 @@ def train(config: Config) -> Path:
     """
     check_installed(config.run.tracker)
     keep_freed_memory()
-    with StopRequests(config.run.max_seconds) as stop, torch_settings(config.train):
+    with StopRequests(config.run.max_seconds) as stop, torch_settings(config.train, one_backward(config.aux)):
         accelerator, precision_reason = build_accelerator(config.train)
         with stop.interrupting():
             corpus = load_corpus(config.data, progress=accelerator.is_main_process)

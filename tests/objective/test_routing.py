@@ -171,6 +171,20 @@ def test_multiway_with_one_step_size_is_joint(randomise):
     assert_same_parameters(apart, together, 1e-6)
 
 
+@pytest.mark.parametrize("way", ["pairwise", "multiway", "relay-3"])
+def test_learned_weights_go_every_way(way, randomise):
+    """Guards against the weights of aux.hedge that reach one way's gradients and not another's."""
+    hedged = {"hedge": HedgeConfig(enabled=True), "step_sizes": "common"}
+    apart, together = (objective_of(randomise, aux_of(each, **hedged)) for each in (way, "joint"))
+    for objective, each in ((apart, way), (together, "joint")):
+        objective.hedge.weights.copy_(torch.tensor([0.2, 0.7, 0.1]))
+        route = build_route(aux_of(each, **hedged), objective, sgd)
+        if way == "pairwise":  # whose first loss alone is that of joint
+            objective.terms = tuple(term for term in objective.terms if term.layer == 1)
+        take_step(route, some_windows(objective, 0))
+    assert_same_parameters(apart, together, 1e-6)
+
+
 def test_multiway_keeps_optimizer_state_for_each_loss(randomise):
     """Guards against moments that losses share: Adam's, written out for each loss by itself."""
     objective, by_hand = (objective_of(randomise, aux_of("multiway")) for _ in range(2))

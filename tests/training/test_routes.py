@@ -61,7 +61,9 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in Run.open(run).metrics() if "terms" in row]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow) if way == "multiway-common" else way for way in WAYS]
+)
 def test_resuming_ends_in_the_same_bytes(way, tmp_path, text_corpus_flags, capfd):
     """Guards against optimizer state of one loss that is lost or that another one gets, and noise that depends on what
     came before."""
@@ -76,17 +78,17 @@ def test_resuming_ends_in_the_same_bytes(way, tmp_path, text_corpus_flags, capfd
     assert charlm.load(whole, "last", device="cpu").step == STEPS
 
 
-def test_each_loss_has_its_state_in_checkpoints(tmp_path, text_corpus_flags):
+@pytest.fixture(scope="module")
+def multiway(tmp_path_factory, text_corpus_flags) -> tuple[list[str], Path]:
+    """A run by three losses' own optimizers, and its flags."""
+    flags = [*FLAGS, *text_corpus_flags, *WAYS["multiway"], "--train.steps=6", "--train.valid_every=2"]
+    flags += ["--aux.layers.schedule=constant"]
+    return flags, train(*flags, f"--run.dir={tmp_path_factory.mktemp('multiway') / 'run'}")
+
+
+def test_each_loss_has_its_state_in_checkpoints(multiway):
     """Guards against keys of different losses that collide, and state that is written for what a loss never reaches."""
-    flags = [
-        *FLAGS,
-        *text_corpus_flags,
-        *WAYS["multiway"],
-        "--train.steps=12",
-        "--train.valid_every=2",
-        f"--run.dir={tmp_path / 'run'}",
-    ]
-    state = load_file(folder_of(train(*flags), 2) / "optimizer.safetensors")
+    state = load_file(folder_of(multiway[1], 2) / "optimizer.safetensors")
     for key in ("exp_avg", "exp_avg_sq", "step"):
         for layer in (1, 2, 3):
             own = {name for name in state if name.startswith(f"layer{layer}/") and name.endswith(f".{key}")}
@@ -96,6 +98,26 @@ def test_each_loss_has_its_state_in_checkpoints(tmp_path, text_corpus_flags):
             assert f"layer{layer}/transformer.embedding.weight.{key}" in own
     moments = [state[f"layer{layer}/transformer.embedding.weight.exp_avg"] for layer in (1, 2, 3)]
     assert not torch.equal(moments[0], moments[1])
+
+
+@pytest.mark.parametrize("prefix", ["layer9/", "", "layer1/layer1/"])
+def test_state_of_a_loss_that_there_is_not_is_refused(prefix, multiway, tmp_path):
+    """Guards against going on from another table of losses as if they were these."""
+    flags, run = multiway[0], shutil.copytree(multiway[1], tmp_path / "run")
+    path = folder_of(run, 6) / "optimizer.safetensors"
+    state = load_file(path)
+    state[f"{prefix}transformer.embedding.weight.exp_avg"] = state.pop("layer1/transformer.embedding.weight.exp_avg")
+    save_file(state, path)
+    (path.parent / "manifest.json").write_text(manifest_for(path.parent))
+    with pytest.raises(UserError, match="which belongs to no parameter"):
+        train(*flags, f"--run.dir={run}", "--run.resume=true")
+
+
+def test_the_way_belongs_to_what_is_trained(multiway):
+    """Guards against a run that goes on another way, with optimizer state that is none of that way's."""
+    flags, run = multiway
+    with pytest.raises(UserError, match=r"aux\.route: multiway -> pairwise"):
+        train(*flags, f"--run.dir={run}", "--run.resume=true", *WAYS["pairwise"])
 
 
 @pytest.mark.parametrize("way", ["pairwise", "multiway"])
@@ -118,28 +140,6 @@ def test_a_step_whose_last_loss_is_not_finite_leaves_nothing_behind(way, tmp_pat
     assert files(run, 3) != files(run, 2)
     (row,) = [row for row in Run.open(run).metrics() if "skipped" in row]
     assert (row["step"], row["reason"]) == (2, "the loss of layer3/offset1/all is nan")
-
-
-@pytest.mark.parametrize("prefix", ["layer9/", "", "layer1/layer1/"])
-def test_state_of_a_loss_that_there_is_not_is_refused(prefix, tmp_path, text_corpus_flags):
-    """Guards against going on from another table of losses as if they were these."""
-    flags = [*FLAGS, *text_corpus_flags, *WAYS["multiway"], "--train.steps=4", f"--run.dir={tmp_path / 'run'}"]
-    run = train(*flags)
-    path = folder_of(run, 4) / "optimizer.safetensors"
-    state = load_file(path)
-    state[f"{prefix}transformer.embedding.weight.exp_avg"] = state.pop("layer1/transformer.embedding.weight.exp_avg")
-    save_file(state, path)
-    (path.parent / "manifest.json").write_text(manifest_for(path.parent))
-    with pytest.raises(UserError, match="which belongs to no parameter"):
-        train(*flags, "--run.resume=true")
-
-
-def test_the_way_belongs_to_what_is_trained(tmp_path, text_corpus_flags):
-    """Guards against a run that goes on another way, with optimizer state that is none of that way's."""
-    flags = [*FLAGS, *text_corpus_flags, *WAYS["pairwise"], "--train.steps=2", f"--run.dir={tmp_path / 'run'}"]
-    train(*flags)
-    with pytest.raises(UserError, match=r"aux\.route: pairwise -> multiway"):
-        train(*flags, "--run.resume=true", *WAYS["multiway"])
 
 
 TWO_STEPS = 30
@@ -205,10 +205,10 @@ def test_a_run_moves_from_one_process_to_two_and_back(tmp_path, text_corpus_flag
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="blocks are compiled by a C++ compiler")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["relay", "multiway"])
 def test_compiled_blocks_take_several_backward_passes(way, tmp_path, text_corpus_flags):
     """Guards against compiled graphs that give their buffers away in the first of several backward passes."""
-    flags = [*TWO, *text_corpus_flags, *WAYS[way], "--train.steps=4"]
+    flags = [*TWO, *text_corpus_flags, *WAYS[way], "--train.steps=2", "--model.num_layers=2"]
     plain, compiled = (
         train(*flags, f"--train.compile={compile}", f"--run.dir={tmp_path / compile}") for compile in ("no", "yes")
     )
