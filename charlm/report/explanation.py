@@ -240,8 +240,8 @@ def _route(explanation: Explanation) -> list[str]:
     aux, cost = explanation.config.aux, explanation.route_cost
     how = {
         "relay": f"relay, down to {aux.relay_layers} layer{'s' if aux.relay_layers > 1 else ''} below each head",
-        "pairwise": "pairwise, an update per layer with a head",
-        "multiway": f"multiway, an update per layer with a head, step sizes: {aux.step_sizes}",
+        "pairwise": "pairwise, an update per exit layer",
+        "multiway": f"multiway, an update per exit layer, step sizes: {aux.step_sizes}",
     }[aux.route]
     memory = {"gradients": cost.gradients, "optimizer state": cost.optimizer_state, "copies": cost.copies}
     more = ", ".join(f"+{_short(numbers)} {name}" for name, numbers in memory.items() if numbers)

@@ -248,7 +248,7 @@ def test_what_the_rows_do_not_tell():
     assert told["heads"] == "towers of width 4, dropout 0.25"
     assert told["hinge"] == "losses of intermediate layers count above 0.5 nats"
     assert told["hedge"] == "weights times alphas, learned with beta 0.9, smoothing 0.2"
-    assert told["route"] == "pairwise, an update per layer with a head"
+    assert told["route"] == "pairwise, an update per exit layer"
     data = found.to_dict()
     assert [term["hinge"] for term in data["terms"]] == [0.5, 0.5, 0.0]
     assert data["hedge"] == {"enabled": True, "beta": 0.9, "smoothing": 0.2}
