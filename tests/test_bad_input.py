@@ -69,6 +69,17 @@ CASES = {
         ["model.d_model=30", "divisible by model.num_heads=4"],
     ),
     "layer that is not there": ("explain", ["--aux.layers.at=[3,99]"], ["aux.layers.at", "99", "num_layers=12"]),
+    "fraction beyond the depth": ("explain", ["--aux.layers.at=[4/3]"], ["aux.layers.at", "4/3", "in (0, 1]"]),
+    "weights of the wrong length": (
+        "explain",
+        ["--aux.layers.at=[1/3,2/3]", "--aux.layers.weights=[1,2,3]"],
+        ["aux.layers.weights=[1.0, 2.0, 3.0]", "2 intermediate layers have a head: 4, 8"],
+    ),
+    "unknown weighting": ("explain", ["--aux.layers.weighting=cubic"], ["aux.layers.weighting", "cubic", "quadratic"]),
+    "unknown kind of heads": ("explain", ["--aux.layers.head=conv"], ["aux.layers.head", "conv", "tower"]),
+    "unknown route": ("explain", ["--aux.route=scenic"], ["aux.route", "scenic", "multiway"]),
+    "unknown task": ("explain", ["--aux.tasks={mood: 0.1}"], ["aux.tasks", "'mood'", "auxiliary_task"]),
+    "unknown preset": ("explain", ["--config=configs/methods/nets.yaml"], ["configs/methods/nets.yaml", "not exist"]),
     "unknown corpus": ("prepare", ["--data.corpus=enwik9"], ["data.corpus", "enwik9", "enwik8"]),
     "missing file": (
         "train",
