@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 import charlm
-from charlm.config import AuxConfig, PositionsConfig, TargetsConfig, UserError
+from charlm.config import AuxConfig, Config, LayersConfig, PositionsConfig, TargetsConfig, TaskConfig, UserError
 from charlm.objective.terms import build_terms
 from charlm.runs import folder
 from charlm.runs.folder import Run
 from charlm.training.opening import check_agreed
-from charlm.training.resumption import rescaled_rows
+from charlm.training.resumption import check_resumable, rescaled_rows
 from storage import manifest_for
 from tiny import SCRIPTS, TINY
 
@@ -396,3 +397,22 @@ def test_another_number_of_steps_wakes_and_silences_rows():
     assert rescaled_rows(terms, 30, 60, 1000) == [
         f"at step 30 progress is now 0.030: layer{layer}/offset1/last wakes" for layer in (1, 2, 3)
     ]
+
+
+def test_mappings_of_another_length_are_compared():
+    """A KeyError, or silence, where a task or a layer's weight was added or taken away."""
+    plain = Config()
+    tasked = replace(plain, aux=replace(plain.aux, tasks={"order": TaskConfig(weight=0.1)}))
+    for old, new in ((plain, tasked), (tasked, plain)):
+        with pytest.raises(UserError, match=r"aux\.tasks\.order\.weight: .*0\.1"):
+            check_resumable(old, new)
+    assert check_resumable(tasked, tasked) == []
+
+
+def test_turns_of_a_rotation_do_not_wake_at_another_number_of_steps():
+    """A line about every head of a rotation, because another one has its turn at the step of the checkpoint."""
+    aux = AuxConfig(layers=LayersConfig(schedule="rotational"), targets=TargetsConfig(enabled=False))
+    assert rescaled_rows(build_terms(aux, 6, 100), 10, 50, 100) == []
+    fading = AuxConfig(layers=LayersConfig(schedule="cutoff", end=0.15), targets=TargetsConfig(enabled=False))
+    lines = rescaled_rows(build_terms(fading, 2, 100), 10, 50, 100)
+    assert lines == ["at step 10 progress is now 0.100: layer1/offset1/all wakes"]
