@@ -40,7 +40,7 @@ def test_importing_charlm_loads_nothing_heavy() -> None:
 def test_script_answers_before_heavy_imports(script: str, arguments: list[str], tmp_path: Path) -> None:
     """Guards against torch being imported before the arguments are understood, and help wider than a terminal."""
     if "compress" in script and "RUN" in arguments:  # what is required and missing is named first
-        arguments = [*arguments, "FILE", "--output=OUT"]
+        arguments = ["RUN", "FILE", "--output=OUT", "--no-such-option"]
     program = (
         "import atexit, runpy, sys\n"
         "atexit.register(lambda: print('MODULES', *sys.modules, file=sys.stderr))\n"
