@@ -140,6 +140,7 @@ def test_the_shallowest_depth_by_hand():
     assert [shallowest(layers, within) for within in (0.0, 0.25, 0.5, 0.75, 2.0)] == [4, 3, 3, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_fresh_process_scores_the_folder_alone_alike(run_on_disk, tmp_path, capfd, monkeypatch):
     """Guards against a folder that needs its run, and figures that differ in any digit."""
     monkeypatch.undo()  # of the fixture that sets the kind of matrix product, which a fresh process knows nothing of

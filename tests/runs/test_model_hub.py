@@ -185,6 +185,7 @@ print(charlm.generate(there, "some ", length=5))
 """
 
 
+@pytest.mark.slow
 def test_round_trip(hub, folder):
     """Guards against a model that is not the one that was pushed, a card that says something else, files that are
     fetched beside those that are needed, and a network that is needed once the model is there."""
@@ -214,6 +215,7 @@ def test_round_trip(hub, folder):
     assert hub.answered == []
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had(hub, tmp_path):
     """Guards against tracebacks, a mistyped path that is asked for on the hub, and another's model taken for one."""
     hub.files["owner/other"] = {"pytorch_model.bin": b"x"}
