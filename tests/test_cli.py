@@ -120,7 +120,7 @@ def test_help_shows_the_files_values(small: Path, capsys: pytest.CaptureFixture[
         ("--train.steps INT", "(default: 5)"),
         ("--train.batch_size INT", "(default: 3)"),
         ("--train.mixed_precision {no,bf16,fp16,auto}", "(default: no)"),
-        ("--train.micro_batch_size INT|null", "(default: null)"),
+        ("--train.micro_batch_size INT|auto|null", "(default: null)"),
         ("--train.adam_betas [FLOAT,FLOAT]", "[0.9, 0.99]"),
         ("--run.resume {true,false}", "(default: false)"),
     ]:

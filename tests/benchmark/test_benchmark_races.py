@@ -64,6 +64,7 @@ def job(task: str, contestant: Contestant, text: Path, **options) -> Job:
     return Job(task=task, contestant=contestant, text=text, **(shared | options))
 
 
+@pytest.mark.slow
 def test_train_end_to_end(text: Path, tmp_path: Path) -> None:
     """Guards against a training loop that the benchmark no longer drives, and a failing peer that ends the others."""
     peer = Contestant(library="torch TransformerEncoder", setup=TUNED, precision="fp32", tuned=True)

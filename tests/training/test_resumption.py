@@ -53,7 +53,13 @@ SETTINGS = {
         "--train.micro_batch_size=4",
     ],
     "muon": ["--train.mixed_precision=bf16", "--train.optimizer=muon", "--train.clip_norm=1"],
-    "ngrams": [*DROPOUT, "--model.ngrams=[2,3]", "--train.micro_batch_size=2", "--train.clip_norm=1"],
+    "ngrams": [
+        *DROPOUT,
+        "--model.ngrams=[2,3]",
+        "--model.ngram_buckets=64",
+        "--train.micro_batch_size=2",
+        "--train.clip_norm=1",
+    ],
     "growing": ["--train.context_divisor=2", "--train.full_context_from=0.5", "--train.micro_batch_size=2"],
 }
 
