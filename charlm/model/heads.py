@@ -97,8 +97,8 @@ class Heads(nn.Module):
         """
         parts, norm = self._parts(layer), self.norm(layer)
         linears = [parts[f"offset{offset}"] for offset in offsets]
-        weight = torch.cat([linear.weight for linear in linears])
-        bias = torch.cat([linear.bias for linear in linears])
+        weight = _stacked([linear.weight for linear in linears])
+        bias = _stacked([linear.bias for linear in linears])
         if self.frozen and layer < self.last_layer:
             return _frozen(norm, hidden_BTD), weight.detach(), bias.detach()
         states_BTE = norm(hidden_BTD)
@@ -111,6 +111,10 @@ class Heads(nn.Module):
     def _parts(self, layer: int) -> nn.ModuleDict:
         """The modules that the head of `layer` is made of; those of the last layer where they are shared."""
         return self.exits[f"layer{self._homes[layer]}"]
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # generating reads one: a copy would cost
 
 
 def _tower(d_model: int, width: int, dropout: float) -> nn.Sequential:
