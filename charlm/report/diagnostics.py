@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 # More of Okabe and Ito's palette, for the offsets.
 OFFSETS = [TRAIN, VALID, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", GREY, "#000000"]
 
+PANELS = [
+    ("bits_per_character", "bits per character, next character", "linear"),
+    ("supervision_ratio", "supervision ratio, all outputs", "log"),
+    ("main_supervision_ratio", "supervision ratio, last layer's output", "log"),
+    ("gradient_cosine", "cosine, auxiliary and main gradient", "linear"),
+    ("gradient_norm", "gradient norm", "log"),
+]
+"""What a run's diagnostics have, the titles of their panels, and the scales of those."""
+
 Record = tuple[int, dict[str, Any]]
 """A step and its diagnostics, as `charlm.training.diagnostics.diagnose` describes them."""
 
@@ -60,14 +69,7 @@ def diagnostics_figure(name: str, config: Config, records: Sequence[Record]) -> 
     from matplotlib.figure import Figure
 
     num_layers = config.model.num_layers
-    panels = [
-        ("bits_per_character", "bits per character, next character", "linear"),
-        ("supervision_ratio", "supervision ratio, all outputs", "log"),
-        ("main_supervision_ratio", "supervision ratio, last layer's output", "log"),
-        ("gradient_cosine", "cosine, auxiliary and main gradient", "linear"),
-        ("gradient_norm", "gradient norm", "log"),
-    ]
-    panels = [panel for panel in panels if any(record.get(panel[0]) for _, record in records)]
+    panels = [panel for panel in PANELS if any(record.get(panel[0]) for _, record in records)]
     num_rows = math.ceil((len(panels) + 1) / 2)
     style = {"axes.spines.top": False, "axes.titlesize": 9, "axes.titlelocation": "left"}
     with matplotlib.rc_context(STYLE | style):
@@ -85,7 +87,7 @@ def diagnostics_figure(name: str, config: Config, records: Sequence[Record]) -> 
             _draw_lines(lines, [step for step, _ in records], own, colours, config.train.steps)
             own.set_title(title)
             if scale == "log":
-                _use_log_scale(own)
+                use_log_scale(own)
         for unused in axes[len(panels) :]:
             unused.set_axis_off()
         _draw_profile(*records[-1], profile, num_layers)
@@ -112,7 +114,7 @@ def _draw_lines(
     axes.grid(axis="y")
 
 
-def _use_log_scale(axes: "Axes") -> None:
+def use_log_scale(axes: "Axes") -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")

@@ -17,6 +17,7 @@ from charlm.runs.folder import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
@@ -127,11 +128,14 @@ def table_figure(config: Config) -> "Figure":
     return figure
 
 
-def draw_weights(terms: Sequence[Term], axes: "Axes", steps: int) -> "AxesImage":
-    """A heat map of the weights over `steps` optimizer steps: a row per term, white where it is silent.
+def draw_weights(
+    terms: Sequence[Term], axes: "Axes", steps: int, *, cmap: "Colormap | None" = None, wrapped: bool = False
+) -> "AxesImage":
+    """A heat map of the weights over `steps` optimizer steps: a row per term, empty where it is silent.
 
     Rows form one block per offset (and per kind of positions, where the table has both), the next character first;
-    within a block the deepest layer is on top. Each column shows the weight at its middle.
+    within a block the deepest layer is on top. Each column shows the weight at its middle. `wrapped` breaks the labels
+    of the blocks, for narrow figures.
     """
     blocks = _blocks(terms)
     rows = [term for block in blocks.values() for term in block]
@@ -144,11 +148,11 @@ def draw_weights(terms: Sequence[Term], axes: "Axes", steps: int) -> "AxesImage"
         aspect="auto",
         interpolation="nearest",
         extent=(0, steps, len(rows) - 0.5, -0.5),
-        cmap=_blues(),
+        cmap=cmap or _blues(),
         vmin=0.0,
         vmax=highest,
     )
-    _label_rows(blocks, axes)
+    _label_rows({name.replace(" ", "\n") if wrapped else name: rows for name, rows in blocks.items()}, axes)
     axes.spines["top"].set_visible(False)
     axes.xaxis.set_major_formatter(engineering())
     axes.set_xlabel("optimizer steps")
@@ -160,9 +164,10 @@ def _blocks(terms: Sequence[Term]) -> dict[str, list[Term]]:
     several_kinds = len({term.positions for term in terms}) > 1
     kinds = {"all": "all positions", "last": "last position"}
     blocks: dict[str, list[Term]] = {}
-    for term in sorted(terms, key=lambda term: (term.offset, term.positions, -term.layer)):
-        label = "next character" if term.offset == 1 else f"{term.offset} ahead"
-        blocks.setdefault(f"{label}, {kinds[term.positions]}" if several_kinds else label, []).append(term)
+    for term in sorted(terms, key=lambda term: (term.task or "", term.offset, term.positions, -term.layer)):
+        label = term.task or ("next character" if term.offset == 1 else f"{term.offset} ahead")
+        several = several_kinds and term.task is None
+        blocks.setdefault(f"{label}, {kinds[term.positions]}" if several else label, []).append(term)
     return blocks
 
 
@@ -185,7 +190,7 @@ def _label_rows(blocks: dict[str, list[Term]], axes: "Axes") -> None:
 
 
 def _draw_curves(curves: Curves, axes: "Axes", steps: int, characters_per_step: int) -> None:
-    smooth = _smoothed(curves.train_bits)
+    smooth = smoothed(curves.train_bits)
     if curves.train_bits:
         axes.plot(curves.train_steps, curves.train_bits, color=TRAIN, alpha=0.25, linewidth=0.7, label="training")
         axes.plot(curves.train_steps, smooth, color=TRAIN, linewidth=1.6, label="training, smoothed")
@@ -223,7 +228,7 @@ def _limits(curves: Curves, smooth: Sequence[float]) -> tuple[float, float]:
     return bottom - 0.15 * span, top + 0.05 * span  # room for the label below the best
 
 
-def _smoothed(values: Sequence[float]) -> Sequence[float]:
+def smoothed(values: Sequence[float]) -> Sequence[float]:
     """The centred mean over a fortieth of the points, over fewer where an edge leaves fewer."""
     reach = len(values) // 80
     return [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]

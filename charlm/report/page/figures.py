@@ -1,0 +1,330 @@
+"""The figures of the page: what runs recorded, and what their models make of the test split.
+
+Each is a `Picture`, or None where there is nothing to draw. Runs are told apart by colour and dashes, in the order in
+which the page lists them; their names stand in the page's legend, outside of the figures.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from charlm.objective.terms import Term, build_terms
+from charlm.report.diagnostics import PANELS, use_log_scale
+from charlm.report.figures import draw_weights, engineering, smoothed
+from charlm.report.page.measured import Measured
+from charlm.report.page.recorded import Points, Recorded
+from charlm.report.page.svg import DASHES, MAP, SERIES, Picture, figure_of, layer_colour, picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_POINTS = 300
+"""Of a line: more are averaged, as pixels could not show them."""
+POINTS_OF_A_LOSS = 80
+"""Each is as noisy as its batch: means over more show which layer is where."""
+POINTS_OF_A_FIGURE = 12_000
+MINUTE, HOUR = 60, 3600
+
+
+def learning(runs: Sequence[Recorded]) -> Picture | None:
+    """Bits per character in training and validation, against characters seen and against time."""
+    lines = [_Learning(run) for run in runs]
+    if not any(line.has_points for line in lines):
+        return None
+    longest = max((line.longest for line in lines), default=0.0)
+    unit, name = (
+        (HOUR, "hours") if longest > 2 * HOUR else (MINUTE, "minutes") if longest > 2 * MINUTE else (1, "seconds")
+    )
+
+    def draw(wide: bool) -> "Figure":
+        figure = figure_of(wide, 360 if wide else 560)
+        left, right = figure.subplots(1, 2, sharey=True) if wide else figure.subplots(2, 1)
+        for place, line in enumerate(lines):
+            for axes, against, scale in ((left, "characters", 1), (right, "seconds", unit)):
+                line.draw(axes, against, scale, place, alone=len(lines) == 1)
+        for axes, label in ((left, "characters seen"), (right, f"{name} of training")):
+            axes.set_ylim(*_limits(lines))
+            axes.set_xlim(left=0)
+            axes.set_xlabel(label)
+            axes.grid(axis="y")
+        left.xaxis.set_major_formatter(engineering())
+        for axes in (left,) if wide else (left, right):
+            axes.set_ylabel("bits per character")
+        return figure
+
+    return picture("learning", "Bits per character against characters seen, and against time", draw)
+
+
+class _Learning:
+    """The learning curves of a run."""
+
+    def __init__(self, run: Recorded):
+        self.train_steps, bits = run.of_training("bits_per_character")
+        self.bits = bits
+        self.train_seconds = run.seconds(run.train)
+        self.valid_steps, self.valid_bits = run.validation()
+        self.valid_seconds = run.seconds(run.valid)
+        self.per_step = run.characters_per_step
+        self.has_points = bool(np.isfinite(self.bits).any() or np.isfinite(self.valid_bits).any())
+        self.longest = max([0.0, *_finite(self.train_seconds), *_finite(self.valid_seconds)])
+        good = np.isfinite(bits)
+        self.smooth = np.full(len(bits), math.nan)
+        self.smooth[good] = smoothed(bits[good].tolist())
+
+    def draw(self, axes: "Axes", against: str, scale: float, place: int, *, alone: bool) -> None:
+        """Training thin and smoothed, validation with its points. A run alone has a colour for each of them."""
+        train, valid = (
+            (self.train_steps * self.per_step, self.valid_steps * self.per_step)
+            if against == "characters"
+            else (self.train_seconds / scale, self.valid_seconds / scale)
+        )
+        colour, dashes = _style(place)
+        if alone:
+            axes.plot(*thinned(train, self.bits), color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(*thinned(train, self.smooth), color=colour, linewidth=1.6 if alone else 0.9, label="training")
+        axes.plot(
+            *thinned(valid, self.valid_bits), color=SERIES[1] if alone else colour, linewidth=1.8, marker="o",
+            markersize=4.5, linestyle="solid" if alone else dashes, clip_on=False, label="validation",
+        )  # fmt: skip
+
+
+def _limits(lines: Iterable[_Learning]) -> tuple[float, float]:
+    """From the lowest value to where the curves are after a fiftieth of their points: not the fall from 8 bits."""
+    lines = list(lines)
+    shown = [value for line in lines for value in _finite(line.smooth[len(line.smooth) // 50 :])]
+    shown += [value for line in lines for value in _finite(line.valid_bits)]
+    bottom, top = min(shown), max(shown)
+    span = max(top - bottom, 0.1)
+    return bottom - 0.05 * span, top + 0.05 * span
+
+
+def terms(run: Recorded) -> Picture | None:
+    """The loss of every term: a panel for each task, a line for each layer."""
+    panels: dict[str, dict[int, Points]] = {}
+    bits_per_nat = run.symbols_per_character / math.log(2)
+    for name, (steps, losses) in run.losses().items():
+        found = re.fullmatch(r"layer(\d+)/(?:offset(\d+)/(all|last)|task/(.+))", name)
+        if not found or not np.isfinite(losses).any():
+            continue
+        layer, offset, positions, task = found.groups()
+        title = f"{task}, nats" if task else _title(int(offset), positions)
+        panels.setdefault(title, {})[int(layer)] = steps, losses * (1.0 if task else bits_per_nat)
+    if not panels:
+        return None
+    titles = [title.removesuffix(", all positions") for title in panels]
+    named = dict(zip(titles if len(set(titles)) == len(panels) else panels, panels.values(), strict=True))
+    return _by_layer(run, "terms", "The loss of every term over training, a line for each layer", named)
+
+
+def _title(offset: int, positions: str) -> str:
+    task = "next character" if offset == 1 else f"{offset} characters ahead"
+    return f"{task}, {'all positions' if positions == 'all' else 'last position'}"
+
+
+def weights(run: Recorded) -> Picture:
+    """The weights of all terms over training: a map, layer by progress."""
+    table = build_terms(run.config.aux, run.config.model.num_layers, run.config.train.steps)
+
+    def draw(wide: bool) -> "Figure":
+        figure = figure_of(wide, 70 + min(max(90, 15 * len(table)), 440))
+        axes = figure.subplots()
+        image = draw_weights(table, axes, run.config.train.steps, cmap=_fading(), wrapped=not wide)
+        bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04, **({} if wide else {"aspect": 30}))
+        bar.outline.set_visible(False)
+        bar.set_label("weight")
+        return figure
+
+    return picture("weights", weights_label(table), draw, run.name)
+
+
+def weights_label(table: Sequence[Term]) -> str:
+    """What the map of the weights says in words."""
+    return f"The weights of {len(table)} terms over training, a row for each layer and task"
+
+
+def by_layer(measured: Sequence[Measured | None]) -> Picture | None:
+    """Bits per character of the test split, as each layer predicts it."""
+    lines = {
+        place: {int(layer): bits for layer, bits in own.score.layers.items()}
+        for place, own in enumerate(measured)
+        if own is not None and own.score is not None
+    }
+    if not lines:
+        return None
+
+    def draw(wide: bool) -> "Figure":
+        figure = figure_of(wide, 300 if wide else 260)
+        axes = figure.subplots()
+        for place, bits in lines.items():
+            colour, dashes = _style(place)
+            axes.plot(list(bits), list(bits.values()), color=colour, linestyle=dashes, marker="o", markersize=5)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("bits per character")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.margins(x=0.04)
+        axes.grid(axis="y")
+        return figure
+
+    return picture("layers", "Bits per character by layer", draw)
+
+
+def by_position(measured: Sequence[Measured | None]) -> Picture | None:
+    """Bits per character of the test split by the number of symbols that a prediction is made from."""
+    lines = {place: own.bins for place, own in enumerate(measured) if own is not None and own.bins}
+    if not lines:
+        return None
+
+    def draw(wide: bool) -> "Figure":
+        figure = figure_of(wide, 300 if wide else 260)
+        axes = figure.subplots()
+        for place, bins in lines.items():
+            colour, dashes = _style(place)
+            middles = [math.sqrt(own.first * own.last) for own in bins]
+            bits = np.array([own.bits_per_character for own in bins])
+            errors = np.array([own.standard_error or 0.0 for own in bins])
+            axes.fill_between(middles, bits - errors, bits + errors, color=colour, alpha=0.2, linewidth=0)
+            axes.plot(middles, bits, color=colour, linestyle=dashes, marker="o", markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel("symbols of context")
+        axes.set_ylabel("bits per character")
+        axes.grid(axis="y")
+        return figure
+
+    return picture("positions", "Bits per character by position in the context", draw)
+
+
+def speed(runs: Sequence[Recorded]) -> Picture | None:
+    """Characters per second, and memory where a run recorded it."""
+    kinds = [("characters_per_second", "characters per second", 1.0), ("memory", "memory, GiB", 2.0**-30)]
+    panels = []
+    for key, label, factor in kinds:
+        found = [(run, *run.of_training(key)) for run in runs]
+        if any(np.isfinite(values).any() for _, _, values in found):
+            panels.append((label, [(steps * run.characters_per_step, values * factor) for run, steps, values in found]))
+    if not panels:
+        return None
+
+    def draw(wide: bool) -> "Figure":
+        count = len(panels)
+        figure = figure_of(wide, 260 if wide else 240 * count)
+        grid = figure.subplots(1, count, squeeze=False) if wide else figure.subplots(count, 1, squeeze=False)
+        for axes, (label, lines) in zip(grid.flat, panels, strict=True):
+            for place, line in enumerate(lines):
+                colour, dashes = _style(place)
+                axes.plot(*thinned(*line), color=colour, linestyle=dashes, linewidth=1.4)
+            axes.set_ylim(bottom=0)
+            axes.set_xlim(left=0)
+            axes.set_title(label)
+            axes.set_xlabel("characters seen")
+            axes.xaxis.set_major_formatter(engineering())
+            axes.yaxis.set_major_formatter(engineering())
+            axes.grid(axis="y")
+        return figure
+
+    return picture("speed", "Characters per second over training", draw)
+
+
+def hedge(run: Recorded) -> Picture | None:
+    """What hedge backpropagation has made of the layers' weights."""
+    lines = {_layer(name): points for name, points in run.hedge().items() if _layer(name)}
+    label = "The weight that hedge backpropagation gives each layer"
+    return _by_layer(run, "hedge", label, {"weight of a layer": lines}) if lines else None
+
+
+def diagnostics(run: Recorded) -> Picture | None:
+    """What the heads know, and what the losses ask of each layer: docs/diagnostics.md."""
+    panels, logarithmic = {}, set()
+    for kind, title, scale in PANELS:
+        lines: dict[int, list[tuple[float, float]]] = {}
+        for step, record in run.diagnostics:
+            figures = record.get(kind)
+            for name, value in figures.items() if isinstance(figures, dict) else ():
+                found = re.fullmatch(r"layer(\d+)(?:/offset1)?", name)
+                if found and isinstance(value, int | float):
+                    lines.setdefault(int(found[1]), []).append((step, value))
+        if lines:
+            panels[title] = {layer: tuple(np.array(points, float).T) for layer, points in sorted(lines.items())}
+            logarithmic |= {title} if scale == "log" else set()
+    label = "Diagnostics over training, a line for each layer"
+    return _by_layer(run, "diagnostics", label, panels, logarithmic) if panels else None
+
+
+def _by_layer(
+    run: Recorded, name: str, label: str, panels: dict[str, dict[int, Points]], logarithmic: Iterable[str] = ()
+) -> Picture:
+    """A panel for each title, a line in it for each layer, over optimizer steps."""
+    num_layers, count = run.config.model.num_layers, len(panels)
+    most = max(20, min(POINTS_OF_A_LOSS, POINTS_OF_A_FIGURE // sum(map(len, panels.values()))))
+
+    def draw(wide: bool) -> "Figure":
+        columns = (2 if count in (2, 4) else min(count, 3)) if wide else 1
+        rows = math.ceil(count / columns)
+        figure = figure_of(wide, 270 * rows if wide else 220 * rows)
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes, (title, lines) in zip(grid, panels.items(), strict=False):
+            for layer, points in sorted(lines.items()):
+                axes.plot(
+                    *thinned(*points, most), color=layer_colour(layer, num_layers), label=f"layer {layer}",
+                    linewidth=2.0 if layer == num_layers else 1.2, marker="o",
+                    markersize=3 if len(points[0]) < 3 else 0,
+                )  # fmt: skip
+            if title in logarithmic:
+                use_log_scale(axes)
+            else:
+                _without_the_fall(axes, lines)
+            axes.set_title(title)
+            axes.set_xlim(0, run.config.train.steps)
+            axes.xaxis.set_major_formatter(engineering())
+            axes.set_xlabel("optimizer steps")
+            axes.grid(axis="y")
+        for unused in grid[count:]:
+            unused.set_axis_off()
+        return figure
+
+    return picture(name, label, draw, run.name)
+
+
+def _without_the_fall(axes: "Axes", lines: dict[int, Points]) -> None:
+    """End the axis where the lines are after a fiftieth of their points: the first of them would flatten all others."""
+    last = max(float(steps[-1]) for steps, _ in lines.values())
+    shown = [value for steps, values in lines.values() for value in _finite(values[steps >= last / 50])]
+    if len(shown) > 1 and max(shown) > min(shown):
+        span = max(shown) - min(shown)
+        axes.set_ylim(min(shown) - 0.05 * span, max(shown) + 0.05 * span)
+
+
+def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> Points:
+    """A line of at most `most` points: means over equal numbers of neighbours, without those that are not finite."""
+    good = np.isfinite(x) & np.isfinite(y)
+    x, y = x[good], y[good]
+    if len(x) <= most:
+        return x, y
+    parts = [
+        (own_x.mean(), own_y.mean()) for own_x, own_y in zip(*(np.array_split(v, most) for v in (x, y)), strict=True)
+    ]
+    return tuple(np.array(parts).T)
+
+
+def _style(place: int) -> tuple[str, Any]:
+    return SERIES[place % len(SERIES)], DASHES[place % len(DASHES)]
+
+
+def _layer(name: str) -> int:
+    found = re.fullmatch(r"layer(\d+)", name)
+    return int(found[1]) if found else 0
+
+
+def _finite(values: np.ndarray) -> list[float]:
+    return values[np.isfinite(values)].tolist()
+
+
+def _fading():
+    """One colour that fades with the weight: right on a light page and a dark one, as no white is in it."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    return LinearSegmentedColormap.from_list("fading", [(*to_rgb(MAP), 0.2), (*to_rgb(MAP), 1.0)])

@@ -1,0 +1,148 @@
+"""What a page says of its runs in words and numbers: results, protocols, options, where they come from."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import yaml
+
+from charlm.config import Config
+from charlm.config_files import to_yaml
+from charlm.inference.evaluation import Score
+from charlm.report.page.measured import Measured
+from charlm.report.page.recorded import Recorded
+
+NONE = "-"
+PLACES = ("run.dir", "run.resume", "run.resume_from", "run.auto_resume", "data.cache_dir")
+"""Options that say where a run is and how it was continued, and make no difference to what it learns."""
+
+
+def results(runs: Sequence[Recorded], measured: Sequence[Measured | None]) -> tuple[list[str], list[list[str]]]:
+    """The heads and the rows of the table, a row for each run; a column that no run has is left out."""
+    heads = [
+        "steps", "characters seen", "training bpc", "best validation bpc", "test bpc, part", "time", "characters/s",
+        "memory", "skipped updates",
+    ]  # fmt: skip
+    rows = [_result(run, own) for run, own in zip(runs, measured, strict=True)]
+    kept = [place for place in range(len(heads)) if any(row[place] != NONE for row in rows)]
+    return [heads[place] for place in kept], [[row[place] for place in kept] for row in rows]
+
+
+def _result(run: Recorded, measured: Measured | None) -> list[str]:
+    bits = _last(run.of_training("bits_per_character")[1])
+    speeds = run.of_training("characters_per_second")[1]
+    memory = _last(run.of_training("memory")[1])
+    seconds = max([*run.seconds(run.train), *run.seconds(run.valid)], default=float("nan"), key=np.nan_to_num)
+    score = measured.score if measured else None
+    return [
+        f"{run.step:,} of {run.config.train.steps:,}",
+        _short(run.step * run.characters_per_step),
+        NONE if bits is None else f"{bits:.3f}",
+        f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else NONE,
+        NONE if score is None else f"{score.bits_per_character:.4f} ± {score.standard_error or 0:.4f}",
+        duration(seconds) if seconds == seconds else NONE,
+        f"{statistics.median(speeds[np.isfinite(speeds)]):,.0f}" if np.isfinite(speeds).any() else NONE,
+        NONE if memory is None else f"{memory / 2**30:.2f} GiB",
+        f"{run.num_skipped:,}" if run.num_skipped else NONE,
+    ]
+
+
+def headline(run: Recorded) -> str:
+    """A run in a sentence."""
+    done = run.step >= run.config.train.steps
+    state = f"{run.step:,} steps" if done else f"step {run.step:,} of {run.config.train.steps:,}, going on or stopped"
+    if run.best is None:
+        return f"{state}; not validated yet"
+    return f"{state}; best validation {run.best[1]:.4f} bits per character at step {run.best[0]:,}"
+
+
+def validation_protocol(run: Recorded) -> list[tuple[str, str]]:
+    """How a run was validated: what its curve and its best figure mean."""
+    train, corpus = run.config.train, run.provenance["corpus"]
+    whole = run.corpus_split("valid").get("symbols")
+    scored = min(train.valid_symbols, whole) if isinstance(whole, int) else train.valid_symbols
+    return [
+        ("split", "valid"),
+        ("symbols", f"the first {scored:,}" + (f" of {whole:,}" if isinstance(whole, int) else "")),
+        ("stride", f"{max(1, run.config.model.context_length // 2)}"),
+        ("context", f"{run.config.model.context_length}"),
+        ("precision", "that of training"),
+        ("corpus", f"{corpus.get('name')} (SHA-256 {corpus.get('sha256')})"),
+    ]
+
+
+def test_protocol(score: Score) -> list[tuple[str, str]]:
+    """How a page measured the test split."""
+    return [
+        ("split", score.split),
+        ("symbols", f"the first {score.symbols:,}: {score.characters:,} characters, {score.bytes:,} bytes"),
+        ("stride", f"{score.stride}"),
+        ("context", f"{score.context_length}"),
+        ("precision", score.precision),
+        ("checkpoint", score.checkpoint),
+        ("corpus", f"{score.corpus} (SHA-256 {score.corpus_sha256})"),
+    ]
+
+
+def origin(run: Recorded) -> list[tuple[str, str]]:
+    """Versions, commit, command and machine that a run was started with."""
+    record = run.provenance
+    versions, machine, command = (record.get(name) for name in ("versions", "machine", "command"))
+    return [
+        ("commit", str(record.get("git_commit") or "not recorded")),
+        ("versions", _pairs(versions)),
+        ("machine", _pairs(machine)),
+        ("command", " ".join(map(str, command)) if isinstance(command, list) else "not recorded"),
+        ("folder", str(run.run.path.resolve())),
+    ]
+
+
+def options(config: Config) -> dict[str, str]:
+    """Every option of a config by its dotted name."""
+    return _flat(yaml.safe_load(to_yaml(config)))
+
+
+def differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
+    """What differs between configs: an option, and its value in each of them. Places on disk are left out."""
+    columns = [options(config) for config in configs]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [(name, [column.get(name, NONE) for column in columns]) for name in names if name not in PLACES]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def duration(seconds: float) -> str:
+    """Such as 1 h 03 min, 4 min 10 s, 12 s."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours:,} h {minutes:02} min"
+    return f"{minutes} min {whole % 60:02} s" if minutes else f"{whole} s"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = "null" if value is None else str(value)
+    return flat
+
+
+def _pairs(record: Any) -> str:
+    if not isinstance(record, dict):
+        return "not recorded"
+    return ", ".join(f"{name} {value}" for name, value in record.items())
+
+
+def _last(values: np.ndarray) -> float | None:
+    found = values[np.isfinite(values)]
+    return float(found[-1]) if len(found) else None
+
+
+def _short(count: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:,.0f}"

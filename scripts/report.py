@@ -1,0 +1,67 @@
+"""One page that shows runs: python scripts/report.py RUN [RUN ...] -o report.html
+
+The page needs nothing beside itself: open it from the file. Several runs are overlaid.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
+
+import charlm
+from charlm import cli
+
+if TYPE_CHECKING:
+    from charlm.config import DataConfig
+    from charlm.data.corpus import Corpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Draw runs, finished or going on, as one HTML page that needs nothing beside itself."""
+
+    runs: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """The folders of the runs."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """Where the page goes."""
+    symbols: int = 20_000
+    """Of the test split, that bits by layer and by position are taken of; more are more exact, and take longer."""
+    records_only: bool = False
+    """Leave out what needs a model and its corpus: bits by layer and position, the passage, samples."""
+    data: cli.MovedCorpus = field(default_factory=cli.MovedCorpus)
+
+
+def main() -> None:
+    options = cli.parse(Options)
+    if not options.runs:
+        raise charlm.UserError("RUN: there is none; give the folder of a run, or several")
+    if options.symbols < 2:
+        raise charlm.UserError(f"symbols={options.symbols}: must be at least 2")
+    from charlm.report.page.measured import measure
+    from charlm.report.page.recorded import read_runs
+    from charlm.report.page.writing import write_report
+
+    measured = None
+    if not options.records_only:
+        measured = [
+            measure(run.run, corpus_of(options.data.where(run.config.data)), symbols=options.symbols)
+            for run in read_runs(options.runs)
+        ]
+    path = write_report(options.runs, options.output, measured)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
+
+def corpus_of(config: "DataConfig") -> "Corpus | charlm.UserError":
+    """The corpus, or why it is not at hand."""
+    try:
+        return charlm.load_corpus(config)
+    except charlm.UserError as error:
+        return error
+
+
+if __name__ == "__main__":
+    cli.script(main)

@@ -1,0 +1,356 @@
+"""The report page: what it shows, against hand arithmetic and brute force; what it must never contain."""
+
+import html.parser
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from charlm.config import AuxConfig, Config, DataConfig, ModelConfig, RunConfig, TargetsConfig, TrainConfig, UserError
+from charlm.data.corpus import Corpus, load_corpus
+from charlm.data.vocabulary import ByteVocabulary
+from charlm.report.page import figures, tables
+from charlm.report.page.measured import Measured, bins_of, measure, nats_by_position, read_passage
+from charlm.report.page.passage import pieces_of, visible
+from charlm.report.page.recorded import read_runs, short_names
+from charlm.report.page.writing import render, write_report
+from charlm.runs.checkpoints import save_checkpoint
+from charlm.runs.folder import Run
+from charlm.runs.loading import build_objective, load
+from charlm.runs.snapshot import take_snapshot
+from tiny import run_script
+
+HOSTILE = "</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> &amp; \x1b[31m \u202e"
+DRAWN = {"learning", "terms", "weights", "layers", "positions", "passage", "samples", "speed", "diagnostics"}
+
+
+class Page(html.parser.HTMLParser):
+    """The elements of a page, their attributes, and its text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def ids(self) -> list[str]:
+        return [attributes["id"] for _, attributes in self.elements if "id" in attributes]
+
+    @property
+    def drawn(self) -> set[str]:
+        names = {attributes.get("data-figure") for _, attributes in self.elements}
+        return (names | {own["id"] for tag, own in self.elements if tag == "figure"}) & DRAWN
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{number} é <b>&amp;\t</script>\n" for number in range(1500)))
+    return path
+
+
+def make_run(folder: Path, text: Path, *, steps: int = 40, seed: int = 0, **model) -> Run:
+    """A run of a random model with two checkpoints, ten training rows, two validations and diagnostics."""
+    small = {"num_layers": 2, "num_heads": 2, "d_model": 8, "d_ff": 16, "context_length": 16}
+    config = Config(
+        data=DataConfig(corpus="file", path=text, cache_dir=text.parent / "cache"),
+        model=ModelConfig(**(small | model)),
+        aux=AuxConfig(targets=TargetsConfig(num_targets=2)),
+        train=TrainConfig(steps=40, batch_size=4, seed=seed, valid_symbols=100),
+        run=RunConfig(dir=folder),
+    )
+    run = Run.create(config, load_corpus(config.data, progress=False).to_dict())
+    torch.manual_seed(seed)
+    objective = build_objective(config, 256)
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.normal_(std=0.3)
+    for step in range(4, steps + 1, 4):
+        losses = {term.name: {"loss": 5.0 - step / 20 + term.layer / 10, "weight": 1.0} for term in objective.terms}
+        run.append_metrics(
+            {"step": step, "progress": step / 40, "loss": 9.0, "bits_per_character": 8.0 - step / 10}
+            | {"characters_per_second": 1000.0 + step, "seconds": 2.0 * step, "terms": losses}
+        )
+        if step in (20, 40):
+            valid = {"bits_per_character": 7.0 - step / 20, "bits_per_byte": 6.0}
+            run.append_metrics({"step": step, "progress": step / 40, "seconds": 2.0 * step, "valid": valid})
+            layers = {"layer1": 0.5, "layer2": 1.0}
+            heads = {f"{layer}/offset1": 5.0 for layer in layers}
+            record = {"bits_per_character": heads, "supervision_ratio": layers, "gradient_norm": layers}
+            run.append_metrics({"step": step, "progress": step / 40, "diagnostics": record})
+            save_checkpoint(run, take_snapshot(objective, [], {"step": step}), best=step == 20, keep=3)
+    return run
+
+
+def corpus_of(run: Run) -> Corpus:
+    return load_corpus(run.config().data, progress=False)
+
+
+@pytest.fixture(scope="module")
+def run(corpus_file, tmp_path_factory) -> Run:
+    return make_run(tmp_path_factory.mktemp("runs") / "first", corpus_file)
+
+
+@pytest.fixture(scope="module")
+def other(corpus_file, tmp_path_factory) -> Run:
+    """A run that goes on, one layer deeper."""
+    return make_run(tmp_path_factory.mktemp("runs") / "second", corpus_file, steps=24, seed=1, num_layers=3)
+
+
+@pytest.fixture(scope="module")
+def measured(run) -> Measured:
+    return measure(run, corpus_of(run), symbols=300, progress=False)
+
+
+@pytest.fixture(scope="module")
+def page(run, measured, tmp_path_factory) -> str:
+    return write_report([run.path], tmp_path_factory.mktemp("page") / "report.html", [measured]).read_text()
+
+
+def requests_of(text: str) -> Iterator[str]:
+    """Everything in a page that a browser would fetch."""
+    for tag, attributes in Page(text).elements:
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+                yield value
+            if name == "style" or tag == "style":
+                yield from re.findall(r"url\(([^)]*)\)", value)
+    for style in re.findall(r"<style>(.*?)</style>", text, re.S):
+        assert "@import" not in style
+        yield from re.findall(r"url\(([^)]*)\)", style)
+
+
+def test_every_figure_is_there_twice_and_nothing_is_fetched(page):
+    """Faults: a figure lost, for one width alone, without words for those who do not see it; an id twice; a request."""
+    parsed = Page(page)
+    assert parsed.drawn == DRAWN
+    assert len(parsed.ids) == len(set(parsed.ids))
+    classes = [attributes.get("class") for tag, attributes in parsed.elements if tag == "div"]
+    assert classes.count("wide") == classes.count("narrow") == 7
+    labels = [own["aria-label"] for tag, own in parsed.elements if tag == "svg" and own.get("role") == "img"]
+    assert len(labels) == 14 and all(labels)
+    found = list(requests_of(page))
+    assert found and all(request.strip("'\"").startswith(("#", "data:")) for request in found)
+    assert len(page.encode()) < 5_000_000
+
+
+def test_colours_come_from_the_style_sheet(page):
+    """Fault: a line or a label that is drawn in one colour on light and dark pages, and is lost on one of them."""
+    drawings = "".join(re.findall(r'<svg role="img".*?</svg>', page, re.S))
+    assert set(re.findall(r"#[0-9a-fA-F]{6}\b", drawings)) == set()
+    variables = set(re.findall(r"var\((--[\w-]+)\)", page))
+    style = re.search(r"<style>(.*?)</style>", page, re.S)[1]
+    for variable in variables:
+        assert len(re.findall(rf"{variable}: ", style)) == 2, variable  # for a light page and a dark one
+
+
+def test_the_table_says_what_the_rows_say(run, measured):
+    """Fault: figures of another row, or without their step; characters counted by steps of another size."""
+    (recorded,) = read_runs([run.path])
+    heads, rows = tables.results([recorded], [measured])
+    split = run.provenance()["corpus"]["splits"]["train"]
+    found = dict(zip(heads, rows[0], strict=True))
+    assert found["steps"] == "40 of 40"
+    assert found["training bpc"] == "4.000"
+    assert found["best validation bpc"] == "5.0000 at step 40"
+    assert found["time"] == "1 min 20 s"
+    assert found["characters/s"] == "1,022"
+    assert "memory" not in found and "skipped updates" not in found
+    assert recorded.characters_per_step == pytest.approx(4 * 16 * split["characters"] / split["symbols"])
+    assert recorded.losses()["layer2/offset2/all"][1].tolist() == pytest.approx([5.2 - s / 20 for s in range(4, 41, 4)])
+
+
+def test_scores_by_layer_are_those_of_evaluate(run, measured):
+    """Fault: layers mixed up, or scored under another protocol than the one that the page names."""
+    import charlm
+
+    score = charlm.bits_per_character(load(run.path), corpus_of(run), limit=300, all_layers=True, progress=False)
+    assert measured.score.layers == score.layers and set(score.layers) == {"1", "2"}
+    assert dict(tables.test_protocol(measured.score))["symbols"].startswith("the first 300:")
+
+
+def test_bits_by_position_against_brute_force(run):
+    """Fault: positions off by one, a mean over windows of other positions, bits per symbol called per character."""
+    trained, ids = load(run.path), corpus_of(run).splits["test"].ids[:400]
+    nats_NT = nats_by_position(trained, ids, 5)
+    assert nats_NT.shape == (5, 16)
+    for row, start in enumerate((0, 95, 191, 287, 383)):
+        for position in (0, 7, 15):
+            context = torch.from_numpy(ids[start : start + position + 1].astype(np.int64))[None]
+            with torch.no_grad():
+                logits_V = trained.heads(trained.transformer(context)[2], 2)[0, -1, 0].double()
+            expected = -logits_V.log_softmax(-1)[int(ids[start + position + 1])]
+            assert nats_NT[row, position] == pytest.approx(float(expected), rel=1e-4)
+    bins = bins_of(nats_NT, 1.25)
+    (alone,) = (own for own in bins if (own.first, own.last) == (4, 4))
+    column = nats_NT[:, 3] / math.log(2) * 1.25
+    assert alone.bits_per_character == pytest.approx(column.mean())
+    assert alone.standard_error == pytest.approx(column.std(ddof=1) / math.sqrt(5))
+
+
+def test_wide_bins_cover_every_position_once():
+    """Fault: a position in two bins or in none, and a mean that weighs bins' edges twice."""
+    nats_NT = np.tile(np.arange(512) * math.log(2), (3, 1))
+    bins = bins_of(nats_NT, 1.0)
+    assert [place for own in bins for place in range(own.first, own.last + 1)] == list(range(1, 513))
+    assert all(own.bits_per_character == pytest.approx((own.first + own.last) / 2 - 1) for own in bins)
+
+
+def test_surprise_against_brute_force(run):
+    """Fault: a character shaded by its neighbour's surprise, or likeliest characters of another place."""
+    trained, ids = load(run.path), corpus_of(run).splits["test"].ids
+    passage = read_passage(trained, ids, 50, 12)
+    assert sum(piece.num_symbols for piece in passage) == 12
+    first_of_window = {50: 34, 51: 38, 52: 38, 53: 38, 54: 38, 55: 42}  # windows of 16, each 4 further than the last
+    places = np.cumsum([50] + [piece.num_symbols for piece in passage])
+    checked = [
+        (piece, int(place)) for piece, place in zip(passage, places[:-1], strict=True) if place in first_of_window
+    ]
+    assert len(checked) >= 4
+    for piece, place in checked:
+        context = torch.from_numpy(ids[first_of_window[place] : place].astype(np.int64))[None]
+        with torch.no_grad():
+            probabilities_V = trained.heads(trained.transformer(context)[2], 2)[0, -1, 0].double().softmax(-1)
+        top, symbols = probabilities_V.topk(5)
+        if piece.num_symbols == 1:
+            assert piece.bits == pytest.approx(-math.log2(probabilities_V[int(ids[place])]), rel=1e-4)
+        assert [p for _, p in piece.likeliest] == pytest.approx(top.tolist(), rel=1e-4)
+        assert [text for text, _ in piece.likeliest] == [visible(bytes([symbol])) for symbol in symbols.tolist()]
+
+
+def test_symbols_that_spell_a_character_are_one_piece():
+    """Fault: half a character shown as two signs, its bits counted once, or stray bytes that end the page."""
+    data = "é\n€".encode() + b"\xff\x80a"
+    ids, bits = np.frombuffer(data, np.uint8), np.arange(1.0, len(data) + 1)
+    likeliest, symbols = np.full((len(data), 2), 0.5), np.tile([60, 0xE2], (len(data), 1))
+    pieces = pieces_of(ByteVocabulary(), ids, bits, likeliest, symbols)
+    assert [piece.text for piece in pieces] == ["é", "↵", "€", "\\xFF", "\\x80", "a"]
+    assert [piece.bits for piece in pieces] == [3.0, 3.0, 15.0, 7.0, 8.0, 9.0]
+    assert [piece.breaks for piece in pieces] == [False, True, False, False, False, False]
+    assert pieces[0].likeliest == (("<", 0.5), ("\\xE2", 0.5))
+    assert pieces_of(ByteVocabulary(), ids[:0], bits[:0], likeliest[:0], symbols[:0]) == []
+
+
+def test_hostile_text_stays_text(run, measured, tmp_path):
+    """Faults: text of a sample, of a name, of a corpus or of the model that becomes markup, script or a request, ends
+    the data of the passage, moves what stands around it, or is read as a formula."""
+    folder = tmp_path / "$\\frac{<img src=x>$"
+    shutil.copytree(run.path, folder)
+    record = json.loads((folder / "provenance.json").read_text())
+    record |= {"command": ["train.py", HOSTILE], "git_commit": HOSTILE, "versions": {HOSTILE: "1"}, "machine": 7}
+    record["corpus"]["name"] = HOSTILE
+    (folder / "provenance.json").write_text(json.dumps(record))
+    passage = [type(measured.passage[0])("<", 9.0, ((HOSTILE, 0.5),), num_symbols=1)]
+    sample = type(measured.samples[0])(20, ("best",), HOSTILE)
+    hostile = Measured(prompt=HOSTILE, samples=[sample], passage=passage, missing={"score": HOSTILE})
+    text = write_report([folder], tmp_path / "report.html", [hostile]).read_text()
+    parsed = Page(text)
+    assert [own for tag, own in parsed.elements if tag == "img"] == []
+    assert [own for tag, own in parsed.elements if tag == "script"] == [{"type": "application/json"}, {}]
+    assert not any(name.startswith("on") for _, attributes in parsed.elements for name in attributes)
+    assert "\x1b" not in text and "\u202e" not in text
+    assert all(request.strip("'\"").startswith(("#", "data:")) for request in requests_of(text))
+    (data,) = re.findall(r'<script type="application/json">(.*?)</script>', text)
+    assert json.loads(data)[0][2] == [[HOSTILE, 0.5]]
+
+
+def test_several_runs_are_overlaid(run, other, tmp_path):
+    """Fault: runs under one colour or name, a difference not listed or one that is none, a run left out."""
+    code = run_script(
+        "report", str(run.path), str(other.path), "-o", str(tmp_path / "new" / "two.html"), "--symbols=200"
+    )
+    assert code == 0
+    text = (tmp_path / "new" / "two.html").read_text()
+    parsed = Page(text)
+    assert parsed.drawn == DRAWN
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert {"first", "second"} <= {word.strip() for word in parsed.words}
+    assert "24 of 40" in text and "going on or stopped" in text
+    runs = read_runs([run.path, other.path])
+    named = dict(tables.differences([own.config for own in runs]))
+    assert named == {"model.num_layers": ["2", "3"], "train.seed": ["0", "1"]}
+    learning = figures.learning(runs)
+    assert {"var(--series-0)", "var(--series-1)"} <= set(re.findall(r"var\(--series-\d\)", learning.wide))
+
+
+@pytest.mark.parametrize("rows", ["none", "one validation", "nonsense"])
+def test_draws_what_there_is(run, tmp_path, rows):
+    """Fault: no page for a run that has just begun, has one validation alone, or whose records hold no numbers."""
+    folder = Run(shutil.copytree(run.path, tmp_path / "run"))
+    folder.metrics_path.write_text("")
+    if rows == "one validation":
+        folder.append_metrics({"step": 9, "progress": 0.2, "valid": {"bits_per_character": 5.0, "bits_per_byte": 5.0}})
+    elif rows == "nonsense":
+        folder.append_metrics({"step": 1, "terms": 3, "seconds": "x", "hedge": 4, "bits_per_character": [1]})
+        folder.append_metrics(
+            {"step": 2, "terms": {"layer1/offset1/all": 3, "x": {"loss": "NaN"}}, "seconds": math.nan}
+        )
+        folder.append_metrics({"step": 3, "valid": {"bits_per_character": None}})
+        folder.append_metrics({"step": 4, "diagnostics": {"gradient_norm": 3, "bits_per_character": {"layer1": "x"}}})
+    text = write_report([folder.path], tmp_path / "report.html").read_text()
+    drawn = Page(text).drawn
+    assert "weights" in drawn and ("learning" in drawn) == (rows == "one validation")
+    assert "not measured when this page was made" in text
+    if rows == "one validation":
+        assert "5.0000 at step 9" in text
+
+
+def test_parts_that_need_what_is_not_there_say_so(run, tmp_path):
+    """Fault: a page refused, or a part that is silently not there, because the corpus or a checkpoint is gone."""
+    without_corpus = measure(run, UserError("data.path=gone: no such file"), progress=False)
+    text = render(read_runs([run.path]), [without_corpus])
+    assert "data.path=gone: no such file" in text
+    assert Page(text).drawn == DRAWN - {"layers", "positions", "passage"}
+    bare = Run(shutil.copytree(run.path, tmp_path / "run"))
+    shutil.rmtree(bare.checkpoints_path)
+    text = render(read_runs([bare.path]), [measure(bare, corpus_of(run), progress=False)])
+    assert "has no checkpoint" in text
+    assert Page(text).drawn == DRAWN - {"layers", "positions", "passage", "samples"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{tmp}/nowhere"], ["nowhere", "not a run"]),
+        (["{run}", "-o", "{tmp}/file/report.html", "--records-only"], ["report", "cannot be written"]),
+        (["{run}", "--symbols=1"], ["symbols=1", "at least 2"]),
+        ([], ["RUN"]),
+    ],
+)
+def test_mistakes_are_answered_with_one_message(run, tmp_path, capsys, arguments, words):
+    """Fault: a traceback, another exit code, or a page begun."""
+    (tmp_path / "file").write_text("")
+    code = run_script("report", *(part.format(tmp=tmp_path, run=run.path) for part in arguments))
+    message = capsys.readouterr().err
+    assert code == 2 and message.count("error: ") == 1 and "Traceback" not in message
+    assert all(word in message for word in words)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_names_tell_runs_apart():
+    """Fault: two runs of one name in the table and the legend."""
+    assert short_names([Path("/a/runs/x"), Path("/a/runs/y")]) == ["x", "y"]
+    assert short_names([Path("/a/one/x"), Path("/a/two/x")]) == ["one/x", "two/x"]
+    assert short_names([Path("/a/x"), Path("/a/x")]) == ["x", "x"]
+
+
+def test_lines_are_thinned_by_means():
+    """Fault: a line of a long run that fills the page, or one that leaves out what is between its points."""
+    x, y = figures.thinned(np.arange(1000.0), np.arange(1000.0) * 2, most=100)
+    assert len(x) == 100 and x[0] == 4.5 and y[0] == 9.0
+    x, y = figures.thinned(np.arange(4.0), np.array([1.0, math.nan, 3.0, math.inf]))
+    assert x.tolist() == [0.0, 2.0] and y.tolist() == [1.0, 3.0]
