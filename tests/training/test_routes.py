@@ -205,6 +205,7 @@ def test_a_run_moves_from_one_process_to_two_and_back(tmp_path, text_corpus_flag
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="blocks are compiled by a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # the compiler's, of torch's own code
 @pytest.mark.parametrize("way", ["relay", "multiway"])
 def test_compiled_blocks_take_several_backward_passes(way, tmp_path, text_corpus_flags):
     """Guards against compiled graphs that give their buffers away in the first of several backward passes."""
