@@ -59,8 +59,9 @@ def draw_race(result: RaceResult, axes: "Axes") -> None:
     ]
     colours = [VALID if library == "charlm" else TRAIN for _, (_, library) in rows]
     axes.barh(names, medians, xerr=errors, color=colours, height=0.7, error_kw={"ecolor": GREY, "elinewidth": 1})
-    for row, median in enumerate(medians):
-        axes.annotate(f" {median:,.0f}", (median, row), xytext=(6, 0), textcoords="offset points", va="center")
+    for row, (_, (rate, _)) in enumerate(rows):
+        place = (rate["upper_quartile"], row)
+        axes.annotate(f"{rate['median']:,.0f}", place, xytext=(6, 0), textcoords="offset points", va="center")
     axes.margins(x=0.12)
     axes.tick_params(axis="y", length=0)
     axes.spines["top"].set_visible(False)
