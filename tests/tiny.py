@@ -8,6 +8,7 @@ import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 TINY = (
+    "--run.report=false",
     "--model.num_layers=2",
     "--model.num_heads=2",
     "--model.d_model=16",

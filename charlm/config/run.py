@@ -24,6 +24,8 @@ class RunConfig:
     """Continue the run if there is one, else begin it: what a queue that starts a job again needs."""
     max_time: str | None = None
     """Checkpoint and stop when the process has run for so long, before a queue's limit: 3h50m, 90m, 1d12h."""
+    report: bool = True
+    """Leave RUN/report.html when the run is done: what it recorded, and what its model shows if that is quick."""
     tracker: tuple[TrackerName, ...] = ()
     """Experiment trackers that get every number of metrics.jsonl too, each a package of its own to be installed:
     tensorboard, or a list, [tensorboard, wandb]."""

@@ -33,6 +33,7 @@ from charlm.training.guard import Losses, Updates, weighted_losses
 from charlm.training.hardware import build_accelerator, choose_compile, torch_settings
 from charlm.training.opening import TrainState, check_fits, describe, open_run
 from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
+from charlm.training.reporting import report_run
 from charlm.training.sharding import average, no_sync, prepare, shard, unsharded
 from charlm.training.signals import StopRequests
 from charlm.training.trackers import check_installed
@@ -86,6 +87,8 @@ def train(config: Config) -> Path:
                         draw_run(run.path)
                         if config.train.diagnose_every:
                             draw_diagnostics(run.path)
+            if config.run.report and accelerator.is_main_process:
+                report_run(run, corpus, alone=accelerator.num_processes == 1, say=tracker.say)
         accelerator.wait_for_everyone()
         return run.path
 
