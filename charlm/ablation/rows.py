@@ -173,7 +173,12 @@ def _resolve(row: Row, files: Sequence[Path], flags: Sequence[str]) -> Config:
 
 def _job(row: Row, seed: int, config: Config, folder: Path) -> Job:
     run = replace(
-        config.run, dir=folder / row.folder / f"seed-{seed}", resume=False, resume_from=None, auto_resume=True
+        config.run,
+        dir=folder / row.folder / f"seed-{seed}",
+        resume=False,
+        resume_from=None,
+        auto_resume=True,
+        report=False,  # its time would count
     )
     return Job(row.name, seed, replace(config, train=replace(config.train, seed=seed), run=run))
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import sys
 
 from charlm.config import ConfigError, ModelConfig
@@ -19,6 +20,16 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def peak_memory() -> int:
+    """The most that this process has had so far, in bytes: allocated on its GPU, or resident where it uses none."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def physical_memory() -> int:

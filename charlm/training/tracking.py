@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from charlm.config import Config
+from charlm.model.memory import peak_memory
 from charlm.objective.terms import Term, active
 from charlm.runs.folder import Run
 from charlm.training.trackers import numbers, start_trackers
@@ -93,6 +94,7 @@ class Tracker:
             "learning_rate": learning_rate,
             "characters_per_second": speed,
             "seconds": self.seconds,
+            "memory": peak_memory(),
             "terms": {name: {"loss": part, "weight": weights[name]} for name, part in parts.items()},
         }
         if hedge_weights is not None:

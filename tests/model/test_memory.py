@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from charlm.model.memory import peak_memory, physical_memory
+
 HELD_AFTER_FREEING = """
 import os, sys
 import torch
@@ -31,3 +33,11 @@ def test_freed_memory_is_kept():
     }
     assert held["as it comes"] < 2**24
     assert held["keep"] >= 2**26
+
+
+def test_peak_memory_is_in_bytes():
+    """Fault: kilobytes called bytes, or what is free now for what was taken at most."""
+    before = peak_memory()
+    block = bytearray(64 * 2**20)
+    block[::4096] = b"x" * len(block[::4096])
+    assert 20 * 2**20 < before <= peak_memory() < physical_memory()

@@ -24,6 +24,7 @@ class Clock:
 def clock(monkeypatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(tracking, "time", clock)
+    monkeypatch.setattr(tracking, "peak_memory", lambda: 2**20)
     return clock
 
 
@@ -72,6 +73,7 @@ def test_training_rows_by_hand(build_tracker, clock):
             "learning_rate": 0.125,
             "characters_per_second": 2 * 3 * 5 / 4,
             "seconds": 4.0,
+            "memory": 2**20,
             # The update that completed step 2 was weighed at 1/8, before layer 1 of 2 stops at 1/4.
             "terms": {
                 "layer1/offset1/all": {"loss": 4.0, "weight": 1.0},
@@ -88,6 +90,7 @@ def test_training_rows_by_hand(build_tracker, clock):
             "learning_rate": 0.25,
             "characters_per_second": 3 * 5 / 2,
             "seconds": 106.0,
+            "memory": 2**20,
             "terms": {
                 "layer2/offset1/all": {"loss": 1.5, "weight": 1.0},
                 "layer2/offset2/all": {"loss": 2.0, "weight": 0.5},
