@@ -50,6 +50,7 @@ FLAGS = [
     f"--train.valid_every={VALID_EVERY}",
     "--train.valid_symbols=1000",
     "--train.keep_checkpoints=3",
+    "--run.report=false",
 ]
 FREE = {  # what a run that keeps its processes may be
     "precision": ["--train.mixed_precision=no", "--train.mixed_precision=bf16"],

@@ -58,7 +58,7 @@ def test_runs_are_made_measured_and_skipped(jobs_of, make_runs, capfd) -> None:
     }  # fmt: skip
     assert measure(jobs[0]).bits_per_byte == pytest.approx(1.1)
     assert jobs[0].beside(".log").read_text() == "threads 3\n"
-    assert 2**20 < measure(jobs[0]).peak_memory < 2**30
+    assert 2**20 < measure(jobs[0]).peak_memory < 2**36
     assert measure(jobs[0]).cpu_seconds > 0
     said = capfd.readouterr().err
     assert "4 runs; 2 at once, threads of each: 3" in said

@@ -6,6 +6,7 @@ import charlm
 from charlm.training import reporting
 from tiny import TINY
 
+pytestmark = pytest.mark.slow
 FLAGS = (*TINY, "--run.report=true", "--train.log_every=1")
 
 

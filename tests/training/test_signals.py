@@ -113,6 +113,7 @@ def deaf():
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(50))
 def test_a_signal_at_any_moment_leaves_a_run_that_goes_on(seed, whole_run, tmp_path, deaf):
     """Guards against a moment, in a step, a validation or a write, at which a signal loses or doubles something."""
