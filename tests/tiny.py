@@ -1,5 +1,6 @@
 """What tests of whole runs share: a run that is over in a moment, and the scripts as a user calls them."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -20,6 +21,13 @@ TINY = (
     "--train.valid_symbols=100",
 )
 """Flags for scripts/train.py. A test adds its own behind them: the later win."""
+
+
+def history(run: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl, but for what no two runs have alike: the clock's readings, and memory."""
+    measured = {"seconds", "characters_per_second", "memory"}
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in measured} for row in rows]
 
 
 def run_script(name: str, *arguments: str) -> int:

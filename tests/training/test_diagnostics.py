@@ -26,7 +26,7 @@ from charlm.runs.loading import build_objective
 from charlm.training.diagnostics import bits_per_head, diagnose, gradient_figures, spread_windows
 from charlm.training.trackers import numbers
 from launched import train_with_two_processes
-from tiny import TINY
+from tiny import TINY, history
 
 V = 7
 LASTING = LayersConfig(schedule="constant")
@@ -248,8 +248,7 @@ def diagnosed(run: Run) -> dict[int, dict]:
 
 def timeless(run: Run) -> list[dict]:
     """The rows of training and validation without what no two runs have alike."""
-    rows = [row for row in run.metrics() if "diagnostics" not in row]
-    return [{name: row[name] for name in row if name not in ("seconds", "characters_per_second")} for row in rows]
+    return [row for row in history(run.path) if "diagnostics" not in row]
 
 
 def tensors(run: Run) -> dict[str, torch.Tensor]:

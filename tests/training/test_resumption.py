@@ -25,7 +25,7 @@ from charlm.runs.folder import Run
 from charlm.training.opening import check_agreed
 from charlm.training.resumption import check_resumable, rescaled_rows
 from storage import manifest_for
-from tiny import SCRIPTS, TINY
+from tiny import SCRIPTS, TINY, history
 
 STEPS = 24
 FLAGS = [
@@ -71,12 +71,6 @@ def train(*flags: str) -> Path:
 def weights(run: Path, step: int = STEPS) -> tuple[bytes, bytes]:
     folder = run / "checkpoints" / f"step-{step:08d}"
     return (folder / "model.safetensors").read_bytes(), (folder / "optimizer.safetensors").read_bytes()
-
-
-def history(run: Path) -> list[dict]:
-    """The metrics, but for the clock's readings."""
-    clock = ("seconds", "characters_per_second")
-    return [{key: value for key, value in row.items() if key not in clock} for row in Run.open(run).metrics()]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A run that is asked to stop saves what it has learned, says so, and goes on as if it had not been asked."""
 
-import json
 import os
 import random
 import signal
@@ -15,7 +14,7 @@ import pytest
 import charlm
 from charlm.config import ConfigError, RunConfig, Stopped
 from charlm.training import signals
-from tiny import SCRIPTS, TINY, run_script
+from tiny import SCRIPTS, TINY, history, run_script
 
 STEPS = 20
 FLAGS = [
@@ -48,11 +47,6 @@ def saved_steps(run: Path) -> list[int]:
 
 def weights(run: Path) -> bytes:
     return (run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors").read_bytes()
-
-
-def history(run: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
 @pytest.fixture(scope="module")
