@@ -24,7 +24,7 @@ class TrainConfig:
     batch_size: int = 16
     """Windows per optimizer step, over all processes and accumulated micro-batches."""
     micro_batch_size: int | Literal["auto"] | None = None
-    """Most windows that one process holds at once; fewer means gradient accumulation. None: no accumulation; auto: as
+    """Most windows that one process holds at once; fewer means gradient accumulation. null: no accumulation; auto: as
     many as fit into the memory of a GPU."""
     context_divisor: int = 1
     """To begin with, windows this many times shorter than model.context_length, and this many times more of them per
