@@ -38,15 +38,15 @@ def test_it_says_what_help_says(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         cli.parse(cli.WithConfig, ["--help"])
-    shown = capsys.readouterr().out
+    shown, document = capsys.readouterr().out, page()
     names = re.findall(r"^[│ ]+--([\w.]+\.\w+) ", shown, flags=re.MULTILINE)
     assert len(names) > 90
-    assert sorted(names) == sorted(re.findall(r"^- \*\*`([\w.]+)`\*\*: ", page(), flags=re.MULTILINE))
+    assert sorted(names) == sorted(re.findall(r"^- \*\*`([\w.]+)`\*\*: ", document, flags=re.MULTILINE))
     words = re.sub(r"[│\s]", "", shown)
     for kind in records(Config):
         for text in docstrings(kind).values():
             assert re.sub(r"\s", "", text) in words
-            assert text.replace("\n", "\n  ") in page()
+            assert text.replace("\n", "\n  ") in document
 
 
 @dataclass(frozen=True, kw_only=True)
