@@ -20,7 +20,7 @@ def read(
 
     `ids` are equally many for each text, and follow what the cache holds of it.
     """
-    with exact_matmul(trained.device, len(ids) * len(ids[0])):
+    with exact_matmul(trained.device, len(ids[0])):
         ids_BT = torch.tensor(ids, device=trained.device)
         return trained.transformer(ids_BT, [layer], cache, num_last)[layer]
 

@@ -164,7 +164,7 @@ class Streams:
     def _read(self, ids_ST: Tensor) -> Tensor:
         model, device = self._trained.config.model, self._trained.device
         with (
-            exact_matmul(device, ids_ST.numel()),
+            exact_matmul(device, ids_ST.shape[1]),
             torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype != torch.float32),
         ):
             hidden_S1D = self._trained.transformer(ids_ST, cache=self._cache, num_last=1)[model.num_layers]
