@@ -29,7 +29,7 @@ class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """Where the page goes."""
     symbols: int = 20_000
-    """Of the test split, that bits by layer and by position are taken of; more are more exact, and take longer."""
+    """Of the validation split, for bits by layer and by position; more are more exact, and take longer."""
     records_only: bool = False
     """Leave out what needs a model and its corpus: bits by layer and position, the passage, samples."""
     data: cli.MovedCorpus = field(default_factory=cli.MovedCorpus)

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from charlm.report.page import figures, tables
 from charlm.report.page.measured import Measured, bins_of, measure, nats_by_position, read_passage
 from charlm.report.page.passage import pieces_of, visible
 from charlm.report.page.recorded import read_runs, short_names
+from charlm.report.page.svg import Picture
 from charlm.report.page.writing import render, write_report
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
@@ -54,6 +56,14 @@ class Page(html.parser.HTMLParser):
     def drawn(self) -> set[str]:
         names = {attributes.get("data-figure") for _, attributes in self.elements}
         return (names | {own["id"] for tag, own in self.elements if tag == "figure"}) & DRAWN
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_samples() -> Iterator[None]:
+    """Most of the time would be spent on samples."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("charlm.report.page.measured.SAMPLE", 20)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +188,25 @@ def test_scores_by_layer_are_those_of_evaluate(run, measured):
     """Fault: layers mixed up, or scored under another protocol than the one that the page names."""
     import charlm
 
-    score = charlm.bits_per_character(load(run.path), corpus_of(run), limit=300, all_layers=True, progress=False)
+    score = charlm.bits_per_character(
+        load(run.path), corpus_of(run), split="valid", limit=300, all_layers=True, progress=False
+    )
     assert measured.score.layers == score.layers and set(score.layers) == {"1", "2"}
-    assert dict(tables.test_protocol(measured.score))["symbols"].startswith("the first 300:")
+    assert dict(tables.page_protocol(measured.score))["symbols"].startswith("the first 300:")
+
+
+def test_no_figure_is_of_the_test_split(run, measured, monkeypatch):
+    """Fault: a page that one chooses by, and that scores what is kept for the end."""
+    corpus = corpus_of(run)
+    reversed_test = replace(corpus.splits["test"], ids=corpus.splits["test"].ids[::-1].copy())
+    changed = measure(run, replace(corpus, splits=corpus.splits | {"test": reversed_test}), symbols=300, progress=False)
+    assert (changed.score.layers, changed.bins) == (measured.score.layers, measured.bins)
+    assert changed.passage != measured.passage
+    monkeypatch.setattr(figures, "picture", lambda name, label, *drawn: Picture(name, label, "", ""))
+    harder = replace(measured, passage=[replace(piece, bits=9.0) for piece in measured.passage])
+    pages = [render(read_runs([run.path]), [own]) for own in (measured, harder)]
+    first, second = (re.sub(r'<div class="passage".*?</div>|<script.*?</script>', "", own, flags=re.S) for own in pages)
+    assert first == second
 
 
 def test_bits_by_position_against_brute_force(run):

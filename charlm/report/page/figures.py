@@ -1,4 +1,4 @@
-"""The figures of the page: what runs recorded, and what their models make of the test split.
+"""The figures of the page: what runs recorded, and what their models make of the validation split.
 
 Each is a `Picture`, or None where there is nothing to draw. Runs are told apart by colour and dashes, in the order in
 which the page lists them; their names stand in the page's legend, outside of the figures.
@@ -147,7 +147,7 @@ def weights_label(table: Sequence[Term]) -> str:
 
 
 def by_layer(measured: Sequence[Measured | None]) -> Picture | None:
-    """Bits per character of the test split, as each layer predicts it."""
+    """Bits per character of the validation split, as each layer predicts it."""
     lines = {
         place: {int(layer): bits for layer, bits in own.score.layers.items()}
         for place, own in enumerate(measured)
@@ -173,7 +173,7 @@ def by_layer(measured: Sequence[Measured | None]) -> Picture | None:
 
 
 def by_position(measured: Sequence[Measured | None]) -> Picture | None:
-    """Bits per character of the test split by the number of symbols that a prediction is made from."""
+    """Bits per character of the validation split by the number of symbols that a prediction is made from."""
     lines = {place: own.bins for place, own in enumerate(measured) if own is not None and own.bins}
     if not lines:
         return None

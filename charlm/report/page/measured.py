@@ -1,4 +1,7 @@
-"""What a run's model makes of the test split: bits by layer and by position, a passage, samples.
+"""What a run's model makes of held-out text: bits by layer and by position, a passage, samples.
+
+What is scored is of the validation split, as choices are made by looking at pages; of the test split there is a passage
+to read, and no figure.
 
 Shapes: B batch, T positions, V vocabulary, N windows, M predictions of a batch.
 """
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from charlm.config import UserError
 from charlm.data.corpus import Corpus
-from charlm.inference.evaluation import Score, bits_per_character, check_options
+from charlm.inference.evaluation import Score, bits_per_character
 from charlm.inference.generation import generate
 from charlm.inference.matmul import exact_matmul
 from charlm.inference.scoring import BATCH_SYMBOLS, nats, visit_predictions
@@ -22,7 +25,7 @@ from charlm.runs.folder import Run
 from charlm.runs.loading import TrainedModel, load
 
 SYMBOLS = 20_000
-"""Of the test split, that bits by layer and by position are taken of."""
+"""Of the validation split, that bits by layer and by position are taken of."""
 PASSAGE = 1_200
 """Symbols of the passage that is shown."""
 LIKELIEST = 5
@@ -60,7 +63,7 @@ class Measured:
     """What there is of a run; `missing` says of each other part why it is not there."""
 
     score: Score | None = None
-    """Of each layer that has a head, and of the first symbols of the test split."""
+    """Of each layer that has a head, and of the first symbols of the validation split."""
     bins: list[Bin] = field(default_factory=list)
     num_windows: int = 0
     passage: list[Piece] = field(default_factory=list)
@@ -76,7 +79,7 @@ def measure(run: Run, corpus: Corpus | UserError, *, symbols: int = SYMBOLS, pro
 
     Args:
         corpus: or why it is not at hand; then there are samples alone.
-        symbols: of the test split, for bits by layer and by position.
+        symbols: of the validation split, for bits by layer and by position.
         progress: show a bar on stderr if that is a terminal.
     """
     measured = Measured()
@@ -89,13 +92,13 @@ def measure(run: Run, corpus: Corpus | UserError, *, symbols: int = SYMBOLS, pro
     try:
         if isinstance(corpus, UserError):
             raise corpus
-        check_options(trained, corpus, "test", symbols, None, "fp32")
-        ids = corpus.splits["test"].ids
-        measured.score = bits_per_character(trained, corpus, limit=symbols, all_layers=True, progress=progress)
+        measured.score = bits_per_character(
+            trained, corpus, split="valid", limit=symbols, all_layers=True, progress=progress
+        )
+        valid, ids = corpus.splits["valid"], corpus.splits["test"].ids
         measured.num_windows = max(1, symbols // trained.config.model.context_length)
-        nats_NT = nats_by_position(trained, ids, measured.num_windows)
-        split = corpus.splits["test"]
-        measured.bins = bins_of(nats_NT, split.symbols / split.characters)
+        nats_NT = nats_by_position(trained, valid.ids, measured.num_windows)
+        measured.bins = bins_of(nats_NT, valid.symbols / valid.characters)
         measured.passage_start = start_of_passage(trained, ids)
         measured.passage = read_passage(trained, ids, measured.passage_start, PASSAGE)
         prompt = _prompt_before(trained, ids, measured.passage_start) or prompt

@@ -21,8 +21,8 @@ PLACES = ("run.dir", "run.resume", "run.resume_from", "run.auto_resume", "data.c
 def results(runs: Sequence[Recorded], measured: Sequence[Measured | None]) -> tuple[list[str], list[list[str]]]:
     """The heads and the rows of the table, a row for each run; a column that no run has is left out."""
     heads = [
-        "steps", "characters seen", "training bpc", "best validation bpc", "test bpc, part", "time", "characters/s",
-        "memory", "skipped updates",
+        "steps", "characters seen", "training bpc", "best validation bpc", "validation bpc, by this page", "time",
+        "characters/s", "memory", "skipped updates",
     ]  # fmt: skip
     rows = [_result(run, own) for run, own in zip(runs, measured, strict=True)]
     kept = [place for place in range(len(heads)) if any(row[place] != NONE for row in rows)]
@@ -72,8 +72,8 @@ def validation_protocol(run: Recorded) -> list[tuple[str, str]]:
     ]
 
 
-def test_protocol(score: Score) -> list[tuple[str, str]]:
-    """How a page measured the test split."""
+def page_protocol(score: Score) -> list[tuple[str, str]]:
+    """How a page scored the validation split."""
     return [
         ("split", score.split),
         ("symbols", f"the first {score.symbols:,}: {score.characters:,} characters, {score.bytes:,} bytes"),

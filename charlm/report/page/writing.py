@@ -99,7 +99,7 @@ def _section(place: int, run: Recorded, measured: Measured | None, row: list[str
         "measured": measured,
         "passage": _passage_data(measured) if measured else "",
         "validation": tables.validation_protocol(run),
-        "test": tables.test_protocol(measured.score) if measured and measured.score else [],
+        "by_page": tables.page_protocol(measured.score) if measured and measured.score else [],
         "origin": tables.origin(run),
         "config": to_yaml(run.config),
     }
