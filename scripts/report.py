@@ -28,7 +28,7 @@ class Options:
     """The folders of the runs."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """Where the page goes."""
-    symbols: int = 20_000
+    characters: int = 20_000
     """Of the validation split, for bits by layer and by position; more are more exact, and take longer."""
     records_only: bool = False
     """Leave out what needs a model and its corpus: bits by layer and position, the passage, samples."""
@@ -39,8 +39,8 @@ def main() -> None:
     options = cli.parse(Options)
     if not options.runs:
         raise charlm.UserError("RUN: there is none; give the folder of a run, or several")
-    if options.symbols < 2:
-        raise charlm.UserError(f"symbols={options.symbols}: must be at least 2")
+    if options.characters < 2:
+        raise charlm.UserError(f"characters={options.characters}: must be at least 2")
     from charlm.report.page.measured import measure
     from charlm.report.page.recorded import read_runs
     from charlm.report.page.writing import write_report
@@ -48,7 +48,7 @@ def main() -> None:
     measured = None
     if not options.records_only:
         measured = [
-            measure(run.run, corpus_of(options.data.where(run.config.data)), symbols=options.symbols)
+            measure(run.run, corpus_of(options.data.where(run.config.data)), characters=options.characters)
             for run in read_runs(options.runs)
         ]
     path = write_report(options.runs, options.output, measured)

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import numpy as np
 
 from charlm.data.corpus import Corpus
-from charlm.report.page.measured import SYMBOLS, measure
+from charlm.report.page.measured import CHARACTERS, measure
 from charlm.report.page.recorded import Recorded, read_runs
 from charlm.report.page.writing import write_report
 from charlm.runs.folder import Run
 
 QUICK_SECONDS = 10
-"""The model is measured for the page where training passes over so many symbols in that time."""
+"""The model is measured for the page where training passes over so many characters in that time."""
 QUICK_LAYERS = 16
 """And where it is no deeper: samples are written a symbol after the other, each of which passes all layers."""
 
@@ -35,5 +35,5 @@ def is_quick(run: Recorded) -> bool:
     """Whether the model can be measured while the user waits, by the speed of training."""
     _, speeds = run.of_training("characters_per_second")
     speeds = speeds[np.isfinite(speeds)]
-    fast = len(speeds) > 0 and float(np.median(speeds)) * QUICK_SECONDS >= SYMBOLS
+    fast = len(speeds) > 0 and float(np.median(speeds)) * QUICK_SECONDS >= CHARACTERS
     return fast and run.config.model.num_layers <= QUICK_LAYERS

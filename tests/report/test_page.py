@@ -123,7 +123,7 @@ def other(corpus_file, tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def measured(run) -> Measured:
-    return measure(run, corpus_of(run), symbols=300, progress=False)
+    return measure(run, corpus_of(run), characters=300, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -188,18 +188,21 @@ def test_scores_by_layer_are_those_of_evaluate(run, measured):
     """Fault: layers mixed up, or scored under another protocol than the one that the page names."""
     import charlm
 
+    corpus = corpus_of(run)
+    first = bytes(corpus.splits["valid"].ids).decode()[:300].encode()
     score = charlm.bits_per_character(
-        load(run.path), corpus_of(run), split="valid", limit=300, all_layers=True, progress=False
+        load(run.path), corpus, split="valid", limit=len(first), all_layers=True, progress=False
     )
     assert measured.score.layers == score.layers and set(score.layers) == {"1", "2"}
-    assert dict(tables.page_protocol(measured.score))["symbols"].startswith("the first 300:")
+    assert f"{len(first)}: 300 characters" in dict(tables.page_protocol(measured.score))["symbols"]
 
 
 def test_no_figure_is_of_the_test_split(run, measured, monkeypatch):
     """Fault: a page that one chooses by, and that scores what is kept for the end."""
     corpus = corpus_of(run)
     reversed_test = replace(corpus.splits["test"], ids=corpus.splits["test"].ids[::-1].copy())
-    changed = measure(run, replace(corpus, splits=corpus.splits | {"test": reversed_test}), symbols=300, progress=False)
+    corpus = replace(corpus, splits=corpus.splits | {"test": reversed_test})
+    changed = measure(run, corpus, characters=300, progress=False)
     assert (changed.score.layers, changed.bins) == (measured.score.layers, measured.bins)
     assert changed.passage != measured.passage
     monkeypatch.setattr(figures, "picture", lambda name, label, *drawn: Picture(name, label, "", ""))
@@ -297,7 +300,7 @@ def test_hostile_text_stays_text(run, measured, tmp_path):
 def test_several_runs_are_overlaid(run, other, tmp_path):
     """Fault: runs under one colour or name, a difference not listed or one that is none, a run left out."""
     code = run_script(
-        "report", str(run.path), str(other.path), "-o", str(tmp_path / "new" / "two.html"), "--symbols=200"
+        "report", str(run.path), str(other.path), "-o", str(tmp_path / "new" / "two.html"), "--characters=200"
     )
     assert code == 0
     text = (tmp_path / "new" / "two.html").read_text()
@@ -311,6 +314,43 @@ def test_several_runs_are_overlaid(run, other, tmp_path):
     assert named == {"model.num_layers": ["2", "3"], "train.seed": ["0", "1"]}
     learning = figures.learning(runs)
     assert {"var(--series-0)", "var(--series-1)"} <= set(re.findall(r"var\(--series-\d\)", learning.wide))
+
+
+SIZES = {"symbols": 1000, "characters": 900, "bytes": 1000}
+CORPUS = {"name": "enwik8", "sha256": "a" * 64, "vocabulary": {"name": "bytes", "utf8": True}}
+CORPUS |= {"splits": dict.fromkeys(("train", "valid", "test"), SIZES)}
+OTHER_TEXT, OTHER_VOCABULARY = {"sha256": "b" * 64}, {"vocabulary": {"name": "characters", "sha256": "c"}}
+OTHER_SPLITS = {"splits": CORPUS["splits"] | {"train": SIZES | {"bytes": 1100}}}
+
+
+@pytest.mark.parametrize(
+    ("corpus", "scored", "words", "rows"),
+    [
+        ({}, (100, 100), None, []),
+        ({"name": "file"}, (100, 100), None, []),
+        (OTHER_VOCABULARY, (1000, 2000), None, []),
+        (OTHER_TEXT | OTHER_VOCABULARY, (1000, 2000), "different texts", ["text", "vocabulary"]),
+        (OTHER_SPLITS, (100, 100), "hold out different parts", ["splits"]),
+        ({}, (100, 200), "validated on different parts", ["validated on"]),
+        (OTHER_VOCABULARY, (100, 100), "validated on different parts", ["vocabulary"]),
+        (OTHER_VOCABULARY, (100, 1000), "validated on different parts", ["vocabulary", "validated on"]),
+    ],
+)
+def test_runs_that_do_not_compare_say_so(run, monkeypatch, corpus, scored, words, rows):
+    """Fault: bits per character of different texts drawn over each other without a word, or a warning where there is
+    no reason for one: models of one text compare across vocabularies."""
+    monkeypatch.setattr(figures, "picture", lambda name, label, *drawn: Picture(name, label, "", ""))
+    (first,) = read_runs([run.path])
+    trains = [replace(first.config.train, valid_symbols=symbols) for symbols in scored]
+    configs = [replace(first.config, train=train) for train in trains]
+    records = [{"corpus": CORPUS}, {"corpus": CORPUS | corpus}]
+    runs = [replace(first, config=own, provenance=record) for own, record in zip(configs, records, strict=True)]
+    why, differing = tables.mismatch(runs) or ("", [])
+    assert (words or "") in why and bool(why) == bool(words)
+    assert [name for name, _ in differing] == rows
+    page = render(runs, [None, None])
+    warning, figure = page.find('class="warning"'), page.index('id="learning"')
+    assert (0 < warning < figure and why in page) if words else warning == -1
 
 
 @pytest.mark.parametrize("rows", ["none", "one validation", "nonsense"])
@@ -353,7 +393,7 @@ def test_parts_that_need_what_is_not_there_say_so(run, tmp_path):
     [
         (["{tmp}/nowhere"], ["nowhere", "not a run"]),
         (["{run}", "-o", "{tmp}/file/report.html", "--records-only"], ["report", "cannot be written"]),
-        (["{run}", "--symbols=1"], ["symbols=1", "at least 2"]),
+        (["{run}", "--characters=1"], ["characters=1", "at least 2"]),
         ([], ["RUN"]),
     ],
 )

@@ -67,7 +67,7 @@ def page(tmp_path_factory) -> str:
     flags += ["--train.steps=20", "--train.log_every=1", "--train.diagnose_every=10", f"--run.dir={folder / 'run'}"]
     config = charlm.load_config(overrides=[*TINY, *flags])
     run = charlm.train(config)
-    measured = measure(Run(run), charlm.load_corpus(config.data), symbols=300, progress=False)
+    measured = measure(Run(run), charlm.load_corpus(config.data), characters=300, progress=False)
     return write_report([run], folder / "report.html", [measured]).read_text()
 
 

@@ -7,6 +7,7 @@ Shapes: B batch, T positions, V vocabulary, N windows, M predictions of a batch.
 """
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from charlm.config import UserError
 from charlm.data.corpus import Corpus
+from charlm.data.vocabulary import Vocabulary
 from charlm.inference.evaluation import Score, bits_per_character
 from charlm.inference.generation import generate
 from charlm.inference.matmul import exact_matmul
@@ -24,7 +26,7 @@ from charlm.runs.checkpoints import FOLDER, checkpoint_folders, find_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.loading import TrainedModel, load
 
-SYMBOLS = 20_000
+CHARACTERS = 20_000
 """Of the validation split, that bits by layer and by position are taken of."""
 PASSAGE = 1_200
 """Symbols of the passage that is shown."""
@@ -63,7 +65,7 @@ class Measured:
     """What there is of a run; `missing` says of each other part why it is not there."""
 
     score: Score | None = None
-    """Of each layer that has a head, and of the first symbols of the validation split."""
+    """Of each layer that has a head, and of the first characters of the validation split."""
     bins: list[Bin] = field(default_factory=list)
     num_windows: int = 0
     passage: list[Piece] = field(default_factory=list)
@@ -74,12 +76,12 @@ class Measured:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def measure(run: Run, corpus: Corpus | UserError, *, symbols: int = SYMBOLS, progress: bool = True) -> Measured:
+def measure(run: Run, corpus: Corpus | UserError, *, characters: int = CHARACTERS, progress: bool = True) -> Measured:
     """Measure a run's best checkpoint, and let those that are kept write.
 
     Args:
         corpus: or why it is not at hand; then there are samples alone.
-        symbols: of the validation split, for bits by layer and by position.
+        characters: of the validation split, for bits by layer and by position.
         progress: show a bar on stderr if that is a terminal.
     """
     measured = Measured()
@@ -92,10 +94,11 @@ def measure(run: Run, corpus: Corpus | UserError, *, symbols: int = SYMBOLS, pro
     try:
         if isinstance(corpus, UserError):
             raise corpus
+        valid, ids = corpus.splits["valid"], corpus.splits["test"].ids
+        symbols = symbols_of(characters, valid.ids, corpus.vocabulary)
         measured.score = bits_per_character(
             trained, corpus, split="valid", limit=symbols, all_layers=True, progress=progress
         )
-        valid, ids = corpus.splits["valid"], corpus.splits["test"].ids
         measured.num_windows = max(1, symbols // trained.config.model.context_length)
         nats_NT = nats_by_position(trained, valid.ids, measured.num_windows)
         measured.bins = bins_of(nats_NT, valid.symbols / valid.characters)
@@ -110,6 +113,12 @@ def measure(run: Run, corpus: Corpus | UserError, *, symbols: int = SYMBOLS, pro
     except UserError as error:  # a checkpoint that went meanwhile, of a run that goes on
         measured.missing["samples"] = str(error)
     return measured
+
+
+def symbols_of(characters: int, ids: np.ndarray, vocabulary: Vocabulary) -> int:
+    """The symbols that spell the first so many characters of a text: the same text whatever the vocabulary."""
+    most = min(len(ids), 4 * characters)  # no character of UTF-8 has more bytes
+    return bisect_right(range(1, most + 1), characters, key=lambda count: vocabulary.count_characters(ids[:count]))
 
 
 @torch.no_grad()

@@ -59,12 +59,10 @@ def headline(run: Recorded) -> str:
 
 def validation_protocol(run: Recorded) -> list[tuple[str, str]]:
     """How a run was validated: what its curve and its best figure mean."""
-    train, corpus = run.config.train, run.provenance["corpus"]
-    whole = run.corpus_split("valid").get("symbols")
-    scored = min(train.valid_symbols, whole) if isinstance(whole, int) else train.valid_symbols
+    corpus = run.provenance["corpus"]
     return [
         ("split", "valid"),
-        ("symbols", f"the first {scored:,}" + (f" of {whole:,}" if isinstance(whole, int) else "")),
+        ("symbols", _validated(run)),
         ("stride", f"{max(1, run.config.model.context_length // 2)}"),
         ("context", f"{run.config.model.context_length}"),
         ("precision", "that of training"),
@@ -98,6 +96,26 @@ def origin(run: Recorded) -> list[tuple[str, str]]:
     ]
 
 
+def mismatch(runs: Sequence[Recorded]) -> tuple[str, list[tuple[str, list[str]]]] | None:
+    """Why bits per character of runs do not compare, and what differs between them; None where they do.
+
+    Vocabularies may differ, as it is the characters of the text that bits are divided by; but then the first so many
+    symbols are not the same text.
+    """
+    described = [("text", _text), ("splits", _splits), ("vocabulary", vocabulary), ("validated on", _validated)]
+    rows = [(name, [describe(run) for run in runs]) for name, describe in described]
+    scored = {"all" if _validates_all(run) else (vocabulary(run), _validated(run)) for run in runs}
+    if len({run.provenance["corpus"].get("sha256") for run in runs}) > 1:
+        why = "These runs read different texts: their bits per character cannot be compared."
+    elif len({_splits(run) for run in runs}) > 1:
+        why = "These runs hold out different parts of one text: their bits per character cannot be compared."
+    elif len(scored) > 1:
+        why = "These runs validated on different parts of the split: their validations cannot be compared."
+    else:
+        return None
+    return why, [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
 def options(config: Config) -> dict[str, str]:
     """Every option of a config by its dotted name."""
     return _flat(yaml.safe_load(to_yaml(config)))
@@ -118,6 +136,36 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours:,} h {minutes:02} min"
     return f"{minutes} min {whole % 60:02} s" if minutes else f"{whole} s"
+
+
+def vocabulary(run: Recorded) -> str:
+    """What symbols a run reads."""
+    record = run.provenance["corpus"].get("vocabulary")
+    if not isinstance(record, dict):
+        return NONE
+    digest = record.get("sha256")
+    return f"{record.get('name')}" + (f" (SHA-256 {str(digest)[:12]}…)" if digest else "")
+
+
+def _text(run: Recorded) -> str:
+    corpus = run.provenance["corpus"]
+    return f"{corpus.get('name')} (SHA-256 {str(corpus.get('sha256'))[:12]}…)"
+
+
+def _splits(run: Recorded) -> str:
+    return " + ".join(str(run.corpus_split(name).get("bytes", NONE)) for name in ("train", "valid", "test")) + " bytes"
+
+
+def _validates_all(run: Recorded) -> bool:
+    whole = run.corpus_split("valid").get("symbols")
+    return isinstance(whole, int) and run.config.train.valid_symbols >= whole
+
+
+def _validated(run: Recorded) -> str:
+    whole = run.corpus_split("valid").get("symbols")
+    if _validates_all(run):
+        return f"all {whole:,}"
+    return f"the first {run.config.train.valid_symbols:,}" + (f" of {whole:,}" if isinstance(whole, int) else "")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -62,6 +62,8 @@ def render(runs: Sequence[Recorded], measured: Sequence[Measured | None]) -> str
             by_layer=figures.by_layer(measured),
             by_position=figures.by_position(measured),
             missing=_missing(runs, measured),
+            mismatch=tables.mismatch(runs),
+            one_vocabulary=len({tables.vocabulary(run) for run in runs}) == 1,
             differences=tables.differences(configs if len(runs) > 1 else [Config(), *configs]),
             light=palette(dark=False),
             dark=palette(dark=True),
