@@ -23,8 +23,8 @@ INTRODUCTION = """\
 # Configuration
 
 Every option, with what it may be and what it is unless you set it. The same texts: `python scripts/train.py --help`,
-which with `--config FILE` shows that file's values as the defaults. What they make together, before anything runs:
-`python scripts/explain.py --config FILE`.
+which with a `--config` shows that file's values as the defaults. What they make together, before anything runs:
+`python scripts/explain.py --config configs/demo.yaml`.
 
 An option is a line of a YAML file, or a flag of `scripts/train.py`, `explain.py`, `prepare.py` and `ablate.py`:
 
@@ -38,7 +38,7 @@ train: {steps: 1e5, micro_batch_size: null}
 
 ```sh
 python scripts/explain.py --config configs/enwik8_t12.yaml --model.num_layers=6 --aux.layers.enabled=false
-python scripts/explain.py --config configs/demo.yaml --config configs/methods/keras.yaml --aux.layers.weights="{3: 0.5}"
+python scripts/explain.py --config configs/demo.yaml --config configs/methods/keras.yaml --aux.layers.at="[1/3, 2/3]"
 ```
 
 - A file says only what differs from the defaults. Of several `--config` the later wins, option by option, and flags

@@ -1,0 +1,301 @@
+"""Every command in README.md and docs/: read by its own parser, and run in the order of its document.
+
+Commands are the lines of ```sh blocks and what stands in backticks and begins with `python scripts/` or `make `; a
+```python block is one, too. A block under `<!-- needs: a GPU -->` (or what else NEEDS names) is only read.
+"""
+
+import hashlib
+import importlib
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from os import environ
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from charlm import cli
+from charlm.config import DataConfig
+from charlm.config_files import load_config
+from charlm.data.corpus import load_corpus
+from charlm.data.sources import PUBLISHED, Published
+from launched import ON_CPU
+from tiny import run_script
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NEEDS = ("a GPU", "a network", "a cluster")
+ELSEWHERE = {
+    "python scripts/ablate.py": "tests/ablation/test_ablate_script.py",
+    "python scripts/benchmark.py": "tests/benchmark/test_benchmark_races.py",
+    "make test": ".ci/run",
+    "make soak": "tests/soak.py",
+    "make lint": "Makefile",
+}
+"""What takes too long to be run once more, or is what runs this: how a command begins, and the file that has it."""
+SMALL = {
+    "data": {"corpus": "file", "path": "my.txt"},
+    "model": {"num_heads": 2, "d_model": 16, "d_ff": 16, "context_length": 16, "ngram_buckets": 16, "ngram_width": 4},
+    "train": {"steps": 4, "batch_size": 4, "mixed_precision": "no", "valid_every": 2, "valid_symbols": 100},
+}
+"""What the configs say in the folder that commands are run in."""
+STEPS = (r"(--run\.resume_from|--train\.steps)=\d+", r"\1=4")
+"""The one thing that is rewritten in a command: the number of a step, as runs are short."""
+TEXT = "".join(f"<page {number}>\u00e9 is the {number * number}th of them.\n" for number in range(500))
+FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+)
+INLINE = re.compile(r"`((?:python scripts/|make )[^`]*)`")
+
+
+class Command(NamedTuple):
+    place: str
+    """Document and line."""
+    language: str
+    """sh or python."""
+    text: str
+    mark: str | None
+
+
+def commands_in(document: Path) -> Iterator[Command]:
+    """All of a document, in order."""
+    text, found, end = document.read_text(encoding="utf-8"), [], 0
+    for fence in FENCE.finditer(text):
+        found += [(match.start(), "sh", match[1], None) for match in INLINE.finditer(text, end, fence.start())]
+        lines = [fence["text"]] if fence["language"] == "python" else []
+        if fence["language"] == "sh":
+            lines = re.findall(r"(?:.*\\\n)*.+", fence["text"])
+        for line in lines:
+            found.append((text.index(line, fence.start("text")), fence["language"], line, fence["mark"]))
+        end = fence.end()
+    found += [(match.start(), "sh", match[1], None) for match in INLINE.finditer(text, end)]
+    name = document.relative_to(ROOT) if document.is_relative_to(ROOT) else document.name
+    for start, language, line, mark in found:
+        line = line if language == "python" else line.replace("\\\n", " ").replace("\n", " ")
+        yield Command(f"{name}:{text[:start].count(chr(10)) + 1}", language, line, mark)
+
+
+ALL = [command for document in DOCUMENTS for command in commands_in(document)]
+LINES = [command for command in ALL if command.language == "sh"]
+
+
+def words_of(line: str) -> tuple[dict[str, str], list[str]]:
+    """The environment that a line of shell begins with, and its words, patterns replaced by files."""
+    words = []
+    for word in shlex.split(line, comments=True):
+        files = sorted(ROOT.glob(word)) if "*" in word and " " not in word else []
+        words += [str(file.relative_to(ROOT)) for file in files] or [word]
+    first = next(index for index, word in enumerate(words) if not re.fullmatch(r"[A-Z_]+=.*", word))
+    return dict(word.split("=", 1) for word in words[:first]), words[first:]
+
+
+class Read(BaseException):
+    """A script has read its command line; what comes then is work."""
+
+
+def read_by_script(script: str, *words: str) -> None:
+    """Have a script read its own command line; ablate also makes its rows."""
+
+    def stop(*args: Any, **options: Any) -> None:
+        raise Read
+
+    def parse_and_stop(kind: type, argv: list[str] | None = None) -> None:
+        parse(kind, argv)
+        raise Read
+
+    parse = cli.parse
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [script, *words])
+        patch.setattr(sys, "path", list(sys.path))
+        if script == "scripts/ablate.py":
+            patch.setattr("charlm.ablation.runner.Runner", stop)
+        else:
+            patch.setattr(cli, "parse", parse_and_stop)
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except Read:
+            return
+        except SystemExit as end:
+            assert end.code == 0 and "--help" in words
+
+
+def read(line: str) -> None:
+    """Have the program of a line of shell read it, and do nothing."""
+    environment, (program, *words) = words_of(line)
+    if program == "python" and words[0] == "-c":
+        compile(words[1], line, "exec")
+    elif program == "python":
+        read_by_script(*words)
+    elif program in ("accelerate", "torchrun"):
+        if program == "accelerate":
+            launcher = importlib.import_module("accelerate.commands.launch").launch_command_parser()
+            assert words.pop(0) == "launch"
+        else:
+            launcher = importlib.import_module("torch.distributed.run").get_args_parser()
+        options = launcher.parse_args(words)
+        assert not getattr(options, "config_file", None) or (ROOT / options.config_file).is_file()
+        read_by_script(options.training_script, *options.training_script_args)
+    elif program == "sbatch":
+        assert (ROOT / words[0]).is_file()
+        read_by_script("scripts/train.py", "--config", environment["CONFIG"], *words[1:])
+    elif program == "make":
+        (target,) = words
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif program == "pip":
+        assert words[0] == "install"
+        for option, file in zip(words[1::2], words[2::2], strict=True):
+            assert option == "-r" and (ROOT / file).is_file()
+    else:
+        raise AssertionError(f"{line}: nothing here reads {program}")
+
+
+@pytest.mark.parametrize("command", [pytest.param(command, id=command.place) for command in LINES])
+def test_a_command_is_understood(command: Command) -> None:
+    """Guards against documents that name flags, values, configs, scripts or targets which are no more."""
+    read(command.text)
+
+
+def test_every_command_is_seen() -> None:
+    """Guards against a command in a block that is no ```sh, and marks that nobody understands."""
+    assert len(LINES) > 50
+    assert {command.mark for command in ALL} <= {None, "order.py", *(f"needs: {what}" for what in NEEDS)}
+    assert all((ROOT / file).is_file() for file in ELSEWHERE.values())
+    for document in DOCUMENTS:
+        rest = FENCE.sub(lambda fence: "" if fence["language"] == "sh" else fence[0], document.read_text("utf-8"))
+        hidden = r"^ *(?:python (?:scripts/|-).*|accelerate launch.*|torchrun .*|pip install.*)"
+        assert re.findall(hidden, rest, re.MULTILINE) == [], document
+
+
+def test_yaml_in_documents(tmp_path: Path) -> None:
+    """Guards against an example of a config file that charlm refuses."""
+    blocks = [
+        fence["text"]
+        for file in DOCUMENTS
+        for fence in FENCE.finditer(file.read_text("utf-8"))
+        if fence["language"] == "yaml"
+    ]
+    assert blocks
+    for block in blocks:
+        (tmp_path / "example.yaml").write_text(block)
+        load_config(tmp_path / "example.yaml")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python scripts/train.py --config configs/dmeo.yaml",
+        "python scripts/evaluate.py runs/demo --all-layer",
+        "python scripts/ablate.py --config configs/ablation_cpu.yaml --sweep aux.layers.wieght=0,1",
+        "accelerate launch --config_file configs/accelerate/tpu.yaml scripts/train.py --config configs/demo.yaml",
+        "CONFIG=configs/none.yaml sbatch scripts/slurm/one_node.sbatch",
+        "make dmeo",
+        "pip install -r requirements-none.txt",
+        "pyhton scripts/train.py",
+    ],
+)
+def test_a_wrong_command_is_refused(line: str) -> None:
+    """Guards against a check of the documents that lets everything pass."""
+    with pytest.raises(AssertionError):
+        read(line)
+
+
+def test_commands_of_a_document(tmp_path: Path) -> None:
+    """Guards against lines that are lost between fences, marks, continuations and prose."""
+    document = tmp_path / "page.md"
+    document.write_text(
+        "Say `make test`, or `python scripts/report.py\nruns/a` and `python`.\n\n"
+        "<!-- needs: a GPU -->\n```sh\npython a.py  # one\n\nX=1 python b.py \\\n    --c\n```\n"
+        "```\npython d.py\n```\n\n```python\nimport e\n\nf()\n```\n`make lint`\n"
+    )
+    assert list(commands_in(document)) == [
+        ("page.md:1", "sh", "make test", None),
+        ("page.md:1", "sh", "python scripts/report.py runs/a", None),
+        ("page.md:6", "sh", "python a.py  # one", "needs: a GPU"),
+        ("page.md:8", "sh", "X=1 python b.py      --c", "needs: a GPU"),
+        ("page.md:16", "python", "import e\n\nf()\n", None),
+        ("page.md:20", "sh", "make lint", None),
+    ]
+    assert words_of("X=1 python b.py 'c d'  # e") == ({"X": "1"}, ["python", "b.py", "c d"])
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkout whose configs are small, with a small enwik8 in its cache, the run of `make demo`, and some files."""
+    folder = tmp_path_factory.mktemp("documents") / "checkout"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (folder / ".venv" / "bin" / "python").chmod(0o755)
+    for name in ("charlm", "scripts", "Makefile", "requirements.txt"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv" / ".installed").touch()
+    for name in ("my.txt", "FILE", "README.md"):
+        (folder / name).write_text(TEXT if name == "my.txt" else TEXT[:1000])
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    for file in (folder / "configs").glob("*.yaml"):
+        config = yaml.safe_load(file.read_text())
+        small = {
+            section: options if section == "data" else config.get(section, {}) | options
+            for section, options in SMALL.items()
+        }
+        file.write_text(yaml.safe_dump(config | small))
+    for file in (folder / "configs" / "accelerate").iterdir():
+        file.write_text(f"{file.read_text()}main_process_port: 0\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("CHARLM_CACHE", str(folder / "cache"))
+        content = TEXT.encode()
+        digest = hashlib.sha256(content).hexdigest()
+        sizes = (len(content) - 2000, 1000, 1000)
+        small = Published(
+            url="",
+            archive_size=0,
+            archive_sha256="",
+            member="",
+            size=len(content),
+            algorithm="sha256",
+            digest=digest,
+            split_sizes=sizes,
+        )
+        patch.setitem(PUBLISHED, "enwik8", small)
+        load_corpus(DataConfig(corpus="enwik8", path=folder / "my.txt"))
+        assert run_script("train", "--config", "configs/demo.yaml") == 0
+        yield folder
+
+
+def run(command: Command) -> None:
+    """Run it in the working folder."""
+    if command.language == "python":
+        exec(compile(command.text, command.place, "exec"), {"__name__": "__main__"})
+        return
+    line = re.sub(*STEPS, command.text)
+    environment, words = words_of(line)
+    for word in words:
+        if re.fullmatch(r"runs/\w+", word) and not Path(word).exists():
+            shutil.copytree("runs/demo", word)
+    if words[0] == "python" and words[1].startswith("scripts/"):
+        assert not environment
+        code = run_script(Path(words[1]).stem, *words[2:])
+    else:
+        path = f"{Path(sys.executable).parent}:{environ['PATH']}"
+        code = subprocess.run(["bash", "-c", line], env=environ | ON_CPU | {"PATH": path}, timeout=600).returncode
+    assert code == 0, f"{command.place}: {command.text}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", [pytest.param(document, id=document.name) for document in DOCUMENTS])
+def test_a_document_can_be_followed(document: Path, checkout: Path, tmp_path: Path, monkeypatch) -> None:
+    """Guards against commands that fail where they stand: in this order, on what those before have left."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(checkout, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("CHARLM_CACHE", str(checkout / "cache"))
+    for command in commands_in(document):
+        if command.mark is None and not command.text.startswith(tuple(ELSEWHERE)):
+            run(command)
