@@ -13,6 +13,7 @@ import tyro
 from charlm import arguments
 from charlm.config import Config, DataConfig, Stopped, UserError
 from charlm.config_files import OPTIONS, explaining, settings_in_files
+from charlm.terminal import fitted
 
 T = TypeVar("T")
 PATIENCE = 10.0
@@ -91,11 +92,11 @@ def script(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         if not is_main_process():
             time.sleep(PATIENCE)
-        print(f"error: {error}", file=sys.stderr)
+        print(fitted(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
         if is_main_process():
-            print(stopped, file=sys.stderr)
+            print(fitted(str(stopped)), file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -4,6 +4,7 @@ For a GPU or several processes: accelerate launch --config_file configs/accelera
 """
 
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ def main() -> None:
     config = cli.parse(Train).settings
     run = charlm.train(config)
     if cli.is_main_process():
-        print(f"Next: python scripts/evaluate.py {run}", f"      python scripts/generate.py {run}", sep="\n")
+        name = shlex.quote(str(run))
+        print(f"Next: python scripts/evaluate.py {name}\n      python scripts/generate.py {name} --prompt 'The '")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from charlm.ablation.rows import Job
 from charlm.config import UserError
 from charlm.config_files import to_yaml
 from charlm.runs.folder import write_whole
+from charlm.terminal import fitted
 
 POLL_SECONDS = 0.2
 REDRAW_SECONDS = 2.0
@@ -179,7 +180,7 @@ class Runner:
             self.signals, self.signalled_at = self.signals + 1, now
 
     def _say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(fitted(line), file=sys.stderr)
 
     def _draw(self) -> None:
         shares = [(child, progress(child.job)) for child in self.children]

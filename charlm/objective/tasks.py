@@ -4,7 +4,7 @@ Shapes: B batch, T positions, D d_model, W characters of a window (T + the longe
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from torch import nn
@@ -46,18 +46,19 @@ def auxiliary_task(name: str) -> Callable[[Builder], Builder]:
     return register
 
 
-def build_tasks(config: Config, vocabulary_size: int) -> nn.ModuleDict | None:
-    """The modules of the tasks in `aux.tasks`, fresh; None if there are none.
-
-    Raises:
-        UserError: one is not registered.
-    """
-    for name in config.aux.tasks:
+def check_registered(names: Iterable[str]) -> None:
+    """Raise UserError if one of the tasks is not registered."""
+    for name in names:
         if name not in _builders:
             known = ", ".join(sorted(_builders)) or "none"
             raise UserError(
                 f"aux.tasks: {name!r} is not registered; registered are: {known}. "
                 "Run a script of your own that registers it with charlm.auxiliary_task (docs/tasks.md)"
             )
+
+
+def build_tasks(config: Config, vocabulary_size: int) -> nn.ModuleDict | None:
+    """The modules of the tasks in `aux.tasks`, fresh; None if there are none. UserError if one is not registered."""
+    check_registered(config.aux.tasks)
     names = sorted(config.aux.tasks)
     return nn.ModuleDict({name: _builders[name](config.model, vocabulary_size) for name in names}) if names else None

@@ -4,7 +4,7 @@ Shapes: B windows of this process, W characters of a window.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,7 @@ from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, 
 from charlm.model.memory import keep_freed_memory
 from charlm.objective.objective import Objective
 from charlm.objective.routing import Joint, build_route, one_backward
-from charlm.report.diagnostics import draw_diagnostics
-from charlm.report.figures import draw_run
+from charlm.objective.tasks import check_registered
 from charlm.runs.loading import build_objective
 from charlm.runs.snapshot import take_snapshot
 from charlm.training.checkpointing import CheckpointWriter
@@ -31,9 +30,9 @@ from charlm.training.diagnostics import diagnose
 from charlm.training.failures import explained, find_micro_batch_size
 from charlm.training.guard import Losses, Updates, weighted_losses
 from charlm.training.hardware import build_accelerator, choose_compile, torch_settings
-from charlm.training.opening import TrainState, check_fits, describe, open_run
+from charlm.training.opening import TrainState, check_fits, check_folder, describe, open_run
 from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
-from charlm.training.reporting import report_run
+from charlm.training.reporting import draw_pictures, report_run
 from charlm.training.sharding import average, no_sync, prepare, shard, unsharded
 from charlm.training.signals import StopRequests
 from charlm.training.trackers import check_installed
@@ -50,6 +49,8 @@ def train(config: Config) -> Path:
             all steps, that which was being taken included.
     """
     check_installed(config.run.tracker)
+    check_registered(config.aux.tasks)
+    check_folder(config.run)
     keep_freed_memory()
     with StopRequests(config.run.max_seconds) as stop, torch_settings(config.train, one_backward(config.aux)):
         accelerator, precision_reason = build_accelerator(config.train)
@@ -83,12 +84,11 @@ def train(config: Config) -> Path:
                 Training(config, corpus, accelerator, objective, route, state, tracker, writer, stop).fit()
             finally:
                 if accelerator.is_main_process:
-                    with suppress(UserError):  # it ended before there was a point to draw
-                        draw_run(run.path)
-                        if config.train.diagnose_every:
-                            draw_diagnostics(run.path)
-            if config.run.report and accelerator.is_main_process:
-                report_run(run, corpus, alone=accelerator.num_processes == 1, say=tracker.say)
+                    draw_pictures(run, config)
+            tracker.conclude(state.best_step, state.best_bits)
+            if accelerator.is_main_process:
+                with tracker.showing("drawing the report"):
+                    report_run(run, config, corpus, alone=accelerator.num_processes == 1, say=tracker.say)
         accelerator.wait_for_everyone()
         return run.path
 
@@ -116,7 +116,8 @@ class Training:
                 if self.due(train.valid_every) and state.validated_step < state.step:
                     self.validate()
                 elif self.due(train.checkpoint_every) and self.saved_step < state.step:
-                    self.save()
+                    with self.tracker.speed_paused("saving"):
+                        self.save()
                 if state.step == train.steps:
                     return
                 self.stop.check()
@@ -210,7 +211,7 @@ class Training:
     def diagnose(self) -> None:
         """Record what the heads know, and what the losses of the newest step ask of each layer."""
         self.read_updates()
-        with self.tracker.speed_paused():
+        with self.tracker.speed_paused("diagnosing"):
             progress = (self.state.step - 1) / self.config.train.steps
             diagnostics = diagnose(self.config, self.corpus, self.objective, self.accelerator, progress)
             self.tracker.log_diagnostics(self.state.step, diagnostics)
@@ -218,7 +219,7 @@ class Training:
     def validate(self) -> None:
         """Score the validation split, and save."""
         state = self.state
-        with self.tracker.speed_paused():
+        with self.tracker.speed_paused("validating"):
             bits_per_character, bits_per_byte = validate(
                 self.config, self.corpus, self.objective, self.accelerator.mixed_precision, self.stop.check
             )

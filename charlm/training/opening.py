@@ -92,12 +92,8 @@ def open_run(
         UserError: the folder holds something else, what it holds cannot be continued so, or it is in use.
     """
     main, run = accelerator.is_main_process, Run(config.run.dir)
+    resumes = check_folder(config.run)
     with run.refused_unless("read"):
-        resumes = goes_on(config.run)
-        if resumes:
-            Run.open(run.path)
-        else:
-            run.check_absent()
         config, news = _without_repetition(config)
     accelerator.wait_for_everyone()  # all have seen the folder as it was
     with run.lock() if main else nullcontext():
@@ -123,6 +119,10 @@ def open_run(
         accelerator.wait_for_everyone()
         state.processes, state.precision = accelerator.num_processes, accelerator.mixed_precision
         state.valid_symbols = config.train.valid_symbols
+        if state.step == config.train.steps:
+            news.append(
+                f"finished before, with step {state.step:,}; --train.steps=N trains on, schedules stretch to it"
+            )
         yield run, state, news
 
 
@@ -165,7 +165,11 @@ def _continue_from(
             accelerator.scaler.load_state_dict(scaler)
     except (TypeError, KeyError) as error:
         raise UserError(f"{checkpoint.path / 'state.json'} is not what training writes: {error}") from error
-    news = rescaled_rows(objective.terms, state.step, old.train.steps, new.train.steps)
+    news = []
+    if old.train.steps != new.train.steps:
+        before, now = (state.step / steps for steps in (old.train.steps, new.train.steps))
+        news.append(f"schedules go by step / train.steps and so stretch: {before:.3f} is now {now:.3f}")
+    news += rescaled_rows(objective.terms, state.step, old.train.steps, new.train.steps)
     for name, before, now in (
         ("processes", state.processes, accelerator.num_processes),
         ("precision", state.precision, accelerator.mixed_precision),
@@ -193,6 +197,17 @@ def check_agreed(run: Run, step: int, accelerator: Accelerator) -> None:
             f"{run.path}: the processes would go on from different steps, {lowest} to {highest}; see to it that all "
             "machines can read the same checkpoints, and start again"
         )
+
+
+def check_folder(config: RunConfig) -> bool:
+    """Whether the run in the folder is to be continued. UserError if it can't, or no new one can begin there."""
+    run = Run(config.dir)
+    with run.refused_unless("read"):
+        if not goes_on(config):
+            run.check_absent()
+            return False
+        Run.open(run.path)
+        return True
 
 
 def goes_on(run: RunConfig) -> bool:
@@ -226,20 +241,22 @@ def _without_repetition(config: Config) -> tuple[Config, list[str]]:
 def describe(
     config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator, precision_reason: str
 ) -> list[str]:
-    """The first lines of a run: on what, how and why so, and what will be done."""
+    """The first lines of a run: what will be done, on what, how and why so."""
     parameters = sum(parameter.numel() for parameter in objective.parameters())
     device = f"{accelerator.num_processes} x {accelerator.device.type}"
     if accelerator.device.type == "cpu":
-        device += f" ({torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        device += f" ({threads} thread{'s' if threads > 1 else ''})"
     if is_sharded(objective):
         device += ", sharded by FSDP2"
     terms = f"{len(objective.terms)} term" + ("s" if len(objective.terms) > 1 else "")
     lines = [
-        f"{device}, precision {accelerator.mixed_precision} ({precision_reason}), {describe_attention(config)}",
-        f"{corpus.name}, {corpus.splits['train'].symbols:,} symbols of vocabulary {corpus.vocabulary.name}; "
-        f"{config.model.num_layers} layers, {parameters / 1e6:.1f}M parameters, {terms}",
-        f"{config.train.steps:,} steps of {config.train.batch_size * config.model.context_length:,} characters, "
-        f"seed {config.train.seed}, into {config.run.dir}",
+        f"{config.run.dir}: {config.train.steps:,} steps of {config.train.batch_size * config.model.context_length:,} "
+        f"characters, {parameters / 1e6:.1f}M parameters, {config.model.num_layers} layers, {terms}",
+        f"{corpus.name}: {corpus.splits['train'].symbols:,} symbols of vocabulary {corpus.vocabulary.name}, "
+        f"seed {config.train.seed}",
+        f"{device}, precision {accelerator.mixed_precision} ({precision_reason})",
+        describe_attention(config),
     ]
     if config.aux.route != "joint":
         cost = route_cost(config, objective)

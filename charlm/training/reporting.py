@@ -1,10 +1,14 @@
-"""The report page that a run leaves when it is done."""
+"""What a run leaves to look at: pictures, and a page when it is done."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 
+from charlm.config import Config, UserError
 from charlm.data.corpus import Corpus
+from charlm.report.diagnostics import draw_diagnostics
+from charlm.report.figures import draw_run
 from charlm.report.page.measured import CHARACTERS, measure
 from charlm.report.page.recorded import Recorded, read_runs
 from charlm.report.page.writing import write_report
@@ -16,12 +20,29 @@ QUICK_LAYERS = 16
 """And where it is no deeper: samples are written a symbol after the other, each of which passes all layers."""
 
 
-def report_run(run: Run, corpus: Corpus, *, alone: bool, say: Callable[[str], None]) -> None:
-    """Write RUN/report.html. What goes wrong is said, and no more: the run is done and its checkpoints are safe.
+def draw_pictures(run: Run, config: Config) -> None:
+    """Draw RUN/run.png, and what the run has of diagnostics."""
+    with suppress(UserError):  # it ended before there was a point to draw
+        draw_run(run.path)
+        if config.train.diagnose_every:
+            draw_diagnostics(run.path)
+
+
+def report_run(run: Run, config: Config, corpus: Corpus, *, alone: bool, say: Callable[[str], None]) -> None:
+    """Write RUN/report.html if `config` wants it, and say what there is to look at.
 
     Bits by layer and by position, the passage and the samples need the model. They are left to scripts/report.py
-    unless they are quick, and this is the only process.
+    unless they are quick, and this process is `alone`.
     """
+    if config.run.report:
+        _write_page(run, corpus, alone, say)
+    made = [name for name in ("report.html", "run.png", "diagnostics.png") if (run.path / name).exists()]
+    if made:
+        say(f"{run.path} has {', '.join(made)}")
+
+
+def _write_page(run: Run, corpus: Corpus, alone: bool, say: Callable[[str], None]) -> None:
+    """What goes wrong is said, and no more: the run is done and its checkpoints are safe."""
     try:
         measured = None
         if alone and is_quick(*read_runs([run.path])):

@@ -12,6 +12,7 @@ from charlm.config import Config
 from charlm.model.memory import peak_memory
 from charlm.objective.terms import Term, active
 from charlm.runs.folder import Run
+from charlm.terminal import fitted
 from charlm.training.trackers import numbers, start_trackers
 
 
@@ -43,7 +44,10 @@ class Tracker:
         self.symbols_per_step = config.train.batch_size * config.model.context_length
         self.main_names = [f"layer{config.model.num_layers}/offset1/{positions}" for positions in ("all", "last")]
         self.trackers = start_trackers(config, run, step) if main else []
-        self.started = time.perf_counter() - seconds
+        self.began = time.perf_counter()
+        self.started = self.began - seconds
+        self.paused_seconds = 0.0
+        """Of this process: what validations, checkpoints and diagnostics took."""
         self.logged_step, self.logged_time = step, time.perf_counter()
         self.lost_rows = 0
         self.bar = tqdm(
@@ -51,9 +55,9 @@ class Tracker:
             initial=step,
             disable=None if main else True,
             dynamic_ncols=True,
-            bar_format="{desc} {remaining} left",
+            smoothing=0,  # or the time left would leap with every validation
+            bar_format="{n}/{total} {remaining} left{postfix}{desc}",
         )
-        self.bar.set_description_str(f"{step}/{self.total_steps}")
 
     @property
     def seconds(self) -> float:
@@ -61,11 +65,23 @@ class Tracker:
         return time.perf_counter() - self.started
 
     @contextmanager
-    def speed_paused(self) -> Iterator[None]:
-        """What happens inside does not count towards the characters per second."""
-        paused = time.perf_counter()
-        yield
-        self.logged_time += time.perf_counter() - paused
+    def speed_paused(self, doing: str) -> Iterator[None]:
+        """What happens inside does not count towards the characters per second; the progress line says `doing`."""
+        began = time.perf_counter()
+        with self.showing(doing):
+            yield
+        took = time.perf_counter() - began
+        self.logged_time += took
+        self.paused_seconds += took
+
+    @contextmanager
+    def showing(self, doing: str) -> Iterator[None]:
+        """The progress line says what is being done in place of training."""
+        self.bar.set_postfix_str(doing)
+        try:
+            yield
+        finally:
+            self.bar.set_postfix_str("", refresh=False)
 
     def log_training(
         self,
@@ -100,11 +116,11 @@ class Tracker:
         if hedge_weights is not None:
             row["hedge"] = {f"layer{layer}": weight for layer, weight in hedge_weights.items()}
         self._record(row)
-        shown_bits = "" if bits is None else f" {bits:.3f} bpc"
+        shown_bits = "" if bits is None else f" {bits:.3f} bpc"  # all of it fits into 80 columns
         terms = f"{len(parts)} term" + ("s" if len(parts) > 1 else "")
         shown_speed = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
         self.bar.set_description_str(
-            f"{step}/{self.total_steps} loss {loss:.3f}{shown_bits} lr {learning_rate:.1e} {terms} {shown_speed} ch/s",
+            f" loss {loss:.4g}{shown_bits} lr {learning_rate:.1e} {terms} {shown_speed} ch/s",
             refresh=False,
         )
         self.bar.update(step - self.bar.n)
@@ -138,7 +154,17 @@ class Tracker:
     def say(self, line: str) -> None:
         """Print a line above the progress line."""
         if self.main:
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(fitted(line), file=sys.stderr)
+
+    def conclude(self, best_step: int | None, best_bits: float | None) -> None:
+        """Say what was reached, and what this process took for it."""
+        if best_bits is not None:
+            self.say(
+                f"best: {best_bits:.4f} bits per character on valid, at step {best_step:,} of {self.total_steps:,}"
+            )
+        took = time.perf_counter() - self.began
+        aside = self.paused_seconds / took if took else 0.0
+        self.say(f"time: {tqdm.format_interval(took)}, {aside:.0%} of it for validations and checkpoints")
 
     def close(self) -> None:
         """Leave the trackers and the terminal in order."""

@@ -100,6 +100,8 @@ def test_what_is_not_registered_is_named():
     charlm.auxiliary_task("ant")(lambda config, vocabulary_size: torch.nn.Identity())
     with pytest.raises(UserError, match=r"'order' is not registered; registered are: ant, zebra\. "):
         build_objective(charlm.load_config(overrides=[*TINY, OFFERED]), 5)
+    with pytest.raises(UserError, match="'order' is not registered"):  # before the corpus is looked for
+        charlm.train(charlm.load_config(overrides=[*TINY, OFFERED, "--data.corpus=file", "--data.path=nowhere"]))
     monkeys = charlm.load_config(overrides=[*TINY, "--aux.tasks={zebra: 1, ant: 2}"])
     assert list(build_objective(monkeys, 5).tasks) == ["ant", "zebra"]
     assert build_objective(monkeys, 5, tasks=False).tasks is None

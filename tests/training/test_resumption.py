@@ -166,8 +166,9 @@ def test_resuming_on_a_changed_text_is_refused(whole_run, tmp_path):
 def test_a_run_folder_that_exists_is_not_overwritten(whole_run, tmp_path):
     """Guards against losing a run to a repeated command; the message must say how to continue."""
     flags, whole = whole_run
+    missing = ("--data.corpus=file", "--data.path=nowhere")  # the folder is looked at before the corpus is
     with pytest.raises(UserError, match=r"holds a run already; continue it with --run.resume=true"):
-        train(*flags, f"--run.dir={whole}")
+        train(*flags, *missing, f"--run.dir={whole}")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         train(*flags, f"--run.dir={tmp_path}")
@@ -196,14 +197,17 @@ def test_resuming_where_there_is_no_run_is_refused(whole_run, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_changed_length_is_recorded(whole_run, tmp_path):
-    """Guards against a config.yaml that no longer says what the run does."""
+def test_changed_length_is_recorded_and_said(whole_run, tmp_path, capfd):
+    """Guards against a config.yaml that no longer says what the run does, and schedules that stretch without a word."""
     flags, whole = whole_run
     longer = tmp_path / "longer"
     shutil.copytree(whole, longer)
     train(*flags, f"--run.dir={longer}", "--run.resume=true", f"--train.steps={STEPS + 4}")
     assert Run.open(longer).config().train.steps == STEPS + 4
     assert json.loads((longer / "metrics.jsonl").read_text().splitlines()[-1])["step"] == STEPS + 4
+    said = capfd.readouterr().err
+    assert f"schedules go by step / train.steps and so stretch: 1.000 is now {STEPS / (STEPS + 4):.3f}\n" in said
+    assert "finished before" not in said
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

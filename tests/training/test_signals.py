@@ -161,16 +161,19 @@ def test_times_are_read_as_written(text, seconds):
     assert RunConfig(max_time=text).max_seconds == seconds
 
 
-def test_the_same_command_begins_goes_on_and_has_ended(whole_run, tmp_path, at):
-    """Guards against a job that its queue starts again, and that refuses its own folder or trains past its end."""
+def test_the_same_command_begins_goes_on_and_has_ended(whole_run, tmp_path, at, capfd):
+    """Guards against a job that its queue starts again, and that refuses its own folder or trains past its end, or
+    does nothing without a word."""
     flags, whole = whole_run
     command = [*flags, f"--run.dir={tmp_path / 'run'}", "--run.auto_resume=true"]
     at("accumulate_gradients", 3, signal.SIGUSR1)
     run = train(*command)
     assert saved_steps(run) == [3]
-    for _ in range(2):
+    for finished in (False, True):
+        capfd.readouterr()
         train(*command)
         assert weights(run) == weights(whole) and history(run) == history(whole)
+        assert ("finished before, with step" in capfd.readouterr().err) == finished
 
 
 def test_a_launcher_that_begins_again_means_the_run_that_it_began(whole_run, tmp_path, at, monkeypatch):

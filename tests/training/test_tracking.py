@@ -60,7 +60,7 @@ def test_training_rows_by_hand(build_tracker, clock):
     clock.now += 4.0
     tracker.log_training(2, 0.125, 9.0, parts(4.0, 3.0, 2.0, 1.0))
     clock.now += 1.0
-    with tracker.speed_paused():
+    with tracker.speed_paused("validating"):
         clock.now += 100.0
     clock.now += 1.0
     tracker.log_training(3, 0.25, 2.5, parts(1.5, 2.0))
@@ -146,12 +146,43 @@ def test_the_progress_line(build_tracker, clock, capsys, monkeypatch):
         clock.now += 1.0
         tracker.log_training(step, 0.002, 2.5, parts(*losses))
         tracker.bar.refresh()
+    with tracker.showing("validating"):
+        pass
     tracker.close()
     lines = [line.strip() for line in capsys.readouterr().err.replace("\r", "\n").splitlines()]
-    shown = [line for line in lines if line.startswith("2/8 loss 2.500 4.000 bpc lr 2.0e-03 4 terms 30 ch/s ")]
-    assert shown and all(line.endswith(" left") for line in shown)
+    shown = [line for line in lines if line.startswith("2/8 ")]
+    assert shown and all(line.endswith(" left loss 2.5 4.000 bpc lr 2.0e-03 4 terms 30 ch/s") for line in shown)
     assert any(line.startswith("0/8 ") for line in lines)  # before the first step is over, too
-    assert "8/8 loss 2.500 3.000 bpc lr 2.0e-03 2 terms 90 ch/s 00:00 left" in lines
+    assert "8/8 00:00 left, validating loss 2.5 3.000 bpc lr 2.0e-03 2 terms 90 ch/s" in lines
+    assert lines[-1] == "8/8 00:00 left loss 2.5 3.000 bpc lr 2.0e-03 2 terms 90 ch/s"
+
+
+def test_the_progress_line_of_a_long_run_fits(build_tracker, clock, capsys, monkeypatch):
+    """Guards against a line that is cut in a terminal of 80 columns, the last of it being the speed."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "81")  # tqdm leaves one of those that COLUMNS names
+    tracker = build_tracker()
+    tracker.bar.total = tracker.total_steps = 100_000
+    tracker.symbols_per_step = 512
+    tracker.bar.start_t -= 40_000.0
+    clock.now += 4.0
+    tracker.log_training(50_000, 0.002, 123.456, parts(1.5, 2.0))
+    tracker.bar.refresh()
+    line = capsys.readouterr().err.rpartition("\r")[2]
+    assert line.strip() == "50000/100000 11:06:40 left loss 123.5 3.000 bpc lr 2.0e-03 2 terms 6400.0k ch/s"
+
+
+def test_what_was_reached(build_tracker, clock, capfd):
+    """Guards against a time that counts what was taken before a resumption, and a share of something else."""
+    tracker = build_tracker(seconds=1000.0)
+    clock.now += 30.0
+    with tracker.speed_paused("validating"):
+        clock.now += 10.0
+    tracker.conclude(4, 2.5)
+    assert capfd.readouterr().err == (
+        "best: 2.5000 bits per character on valid, at step 4 of 8\n"
+        "time: 00:40, 25% of it for validations and checkpoints\n"
+    )
 
 
 def test_a_log_file_gets_no_progress_line(build_tracker, clock, capfd):

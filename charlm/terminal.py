@@ -1,0 +1,17 @@
+"""Lines for people, as wide as their terminal."""
+
+import os
+import sys
+import textwrap
+
+
+def fitted(text: str) -> str:
+    """`text` with lines that are too wide for the terminal broken at spaces; as it is if stderr is no terminal."""
+    try:
+        width = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, AttributeError):  # no terminal, or not even a file
+        return text
+    return "\n".join(
+        "\n".join(textwrap.wrap(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+        for line in text.split("\n")
+    )

@@ -1,0 +1,38 @@
+"""Lines as wide as their terminal."""
+
+import fcntl
+import os
+import struct
+import sys
+import termios
+
+import pytest
+
+from charlm.terminal import fitted
+
+MESSAGE = "error: data.corpus=file: --run.resume=true is one word\n  and this line is short"
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (30, "error: data.corpus=file:\n  --run.resume=true is one\n  word\n  and this line is short"),
+        (20, "error:\n  data.corpus=file:\n  --run.resume=true\n  is one word\n  and this line is\n  short"),
+        (80, MESSAGE),
+    ],
+)
+def test_lines_break_at_spaces(columns, shown, monkeypatch):
+    """Guards against words that a terminal cuts in two, options above all, and lines that are joined."""
+    master, slave = os.openpty()
+    with os.fdopen(slave, "w") as stderr:
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert fitted(MESSAGE) == shown
+    os.close(master)
+
+
+def test_elsewhere_lines_stay_whole(tmp_path, monkeypatch):
+    """Guards against log files that nothing can be searched in."""
+    with (tmp_path / "log").open("w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert fitted("word " * 100) == "word " * 100
