@@ -6,6 +6,7 @@ Commands are the lines of ```sh blocks and what stands in backticks and begins w
 
 import hashlib
 import importlib
+import math
 import re
 import runpy
 import shlex
@@ -17,6 +18,7 @@ from os import environ
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import yaml
 
@@ -25,6 +27,9 @@ from charlm.config import DataConfig
 from charlm.config_files import load_config
 from charlm.data.corpus import load_corpus
 from charlm.data.sources import PUBLISHED, Published
+from charlm.data.vocabulary import ByteVocabulary
+from charlm.data.windows import evaluation_windows
+from charlm.inference.evaluation import bits_per, count_units
 from launched import ON_CPU
 from tiny import run_script
 
@@ -41,13 +46,13 @@ ELSEWHERE = {
 """What takes too long to be run once more, or is what runs this: how a command begins, and the file that has it."""
 SMALL = {
     "data": {"corpus": "file", "path": "my.txt"},
-    "model": {"num_heads": 2, "d_model": 16, "d_ff": 16, "context_length": 16, "ngram_buckets": 16, "ngram_width": 4},
+    "model": {"num_heads": 2, "d_model": 16, "d_ff": 16, "ngram_buckets": 16, "ngram_width": 4},
     "train": {"steps": 4, "batch_size": 4, "mixed_precision": "no", "valid_every": 2, "valid_symbols": 100},
 }
 """What the configs say in the folder that commands are run in."""
 STEPS = (r"(--run\.resume_from|--train\.steps)=\d+", r"\1=4")
 """The one thing that is rewritten in a command: the number of a step, as runs are short."""
-TEXT = "".join(f"<page {number}>\u00e9 is the {number * number}th of them.\n" for number in range(500))
+TEXT = "".join(f"<page {number}>\u00e9 is the {number * number}th of them.\n" for number in range(2000))
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
@@ -187,6 +192,27 @@ def test_yaml_in_documents(tmp_path: Path) -> None:
         load_config(tmp_path / "example.yaml")
 
 
+def test_example_of_evaluation() -> None:
+    """Guards against an example by hand that is not what evaluation does."""
+    text = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
+    rows = [[cell.split() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    numbers = [[list(map(int, cell)) for cell in row] for row in rows if len(row) == 5 and row[2][0].isdigit()]
+    (no_window, no_input, *first), *windows = numbers
+    assert (no_window, no_input, *first) == ([], [], [0], [0], [0])
+    expected = evaluation_windows(num_symbols=8, context_length=4, stride=2)
+    assert [window for window, *_ in windows] == [[0], [1], [2]] and expected.length == 4
+    for start, scored, (_, reads, predicts, counts, context) in zip(*expected[:2], windows, strict=True):
+        assert reads == list(range(start, start + 4))
+        assert predicts == [symbol + 1 for symbol in reads]
+        assert counts == predicts[scored:]
+        assert context == [symbol - start for symbol in counts]
+    (bits,) = [[int(*cell) for cell in row[1:]] for row in rows if row[0] == ["bits"]]
+    nats = np.array(bits) * math.log(2)
+    example = np.frombuffer("caf\u00e9 au".encode(), np.uint8)
+    characters, num_bytes = count_units(example, ByteVocabulary())
+    assert f"{bits_per(nats, num_bytes):.0f} bits per byte, 24 / 7 = {bits_per(nats, characters):.3f} bits per" in text
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -252,7 +278,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("CHARLM_CACHE", str(folder / "cache"))
         content = TEXT.encode()
         digest = hashlib.sha256(content).hexdigest()
-        sizes = (len(content) - 2000, 1000, 1000)
+        sizes = (len(content) - 4000, 2000, 2000)
         small = Published(
             url="",
             archive_size=0,
