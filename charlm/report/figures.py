@@ -178,14 +178,23 @@ def _label_rows(blocks: dict[str, list[Term]], axes: "Axes") -> None:
     for name, block in blocks.items():
         labels |= {top + row: str(term.layer) for row, term in enumerate(block) if row % stride == 0}
         middle = top + (len(block) - 1) / 2
-        axes.text(-0.055, middle, name, transform=axes.get_yaxis_transform(), ha="right", va="center")
+        axes.annotate(
+            name, (0, middle), xytext=(-2.8, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset fontsize",
+            ha="right", va="center",
+        )  # fmt: skip
         if top:
             axes.axhline(top - 0.5, color=GREY, linewidth=0.8)
         top += len(block)
     axes.set_yticks(list(labels), labels.values())
     axes.tick_params(axis="y", length=0)
     axes.annotate(
-        "layer", (0, 1), xytext=(-4, 4), xycoords="axes fraction", textcoords="offset points", ha="right", color=GREY
+        "layer",
+        (0, 1),
+        xytext=(-0.35, 0.7),
+        xycoords="axes fraction",
+        textcoords="offset fontsize",
+        ha="right",
+        color=GREY,
     )
 
 

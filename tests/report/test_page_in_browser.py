@@ -5,10 +5,13 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 import charlm
+from charlm.config import DataConfig
+from charlm.data.corpus import prepared_corpus
 from charlm.report.page.measured import measure
 from charlm.report.page.writing import write_report
 from charlm.runs.folder import Run
@@ -30,9 +33,18 @@ addEventListener("load", () => {
   for (const figure of document.querySelectorAll("figure, [data-figure]")) {
     const inside = figure.querySelector("svg") ? [...figure.querySelectorAll("svg")] : [figure];
     const shown = inside.map((one) => one.getBoundingClientRect()).filter((box) => box.width && box.height);
-    const sizes = [...figure.querySelectorAll("svg text")].map((one) => one.getBoundingClientRect().height);
+    const words = [...figure.querySelectorAll("svg text")].map((one) => [one.textContent, one.getBoundingClientRect()])
+      .filter(([, box]) => box.width && box.height);
+    const bounds = shown[0];
+    const cut = words.filter(([, box]) => box.left < bounds.left - 1 || box.right > bounds.right + 1
+      || box.top < bounds.top - 3 || box.bottom > bounds.bottom + 3);
+    const overlap = words.filter(([, a], place) => words.slice(0, place).some(([, b]) =>
+      Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+      && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 0.3 * Math.min(a.height, b.height)));
     seen[figure.id || figure.dataset.figure] = {
-      shown: shown.length, left: shown[0]?.left, right: shown[0]?.right, text: Math.max(0, ...sizes),
+      shown: shown.length, left: bounds?.left, right: bounds?.right, words: words.length,
+      text: Math.max(0, ...words.map(([, box]) => box.height)),
+      cut: cut.map(([text]) => text), overlap: overlap.map(([text]) => text),
     };
   }
   const span = document.querySelector(".passage span");
@@ -58,17 +70,39 @@ FRAME = """<!doctype html><body><iframe src="page.html" style="width: {width}px;
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")]
 
 
+def page_of_a_run(folder: Path, *flags: str) -> str:
+    """The page of a run of all losses, with diagnostics."""
+    losses = [f"--aux.{loss}.enabled=true" for loss in ("positions", "layers", "targets")]
+    config = charlm.load_config(overrides=[*TINY, *losses, *flags, f"--run.dir={folder / 'run'}"])
+    run = charlm.train(config)
+    measured = measure(Run(run), charlm.load_corpus(config.data), progress=False)
+    return write_report([run], folder / "report.html", [measured]).read_text()
+
+
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("run")
+def small_page(tmp_path_factory) -> str:
+    """Of a run of some steps on a text that a page must not take for its own words."""
+    folder = tmp_path_factory.mktemp("small")
     text = folder / "text.txt"
     text.write_text("".join(f"{number} é <b>&amp;\t</script>\n" for number in range(1500)))
-    flags = ["--data.corpus=file", f"--data.path={text}", f"--data.cache_dir={folder / 'cache'}"]
-    flags += ["--train.steps=20", "--train.log_every=1", "--train.diagnose_every=10", f"--run.dir={folder / 'run'}"]
-    config = charlm.load_config(overrides=[*TINY, *flags])
-    run = charlm.train(config)
-    measured = measure(Run(run), charlm.load_corpus(config.data), characters=300, progress=False)
-    return write_report([run], folder / "report.html", [measured]).read_text()
+    data = ["--data.corpus=file", f"--data.path={text}", f"--data.cache_dir={folder / 'cache'}"]
+    return page_of_a_run(folder, *data, "--train.steps=20", "--train.log_every=1", "--train.diagnose_every=10")
+
+
+@pytest.fixture(scope="module")
+def enwik8_page(tmp_path_factory) -> str:
+    """Of a minute's run on enwik8, where there is a copy of it."""
+    folder = tmp_path_factory.mktemp("enwik8")
+    data = []
+    if prepared_corpus(DataConfig()) is None:
+        if not (copy := os.environ.get("CHARLM_ENWIK8")):
+            pytest.skip("enwik8 is not prepared in the cache, and CHARLM_ENWIK8 names no copy (raw, .gz, .xz, .zip)")
+        data = [f"--data.path={copy}", f"--data.cache_dir={folder / 'cache'}"]
+    model = ["--model.num_layers=6", "--model.num_heads=4", "--model.d_model=64", "--model.d_ff=256"]
+    model += ["--model.context_length=64", "--model.positions=rotary"]
+    train = ["--train.steps=300", "--train.batch_size=16", "--train.optimizer=muon", "--train.learning_rate=5e-3"]
+    train += ["--train.valid_every=0.1", "--train.diagnose_every=0.1", "--train.valid_symbols=5000"]
+    return page_of_a_run(folder, *data, *model, *train, "--train.keep_checkpoints=3")
 
 
 def opened(page: str, tmp_path, width: int) -> dict:
@@ -91,9 +125,12 @@ def opened(page: str, tmp_path, width: int) -> dict:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_is_whole_in_a_browser(page, tmp_path, width):
-    """Faults: an error in the console, a request, a figure that is hidden, too wide, twice there, or has labels too
-    small to read; a passage that does not answer."""
+@pytest.mark.parametrize("run", ["small", "enwik8"])
+def test_the_page_is_whole_in_a_browser(request, tmp_path, run, width):
+    """Faults: an error in the console, a request, a figure that is hidden, empty, too wide, twice there, or has labels
+    that are cut, lie over each other or are too small to read; a passage that does not answer."""
+    page = request.getfixturevalue(f"{run}_page")
+    assert len(page.encode()) < 5_000_000
     told = opened(page, tmp_path, width)
     assert told["width"] == width
     assert (told["noticed"], told["requests"], told["console"]) == ([], [], [])
@@ -105,17 +142,27 @@ def test_the_page_is_whole_in_a_browser(page, tmp_path, width):
         assert figure["shown"] == 1, name
         assert figure["left"] >= 0 and figure["right"] <= width, name
         assert figure["text"] == 0 or figure["text"] >= 11, name
+        assert (figure["cut"], figure["overlap"]) == ([], []), name
     assert told["scroll"] <= width
     assert "bits" in told["tip"] and told["rows"] == 5
 
 
-def test_a_page_that_fetches_or_fails_would_be_noticed(page, tmp_path):
+def test_a_page_that_fetches_or_fails_would_be_noticed(small_page, tmp_path):
     """Fault: a watch that sees nothing whatever the page does."""
-    guard = re.search(r"<meta http-equiv=[^>]*>", page)[0]
-    bad = page.replace("</main>", '<img src="http://127.0.0.1:9/x.png"><script>nothing.at.all();</script></main>')
+    guard = re.search(r"<meta http-equiv=[^>]*>", small_page)[0]
+    bad = small_page.replace("</main>", '<img src="http://127.0.0.1:9/x.png"><script>nothing.at.all();</script></main>')
     told = opened(bad, tmp_path, 1280)
     assert any("nothing is not defined" in line for line in told["noticed"])
     assert any(line.startswith("request: http://127.0.0.1:9") for line in told["noticed"])
     assert told["console"]
     told = opened(bad.replace(guard, ""), tmp_path, 1280)
     assert "http://127.0.0.1:9/x.png" in told["requests"]
+
+
+def test_labels_that_cannot_be_read_would_be_noticed(small_page, tmp_path):
+    """Fault: a look at the labels that finds nothing whatever lies over them."""
+    before, after = small_page.split('<div class="narrow">', 1)
+    first, *_, last = re.findall(r"<text.*?</text>", before)
+    before = before.replace(first, first + first).replace(last, last.replace("<text", '<text dx="9999"', 1))
+    learning = opened(before + '<div class="narrow">' + after, tmp_path, 1280)["seen"]["learning"]
+    assert (len(learning["overlap"]), len(learning["cut"])) == (1, 1)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 MOST_POINTS = 300
 """Of a line: more are averaged, as pixels could not show them."""
-POINTS_OF_A_LOSS = 80
-"""Each is as noisy as its batch: means over more show which layer is where."""
+FEW_POINTS = 80
+"""Of a loss, which is as noisy as its batch, and of a speed: means over more show which line is where."""
 POINTS_OF_A_FIGURE = 12_000
 MINUTE, HOUR = 60, 3600
 
@@ -216,7 +216,7 @@ def speed(runs: Sequence[Recorded]) -> Picture | None:
         for axes, (label, lines) in zip(grid.flat, panels, strict=True):
             for place, line in enumerate(lines):
                 colour, dashes = _style(place)
-                axes.plot(*thinned(*line), color=colour, linestyle=dashes, linewidth=1.4)
+                axes.plot(*thinned(*line, FEW_POINTS), color=colour, linestyle=dashes, linewidth=1.4)
             axes.set_ylim(bottom=0)
             axes.set_xlim(left=0)
             axes.set_title(label)
@@ -259,7 +259,7 @@ def _by_layer(
 ) -> Picture:
     """A panel for each title, a line in it for each layer, over optimizer steps."""
     num_layers, count = run.config.model.num_layers, len(panels)
-    most = max(20, min(POINTS_OF_A_LOSS, POINTS_OF_A_FIGURE // sum(map(len, panels.values()))))
+    most = max(20, min(FEW_POINTS, POINTS_OF_A_FIGURE // sum(map(len, panels.values()))))
 
     def draw(wide: bool) -> "Figure":
         columns = (2 if count in (2, 4) else min(count, 3)) if wide else 1
@@ -267,9 +267,10 @@ def _by_layer(
         figure = figure_of(wide, 270 * rows if wide else 220 * rows)
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (title, lines) in zip(grid, panels.items(), strict=False):
-            for layer, points in sorted(lines.items()):
+            lines = {layer: thinned(*points, most) for layer, points in sorted(lines.items())}
+            for layer, points in lines.items():
                 axes.plot(
-                    *thinned(*points, most), color=layer_colour(layer, num_layers), label=f"layer {layer}",
+                    *points, color=layer_colour(layer, num_layers), label=f"layer {layer}",
                     linewidth=2.0 if layer == num_layers else 1.2, marker="o",
                     markersize=3 if len(points[0]) < 3 else 0,
                 )  # fmt: skip

@@ -78,7 +78,9 @@ def figure_of(wide: bool, height: float) -> "Figure":
     """An empty figure of `height` CSS pixels, which are the points of an SVG that is shown at its own size."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=((WIDE if wide else NARROW) / 72, height / 72), layout="constrained")
+    figure = Figure(figsize=((WIDE if wide else NARROW) / 72, height / 72), layout="constrained")
+    figure.get_layout_engine().set(h_pad=8 / 72)  # a panel's title is not to be taken for the label of the one above
+    return figure
 
 
 def inline(figure: "Figure", label: str) -> str:

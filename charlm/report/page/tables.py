@@ -153,7 +153,8 @@ def _text(run: Recorded) -> str:
 
 
 def _splits(run: Recorded) -> str:
-    return " + ".join(str(run.corpus_split(name).get("bytes", NONE)) for name in ("train", "valid", "test")) + " bytes"
+    sizes = [run.corpus_split(name).get("bytes") for name in ("train", "valid", "test")]
+    return " + ".join(f"{size:,}" if isinstance(size, int) else NONE for size in sizes) + " bytes"
 
 
 def _validates_all(run: Recorded) -> bool:

@@ -89,7 +89,7 @@ def _section(place: int, run: Recorded, measured: Measured | None, row: list[str
             for title, note, picture in (
                 (
                     "Loss of every term",
-                    "Bits per character; a term is computed while it weighs something.",
+                    "Bits per character, while a term weighs something. The first steps' fall is cut off.",
                     figures.terms(run),
                 ),
                 ("Weights of the terms", "Empty where a term is silent.", figures.weights(run)),
