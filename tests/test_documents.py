@@ -192,6 +192,19 @@ def test_yaml_in_documents(tmp_path: Path) -> None:
         load_config(tmp_path / "example.yaml")
 
 
+def test_links() -> None:
+    """Guards against links to pages and headings that are no more."""
+    for document in DOCUMENTS:
+        for file, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", document.read_text("utf-8")):
+            target = document.parent / file if file else document
+            assert target.is_file(), f"{document.name}: {file}"
+            text = FENCE.sub("", target.read_text("utf-8")) if anchor else ""
+            headings = [
+                re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in re.findall("^#+ (.*)", text.lower(), re.M)
+            ]
+            assert not anchor or anchor in headings, f"{document.name}: {file}#{anchor}"
+
+
 def test_example_of_evaluation() -> None:
     """Guards against an example by hand that is not what evaluation does."""
     text = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
