@@ -66,6 +66,12 @@ def short_samples() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Figures are left empty, as drawing takes seconds."""
+    monkeypatch.setattr(figures, "picture", lambda name, label, *drawn: Picture(name, label, "", ""))
+
+
 @pytest.fixture(scope="module")
 def corpus_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
@@ -197,7 +203,7 @@ def test_scores_by_layer_are_those_of_evaluate(run, measured):
     assert f"{len(first)}: 300 characters" in dict(tables.page_protocol(measured.score))["symbols"]
 
 
-def test_no_figure_is_of_the_test_split(run, measured, monkeypatch):
+def test_no_figure_is_of_the_test_split(run, measured, undrawn):
     """Fault: a page that one chooses by, and that scores what is kept for the end."""
     corpus = corpus_of(run)
     reversed_test = replace(corpus.splits["test"], ids=corpus.splits["test"].ids[::-1].copy())
@@ -205,7 +211,6 @@ def test_no_figure_is_of_the_test_split(run, measured, monkeypatch):
     changed = measure(run, corpus, characters=300, progress=False)
     assert (changed.score.layers, changed.bins) == (measured.score.layers, measured.bins)
     assert changed.passage != measured.passage
-    monkeypatch.setattr(figures, "picture", lambda name, label, *drawn: Picture(name, label, "", ""))
     harder = replace(measured, passage=[replace(piece, bits=9.0) for piece in measured.passage])
     pages = [render(read_runs([run.path]), [own]) for own in (measured, harder)]
     first, second = (re.sub(r'<div class="passage".*?</div>|<script.*?</script>', "", own, flags=re.S) for own in pages)
@@ -336,10 +341,9 @@ OTHER_SPLITS = {"splits": CORPUS["splits"] | {"train": SIZES | {"bytes": 1100}}}
         (OTHER_VOCABULARY, (100, 1000), "validated on different parts", ["vocabulary", "validated on"]),
     ],
 )
-def test_runs_that_do_not_compare_say_so(run, monkeypatch, corpus, scored, words, rows):
+def test_runs_that_do_not_compare_say_so(run, undrawn, corpus, scored, words, rows):
     """Fault: bits per character of different texts drawn over each other without a word, or a warning where there is
     no reason for one: models of one text compare across vocabularies."""
-    monkeypatch.setattr(figures, "picture", lambda name, label, *drawn: Picture(name, label, "", ""))
     (first,) = read_runs([run.path])
     trains = [replace(first.config.train, valid_symbols=symbols) for symbols in scored]
     configs = [replace(first.config, train=train) for train in trains]
@@ -375,7 +379,7 @@ def test_draws_what_there_is(run, tmp_path, rows):
         assert "5.0000 at step 9" in text
 
 
-def test_parts_that_need_what_is_not_there_say_so(run, tmp_path):
+def test_parts_that_need_what_is_not_there_say_so(run, undrawn, tmp_path):
     """Fault: a page refused, or a part that is silently not there, because the corpus or a checkpoint is gone."""
     without_corpus = measure(run, UserError("data.path=gone: no such file"), progress=False)
     text = render(read_runs([run.path]), [without_corpus])
