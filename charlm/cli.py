@@ -60,6 +60,9 @@ def parse(kind: type[T], argv: Sequence[str] | None = None) -> T:
         ConfigError: a value that cannot work.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv == ["--print-completion"]:  # asked by completion.sh
+        print(*arguments.completions(kind, underscores=issubclass(kind, WithConfig)), "--help", sep="\n")
+        sys.exit(0)
     wants_help = not {"-h", "--help"}.isdisjoint(argv)
     if not issubclass(kind, WithConfig):
         with explaining():

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import tyro
 import yaml
 
-from charlm.arguments import LARGEST, NULLS, compose, is_structured, parse
+from charlm.arguments import parse
 from charlm.config import Config, UserError
+from charlm.values import LARGEST, NULLS, compose, is_structured
 
 
 class Setting(NamedTuple):

@@ -28,10 +28,8 @@ class Options:
     scaling: time per character against context, depth and batch; memory with and without activation checkpointing.
     """
 
-    benchmark: Annotated[
-        tyro.conf.Positional[str], tyro.conf.arg(metavar="train|evaluate|generate|drafts|auxiliary|scaling")
-    ]
-    """What to measure."""
+    benchmark: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="BENCHMARK")]
+    """What to measure: train, evaluate, generate, drafts, auxiliary or scaling."""
     shape: Literal["S", "P", "D"] = "S"
     """S: 6 layers of 256, batch 8; P: the paper's 12 layers, batch 2, on a GPU 64; D: its 64 layers, on a GPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from charlm.arguments import LONGEST
 from charlm.config import Config, UserError
 from charlm.config_files import load_config
+from charlm.values import LONGEST
 
 PAPER_SGD_RATE = 0.3
 """Plain SGD takes the paper's steps at its learning rate over 1 minus its momentum: 0.003 / (1 - 0.99)."""

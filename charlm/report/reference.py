@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from charlm.arguments import text_of
 from charlm.config import Config, Depth
+from charlm.values import text_of
 
 INTRODUCTION = """\
 <!-- written by: python -m charlm.report.reference > docs/configuration.md -->

@@ -15,9 +15,9 @@ from uuid import uuid4
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
-from charlm.arguments import text_of
 from charlm.config import Config, UserError, flatten
 from charlm.runs.folder import Run
+from charlm.values import text_of
 
 PACKAGES = {"aim": "'aim<4'", "comet_ml": "comet-ml"}
 """What pip calls a tracker, where that is not its own name."""
