@@ -1,7 +1,8 @@
 """Every command in README.md and docs/: read by its own parser, and run in the order of its document.
 
-Commands are the lines of ```sh blocks and what stands in backticks and begins with `python scripts/` or `make `; a
-```python block is one, too. A block under `<!-- needs: a GPU -->` (or what else NEEDS names) is only read.
+Commands are the lines of ```sh blocks, and what stands in backticks and begins with `python scripts/`, `make ` or
+`source scripts/`; a ```python block is one, too. Under `<!-- needs: a GPU -->`, or what else NEEDS names, they are only
+read.
 """
 
 import hashlib
@@ -56,7 +57,7 @@ TEXT = "".join(f"<page {number}>\u00e9 is the {number * number}th of them.\n" fo
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-INLINE = re.compile(r"`((?:python scripts/|make )[^`]*)`")
+INLINE = re.compile(r"`((?:(?:python|source) scripts/|make )[^`]*)`")
 
 
 class Command(NamedTuple):
@@ -150,6 +151,8 @@ def read(line: str) -> None:
     elif program == "sbatch":
         assert (ROOT / words[0]).is_file()
         read_by_script("scripts/train.py", "--config", environment["CONFIG"], *words[1:])
+    elif program == "source":
+        assert (ROOT / words[0]).is_file()
     elif program == "make":
         (target,) = words
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
