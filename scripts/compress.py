@@ -5,6 +5,7 @@ python scripts/decompress.py RUN FILE.clm -o FILE
 """
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,10 @@ def main() -> None:
     print(json.dumps(report.as_dict(), indent=2) if options.json else report.to_text())
     if options.picture is not None:
         compression.draw(report, options.picture)
+    if not options.json:
+        words = ["scripts/decompress.py", options.run, options.output, "-o", f"{options.file}.copy"]
+        words += [] if options.checkpoint == "best" else ["--checkpoint", options.checkpoint]
+        print("Next: python", shlex.join(map(str, words)))
 
 
 if __name__ == "__main__":

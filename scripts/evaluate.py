@@ -131,7 +131,8 @@ def describe(score: "Score", symbols: int, yardsticks: dict[str, float]) -> list
         f"  stride {score.stride}, context {score.context_length}, {score.precision}, {score.seconds:,.1f} s",
     ]
     if score.streams is not None:
-        lines.append(f"  as a compressor: {score.streams:,} streams, {score.compressed_bytes:,} bytes compressed")
+        streams = f"{score.streams:,} stream{'s' if score.streams > 1 else ''}"
+        lines.append(f"  as a compressor: {streams}, {score.compressed_bytes:,} bytes compressed")
     if score.mixture:
         weights = ", ".join(f"{layer}: {weight:.3f}" for layer, weight in score.mixture.items())
         lines += textwrap.wrap(f"mixture of layers {weights}", 80, initial_indent="  ", subsequent_indent="  ")

@@ -3,6 +3,7 @@
 Only the layers that are worth it: python scripts/export.py RUN --to DIR --depth auto --within 0.01
 """
 
+import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,8 +76,8 @@ def main() -> None:
         model = replace(model, scores=(*model.scores, score.as_dict()))
     save_model(model, options.to)
     print(f"{options.to}: {model.checkpoint}, {model.config.model.num_layers} layers")
-    print(f"  python scripts/evaluate.py {options.to}")
-    print(f'  charlm.load("{options.to}").push_to_hub("OWNER/NAME")')
+    print(f"Next: python scripts/evaluate.py {shlex.quote(str(options.to))}")
+    print(f'      charlm.load("{options.to}").push_to_hub("OWNER/NAME")')
 
 
 def measured(trained: "TrainedModel", options: Options, split: str, limit: int | None, **more):

@@ -48,6 +48,8 @@ class Options:
 
 def main() -> None:
     options = cli.parse(Options)
+    if not options.prompt:
+        raise charlm.UserError("prompt: there is none; say what the text begins with, as in --prompt 'The '")
     from charlm.inference.generation import stream  # not before --help and mistakes were answered
 
     draft, statistics = parse_draft(options.draft), charlm.DraftStatistics()
@@ -62,7 +64,7 @@ def main() -> None:
             print(piece, end="", flush=True)
         print()
     else:
-        texts = charlm.generate(trained, options.prompt, **how)
+        texts = charlm.generate(trained, options.prompt, progress=True, **how)
         print(f"\n{RULE}\n".join(prompt + text for prompt, text in zip(options.prompt, texts, strict=True)))
     if draft is not None:
         print(

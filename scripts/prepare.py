@@ -26,7 +26,7 @@ def main() -> None:
     )
     for split in corpus.splits.values():
         print(f"{split.name:>5}: {split.symbols:,} symbols, {split.characters:,} characters, {split.bytes:,} bytes")
-    print(f"kept in {config.data.cache_dir.expanduser()}; training with the same options finds it there")
+    print(f"kept in {config.data.cache_dir.expanduser()}\nNext: python scripts/train.py with the same options")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ class Runner:
             with self._catching_signals(), tqdm(bar_format="{desc}", disable=None, leave=False) as self.bar:
                 before = f", {self.done} of them done before" if self.done else ""
                 threads = os.environ.get("OMP_NUM_THREADS", self.threads)
-                self._say(f"{self.total} runs{before}; {self.at_once} at once, threads of each: {threads}; in {folder}")
+                runs = f"{self.total} run{'s' if self.total > 1 else ''}"
+                self._say(f"{runs}{before}; {self.at_once} at once, threads of each: {threads}; in {folder}")
                 try:
                     self._make(waiting)
                 finally:

@@ -222,7 +222,7 @@ class _Text(NamedTuple):
 
 def _write_text(source: Source, path: Path, progress: bool) -> _Text:
     digest, parts, not_utf8_at, written = hashlib.sha256(), {}, None, 0
-    with _bar(f"preparing {source.origin}", progress) as bar, path.open("wb") as file:
+    with _bar(f"preparing {source.origin}", progress, source.size) as bar, path.open("wb") as file:
         for split, open_chunks in {"train": source.chunks, **source.held_out}.items():
             decoder, start = codecs.getincrementaldecoder("utf-8")(), written
             with closing(open_chunks()) as chunks:

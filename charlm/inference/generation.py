@@ -6,9 +6,11 @@ Shapes: B texts, V vocabulary.
 import codecs
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import overload
 
 import torch
+from tqdm import tqdm
 
 from charlm.config import UserError
 from charlm.data.vocabulary import EncodingError
@@ -35,23 +37,26 @@ def generate(
     draft: Draft | None = None,
     num_draft_tokens: int | None = None,
     statistics: DraftStatistics | None = None,
+    progress: bool = False,
 ) -> str | list[str]:
     """The text that the model writes after `prompt`; the same seed gives the same text. See `stream`.
 
     Several prompts, of whatever lengths, are continued together, in less time than one after the other, but with drafts
     one after the other. Each has the text that it would have alone, the first with `seed`, the next with `seed` + 1 and
-    so on, but for rounding in the model.
+    so on, but for rounding in the model. With `progress` a bar is shown on stderr if that is a terminal.
     """
     prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
     if not prompts:
         raise UserError("prompt: there is none; give at least one")
     sampling = Sampling(temperature, top_k, top_p)
+    shown = partial(tqdm, desc="generating", leave=False, disable=None if progress else True)
     if draft is None and num_draft_tokens is None:
-        texts = ["".join(pieces) for pieces in zip(*_write(trained, prompts, length, sampling, seed), strict=True)]
+        steps = shown(_write(trained, prompts, length, sampling, seed), total=length + 1, unit=" symbols")
+        texts = ["".join(pieces) for pieces in zip(*steps, strict=True)]
     else:
         texts = [
             "".join(_write_with_drafts(trained, own, length, sampling, seed + row, draft, num_draft_tokens, statistics))
-            for row, own in enumerate(prompts)
+            for row, own in enumerate(shown(prompts, unit=" texts"))
         ]
     return texts[0] if isinstance(prompt, str | bytes) else texts
 

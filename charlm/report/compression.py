@@ -69,11 +69,12 @@ class CompressionReport:
         """Lines for people: the file, how it was made, then what was asked for."""
         made, protocol = self.compressed, self.compressed.protocol
         rate = "" if made.bits_per_character is None else f", {made.bits_per_character:.4f} bits per character"
+        streams = f"{protocol.streams:,} stream" + ("s" if protocol.streams > 1 else "")
+        threads = f"{protocol.threads} thread" + ("s" if protocol.threads > 1 else "")
         lines = [
             f"{self.file}: {made.bytes:,} bytes in {made.compressed_bytes:,}{rate}",
-            f"  {made.symbols:,} symbols in {protocol.streams:,} streams, context {protocol.context:,}, "
-            f"stride {protocol.stride:,}",
-            f"  {protocol.precision}, {protocol.threads} threads, {_pace(made.symbols, made.seconds)}"
+            f"  {made.symbols:,} symbols in {streams}, context {protocol.context:,}, stride {protocol.stride:,}",
+            f"  {protocol.precision}, {threads}, {_pace(made.symbols, made.seconds)}"
             + ("; not verified" if made.verify_seconds is None else f"; verified in {made.verify_seconds:,.1f} s"),
         ]
         if self.others is not None and self.model is not None:

@@ -101,6 +101,17 @@ def test_generate_continues_several_prompts(run_on_disk, script):
     assert (code, out, err) == (0, f"12é {texts[0]}\n--------------------\n7{texts[1]}\n", "")
 
 
+@pytest.mark.parametrize("draft", [None, "offsets"])
+def test_generating_in_bulk_shows_progress(run_on_disk, draft, monkeypatch, capsys):
+    """Guards against minutes without a word in a terminal, and a bar that stays between the texts."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    generate(load(run_on_disk), ["12é ", "7"], length=3, draft=draft, progress=True)
+    shown = capsys.readouterr().err
+    assert "generating: " in shown and shown.rstrip(" ").endswith("\r")
+    generate(load(run_on_disk), ["12é ", "7"], length=3, draft=draft)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("draft", ["offsets", "1"])
 def test_generate_drafts(run_on_disk, script, draft):
     """Guards against another text than without drafts, and figures that are missing or among the text."""
@@ -118,7 +129,7 @@ def test_generate_drafts(run_on_disk, script, draft):
         ("evaluate", ["--stride=17"], "stride=17: must lie between 1 and the model's context of 16"),
         ("evaluate", ["--limit=0"], "limit=0: must be at least 1"),
         ("evaluate", ["--checkpoint=4"], "has no checkpoint '4'; its steps are: 3"),
-        ("generate", [], "prompt: there is none; give at least one"),
+        ("generate", [], "prompt: there is none; say what the text begins with"),
         ("generate", ["--prompt="], "prompt: has 0 symbols; give at least 1, at most the context of 16"),
         ("generate", ["--prompt=12345678901234567"], "prompt: has 17 symbols"),
         ("generate", ["--prompt=a", "--temperature=-1"], "temperature=-1.0: must be finite and at least 0"),
