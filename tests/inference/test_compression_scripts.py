@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import math
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -32,7 +33,7 @@ def script(capfd):
 
 def test_there_and_back(run_on_disk, script, tmp_path):
     """Guards against scripts that drop an option, or claim success for something else."""
-    text, packed, back = tmp_path / "text", tmp_path / "text.clm", tmp_path / "back"
+    text, packed, back = tmp_path / "a text", tmp_path / "text.clm", tmp_path / "a text.copy"
     text.write_bytes(TEXT)
     options = ("--streams=9", "--context=12", "--stride=4", "--threads=1", "--checkpoint=last")
     code, out, err = script("compress", run_on_disk, text, "-o", packed, *options)
@@ -40,8 +41,10 @@ def test_there_and_back(run_on_disk, script, tmp_path):
     size = packed.stat().st_size
     for part in (f"{len(TEXT):,} bytes in {size:,}", "9 streams", "context 12", "stride 4", "fp32", "verified in"):
         assert part in out
-    assert all(len(line) <= 80 for line in out.splitlines()[1:])
-    code, out, err = script("decompress", run_on_disk, packed, "-o", back, "--checkpoint=last")
+    *lines, last = out.splitlines()
+    assert all(len(line) <= 80 for line in lines[1:])
+    assert shlex.split(last)[:3] == ["Next:", "python", "scripts/decompress.py"]
+    code, out, err = script("decompress", *shlex.split(last)[3:])
     assert (code, err) == (0, "") and f"{len(TEXT):,} bytes" in out
     assert back.read_bytes() == TEXT
 
