@@ -424,3 +424,12 @@ def test_lines_are_thinned_by_means():
     assert len(x) == 100 and x[0] == 4.5 and y[0] == 9.0
     x, y = figures.thinned(np.arange(4.0), np.array([1.0, math.nan, 3.0, math.inf]))
     assert x.tolist() == [0.0, 2.0] and y.tolist() == [1.0, 3.0]
+    assert [len(part) for part in figures.thinned(np.array([]), np.array([]))] == [0, 0]
+
+
+def test_lines_that_end_early_are_averaged_like_the_others():
+    """Fault: layers that seem to differ where one is smoothed more than another."""
+    steps = np.arange(1.0, 401.0)
+    whole, early = (figures.thinned(x, np.sin(x), 80, end=400.0) for x in (steps, steps[:100]))
+    assert len(whole[0]) == 80 and len(early[0]) == 21
+    assert [part[:20].tolist() for part in early] == [part[:20].tolist() for part in whole]

@@ -222,7 +222,8 @@ def speed(runs: Sequence[Recorded]) -> Picture | None:
             axes.set_title(label)
             axes.set_xlabel("characters seen")
             axes.xaxis.set_major_formatter(engineering())
-            axes.yaxis.set_major_formatter(engineering())
+            if axes.get_ylim()[1] >= 1000:  # a third of a GiB is not 333m of one
+                axes.yaxis.set_major_formatter(engineering())
             axes.grid(axis="y")
         return figure
 
@@ -267,7 +268,8 @@ def _by_layer(
         figure = figure_of(wide, 270 * rows if wide else 220 * rows)
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (title, lines) in zip(grid, panels.items(), strict=False):
-            lines = {layer: thinned(*points, most) for layer, points in sorted(lines.items())}
+            end = max(float(steps[-1]) for steps, _ in lines.values())
+            lines = {layer: thinned(*points, most, end) for layer, points in sorted(lines.items())}
             for layer, points in lines.items():
                 axes.plot(
                     *points, color=layer_colour(layer, num_layers), label=f"layer {layer}",
@@ -299,16 +301,17 @@ def _without_the_fall(axes: "Axes", lines: dict[int, Points]) -> None:
         axes.set_ylim(min(shown) - 0.05 * span, max(shown) + 0.05 * span)
 
 
-def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> Points:
-    """A line of at most `most` points: means over equal numbers of neighbours, without those that are not finite."""
+def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS, end: float | None = None) -> Points:
+    """A line of at most `most` points: means over equal stretches from 0 to `end`, without values that are not finite.
+
+    `end` is the line's own unless told: lines of a figure that end early are to be averaged as the others are.
+    """
     good = np.isfinite(x) & np.isfinite(y)
     x, y = x[good], y[good]
-    if len(x) <= most:
-        return x, y
-    parts = [
-        (own_x.mean(), own_y.mean()) for own_x, own_y in zip(*(np.array_split(v, most) for v in (x, y)), strict=True)
-    ]
-    return tuple(np.array(parts).T)
+    stretches = np.clip(x / (end or x.max(initial=0) or 1) * most, 0, most - 1).astype(int)
+    counts = np.bincount(stretches, minlength=most)
+    sums = (np.bincount(stretches, values, most) for values in (x, y))
+    return tuple(total[counts > 0] / counts[counts > 0] for total in sums)
 
 
 def _style(place: int) -> tuple[str, Any]:
