@@ -105,7 +105,7 @@ def mismatch(runs: Sequence[Recorded]) -> tuple[str, list[tuple[str, list[str]]]
     described = [("text", _text), ("splits", _splits), ("vocabulary", vocabulary), ("validated on", _validated)]
     rows = [(name, [describe(run) for run in runs]) for name, describe in described]
     scored = {"all" if _validates_all(run) else (vocabulary(run), _validated(run)) for run in runs}
-    if len({run.provenance["corpus"].get("sha256") for run in runs}) > 1:
+    if len({str(run.provenance["corpus"].get("sha256")) for run in runs}) > 1:
         why = "These runs read different texts: their bits per character cannot be compared."
     elif len({_splits(run) for run in runs}) > 1:
         why = "These runs hold out different parts of one text: their bits per character cannot be compared."
