@@ -127,6 +127,41 @@ def test_help_shows_the_files_values(small: Path, capsys: pytest.CaptureFixture[
         assert default in shown.partition(option)[2].partition("--")[0], option
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wordy:
+    """Take a sample of which there is so much to say that it takes more than one line of a terminal, and
+    more than one line of source.
+
+    first: something that is said about the first of the things of which a list is made.
+    second: something else.
+    """
+
+    separator: str = "\n"
+    """A sentence on two lines
+    (of source)."""
+
+
+def test_help_is_laid_out(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Guards against sentences that are cut where a line of source ends, lists that are run together, lines wider
+    than the terminal, and a default that breaks the line."""
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        cli.parse(Wordy, ["--help"])
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    assert lines[:7] == [
+        "Take a sample of which there is so much to say that it takes",
+        "more than one line of a terminal, and more than one line of",
+        "source.",
+        "",
+        "first: something that is said about the first of the things",
+        "  of which a list is made.",
+        "second: something else.",
+    ]
+    assert "A sentence on two lines (of source)." in " ".join("".join(lines[7:]).replace("│", "").split())
+    assert any("sentence on two lines (of" in line for line in lines) and any(r"'\n')" in line for line in lines)
+    assert max(map(len, lines)) == 60
+
+
 def test_help_of_a_script_shows_dashes(capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against `--top_k` in help where every document writes `--top-k`."""
     with pytest.raises(SystemExit):

@@ -59,7 +59,8 @@ def test_script_answers_before_heavy_imports(script: str, arguments: list[str], 
     assert HEAVY.isdisjoint(modules.split())
     if arguments == ["--help"]:
         assert (done.returncode, message) == (0, "")
-        assert max(len(line) for line in done.stdout.splitlines() if line.startswith("│")) == 80
+        usage, *lines = done.stdout.splitlines()
+        assert usage.startswith("usage: ") and max(map(len, lines)) == 80
     else:
         assert (done.returncode, done.stdout) == (2, "")
         assert message.startswith("error: ")
