@@ -2,7 +2,7 @@
 # For bash and zsh. Other words are completed as file names.
 
 if [ -n "$ZSH_VERSION" ]; then
-  autoload -U +X compinit && compinit
+  whence compdef >/dev/null || { autoload -U +X compinit && compinit; }
   autoload -U +X bashcompinit && bashcompinit
   _charlm_folder=${0:A:h}
 else
