@@ -63,6 +63,8 @@ def parse(kind: type[T], argv: Sequence[str] | None = None) -> T:
     if argv == ["--print-completion"]:  # asked by completion.sh
         print(*arguments.completions(kind, underscores=issubclass(kind, WithConfig)), "--help", sep="\n")
         sys.exit(0)
+    if argv[:1] and argv[0].replace("_", "-").startswith("--tyro-"):
+        raise UserError(f"{argv[0]}: these scripts are completed by: source scripts/completion.sh")
     wants_help = not {"-h", "--help"}.isdisjoint(argv)
     if not issubclass(kind, WithConfig):
         with explaining():

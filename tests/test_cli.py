@@ -61,6 +61,7 @@ def test_options_of_a_script(dash: str) -> None:
         (["x", "--top-k=few"], ["--top-k", "'few' is not a whole number"]),
         (["x", "--split=tset"], ["--split", "'tset'", "'valid', 'test'"]),
         (["x", "y"], ["y"]),
+        (["--tyro-print-completion", "bash"], ["source scripts/completion.sh"]),
     ],
 )
 def test_wrong_options_of_a_script(argv: list[str], fragments: list[str]) -> None:
