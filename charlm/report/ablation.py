@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from charlm.config import Config
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -18,8 +16,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MEBI = 2**20
 HOW_TO_READ = (
     "Bits per character: mean ± standard deviation over seeds. Δ: mean of the differences to `{reference}` seed by "
-    "seed (a seed means the same windows in every row) ± half of its 95 % interval by Student's t, from the noise of "
-    "all rows together{noise}. Better and worse: "
+    "seed (a seed means the same windows in every row) ± half of its 95 % interval by Student's t. Better and worse: "
     "zero lies outside of the interval; of 20 rows that change nothing, one is expected to look so. Time per step: in "
     "training, validation left out, median over seeds. CPU s: processor time of a whole run, which other work on the "
     "machine hardly changes, median over seeds. Memory: the most that the process had resident, libraries included."
@@ -43,16 +40,6 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Noise:
-    """What is left of the scores when each row and each seed has its own level; assumed to be alike in all rows."""
-
-    deviation: float
-    """Standard, in bits per character."""
-    degrees: int
-    """Of freedom."""
-
-
-@dataclass(frozen=True)
 class Line:
     """A row of the table."""
 
@@ -60,8 +47,6 @@ class Line:
     runs: tuple[Measurement, ...]
     deltas: tuple[float, ...]
     """Bits per character against the reference, for the seeds that both have; none of the reference itself."""
-    noise: Noise | None = None
-    """Of all rows; None with too few runs."""
     paper: float | None = None
     paper_delta: float | None = None
     failures: tuple[str, ...] = ()
@@ -86,10 +71,10 @@ class Line:
     @property
     def margin(self) -> float | None:
         """Half of the 95 % interval of `delta`."""
-        if not self.deltas or self.noise is None:
+        count = len(self.deltas)
+        if count < 2:
             return None
-        t = T95[min(self.noise.degrees, len(T95)) - 1]
-        return t * self.noise.deviation * math.sqrt(2 / len(self.deltas))
+        return T95[min(count - 1, len(T95)) - 1] * statistics.stdev(self.deltas) / math.sqrt(count)
 
     @property
     def verdict(self) -> str:
@@ -127,7 +112,6 @@ def summarise(
     """
     paper = paper or {}
     runs = {name: {run.seed: run for run in measurements if run.row == name} for name in names}
-    noise = noise_of(measurements)
     reference = runs[names[0]]
     lines = []
     for name in names:
@@ -139,29 +123,12 @@ def summarise(
                 name=name,
                 runs=tuple(own[seed] for seed in sorted(own)),
                 deltas=tuple(own[seed].bits_per_character - reference[seed].bits_per_character for seed in shared),
-                noise=noise,
                 paper=paper.get(name),
                 paper_delta=paper[name] - paper[names[0]] if both else None,
                 failures=tuple(f"{name}, seed {seed}: {message}" for row, seed, message in failures if row == name),
             )
         )
     return lines
-
-
-def noise_of(measurements: Sequence[Measurement]) -> Noise | None:
-    """The residual of the analysis of variance with rows and seeds as factors; None with no freedom left.
-
-    With two rows this is the paired t-test, with more it is surer than one test per row: three seeds of one row say
-    little about noise. Runs may be missing: it is a least-squares fit.
-    """
-    rows, seeds = ({getattr(run, name) for run in measurements} for name in ("row", "seed"))
-    levels = np.array([[run.row == row for row in rows] + [run.seed == seed for seed in seeds] for run in measurements])
-    scores = np.array([run.bits_per_character for run in measurements])
-    if not len(scores):
-        return None
-    fit, _, rank, _ = np.linalg.lstsq(levels.astype(float), scores)
-    degrees = len(scores) - int(rank)
-    return Noise(float(np.linalg.norm(scores - levels @ fit)) / math.sqrt(degrees), degrees) if degrees else None
 
 
 def protocols(configs: Mapping[str, Config]) -> list[str]:
@@ -202,7 +169,7 @@ def to_markdown(lines: Sequence[Line], notes: Sequence[str] = ()) -> str:
                 "" if line.paper_delta is None else f"{line.paper_delta:+.3f}",
             ]
         table.append(cells)
-    text = [*notes, "", *(f"| {' | '.join(row)} |" for row in table), "", _how_to_read(lines)]
+    text = [*notes, "", *(f"| {' | '.join(row)} |" for row in table), "", HOW_TO_READ.format(reference=lines[0].name)]
     failures = [failure for line in lines for failure in line.failures]
     if failures:
         text += ["", "Failed:", "", *(f"- {failure}" for failure in failures)]
@@ -294,12 +261,6 @@ def _record(line: Line) -> dict[str, Any]:
         "paper_bits_per_character": line.paper,
         "paper_delta": line.paper_delta,
     }
-
-
-def _how_to_read(lines: Sequence[Line]) -> str:
-    noise = lines[0].noise
-    words = f" (standard deviation {noise.deviation:.4f}, {noise.degrees} degrees of freedom)" if noise else ""
-    return HOW_TO_READ.format(reference=lines[0].name, noise=words)
 
 
 def _with_spread(value: float | None, spread: float | None, sign: str) -> str:
