@@ -11,6 +11,8 @@ def fitted(text: str) -> str:
         width = os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, AttributeError):  # no terminal, or not even a file
         return text
+    if not width:  # nobody has told it
+        return text
     return "\n".join(
         "\n".join(textwrap.wrap(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
         for line in text.split("\n")

@@ -77,7 +77,7 @@ def main() -> None:
     save_model(model, options.to)
     print(f"{options.to}: {model.checkpoint}, {model.config.model.num_layers} layers")
     print(f"Next: python scripts/evaluate.py {shlex.quote(str(options.to))}")
-    print(f'      charlm.load("{options.to}").push_to_hub("OWNER/NAME")')
+    print(f'      charlm.load({str(options.to)!r}).push_to_hub("OWNER/NAME")')
 
 
 def measured(trained: "TrainedModel", options: Options, split: str, limit: int | None, **more):

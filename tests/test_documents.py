@@ -39,7 +39,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = ("a GPU", "a network", "a cluster")
 ELSEWHERE = {
     "python scripts/ablate.py": "tests/ablation/test_ablate_script.py",
-    "python scripts/benchmark.py": "tests/benchmark/test_benchmark_races.py",
+    "python scripts/benchmark.py": "tests/benchmark/test_benchmark_script.py",
     "make test": ".ci/run",
     "make soak": "tests/soak.py",
     "make lint": "Makefile",
@@ -130,6 +130,8 @@ def read_by_script(script: str, *words: str) -> None:
             return
         except SystemExit as end:
             assert end.code == 0 and "--help" in words
+        else:
+            raise AssertionError(f"{script} did its work without reading its command line")
 
 
 def read(line: str) -> None:
@@ -174,7 +176,7 @@ def test_every_command_is_seen() -> None:
     """Guards against a command in a block that is no ```sh, and marks that nobody understands."""
     assert len(LINES) > 50
     assert {command.mark for command in ALL} <= {None, "order.py", *(f"needs: {what}" for what in NEEDS)}
-    assert all((ROOT / file).is_file() for file in ELSEWHERE.values())
+    assert all(command.split()[-1].split("/")[-1] in (ROOT / file).read_text() for command, file in ELSEWHERE.items())
     for document in DOCUMENTS:
         rest = FENCE.sub(lambda fence: "" if fence["language"] == "sh" else fence[0], document.read_text("utf-8"))
         hidden = r"^ *(?:python (?:scripts/|-).*|accelerate launch.*|torchrun .*|pip install.*)"

@@ -19,6 +19,7 @@ MESSAGE = "error: data.corpus=file: --run.resume=true is one word\n  and this li
         (30, "error: data.corpus=file:\n  --run.resume=true is one\n  word\n  and this line is short"),
         (20, "error:\n  data.corpus=file:\n  --run.resume=true\n  is one word\n  and this line is\n  short"),
         (80, MESSAGE),
+        (0, MESSAGE),
     ],
 )
 def test_lines_break_at_spaces(columns, shown, monkeypatch):

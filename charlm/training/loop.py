@@ -82,6 +82,7 @@ def train(config: Config) -> Path:
             stack.enter_context(closing(writer))
             try:
                 Training(config, corpus, accelerator, objective, route, state, tracker, writer, stop).fit()
+                writer.wait()
             finally:
                 if accelerator.is_main_process:
                     draw_pictures(run, config)

@@ -119,10 +119,8 @@ def open_run(
         accelerator.wait_for_everyone()
         state.processes, state.precision = accelerator.num_processes, accelerator.mixed_precision
         state.valid_symbols = config.train.valid_symbols
-        if state.step == config.train.steps:
-            news.append(
-                f"finished before, with step {state.step:,}; --train.steps=N trains on, schedules stretch to it"
-            )
+        if state.validated_step == state.step == config.train.steps:
+            news.append(f"finished before, at step {state.step:,}; to train on, give more --train.steps")
         yield run, state, news
 
 

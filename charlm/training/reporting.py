@@ -34,15 +34,14 @@ def report_run(run: Run, config: Config, corpus: Corpus, *, alone: bool, say: Ca
     Bits by layer and by position, the passage and the samples need the model. They are left to scripts/report.py
     unless they are quick, and this process is `alone`.
     """
-    if config.run.report:
-        _write_page(run, corpus, alone, say)
-    made = [name for name in ("report.html", "run.png", "diagnostics.png") if (run.path / name).exists()]
+    made = ["report.html"] if config.run.report and _write_page(run, corpus, alone, say) else []
+    made += [name for name in ("run.png", "diagnostics.png") if (run.path / name).exists()]
     if made:
         say(f"{run.path} has {', '.join(made)}")
 
 
-def _write_page(run: Run, corpus: Corpus, alone: bool, say: Callable[[str], None]) -> None:
-    """What goes wrong is said, and no more: the run is done and its checkpoints are safe."""
+def _write_page(run: Run, corpus: Corpus, alone: bool, say: Callable[[str], None]) -> bool:
+    """Whether it was written. What goes wrong is said, and no more: the run is done and its checkpoints are safe."""
     try:
         measured = None
         if alone and is_quick(*read_runs([run.path])):
@@ -50,6 +49,8 @@ def _write_page(run: Run, corpus: Corpus, alone: bool, say: Callable[[str], None
         write_report([run.path], run.path / "report.html", measured)
     except Exception as error:
         say(f"report.html was not written ({error!r}); python scripts/report.py {run.path} tries again")
+        return False
+    return True
 
 
 def is_quick(run: Recorded) -> bool:

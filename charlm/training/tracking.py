@@ -81,7 +81,7 @@ class Tracker:
         try:
             yield
         finally:
-            self.bar.set_postfix_str("", refresh=False)
+            self.bar.set_postfix_str("")
 
     def log_training(
         self,
@@ -164,7 +164,7 @@ class Tracker:
             )
         took = time.perf_counter() - self.began
         aside = self.paused_seconds / took if took else 0.0
-        self.say(f"time: {tqdm.format_interval(took)}, {aside:.0%} of it for validations and checkpoints")
+        self.say(f"time: {tqdm.format_interval(took)}, {aside:.0%} of it for validations, checkpoints and diagnostics")
 
     def close(self) -> None:
         """Leave the trackers and the terminal in order."""

@@ -173,7 +173,7 @@ def test_the_same_command_begins_goes_on_and_has_ended(whole_run, tmp_path, at, 
         capfd.readouterr()
         train(*command)
         assert weights(run) == weights(whole) and history(run) == history(whole)
-        assert ("finished before, with step" in capfd.readouterr().err) == finished
+        assert ("finished before, at step" in capfd.readouterr().err) == finished
 
 
 def test_a_launcher_that_begins_again_means_the_run_that_it_began(whole_run, tmp_path, at, monkeypatch):

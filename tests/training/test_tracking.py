@@ -181,7 +181,7 @@ def test_what_was_reached(build_tracker, clock, capfd):
     tracker.conclude(4, 2.5)
     assert capfd.readouterr().err == (
         "best: 2.5000 bits per character on valid, at step 4 of 8\n"
-        "time: 00:40, 25% of it for validations and checkpoints\n"
+        "time: 00:40, 25% of it for validations, checkpoints and diagnostics\n"
     )
 
 

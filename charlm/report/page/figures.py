@@ -308,6 +308,8 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS, end: float | 
     """
     good = np.isfinite(x) & np.isfinite(y)
     x, y = x[good], y[good]
+    if len(x) <= most and end is None:
+        return x, y
     stretches = np.clip(x / (end or x.max(initial=0) or 1) * most, 0, most - 1).astype(int)
     counts = np.bincount(stretches, minlength=most)
     sums = (np.bincount(stretches, values, most) for values in (x, y))
