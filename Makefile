@@ -36,7 +36,7 @@ $(READY): requirements.txt
 	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; python=; \
 	done; \
 	if [ -z "$$python" ]; then echo "error: Python >= 3.11 not found; name one: make PYTHON=/path/to/python" >&2; exit 1; fi; \
-	echo "Installing requirements.txt into .venv ($$($$python --version))"; \
+	echo "Installing requirements.txt into .venv ($$($$python --version)): 1.6 GB, minutes without a word"; \
 	pip="$(BIN)/python -m pip"; \
 	$$python -m venv .venv 2>/dev/null || \
 	  { $$python -m venv --without-pip .venv && pip="$$python -m pip --python $(BIN)/python"; } && \

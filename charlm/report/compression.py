@@ -85,7 +85,11 @@ class CompressionReport:
             ]
         if self.speeds:
             rows = [
-                (f"{streams:,} stream{'s' if streams > 1 else ''}", f"{speed:,.0f}", f"{speed / self.generation_speed:.1f}")
+                (
+                    f"{streams:,} stream{'s' if streams > 1 else ''}",
+                    f"{speed:,.0f}",
+                    f"{speed / self.generation_speed:.1f}",
+                )
                 for streams, speed in self.speeds.items()
             ]
             rows.insert(0, ("generation, one text", f"{self.generation_speed:,.0f}", "1.0"))

@@ -65,7 +65,8 @@ class Run:
         """
         run = cls(path)
         if not run.config_path.is_file() or not run.provenance_path.is_file():
-            raise UserError(f"{run.path} is not a run: it has no config.yaml and provenance.json; give a run's folder")
+            lacks = "it has no config.yaml and provenance.json" if run.path.exists() else "there is no such folder"
+            raise UserError(f"{run.path} is not a run: {lacks}; give a run's folder")
         return run
 
     def check_absent(self) -> None:

@@ -88,7 +88,7 @@ def train(config: Config) -> Path:
                     draw_pictures(run, config)
             tracker.conclude(state.best_step, state.best_bits)
             if accelerator.is_main_process:
-                with tracker.showing("drawing the report"):
+                with tracker.showing("drawing"):
                     report_run(run, config, corpus, alone=accelerator.num_processes == 1, say=tracker.say)
         accelerator.wait_for_everyone()
         return run.path

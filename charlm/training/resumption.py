@@ -73,7 +73,9 @@ def rescaled_rows(terms: Sequence[Term], step: int, old_steps: int, new_steps: i
         {term.name for term in terms if term.weight.at_next_turn(step / steps) > 0.0}
         for steps in (old_steps, new_steps)
     )
-    lines = [f"{name} wakes" for name in sorted(after - before)] + [
-        f"{name} falls silent" for name in sorted(before - after)
+    changes = (("waking", sorted(after - before)), ("falling silent", sorted(before - after)))
+    return [
+        f"at step {step} progress is now {step / new_steps:.3f}; {what}: {', '.join(names)}"
+        for what, names in changes
+        if names
     ]
-    return [f"at step {step} progress is now {step / new_steps:.3f}: {line}" for line in lines]

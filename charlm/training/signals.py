@@ -97,9 +97,12 @@ class StopRequests:
 def _exit_at_the_second(watched: int) -> None:
     """Read signals as they come, also while the main thread waits in a library and no handler of Python's can run."""
     first = None
+    main = os.environ.get("RANK", "0") == "0"
     with os.fdopen(watched, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
             now = time.monotonic()
+            if first is None and main and number[0] in SIGNALS:
+                os.write(2, b"\nstopping as soon as what is being done is whole; a second signal ends it at once\n")
             first = first or now
             if number[0] in SIGNALS and now - first > SAME_REQUEST:
                 os._exit(128 + number[0])

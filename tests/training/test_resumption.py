@@ -396,10 +396,12 @@ def test_another_number_of_steps_wakes_and_silences_rows():
     terms = build_terms(aux, 4)
     assert rescaled_rows(terms, 30, 100, 100) == []
     assert rescaled_rows(terms, 30, 100, 110) == []
-    assert rescaled_rows(terms, 30, 100, 200) == ["at step 30 progress is now 0.150: layer2/offset1/last wakes"]
-    assert rescaled_rows(terms, 30, 100, 60) == ["at step 30 progress is now 0.500: layer3/offset1/last falls silent"]
+    assert rescaled_rows(terms, 30, 100, 200) == ["at step 30 progress is now 0.150; waking: layer2/offset1/last"]
+    assert rescaled_rows(terms, 30, 100, 60) == [
+        "at step 30 progress is now 0.500; falling silent: layer3/offset1/last"
+    ]
     assert rescaled_rows(terms, 30, 60, 1000) == [
-        f"at step 30 progress is now 0.030: layer{layer}/offset1/last wakes" for layer in (1, 2, 3)
+        "at step 30 progress is now 0.030; waking: layer1/offset1/last, layer2/offset1/last, layer3/offset1/last"
     ]
 
 
@@ -419,4 +421,4 @@ def test_turns_of_a_rotation_do_not_wake_at_another_number_of_steps():
     assert rescaled_rows(build_terms(aux, 6, 100), 10, 50, 100) == []
     fading = AuxConfig(layers=LayersConfig(schedule="cutoff", end=0.15), targets=TargetsConfig(enabled=False))
     lines = rescaled_rows(build_terms(fading, 2, 100), 10, 50, 100)
-    assert lines == ["at step 10 progress is now 0.100: layer1/offset1/all wakes"]
+    assert lines == ["at step 10 progress is now 0.100; waking: layer1/offset1/all"]

@@ -12,10 +12,11 @@ from charlm.config_files import to_yaml
 from charlm.inference.evaluation import Score
 from charlm.report.page.measured import Measured
 from charlm.report.page.recorded import Recorded
+from charlm.values import text_of
 
 NONE = "-"
-PLACES = ("run.dir", "run.resume", "run.resume_from", "run.auto_resume", "data.cache_dir")
-"""Options that say where a run is and how it was continued, and make no difference to what it learns."""
+PLACES = ("run.dir", "run.resume", "run.resume_from", "run.auto_resume", "run.report", "data.cache_dir")
+"""Options that say where a run is, how it was continued and shown, and make no difference to what it learns."""
 
 
 def results(runs: Sequence[Recorded], measured: Sequence[Measured | None]) -> tuple[list[str], list[list[str]]]:
@@ -175,7 +176,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = "null" if value is None else str(value)
+            flat[f"{prefix}{name}"] = text_of(value)
     return flat
 
 
