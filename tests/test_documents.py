@@ -5,6 +5,7 @@ Commands are the lines of ```sh blocks, and what stands in backticks and begins 
 read.
 """
 
+import ast
 import hashlib
 import importlib
 import math
@@ -138,7 +139,7 @@ def read(line: str) -> None:
     """Have the program of a line of shell read it, and do nothing."""
     environment, (program, *words) = words_of(line)
     if program == "python" and words[0] == "-c":
-        compile(words[1], line, "exec")
+        ast.parse(words[1])
     elif program == "python":
         read_by_script(*words)
     elif program in ("accelerate", "torchrun"):
@@ -316,7 +317,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def run(command: Command) -> None:
     """Run it in the working folder."""
     if command.language == "python":
-        exec(compile(command.text, command.place, "exec"), {"__name__": "__main__"})
+        Path("example.py").write_text(command.text)
+        runpy.run_path("example.py", run_name="__main__")
         return
     line = re.sub(*STEPS, command.text)
     environment, words = words_of(line)
