@@ -9,8 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --max
 .PHONY: demo test test-slow soak lint
 
 demo: $(READY)
-	rm -rf runs/demo
-	$(BIN)/python scripts/train.py --config configs/demo.yaml --run.dir=runs/demo
+	$(BIN)/python scripts/train.py --config configs/demo.yaml --run.dir=runs/demo --run.auto_resume=true
 	$(BIN)/python scripts/evaluate.py runs/demo --split test --yardsticks
 	$(BIN)/python scripts/generate.py runs/demo --prompt "def " --length 600
 

@@ -47,10 +47,12 @@ def main() -> None:
 
     measured = None
     if not options.records_only:
-        measured = [
-            measure(run.run, corpus_of(options.data.where(run.config.data)), characters=options.characters)
-            for run in read_runs(options.runs)
-        ]
+        measured = []
+        for run in read_runs(options.runs):
+            if sys.stderr.isatty():  # over its bars
+                print(f"{run.run.path}:", file=sys.stderr)
+            corpus = corpus_of(options.data.where(run.config.data))
+            measured.append(measure(run.run, corpus, characters=options.characters))
     path = write_report(options.runs, options.output, measured)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
 

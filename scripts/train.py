@@ -27,7 +27,7 @@ def main() -> None:
     run = charlm.train(config)
     if cli.is_main_process():
         name = shlex.quote(str(run))
-        print(f"Next: python scripts/evaluate.py {name}\n      python scripts/generate.py {name} --prompt TEXT")
+        print(f"Next: python scripts/evaluate.py {name}\n      python scripts/generate.py {name} --prompt 'The '")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ RUN/checkpoints/       see `charlm.runs.checkpoints`
 RUN/.lock              held by the process that trains into the folder
 """
 
+import difflib
 import errno
 import json
 import os
@@ -66,7 +67,8 @@ class Run:
         run = cls(path)
         if not run.config_path.is_file() or not run.provenance_path.is_file():
             lacks = "it has no config.yaml and provenance.json" if run.path.exists() else "there is no such folder"
-            raise UserError(f"{run.path} is not a run: {lacks}; give a run's folder")
+            way_out = run._similar() or "give a run's folder"
+            raise UserError(f"{run.path} is not a run: {lacks}; {way_out}")
         return run
 
     def check_absent(self) -> None:
@@ -170,6 +172,12 @@ class Run:
             for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES), b""), 1):
                 if line.endswith(b"\n") or len(line) == MAX_ROW_BYTES:
                     yield number, _row(line)
+
+    def _similar(self) -> str | None:
+        """The question whether a run of a similar name beside this folder was meant, if there is one."""
+        names = [path.parent.name for path in self.path.parent.glob("*/config.yaml")]
+        meant = difflib.get_close_matches(self.path.name, names, n=1)
+        return f"did you mean {self.path.with_name(meant[0])}?" if meant else None
 
     def _holds_nothing(self) -> bool:
         """Whether the folder is empty, but for what a process left that was killed while it made a run of it."""

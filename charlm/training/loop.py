@@ -131,8 +131,9 @@ class Training:
             if state.step == 0 or self.saved_step < state.step:
                 self.save()
             self.writer.wait()
+            again = "the same command" + ("" if self.config.run.auto_resume else " with --run.resume=true")
             raise Stopped(
-                f"stopped after step {state.step:,} of {train.steps:,}: {self.stop.reason}; --run.resume=true goes on"
+                f"stopped after step {state.step:,} of {train.steps:,}: {self.stop.reason}; {again} goes on"
             ) from None
 
     def prepare(self) -> None:

@@ -45,6 +45,8 @@ class TrainState:
     """What train.spike_threshold judges by."""
     processes: int | None = None
     """That the run was on last."""
+    threads: int | None = None
+    """That each of them had last; None on a GPU, where their number makes no difference."""
     precision: str | None = None
     """That it had last: train.mixed_precision=auto is another one on another machine."""
     valid_symbols: int | None = None
@@ -117,7 +119,8 @@ def open_run(
                 # What continues this command later means the newest checkpoint, and not the one it began with.
                 write_whole(run.config_path, to_yaml(replace(config, run=replace(config.run, resume_from=None))))
         accelerator.wait_for_everyone()
-        state.processes, state.precision = accelerator.num_processes, accelerator.mixed_precision
+        state.processes, state.threads = accelerator.num_processes, _threads(accelerator)
+        state.precision = accelerator.mixed_precision
         state.valid_symbols = config.train.valid_symbols
         if state.validated_step == state.step == config.train.steps:
             news.append(f"finished before, at step {state.step:,}; to train on, give more --train.steps")
@@ -170,9 +173,10 @@ def _continue_from(
     news += rescaled_rows(objective.terms, state.step, old.train.steps, new.train.steps)
     for name, before, now in (
         ("processes", state.processes, accelerator.num_processes),
+        ("threads", state.threads, _threads(accelerator)),
         ("precision", state.precision, accelerator.mixed_precision),
     ):
-        if before not in (None, now):
+        if None not in (before, now) and before != now:
             news.append(f"{name}: {before} -> {now}")
     if state.best_bits == inf:  # as earlier versions wrote, before the first validation
         state.best_bits = None
@@ -181,6 +185,10 @@ def _continue_from(
         state.best_bits = None
         news.append(f"train.valid_symbols was {scored}: scores cannot be compared, the next validation is the best")
     return state, news
+
+
+def _threads(accelerator: Accelerator) -> int | None:
+    return torch.get_num_threads() if accelerator.device.type == "cpu" else None
 
 
 def check_agreed(run: Run, step: int, accelerator: Accelerator) -> None:
@@ -242,8 +250,7 @@ def describe(
     """The first lines of a run: what will be done, on what, how and why so."""
     parameters = sum(parameter.numel() for parameter in objective.parameters())
     device = f"{accelerator.num_processes} x {accelerator.device.type}"
-    if accelerator.device.type == "cpu":
-        threads = torch.get_num_threads()
+    if (threads := _threads(accelerator)) is not None:
         device += f" ({threads} thread{'s' if threads > 1 else ''})"
     if is_sharded(objective):
         device += ", sharded by FSDP2"

@@ -160,3 +160,13 @@ def test_a_folder_that_is_no_run(tmp_path, script, name, arguments):
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"{tmp_path} is not a run" in err
     assert not files_in(tmp_path)
+
+
+def test_a_mistyped_run_is_guessed(tmp_path, script):
+    """Guards against a message that leaves the user to look for the run, and one that names what is no run."""
+    for folder, file in (("demo", "config.yaml"), ("dmo2", "notes.txt")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).touch()
+    _, _, err = script("evaluate", str(tmp_path / "dmo"))
+    assert f"there is no such folder; did you mean {tmp_path / 'demo'}?" in err
+    assert "give a run's folder" in script("evaluate", str(tmp_path / "elsewhere"))[2]

@@ -182,8 +182,9 @@ def test_the_table_says_what_the_rows_say(run, measured):
     found = dict(zip(heads, rows[0], strict=True))
     assert found["steps"] == "40 of 40"
     assert found["training bpc"] == "4.000"
-    assert found["best validation bpc"] == "5.0000 at step 40"
-    assert found["time"] == "1 min 20 s"
+    assert found["best validation bpc"] == "5.0000 at step 40, on 100 symbols"
+    assert found["validation bpc, by this page"].endswith(f" on {measured.score.symbols} symbols")
+    assert found["training time"] == "1 min 20 s"
     assert found["characters/s"] == "1,022"
     assert "memory" not in found and "skipped updates" not in found
     assert recorded.characters_per_step == pytest.approx(4 * 16 * split["characters"] / split["symbols"])
@@ -319,6 +320,22 @@ def test_several_runs_are_overlaid(run, other, tmp_path):
     assert named == {"model.num_layers": ["2", "3"], "train.seed": ["0", "1"]}
     learning = figures.learning(runs)
     assert {"var(--series-0)", "var(--series-1)"} <= set(re.findall(r"var\(--series-\d\)", learning.wide))
+    assert text.index("What differs between the runs") < text.index("Learning curves</h2>")
+
+
+def test_losses_of_the_highest_layers_are_overlaid(run, other, monkeypatch):
+    """Fault: a lower layer's loss for the highest one's, a task in another's panel, or steps of another size."""
+    monkeypatch.setattr(figures, "picture", lambda name, label, draw: draw(True))
+    runs = read_runs([run.path, other.path])
+    panels = figures.tasks(runs).axes
+    assert [axes.get_title() for axes in panels] == ["next character", "2 characters ahead"]
+    for axes in panels:
+        for line, recorded, layer in zip(axes.lines, runs, (2, 3), strict=True):
+            steps = np.arange(4, recorded.step + 1, 4)
+            bits_per_nat = recorded.symbols_per_character / math.log(2)
+            assert line.get_xdata() == pytest.approx(steps * recorded.characters_per_step)
+            assert line.get_ydata() == pytest.approx((5.0 - steps / 20 + layer / 10) * bits_per_nat)
+    assert figures.tasks(runs[:1]) is None
 
 
 SIZES = {"symbols": 1000, "characters": 900, "bytes": 1000}

@@ -316,13 +316,16 @@ def test_processes_that_found_different_checkpoints_do_not_go_on(tmp_path, monke
             check_agreed(Run(tmp_path), step, accelerator)
 
 
-def test_another_precision_is_said(stopped, capfd, monkeypatch):
-    """Guards against a run that goes on in another precision without a word, as `auto` does on another machine."""
+@pytest.mark.parametrize(("name", "before"), [("precision", "bf16"), ("threads", 99), ("threads", None)])
+def test_what_the_machine_changes_is_said(name, before, stopped, capfd):
+    """Guards against a run that goes on in another precision without a word, as `auto` does on another machine, or on
+    other threads, which end in other bits; and against words on what an earlier version had not recorded."""
     flags, run = stopped
-    forge_state(run, 10, precision="bf16")
+    forge_state(run, 10, **{name: before})
     train(*flags, f"--train.steps={STEPS}")
-    assert "precision: bf16 -> no" in capfd.readouterr().err.splitlines()
-    assert state_of(run)["precision"] == "no"
+    now = {"precision": "no", "threads": torch.get_num_threads()}[name]
+    assert (f"{name}: {before} -> {now}" in capfd.readouterr().err.splitlines()) is (before is not None)
+    assert state_of(run)[name] == now
 
 
 @pytest.mark.parametrize("asked_before", [False, True])

@@ -102,8 +102,48 @@ def _limits(lines: Iterable[_Learning]) -> tuple[float, float]:
     return bottom - 0.05 * span, top + 0.05 * span
 
 
+def tasks(runs: Sequence[Recorded]) -> Picture | None:
+    """The losses of each run's highest layer: a panel for each task, a line for each run. None for a run alone."""
+    panels: dict[str, dict[int, Points]] = {}
+    for place, run in enumerate(runs):
+        for title, layers in _losses_by_task(run).items():
+            steps, losses = layers[max(layers)]
+            panels.setdefault(title, {})[place] = steps * run.characters_per_step, losses
+    if len(runs) == 1 or not panels:
+        return None
+    panels = _shortly_titled(panels)
+
+    def draw(wide: bool) -> "Figure":
+        figure, grid = _panels(wide, len(panels))
+        for axes, (title, lines) in zip(grid, panels.items(), strict=True):
+            end = max(float(characters[-1]) for characters, _ in lines.values())
+            lines = {place: thinned(*points, FEW_POINTS, end) for place, points in lines.items()}
+            for place, points in lines.items():
+                colour, dashes = _style(place)
+                axes.plot(*points, color=colour, linestyle=dashes, linewidth=1.6)
+            _without_the_fall(axes, lines)
+            axes.set_title(title)
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_formatter(engineering())
+            axes.set_xlabel("characters seen")
+            axes.grid(axis="y")
+        return figure
+
+    return picture("tasks", "The losses of the highest layer over training, a line for each run", draw)
+
+
 def terms(run: Recorded) -> Picture | None:
     """The loss of every term: a panel for each task, a line for each layer."""
+    panels = _shortly_titled(_losses_by_task(run))
+    return (
+        _by_layer(run, "terms", "The loss of every term over training, a line for each layer", panels)
+        if panels
+        else None
+    )
+
+
+def _losses_by_task(run: Recorded) -> dict[str, dict[int, Points]]:
+    """The loss of every term by the title of its task and by layer: in bits per character; in nats for own tasks."""
     panels: dict[str, dict[int, Points]] = {}
     bits_per_nat = run.symbols_per_character / math.log(2)
     for name, (steps, losses) in run.losses().items():
@@ -113,11 +153,13 @@ def terms(run: Recorded) -> Picture | None:
         layer, offset, positions, task = found.groups()
         title = f"{task}, nats" if task else _title(int(offset), positions)
         panels.setdefault(title, {})[int(layer)] = steps, losses * (1.0 if task else bits_per_nat)
-    if not panels:
-        return None
+    return panels
+
+
+def _shortly_titled(panels: dict[str, dict[int, Points]]) -> dict[str, dict[int, Points]]:
+    """The panels without the positions in their titles, where none differs by them alone."""
     titles = [title.removesuffix(", all positions") for title in panels]
-    named = dict(zip(titles if len(set(titles)) == len(panels) else panels, panels.values(), strict=True))
-    return _by_layer(run, "terms", "The loss of every term over training, a line for each layer", named)
+    return dict(zip(titles if len(set(titles)) == len(panels) else panels, panels.values(), strict=True))
 
 
 def _title(offset: int, positions: str) -> str:
@@ -259,15 +301,12 @@ def _by_layer(
     run: Recorded, name: str, label: str, panels: dict[str, dict[int, Points]], logarithmic: Iterable[str] = ()
 ) -> Picture:
     """A panel for each title, a line in it for each layer, over optimizer steps."""
-    num_layers, count = run.config.model.num_layers, len(panels)
+    num_layers = run.config.model.num_layers
     most = max(20, min(FEW_POINTS, POINTS_OF_A_FIGURE // sum(map(len, panels.values()))))
 
     def draw(wide: bool) -> "Figure":
-        columns = (2 if count in (2, 4) else min(count, 3)) if wide else 1
-        rows = math.ceil(count / columns)
-        figure = figure_of(wide, 270 * rows if wide else 220 * rows)
-        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for axes, (title, lines) in zip(grid, panels.items(), strict=False):
+        figure, grid = _panels(wide, len(panels))
+        for axes, (title, lines) in zip(grid, panels.items(), strict=True):
             end = max(float(steps[-1]) for steps, _ in lines.values())
             lines = {layer: thinned(*points, most, end) for layer, points in sorted(lines.items())}
             for layer, points in lines.items():
@@ -285,11 +324,20 @@ def _by_layer(
             axes.xaxis.set_major_formatter(engineering())
             axes.set_xlabel("optimizer steps")
             axes.grid(axis="y")
-        for unused in grid[count:]:
-            unused.set_axis_off()
         return figure
 
     return picture(name, label, draw, run.name)
+
+
+def _panels(wide: bool, count: int) -> tuple["Figure", list["Axes"]]:
+    """A figure of so many panels: up to three beside each other, on a phone all below each other."""
+    columns = (2 if count in (2, 4) else min(count, 3)) if wide else 1
+    rows = math.ceil(count / columns)
+    figure = figure_of(wide, 270 * rows if wide else 220 * rows)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in grid[count:]:
+        unused.set_axis_off()
+    return figure, grid[:count]
 
 
 def _without_the_fall(axes: "Axes", lines: dict[int, Points]) -> None:

@@ -22,8 +22,8 @@ PLACES = ("run.dir", "run.resume", "run.resume_from", "run.auto_resume", "run.re
 def results(runs: Sequence[Recorded], measured: Sequence[Measured | None]) -> tuple[list[str], list[list[str]]]:
     """The heads and the rows of the table, a row for each run; a column that no run has is left out."""
     heads = [
-        "steps", "characters seen", "training bpc", "best validation bpc", "validation bpc, by this page", "time",
-        "characters/s", "memory", "skipped updates",
+        "steps", "characters seen", "training bpc", "best validation bpc", "validation bpc, by this page",
+        "training time", "characters/s", "memory", "skipped updates",
     ]  # fmt: skip
     rows = [_result(run, own) for run, own in zip(runs, measured, strict=True)]
     kept = [place for place in range(len(heads)) if any(row[place] != NONE for row in rows)]
@@ -40,8 +40,10 @@ def _result(run: Recorded, measured: Measured | None) -> list[str]:
         f"{run.step:,} of {run.config.train.steps:,}",
         _short(run.step * run.characters_per_step),
         NONE if bits is None else f"{bits:.3f}",
-        f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else NONE,
-        NONE if score is None else f"{score.bits_per_character:.4f} ± {score.standard_error or 0:.4f}",
+        f"{run.best[1]:.4f} at step {run.best[0]:,}, on {_validated_symbols(run)}" if run.best else NONE,
+        NONE
+        if score is None
+        else f"{score.bits_per_character:.4f} ± {score.standard_error or 0:.4f} on {score.symbols:,} symbols",
         duration(seconds) if seconds == seconds else NONE,
         f"{statistics.median(speeds[np.isfinite(speeds)]):,.0f}" if np.isfinite(speeds).any() else NONE,
         NONE if memory is None else f"{memory / 2**30:.2f} GiB",
@@ -161,6 +163,11 @@ def _splits(run: Recorded) -> str:
 def _validates_all(run: Recorded) -> bool:
     whole = run.corpus_split("valid").get("symbols")
     return isinstance(whole, int) and run.config.train.valid_symbols >= whole
+
+
+def _validated_symbols(run: Recorded) -> str:
+    whole = run.corpus_split("valid").get("symbols")
+    return f"{whole if _validates_all(run) else run.config.train.valid_symbols:,} symbols"
 
 
 def _validated(run: Recorded) -> str:

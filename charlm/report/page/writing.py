@@ -58,6 +58,7 @@ def render(runs: Sequence[Recorded], measured: Sequence[Measured | None]) -> str
                 for place, (run, own, row) in enumerate(zip(runs, measured, rows, strict=True))
             ],
             learning=figures.learning(runs),
+            tasks=figures.tasks(runs),
             speed=figures.speed(runs),
             by_layer=figures.by_layer(measured),
             by_position=figures.by_position(measured),
