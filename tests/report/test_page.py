@@ -182,8 +182,13 @@ def test_the_table_says_what_the_rows_say(run, measured):
     found = dict(zip(heads, rows[0], strict=True))
     assert found["steps"] == "40 of 40"
     assert found["training bpc"] == "4.000"
-    assert found["best validation bpc"] == "5.0000 at step 40, on 100 symbols"
-    assert found["validation bpc, by this page"].endswith(f" on {measured.score.symbols} symbols")
+    assert found["best validation bpc"] == "5.0000 at step 40"
+    assert (
+        f"on the first 100 of {run.provenance()['corpus']['splits']['valid']['symbols']:,} symbols; this page"
+        in tables.validations([recorded], [measured])
+    )
+    assert tables.validations([recorded], [measured]).endswith(f" on the first {measured.score.symbols}.")
+    assert "this page" not in tables.validations([recorded], [None])
     assert found["training time"] == "1 min 20 s"
     assert found["characters/s"] == "1,022"
     assert "memory" not in found and "skipped updates" not in found

@@ -40,15 +40,21 @@ def _result(run: Recorded, measured: Measured | None) -> list[str]:
         f"{run.step:,} of {run.config.train.steps:,}",
         _short(run.step * run.characters_per_step),
         NONE if bits is None else f"{bits:.3f}",
-        f"{run.best[1]:.4f} at step {run.best[0]:,}, on {_validated_symbols(run)}" if run.best else NONE,
-        NONE
-        if score is None
-        else f"{score.bits_per_character:.4f} ± {score.standard_error or 0:.4f} on {score.symbols:,} symbols",
+        f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else NONE,
+        NONE if score is None else f"{score.bits_per_character:.4f} ± {score.standard_error or 0:.4f}",
         duration(seconds) if seconds == seconds else NONE,
         f"{statistics.median(speeds[np.isfinite(speeds)]):,.0f}" if np.isfinite(speeds).any() else NONE,
         NONE if memory is None else f"{memory / 2**30:.2f} GiB",
         f"{run.num_skipped:,}" if run.num_skipped else NONE,
     ]
+
+
+def validations(runs: Sequence[Recorded], measured: Sequence[Measured | None]) -> str:
+    """What tells the table's two figures of the validation split apart."""
+    own = " or ".join(sorted({_validated(run) for run in runs}))
+    scored = sorted({f"{each.score.symbols:,}" for each in measured if each is not None and each.score is not None})
+    again = f"; this page scored the best checkpoint once more, on the first {' or '.join(scored)}" if scored else ""
+    return f"The best validation is the run's own, in the precision of training, on {own} symbols{again}."
 
 
 def headline(run: Recorded) -> str:
@@ -163,11 +169,6 @@ def _splits(run: Recorded) -> str:
 def _validates_all(run: Recorded) -> bool:
     whole = run.corpus_split("valid").get("symbols")
     return isinstance(whole, int) and run.config.train.valid_symbols >= whole
-
-
-def _validated_symbols(run: Recorded) -> str:
-    whole = run.corpus_split("valid").get("symbols")
-    return f"{whole if _validates_all(run) else run.config.train.valid_symbols:,} symbols"
 
 
 def _validated(run: Recorded) -> str:

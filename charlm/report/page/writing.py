@@ -63,6 +63,7 @@ def render(runs: Sequence[Recorded], measured: Sequence[Measured | None]) -> str
             by_layer=figures.by_layer(measured),
             by_position=figures.by_position(measured),
             missing=_missing(runs, measured),
+            validations=tables.validations(runs, measured),
             mismatch=tables.mismatch(runs),
             one_vocabulary=len({tables.vocabulary(run) for run in runs}) == 1,
             differences=tables.differences(configs if len(runs) > 1 else [Config(), *configs]),
