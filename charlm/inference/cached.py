@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from charlm.inference.matmul import exact_matmul
 from charlm.model.attention import KVCache
+from charlm.model.matmul import exact_matmul
 from charlm.runs.loading import TrainedModel
 
 
@@ -20,8 +20,8 @@ def read(
 
     `ids` are equally many for each text, and follow what the cache holds of it.
     """
-    with exact_matmul(trained.device, len(ids[0])):
-        ids_BT = torch.tensor(ids, device=trained.device)
+    ids_BT = torch.tensor(ids, device=trained.device)
+    with exact_matmul(trained.device, ids_BT.numel()):
         return trained.transformer(ids_BT, [layer], cache, num_last)[layer]
 
 

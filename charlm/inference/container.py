@@ -28,7 +28,7 @@ from charlm.config import UserError
 from charlm.runs.folder import sync
 
 MAGIC = b"charlm"
-VERSION = 2
+VERSION = 3
 PRECISIONS = ("fp32", "bf16", "fp16")
 CODER_BITS = 24
 """The range coder counts probabilities in units of 2^-24, and gives every symbol one unit at least."""

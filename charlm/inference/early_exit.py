@@ -30,8 +30,8 @@ from charlm.inference.evaluation import (
     exit_layers,
     score,
 )
-from charlm.inference.matmul import exact_matmul
 from charlm.inference.scoring import Visit, nats_and_entropies, sum_over_processes, visit_predictions
+from charlm.model.matmul import exact_matmul
 from charlm.model.memory import keep_freed_memory
 from charlm.runs.loading import TrainedModel
 

@@ -22,8 +22,8 @@ import torch
 from charlm.config import UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import Vocabulary
-from charlm.inference.matmul import exact_matmul
 from charlm.inference.scoring import negative_log_likelihoods
+from charlm.model.matmul import exact_matmul
 from charlm.model.memory import keep_freed_memory
 from charlm.runs.loading import TrainedModel
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from charlm.config import UserError
 from charlm.inference.cached import logits_after, read, read_last
-from charlm.inference.matmul import exact_matmul
 from charlm.inference.packing import packed
 from charlm.inference.sampling import Sampling, draw
 from charlm.model.attention import KVCache
+from charlm.model.matmul import exact_matmul
 from charlm.runs.loading import TrainedModel
 
 Draft = Literal["offsets"] | int

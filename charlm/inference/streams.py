@@ -28,8 +28,8 @@ from torch import Tensor
 from charlm.config import UserError
 from charlm.data.vocabulary import Vocabulary
 from charlm.inference.container import MAX_BLOCK, MAX_STREAMS, MAX_THREADS, PRECISIONS
-from charlm.inference.matmul import exact_matmul
 from charlm.model.attention import KVCache
+from charlm.model.matmul import exact_matmul
 from charlm.model.memory import physical_memory
 from charlm.runs.loading import TrainedModel
 
@@ -164,7 +164,7 @@ class Streams:
     def _read(self, ids_ST: Tensor) -> Tensor:
         model, device = self._trained.config.model, self._trained.device
         with (
-            exact_matmul(device, ids_ST.shape[1]),
+            exact_matmul(device, ids_ST.numel()),
             torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype != torch.float32),
         ):
             hidden_S1D = self._trained.transformer(ids_ST, cache=self._cache, num_last=1)[model.num_layers]

@@ -10,7 +10,7 @@ import torch
 from charlm.config import Config, DataConfig, ModelConfig, RunConfig
 from charlm.data.corpus import Corpus, Split, load_corpus
 from charlm.data.vocabulary import ByteVocabulary
-from charlm.inference import matmul
+from charlm.model import matmul
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.runs.checkpoints import save_checkpoint

@@ -208,12 +208,12 @@ FOREIGN = {
     "one byte": (b"c", "not a file that charlm has compressed"),
     "another's": (b"PK\3\4" + bytes(300), "not a file that charlm has compressed"),
     "the magic alone": (b"charlm", "not a file that charlm has compressed"),
-    "no more than magic and version": (b"charlm\2\0", "damaged or cut short"),
-    "sealed without header": (sealed(b"charlm\2\0" + bytes(8)), "longer than the file"),
-    "sealed, half a header": (sealed(b"charlm\2\0" + bytes(80)), "longer than the file"),
-    "a name longer than the file": (sealed(b"charlm\2\0" + bytes(99) + b"\xff" + bytes(20)), "longer than the file"),
-    "a name that is no UTF-8": (sealed(b"charlm\2\0" + bytes(99) + b"\1\xff" + bytes(8)), "other than UTF-8"),
-    "version 1": (b"charlm\1\0" + bytes(200), "version 1, and this charlm reads 2"),
+    "no more than magic and version": (b"charlm\3\0", "damaged or cut short"),
+    "sealed without header": (sealed(b"charlm\3\0" + bytes(8)), "longer than the file"),
+    "sealed, half a header": (sealed(b"charlm\3\0" + bytes(80)), "longer than the file"),
+    "a name longer than the file": (sealed(b"charlm\3\0" + bytes(99) + b"\xff" + bytes(20)), "longer than the file"),
+    "a name that is no UTF-8": (sealed(b"charlm\3\0" + bytes(99) + b"\1\xff" + bytes(8)), "other than UTF-8"),
+    "version 1": (b"charlm\1\0" + bytes(200), "version 1, and this charlm reads 3"),
 }
 
 
@@ -383,7 +383,7 @@ def test_the_layout_of_the_file(coded):
     """Guards against a format that changes without a new version, on a machine of either byte order."""
     _trained, path = coded(b"some text", streams=2, threads=1)
     data = path.read_bytes()
-    assert data[:8] == b"charlm\2\0"
+    assert data[:8] == b"charlm\3\0"
     assert struct.unpack("<QQ", data[8:24]) == (9, 9)
     assert data[24:56] == hashlib.sha256(b"some text").digest()
     assert struct.unpack("<IIIIHBB", data[88:108])[:6] == (2, 8, 5, 2 * 2**16, 1, 0)

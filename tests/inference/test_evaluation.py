@@ -7,7 +7,6 @@ import torch
 
 from charlm.config import UserError
 from charlm.data.vocabulary import ByteVocabulary
-from charlm.inference import matmul
 from charlm.inference.evaluation import (
     bits_per,
     bits_per_character,
@@ -16,6 +15,7 @@ from charlm.inference.evaluation import (
     standard_error,
 )
 from charlm.inference.scoring import negative_log_likelihoods
+from charlm.model import matmul
 
 
 def letters(length: int, seed: int = 0) -> np.ndarray:

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from charlm.config import Config, ModelConfig
 from charlm.config_files import load_config
-from charlm.model.attention import BlockwiseAttention, Rotation, block_length
+from charlm.model.attention import BlockwiseAttention, KVCache, Rotation, block_length
+from charlm.model.matmul import FEW_ROWS
 from charlm.model.transformer import CharTransformer, ReluSquared
 from charlm.training.hardware import describe_attention
 
@@ -72,6 +73,32 @@ def test_attention_runs_as_the_first_line_of_a_run_says(file, backend, precision
         assert describe_attention(without_dropout).startswith("attention in blocks (without the masked half")
         assert counts[FORWARD] == 0
         assert counts["aten::bmm"] + counts["aten::baddbmm"] >= 2
+
+
+@pytest.mark.parametrize("num_new", [1, 2])
+@pytest.mark.parametrize("lengths", ["equal", "different"])
+def test_many_texts_side_by_side_are_read_as_each_alone(randomise, lengths, num_new):
+    """Attention of few symbols of many texts, which goes its own way, that sees hidden positions or scales otherwise;
+    and a setting of the matrix products that it leaves behind."""
+    config = ModelConfig(num_layers=3, num_heads=2, d_model=8, d_ff=12, context_length=9)
+    model = randomise(CharTransformer(config, 11)).eval()
+    ids_BT = torch.randint(11, (FEW_ROWS, 8), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(config, FEW_ROWS, torch.device("cpu"))
+    with torch.no_grad(), OperatorCounter() as counter:
+        model(ids_BT[:, :5], cache=cache)
+        if lengths == "different":
+            cache.lengths[::2] = 3
+        starts = cache.lengths.tolist()
+        counter.counts.clear()
+        torch.set_float32_matmul_precision("medium")
+        new_BT = torch.stack([own[start : start + num_new] for own, start in zip(ids_BT, starts, strict=True)])
+        found_BTD = model(new_BT, cache=cache)[3]
+        assert torch.get_float32_matmul_precision() == "medium"
+        torch.set_float32_matmul_precision("highest")
+    assert counter.counts[FORWARD] == 0 and counter.counts["aten::bmm"] == 2 * config.num_layers
+    for own_T, start, found_TD in zip(ids_BT, starts, found_BTD, strict=True):
+        expected_TD = model(own_T[None, : start + num_new])[3][0, start:]
+        torch.testing.assert_close(found_TD, expected_TD, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import Vocabulary
 from charlm.inference.evaluation import Score, bits_per_character
 from charlm.inference.generation import generate
-from charlm.inference.matmul import exact_matmul
 from charlm.inference.scoring import BATCH_SYMBOLS, nats, visit_predictions
+from charlm.model.matmul import exact_matmul
 from charlm.report.page.passage import Piece, pieces_of
 from charlm.runs.checkpoints import FOLDER, checkpoint_folders, find_checkpoint
 from charlm.runs.folder import Run

@@ -11,11 +11,7 @@ FEW_ROWS = 16
 
 @contextmanager
 def exact_matmul(device: torch.device, num_rows: int = FEW_ROWS) -> Iterator[None]:
-    """The fastest product of `num_rows` rows that is fp32 inside; the setting of before is put back after.
-
-    With attention among the products these are the rows of one text, however many texts are read side by side: it
-    multiplies them text by text, and "medium" would take three times as long for one row of each.
-    """
+    """The fastest product of `num_rows` rows that is fp32 inside; the setting of before is put back after."""
     medium = device.type == "cpu" and num_rows >= FEW_ROWS and medium_is_fp32()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if medium else "highest")
