@@ -120,6 +120,7 @@ def _tyro_raising(kind: type[T], arguments: Sequence[str], **options: Any) -> An
         better = _attempt(kind, parts, **options)[1] or ""
         if better.startswith("Unrecognized"):
             complaint = "".join([complaint.partition("\n")[0], *better.partition("\n")[1:]])
+        complaint = re.sub(r" *\(default: .*\)$", "", complaint, flags=re.M)  # files may have set another
     raise UserError(complaint)
 
 

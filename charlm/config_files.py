@@ -80,12 +80,16 @@ def explaining(settings: Sequence[Setting] = (), flags: Sequence[str] = ()) -> I
             for name, origin in origins.items()
             if re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", complaint)
         ]
-        raise type(error)("\n".join([str(error), *_choices(error), *places])) from None
+        complaint, *hints = str(error).split("\n")
+        raise type(error)("\n".join([complaint, *places, *hints, *_choices(error)])) from None
 
 
 def _choices(error: UserError) -> list[str]:
-    """What may stand where a name is unknown or missing."""
+    """What may stand where a name or a choice is unknown, or a name missing."""
     complaint, has_hints, _ = str(error).partition("\n")
+    if found := re.search(r"invalid choice '(.*?)' .*\((.*)\)", complaint):
+        similar = difflib.get_close_matches(found[1], re.findall(r"'(.*?)'", found[2]), n=1)
+        return [f"Did you mean {word}?" for word in similar]
     if not complaint.startswith(("Unrecognized", "Missing")):
         return []
     sections = dict.fromkeys(re.findall(r"--([\w.-]+)\.", complaint))

@@ -114,6 +114,8 @@ def visit_predictions(
         desc="evaluating",
         unit="ch",
         unit_scale=True,
+        initial=int(rank == 0),  # the first symbol is in no window
+        leave=False,
         disable=None if progress and rank == 0 else True,
     )
     with (

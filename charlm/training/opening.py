@@ -177,7 +177,7 @@ def _continue_from(
         ("precision", state.precision, accelerator.mixed_precision),
     ):
         if None not in (before, now) and before != now:
-            news.append(f"{name}: {before} -> {now}")
+            news.append(f"{name}: {before} -> {now}, which rounds otherwise from here on")
     if state.best_bits == inf:  # as earlier versions wrote, before the first validation
         state.best_bits = None
     scored = state.valid_symbols or old.train.valid_symbols

@@ -1,5 +1,6 @@
 """What a run tells while it runs: the rows of metrics.jsonl, the same to trackers, and a live progress line."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from charlm.config import Config
+from charlm.config import Config, steps_of
 from charlm.model.memory import peak_memory
 from charlm.objective.terms import Term, active
 from charlm.runs.folder import Run
@@ -48,6 +49,15 @@ class Tracker:
         self.started = self.began - seconds
         self.paused_seconds = 0.0
         """Of this process: what validations, checkpoints and diagnostics took."""
+        self.first_step = step
+        self.cadences = {
+            "validating": config.train.valid_every,
+            "saving": config.train.checkpoint_every,
+            "diagnosing": config.train.diagnose_every,
+        }
+        self.newest_pauses: dict[str, float] = {}
+        """What the newest of each kind took, in seconds."""
+        self.time_left = "?"
         self.logged_step, self.logged_time = step, time.perf_counter()
         self.lost_rows = 0
         self.bar = tqdm(
@@ -55,14 +65,22 @@ class Tracker:
             initial=step,
             disable=None if main else True,
             dynamic_ncols=True,
-            smoothing=0,  # or the time left would leap with every validation
-            bar_format="{n}/{total} {remaining} left{postfix}{desc}",
+            bar_format=self._layout("{desc}"),
         )
 
     @property
     def seconds(self) -> float:
         """What the run has taken, in seconds, those before a resumption included."""
         return time.perf_counter() - self.started
+
+    def seconds_left(self, step: int) -> float:
+        """When `step` is logged: at the speed of training so far, with what validations and the like took last."""
+        trained = time.perf_counter() - self.began - self.paused_seconds
+        left = (self.total_steps - step) * trained / max(1, step - self.first_step)
+        for doing, seconds in self.newest_pauses.items():
+            every = steps_of(self.cadences[doing], self.total_steps)
+            left += seconds * (math.ceil(self.total_steps / every) - (step - 1) // every) if every else 0.0
+        return left
 
     @contextmanager
     def speed_paused(self, doing: str) -> Iterator[None]:
@@ -73,15 +91,18 @@ class Tracker:
         took = time.perf_counter() - began
         self.logged_time += took
         self.paused_seconds += took
+        self.newest_pauses[doing] = took
 
     @contextmanager
     def showing(self, doing: str) -> Iterator[None]:
         """The progress line says what is being done in place of training."""
+        self.bar.bar_format = self._layout("{postfix}")
         self.bar.set_postfix_str(doing)
         try:
             yield
         finally:
-            self.bar.set_postfix_str("")
+            self.bar.bar_format = self._layout("{desc}")
+            self.bar.refresh()
 
     def log_training(
         self,
@@ -119,6 +140,8 @@ class Tracker:
         shown_bits = "" if bits is None else f" {bits:.3f} bpc"  # all of it fits into 80 columns
         terms = f"{len(parts)} term" + ("s" if len(parts) > 1 else "")
         shown_speed = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
+        self.time_left = tqdm.format_interval(self.seconds_left(step))
+        self.bar.bar_format = self._layout("{desc}")
         self.bar.set_description_str(
             f" loss {loss:.4g}{shown_bits} lr {learning_rate:.1e} {terms} {shown_speed} ch/s",
             refresh=False,
@@ -171,6 +194,10 @@ class Tracker:
         for tracker in self.trackers:
             self._keeping_on(tracker.name, tracker.finish)
         self.bar.close()
+
+    def _layout(self, rest: str) -> str:
+        """What the progress line consists of; tqdm's own time left would leap with every validation."""
+        return f"{{n}}/{{total}} {self.time_left} left{rest}"
 
     def _record(self, row: dict[str, Any]) -> None:
         try:

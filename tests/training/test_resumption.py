@@ -324,7 +324,8 @@ def test_what_the_machine_changes_is_said(name, before, stopped, capfd):
     forge_state(run, 10, **{name: before})
     train(*flags, f"--train.steps={STEPS}")
     now = {"precision": "no", "threads": torch.get_num_threads()}[name]
-    assert (f"{name}: {before} -> {now}" in capfd.readouterr().err.splitlines()) is (before is not None)
+    said = f"{name}: {before} -> {now}, which rounds otherwise from here on\n" in capfd.readouterr().err
+    assert said is (before is not None)
     assert state_of(run)[name] == now
 
 
