@@ -119,8 +119,8 @@ def _tyro_raising(kind: type[T], arguments: Sequence[str], **options: Any) -> An
         parts = [part for token in arguments for part in token.split("=", maxsplit=token.startswith("--"))]
         better = _attempt(kind, parts, **options)[1] or ""
         if better.startswith("Unrecognized"):
-            complaint = "".join([complaint.partition("\n")[0], *better.partition("\n")[1:]])
-        complaint = re.sub(r" *\(default: .*\)$", "", complaint, flags=re.M)  # files may have set another
+            hints = re.sub(r" *\(default: .*\)$", "", better.partition("\n")[2], flags=re.M)  # files may set another
+            complaint = "\n".join([complaint.partition("\n")[0], *([hints] if hints else [])])
     raise UserError(complaint)
 
 

@@ -71,7 +71,7 @@ def explaining(settings: Sequence[Setting] = (), flags: Sequence[str] = ()) -> I
     try:
         yield
     except UserError as error:
-        complaint = str(error).partition("\n")[0]
+        complaint, *hints = str(error).split("\n")
         origins = {setting.name: setting.origin for setting in settings}
         for flag in flags:
             origins.pop(flag.lstrip("-").partition("=")[0].replace("-", "_"), None)
@@ -80,7 +80,6 @@ def explaining(settings: Sequence[Setting] = (), flags: Sequence[str] = ()) -> I
             for name, origin in origins.items()
             if re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", complaint)
         ]
-        complaint, *hints = str(error).split("\n")
         raise type(error)("\n".join([complaint, *places, *hints, *_choices(error)])) from None
 
 

@@ -98,7 +98,8 @@ def main() -> None:
             print(json.dumps(result.as_dict() | ({"yardsticks": yardsticks} if yardsticks else {}), indent=2))
         else:
             sys.stdout.reconfigure(errors="replace")
-            lines = describe(score, corpus.splits[options.split].symbols, trained.config.train.steps, yardsticks)
+            planned = trained.config.train.steps if trained.options is None else None  # exported: it is not known
+            lines = describe(score, corpus.splits[options.split].symbols, planned, yardsticks)
             print("\n".join(lines + (describe_exits(result) if options.early_exit else [])))
     processes.destroy_process_group()
 
@@ -119,15 +120,16 @@ def check(options: Options) -> None:
         check_suffix(options.picture)
 
 
-def describe(score: "Score", symbols: int, steps: int, yardsticks: dict[str, float]) -> list[str]:
-    """Lines for people: the figures, then the protocol. `symbols` is how many the whole split has, `steps` how many the
-    whole run takes."""
+def describe(score: "Score", symbols: int, planned: int | None, yardsticks: dict[str, float]) -> list[str]:
+    """Lines for people: the figures, then the protocol. `symbols` is how many the whole split has, `planned` how many
+    steps the whole run takes."""
     error = score.standard_error or 0.0
     scored = f"{score.symbols:,}" if score.symbols == symbols else f"first {score.symbols:,} of {symbols:,}"
+    of_planned = "" if planned is None else f" of {planned:,}"
     lines = [
         f"{score.bits_per_character:.4f} ± {error:.4f} bits per character, "
         f"{score.bits_per_byte:.4f} ± {error * score.characters / score.bytes:.4f} bits per byte",
-        f"  {score.split} split of {score.corpus} (sha256 {score.corpus_sha256[:12]}), {score.checkpoint} of {steps:,}",
+        f"  {score.split} split of {score.corpus} (sha256 {score.corpus_sha256[:12]}), {score.checkpoint}{of_planned}",
         f"  {scored} symbols, {score.characters:,} characters, {score.bytes:,} bytes",
         f"  stride {score.stride}, context {score.context_length}, {score.precision}, {score.seconds:,.1f} s",
     ]

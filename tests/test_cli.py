@@ -59,7 +59,7 @@ def test_options_of_a_script(dash: str) -> None:
         ([], ["RUN", "The run's folder"]),
         (["x", "--top-q=3"], ["--top-q=3", "--top-k"]),
         (["x", "--top-k=few"], ["--top-k", "'few' is not a whole number"]),
-        (["x", "--split=tset"], ["--split", "'tset'", "'valid', 'test'"]),
+        (["x", "--split=tset"], ["--split", "'tset'", "'valid', 'test'", "Did you mean test?"]),
         (["x", "y"], ["y"]),
         (["--tyro-print-completion", "bash"], ["source scripts/completion.sh"]),
     ],
@@ -97,6 +97,18 @@ def test_errors_name_the_file_unless_a_flag_is_at_fault(small: Path) -> None:
         cli.parse(Show, ["--config", str(small), "--model.d-model", "11"])
     with pytest.raises(UserError, match="Missing value for argument '--config'"):
         cli.parse(Show, ["--config"])
+
+
+def test_an_unknown_option_of_a_file_is_placed_before_the_hints(small: Path) -> None:
+    """Guards against a flag that nobody typed, whose file comes after a page of options, and hints that name the code's
+    default as if it were the file's."""
+    small.write_text("train: {seeed: 9, steps: 5}\n")
+    with pytest.raises(UserError) as caught:
+        cli.parse(Show, ["--config", str(small)])
+    complaint, place, *hints = str(caught.value).split("\n")
+    assert "seeed" in complaint and place == f"train.seeed was set in {small}, line 1"
+    assert any("--train.seed INT" in hint for hint in hints)
+    assert "default" not in str(caught.value)
 
 
 def test_a_file_cannot_set_the_options_of_a_script(small: Path) -> None:

@@ -229,7 +229,8 @@ class Attention(nn.Module):
     """Causal multi-head self-attention.
 
     `backend` "sdpa" is torch's `scaled_dot_product_attention`, "blocks" is `BlockwiseAttention`, which knows no dropout
-    and leaves that, and single queries, to the former; "auto" takes blocks on a CPU.
+    and leaves that, and single queries, to the former; "auto" takes blocks on a CPU. Few queries of many texts go their
+    own way there.
     """
 
     def __init__(self, config: ModelConfig):
@@ -289,9 +290,11 @@ class Attention(nn.Module):
 
 
 def _many_texts_few_queries(query_BHQC: Tensor) -> bool:
-    """Whether texts are read side by side, a few symbols of each at a time, without gradients on a CPU."""
+    """Whether texts are read side by side, a few symbols of each at a time, without gradients, on a CPU in fp32: bf16
+    would round the scores before their softmax."""
     B, _, num_queries, _ = query_BHQC.shape
-    return num_queries < FEW_ROWS <= B and query_BHQC.device.type == "cpu" and not torch.is_grad_enabled()
+    in_fp32 = query_BHQC.device.type == "cpu" and query_BHQC.dtype == torch.float32
+    return num_queries < FEW_ROWS <= B and in_fp32 and not torch.is_grad_enabled()
 
 
 def _mix_text_by_text(query_BHQC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor, visible: Tensor | None) -> Tensor:

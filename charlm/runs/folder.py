@@ -175,7 +175,8 @@ class Run:
 
     def _similar(self) -> str | None:
         """The question whether a run of a similar name beside this folder was meant, if there is one."""
-        names = [path.parent.name for path in self.path.parent.glob("*/config.yaml")]
+        runs = [path.parent for path in self.path.parent.glob("*/provenance.json")]
+        names = [path.name for path in runs if (path / "config.yaml").is_file()]
         meant = difflib.get_close_matches(self.path.name, names, n=1)
         return f"did you mean {self.path.with_name(meant[0])}?" if meant else None
 

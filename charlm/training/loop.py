@@ -131,7 +131,9 @@ class Training:
             if state.step == 0 or self.saved_step < state.step:
                 self.save()
             self.writer.wait()
-            again = "the same command" + ("" if self.config.run.auto_resume else " with --run.resume=true")
+            run = self.config.run
+            again = "the same command" + ("" if run.auto_resume else " with --run.resume=true")
+            again += "" if run.resume_from is None else f" and without --run.resume_from={run.resume_from}"
             raise Stopped(
                 f"stopped after step {state.step:,} of {train.steps:,}: {self.stop.reason}; {again} goes on"
             ) from None

@@ -102,7 +102,7 @@ def _exit_at_the_second(watched: int) -> None:
         while number := numbers.read(1):
             now = time.monotonic()
             if first is None and main and number[0] in SIGNALS:
-                os.write(2, b"\nstopping after this step, once it is saved; again to end at once, without saving\n")
+                os.write(2, b"\nstopping, once what is done is saved; a second Ctrl-C or signal ends it at once\n")
             first = first or now
             if number[0] in SIGNALS and now - first > SAME_REQUEST:
                 os._exit(128 + number[0])

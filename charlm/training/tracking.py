@@ -52,11 +52,10 @@ class Tracker:
         self.first_step = step
         self.cadences = {
             "validating": config.train.valid_every,
-            "saving": config.train.checkpoint_every,
             "diagnosing": config.train.diagnose_every,
         }
         self.newest_pauses: dict[str, float] = {}
-        """What the newest of each kind took, in seconds."""
+        """What the newest of each kind took, in seconds. To begin to save takes next to nothing."""
         self.time_left = "?"
         self.logged_step, self.logged_time = step, time.perf_counter()
         self.lost_rows = 0
@@ -91,7 +90,8 @@ class Tracker:
         took = time.perf_counter() - began
         self.logged_time += took
         self.paused_seconds += took
-        self.newest_pauses[doing] = took
+        if doing in self.cadences:
+            self.newest_pauses[doing] = took
 
     @contextmanager
     def showing(self, doing: str) -> Iterator[None]:
@@ -181,6 +181,8 @@ class Tracker:
 
     def conclude(self, best_step: int | None, best_bits: float | None) -> None:
         """Say what was reached, and what this process took for it."""
+        self.time_left = tqdm.format_interval(0)
+        self.bar.bar_format = self._layout("{desc}")
         if best_bits is not None:
             self.say(
                 f"best: {best_bits:.4f} bits per character on valid, at step {best_step:,} of {self.total_steps:,}"

@@ -71,7 +71,7 @@ def test_what_evaluate_prints_for_people(run_on_disk, script):
     """Guards against a figure without its protocol, or wider than a terminal."""
     code, out, err = script("evaluate", str(run_on_disk), "--split=valid", "--limit=300", "--yardsticks")
     assert (code, err) == (0, "")
-    for part in ("bits per character", "bits per byte", "±", "valid", "300", "step-00000003", "stride 8", "context 16"):
+    for part in ("bits per character", "bits per byte", "±", "valid", "300", "step-00000003 of ", "stride 8", "context 16"):
         assert part in out
     assert all(name in out for name in ("gzip", "bzip2", "xz"))
     assert all(len(line) <= 80 for line in out.splitlines())
@@ -164,9 +164,10 @@ def test_a_folder_that_is_no_run(tmp_path, script, name, arguments):
 
 def test_a_mistyped_run_is_guessed(tmp_path, script):
     """Guards against a message that leaves the user to look for the run, and one that names what is no run."""
-    for folder, file in (("demo", "config.yaml"), ("dmo2", "notes.txt")):
+    for folder, files in (("demo", ("config.yaml", "provenance.json")), ("dmo2", ("config.yaml",))):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / file).touch()
+        for file in files:
+            (tmp_path / folder / file).touch()
     _, _, err = script("evaluate", str(tmp_path / "dmo"))
     assert f"there is no such folder; did you mean {tmp_path / 'demo'}?" in err
     assert "give a run's folder" in script("evaluate", str(tmp_path / "elsewhere"))[2]

@@ -1,6 +1,7 @@
 """Attention's backends agree and run where they are said to; handwritten gradients; layers compile once."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_attention_runs_as_the_first_line_of_a_run_says(file, backend, precision
 
 @pytest.mark.parametrize("num_new", [1, 2])
 @pytest.mark.parametrize("lengths", ["equal", "different"])
-def test_many_texts_side_by_side_are_read_as_each_alone(randomise, lengths, num_new):
+def test_many_texts_side_by_side_are_read_as_each_alone(randomise, request, lengths, num_new):
     """Attention of few symbols of many texts, which goes its own way, that sees hidden positions or scales otherwise;
     and a setting of the matrix products that it leaves behind."""
     config = ModelConfig(num_layers=3, num_heads=2, d_model=8, d_ff=12, context_length=9)
@@ -90,11 +91,11 @@ def test_many_texts_side_by_side_are_read_as_each_alone(randomise, lengths, num_
             cache.lengths[::2] = 3
         starts = cache.lengths.tolist()
         counter.counts.clear()
+        request.addfinalizer(partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
         torch.set_float32_matmul_precision("medium")
         new_BT = torch.stack([own[start : start + num_new] for own, start in zip(ids_BT, starts, strict=True)])
         found_BTD = model(new_BT, cache=cache)[3]
         assert torch.get_float32_matmul_precision() == "medium"
-        torch.set_float32_matmul_precision("highest")
     assert counter.counts[FORWARD] == 0 and counter.counts["aten::bmm"] == 2 * config.num_layers
     for own_T, start, found_TD in zip(ids_BT, starts, found_BTD, strict=True):
         expected_TD = model(own_T[None, : start + num_new])[3][0, start:]

@@ -201,6 +201,20 @@ def test_what_was_reached(build_tracker, clock, capfd):
     )
 
 
+def test_no_time_is_left_at_the_end(build_tracker, clock, capsys, monkeypatch):
+    """Guards against a finished run on whose line the last validation is still to come."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    tracker = build_tracker()
+    for step in (7, 8):
+        clock.now += 1.0
+        tracker.log_training(step, 0.002, 2.5, parts(1.5, 2.0))
+        with tracker.speed_paused("validating"):
+            clock.now += 10.0
+    tracker.conclude(8, 2.5)
+    tracker.close()
+    assert capsys.readouterr().err.rpartition("\r")[2].startswith("8/8 00:00 left loss 2.5")
+
+
 def test_a_log_file_gets_no_progress_line(build_tracker, clock, capfd):
     """Guards against logs filled with thousands of progress lines."""
     tracker = build_tracker()

@@ -104,12 +104,14 @@ def _limits(lines: Iterable[_Learning]) -> tuple[float, float]:
 
 def tasks(runs: Sequence[Recorded]) -> Picture | None:
     """The losses of each run's highest layer: a panel for each task, a line for each run. None for a run alone."""
+    if len(runs) == 1:
+        return None
     panels: dict[str, dict[int, Points]] = {}
     for place, run in enumerate(runs):
         for title, layers in _losses_by_task(run).items():
             steps, losses = layers[max(layers)]
             panels.setdefault(title, {})[place] = steps * run.characters_per_step, losses
-    if len(runs) == 1 or not panels:
+    if not panels:
         return None
     panels = _shortly_titled(panels)
 
