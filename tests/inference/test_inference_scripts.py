@@ -71,8 +71,9 @@ def test_what_evaluate_prints_for_people(run_on_disk, script):
     """Guards against a figure without its protocol, or wider than a terminal."""
     code, out, err = script("evaluate", str(run_on_disk), "--split=valid", "--limit=300", "--yardsticks")
     assert (code, err) == (0, "")
-    for part in ("bits per character", "bits per byte", "±", "valid", "300", "step-00000003 of ", "stride 8", "context 16"):
+    for part in ("bits per character", "bits per byte", "±", "valid", "300", "stride 8", "context 16"):
         assert part in out
+    assert "step-00000003 of " in out
     assert all(name in out for name in ("gzip", "bzip2", "xz"))
     assert all(len(line) <= 80 for line in out.splitlines())
 
