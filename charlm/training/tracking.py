@@ -140,8 +140,7 @@ class Tracker:
         shown_bits = "" if bits is None else f" {bits:.3f} bpc"  # all of it fits into 80 columns
         terms = f"{len(parts)} term" + ("s" if len(parts) > 1 else "")
         shown_speed = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
-        self.time_left = tqdm.format_interval(self.seconds_left(step))
-        self.bar.bar_format = self._layout("{desc}")
+        self._show_left(self.seconds_left(step))
         self.bar.set_description_str(
             f" loss {loss:.4g}{shown_bits} lr {learning_rate:.1e} {terms} {shown_speed} ch/s",
             refresh=False,
@@ -181,8 +180,7 @@ class Tracker:
 
     def conclude(self, best_step: int | None, best_bits: float | None) -> None:
         """Say what was reached, and what this process took for it."""
-        self.time_left = tqdm.format_interval(0)
-        self.bar.bar_format = self._layout("{desc}")
+        self._show_left(0.0)
         if best_bits is not None:
             self.say(
                 f"best: {best_bits:.4f} bits per character on valid, at step {best_step:,} of {self.total_steps:,}"
@@ -196,6 +194,10 @@ class Tracker:
         for tracker in self.trackers:
             self._keeping_on(tracker.name, tracker.finish)
         self.bar.close()
+
+    def _show_left(self, seconds: float) -> None:
+        self.time_left = tqdm.format_interval(seconds)
+        self.bar.bar_format = self._layout("{desc}")
 
     def _layout(self, rest: str) -> str:
         """What the progress line consists of; tqdm's own time left would leap with every validation."""
