@@ -17,6 +17,7 @@ from charlm.data.vocabulary import EncodingError
 from charlm.inference.cached import next_logits
 from charlm.inference.sampling import Sampling, sample
 from charlm.inference.speculative import Draft, DraftStatistics, Speculation, build_drafter
+from charlm.inference.stepping import stepping
 from charlm.model.attention import KVCache
 from charlm.runs.loading import TrainedModel
 
@@ -111,6 +112,7 @@ def _write(
 
     def steps() -> Iterator[tuple[str, ...]]:
         decoders = [_Decoder(trained, prompt) for prompt in data]
+        reader = stepping(trained)
         generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
         recent = [deque(own, maxlen=max(1, context_length // 2)) for own in ids]
         cache = KVCache(trained.config.model, len(prompts), trained.device)
@@ -120,7 +122,7 @@ def _write(
                 if seen + len(unread[row]) > context_length:
                     cache.lengths[row] = 0
                     unread[row] = list(recent[row])
-            logits_BV = next_logits(trained, unread, cache)
+            logits_BV = next_logits(reader, unread, cache)
             unread = [
                 [sample(logits_V, sampling.temperature, sampling.top_k, sampling.top_p, generator)]
                 for logits_V, generator in zip(logits_BV, generators, strict=True)

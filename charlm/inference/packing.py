@@ -4,16 +4,15 @@ Shapes: N outputs, D inputs.
 """
 
 import copy
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from charlm.inference.copies import kept
 from charlm.model.transformer import CharTransformer
 
 OPERATION = "_linear_pointwise"
 """Of torch.ops.mkldnn, by which torch's own compiler multiplies with packed weights."""
-_PACKED: WeakKeyDictionary[CharTransformer, tuple[tuple[int, ...], CharTransformer]] = WeakKeyDictionary()
 
 
 class PackedLinear(nn.Module):
@@ -31,20 +30,19 @@ class PackedLinear(nn.Module):
 
 def packed(transformer: CharTransformer) -> CharTransformer:
     """The same model, its parameters shared, with packed copies of the layers' matrices. The model itself where nothing
-    is gained or known: not on a CPU, or without the library.
-
-    Packing takes as long as writing some ten characters, so the last one is kept until the weights change.
-    """
+    is gained or known: not on a CPU, or without the library."""
     device = transformer.embedding.weight.device
     if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, OPERATION):
         return transformer
-    versions = tuple(number for weight in transformer.parameters() for number in (id(weight), weight._version))
-    if transformer not in _PACKED or _PACKED[transformer][0] != versions:
-        copied = copy.deepcopy(transformer, {id(weight): weight for weight in transformer.parameters()})
-        for block in copied.blocks:
-            for parent in (block.attention, block.feed_forward):
-                for name, linear in list(parent.named_children()):
-                    if isinstance(linear, nn.Linear):
-                        setattr(parent, name, PackedLinear(linear))
-        _PACKED[transformer] = (versions, copied)
-    return _PACKED[transformer][1]
+    return _pack(transformer)
+
+
+@kept
+def _pack(transformer: CharTransformer) -> CharTransformer:
+    copied = copy.deepcopy(transformer, {id(weight): weight for weight in transformer.parameters()})
+    for block in copied.blocks:
+        for parent in (block.attention, block.feed_forward):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(parent, name, PackedLinear(linear))
+    return copied

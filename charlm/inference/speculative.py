@@ -19,6 +19,7 @@ from charlm.config import UserError
 from charlm.inference.cached import logits_after, read, read_last
 from charlm.inference.packing import packed
 from charlm.inference.sampling import Sampling, draw
+from charlm.inference.stepping import stepping
 from charlm.model.attention import KVCache
 from charlm.model.matmul import exact_matmul
 from charlm.runs.loading import TrainedModel
@@ -100,7 +101,7 @@ class ExitDrafts:
     """The model up to a layer, symbol by symbol; the layers above then take all positions at once."""
 
     def __init__(self, trained: TrainedModel, layer: int, num_draft_tokens: int, chooser: "Chooser"):
-        self.trained, self.chooser, self.layer = trained, chooser, layer
+        self.trained, self.chooser, self.layer = stepping(trained), chooser, layer
         self.upper = packed(trained.transformer)
         self.num_draft_tokens = self.num_positions = num_draft_tokens
 
@@ -230,7 +231,7 @@ class Speculation:
         generator: torch.Generator,
         statistics: DraftStatistics,
     ):
-        self.trained, self.drafter, self.sampling = trained, drafter, sampling
+        self.trained, self.drafter, self.sampling = stepping(trained), drafter, sampling
         self.generator, self.statistics = generator, statistics
         self.chooser = Chooser(sampling, generator)
         self.near_tie = NEAR_TIE * trained.config.model.num_layers

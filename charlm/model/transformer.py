@@ -156,28 +156,44 @@ class CharTransformer(nn.Module):
         wanted = {self.config.num_layers} if layers is None else set(layers)
         if not wanted or not wanted <= set(range(1, self.config.num_layers + 1)):
             raise ValueError(f"layers {sorted(wanted)}: name some of 1 to {self.config.num_layers}")
-        T = ids_BT.shape[1]
-        places = self._places(T, cache)
-        x_BTD = self.embedding(ids_BT)
-        if self.ngram_embedding is not None:
-            num_earlier = self.ngram_embedding.lengths[-1] - 1
-            seen_BS = ids_BT if cache is None else cache.extend_ids(ids_BT, places, num_earlier)
-            x_BTD = x_BTD + self.ngram_embedding(seen_BS, T)
-        return self._run(x_BTD, 0, wanted, places, cache, num_last)
+        places = self.places(ids_BT.shape[1], cache)
+        return self._run(self.embed(ids_BT, places, cache), 0, wanted, places, cache, num_last)
 
     def resume(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
         """The last layer's hidden states from those of an intermediate `layer`, which `forward` gave for the T
         positions behind those that `cache` holds, and whose keys and values are still in its buffers: set back its
         lengths first. The cache is advanced by T again."""
-        places = self._places(hidden_BTD.shape[1], cache)
+        places = self.places(hidden_BTD.shape[1], cache)
         last = self.config.num_layers
         return self._run(hidden_BTD, layer, {last}, places, cache)[last]
 
-    def _places(self, num_new: int, cache: KVCache | None) -> Places:
+    def places(self, num_new: int, cache: KVCache | None) -> Places:
+        """Where the next `num_new` positions go.
+
+        Raises:
+            ValueError: they exceed the context.
+        """
         places = cache.places(num_new) if cache is not None else Places(slice(0, num_new), num_new, None)
         if places.end > self.config.context_length:
             raise ValueError(f"{places.end} positions exceed the context of {self.config.context_length}")
         return places
+
+    def embed(self, ids_BT: Tensor, places: Places, cache: KVCache | None) -> Tensor:
+        """What the first layer reads but for positions, [B, T, D]; the ids are stored in `cache`."""
+        x_BTD = self.embedding(ids_BT)
+        if self.ngram_embedding is None:
+            return x_BTD
+        num_earlier = self.ngram_embedding.lengths[-1] - 1
+        seen_BS = ids_BT if cache is None else cache.extend_ids(ids_BT, places, num_earlier)
+        return x_BTD + self.ngram_embedding(seen_BS, ids_BT.shape[1])
+
+    def rotation(self, places: Places) -> Rotation | None:
+        """That of queries and keys at `places`; None where positions are learned."""
+        if self.config.positions != "rotary":
+            return None
+        head_size = self.config.d_model // self.config.num_heads
+        table = rotary_table(self.config.context_length, head_size, self.embedding.weight.device)
+        return table.at(places.positions)
 
     def _run(
         self,
@@ -189,10 +205,7 @@ class CharTransformer(nn.Module):
         num_last: int | None = None,
     ) -> dict[int, Tensor]:
         """The layers above `lowest`, whose output `x_BTD` is; 0 is the embedding."""
-        rotation = None
-        if self.config.positions == "rotary":
-            head_size = self.config.d_model // self.config.num_heads
-            rotation = rotary_table(self.config.context_length, head_size, x_BTD.device).at(places.positions)
+        rotation = self.rotation(places)
         T = x_BTD.shape[1]
         hidden_states = {}
         highest = max(wanted)

@@ -14,6 +14,7 @@ from charlm.inference.cached import read, read_last
 from charlm.inference.generation import generate, stream
 from charlm.inference.sampling import Sampling
 from charlm.inference.speculative import DraftStatistics, Speculation, accept, accept_likeliest, build_drafter
+from charlm.inference.stepping import stepping
 from charlm.model.attention import KVCache
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
@@ -156,9 +157,9 @@ def test_in_doubt_all_since_the_last_certain_symbol_is_read_again(build_drafting
     assert speculation.num_exact == speculation.cache.length == len(seen) > 9
     plain = KVCache(trained.config.model, 1, trained.device)
     with torch.inference_mode():
-        read_last(trained, [seen[:3]], plain)
+        read_last(stepping(trained), [seen[:3]], plain)
         for symbol in seen[3:]:
-            hidden_11D = read_last(trained, [[symbol]], plain)
+            hidden_11D = read_last(stepping(trained), [[symbol]], plain)
     assert torch.equal(speculation.cache.keys[..., : len(seen), :], plain.keys[..., : len(seen), :])
     assert torch.equal(speculation.hidden_11D, hidden_11D)
 
