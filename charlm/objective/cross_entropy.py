@@ -9,8 +9,9 @@ from torch import Tensor
 
 from charlm.config import CrossEntropyBackend
 
-CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
-"""Logits that the chunked backend computes at once, by type of device: what a core's cache holds; what fills a GPU."""
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
+"""Logits that the chunked backend computes at once, by type of device: what the caches of two cores hold; what fills a
+GPU."""
 
 
 def linear_cross_entropy(
@@ -102,10 +103,10 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
                     grad_logits = probabilities
                     grad_logits.scatter_add_(1, targets, grad_logits.new_full((1, 1), -1.0).expand_as(targets))
                     factors = factors_NK[chunk] * (losses_NK[chunk] > hinge) if hinge else factors_NK[chunk]
-                    grad_logits = grad_logits.mul_(factors.reshape(-1, 1)).view(-1, len(weight))
+                    rounded = torch.empty_like(grad_logits, dtype=dtype)
+                    grad_logits = torch.mul(grad_logits, factors.reshape(-1, 1), out=rounded).view(-1, len(weight))
                     if not constant:
-                        grad_bias += grad_logits.sum(dim=0)
-                    grad_logits = grad_logits.to(dtype)
+                        grad_bias += grad_logits.sum(dim=0, dtype=grad_bias.dtype)
                     torch.mm(grad_logits, weight, out=grad_hidden[chunk])
                     if not constant:
                         grad_weight += grad_logits.mT @ hidden[chunk]
