@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from charlm.benchmark.contestants import (
-    ALL_LOSSES,
     CHECKPOINTED,
     MAIN_LOSS,
     Contestant,
@@ -77,7 +76,8 @@ class Point:
     value: int
     shape: Shape
     setups: dict[str, Entry]
-    utilisation: float | None
+    utilisations: dict[str, float]
+    """Shares of the matrix rate by the names of set-ups: what compares across races, each beside its own product."""
 
 
 @dataclass(frozen=True)
@@ -294,12 +294,8 @@ def points_of(plan: Plan, results: list[RaceResult]) -> list[Point]:
     points: dict[str, Point] = {}
     for (title, jobs), result in zip(plan, results, strict=True):
         axis, value = title.split()
-        setups = {entry.contestant.setup: entry for entry in result.entries}
-        if title in points:
-            points[title].setups.update(setups)
-        else:
-            utilisation = result.utilisation(setups[ALL_LOSSES])
-            points[title] = Point(
-                axis, int(value), jobs[0].shape, setups, utilisation["median"] if utilisation else None
-            )
+        point = points.setdefault(title, Point(axis, int(value), jobs[0].shape, {}, {}))
+        for entry in result.entries:
+            point.setups[entry.contestant.setup] = entry
+            point.utilisations[entry.contestant.setup] = result.utilisation(entry)["median"]
     return list(points.values())

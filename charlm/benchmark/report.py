@@ -78,7 +78,7 @@ def point_dict(point: Point) -> dict[str, Any]:
         "shape": asdict(point.shape),
         "seconds_per_character": 1 / float(np.median(on.rates())),
         "flop_per_character": on.facts["flop_per_step"] / on.facts["characters_per_step"],
-        "model_flops_utilisation": point.utilisation,
+        "model_flops_utilisation": point.utilisations[ALL_LOSSES],
         "peak_memory_bytes": on.peak_memory,
         "auxiliary_step_time_ratio": spread(paired(off.rates(), on.rates())),
         "auxiliary_arithmetic_ratio": on.facts["flop_per_step"] / off.facts["flop_per_step"],
@@ -87,7 +87,7 @@ def point_dict(point: Point) -> dict[str, Any]:
     if CHECKPOINTED in point.setups:
         checkpointed = point.setups[CHECKPOINTED]
         found |= {
-            "checkpointed_step_time_ratio": float(np.median(on.rates()) / np.median(checkpointed.rates())),
+            "checkpointed_step_time_ratio": point.utilisations[ALL_LOSSES] / point.utilisations[CHECKPOINTED],
             "checkpointed_peak_memory_bytes": checkpointed.peak_memory,
         }
     return found
@@ -138,20 +138,21 @@ def auxiliary_table(points: Sequence[Point]) -> str:
 
 
 def scaling_table(points: Sequence[Point]) -> str:
-    """One axis. "beyond arithmetic" is time per FLOP against the axis's first place: 1 is growth as it should be."""
+    """One axis. "beyond arithmetic" is time per FLOP against the axis's first place: 1 is growth as it should be. As
+    places are measured one after the other, time is counted in matrix products of the same rounds."""
     header = [
         points[0].axis, "µs per character", "MFLOP per character", "beyond arithmetic", "of the matrix rate",
         "peak memory", "checkpointed: memory", "time", "auxiliary on / off: time", "arithmetic", "memory",
     ]  # fmt: skip
     found = [point_dict(point) for point in points]
-    per_flop = [place["seconds_per_character"] / place["flop_per_character"] for place in found]
+    utilisations = [place["model_flops_utilisation"] for place in found]
     rows = [
         [
             f"{point.value}",
             f"{place['seconds_per_character'] * 1e6:.1f}",
             f"{place['flop_per_character'] / 1e6:.1f}",
-            f"{seconds / per_flop[0]:.2f}",
-            f"{place['model_flops_utilisation']:.0%}" if place["model_flops_utilisation"] else "",
+            f"{utilisations[0] / utilisation:.2f}",
+            f"{utilisation:.0%}",
             _mebibytes(place["peak_memory_bytes"]),
             _mebibytes(place["checkpointed_peak_memory_bytes"]),
             f"{place['checkpointed_step_time_ratio']:.2f}",
@@ -159,7 +160,7 @@ def scaling_table(points: Sequence[Point]) -> str:
             f"{place['auxiliary_arithmetic_ratio']:.3f}",
             f"{place['auxiliary_peak_memory_ratio']:.3f}",
         ]
-        for point, place, seconds in zip(points, found, per_flop, strict=True)
+        for point, place, utilisation in zip(points, found, utilisations, strict=True)
     ]
     return f"**Scaling with {points[0].axis}** (from {points[0].shape.in_words()})\n\n" + markdown(header, rows)
 

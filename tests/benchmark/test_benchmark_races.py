@@ -169,8 +169,10 @@ def test_points_from_races(benchmark: str, tmp_path: Path) -> None:
     """Guards against set-ups of one place that end up in different rows, and a table or picture that cannot be made."""
     setups = [["all losses", MAIN_LOSS], [CHECKPOINTED]]
     plan = [(title, jobs) for title, jobs in build_plan(settings("scaling"), [], Path()) if title.startswith("depth")]
+    limit = Contestant(library="matrix product", setup="highest", precision="fp32")
+    product = Entry(limit, {"flop_per_step": 10**6}, steps=1, seconds=[1.0, 1.0])
     results = [
-        RaceResult(title, [made_up(setup, int(title.split()[1])) for setup in setups[number % 2]], [])
+        RaceResult(title, [made_up(setup, int(title.split()[1])) for setup in setups[number % 2]], [product])
         for number, (title, _) in enumerate(plan)
     ]
     points = points_of(plan, results)

@@ -7,7 +7,7 @@ import pytest
 from charlm.benchmark.contestants import AS_IT_COMES, TUNED, Contestant, charlm
 from charlm.benchmark.programs import Outcome, Point, Settings
 from charlm.benchmark.race import Entry
-from charlm.benchmark.report import document, point_dict, to_markdown
+from charlm.benchmark.report import document, point_dict, scaling_table, to_markdown
 from charlm.benchmark.results import RaceResult, markdown, spread
 from charlm.benchmark.shapes import named_shape
 
@@ -128,13 +128,29 @@ def test_points_by_hand() -> None:
     off = entry(charlm("bf16", "main loss alone"), [1.0, 2.0, 4.0], memory=100)
     checkpointed = entry(charlm("bf16", "all losses, checkpointed"), [3.0, 3.6, 4.0], memory=50)
     setups = {found.contestant.setup: found for found in (on, off, checkpointed)}
-    found = point_dict(Point("depth", 12, SHAPE, setups, 0.5))
+    utilisations = {"all losses": 0.6, "main loss alone": 0.5, "all losses, checkpointed": 0.4}
+    found = point_dict(Point("depth", 12, SHAPE, setups, utilisations))
     assert found["auxiliary_step_time_ratio"]["median"] == pytest.approx(1.1)
     assert found["auxiliary_arithmetic_ratio"] == pytest.approx(1.068)
     assert found["auxiliary_peak_memory_ratio"] == pytest.approx(1.05)
     assert found["checkpointed_step_time_ratio"] == pytest.approx(1.5)
     assert found["checkpointed_peak_memory_bytes"] == 50
     assert found["seconds_per_character"] == pytest.approx(2.4 / 60)
+    assert found["model_flops_utilisation"] == 0.6
+
+
+def test_growth_by_hand() -> None:
+    """Guards against a machine that is slower at the second place being taken for growth: twice the FLOP take three
+    times as long, but at two thirds of the matrix rate that a step reached at the first place is seen as 1.5 and no
+    more."""
+    places = []
+    for depth, seconds, flop, utilisation in ((6, [1.0, 1.0], 100, 0.6), (12, [3.0, 3.0], 200, 0.4)):
+        lineup = [charlm("bf16"), charlm("bf16", "main loss alone"), charlm("bf16", "all losses, checkpointed")]
+        setups = {contestant.setup: entry(contestant, seconds, flop=flop) for contestant in lineup}
+        places.append(Point("depth", depth, SHAPE, setups, dict.fromkeys(setups, utilisation)))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in scaling_table(places).splitlines()[2:]]
+    column = rows[0].index("beyond arithmetic")
+    assert [row[column] for row in rows[2:]] == ["1.00", "1.50"]
 
 
 def test_markdown_aligns_figures_right() -> None:
