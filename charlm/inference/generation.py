@@ -79,7 +79,7 @@ def stream(
 
     While prompt and text fit into the model's context, every symbol is predicted from all before it. When the context
     is full, its newest half is kept and the older half forgotten, so that a symbol costs one step of the model, and
-    every context_length / 2 symbols one pass over half a context.
+    every context_length / 2 symbols one pass over half a context. The weights must stay as they are until its end.
 
     Args:
         prompt: at least one symbol and at most context_length.

@@ -8,7 +8,6 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from charlm.inference.copies import kept
 from charlm.model.transformer import CharTransformer
 
 OPERATION = "_linear_pointwise"
@@ -30,15 +29,13 @@ class PackedLinear(nn.Module):
 
 def packed(transformer: CharTransformer) -> CharTransformer:
     """The same model, its parameters shared, with packed copies of the layers' matrices. The model itself where nothing
-    is gained or known: not on a CPU, or without the library."""
+    is gained or known: not on a CPU, or without the library.
+
+    Packing takes as long as writing some ten characters, and is of the weights as they are: once for each text.
+    """
     device = transformer.embedding.weight.device
     if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, OPERATION):
         return transformer
-    return _pack(transformer)
-
-
-@kept
-def _pack(transformer: CharTransformer) -> CharTransformer:
     copied = copy.deepcopy(transformer, {id(weight): weight for weight in transformer.parameters()})
     for block in copied.blocks:
         for parent in (block.attention, block.feed_forward):

@@ -56,8 +56,8 @@ class FeedForward(nn.Module):
 
 
 def _linear(linear: nn.Linear, x_BTD: Tensor) -> Tensor:
-    """What `linear` gives. Of a single character on a CPU by dot products, 2 to 3 times as fast as its matrix product,
-    of which generating is made."""
+    """What `linear` gives. Of a single character on a CPU by dot products, 2 to 3 times as fast as its matrix product:
+    one text that is compressed by itself is read so."""
     if x_BTD.shape[:-1].numel() > 1 or x_BTD.device.type != "cpu" or torch.is_grad_enabled():
         return linear(x_BTD)
     return (torch.linalg.vecdot(linear.weight, x_BTD.flatten()) + linear.bias).expand(*x_BTD.shape[:-1], -1)

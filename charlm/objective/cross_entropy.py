@@ -103,10 +103,10 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
                     grad_logits = probabilities
                     grad_logits.scatter_add_(1, targets, grad_logits.new_full((1, 1), -1.0).expand_as(targets))
                     factors = factors_NK[chunk] * (losses_NK[chunk] > hinge) if hinge else factors_NK[chunk]
-                    rounded = torch.empty_like(grad_logits, dtype=dtype)
-                    grad_logits = torch.mul(grad_logits, factors.reshape(-1, 1), out=rounded).view(-1, len(weight))
+                    grad_logits = grad_logits.mul_(factors.reshape(-1, 1)).view(-1, len(weight))
                     if not constant:
-                        grad_bias += grad_logits.sum(dim=0, dtype=grad_bias.dtype)
+                        grad_bias += grad_logits.sum(dim=0)
+                    grad_logits = grad_logits.to(dtype)
                     torch.mm(grad_logits, weight, out=grad_hidden[chunk])
                     if not constant:
                         grad_weight += grad_logits.mT @ hidden[chunk]

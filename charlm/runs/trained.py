@@ -17,6 +17,7 @@ class TrainedModel:
 
     config: Config
     transformer: CharTransformer
+    """Or what reads as it does."""
     heads: Heads
     vocabulary: Vocabulary
     checkpoint: str

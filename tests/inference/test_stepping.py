@@ -56,20 +56,62 @@ def test_steps_are_few_operations(build_model, monkeypatch):
     assert len(passes) == 1  # the prompt
 
 
-@pytest.mark.parametrize("part", ["attention.key.weight", "feed_forward.up.bias"])
-def test_text_follows_training(build_model, part):
-    """Guards against text of weights that were: copies are kept from one text to the next."""
-    trained = build_model()
-    first = generate(trained, "ab", length=30)
-    assert stepping(trained).transformer.layers is stepping(trained).transformer.layers
+def fused_step(weight: torch.nn.Parameter) -> None:
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=3, fused=True).step()
+
+
+def in_place(weight: torch.nn.Parameter) -> None:
     with torch.no_grad():
-        trained.transformer.blocks[0].get_parameter(part).mul_(-3)
+        weight.mul_(-3)
+
+
+@pytest.mark.parametrize("part", ["attention.key.weight", "feed_forward.up.bias"])
+@pytest.mark.parametrize("change", [in_place, fused_step])
+@pytest.mark.parametrize("draft", [None, 1])
+def test_text_follows_training(build_model, part, change, draft):
+    """Guards against text of weights that were: a fused optimizer does not even count what it writes."""
+    trained = build_model()
+    first = generate(trained, "ab", length=30, draft=draft)
+    change(trained.transformer.blocks[0].get_parameter(part))
     fresh = CharTransformer(trained.config.model, 256).eval()
     fresh.load_state_dict(trained.transformer.state_dict())
-    assert generate(trained, "ab", length=30) == generate(replace(trained, transformer=fresh), "ab", length=30) != first
+    expected = generate(replace(trained, transformer=fresh), "ab", length=30, draft=draft)
+    assert generate(trained, "ab", length=30, draft=draft) == expected != first
 
 
-def test_copies_go_with_the_model(build_model):
+@pytest.mark.parametrize("reason", ["gradients", "training", "autocast", "two texts", "two layers", "no such layer"])
+def test_what_goes_the_long_way(build_model, reason):
+    """Guards against dropout, gradients or a precision lost on the short way, and layers that there are not."""
+    trained = build_model(residual_dropout=0.5)
+    trained.transformer.train(reason == "training")
+    swift = stepping(trained).transformer
+    ids_BT = torch.zeros(2 if reason == "two texts" else 1, 1, dtype=torch.long)
+    layers = {"two layers": [1, 2], "no such layer": [3]}.get(reason, [2])
+    found = []
+    for model in (trained.transformer, swift):
+        cache = KVCache(trained.config.model, len(ids_BT), trained.device)
+        torch.manual_seed(4)
+        with torch.set_grad_enabled(reason == "gradients"), torch.autocast("cpu", enabled=reason == "autocast"):
+            if reason == "no such layer":
+                with pytest.raises(ValueError, match="name some of 1 to 2"):
+                    model(ids_BT, layers, cache)
+            else:
+                found.append(model(ids_BT, layers, cache)[2])
+    assert "layers" not in vars(swift)  # nothing was copied for it
+    if found:
+        assert torch.equal(*found)
+        assert found[1].requires_grad == (reason == "gradients")
+
+
+def test_a_model_of_inference_mode_writes(build_model):
+    """Guards against bookkeeping that tensors made in inference mode do not take part in."""
+    with torch.inference_mode():
+        trained = build_model()
+    assert len(generate(trained, b"ab", length=5).encode()) >= 5
+
+
+def test_a_model_goes_after_its_text(build_model):
     """Guards against copies that keep a model in memory that nobody uses any more."""
     trained = build_model()
     generate(trained, "ab", length=2)
