@@ -151,13 +151,14 @@ def _write_with_drafts(
         raise UserError(f"num_draft_tokens={num_draft_tokens}: needs drafts; say from where with draft")
     data, ids = _encode(trained, prompt)
     generator = torch.Generator().manual_seed(seed)
-    drafter = build_drafter(trained, draft, num_draft_tokens, sampling, generator)
+    reader = stepping(trained)
+    drafter = build_drafter(reader, draft, num_draft_tokens, sampling, generator)
     counted = DraftStatistics() if statistics is None else statistics
     counted.num_draft_tokens = drafter.num_draft_tokens
 
     def steps() -> Iterator[str]:
         decoder = _Decoder(trained, data)
-        speculation = Speculation(trained, ids, drafter, sampling, generator, counted)
+        speculation = Speculation(reader, ids, drafter, sampling, generator, counted)
         missing = length
         while missing:
             symbols = speculation.advance(missing)

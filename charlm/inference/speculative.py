@@ -8,18 +8,15 @@ Shapes: P positions of a pass, K drafts, D d_model, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from charlm.config import UserError
 from charlm.inference.cached import logits_after, read, read_last
-from charlm.inference.packing import packed
 from charlm.inference.sampling import Sampling, draw
-from charlm.inference.stepping import stepping
 from charlm.model.attention import KVCache
 from charlm.model.matmul import exact_matmul
 from charlm.runs.loading import TrainedModel
@@ -84,25 +81,21 @@ class OffsetDrafts:
     """The heads that, one symbol ago, predicted what follows the newest."""
 
     def __init__(self, trained: TrainedModel, num_draft_tokens: int, chooser: "Chooser"):
-        self.packed, self.chooser = replace(trained, transformer=packed(trained.transformer)), chooser
+        self.trained, self.chooser = trained, chooser
         self.num_draft_tokens, self.num_positions = num_draft_tokens, num_draft_tokens + 1
         self.layer = trained.config.model.num_layers
-        nothing = torch.empty(1, 0, trained.config.model.d_model, device=trained.device)
-        # Joined once: to do it for each pass would cost more than the product.
-        _, self.weight, self.bias = trained.heads.classifiers(nothing, self.layer, range(2, num_draft_tokens + 2))
 
     def __call__(self, hidden_11D: Tensor, newest: int, num_positions: int, cache: KVCache) -> Proposal:
-        logits_KV = F.linear(hidden_11D, self.weight, self.bias).view(self.num_positions - 1, -1)
+        logits_KV = self.trained.heads(hidden_11D, self.layer, range(2, self.num_positions + 1))[0, 0]
         symbols, chances_KV = self.chooser(logits_KV[: num_positions - 1].cpu())
-        return Proposal(symbols, chances_KV, read(self.packed, [[newest, *symbols]], cache, layer=self.layer))
+        return Proposal(symbols, chances_KV, read(self.trained, [[newest, *symbols]], cache, layer=self.layer))
 
 
 class ExitDrafts:
     """The model up to a layer, symbol by symbol; the layers above then take all positions at once."""
 
     def __init__(self, trained: TrainedModel, layer: int, num_draft_tokens: int, chooser: "Chooser"):
-        self.trained, self.chooser, self.layer = stepping(trained), chooser, layer
-        self.upper = packed(trained.transformer)
+        self.trained, self.chooser, self.layer = trained, chooser, layer
         self.num_draft_tokens = self.num_positions = num_draft_tokens
 
     def __call__(self, hidden_11D: Tensor, newest: int, num_positions: int, cache: KVCache) -> Proposal:
@@ -115,7 +108,7 @@ class ExitDrafts:
             chances.append(chances_1V)
         cache.lengths -= num_positions
         with exact_matmul(self.trained.device, num_positions):
-            hidden_1PD = self.upper.resume(torch.cat(states, dim=1), self.layer, cache)
+            hidden_1PD = self.trained.transformer.resume(torch.cat(states, dim=1), self.layer, cache)
         return Proposal(symbols[1:], None if chances[0] is None else torch.cat(chances), hidden_1PD)
 
 
@@ -231,7 +224,7 @@ class Speculation:
         generator: torch.Generator,
         statistics: DraftStatistics,
     ):
-        self.trained, self.drafter, self.sampling = stepping(trained), drafter, sampling
+        self.trained, self.drafter, self.sampling = trained, drafter, sampling
         self.generator, self.statistics = generator, statistics
         self.chooser = Chooser(sampling, generator)
         self.near_tie = NEAR_TIE * trained.config.model.num_layers

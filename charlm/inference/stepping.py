@@ -1,25 +1,29 @@
-"""One symbol of one text at a time, with as few operations as there can be.
+"""A few symbols of one text at a time, with as few operations as there can be.
 
 Half of such a step of a small model is spent between operations, not in them. So query, key and value come from one
 product of weights that are joined once, all layers' buffers are cut at once, and no module is called on the way.
 
-Shapes: D d_model, T positions, H heads, C = D / H head size, S positions up to the new one, I inputs, E outputs.
+Shapes: T symbols, D d_model, H heads, C = D / H head size, S positions up to the newest, I inputs, E outputs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import zip_longest
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from charlm.model.attention import KVCache
+from charlm.model.attention import KVCache, Places
+from charlm.model.heads import Heads
 from charlm.model.transformer import Block, CharTransformer
 from charlm.runs.trained import TrainedModel
 
+FEW_SYMBOLS = 8
+"""Above so many a product of matrices is faster than sums of rows."""
 NUM_BAGS = 8
 """Threads share them out. Eight are faster than four even for one thread, more are not."""
 SUM = 0
@@ -27,29 +31,37 @@ SUM = 0
 
 
 class _Linear(NamedTuple):
-    """A linear layer of one vector: the sum of the rows of its weight's transpose, weighted by the vector.
+    """A linear layer of a few vectors: sums of the rows of its weight's transpose, weighted by each vector.
 
-    Memory is its limit, and of what torch has for it such a sum reads fastest: measured with two threads of an AMD EPYC
-    (Zen 5), in half the time of dot products and a third of that of a product of matrices.
+    Memory is its limit, and of what torch has for it such sums read fastest: measured with two threads of an AMD EPYC
+    (Zen 5), one vector in half the time of dot products and a third of that of a product of matrices. A vector's result
+    has the same bits whatever others are beside it.
     """
 
     rows_IE: Tensor
     bias_E: Tensor
-    indices_I: Tensor
-    bags: Tensor
-    """Where each begins: rows are summed in several bags at once."""
 
     @staticmethod
     def of(*linears: nn.Linear) -> "_Linear":
         """That of several layers with the same input, their outputs one behind the other."""
-        rows_IE = torch.cat([linear.weight.detach() for linear in linears]).t().contiguous()
-        indices_I = torch.arange(len(rows_IE))
-        bias_E = torch.cat([linear.bias.detach() for linear in linears])
-        return _Linear(rows_IE, bias_E, indices_I, indices_I[:: -(-len(rows_IE) // NUM_BAGS)].contiguous())
+        weight_EI = torch.cat([linear.weight.detach() for linear in linears])
+        return _Linear(weight_EI.t().contiguous(), torch.cat([linear.bias.detach() for linear in linears]))
 
-    def __call__(self, x_I: Tensor) -> Tensor:
-        sums = torch.embedding_bag(self.rows_IE, self.indices_I, self.bags, False, SUM, False, x_I)[0]
-        return sums.sum(dim=0).add_(self.bias_E)
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        T = len(x_TI)
+        num_bags, indices, starts = _bags(*x_TI.shape)
+        # Vectors side by side within a bag: its rows are read from memory once.
+        weights = x_TI.view(T, num_bags, -1).transpose(0, 1).flatten()
+        sums = torch.embedding_bag(self.rows_IE, indices, starts, False, SUM, False, weights)[0]
+        return sums.view(num_bags, T, -1).sum(dim=0).add_(self.bias_E)
+
+
+@lru_cache(maxsize=64)
+def _bags(num_vectors: int, num_inputs: int) -> tuple[int, Tensor, Tensor]:
+    """Into how many bags the rows are split, which rows go into each bag of each vector, and where each begins."""
+    num_bags = gcd(num_inputs, NUM_BAGS)
+    rows = torch.arange(num_inputs).view(num_bags, 1, -1).expand(-1, num_vectors, -1).flatten()
+    return num_bags, rows, torch.arange(0, len(rows), num_inputs // num_bags)
 
 
 class _Layer(NamedTuple):
@@ -85,7 +97,7 @@ def _norm(norm: nn.LayerNorm) -> tuple[Any, ...]:
 
 
 class SteppingTransformer(nn.Module):
-    """A transformer that reads single symbols of one text the short way, and everything else as it does by itself.
+    """A transformer that reads a few symbols of one text the short way, and everything else as it does by itself.
 
     The short way is for inference: without gradients, dropout and autocast, past all hooks of the blocks, and with
     copies of their matrices as they are at the first such symbol. Make a new one for each text.
@@ -110,49 +122,83 @@ class SteppingTransformer(nn.Module):
     ) -> dict[int, Tensor]:
         """See `CharTransformer`."""
         wanted = {self.config.num_layers} if layers is None else set(layers)
-        if ids_BT.numel() == 1 and cache is not None and len(wanted) == 1 and self._is_inference():
+        if cache is not None and _is_for_short_way(ids_BT, self.transformer) and len(wanted) == 1:
             (layer,) = wanted
             if 1 <= layer <= self.config.num_layers:
-                return {layer: self._step(ids_BT, layer, cache)}
+                places = self.transformer.places(ids_BT.shape[1], cache)
+                x_TD = self.transformer.embed(ids_BT, places, cache)[0]
+                hidden_1TD = self._run(x_TD, 0, layer, places, cache)
+                return {layer: hidden_1TD if num_last is None else hidden_1TD[:, -num_last:]}
         return self.transformer(ids_BT, wanted, cache, num_last)
 
-    def _is_inference(self) -> bool:
-        return not (torch.is_grad_enabled() or self.transformer.training or torch.is_autocast_enabled("cpu"))
+    def resume(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
+        """See `CharTransformer`."""
+        if not _is_for_short_way(hidden_BTD, self.transformer):
+            return self.transformer.resume(hidden_BTD, layer, cache)
+        places = self.transformer.places(hidden_BTD.shape[1], cache)
+        return self._run(hidden_BTD[0], layer, self.config.num_layers, places, cache)
 
-    def _step(self, ids_11: Tensor, highest: int, cache: KVCache) -> Tensor:
+    def _run(self, x_TD: Tensor, lowest: int, highest: int, places: Places, cache: KVCache) -> Tensor:
         transformer, config = self.transformer, self.config
-        places = transformer.places(1, cache)
-        x_D = transformer.embed(ids_11, places, cache)[0, 0]
+        T, H = len(x_TD), config.num_heads
         rotation = transformer.rotation(places)
         pre_norm, activation = config.norm == "pre", transformer.blocks[0].feed_forward.activation
-        past = [buffer[:, 0, :, : places.end].unbind() for buffer in (cache.keys, cache.values)]
-        newest = [buffer[:, 0, :, places.end - 1].unbind() for buffer in (cache.keys, cache.values)]
-        for layer, keys_HSC, values_HSC, key_HC, value_HC in zip(self.layers[:highest], *past, *newest, strict=False):
+        past = [buffer[lowest:highest, 0, :, : places.end].unbind() for buffer in (cache.keys, cache.values)]
+        newest = [buffer[lowest:highest, 0, :, places.positions].unbind() for buffer in (cache.keys, cache.values)]
+        for layer, keys_HSC, values_HSC, new_keys_HTC, new_values_HTC in zip(
+            self.layers[lowest:highest], *past, *newest, strict=True
+        ):
             if layer.table_TD is not None:
-                x_D = x_D + layer.table_TD[places.end - 1]
-            states_D = torch.layer_norm(x_D, *layer.attention_norm) if pre_norm else x_D
-            projected_3HC = layer.projection(states_D).view(3, config.num_heads, -1)
-            if rotation is None:
-                new_query_HC, new_key_HC, new_value_HC = projected_3HC.unbind()
-            else:
-                new_query_HC, new_key_HC = rotation(projected_3HC[:2]).unbind()
-                new_value_HC = projected_3HC[2]
-            key_HC.copy_(new_key_HC)
-            value_HC.copy_(new_value_HC)
-            mixed_1H1C = F.scaled_dot_product_attention(new_query_HC[None, :, None], keys_HSC[None], values_HSC[None])
-            x_D = x_D + layer.out(mixed_1H1C.flatten())
+                x_TD = x_TD + layer.table_TD[places.positions]
+            states_TD = torch.layer_norm(x_TD, *layer.attention_norm) if pre_norm else x_TD
+            projected_3HTC = layer.projection(states_TD).view(T, 3, H, -1).permute(1, 2, 0, 3)
+            query_HTC, key_HTC, value_HTC = projected_3HTC.unbind()
+            if rotation is not None:
+                query_HTC, key_HTC = rotation(projected_3HTC[:2]).unbind()
+            new_keys_HTC.copy_(key_HTC)
+            new_values_HTC.copy_(value_HTC)
+            mixed_1HTC = F.scaled_dot_product_attention(
+                query_HTC[None], keys_HSC[None], values_HSC[None], attn_mask=places.visible_B1TS
+            )
+            x_TD = x_TD + layer.out(mixed_1HTC[0].transpose(0, 1).flatten(1))
             if not pre_norm:
-                x_D = torch.layer_norm(x_D, *layer.attention_norm)
-            states_D = torch.layer_norm(x_D, *layer.feed_forward_norm) if pre_norm else x_D
-            x_D = x_D + layer.down(activation(layer.up(states_D)))
+                x_TD = torch.layer_norm(x_TD, *layer.attention_norm)
+            states_TD = torch.layer_norm(x_TD, *layer.feed_forward_norm) if pre_norm else x_TD
+            x_TD = x_TD + layer.down(activation(layer.up(states_TD)))
             if not pre_norm:
-                x_D = torch.layer_norm(x_D, *layer.feed_forward_norm)
-        cache.lengths += 1
-        return (transformer.final_norm(x_D) if highest == config.num_layers else x_D)[None, None]
+                x_TD = torch.layer_norm(x_TD, *layer.feed_forward_norm)
+        cache.lengths += T
+        return (transformer.final_norm(x_TD) if highest == config.num_layers else x_TD)[None]
+
+
+class SteppingHeads(nn.Module):
+    """Heads that read a few symbols of one text the short way; see `SteppingTransformer`."""
+
+    def __init__(self, heads: Heads):
+        super().__init__()
+        self.heads, self.pairs, self.layers = heads, heads.pairs, heads.layers
+        self._linears: dict[tuple[int, ...], _Linear] = {}
+        """By layer and offsets."""
+
+    def forward(self, hidden_BTD: Tensor, layer: int, offsets: Sequence[int] = (1,)) -> Tensor:
+        """See `Heads`."""
+        if not _is_for_short_way(hidden_BTD, self.heads):
+            return self.heads(hidden_BTD, layer, offsets)
+        key = (layer, *offsets)
+        if key not in self._linears:
+            self._linears[key] = _Linear.of(*self.heads.linears(layer, offsets)[-len(offsets) :])
+        logits_TR = self._linears[key](self.heads.states(hidden_BTD, layer)[0])
+        return logits_TR.view(1, len(logits_TR), len(offsets), -1)
+
+
+def _is_for_short_way(input_BT: Tensor, module: nn.Module) -> bool:
+    B, T = input_BT.shape[:2]
+    is_inference = not (torch.is_grad_enabled() or module.training or torch.is_autocast_enabled("cpu"))
+    return is_inference and B == 1 and T <= FEW_SYMBOLS
 
 
 def stepping(trained: TrainedModel) -> TrainedModel:
-    """The same model, whose transformer reads single symbols the short way; on a GPU, which has faster ones, itself."""
+    """The same model, which reads a few symbols the short way; on a GPU, which has faster ones, itself."""
     if trained.device.type != "cpu":
         return trained
-    return replace(trained, transformer=SteppingTransformer(trained.transformer))
+    return replace(trained, transformer=SteppingTransformer(trained.transformer), heads=SteppingHeads(trained.heads))

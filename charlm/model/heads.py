@@ -95,14 +95,18 @@ class Heads(nn.Module):
         The offsets share one matrix product, but each keeps its own parameters: a classifier that is not asked for
         gets no gradient at all, so no optimizer moves it.
         """
-        parts, norm = self._parts(layer), self.norm(layer)
+        parts = self._parts(layer)
         linears = [parts[f"offset{offset}"] for offset in offsets]
         weight = _stacked([linear.weight for linear in linears])
         bias = _stacked([linear.bias for linear in linears])
         if self.frozen and layer < self.last_layer:
-            return _frozen(norm, hidden_BTD), weight.detach(), bias.detach()
-        states_BTE = norm(hidden_BTD)
-        return parts["tower"](states_BTE) if "tower" in parts else states_BTE, weight, bias
+            return _frozen(self.norm(layer), hidden_BTD), weight.detach(), bias.detach()
+        return self.states(hidden_BTD, layer), weight, bias
+
+    def states(self, hidden_BTD: Tensor, layer: int) -> Tensor:
+        """What the classifiers of `layer` read, [B, T, E]: the hidden states behind the norm, and the tower."""
+        parts, states_BTE = self._parts(layer), self.norm(layer)(hidden_BTD)
+        return parts["tower"](states_BTE) if "tower" in parts else states_BTE
 
     def forward(self, hidden_BTD: Tensor, layer: int, offsets: Sequence[int] = (1,)) -> Tensor:
         """Logits of `offsets` from the hidden states of `layer`: [B, T, K, V]."""

@@ -17,7 +17,7 @@ class TrainedModel:
 
     config: Config
     transformer: CharTransformer
-    """Or what reads as it does."""
+    """It and the heads, or what reads as they do."""
     heads: Heads
     vocabulary: Vocabulary
     checkpoint: str

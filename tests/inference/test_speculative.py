@@ -146,7 +146,7 @@ def test_near_ties_are_decided_as_plain_generation_decides_them(build_drafting_m
 @pytest.mark.parametrize("draft", ["offsets", 1])
 def test_in_doubt_all_since_the_last_certain_symbol_is_read_again(build_drafting_model, draft):
     """Guards against a cache that keeps what was read together, whose bits are not those of plain generation."""
-    trained = build_drafting_model(agreeing=True, context_length=64)
+    trained = stepping(build_drafting_model(agreeing=True, context_length=64))  # as `generate` reads
     sampling, generator = Sampling(temperature=0), torch.Generator()
     drafter = build_drafter(trained, draft, 3, sampling, generator)
     speculation = Speculation(trained, list(b"abc"), drafter, sampling, generator, DraftStatistics())
@@ -157,9 +157,9 @@ def test_in_doubt_all_since_the_last_certain_symbol_is_read_again(build_drafting
     assert speculation.num_exact == speculation.cache.length == len(seen) > 9
     plain = KVCache(trained.config.model, 1, trained.device)
     with torch.inference_mode():
-        read_last(stepping(trained), [seen[:3]], plain)
+        read_last(trained, [seen[:3]], plain)
         for symbol in seen[3:]:
-            hidden_11D = read_last(stepping(trained), [[symbol]], plain)
+            hidden_11D = read_last(trained, [[symbol]], plain)
     assert torch.equal(speculation.cache.keys[..., : len(seen), :], plain.keys[..., : len(seen), :])
     assert torch.equal(speculation.hidden_11D, hidden_11D)
 

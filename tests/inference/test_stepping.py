@@ -1,4 +1,4 @@
-"""Single symbols by the short way: what the network itself computes, from the weights that it has now."""
+"""A few symbols by the short way: what the network itself computes, from the weights that it has now."""
 
 import gc
 import weakref
@@ -8,9 +8,11 @@ from itertools import product
 import pytest
 import torch
 
+from charlm.config import LayersConfig
 from charlm.inference.generation import generate
-from charlm.inference.stepping import SteppingTransformer, stepping
+from charlm.inference.stepping import _Linear, stepping
 from charlm.model.attention import KVCache
+from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 
 SETTINGS = [
@@ -23,36 +25,84 @@ SETTINGS = [
 @pytest.mark.parametrize(("positions", "norm", "activation", "ngrams"), SETTINGS, ids=str)
 @pytest.mark.parametrize("layer", [2, 3])
 def test_steps_compute_what_the_network_computes(build_model, positions, norm, activation, ngrams, layer):
-    """Guards against a part that is left out, exchanged or applied at another position or layer, against widths that do
-    not divide into bags, and against buffers that another pass could not go on with."""
-    options = {"d_model": 12, "d_ff": 20, "num_layers": 3, "context_length": 11, "ngrams": ngrams, "ngram_buckets": 64}
+    """Guards against a part that is left out, exchanged or applied at another position or layer, a mask of other
+    positions, widths that do not divide into bags, and buffers that another pass could not go on with."""
+    options = {"d_model": 12, "d_ff": 20, "num_layers": 3, "context_length": 22, "ngrams": ngrams, "ngram_buckets": 64}
     trained = build_model(positions=positions, norm=norm, activation=activation, **options)
     swift = stepping(trained).transformer
-    assert isinstance(swift, SteppingTransformer)
     caches = [KVCache(trained.config.model, 1, trained.device) for _ in range(2)]
-    ids = torch.randint(256, (1, 11), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(256, (1, 22), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        for part in ids.split([1, 1, 4, 1, 3, 1], dim=1):
+        for part in ids.split([1, 1, 4, 1, 9, 1, 2, 3], dim=1):
             one, other = (
-                model(part, [layer], cache)[layer]
+                model(part, [layer], cache, num_last=3)[layer]
                 for model, cache in zip((trained.transformer, swift), caches, strict=True)
             )
             assert one.std() > 0.1
             torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
-    for name in ("keys", "values", "ids", "lengths"):
-        one, other = (getattr(cache, name) for cache in caches)
-        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="12 positions exceed the context of 11"):
-        swift(ids[:, :1], [layer], caches[1])
+        for name in ("keys", "values", "ids", "lengths"):
+            one, other = (getattr(cache, name) for cache in caches)
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="23 positions exceed the context of 22"):
+            swift(ids[:, :1], [layer], caches[1])
+
+
+@pytest.mark.parametrize("num_symbols", [1, 3, 9])
+def test_the_upper_layers_go_on_from_a_lower_one(build_model, num_symbols):
+    """Guards against layers that run twice or not at all, or read the buffers of others."""
+    trained = build_model(num_layers=3, context_length=16)
+    swift = stepping(trained).transformer
+    ids = torch.arange(5 + num_symbols)[None]
+    cache = KVCache(trained.config.model, 1, trained.device)
+    with torch.inference_mode():
+        expected = trained.transformer(ids)[3][:, 5:]
+        swift(ids[:, :5], cache=cache)
+        lower = swift(ids[:, 5:], [1], cache)[1]
+        cache.lengths -= num_symbols
+        torch.testing.assert_close(swift.resume(lower, 1, cache), expected, rtol=1e-5, atol=1e-5)
+    assert cache.length == ids.shape[1]
+
+
+def test_the_bits_of_a_symbol_are_its_own(build_model):
+    """Guards against drafts that are in doubt more often than they need be: sums that change with what is beside."""
+    trained = build_model(d_model=64, d_ff=96)
+    linear = _Linear.of(trained.transformer.blocks[0].feed_forward.up)
+    x_TI = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        assert torch.equal(linear(x_TI), torch.cat([linear(x_I[None]) for x_I in x_TI]))
+
+
+@pytest.mark.parametrize("kind", ["linear", "shared", "shared_frozen", "tower"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_heads_compute_what_heads_compute(build_model, randomise, kind, norm, layer):
+    """Guards against a head of another layer or offset, without its norm, its tower or its bias."""
+    trained = build_model(norm=norm)
+    heads = Heads(
+        trained.config.model,
+        256,
+        [(1, 1), (1, 3), (2, 1), (2, 3)],
+        layers=LayersConfig(head=kind, tower_width=12),
+        final_norm=trained.transformer.final_norm,
+    )
+    heads = randomise(heads).eval()
+    swift = stepping(replace(trained, heads=heads)).heads
+    hidden_BTD = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        for offsets in ((1,), (3,), (1, 3), range(3, 4)):
+            logits_BTKV = swift(hidden_BTD, layer, offsets)
+            torch.testing.assert_close(logits_BTKV, heads(hidden_BTD, layer, offsets), rtol=1e-5, atol=1e-5)
+    assert len(swift._linears) == 3
+    assert swift(hidden_BTD, layer).requires_grad != (kind == "shared_frozen" and layer == 1)  # gradients: the long way
 
 
 def test_steps_are_few_operations(build_model, monkeypatch):
     """Guards against single symbols that quietly go the long way through the blocks."""
-    trained = build_model()
+    trained = build_model(context_length=16)
     passes = []
     whole = CharTransformer.forward
     monkeypatch.setattr(CharTransformer, "forward", lambda *args: passes.append(1) or whole(*args))
-    generate(trained, "a" * 3, length=5)
+    generate(trained, "a" * 9, length=5)
     assert len(passes) == 1  # the prompt
 
 
@@ -80,13 +130,15 @@ def test_text_follows_training(build_model, part, change, draft):
     assert generate(trained, "ab", length=30, draft=draft) == expected != first
 
 
-@pytest.mark.parametrize("reason", ["gradients", "training", "autocast", "two texts", "two layers", "no such layer"])
+@pytest.mark.parametrize(
+    "reason", ["gradients", "training", "autocast", "two texts", "many", "two layers", "no such layer"]
+)
 def test_what_goes_the_long_way(build_model, reason):
     """Guards against dropout, gradients or a precision lost on the short way, and layers that there are not."""
-    trained = build_model(residual_dropout=0.5)
+    trained = build_model(residual_dropout=0.5, context_length=9)
     trained.transformer.train(reason == "training")
     swift = stepping(trained).transformer
-    ids_BT = torch.zeros(2 if reason == "two texts" else 1, 1, dtype=torch.long)
+    ids_BT = torch.zeros({"two texts": (2, 1), "many": (1, 9)}.get(reason, (1, 1)), dtype=torch.long)
     layers = {"two layers": [1, 2], "no such layer": [3]}.get(reason, [2])
     found = []
     for model in (trained.transformer, swift):
