@@ -14,16 +14,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from charlm.compression.coder import compress, decompress
     from charlm.config import Config, ConfigError, UserError
     from charlm.config_files import load_config
     from charlm.data.corpus import load_corpus
-    from charlm.inference.compression import compress, decompress
     from charlm.inference.evaluation import bits_per_character
     from charlm.inference.generation import generate
     from charlm.inference.speculative import DraftStatistics
     from charlm.objective.tasks import auxiliary_task
-    from charlm.report.explanation import explain
-    from charlm.runs.loading import load
+    from charlm.report.explain import explain
+    from charlm.runs.load import load
     from charlm.training.loop import train
 
 __version__ = "0.1.0"
@@ -52,11 +52,11 @@ _HOMES = {
     "UserError": "config",
     "auxiliary_task": "objective.tasks",
     "bits_per_character": "inference.evaluation",
-    "compress": "inference.compression",
-    "decompress": "inference.compression",
-    "explain": "report.explanation",
+    "compress": "compression.coder",
+    "decompress": "compression.coder",
+    "explain": "report.explain",
     "generate": "inference.generation",
-    "load": "runs.loading",
+    "load": "runs.load",
     "load_config": "config_files",
     "load_corpus": "data.corpus",
     "train": "training.loop",

@@ -61,7 +61,7 @@ def main() -> None:
     lines = results.write_tables(chosen, jobs, folder)
     print(results.markdown(lines, jobs), end="")
     if outcome.done:
-        from charlm.report.ablation import draw
+        from charlm.ablation.table import draw
 
         print(f"table: {folder / 'table.md'}, table.csv, {draw(lines, folder / 'table.png').name}", file=sys.stderr)
     if outcome.stopped:

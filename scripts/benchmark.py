@@ -54,14 +54,15 @@ class Options:
 
 def main() -> None:
     options = cli.parse(Options)
-    from charlm.benchmark import pictures, programs, report  # not before --help and mistakes were answered
-    from charlm.benchmark.shapes import named_shape, shape_of
+    from benchmarks import pictures, report, suites  # not before --help and mistakes were answered
+    from benchmarks.shapes import named_shape, shape_of
+
     from charlm.report.figures import check_suffix
-    from charlm.training.hardware import has_fast_bf16, on_cpu
+    from charlm.training.device import has_fast_bf16, on_cpu
 
     is_training = options.benchmark not in ("evaluate", "generate", "drafts")
     automatic = "bf16" if is_training and has_fast_bf16() else "fp32"
-    settings = programs.Settings(
+    settings = suites.Settings(
         benchmark=options.benchmark,
         shape=shape_of(options.run) if options.run else named_shape(options.shape, gpu=not on_cpu()),
         device="cpu" if on_cpu() else "cuda",
@@ -79,7 +80,7 @@ def main() -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    outcome = programs.run(settings, say)
+    outcome = suites.run(settings, say)
     print(report.to_markdown(settings, outcome), file=sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps(report.document(settings, outcome), indent=2))

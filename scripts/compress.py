@@ -56,7 +56,8 @@ class Options:
 
 def main() -> None:
     options = cli.parse(Options)
-    from charlm.report import compression, figures  # not before --help and mistakes were answered
+    from charlm.compression import report as compression  # not before --help and mistakes were answered
+    from charlm.report import figures
 
     if options.picture is not None:
         figures.check_suffix(options.picture)

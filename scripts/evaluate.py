@@ -65,7 +65,7 @@ def main() -> None:
     from accelerate import PartialState  # not before --help and mistakes were answered
 
     from charlm.inference.evaluation import compressor_bits_per_byte
-    from charlm.training.hardware import on_cpu
+    from charlm.training.device import on_cpu
 
     processes = PartialState(cpu=on_cpu())
     trained = charlm.load(options.run, options.checkpoint, device=processes.device)
@@ -77,7 +77,7 @@ def main() -> None:
         result = early_exit(trained, corpus, **protocol)
         score = result.score
     elif options.as_compressor:
-        from charlm.inference.compression import score_as_compressor
+        from charlm.compression.coder import score_as_compressor
 
         del protocol["batch_size"]
         result = score = score_as_compressor(trained, corpus, streams=options.streams, **protocol)

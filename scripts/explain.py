@@ -26,7 +26,7 @@ class Options(WithConfig):
 
 def main() -> None:
     options = parse(Options)
-    from charlm.report.explanation import explain
+    from charlm.report.explain import explain
     from charlm.report.figures import draw_table
 
     explanation = explain(options.settings)

@@ -41,9 +41,9 @@ def main() -> None:
         raise charlm.UserError("RUN: there is none; give the folder of a run, or several")
     if options.characters < 2:
         raise charlm.UserError(f"characters={options.characters}: must be at least 2")
-    from charlm.report.page.measured import measure
-    from charlm.report.page.recorded import read_runs
-    from charlm.report.page.writing import write_report
+    from charlm.report.page.metrics import read_runs
+    from charlm.report.page.probe import measure
+    from charlm.report.page.render import write_report
 
     measured = None
     if not options.records_only:

@@ -1,11 +1,24 @@
-"""What all tests share."""
+"""What all tests share: tiny models whose every parameter matters, and the corpora to score them on."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from charlm.config import Config, DataConfig, ModelConfig, RunConfig
+from charlm.data.corpus import Corpus, Split, load_corpus
+from charlm.data.vocabulary import ByteVocabulary
+from charlm.model import kernels_cpu
+from charlm.model.heads import Heads
+from charlm.model.transformer import CharTransformer
+from charlm.runs.checkpoints import save_checkpoint
+from charlm.runs.folder import Run
+from charlm.runs.load import TrainedModel, build_objective
+from charlm.runs.snapshot import take_snapshot
 
 torch.set_num_threads(1)  # more threads only slow models of this size down
 # The same examples every time, and none timed: the tests must not depend on luck or on the machine's load.
@@ -31,3 +44,63 @@ def randomise() -> Callable[..., nn.Module]:
         return module
 
     return draw
+
+
+@pytest.fixture(autouse=True)
+def plain_fp32(monkeypatch):
+    """Compare with references computed by the same matrix products."""
+    monkeypatch.setattr(kernels_cpu, "medium_is_fp32", lambda: False)
+
+
+@pytest.fixture
+def build_model(randomise) -> Callable[..., TrainedModel]:
+    """`build_model(zero_heads=..., **model options)`: a random model with a head on every layer."""
+
+    def build(*, zero_heads: bool = False, **options) -> TrainedModel:
+        small = {"num_layers": 2, "num_heads": 2, "d_model": 8, "d_ff": 16, "context_length": 8}
+        config = Config(model=ModelConfig(**(small | options)))
+        vocabulary = ByteVocabulary()
+        transformer = randomise(CharTransformer(config.model, vocabulary.size))
+        heads = Heads(config.model, vocabulary.size, [(layer, 1) for layer in range(1, config.model.num_layers + 1)])
+        return TrainedModel(
+            config=config,
+            transformer=transformer.eval(),
+            heads=heads.eval() if zero_heads else randomise(heads).eval(),
+            vocabulary=vocabulary,
+            checkpoint="step-00000007",
+            step=7,
+            corpus={"name": "letters", "sha256": "abc"},
+            device=torch.device("cpu"),
+        )
+
+    return build
+
+
+@pytest.fixture
+def build_corpus() -> Callable[[bytes], Corpus]:
+    """`build_corpus(text)`: the corpus that `build_model` names, with `text` as its test split."""
+
+    def build(text: bytes) -> Corpus:
+        vocabulary = ByteVocabulary()
+        ids = np.frombuffer(text, np.uint8)
+        split = Split(
+            name="test", ids=ids, symbols=len(ids), characters=vocabulary.count_characters(ids), bytes=len(text)
+        )
+        return Corpus(name="letters", source="typed", sha256="abc", vocabulary=vocabulary, splits={"test": split})
+
+    return build
+
+
+@pytest.fixture
+def run_on_disk(tmp_path, randomise) -> Path:
+    """A run of a random model on a little file, as training leaves it."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(" ".join(f"{number}é" for number in range(2000)).encode())
+    config = Config(
+        data=DataConfig(corpus="file", path=text, cache_dir=tmp_path / "cache"),
+        model=ModelConfig(num_layers=2, num_heads=2, d_model=8, d_ff=16, context_length=16),
+        run=RunConfig(dir=tmp_path / "run"),
+    )
+    run = Run.create(config, load_corpus(config.data, progress=False).to_dict())
+    save_checkpoint(run, take_snapshot(randomise(build_objective(config, 256)), [], {"step": 3}), best=True, keep=1)
+    return run.path

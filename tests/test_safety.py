@@ -87,7 +87,7 @@ def test_no_file_of_the_project_runs_data(path: Path) -> None:
 def test_all_files_are_looked_at() -> None:
     """Guards against a walk that finds nothing because it looks at nothing."""
     names = {path.relative_to(ROOT).as_posix() for path in FILES}
-    assert {"charlm/runs/checkpoints.py", "charlm/benchmark/worker.py", "scripts/train.py", "tests/tiny.py"} <= names
+    assert {"charlm/runs/checkpoints.py", "scripts/benchmarks/worker.py", "scripts/train.py", "tests/tiny.py"} <= names
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from charlm.data.corpus import load_corpus
 from charlm.data.vocabulary import CharacterVocabulary
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.loading import build_objective
+from charlm.runs.load import build_objective
 from charlm.runs.snapshot import take_snapshot
 from tiny import TINY, run_script
 

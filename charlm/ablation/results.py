@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from charlm.ablation.rows import Job, Row
+from charlm.ablation.table import Line, Measurement, protocols, summarise, to_csv, to_markdown
 from charlm.config import UserError, flatten
-from charlm.report.ablation import Line, Measurement, protocols, summarise, to_csv, to_markdown
 from charlm.runs.folder import Run, read_json, write_whole
 
 NO_MATTER = {"data.path", "data.cache_dir", "data.hub_id", "train.checkpoint_every", "train.keep_checkpoints"}

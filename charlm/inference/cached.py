@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from charlm.model.attention import KVCache
-from charlm.model.matmul import exact_matmul
-from charlm.runs.loading import TrainedModel
+from charlm.model.kernels_cpu import exact_matmul
+from charlm.runs.load import TrainedModel
 
 
 def read(

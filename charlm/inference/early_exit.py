@@ -31,9 +31,9 @@ from charlm.inference.evaluation import (
     score,
 )
 from charlm.inference.scoring import Visit, nats_and_entropies, sum_over_processes, visit_predictions
-from charlm.model.matmul import exact_matmul
+from charlm.model.kernels_cpu import exact_matmul
 from charlm.model.memory import keep_freed_memory
-from charlm.runs.loading import TrainedModel
+from charlm.runs.load import TrainedModel
 
 QUANTILES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 

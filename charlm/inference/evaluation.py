@@ -23,9 +23,9 @@ from charlm.config import UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import Vocabulary
 from charlm.inference.scoring import negative_log_likelihoods
-from charlm.model.matmul import exact_matmul
+from charlm.model.kernels_cpu import exact_matmul
 from charlm.model.memory import keep_freed_memory
-from charlm.runs.loading import TrainedModel
+from charlm.runs.load import TrainedModel
 
 EvaluationPrecision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

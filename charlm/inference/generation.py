@@ -19,7 +19,7 @@ from charlm.inference.sampling import Sampling, sample
 from charlm.inference.speculative import Draft, DraftStatistics, Speculation, build_drafter
 from charlm.inference.stepping import stepping
 from charlm.model.attention import KVCache
-from charlm.runs.loading import TrainedModel
+from charlm.runs.load import TrainedModel
 
 
 @overload

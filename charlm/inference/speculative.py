@@ -18,8 +18,8 @@ from charlm.config import UserError
 from charlm.inference.cached import logits_after, read, read_last
 from charlm.inference.sampling import Sampling, draw
 from charlm.model.attention import KVCache
-from charlm.model.matmul import exact_matmul
-from charlm.runs.loading import TrainedModel
+from charlm.model.kernels_cpu import exact_matmul
+from charlm.runs.load import TrainedModel
 
 Draft = Literal["offsets"] | int
 """Where drafts come from: the last layer's heads for offsets 2, 3, ..., or the exit at this layer."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from charlm.config import AttentionBackend, ModelConfig
-from charlm.model.matmul import FEW_ROWS, exact_matmul
+from charlm.model.kernels_cpu import FEW_ROWS, exact_matmul
 
 FEW_QUERIES = 16
 

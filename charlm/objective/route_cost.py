@@ -8,7 +8,7 @@ from torch import nn
 from charlm.config import Config, TrainConfig
 from charlm.model.transformer import CharTransformer
 from charlm.objective.objective import Objective
-from charlm.objective.routing import blocked_layers, trunk_parameters
+from charlm.objective.routes.routing import blocked_layers, trunk_parameters
 from charlm.objective.terms import active
 
 

@@ -30,7 +30,7 @@ PANELS = [
 """What a run's diagnostics have, the titles of their panels, and the scales of those."""
 
 Record = tuple[int, dict[str, Any]]
-"""A step and its diagnostics, as `charlm.training.diagnostics.diagnose` describes them."""
+"""A step and its diagnostics, as `charlm.training.diagnose.diagnose` describes them."""
 
 
 def read_diagnostics(run: Run) -> list[Record]:

@@ -21,22 +21,22 @@ from charlm.data.windows import training_windows
 from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
 from charlm.model.memory import keep_freed_memory
 from charlm.objective.objective import Objective
-from charlm.objective.routing import Joint, build_route, one_backward
+from charlm.objective.routes.routing import Joint, build_route, one_backward
 from charlm.objective.tasks import check_registered
-from charlm.runs.loading import build_objective
+from charlm.runs.load import build_objective
 from charlm.runs.snapshot import take_snapshot
 from charlm.training.checkpointing import CheckpointWriter
-from charlm.training.diagnostics import diagnose
-from charlm.training.failures import explained, find_micro_batch_size
-from charlm.training.guard import Losses, Updates, weighted_losses
-from charlm.training.hardware import build_accelerator, choose_compile, torch_settings
-from charlm.training.opening import TrainState, check_fits, check_folder, describe, open_run
+from charlm.training.device import build_accelerator, choose_compile, torch_settings
+from charlm.training.diagnose import diagnose
+from charlm.training.errors import explained, find_micro_batch_size
+from charlm.training.log import Tracker
 from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
 from charlm.training.reporting import draw_pictures, report_run
 from charlm.training.sharding import average, no_sync, prepare, shard, unsharded
-from charlm.training.signals import StopRequests
+from charlm.training.start import TrainState, check_fits, check_folder, describe, open_run
+from charlm.training.stop import StopRequests
 from charlm.training.trackers import check_installed
-from charlm.training.tracking import Tracker
+from charlm.training.update import Losses, Updates, weighted_losses
 
 
 def train(config: Config) -> Path:

@@ -9,9 +9,9 @@ from charlm.config import Config, UserError
 from charlm.data.corpus import Corpus
 from charlm.report.diagnostics import draw_diagnostics
 from charlm.report.figures import draw_run
-from charlm.report.page.measured import CHARACTERS, measure
-from charlm.report.page.recorded import Recorded, read_runs
-from charlm.report.page.writing import write_report
+from charlm.report.page.metrics import Recorded, read_runs
+from charlm.report.page.probe import CHARACTERS, measure
+from charlm.report.page.render import write_report
 from charlm.runs.folder import Run
 
 QUICK_SECONDS = 10

@@ -5,21 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from benchmarks import inference
+from benchmarks import setups as contestants
+from benchmarks.pictures import draw
+from benchmarks.race import Entry, race
+from benchmarks.report import document, to_markdown
+from benchmarks.results import RaceResult
+from benchmarks.setups import CHECKPOINTED, MAIN_LOSS, TUNED, Contestant, Job, charlm
+from benchmarks.shapes import Shape, charlm_config, shape_of
+from benchmarks.suites import Outcome, Settings, build_plan, points_of, product_jobs, text_file
+from benchmarks.timing import Stop
 
-from charlm.benchmark import contestants, inference
-from charlm.benchmark.contestants import CHECKPOINTED, MAIN_LOSS, TUNED, Contestant, Job, charlm
-from charlm.benchmark.pictures import draw
-from charlm.benchmark.programs import Outcome, Settings, build_plan, points_of, product_jobs, text_file
-from charlm.benchmark.race import Entry, race
-from charlm.benchmark.report import document, to_markdown
-from charlm.benchmark.results import RaceResult
-from charlm.benchmark.shapes import Shape, charlm_config, shape_of
-from charlm.benchmark.turns import Stop
 from charlm.config import RunConfig, UserError
 from charlm.data.corpus import load_corpus
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.loading import build_objective
+from charlm.runs.load import build_objective
 from charlm.runs.snapshot import take_snapshot
 
 TOY = Shape(name="toy", num_layers=2, d_model=16, num_heads=2, d_ff=32, context_length=16, batch_size=2)

@@ -3,13 +3,12 @@
 import json
 
 import pytest
-
-from charlm.benchmark.contestants import AS_IT_COMES, TUNED, Contestant, charlm
-from charlm.benchmark.programs import Outcome, Point, Settings
-from charlm.benchmark.race import Entry
-from charlm.benchmark.report import document, point_dict, scaling_table, to_markdown
-from charlm.benchmark.results import RaceResult, markdown, spread
-from charlm.benchmark.shapes import named_shape
+from benchmarks.race import Entry
+from benchmarks.report import document, point_dict, scaling_table, to_markdown
+from benchmarks.results import RaceResult, markdown, spread
+from benchmarks.setups import AS_IT_COMES, TUNED, Contestant, charlm
+from benchmarks.shapes import named_shape
+from benchmarks.suites import Outcome, Point, Settings
 
 SHAPE = named_shape("S", gpu=False)
 SETTINGS = Settings(benchmark="train", shape=SHAPE, device="cpu", precision="bf16", rounds=3, steps=2)

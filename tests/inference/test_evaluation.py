@@ -15,7 +15,7 @@ from charlm.inference.evaluation import (
     standard_error,
 )
 from charlm.inference.scoring import negative_log_likelihoods
-from charlm.model import matmul
+from charlm.model import kernels_cpu as matmul
 
 
 def letters(length: int, seed: int = 0) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 from charlm.data.corpus import load_corpus
 from charlm.inference.evaluation import bits_per_character
 from charlm.inference.generation import generate
-from charlm.runs.loading import load
+from charlm.runs.load import load
 from tiny import SCRIPTS, run_script
 
 

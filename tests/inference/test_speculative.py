@@ -18,7 +18,7 @@ from charlm.inference.stepping import stepping
 from charlm.model.attention import KVCache
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
-from charlm.runs.loading import TrainedModel
+from charlm.runs.load import TrainedModel
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from charlm.config import Config, ModelConfig
 from charlm.config_files import load_config
 from charlm.model.attention import BlockwiseAttention, KVCache, Rotation, block_length
-from charlm.model.matmul import FEW_ROWS
+from charlm.model.kernels_cpu import FEW_ROWS
 from charlm.model.transformer import CharTransformer, ReluSquared
-from charlm.training.hardware import describe_attention
+from charlm.training.device import describe_attention
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if "accelerate" not in path.parts)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from charlm.config import AuxConfig, Config, LayersConfig, ModelConfig, TargetsConfig, TrainConfig
 from charlm.objective.route_cost import route_cost
-from charlm.objective.routing import build_route
-from charlm.runs.loading import build_objective
+from charlm.objective.routes.routing import build_route
+from charlm.runs.load import build_objective
 from charlm.training.optimizers import build_optimizers
 
 V = 5

@@ -17,7 +17,7 @@ from charlm.config import (
     UserError,
 )
 from charlm.objective.objective import Objective
-from charlm.objective.routing import (
+from charlm.objective.routes.routing import (
     Joint,
     auxnet_step_sizes,
     build_route,
@@ -26,7 +26,7 @@ from charlm.objective.routing import (
     loss_weights,
     trunk_parameters,
 )
-from charlm.runs.loading import build_objective
+from charlm.runs.load import build_objective
 
 V, LR, STEPS = 5, 0.05, 3
 MODEL = {"num_layers": 3, "num_heads": 2, "d_model": 8, "d_ff": 16, "context_length": 6}

@@ -15,7 +15,7 @@ from charlm.config import Config, UserError
 from charlm.objective import tasks
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.loading import build_objective
+from charlm.runs.load import build_objective
 from tiny import TINY
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "tasks.md"

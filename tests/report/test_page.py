@@ -17,14 +17,14 @@ from charlm.config import AuxConfig, Config, DataConfig, ModelConfig, RunConfig,
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.report.page import figures, tables
-from charlm.report.page.measured import Measured, bins_of, measure, nats_by_position, read_passage
+from charlm.report.page.metrics import read_runs, short_names
 from charlm.report.page.passage import pieces_of, visible
-from charlm.report.page.recorded import read_runs, short_names
+from charlm.report.page.probe import Measured, bins_of, measure, nats_by_position, read_passage
+from charlm.report.page.render import render, write_report
 from charlm.report.page.svg import Picture
-from charlm.report.page.writing import render, write_report
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.loading import build_objective, load
+from charlm.runs.load import build_objective, load
 from charlm.runs.snapshot import take_snapshot
 from tiny import run_script
 
@@ -62,7 +62,7 @@ class Page(html.parser.HTMLParser):
 def short_samples() -> Iterator[None]:
     """Most of the time would be spent on samples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("charlm.report.page.measured.SAMPLE", 20)
+        patch.setattr("charlm.report.page.probe.SAMPLE", 20)
         yield
 
 

@@ -12,8 +12,8 @@ import pytest
 import charlm
 from charlm.config import DataConfig
 from charlm.data.corpus import prepared_corpus
-from charlm.report.page.measured import measure
-from charlm.report.page.writing import write_report
+from charlm.report.page.probe import measure
+from charlm.report.page.render import write_report
 from charlm.runs.folder import Run
 from tiny import TINY
 

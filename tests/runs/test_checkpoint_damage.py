@@ -19,7 +19,7 @@ from charlm.config import Config, ModelConfig, RunConfig, UserError
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.runs.checkpoints import find_checkpoint, newest_whole_checkpoint, save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.loading import build_objective, load
+from charlm.runs.load import build_objective, load
 from charlm.runs.snapshot import Snapshot
 from storage import content, manifest_for
 

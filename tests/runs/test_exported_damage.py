@@ -13,7 +13,7 @@ from charlm.config import Config, ModelConfig, UserError
 from charlm.data.vocabulary import ByteVocabulary, CharacterVocabulary
 from charlm.model.transformer import CharTransformer
 from charlm.runs.exported import save_model
-from charlm.runs.loading import build_heads, load
+from charlm.runs.load import build_heads, load
 from charlm.runs.trained import TrainedModel
 from storage import content
 

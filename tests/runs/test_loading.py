@@ -11,7 +11,7 @@ from charlm.data.vocabulary import ByteVocabulary
 from charlm.objective.objective import Objective
 from charlm.runs.checkpoints import find_checkpoint, save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.loading import build_objective, load
+from charlm.runs.load import build_objective, load
 from charlm.runs.snapshot import restore, take_snapshot
 
 MODEL = ModelConfig(num_layers=3, num_heads=2, d_model=8, d_ff=16, context_length=8)

@@ -14,7 +14,7 @@ from charlm.data.corpus import load_corpus
 from charlm.data.windows import training_windows
 from charlm.objective.objective import Objective
 from charlm.runs.folder import Run
-from charlm.runs.loading import build_objective
+from charlm.runs.load import build_objective
 from tiny import SCRIPTS, TINY
 
 CONFIGS = SCRIPTS.parent / "configs"

@@ -13,7 +13,7 @@ FLAGS = (*TINY, "--run.report=true", "--train.log_every=1")
 def test_a_run_leaves_its_page(tmp_path, text_corpus_flags, monkeypatch):
     """Fault: no page, or one without the parts for which the model would have been quick."""
     monkeypatch.setattr(reporting, "CHARACTERS", 10)
-    monkeypatch.setattr("charlm.report.page.measured.SAMPLE", 20)
+    monkeypatch.setattr("charlm.report.page.probe.SAMPLE", 20)
     run = charlm.train(charlm.load_config(overrides=[*FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"]))
     page = (run / "report.html").read_text()
     assert 'class="passage"' in page and 'class="samples"' in page

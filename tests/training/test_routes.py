@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import charlm
 from charlm.config import UserError
 from charlm.runs.folder import Run
-from charlm.training import guard
+from charlm.training import update as guard
 from launched import train_with_two_processes
 from storage import manifest_for
 from tiny import TINY

@@ -16,9 +16,9 @@ import charlm
 from charlm.config import Config, ModelConfig, TrainConfig, UserError
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.loading import build_objective
-from charlm.training.guard import step_unless
+from charlm.runs.load import build_objective
 from charlm.training.sharding import shard, wants_shards
+from charlm.training.update import step_unless
 from launched import TORCHRUN, launch, train_with_two_processes
 from tiny import SCRIPTS, TINY
 

@@ -14,8 +14,8 @@ import numpy as np
 from charlm.objective.terms import Term, build_terms
 from charlm.report.diagnostics import PANELS, use_log_scale
 from charlm.report.figures import draw_weights, engineering, smoothed
-from charlm.report.page.measured import Measured
-from charlm.report.page.recorded import Points, Recorded
+from charlm.report.page.metrics import Points, Recorded
+from charlm.report.page.probe import Measured
 from charlm.report.page.svg import DASHES, MAP, SERIES, Picture, figure_of, layer_colour, picture
 
 if TYPE_CHECKING:

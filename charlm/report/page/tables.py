@@ -10,8 +10,8 @@ import yaml
 from charlm.config import Config
 from charlm.config_files import to_yaml
 from charlm.inference.evaluation import Score
-from charlm.report.page.measured import Measured
-from charlm.report.page.recorded import Recorded
+from charlm.report.page.metrics import Recorded
+from charlm.report.page.probe import Measured
 from charlm.values import text_of
 
 NONE = "-"

@@ -1,0 +1,1 @@
+"""Lossless compression of texts with a trained model."""

@@ -1,0 +1,1 @@
+"""Ways in which the gradients of several losses reach the trunk."""

@@ -1,0 +1,283 @@
+"""What a config stands for: its table of terms, parameters and FLOPs, before anything is trained.
+
+Shapes: T positions, D d_model, V vocabulary, L layers.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from charlm.config import Config
+from charlm.data.corpus import prepared_corpus
+from charlm.data.vocabulary import ByteVocabulary
+from charlm.model.heads import Heads
+from charlm.model.transformer import CharTransformer
+from charlm.objective.route_cost import RouteCost, route_cost
+from charlm.objective.routes.routing import check_route
+from charlm.objective.schedules import Schedule
+from charlm.objective.terms import Term
+from charlm.runs.load import build_heads, build_objective
+
+PROGRESSES = (0.0, 0.25, 0.5, 0.75, 1.0)
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found out. `to_dict` is for programs, `to_text` for people."""
+
+    config: Config
+    vocabulary_size: int
+    vocabulary_is_known: bool
+    """False where it depends on a corpus that is not prepared yet: then the size is that of bytes."""
+    terms: tuple[Term, ...]
+    """The table, ordered by layer, offset and positions; tasks of the user's own come last."""
+    parameters: dict[str, int]
+    """training: the transformer, every head of the table and the tasks; inference: the transformer and the one head it
+    keeps."""
+    flops_per_character: dict[str, int]
+    """training_start, training_end and inference; see `training_flops` and `inference_flops`. Of the joint route."""
+    route_cost: RouteCost
+
+    def to_dict(self) -> dict:
+        """JSON-able. `terms[].weights` are pairs [progress, weight], in a rotation the weight at the next turn; at
+        progress 1 the limit from the left. What aux.hedge makes of them is known only afterwards.
+        """
+        aux, train, context_length = self.config.aux, self.config.train, self.config.model.context_length
+        return {
+            "parameters": self.parameters,
+            "flops_per_character": self.flops_per_character,
+            "steps": train.steps,
+            "characters_per_step": train.batch_size * context_length,
+            "context_length": context_length,
+            "vocabulary_size": self.vocabulary_size,
+            "vocabulary_is_known": self.vocabulary_is_known,
+            "head": aux.layers.head,
+            "hedge": asdict(aux.hedge) if aux.hedge.enabled else None,
+            "route": {"name": aux.route, "relay_layers": aux.relay_layers, "step_sizes": aux.step_sizes}
+            | asdict(self.route_cost),
+            "terms": [
+                {
+                    "name": term.name,
+                    "layer": term.layer,
+                    "offset": term.offset,
+                    "positions": term.positions,
+                    "task": term.task,
+                    "hinge": term.hinge,
+                    "one_of_steps": _turns(term),
+                    "weights": [[p, term.weight.at_next_turn(p) if p < 1.0 else term.weight.limit] for p in PROGRESSES],
+                    "stops_at_step": stops_at_step(term.weight, train.steps),
+                }
+                for term in self.terms
+            ],
+        }
+
+    def to_text(self, width: int = 80) -> str:
+        """The figures, then a line per term: its weight at the start, where it stops, and a drawing `width` wide."""
+        return "\n".join([*_summary(self), "", *_table(self.terms, self.config.train.steps, width)])
+
+
+def explain(config: Config) -> Explanation:
+    """Build the model of `config` on the meta device, where it takes no memory, and count.
+
+    Raises:
+        ConfigError: at some point of training every loss has weight zero.
+        UserError: a route that cannot be taken, a task that is not registered.
+    """
+    model = config.model
+    check_route(config)
+    corpus = prepared_corpus(config.data) if config.data.vocabulary != ByteVocabulary.name else None
+    vocabulary_size = corpus.vocabulary.size if corpus else ByteVocabulary.size
+    with torch.device("meta"):
+        objective = build_objective(config, vocabulary_size)
+        transformer, heads = objective.transformer, objective.heads
+        last_head = build_heads(config, vocabulary_size, [(model.num_layers, 1)], transformer)
+    terms = objective.terms
+    starting = [term for term in terms if term.weight.at_next_turn(0.0) != 0.0]
+    ending = [term for term in terms if term.weight.stops_at is None]
+    return Explanation(
+        config=config,
+        vocabulary_size=vocabulary_size,
+        vocabulary_is_known=corpus is not None or config.data.vocabulary == ByteVocabulary.name,
+        terms=terms,
+        parameters={
+            "training": _num_parameters(objective),
+            "inference": _num_parameters(transformer, last_head),
+        },
+        flops_per_character={
+            "training_start": training_flops(transformer, heads, starting),
+            "training_end": training_flops(transformer, heads, ending),
+            "inference": inference_flops(transformer, last_head),
+        },
+        route_cost=route_cost(config, objective),
+    )
+
+
+def training_flops(transformer: CharTransformer, heads: Heads, active_terms: Iterable[Term]) -> int:
+    """Floating-point operations of one training step per character of its windows' T inputs.
+
+        6 * (matrix parameters of the layers that run + those of the heads that run) + 12 * layers * D * T
+
+    A matrix product costs 2 operations per parameter forward and 4 backward. Attention makes two products of 2 * D * T
+    per layer and position, counted in full although half of it is masked. Only layers up to the highest active one
+    run. A layer's heads run at all T positions if one of its rows does, else at the last alone, 1 / T of them; in a
+    rotation they count as often as they have a turn. Embeddings and position tables are looked up, norms and
+    activations are small, and what a task of the user's own computes is not known: none of them counts.
+    """
+    terms = list(active_terms)
+    T, D = transformer.config.context_length, transformer.config.d_model
+    depth = max(term.layer for term in terms)
+    head_parameters = 0.0
+    for layer in {term.layer for term in terms if term.task is None}:
+        rows = [term for term in terms if term.layer == layer and term.task is None]
+        linears = heads.linears(layer, sorted({term.offset for term in rows}))
+        positions = 1 if any(term.positions == "all" for term in rows) else T
+        products = 2 / 3 if heads.frozen and layer < transformer.config.num_layers else 1  # none for their own gradient
+        head_parameters += products * sum(linear.weight.numel() for linear in linears) / positions / _turns(rows[0])
+    return round(6 * (_trunk_parameters(transformer, depth) + head_parameters) + 12 * depth * D * T)
+
+
+def inference_flops(transformer: CharTransformer, head: Heads) -> int:
+    """Floating-point operations per character generated with a KV cache that is full, so an upper bound:
+
+    2 * matrix parameters + 4 * L * D * T
+    """
+    config = transformer.config
+    parameters = _trunk_parameters(transformer, config.num_layers) + _matrix_parameters(head)
+    return 2 * parameters + 4 * config.num_layers * config.d_model * config.context_length
+
+
+def stops_at_step(weight: Schedule, steps: int) -> int | None:
+    """The first optimizer step of a run of `steps` from which `weight` stays zero; None if it never does.
+
+    Step s runs at progress s / steps, and the division is the training loop's own: no rounding can part the two.
+    """
+    if weight.stops_at is None:
+        return None
+    step = bisect_left(range(steps), weight.stops_at, key=lambda step: step / steps)
+    return step if step < steps else None
+
+
+def _turns(term: Term) -> int:
+    """Of how many steps the row is on at one."""
+    return 1 if term.weight.rotation is None else term.weight.rotation.turns
+
+
+def _num_parameters(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _trunk_parameters(transformer: CharTransformer, depth: int) -> int:
+    """Matrix parameters that run once per position, up to layer `depth`."""
+    ngrams = transformer.ngram_embedding
+    return _matrix_parameters(transformer.blocks[:depth]) + (_matrix_parameters(ngrams) if ngrams is not None else 0)
+
+
+def _matrix_parameters(module: nn.Module) -> int:
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def _short(number: float) -> str:
+    """Three or more digits and a unit: 44.3M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}" if number < 10 * size else f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _summary(explanation: Explanation) -> list[str]:
+    model, train = explanation.config.model, explanation.config.train
+    parameters = {name: _short(count) for name, count in explanation.parameters.items()}
+    flops = {name: _short(count) for name, count in explanation.flops_per_character.items()}
+    lines = [
+        f"model                {model.num_layers} layers of width {model.d_model}, context {model.context_length}",
+        f"parameters           {parameters['training']} in training, {parameters['inference']} at inference",
+        f"FLOPs per character  {flops['training_start']} in training ({flops['training_end']} at its end), "
+        f"{flops['inference']} at inference",
+        f"training             {train.steps:,} steps of {train.batch_size * model.context_length:,} characters",
+    ]
+    lines += _methods(explanation)
+    if not explanation.vocabulary_is_known:
+        lines.append(
+            f"vocabulary           {explanation.vocabulary_size} symbols assumed: scripts/prepare.py counts them"
+        )
+    return lines
+
+
+def _methods(explanation: Explanation) -> list[str]:
+    """A line for each thing that the rows do not tell, where it is not the default."""
+    aux, model = explanation.config.aux, explanation.config.model
+    layers, intermediate = aux.layers, aux.layers.intermediate(model.num_layers)
+    heads = {
+        "shared": "the last layer's, on every layer",
+        "shared_frozen": "the last layer's, as constants on intermediate layers",
+        "tower": f"towers of width {layers.tower_width or model.d_model}, dropout {layers.tower_dropout:g}",
+    }
+    lines = []
+    if intermediate and layers.head in heads:
+        lines.append(f"heads                {heads[layers.head]}")
+    if intermediate and layers.hinge:
+        lines.append(f"hinge                losses of intermediate layers count above {layers.hinge:g} nats")
+    turns = max(map(_turns, explanation.terms))
+    if turns > 1:
+        lines.append(f"rotation             each intermediate head is on at one of {turns} steps")
+    if aux.hedge.enabled:
+        lines.append(
+            f"hedge                weights times alphas, learned with beta {aux.hedge.beta:g}, "
+            f"smoothing {aux.hedge.smoothing:g}"
+        )
+    if aux.route != "joint":
+        lines += _route(explanation)
+    return lines
+
+
+def _route(explanation: Explanation) -> list[str]:
+    """What the gradients' route is and costs, beside the joint one."""
+    aux, cost = explanation.config.aux, explanation.route_cost
+    how = {
+        "relay": f"relay, down to {aux.relay_layers} layer{'s' if aux.relay_layers > 1 else ''} below each head",
+        "pairwise": "pairwise, an update per exit layer",
+        "multiway": f"multiway, an update per exit layer, step sizes: {aux.step_sizes}",
+    }[aux.route]
+    memory = {"gradients": cost.gradients, "optimizer state": cost.optimizer_state, "copies": cost.copies}
+    more = ", ".join(f"+{_short(numbers)} {name}" for name, numbers in memory.items() if numbers)
+    return [
+        f"route                {how}",
+        f"- operations         {cost.total:.2f} of the joint route's ({cost.forward:.2f} forward, "
+        f"{cost.backward:.2f} backward)",
+        f"- memory             {more} (numbers)" if more else "- memory             the joint route's",
+    ]
+
+
+def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
+    """The rows under their header, in columns as wide as their content; the strips take what is left of `width`."""
+    stops = [stops_at_step(term.weight, steps) for term in terms]
+    columns = [
+        ["term", *(term.name for term in terms)],
+        ["at start", *(f"{term.weight.at_next_turn(0.0):.3g}" for term in terms)],
+        ["stops at step", *("never" if step is None else f"{step:,}" for step in stops)],
+    ]
+    names, weights, steps_ = (max(map(len, column)) for column in columns)
+    cells = max(16, width - names - weights - steps_ - 6)
+    title = " weight over training " if cells > 24 else " weight "
+    columns.append([f"0{title:─^{cells - 2}}1", *_strips(terms, cells)])
+    return [
+        f"{name:{names}}  {weight:>{weights}}  {stop:>{steps_}}  {strip}".rstrip()
+        for name, weight, stop, strip in zip(*columns, strict=True)
+    ]
+
+
+def _strips(terms: tuple[Term, ...], cells: int) -> list[str]:
+    """One strip of `cells` blocks per term, each cell the weight at its start against the highest of the table."""
+    weights = [[term.weight.at_next_turn(cell / cells) for cell in range(cells)] for term in terms]
+    highest = max(map(max, weights))
+    return ["".join(_block(weight / highest) for weight in row) for row in weights]
+
+
+def _block(height: float) -> str:
+    # Rounded up, so that only a weight of zero looks like one.
+    return BLOCKS[math.ceil(round(height, 9) * (len(BLOCKS) - 1))]

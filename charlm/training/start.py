@@ -1,0 +1,271 @@
+"""How a run begins or goes on: what is checked, its folder, its state, and its first lines."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from math import inf
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.optim import Optimizer
+
+from charlm.config import Config, RunConfig, UserError
+from charlm.config_files import to_yaml
+from charlm.data.corpus import Corpus
+from charlm.model.memory import physical_memory
+from charlm.objective.objective import Objective
+from charlm.objective.route_cost import route_cost
+from charlm.objective.routes.routing import check_route
+from charlm.runs.checkpoints import Checkpoint, checkpoint_folders, find_checkpoint, newest_whole_checkpoint, rewind
+from charlm.runs.folder import Run, write_whole
+from charlm.runs.snapshot import owned_parameters, restore
+from charlm.training.device import describe_attention, on_cpu
+from charlm.training.resumption import check_resumable, check_same_corpus, rescaled_rows
+from charlm.training.sharding import is_sharded, wants_shards
+
+
+@dataclass
+class TrainState:
+    """All that a run remembers beside parameters and optimizer state: windows and dropout follow from (seed, step)."""
+
+    step: int = 0
+    """Completed optimizer steps."""
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_bits: float | None = None
+    """Validation bits per character of the best checkpoint; None before the first validation."""
+    validated_step: int = 0
+    """The newest that was validated: a stop can come between a step and its validation."""
+    updated_step: int = 0
+    """The newest whose update was not skipped, as far as the losses were read."""
+    accepted_losses: list[float] = field(default_factory=list)
+    """What train.spike_threshold judges by."""
+    processes: int | None = None
+    """That the run was on last."""
+    threads: int | None = None
+    """That each of them had last; None on a GPU, where their number makes no difference."""
+    precision: str | None = None
+    """That it had last: train.mixed_precision=auto is another one on another machine."""
+    valid_symbols: int | None = None
+    """That `best_bits` was scored on."""
+
+
+def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator) -> None:
+    """Raise UserError if a split holds no window, a process would have none, or the precision rules an option out."""
+    num_processes = accelerator.num_processes
+    check_route(config, accelerator.mixed_precision, sharded=num_processes > 1 and wants_shards(config.train))
+    for name, split in corpus.splits.items():
+        if split.symbols < objective.window_length:
+            raise UserError(
+                f"data.corpus={config.data.corpus}: its {name} split of {split.symbols} symbols is shorter than one "
+                f"window of {objective.window_length}; use more text or a smaller --model.context_length"
+            )
+    if config.model.ngrams and num_processes > 1 and not on_cpu():
+        raise UserError(
+            f"model.ngrams={list(config.model.ngrams)}: their sparse gradients cannot be exchanged between GPUs; "
+            "train on one, or without them (--model.ngrams=[])"
+        )
+    if config.train.micro_batch_size == "auto" and on_cpu():
+        raise UserError("train.micro_batch_size=auto: searches the memory of a GPU; on a CPU give a number, or none")
+    windows_bytes = 8 * config.train.batch_size * objective.window_length
+    if windows_bytes > physical_memory():
+        raise UserError(
+            f"train.batch_size={config.train.batch_size}: its windows alone take {windows_bytes / 1e9:,.0f} GB, more "
+            "than this machine has; lower it"
+        )
+    if config.train.batch_size < num_processes:
+        raise UserError(
+            f"train.batch_size={config.train.batch_size}: fewer windows than the {num_processes} processes; raise it"
+        )
+
+
+@contextmanager
+def open_run(
+    config: Config, corpus: Corpus, accelerator: Accelerator, objective: Objective, optimizers: Sequence[Optimizer]
+) -> Iterator[tuple[Run, TrainState, list[str]]]:
+    """A new run, or one to continue: its folder, its state, and what there is to say about it.
+
+    While the context is open, no other launch can train into the folder.
+
+    Raises:
+        UserError: the folder holds something else, what it holds cannot be continued so, or it is in use.
+    """
+    main, run = accelerator.is_main_process, Run(config.run.dir)
+    resumes = check_folder(config.run)
+    with run.refused_unless("read"):
+        config, news = _without_repetition(config)
+    accelerator.wait_for_everyone()  # all have seen the folder as it was
+    with run.lock() if main else nullcontext():
+        accelerator.wait_for_everyone()
+        state, checkpoint = TrainState(), None
+        with run.refused_unless("read and written"):
+            if resumes:
+                checkpoint, more = _where_to_continue(run, config, corpus)
+                news += more
+            check_agreed(run, checkpoint.step if checkpoint else 0, accelerator)
+            if checkpoint is not None:
+                state, more = _continue_from(checkpoint, run.config(), config, accelerator, objective, optimizers)
+                news += more
+            accelerator.wait_for_everyone()
+            if main and not resumes:
+                Run.create(config, corpus.to_dict())
+            elif main:
+                run.checkpoints_path.mkdir(exist_ok=True)
+                chosen = config.run.resume_from is not None
+                news += rewind(run, checkpoint, discard=chosen) if checkpoint else run.forget_metrics_after(0)
+                # What continues this command later means the newest checkpoint, and not the one it began with.
+                write_whole(run.config_path, to_yaml(replace(config, run=replace(config.run, resume_from=None))))
+        accelerator.wait_for_everyone()
+        state.processes, state.threads = accelerator.num_processes, _threads(accelerator)
+        state.precision = accelerator.mixed_precision
+        state.valid_symbols = config.train.valid_symbols
+        if state.validated_step == state.step == config.train.steps:
+            news.append(f"finished before, at step {state.step:,}; to train on, give more --train.steps")
+        yield run, state, news
+
+
+def _where_to_continue(run: Run, config: Config, corpus: Corpus) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint, None if the run stopped before its first, and what there is to say."""
+    news = check_resumable(run.config(), config)
+    check_same_corpus(run.provenance()["corpus"], corpus.to_dict())
+    if config.run.resume_from is not None:
+        checkpoint = find_checkpoint(run, config.run.resume_from)
+    elif not checkpoint_folders(run):
+        return None, [*news, "stopped before its first checkpoint: starts anew"]
+    else:
+        checkpoint, skipped = newest_whole_checkpoint(run)
+        news += skipped
+        if checkpoint is None:
+            raise UserError(f"{run.path} has no checkpoint that is whole: " + "; ".join(skipped))
+    if checkpoint.step > config.train.steps:
+        raise UserError(f"train.steps={config.train.steps}: the checkpoint is past it, at step {checkpoint.step}")
+    return checkpoint, [*news, f"resumed at step {checkpoint.step}"]
+
+
+def _continue_from(
+    checkpoint: Checkpoint,
+    old: Config,
+    new: Config,
+    accelerator: Accelerator,
+    objective: Objective,
+    optimizers: Sequence[Optimizer],
+) -> tuple[TrainState, list[str]]:
+    """The state of the checkpoint, with everything put back, and what is otherwise than it was."""
+    checkpoint.check_tensors(
+        objective.state_dict(), [owned_parameters(objective, optimizer).keys() for optimizer in optimizers]
+    )
+    restore(checkpoint.snapshot(), objective, optimizers)
+    record = dict(checkpoint.state)
+    scaler = record.pop("scaler", None)
+    try:
+        state = TrainState(**record)
+        if scaler and accelerator.scaler:
+            accelerator.scaler.load_state_dict(scaler)
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{checkpoint.path / 'state.json'} is not what training writes: {error}") from error
+    news = []
+    if old.train.steps != new.train.steps:
+        before, now = (state.step / steps for steps in (old.train.steps, new.train.steps))
+        news.append(f"schedules go by step / train.steps and so stretch: {before:.3f} is now {now:.3f}")
+    news += rescaled_rows(objective.terms, state.step, old.train.steps, new.train.steps)
+    for name, before, now in (
+        ("processes", state.processes, accelerator.num_processes),
+        ("threads", state.threads, _threads(accelerator)),
+        ("precision", state.precision, accelerator.mixed_precision),
+    ):
+        if None not in (before, now) and before != now:
+            news.append(f"{name}: {before} -> {now}, which rounds otherwise from here on")
+    if state.best_bits == inf:  # as earlier versions wrote, before the first validation
+        state.best_bits = None
+    scored = state.valid_symbols or old.train.valid_symbols
+    if state.best_bits is not None and scored != new.train.valid_symbols:
+        state.best_bits = None
+        news.append(f"train.valid_symbols was {scored}: scores cannot be compared, the next validation is the best")
+    return state, news
+
+
+def _threads(accelerator: Accelerator) -> int | None:
+    return torch.get_num_threads() if accelerator.device.type == "cpu" else None
+
+
+def check_agreed(run: Run, step: int, accelerator: Accelerator) -> None:
+    """Raise UserError unless every process, each of which has read the folder on its own, goes on from `step`."""
+    if accelerator.num_processes == 1:
+        return
+    bounds = torch.tensor([-step, step], device=accelerator.device)
+    dist.all_reduce(bounds, dist.ReduceOp.MAX)
+    lowest, highest = -int(bounds[0]), int(bounds[1])
+    if lowest != highest:
+        raise UserError(
+            f"{run.path}: the processes would go on from different steps, {lowest} to {highest}; see to it that all "
+            "machines can read the same checkpoints, and start again"
+        )
+
+
+def check_folder(config: RunConfig) -> bool:
+    """Whether the run in the folder is to be continued. UserError if it can't, or no new one can begin there."""
+    run = Run(config.dir)
+    with run.refused_unless("read"):
+        if not goes_on(config):
+            run.check_absent()
+            return False
+        Run.open(run.path)
+        return True
+
+
+def goes_on(run: RunConfig) -> bool:
+    """Whether to continue a run: as told, or one that is there if that was left open.
+
+    A launcher that starts its processes again (`--max_restarts`) means the run that it began, and no older one.
+    """
+    if run.resume or run.resume_from is not None or _begun_by_this_launcher(run):
+        return True
+    return run.auto_resume and Run(run.dir).config_path.exists()
+
+
+def _begun_by_this_launcher(run: RunConfig) -> bool:
+    """Whether a launcher has started its processes again, and those before had begun the run, or gone on with it."""
+    begun = Run(run.dir).config_path
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not begun.exists():
+        return False
+    return begun.stat().st_mtime > psutil.Process(os.getppid()).create_time()
+
+
+def _without_repetition(config: Config) -> tuple[Config, list[str]]:
+    """The config, with no run.resume_from if its command is started again: what came after would be lost each time."""
+    chosen = config.run.resume_from
+    again = _begun_by_this_launcher(config.run) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    if chosen is None or not again:
+        return config, []
+    newest = replace(config, run=replace(config.run, resume=True, resume_from=None))
+    return newest, [f"run.resume_from={chosen}: ignored by a restart, which goes on from the newest checkpoint"]
+
+
+def describe(
+    config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator, precision_reason: str
+) -> list[str]:
+    """The first lines of a run: what will be done, on what, how and why so."""
+    parameters = sum(parameter.numel() for parameter in objective.parameters())
+    device = f"{accelerator.num_processes} x {accelerator.device.type}"
+    if (threads := _threads(accelerator)) is not None:
+        device += f" ({threads} thread{'s' if threads > 1 else ''})"
+    if is_sharded(objective):
+        device += ", sharded by FSDP2"
+    terms = f"{len(objective.terms)} term" + ("s" if len(objective.terms) > 1 else "")
+    lines = [
+        f"{config.run.dir}: {config.train.steps:,} steps of {config.train.batch_size * config.model.context_length:,} "
+        f"characters, {parameters / 1e6:.1f}M parameters, {config.model.num_layers} layers, {terms}",
+        f"{corpus.name}: {corpus.splits['train'].symbols:,} symbols of vocabulary {corpus.vocabulary.name}, "
+        f"seed {config.train.seed}",
+        f"{device}, precision {accelerator.mixed_precision} ({precision_reason})",
+        describe_attention(config),
+    ]
+    if config.aux.route != "joint":
+        cost = route_cost(config, objective)
+        lines.append(f"gradients by {config.aux.route}: at first {cost.total:.2f} times the operations of joint")
+    if config.train.diagnose_every and is_sharded(objective):
+        lines.append("diagnostics: bits per character alone, as the gradients are in shards")
+    return lines

@@ -1,0 +1,134 @@
+"""The table of an ablation: means, spread, differences and verdicts against hand arithmetic; the three forms."""
+
+import csv
+import io
+import math
+
+import pytest
+
+from charlm.ablation.table import Measurement, draw, protocols, summarise, to_csv, to_markdown
+from charlm.config import Config, ModelConfig, TrainConfig
+
+
+def runs(name: str, *scores: float, first_seed: int = 0, milliseconds=(10.0, 30.0, 20.0)) -> list[Measurement]:
+    return [
+        Measurement(
+            row=name,
+            seed=first_seed + index,
+            bits_per_character=score,
+            bits_per_byte=score - 0.5,
+            seconds_per_step=milliseconds[index] / 1000,
+            cpu_seconds=100.0 * (index + 1),
+            peak_memory=(100 + index) * 2**20,
+        )
+        for index, score in enumerate(scores)
+    ]
+
+
+NAMES = ["full", "worse", "noise", "better"]
+MEASURED = [
+    *runs("full", 3.0, 3.1, 3.2),
+    *runs("worse", 4.0, 4.2, 4.1),
+    *runs("noise", 3.1, 3.1, 3.1),
+    *runs("better", 2.5, 2.6, 2.7),
+]
+
+
+def test_arithmetic_by_hand() -> None:
+    """Guards against the deviation of a population, differences of unlike seeds, and a verdict by another rule."""
+    full, worse, noise, better = summarise(NAMES, MEASURED)
+    assert full.mean == pytest.approx(3.1)
+    assert full.deviation == pytest.approx(0.1)  # sqrt((0.01 + 0 + 0.01) / 2)
+    assert (full.delta, full.margin, full.verdict) == (None, None, "")
+    assert worse.deltas == pytest.approx([1.0, 1.1, 0.9])
+    assert worse.delta == pytest.approx(1.0)
+    assert worse.margin == pytest.approx(4.303 * 0.1 / math.sqrt(3))  # t of two degrees of freedom
+    assert (worse.verdict, better.verdict) == ("worse", "better")
+    # Differences 0.1, 0, -0.1: their mean is 0. Those of `better` are -0.5 each: no spread at all.
+    assert (noise.delta, noise.verdict) == (pytest.approx(0.0), "within noise")
+    assert (better.delta, better.margin) == (pytest.approx(-0.5), pytest.approx(0.0))
+    assert full.seconds_per_step == 0.02  # the median of 10, 30 and 20 ms
+    assert full.peak_memory == 102 * 2**20
+
+
+def test_noise_that_two_standard_errors_would_miss() -> None:
+    """Guards against a rule for many seeds: of three, two standard errors are no 95 %."""
+    line = summarise(["full", "x"], [*runs("full", 3.0, 3.0, 3.0), *runs("x", 3.01, 3.05, 3.09)])[1]
+    error = 0.04 / math.sqrt(3)
+    assert 2 * error < line.delta < 4.303 * error
+    assert line.verdict == "within noise"
+
+
+def test_seeds_that_only_one_row_has() -> None:
+    """Guards against a difference between seed 2 of one row and seed 1 of another."""
+    measured = [*runs("full", 3.0, 3.5), *runs("late", 4.0, 4.4, first_seed=1), *runs("other", 1.0, first_seed=7)]
+    _, late, other, missing = summarise(["full", "late", "other", "missing"], measured)
+    assert late.deltas == (0.5,)
+    assert (late.delta, late.margin, late.verdict) == (0.5, None, "")
+    assert (other.mean, other.deviation, other.delta) == (1.0, None, None)
+    assert (missing.mean, missing.delta, missing.seconds_per_step) == (None, None, None)
+
+
+def test_markdown() -> None:
+    """Guards against cells under another column's name, lost failures, and the paper's figures at another row."""
+    failures = [("noise", 4, "out of memory (a.log)"), ("full", 4, "no")]
+    lines = summarise(NAMES, MEASURED, {"full": 1.062, "worse": 2.482}, failures)
+    text = to_markdown(lines, ["Scored on something."])
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert text.startswith("Scored on something.\n\n| row |")
+    assert table[0] == [
+        "row", "bits per character", "Δ", "verdict", "ms per step", "CPU s", "peak memory", "seeds",
+        "paper: T64, text8 dev", "paper's Δ",
+    ]  # fmt: skip
+    assert table[2] == ["full", "3.1000 ± 0.1000", "", "", "20.0", "200", "102 MiB", "3", "1.062", ""]
+    assert table[3] == [
+        "worse", "4.1000 ± 0.1000", "+1.0000 ± 0.2484", "worse", "20.0", "200", "102 MiB", "3", "2.482", "+1.420",
+    ]  # fmt: skip
+    assert table[4][3:] == ["within noise", "20.0", "200", "102 MiB", "3", "", ""]
+    assert len({len(row) for row in table}) == 1
+    assert "differences to `full` seed by seed" in text
+    assert text.endswith("Failed:\n\n- full, seed 4: no\n- noise, seed 4: out of memory (a.log)\n")
+    assert "paper" not in to_markdown(summarise(NAMES, MEASURED))
+
+
+def test_csv() -> None:
+    """Guards against rounded figures, and seeds under another's name."""
+    measured = [*MEASURED[:3], *runs("worse", 4.0, 1 / 3, first_seed=1)]
+    rows = list(csv.DictReader(io.StringIO(to_csv(summarise(["full", "worse", "none"], measured)))))
+    assert [row["row"] for row in rows] == ["full", "worse", "none"]
+    assert (rows[1]["seed_0"], rows[1]["seed_1"], float(rows[1]["seed_2"])) == ("", "4.0", 1 / 3)
+    assert float(rows[0]["bits_per_byte"]) == pytest.approx(2.6)
+    assert float(rows[1]["delta"]) == pytest.approx((0.9 + 1 / 3 - 3.2) / 2)
+    assert (rows[2]["bits_per_character"], rows[2]["seeds"]) == ("", "0")
+
+
+def test_protocol() -> None:
+    """Guards against scores of unlike protocols in one table without a word."""
+    config = Config(model=ModelConfig(context_length=64), train=TrainConfig(steps=500, batch_size=4))
+    text = (
+        "first 200,000 symbols of the valid split of enwik8, context 64, stride 32; after 500 steps of 256 characters."
+    )
+    assert protocols({"a": config, "b": config}) == [f"Scored on the {text}"]
+    longer = Config(model=ModelConfig(context_length=128), train=TrainConfig(steps=500, batch_size=2))
+    assert protocols({"a": config, "b": longer, "c": config}) == [
+        f"a, c: scored on the {text}",
+        f"b: scored on the {text.replace('context 64, stride 32', 'context 128, stride 64')}",
+    ]
+
+
+def test_picture(tmp_path, monkeypatch) -> None:
+    """Guards against rows that are lost or mislabelled, and one far outside that squashes the rest."""
+    drawn = []
+    monkeypatch.setattr("charlm.report.figures.save", lambda figure, path: drawn.append(figure) or path)
+    measured = [*MEASURED, *runs("far", 9.0, 9.1, 9.2)]
+    lines = summarise([*NAMES, "far", "none"], measured)
+    assert draw(lines, tmp_path / "table.png") == tmp_path / "table.png"
+    axes = drawn[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [*NAMES, "far"]
+    left, right = axes.get_xlim()
+    assert left < 2.5 and 4.2 < right < 5
+    shown = sorted(x for line in axes.get_lines()[:-1] if line.get_marker() == "o" for x in line.get_xdata())
+    assert shown == sorted(run.bits_per_character for run in MEASURED)
+    assert [text.get_text() for text in axes.texts] == [
+        "3.100", "4.100  +1.000*", "3.100  +0.000", "2.600  -0.500*", "9.100  +6.000*",
+    ]  # fmt: skip

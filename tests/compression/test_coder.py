@@ -1,0 +1,412 @@
+import hashlib
+import os
+import re
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import constriction
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from charlm.compression import coder as compression
+from charlm.compression import container
+from charlm.compression.coder import compress, compressed_nats, decompress
+from charlm.compression.container import largest_claim
+from charlm.compression.streams import FAMILY, choose_protocol
+from charlm.config import UserError
+from charlm.data.vocabulary import CharacterVocabulary, SentencePieceVocabulary
+from charlm.inference import reading
+from charlm.model.heads import Heads
+from charlm.model.transformer import CharTransformer
+
+
+@pytest.fixture
+def coded(build_model, tmp_path):
+    """`coded(data, **options)`: a model, and the file that it made of `data`."""
+
+    def make(data: bytes, trained=None, **options):
+        trained = trained or build_model()
+        (tmp_path / "text").write_bytes(data)
+        compress(trained, tmp_path / "text", tmp_path / "text.clm", progress=False, **options)
+        return trained, tmp_path / "text.clm"
+
+    return make
+
+
+def decoded(trained, path: Path) -> bytes:
+    target = path.with_name("back")
+    target.unlink(missing_ok=True)
+    length = decompress(trained, path, target, progress=False)
+    assert length == target.stat().st_size
+    return target.read_bytes()
+
+
+def refused(trained, path: Path, data: bytes) -> str:
+    """The message for a damaged file; nothing but the file is there, and an older output is as it was."""
+    path.write_bytes(data)
+    target = path.with_name("back")
+    target.write_bytes(b"older")
+    before = sorted(path.parent.iterdir())
+    with pytest.raises(UserError) as error:
+        decompress(trained, path, target, progress=False)
+    assert target.read_bytes() == b"older" and sorted(path.parent.iterdir()) == before
+    assert str(path.parent) in str(error.value) and len(str(error.value)) < 500
+    return str(error.value)
+
+
+def sealed(data: bytes) -> bytes:
+    """A file whose checksum was made to match, as somebody would who means harm."""
+    return data[:-8] + hashlib.sha256(data[:-8]).digest()[:8]
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\0" * 300, bytes(range(256)) * 2], ids=["empty", "one", "zeros", "all"])
+def test_bytes_come_back(coded, data):
+    """Guards against a special case that is lost: no symbol, one, one only, every one."""
+    trained, path = coded(data, streams=5)
+    assert decoded(trained, path) == data
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.binary(max_size=50),
+    streams=st.integers(1, 5),
+    context=st.integers(1, 8),
+    stride=st.integers(1, 8),
+    block=st.integers(5, 40),
+)
+@example(data=b"abcdefgh" * 2, streams=2, context=8, stride=8, block=40)
+@example(data=b"abcdefgh" * 2 + b"!", streams=2, context=8, stride=1, block=17)
+def test_any_bytes_come_back(build_model, tmp_path, data, streams, context, stride, block):
+    """Guards against an encoder and a decoder that part at some boundary of streams, contexts or blocks."""
+    trained = build_model()
+    (tmp_path / "text").write_bytes(data)
+    options = {"streams": streams, "context": context, "stride": min(stride, context), "block": block}
+    compress(trained, tmp_path / "text", tmp_path / "text.clm", verify=False, progress=False, **options)
+    assert decoded(trained, tmp_path / "text.clm") == data
+
+
+@pytest.mark.parametrize("around", [0, 8, 16, 24, 40])  # streams x (nothing, context, 2 context), block, 2 blocks ...
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_lengths_around_every_boundary(coded, around, beyond):
+    """Guards against an off-by-one where streams, contexts or blocks are exactly full."""
+    length = max(0, around + beyond)
+    data = np.random.default_rng(length).bytes(length)
+    trained, path = coded(data, streams=2, context=4, stride=2, block=20)
+    assert decoded(trained, path) == data
+
+
+@pytest.mark.parametrize(("streams", "length"), [(1, 100), (7, 1500), (50, 3000)])
+def test_the_size_is_what_the_score_predicts(coded, streams, length):
+    """Guards against a coder, a header or blocks that cost more than they must."""
+    data = Path(__file__).read_bytes()[:length]
+    trained, path = coded(data, streams=streams)
+    nats, _ = compressed_nats(trained, np.frombuffer(data, np.uint8), streams=streams)
+    predicted = nats.sum() / np.log(2) / 8
+    assert predicted - 1 <= path.stat().st_size <= 1.005 * predicted + 200
+
+
+def test_what_compress_tells(coded, build_model, tmp_path):
+    """Guards against figures of something other than the file."""
+    (tmp_path / "text").write_bytes("aé".encode() * 20)
+    result = compress(build_model(), tmp_path / "text", tmp_path / "out", streams=3, verify=False, progress=False)
+    size = (tmp_path / "out").stat().st_size
+    assert (result.bytes, result.symbols, result.characters, result.compressed_bytes) == (60, 60, 40, size)
+    assert (result.bits_per_character, result.bits_per_byte) == (8 * size / 40, 8 * size / 60)
+    assert result.verify_seconds is None and result.protocol.streams == 3
+
+
+def damages(data: bytes, count: int, seed: int) -> list[bytes]:
+    """`count` different files that are not `data`: bits turned, bytes changed, lost, added, moved."""
+    random, found = np.random.default_rng(seed), []
+    while len(found) < count:
+        at, kind = int(random.integers(len(data))), len(found) % 5
+        length = int(random.integers(1, 20))
+        spoilt = bytearray(data)
+        if kind == 0:
+            spoilt[at] ^= 1 << int(random.integers(8))
+        elif kind == 1:
+            spoilt[at : at + length] = random.bytes(length)
+        elif kind == 2:
+            del spoilt[at : at + length]
+        elif kind == 3:
+            spoilt[at:at] = random.bytes(length)
+        else:
+            spoilt = spoilt[:at]
+        if spoilt != data:
+            found.append(bytes(spoilt))
+    return found
+
+
+def test_200_random_damages_are_refused(coded):
+    """Guards against damage that is decoded to something, or to nothing without a word."""
+    trained, path = coded(b"a text that is damaged " * 4, streams=2, block=50)
+    for spoilt in damages(path.read_bytes(), 200, seed=0):
+        refused(trained, path, spoilt)
+
+
+def test_damage_with_a_checksum_that_matches(coded):
+    """Guards against trust in a checksum that anyone can compute: the content's own is what counts."""
+    text = b"a text that is damaged " * 2
+    trained, path = coded(text, streams=2, block=30)
+    for spoilt in damages(path.read_bytes(), 40, seed=1):
+        path.write_bytes(sealed(spoilt))
+        try:
+            assert decoded(trained, path) == text
+        except UserError as error:
+            assert "Traceback" not in str(error)
+
+
+def header_with(data: bytes, **changes) -> bytes:
+    """The file with other values in its header, sealed."""
+    with open(data, "rb") as file:
+        header = container.read_header(file, "", 256)
+    before, content = header.pack(), Path(data).read_bytes()
+    return sealed(replace(header, **changes).pack() + content[len(before) :])
+
+
+LIES = {
+    "terabytes": ({"length": 2**40, "symbols": 2**40}, "more than a file of its size can hold|bytes in"),
+    "more symbols than words can code": ({"length": 2**26, "symbols": 2**26, "block": 2**26}, "symbols in"),
+    "fewer symbols than bytes": ({"length": 10, "symbols": 92}, "10 bytes in 92 symbols"),
+    "too many bytes for its symbols": ({"length": 1000}, "1,000 bytes in 92 symbols"),
+    "a block less": ({"length": 50, "symbols": 50}, "goes on after them"),
+    "a block more": ({"length": 101, "symbols": 101}, "ends before them|symbols in"),
+    "no streams": ({"streams": 0}, "claims 0 streams"),
+    "a million streams": ({"streams": 10**6, "block": 10**6}, "1,000,000 streams"),
+    "no block": ({"block": 0}, "blocks of 0"),
+    "a block of 2^32 - 1": ({"block": 2**32 - 1}, "blocks of 4,294,967,295"),
+    "no context": ({"context": 0}, "context of 0"),
+    "a context beyond the model's": ({"context": 9}, "context=9"),
+    "a stride beyond the context": ({"stride": 9}, "stride of 9"),
+    "no stride": ({"stride": 0}, "stride of 0"),
+    "no threads": ({"threads": 0}, "0 threads"),
+    "60,000 threads": ({"threads": 60_000}, "60,000 threads"),
+    "fp16 on a CPU": ({"precision": "fp16"}, "needs a GPU"),
+    "another model": ({"model": bytes(16)}, "by another model than step-00000007"),
+    "another vocabulary": ({"vocabulary": bytes(8)}, "another vocabulary"),
+    "another environment": ({"environment": "torch 1.0, abacus"}, "with torch 1.0, abacus; here it is torch"),
+    "another probe": ({"probe": bytes(8)}, "predicts otherwise in the last bits"),
+    "another content": ({"content": bytes(32)}, "does not decode to what it was made of"),
+    "a byte less": ({"length": 91, "symbols": 91}, "does not decode to what it was made of"),
+    "other streams": ({"streams": 3}, "predicts otherwise|does not decode"),
+    "another context": ({"context": 7}, "predicts otherwise|does not decode"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_lies(coded, lie):
+    """Guards against memory and time by what a file claims rather than by what it can hold, and against rubbish."""
+    trained, path = coded(b"a text that is damaged " * 4, streams=2, block=50)
+    changes, message = LIES[lie]
+    assert re.search(message, refused(trained, path, header_with(path, **changes)))
+
+
+FOREIGN = {
+    "empty": (b"", "not a file that charlm has compressed"),
+    "one byte": (b"c", "not a file that charlm has compressed"),
+    "another's": (b"PK\3\4" + bytes(300), "not a file that charlm has compressed"),
+    "the magic alone": (b"charlm", "not a file that charlm has compressed"),
+    "no more than magic and version": (b"charlm\3\0", "damaged or cut short"),
+    "sealed without header": (sealed(b"charlm\3\0" + bytes(8)), "longer than the file"),
+    "sealed, half a header": (sealed(b"charlm\3\0" + bytes(80)), "longer than the file"),
+    "a name longer than the file": (sealed(b"charlm\3\0" + bytes(99) + b"\xff" + bytes(20)), "longer than the file"),
+    "a name that is no UTF-8": (sealed(b"charlm\3\0" + bytes(99) + b"\1\xff" + bytes(8)), "other than UTF-8"),
+    "version 1": (b"charlm\1\0" + bytes(200), "version 1, and this charlm reads 3"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_foreign_file(build_model, tmp_path, case):
+    """Guards against a traceback, or a guess, for what is no compressed file at all."""
+    data, message = FOREIGN[case]
+    assert message in refused(build_model(), tmp_path / "text.clm", data)
+
+
+def test_no_words_stand_for_more_symbols_than_is_legal():
+    """Guards against a limit that refuses an honest file of the most predictable text there is."""
+    encoder = constriction.stream.queue.RangeEncoder()
+    certain = np.zeros((1000, 256))
+    certain[:, 7] = 1.0
+    for _ in range(500):
+        encoder.encode(np.full(1000, 7, np.int32), FAMILY, certain)
+    words = len(encoder.get_compressed())
+    assert largest_claim(words, 256) >= 500_000
+    assert largest_claim(words + 1, 256) - largest_claim(words, 256) < 1_500_000  # 32 bits at 2.2e-5 each
+
+
+def test_another_model_is_refused(coded, build_model):
+    """Guards against rubbish from a model that has the same shape."""
+    _trained, path = coded(b"some text")
+    other = build_model()
+    other.transformer.embedding.weight.data[0, 0] += 1e-4
+    assert "another model" in refused(other, path, path.read_bytes())
+
+
+def test_a_machine_that_computes_otherwise(coded, monkeypatch):
+    """Guards against rubbish where versions agree and results do not."""
+    trained, path = coded(b"some text")
+    forward = trained.heads.forward
+    monkeypatch.setattr(trained.heads, "forward", lambda *arguments: forward(*arguments) * (1 + 1e-6))
+    assert "last bits" in refused(trained, path, path.read_bytes())
+
+
+def test_what_does_not_decode_is_not_kept(build_model, tmp_path, monkeypatch):
+    """Guards against a file that nobody can read, reported as a success, where arithmetic is not repeatable."""
+    trained = build_model()
+    forward = trained.heads.forward
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(*arguments):
+        logits = forward(*arguments)
+        return logits + torch.randn(logits.shape, generator=generator)
+
+    monkeypatch.setattr(trained.heads, "forward", noisy)
+    (tmp_path / "text").write_bytes(b"some text" * 5)
+    with pytest.raises(UserError, match="nothing was kept"):
+        compress(trained, tmp_path / "text", tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_places_that_cannot_be(build_model, tmp_path):
+    """Guards against a traceback, a pipe that is waited for, and an input replaced by its own output."""
+    trained = build_model()
+    text = tmp_path / "text"
+    text.write_bytes(b"some text")
+    os.mkfifo(tmp_path / "pipe")
+    for source, target, message in (
+        (tmp_path / "none", tmp_path / "out", "No such file"),
+        (tmp_path, tmp_path / "out", "is a folder"),
+        (tmp_path / "pipe", tmp_path / "out", "a pipe or a device"),
+        (text, text, "is the input"),
+        (text, tmp_path, "is no file"),
+        (text, tmp_path / "none" / "out", "cannot be written"),
+    ):
+        for work in (compress, decompress):
+            if work is decompress and source == text:
+                continue
+            with pytest.raises(UserError, match=message):
+                work(trained, source, target, progress=False)
+    compress(trained, text, tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match="is the input"):
+        decompress(trained, tmp_path / "out", tmp_path / "out", progress=False)
+    assert text.read_bytes() == b"some text"
+
+
+def test_a_disk_that_is_full(coded, monkeypatch, tmp_path):
+    """Guards against hours of decoding for which there is no room."""
+    trained, path = coded(b"some text")
+    monkeypatch.setattr(compression.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 8}))
+    assert "needs 9 bytes, and 8 are free" in refused(trained, path, path.read_bytes())
+
+
+def test_a_text_that_changes_meanwhile(build_model, tmp_path, monkeypatch):
+    """Guards against a file whose header tells of an earlier content."""
+    text = tmp_path / "text"
+    text.write_bytes(b"some text")
+    measure = compression.measure
+
+    def change(*arguments):
+        result = measure(*arguments)
+        text.write_bytes(b"more text")
+        return result
+
+    monkeypatch.setattr(compression, "measure", change)
+    with pytest.raises(UserError, match="changed while it was compressed"):
+        compress(build_model(), text, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def model_of(build_model, randomise):
+    """`model_of(vocabulary)`: a random model of another vocabulary than bytes."""
+
+    def build(vocabulary):
+        trained = build_model()
+        return replace(
+            trained,
+            vocabulary=vocabulary,
+            transformer=randomise(CharTransformer(trained.config.model, vocabulary.size)).eval(),
+            heads=randomise(Heads(trained.config.model, vocabulary.size, [(2, 1)])).eval(),
+        )
+
+    return build
+
+
+def test_characters_and_sentencepiece(coded, model_of, monkeypatch):
+    """Guards against characters of several bytes that are cut between two pieces of a file, and lengths in the wrong
+    unit."""
+    monkeypatch.setattr(reading, "PIECE", 5)
+    text = "aé漢🙂 b" * 9
+    counts = np.bincount([ord(c) for c in text], minlength=0x110000)
+    for vocabulary in (CharacterVocabulary.train(counts), SentencePieceVocabulary.train(counts, 1.0)):
+        for data in (text.encode(), b""):
+            trained, path = coded(data, model_of(vocabulary), streams=2, block=21)
+            assert decoded(trained, path) == data
+    trained, path = coded("ñ and 字".encode(), model_of(vocabulary))  # spelled in bytes
+    assert decoded(trained, path) == "ñ and 字".encode()
+
+
+def test_a_vocabulary_of_one_symbol(coded, model_of):
+    """Guards against a coder that knows none such."""
+    trained, path = coded(b"a" * 50, model_of(CharacterVocabulary("a")), streams=3)
+    assert decoded(trained, path) == b"a" * 50
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"abc" * 5 + b"d", "'d' .* at byte 15, and the model's vocabulary .characters. cannot express it"),
+        (b"abc" * 5 + b"\xff", "not UTF-8 at byte 15"),
+        (b"abc" * 5 + "é".encode()[:1], "not UTF-8 at byte 15"),
+    ],
+)
+def test_symbols_outside_the_vocabulary(model_of, tmp_path, monkeypatch, data, message):
+    """Guards against a traceback after hours, and against a message that names the wrong place."""
+    monkeypatch.setattr(reading, "PIECE", 4)
+    (tmp_path / "text").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        compress(model_of(CharacterVocabulary("abc")), tmp_path / "text", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@given(text=st.text(max_size=12), cut=st.integers(0, 48))
+def test_where_characters_end(text, cut):
+    """Guards against a character that is cut in two, or held back for ever."""
+    data = text.encode()[:cut]
+    end = reading._end_of_characters(data)
+    assert len(data) - end == len(data) - len(data.decode(errors="ignore").encode())
+
+
+def test_the_layout_of_the_file(coded):
+    """Guards against a format that changes without a new version, on a machine of either byte order."""
+    _trained, path = coded(b"some text", streams=2, threads=1)
+    data = path.read_bytes()
+    assert data[:8] == b"charlm\3\0"
+    assert struct.unpack("<QQ", data[8:24]) == (9, 9)
+    assert data[24:56] == hashlib.sha256(b"some text").digest()
+    assert struct.unpack("<IIIIHBB", data[88:108])[:6] == (2, 8, 5, 2 * 2**16, 1, 0)
+    start = 108 + data[107]
+    (words,) = struct.unpack("<I", data[start : start + 4])
+    assert start + 4 + 4 * words + 8 == len(data)
+    assert data[-8:] == hashlib.sha256(data[:-8]).digest()[:8]
+    decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(data[start + 4 : -8], "<u4"))
+    first = decoder.decode(FAMILY, np.full((2, 256), 1 / 256))
+    assert bytes(first.tolist()) == b"st"  # of "some " and "text"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["source", "another script", "random"])
+def test_files_of_other_kinds(coded, kind):
+    """Guards against content that the model never saw: it costs bytes, but none is lost."""
+    data = {
+        "source": Path(compression.__file__).read_bytes(),
+        "another script": "Съешь же ещё этих мягких французских булок. ".encode() * 100,
+        "random": np.random.default_rng(0).bytes(10_000),
+    }[kind]
+    trained, path = coded(data, streams=64)
+    assert decoded(trained, path) == data
+    assert choose_protocol(trained, len(data)).streams >= 1

@@ -1,0 +1,143 @@
+"""scripts/compress.py, decompress.py and evaluate.py --as-compressor, run in this process, and their report."""
+
+import bz2
+import gzip
+import json
+import lzma
+import math
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from charlm.compression import report
+from charlm.compression.coder import score_as_compressor
+from charlm.config import UserError
+from charlm.data.corpus import load_corpus
+from charlm.inference.evaluation import bits_per_character
+from charlm.runs.load import load
+from tiny import run_script
+
+TEXT = " ".join(f"{number}é" for number in range(100)).encode()
+
+
+@pytest.fixture
+def script(capfd):
+    """`script(name, *arguments)`: exit code, stdout and stderr."""
+
+    def run(name: str, *arguments: object) -> tuple[int, str, str]:
+        return run_script(name, *map(str, arguments)), *capfd.readouterr()
+
+    return run
+
+
+def test_there_and_back(run_on_disk, script, tmp_path):
+    """Guards against scripts that drop an option, or claim success for something else."""
+    text, packed, back = tmp_path / "a text", tmp_path / "text.clm", tmp_path / "a text.copy"
+    text.write_bytes(TEXT)
+    options = ("--streams=9", "--context=12", "--stride=4", "--threads=1", "--checkpoint=last")
+    code, out, err = script("compress", run_on_disk, text, "-o", packed, *options)
+    assert (code, err) == (0, "")
+    size = packed.stat().st_size
+    for part in (f"{len(TEXT):,} bytes in {size:,}", "9 streams", "context 12", "stride 4", "fp32", "verified in"):
+        assert part in out
+    *lines, last = out.splitlines()
+    assert all(len(line) <= 80 for line in lines[1:])
+    assert shlex.split(last)[:3] == ["Next:", "python", "scripts/decompress.py"]
+    code, out, err = script("decompress", *shlex.split(last)[3:])
+    assert (code, err) == (0, "") and f"{len(TEXT):,} bytes" in out
+    assert back.read_bytes() == TEXT
+
+
+def test_mistakes_leave_nothing(run_on_disk, script, tmp_path):
+    """Guards against a traceback, another exit code than 2, and half an output."""
+    text, packed, back = tmp_path / "text", tmp_path / "text.clm", tmp_path / "back"
+    text.write_bytes(TEXT)
+    before = sorted(tmp_path.iterdir())
+    for name, arguments, message in (
+        ("compress", (text,), "output"),
+        ("compress", (tmp_path / "none", "-o", packed), "No such file"),
+        ("compress", (text, "-o", packed, "--streams=0"), "streams=0"),
+        ("compress", (text, "-o", packed, "--picture=sizes.exe"), "suffix"),
+        ("decompress", (text, "-o", back), "not a file that charlm has compressed"),
+    ):
+        code, out, err = script(name, run_on_disk, *arguments)
+        assert (code, out) == (2, "") and err.startswith("error: ") and message in err and "Traceback" not in err
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_report(run_on_disk, script, tmp_path):
+    """Guards against sizes of something else than the file, and JSON that is not alone on stdout."""
+    text, packed, picture = tmp_path / "text", tmp_path / "text.clm", tmp_path / "sizes.png"
+    text.write_bytes(TEXT)
+    asked = ("--streams=9", "--no-verify", "--report", "--speeds=1,3", f"--picture={picture}")
+    code, out, err = script("compress", run_on_disk, text, "-o", packed, *asked, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["compressed"]["compressed_bytes"] == packed.stat().st_size
+    characters = len(TEXT.decode())
+    assert found["compressed"]["bits_per_character"] == 8 * packed.stat().st_size / characters
+    assert found["compressed"]["verify_seconds"] is None
+    others = found["others"]
+    assert others["gzip -9"] == pytest.approx(len(gzip.compress(TEXT, 9)), abs=2)
+    assert others["bzip2 -9"] == len(bz2.compress(TEXT, 9))
+    assert others["xz -9e"] == len(lzma.compress(TEXT, preset=9 | lzma.PRESET_EXTREME))
+    assert others["xz -9e"] / 2 < others["zstd -19"] < 2 * others["xz -9e"]
+    trained = load(run_on_disk)
+    classifier = 256 * (8 + 1)  # one of several
+    assert found["model"]["parameters"] == classifier + sum(p.numel() for p in trained.transformer.parameters())
+    assert 0.5 < found["model"]["compressed_bytes"] / (2 * found["model"]["parameters"]) < 1.2
+    assert list(found["speeds"]) == ["1", "3"] and min(found["speeds"].values()) > 0 < found["generation_speed"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    sizes = report.weigh(trained, text, load_compressed(found), speeds=(2,)).to_text()
+    for part in ("the file", "gzip -9", "xz -9e", "charlm with its model", "2 streams", "generation, one text"):
+        assert part in sizes
+    assert all(len(line) <= 80 for line in sizes.splitlines()[1:])
+
+
+def load_compressed(found: dict) -> report.Compressed:
+    """What the script's JSON tells of `compress`."""
+    told = {name: value for name, value in found["compressed"].items() if not name.startswith("bits_per")}
+    return report.Compressed(**told | {"protocol": report.Protocol(**told["protocol"])})
+
+
+def test_the_score_is_that_of_the_file(run_on_disk, script, tmp_path):
+    """Guards against a score by another protocol than the file's: other streams, stride or text."""
+    trained = load(run_on_disk)
+    corpus = load_corpus(trained.config.data, progress=False)
+    text, packed = tmp_path / "text", tmp_path / "text.clm"
+    text.write_bytes(corpus.vocabulary.decode(corpus.splits["test"].ids[:400]))
+    asked = ("--streams=8", "--stride=5")
+    assert script("compress", run_on_disk, text, "-o", packed, *asked)[0] == 0
+    code, out, err = script("evaluate", run_on_disk, "--limit=400", "--as-compressor", *asked, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["symbols"], found["streams"], found["stride"]) == (400, 8, 5)
+    predicted = found["compressed_bytes"]
+    assert predicted == math.ceil(found["bits_per_byte"] * 400 / 8)
+    assert predicted <= packed.stat().st_size <= 1.005 * predicted + 200
+    code, out, err = script("evaluate", run_on_disk, "--limit=400", "--as-compressor", *asked)
+    for part in ("8 streams", "stride 5", f"{predicted:,} bytes compressed"):
+        assert part in out
+
+
+def test_evaluation_at_a_stride_explains_the_score(run_on_disk):
+    """Guards against a difference that nothing explains: with one stream, and windows that end with the text, there is
+    none."""
+    trained = load(run_on_disk)
+    corpus = load_corpus(trained.config.data, progress=False)
+    one = score_as_compressor(trained, corpus, limit=17 + 9 * 12, streams=1, progress=False)
+    assert one.stride == 9
+    expected = bits_per_character(trained, corpus, limit=17 + 9 * 12, stride=9, progress=False)
+    assert one.bits_per_character == pytest.approx(expected.bits_per_character, rel=1e-5)
+    with pytest.raises(UserError, match="another text"):
+        score_as_compressor(trained, replace(corpus, sha256="0" * 64), progress=False)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--streams=3",), ("--as-compressor", "--all-layers"), ("--as-compressor", "--batch-size=3")]
+)
+def test_options_that_do_not_go_together(run_on_disk, script, arguments):
+    """Guards against an option that is silently ignored."""
+    code, out, err = script("evaluate", run_on_disk, *arguments)
+    assert (code, out) == (2, "") and "as_compressor" in err

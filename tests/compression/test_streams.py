@@ -1,0 +1,204 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from charlm.compression import streams as streams_module
+from charlm.compression.coder import compressed_nats
+from charlm.compression.streams import (
+    Protocol,
+    Streams,
+    arithmetic_of,
+    choose_protocol,
+    environment,
+    model_digest,
+    probabilities,
+    probe,
+    vocabulary_digest,
+    walk,
+)
+from charlm.config import UserError
+from charlm.data.vocabulary import ByteVocabulary, CharacterVocabulary
+from charlm.inference.evaluation import negative_log_likelihoods
+
+
+@torch.no_grad()
+def described_nats(trained, ids: np.ndarray, streams: int, context: int, stride: int, block: int) -> np.ndarray:
+    """The costs by the protocol's description: a list of what each stream remembers, and no cache."""
+    last = trained.config.model.num_layers
+    nats = []
+    for begin in range(0, len(ids), block):
+        for stream in np.array_split(ids[begin : begin + block], streams):
+            seen: list[int] = []
+            for symbol in stream.tolist():
+                if not seen:
+                    nats.append(math.log(trained.vocabulary.size))
+                else:
+                    logits_V = trained.heads(trained.transformer(torch.tensor([seen]))[last], last)[0, -1, 0]
+                    nats.append(-float(logits_V.double().log_softmax(-1)[symbol]))
+                if len(seen) == context:
+                    seen = seen[len(seen) - (context - stride) :]
+                seen.append(symbol)
+    return np.array(nats)
+
+
+@pytest.mark.parametrize(
+    ("length", "streams", "context", "stride", "block"),
+    [(40, 1, 8, 5, 100), (61, 3, 8, 5, 30), (45, 2, 5, 5, 45), (45, 4, 8, 1, 22), (30, 2, 1, 1, 30), (5, 3, 8, 8, 3)],
+)
+def test_costs_are_those_that_the_protocol_describes(build_model, length, streams, context, stride, block):
+    """Guards against a stream that starts or ends elsewhere, sees another's symbols or an earlier block's, and against
+    a context that is forgotten a symbol too early, too late, or not in the way that is documented."""
+    trained = build_model(ngrams=(2, 3))
+    ids = np.random.default_rng(length).integers(0, 256, length).astype(np.uint8)
+    options = {"streams": streams, "context": context, "stride": stride, "block": block}
+    nats, protocol = compressed_nats(trained, ids, **options)
+    np.testing.assert_allclose(nats, described_nats(trained, ids, **options), rtol=1e-4, atol=1e-5)
+    assert {name: getattr(protocol, name) for name in options} == options
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_one_stream_costs_what_evaluation_at_its_stride_says(build_model, stride):
+    """Guards against a stride that means one thing here and another in evaluate."""
+    trained = build_model(positions="rotary")
+    ids = np.random.default_rng(1).integers(0, 256, 8 + 5 * stride + 1).astype(np.uint8)
+    expected = negative_log_likelihoods(trained.transformer, trained.heads, ids, stride=stride)[2]
+    nats, _ = compressed_nats(trained, ids, streams=1, stride=stride)
+    np.testing.assert_allclose(nats, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("context_length", "stride"), [(1, 1), (2, 2), (7, 5), (8, 5), (512, 257)])
+def test_the_default_keeps_as_much_as_generation(build_model, context_length, stride):
+    """Guards against defaults that differ: generation keeps context_length // 2 symbols, one at least."""
+    protocol = choose_protocol(build_model(context_length=context_length), 10)
+    assert (protocol.stride, protocol.kept) == (stride, max(1, context_length // 2))
+
+
+def test_reading_again_in_pieces(build_model, monkeypatch):
+    """Guards against pieces that overlap or leave a gap where many streams are read again."""
+    trained = build_model(ngrams=(2,))
+    ids = np.random.default_rng(2).integers(0, 256, 70).astype(np.uint8)
+    expected, _ = compressed_nats(trained, ids, streams=2, stride=2)
+    monkeypatch.setattr(streams_module, "READ_AT_ONCE", 6)
+    np.testing.assert_allclose(compressed_nats(trained, ids, streams=2, stride=2)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_do_not_depend_on_the_text(build_model, monkeypatch):
+    """Guards against a batch that shrinks where streams end: other shapes may take another way through the library."""
+    trained = build_model()
+    shapes = []
+    monkeypatch.setattr(
+        trained.transformer, "forward", lambda ids_BT, **rest: (shapes.append(ids_BT.shape), forward(ids_BT, **rest))[1]
+    )
+    forward = type(trained.transformer).forward.__get__(trained.transformer)
+    for text in (bytes(41), bytes(range(41))):
+        compressed_nats(trained, np.frombuffer(text, np.uint8), streams=4, stride=3)
+    assert shapes[:10] == shapes[10:] and {shape[0] for shape in shapes} == {4}
+    assert [shape[1] for shape in shapes[:10]] == [1] * 8 + [6, 1]
+
+
+def test_every_symbol_is_exchanged_once(build_model):
+    """Guards against a symbol that is coded twice or never, for any length against any number of streams."""
+    trained = build_model()
+    for num_streams in (1, 2, 5):
+        protocol = choose_protocol(trained, 1, streams=num_streams)
+        streams = Streams(trained, protocol)
+        for length in range(1, 14):
+            met = []
+
+            def exchange(where_A, logits_AV, met=met):
+                assert len(where_A) == len(logits_AV)
+                met.extend(where_A.tolist())
+                return where_A
+
+            walk(streams, num_streams, length, exchange)
+            assert sorted(met) == list(range(length))
+
+
+def test_threads_are_those_of_the_protocol_and_then_those_of_before(build_model):
+    """Guards against arithmetic with as many threads as happen to be set, and against leaving them changed."""
+    protocol = choose_protocol(build_model(), 1, threads=2)
+    assert torch.get_num_threads() == 1
+    with pytest.raises(KeyError), arithmetic_of(protocol):
+        assert torch.get_num_threads() == 2
+        raise KeyError
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("streams", 0, "streams=0"),
+        ("streams", 10**6, "streams=1000000"),
+        ("context", 9, "context=9: must lie between 1 and 8"),
+        ("stride", 9, "stride=9"),
+        ("stride", 0, "stride=0"),
+        ("threads", 0, "threads=0"),
+        ("precision", "int8", "precision=int8"),
+        ("precision", "fp16", "needs a GPU"),
+    ],
+)
+def test_options_out_of_range(build_model, option, value, message):
+    """Guards against an option that is taken, and then fails with a traceback or gives nonsense."""
+    with pytest.raises(UserError, match=message):
+        choose_protocol(build_model(), 100, **{option: value})
+
+
+def test_more_streams_than_memory_holds(build_model, monkeypatch):
+    """Guards against a file whose header, or a user whose option, makes the system end other processes."""
+    monkeypatch.setattr(streams_module, "physical_memory", lambda: 10_000)
+    with pytest.raises(UserError, match="streams=100: their keys and values take"):
+        choose_protocol(build_model(), 100, streams=100)
+
+
+def test_default_streams_grow_with_the_text(build_model):
+    """Guards against many short streams, each of which begins without context."""
+    trained = build_model()
+    assert [choose_protocol(trained, 2**n).streams for n in (0, 12, 14, 16, 30)] == [1, 1, 2, 8, 64]
+
+
+def test_probabilities_of_a_model_that_diverged():
+    """Guards against a traceback from inside the coder."""
+    with pytest.raises(UserError, match="no finite probabilities"):
+        probabilities(torch.tensor([[0.0, math.nan]]))
+
+
+def test_digests_name_what_matters(build_model):
+    """Guards against a file decoded by a model that merely looks the same: other weights, heads, or shape."""
+    one, same = build_model(), build_model()
+    assert model_digest(one) == model_digest(same)
+    protocol = choose_protocol(one, 1, streams=2)
+    assert probe(one, protocol) == probe(same, protocol)
+    for change in (
+        lambda it: it.transformer.blocks[0].attention.key.bias.data[0].add_(1e-6),
+        lambda it: it.heads.exits["layer2"]["offset1"].bias.data[3].add_(1e-3),
+    ):
+        other = build_model()
+        change(other)
+        assert model_digest(one) != model_digest(other)
+    assert model_digest(one) != model_digest(build_model(num_heads=4))
+    other = build_model()
+    other.heads.exits["layer2"]["offset1"].bias.data[3].add_(1e-3)
+    assert probe(one, protocol) != probe(other, protocol)
+    assert probe(one, protocol) != probe(one, replace(protocol, streams=3))
+    digests = {vocabulary_digest(v) for v in (ByteVocabulary(), CharacterVocabulary("ab"), CharacterVocabulary("ac"))}
+    assert len(digests) == 3
+
+
+def test_the_environment_names_versions_and_processor():
+    """Guards against a file that another version of torch, or another processor, takes for its own."""
+    here = environment(torch.device("cpu"))
+    assert torch.__version__ in here and "constriction" in here and torch.backends.cpu.get_cpu_capability() in here
+    assert len(here.encode()) < 100  # a header of 200 bytes holds it
+
+
+def test_bf16(build_model):
+    """Guards against a cache of another type than the arithmetic, and an autocast that reaches the heads."""
+    trained = build_model()
+    ids = np.random.default_rng(3).integers(0, 256, 40).astype(np.uint8)
+    exact, _ = compressed_nats(trained, ids, streams=2)
+    nats, protocol = compressed_nats(trained, ids, streams=2, precision="bf16")
+    assert isinstance(protocol, Protocol) and protocol.precision == "bf16"
+    assert nats.sum() == pytest.approx(exact.sum(), rel=0.1) and (nats != exact).any()

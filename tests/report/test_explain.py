@@ -1,0 +1,383 @@
+"""What `explain` says of a config, against sums worked out here."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from charlm.config import (
+    AuxConfig,
+    Config,
+    ConfigError,
+    HedgeConfig,
+    LayersConfig,
+    ModelConfig,
+    PositionsConfig,
+    Stage,
+    TargetsConfig,
+    TaskConfig,
+    TrainConfig,
+    UserError,
+)
+from charlm.config_files import load_config
+from charlm.objective.schedules import cutoff
+from charlm.objective.tasks import auxiliary_task
+from charlm.report.explain import explain, stops_at_step
+
+TINY = {"num_heads": 2, "d_model": 4, "d_ff": 8, "context_length": 4}
+NEXT_ONLY = {"targets": TargetsConfig(enabled=False)}
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "explain.py"
+
+
+def tiny(num_layers: int, steps: int = 1000, **aux) -> Config:
+    model = ModelConfig(num_layers=num_layers, **TINY)
+    return Config(model=model, aux=AuxConfig(**aux), train=TrainConfig(steps=steps, batch_size=3))
+
+
+def rows(config: Config) -> set[tuple[int, int, str]]:
+    return {(term["layer"], term["offset"], term["positions"]) for term in explain(config).to_dict()["terms"]}
+
+
+def weights(config: Config) -> dict[tuple[int, int, str], list[float]]:
+    """{(layer, offset, positions): weights at progress 0, 0.25, 0.5, 0.75 and 1 from the left}."""
+    terms = explain(config).to_dict()["terms"]
+    assert all([progress for progress, _ in term["weights"]] == [0, 0.25, 0.5, 0.75, 1] for term in terms)
+    return {(t["layer"], t["offset"], t["positions"]): [weight for _, weight in t["weights"]] for t in terms}
+
+
+def test_parameters_of_t12_and_t64():
+    """Fault: a model that is not the paper's: tables shared between layers, heads tied or without bias, an extra
+    head kept at inference."""
+    D, F, V, T = 512, 2048, 256, 512
+    attention = 4 * (D * D + D)  # queries, keys, values, output
+    feed_forward = (D * F + F) + (F * D + D)
+    norms, table = 2 * 2 * D, T * D
+    layer = attention + feed_forward + norms + table
+    assert layer == 3_414_528
+    head, exit_norm = V * D + V, 2 * D
+
+    def inference(L):
+        return V * D + L * layer + 2 * D + head  # embedding, layers, final norm, one head
+
+    def training(L):
+        return inference(L) + (2 * L - 1) * head + (L - 1) * exit_norm  # the last layer's exit norm is the final one
+
+    for L, paper in ((12, (44.3, 41.2)), (64, (235.5, 218.8))):
+        parameters = explain(Config(model=ModelConfig(num_layers=L))).to_dict()["parameters"]
+        assert parameters == {"training": training(L), "inference": inference(L)}
+        assert parameters["training"] / 1e6 == pytest.approx(paper[0], abs=0.1)
+        assert parameters["inference"] / 1e6 == pytest.approx(paper[1], abs=0.1)
+
+
+@pytest.mark.parametrize("layers", [True, False])
+@pytest.mark.parametrize("targets", [True, False])
+@pytest.mark.parametrize("positions", [True, False])
+def test_each_flag_removes_exactly_its_rows(positions, layers, targets):
+    """Fault: a switch that takes another loss's rows along, or leaves some of its own."""
+    full = {(l, o, p) for l in (1, 2, 3) for o in (1, 2) for p in ("all", "last")}  # noqa: E741
+    config = tiny(
+        3,
+        positions=PositionsConfig(enabled=positions, schedule="linear"),
+        layers=LayersConfig(enabled=layers),
+        targets=TargetsConfig(enabled=targets),
+    )
+    removed = {
+        row
+        for row in full
+        if (not positions and row[2] == "all") or (not layers and row[0] < 3) or (not targets and row[1] == 2)
+    }
+    assert rows(config) == full - removed
+
+
+def test_weights_of_the_paper_schedule():
+    """Fault: an intermediate layer that outlives l / (2n), or an extra target that outlives its layer."""
+    assert weights(tiny(4)) == {
+        # stops at        1/8, 1/4 (zero at 1/4 itself), 3/8, never
+        (1, 1, "all"): [1, 0, 0, 0, 0],
+        (2, 1, "all"): [1, 0, 0, 0, 0],
+        (3, 1, "all"): [1, 1, 0, 0, 0],
+        (4, 1, "all"): [1, 1, 1, 1, 1],
+        (1, 2, "all"): [0.5, 0, 0, 0, 0],
+        (2, 2, "all"): [0.5, 0, 0, 0, 0],
+        (3, 2, "all"): [0.5, 0.5, 0, 0, 0],
+        (4, 2, "all"): [0.5, 0.5, 0.5, 0.5, 0.5],
+    }
+
+
+@pytest.mark.parametrize(
+    ("schedule", "start", "end", "expected"),
+    [
+        ("constant", 0.0, 1.0, [1, 1, 1, 1, 1]),
+        ("linear", 0.0, 1.0, [1, 0.75, 0.5, 0.25, 0]),
+        ("linear", 0.25, 0.75, [1, 1, 0.5, 0, 0]),
+        ("cosine", 0.0, 1.0, [1, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0]),
+        ("cutoff", 0.0, 0.5, [1, 1, 0, 0, 0]),
+        ("cutoff", 0.0, 1.0, [1, 1, 1, 1, 1]),  # it stops at 1, which training approaches from the left
+    ],
+)
+def test_weights_of_every_decay(schedule, start, end, expected):
+    """Fault: a schedule on the wrong loss, on the wrong clock, or evaluated at progress 1 itself."""
+    decay = {"schedule": schedule, "start": start, "end": end}
+    by_layers = weights(tiny(2, layers=LayersConfig(**decay, weight=0.8), targets=TargetsConfig(enabled=False)))
+    assert by_layers[1, 1, "all"] == pytest.approx([0.8 * weight for weight in expected], abs=1e-9)
+    assert by_layers[2, 1, "all"] == [1, 1, 1, 1, 1]
+
+    by_targets = weights(tiny(2, targets=TargetsConfig(**decay), layers=LayersConfig(enabled=False)))
+    assert by_targets[2, 2, "all"] == pytest.approx([0.5 * weight for weight in expected], abs=1e-9)
+    assert by_targets[2, 1, "all"] == [1, 1, 1, 1, 1]
+
+    only_main = {"layers": LayersConfig(enabled=False), "targets": TargetsConfig(enabled=False)}
+    by_positions = weights(tiny(2, positions=PositionsConfig(**decay), **only_main))
+    assert by_positions[2, 1, "all"] == pytest.approx(expected, abs=1e-9)
+    if set(expected) != {1}:
+        assert by_positions[2, 1, "last"] == pytest.approx([1 - weight for weight in expected], abs=1e-9)
+
+
+def test_stops_at_the_step_after_the_last_active_one():
+    """Fault: off by one, or a term said to stop that is active at every step of the run."""
+    stops = {(t["layer"], t["offset"]): t["stops_at_step"] for t in explain(tiny(4, steps=10)).to_dict()["terms"]}
+    # Progress runs 0, 0.1, ... 0.9; layers 1 to 3 stop at 0.125, 0.25 and 0.375.
+    assert stops == {(1, 1): 2, (2, 1): 3, (3, 1): 4, (4, 1): None, (1, 2): 2, (2, 2): 3, (3, 2): 4, (4, 2): None}
+    assert stops_at_step(cutoff(end=0.95), steps=10) is None
+    for steps in (1, 3, 7, 10, 49, 100):
+        for end in (0.1, 0.3, 1 / 3, 0.49, 0.7, 0.99):
+            silent = [step for step in range(steps) if cutoff(end=end)(step / steps) == 0.0]
+            assert stops_at_step(cutoff(end=end), steps) == (silent[0] if silent else None)
+    assert stops_at_step(cutoff(clock=Fraction(1, 128)), steps=4_000_000) == 31_250
+
+
+def test_the_matrix_after_ngram_tables_counts_once():
+    """Fault: the tables' rows counted as products, or their matrix left out or counted per layer."""
+    plain = explain(tiny(2)).to_dict()
+    config = replace(tiny(2), model=replace(tiny(2).model, ngrams=(2, 3), ngram_buckets=5, ngram_width=3))
+    found = explain(config).to_dict()
+    matrix, tables = 2 * 3 * 4, 2 * 5 * 3
+    for name, factor in (("training_start", 6), ("training_end", 6), ("inference", 2)):
+        assert found["flops_per_character"][name] - plain["flops_per_character"][name] == factor * matrix
+    for name in ("training", "inference"):
+        assert found["parameters"][name] - plain["parameters"][name] == matrix + tables
+
+
+def test_flops_by_hand():
+    """Fault: heads counted that do not run, attention forgotten, look-ups counted as products."""
+    D, F, V, T = 4, 8, 256, 4
+    layer, head = 4 * D * D + 2 * D * F, V * D  # parameters of matrices
+    attention = 12 * D * T
+
+    def flops(**aux):
+        found = explain(tiny(2, **aux)).to_dict()["flops_per_character"]
+        return found["training_start"], found["training_end"]
+
+    both = 6 * 2 * layer + 2 * attention
+    assert both == 1920
+    assert flops() == (both + 6 * 4 * head, both + 6 * 2 * head)
+    # The last of 4 positions alone: a quarter of each head.
+    assert flops(positions=PositionsConfig(enabled=False)) == (both + 6 * 4 * head // 4, both + 6 * 2 * head // 4)
+    # All positions until the middle of training, the last one from there on.
+    assert flops(positions=PositionsConfig(schedule="cutoff", end=0.5)) == (
+        both + 6 * 4 * head,
+        both + 6 * 2 * head // 4,
+    )
+    # Falling to zero at the end of training, a row still runs at the last step.
+    assert flops(layers=LayersConfig(schedule="linear")) == (both + 6 * 4 * head, both + 6 * 4 * head)
+    # Nothing asks for the second layer.
+    below = {"layers": LayersConfig(schedule="constant"), "targets": TargetsConfig(enabled=False)}
+    assert flops(main_weight=0.0, **below) == (6 * layer + attention + 6 * head,) * 2
+
+    inference = explain(tiny(2)).to_dict()["flops_per_character"]["inference"]
+    assert inference == 2 * (2 * layer + head) + 4 * 2 * D * T
+
+
+def test_parameters_and_flops_of_other_heads():
+    """Fault: a shared head counted once per layer, or not at all when it runs; a tower's hidden layer left out, or
+    counted per target."""
+    D, F, V, T, W = 4, 8, 256, 4, 3
+    layer, head = 4 * D * D + 2 * D * F, V * D
+    trunk = 6 * 2 * layer + 2 * 12 * D * T
+
+    def found(**layers):
+        config = tiny(2, layers=LayersConfig(schedule="constant", **layers))
+        explained = explain(config).to_dict()
+        assert explained["head"] == layers["head"]
+        flops = explained["flops_per_character"]
+        assert flops["training_start"] == flops["training_end"]
+        return explained["parameters"]["training"], flops["training_start"]
+
+    without, _ = found(head="linear", at=())
+    assert found(head="linear") == (without + 2 * (head + V) + 2 * D, trunk + 6 * 4 * head)  # and a norm
+    assert found(head="shared") == (without, trunk + 6 * 4 * head)
+    assert found(head="shared_frozen") == (without, trunk + 4 * 2 * head + 6 * 2 * head)
+    hidden, classifier = D * W, V * W
+    assert found(head="tower", tower_width=W) == (
+        without + 2 * D + hidden + W + 2 * (classifier + V),
+        trunk + 6 * (2 * head + hidden + 2 * classifier),
+    )
+
+
+def test_heads_that_take_turns_are_counted_by_their_share():
+    """Fault: FLOPs of all heads at every step, or weights shown of a step at which a row is off."""
+    D, F, V, T = 4, 8, 256, 4
+    config = tiny(4, layers=LayersConfig(schedule="rotational", weighting="linear"), **NEXT_ONLY)
+    found, head = explain(config), V * D
+    trunk = 6 * 4 * (4 * D * D + 2 * D * F) + 4 * 12 * D * T
+    assert found.flops_per_character["training_start"] == trunk + 6 * 2 * head  # 1 / 3 of three heads, and the last
+    assert weights(config) == {(l, 1, "all"): [l / 4] * 5 for l in (1, 2, 3, 4)}  # noqa: E741
+    assert [term["one_of_steps"] for term in found.to_dict()["terms"]] == [3, 3, 3, 1]
+    assert "each intermediate head is on at one of 3 steps" in found.to_text()
+
+
+def test_what_the_rows_do_not_tell():
+    """Fault: a hinge, a kind of heads, adaptive weights or a route that shows nowhere, or where it is not on."""
+    config = tiny(
+        3,
+        layers=LayersConfig(schedule="constant", hinge=0.5, head="tower", tower_dropout=0.25),
+        hedge=HedgeConfig(enabled=True, beta=0.9),
+        route="pairwise",
+        **NEXT_ONLY,
+    )
+    found = explain(config)
+    told = dict(line.split(maxsplit=1) for line in found.to_text().splitlines() if line and line[0] != "-")
+    assert told["heads"] == "towers of width 4, dropout 0.25"
+    assert told["hinge"] == "losses of intermediate layers count above 0.5 nats"
+    assert told["hedge"] == "weights times alphas, learned with beta 0.9, smoothing 0.2"
+    assert told["route"] == "pairwise, an update per exit layer"
+    data = found.to_dict()
+    assert [term["hinge"] for term in data["terms"]] == [0.5, 0.5, 0.0]
+    assert data["hedge"] == {"enabled": True, "beta": 0.9, "smoothing": 0.2}
+    assert (data["route"]["name"], data["route"]["total"]) == ("pairwise", found.route_cost.total)
+    assert f"{found.route_cost.total:.2f} of the joint route's" in found.to_text()
+
+    plain = explain(tiny(3))
+    assert {"heads", "hinge", "hedge", "route", "rotation"}.isdisjoint(
+        line.split()[0] for line in plain.to_text().splitlines() if line
+    )
+    assert plain.to_dict()["hedge"] is None
+    assert plain.to_dict()["route"]["total"] == 1.0
+
+
+def test_rows_of_own_tasks(monkeypatch):
+    """Fault: a task without a row or without its parameters, or one taken for a prediction of a character."""
+    monkeypatch.setattr("charlm.objective.tasks._builders", {})
+    auxiliary_task("parity")(lambda config, vocabulary_size: nn.Linear(config.d_model, 1))
+    config = tiny(2, tasks={"parity": TaskConfig(weight=0.1, layer=1)}, **NEXT_ONLY)
+    without = explain(tiny(2, **NEXT_ONLY))
+    found = explain(config)
+    assert found.terms[-1].name == "layer1/task/parity" and found.to_dict()["terms"][-1]["task"] == "parity"
+    assert found.parameters["training"] == without.parameters["training"] + 4 + 1
+    assert found.flops_per_character == without.flops_per_character
+    assert found.to_text().splitlines()[-1].split()[:3] == ["layer1/task/parity", "0.1", "never"]
+    with pytest.raises(UserError, match="'order' is not registered"):
+        explain(tiny(2, tasks={"order": TaskConfig(weight=0.1)}))
+
+
+def test_rows_that_begin_later():
+    """Fault: rows that are silent at first taken for rows that never weigh anything."""
+    stages = (Stage(until=0.5, weights=(1.0,)), Stage(weights=(1.0, 0.5)))
+    config = tiny(2, layers=LayersConfig(schedule="gradual"), targets=TargetsConfig(schedule="stages", stages=stages))
+    assert weights(config) == {
+        (1, 1, "all"): [0, 1, 1, 1, 1],
+        (1, 2, "all"): [0, 0, 0.5, 0.5, 0.5],
+        (2, 1, "all"): [1, 1, 1, 1, 1],
+        (2, 2, "all"): [0, 0, 0.5, 0.5, 0.5],
+    }
+
+
+def test_sizes_of_the_run():
+    """Fault: characters per step that count the targets beyond the context, or only one window."""
+    found = explain(tiny(2, steps=77)).to_dict()
+    assert (found["steps"], found["characters_per_step"], found["context_length"]) == (77, 3 * 4, 4)
+
+
+def test_all_losses_zero_is_refused():
+    """Fault: a table without a single active row, found only when training divides by nothing."""
+    with pytest.raises(ConfigError, match=r"aux\.main_weight"):
+        explain(tiny(2, main_weight=0.0))
+
+
+def test_text_draws_each_term_over_training():
+    """Fault: a strip scaled or shifted wrongly, or a small weight drawn as if it were zero."""
+    header, *lines = explain(tiny(3, layers=LayersConfig(schedule="linear"))).to_text(width=77).splitlines()[-7:]
+    start = header.index("0─")
+    assert len(header) - start == 32
+    drawn = {line.split()[0]: line[start:] for line in lines}
+    assert list(drawn) == [f"layer{layer}/offset{offset}/all" for layer in (1, 2, 3) for offset in (1, 2)]
+    # Cell i of 32 shows 1 - i/32, in eighths rounded up: four cells of each height.
+    assert drawn["layer1/offset1/all"] == "".join(4 * block for block in "█▇▆▅▄▃▂▁")
+    assert drawn["layer2/offset2/all"] == "".join(8 * block for block in "▄▃▂▁")
+    assert drawn["layer3/offset1/all"] == 32 * "█"
+
+
+def test_text_leaves_silent_stretches_blank():
+    """Fault: a term drawn past the point where it stops, or one that stops early not drawn at all."""
+    first, _, second, *_ = explain(tiny(64)).to_text().splitlines()[-128:]
+    assert first.split() == ["layer1/offset1/all", "1", "8", "█"]  # 1/128 of 1000 steps is 7.8
+    assert second.split() == ["layer2/offset1/all", "1", "16", "█"]
+    table = explain(tiny(2, layers=LayersConfig(schedule="cutoff", end=0.5))).to_text(width=77).splitlines()[-5:]
+    assert table[1].split() == ["layer1/offset1/all", "1", "500", 16 * "█"]
+    assert table[3].split() == ["layer2/offset1/all", "1", "never", 32 * "█"]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_text_fits_80_columns(reduction, schedule):
+    """Fault: long names, small weights or many steps push the drawing out of the terminal."""
+    config = Config(
+        model=ModelConfig(num_layers=64),
+        aux=AuxConfig(reduction=reduction, positions=PositionsConfig(schedule=schedule)),
+        train=TrainConfig(steps=4_000_000),
+    )
+    lines = explain(config).to_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("layer") for line in lines) == 64 * 2 * (1 if schedule == "constant" else 2)
+    assert "235.5M in training, 218.8M at inference" in lines[1]
+
+
+@pytest.mark.parametrize("route", ["relay", "pairwise", "multiway"])
+def test_methods_fit_80_columns(route):
+    """Fault: a route's costs, or rotating heads, that push a line out of the terminal."""
+    config = Config(
+        model=ModelConfig(num_layers=64),
+        aux=AuxConfig(
+            layers=LayersConfig(schedule="rotational", head="shared_frozen", hinge=1.23),
+            reduction="weighted_mean",
+            route=route,
+        ),
+        train=TrainConfig(steps=4_000_000),
+    )
+    assert max(map(len, explain(config).to_text().splitlines())) <= 80
+
+
+def test_the_rows_in_the_document():
+    """Fault: a document that shows a method's table as it was before the preset, or what explain prints, changed."""
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"<!-- rows: (\w+) -->\n```\n(.*?)\n```", text, flags=re.DOTALL))
+    presets = {path.stem: path for path in (ROOT / "configs" / "methods").glob("*.yaml")}
+    assert sorted(shown) == sorted(presets)
+    for name, path in presets.items():
+        assert shown[name] == explain(load_config([ROOT / "configs" / "demo.yaml", path])).to_text(), name
+
+
+def test_script_prints_one_document_and_draws(tmp_path):
+    """Fault: something else on stdout beside the JSON, a flag that does not reach the table, a picture not written."""
+    picture = tmp_path / "weights.png"
+    flags = ["--model.num_layers=3", "--model.d_model=8", "--aux.targets.enabled=false", f"--picture={picture}"]
+    done = subprocess.run([sys.executable, SCRIPT, *flags, "--json"], capture_output=True, text=True, check=True)
+    assert [(term["layer"], term["offset"]) for term in json.loads(done.stdout)["terms"]] == [(1, 1), (2, 1), (3, 1)]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_script_answers_a_mistake_with_one_message(tmp_path):
+    """Fault: a traceback, another exit code than 2, or a broken file left behind."""
+    flags = ["--model.num_layers=3", "--picture", tmp_path / "weights.xyz"]
+    done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == "" and list(tmp_path.iterdir()) == []
+    assert "weights.xyz" in done.stderr and "png" in done.stderr and "Traceback" not in done.stderr

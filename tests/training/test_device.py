@@ -1,0 +1,94 @@
+"""Precision, compilation and accumulation: what the launcher says, what the config says, and who wins."""
+
+import pytest
+import torch
+
+from charlm.config import Config, ModelConfig, TrainConfig, UserError
+from charlm.training import device as hardware
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("MIXED_PRECISION", "GRADIENT_ACCUMULATION_STEPS", "DYNAMO_BACKEND"):
+        monkeypatch.delenv(f"ACCELERATE_{name}", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.mark.parametrize(
+    ("configured", "launcher", "fast_bf16", "precision"),
+    [
+        ("auto", None, True, "bf16"),
+        ("auto", None, False, "no"),
+        ("auto", "no", True, "no"),
+        ("auto", "bf16", False, "bf16"),
+        ("no", "bf16", True, "no"),
+        ("bf16", "no", False, "bf16"),
+    ],
+)
+def test_the_config_wins_over_the_launcher_and_the_launcher_over_the_hardware(
+    configured, launcher, fast_bf16, precision, monkeypatch
+):
+    """Guards against a precision that nobody asked for."""
+    if launcher:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    monkeypatch.setattr(hardware, "has_fast_bf16", lambda: fast_bf16)
+    assert hardware.choose_precision(TrainConfig(mixed_precision=configured))[0] == precision
+
+
+@pytest.mark.parametrize("asked_by", ["config", "launcher"])
+def test_fp16_on_a_cpu_is_refused(asked_by, monkeypatch):
+    """Guards against accelerate's silent fp32."""
+    if asked_by == "launcher":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="mixed_precision=fp16: not available on a CPU; use bf16 or no"):
+        hardware.choose_precision(TrainConfig(mixed_precision="fp16" if asked_by == "config" else "auto"))
+
+
+def test_the_launchers_accumulation_is_refused(monkeypatch):
+    """Guards against a global batch that silently is a multiple of the configured one."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(UserError, match=r"gradient_accumulation_steps=4: use --train.micro_batch_size"):
+        hardware.build_accelerator(TrainConfig(mixed_precision="no"))
+
+
+@pytest.mark.parametrize(
+    ("configured", "backend", "compiles"),
+    [("auto", None, False), ("auto", "NO", False), ("auto", "INDUCTOR", True), ("no", "INDUCTOR", False)],
+)
+def test_compile_follows_the_launcher_unless_configured(configured, backend, compiles, monkeypatch):
+    """Guards against accelerate compiling the objective as a whole, or not at all when asked to."""
+    if backend:
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+    assert hardware.choose_compile(TrainConfig(compile=configured)) is compiles
+
+
+def test_a_second_run_of_a_process_may_have_another_precision():
+    """Guards against accelerate's process-wide state, which holds on to the first precision."""
+    for precision in ("no", "bf16", "no"):
+        accelerator, _ = hardware.build_accelerator(TrainConfig(mixed_precision=precision))
+        assert accelerator.mixed_precision == precision
+
+
+@pytest.mark.parametrize(
+    ("attention", "dropout", "said"),
+    [("sdpa", 0.0, "attention fused"), ("blocks", 0.0, "attention in blocks"), ("auto", 0.2, "attention unfused")],
+)
+def test_how_attention_is_computed_is_announced(attention, dropout, said, monkeypatch):
+    """Guards against a CPU run that is slow without a word: the fused kernel refuses dropout there."""
+    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
+    config = Config(model=ModelConfig(attention_dropout=dropout), train=TrainConfig(attention=attention))
+    assert hardware.describe_attention(config).startswith(said)
+
+
+def test_settings_of_the_process_are_put_back():
+    """Guards against a run that changes the arithmetic of what comes after it."""
+    before = torch.get_float32_matmul_precision()
+    with (
+        pytest.raises(RuntimeError),
+        hardware.torch_settings(TrainConfig(matmul_precision="medium", deterministic=True)),
+    ):
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.are_deterministic_algorithms_enabled()
+        raise RuntimeError
+    assert torch.get_float32_matmul_precision() == before
+    assert not torch.are_deterministic_algorithms_enabled()

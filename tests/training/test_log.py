@@ -1,0 +1,235 @@
+"""What a run says of itself: the rows of metrics.jsonl and the progress line, against a clock that the test moves."""
+
+import sys
+
+import pytest
+
+from charlm.config import AuxConfig, Config, ModelConfig, RunConfig, TrainConfig
+from charlm.objective.terms import build_terms
+from charlm.runs.folder import Run
+from charlm.training import log as tracking
+from charlm.training.log import Tracker
+
+
+class Clock:
+    """In place of the module `time`."""
+
+    now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(tracking, "time", clock)
+    monkeypatch.setattr(tracking, "peak_memory", lambda: 2**20)
+    return clock
+
+
+@pytest.fixture
+def build_tracker(tmp_path, clock):
+    """`build_tracker(step, seconds, main)`: that of a run of 8 steps of 3 windows of 5 characters, with two layers."""
+    config = Config(
+        model=ModelConfig(num_layers=2, context_length=5),
+        train=TrainConfig(steps=8, batch_size=3),
+        run=RunConfig(dir=tmp_path / "run"),
+    )
+    run, terms = Run.create(config, {}), build_terms(AuxConfig(), 2)
+
+    def build(step: int = 0, seconds: float = 0.0, main: bool = True) -> Tracker:
+        return Tracker(run, config, terms, step=step, seconds=seconds, bits_per_nat=2.0, main=main)
+
+    return build
+
+
+def parts(*losses: float) -> dict[str, float]:
+    names = ["layer1/offset1/all", "layer1/offset2/all", "layer2/offset1/all", "layer2/offset2/all"]
+    return dict(zip(names[-len(losses) :], losses, strict=True))
+
+
+def rows(tracker: Tracker) -> list[dict]:
+    return list(tracker.run.metrics())
+
+
+def test_training_rows_by_hand(build_tracker, clock):
+    """Guards against weights of the step after, the wrong term's bits, and a speed that counts validation or one
+    process's characters only."""
+    tracker = build_tracker()
+    clock.now += 4.0
+    tracker.log_training(2, 0.125, 9.0, parts(4.0, 3.0, 2.0, 1.0))
+    clock.now += 1.0
+    with tracker.speed_paused("validating"):
+        clock.now += 100.0
+    clock.now += 1.0
+    tracker.log_training(3, 0.25, 2.5, parts(1.5, 2.0))
+    assert rows(tracker) == [
+        {
+            "step": 2,
+            "progress": 0.25,
+            "loss": 9.0,
+            "bits_per_character": 4.0,
+            "learning_rate": 0.125,
+            "characters_per_second": 2 * 3 * 5 / 4,
+            "seconds": 4.0,
+            "memory": 2**20,
+            # The update that completed step 2 was weighed at 1/8, before layer 1 of 2 stops at 1/4.
+            "terms": {
+                "layer1/offset1/all": {"loss": 4.0, "weight": 1.0},
+                "layer1/offset2/all": {"loss": 3.0, "weight": 0.5},
+                "layer2/offset1/all": {"loss": 2.0, "weight": 1.0},
+                "layer2/offset2/all": {"loss": 1.0, "weight": 0.5},
+            },
+        },
+        {
+            "step": 3,
+            "progress": 0.375,
+            "loss": 2.5,
+            "bits_per_character": 3.0,
+            "learning_rate": 0.25,
+            "characters_per_second": 3 * 5 / 2,
+            "seconds": 106.0,
+            "memory": 2**20,
+            "terms": {
+                "layer2/offset1/all": {"loss": 1.5, "weight": 1.0},
+                "layer2/offset2/all": {"loss": 2.0, "weight": 0.5},
+            },
+        },
+    ]
+
+
+def test_rows_of_hedge_and_diagnostics_by_hand(build_tracker, clock):
+    """Guards against learned weights that no log has, and diagnostics that are written by every process."""
+    clock.now += 1.0
+    tracker, other = build_tracker(), build_tracker(main=False)
+    clock.now += 1.0
+    tracker.log_training(2, 0.125, 9.0, parts(1.5, 2.0), {1: 0.25, 2: 0.75})
+    for own in (tracker, other):
+        own.log_diagnostics(2, {"gradient_norm": {"layer1": 2.0}})
+    first, second = rows(tracker)
+    assert first["hedge"] == {"layer1": 0.25, "layer2": 0.75}
+    assert second == {"step": 2, "progress": 0.25, "diagnostics": {"gradient_norm": {"layer1": 2.0}}}
+
+
+def test_validation_rows_by_hand(build_tracker, clock, capfd):
+    """Guards against a log without its validations, and one that does not say which checkpoint is the best."""
+    tracker = build_tracker()
+    clock.now += 7.0
+    tracker.log_validation(4, 2.5, 2.25, best=True)
+    tracker.log_validation(8, 2.75, 2.5, best=False)
+    assert rows(tracker) == [
+        {"step": 4, "progress": 0.5, "seconds": 7.0, "valid": {"bits_per_character": 2.5, "bits_per_byte": 2.25}},
+        {"step": 8, "progress": 1.0, "seconds": 7.0, "valid": {"bits_per_character": 2.75, "bits_per_byte": 2.5}},
+    ]
+    assert capfd.readouterr() == (
+        "",
+        "step 4: valid 2.5000 bits per character (best so far)\nstep 8: valid 2.7500 bits per character\n",
+    )
+
+
+def test_a_resumed_run_goes_on_counting(build_tracker, clock):
+    """Guards against seconds that start over, and a speed that counts the steps from before the resumption."""
+    tracker = build_tracker(step=4, seconds=50.0)
+    clock.now += 3.0
+    tracker.log_training(6, 0.5, 3.0, parts(1.5, 2.0))
+    (row,) = rows(tracker)
+    assert (row["seconds"], row["characters_per_second"]) == (53.0, 2 * 3 * 5 / 3)
+
+
+def test_the_progress_line(build_tracker, clock, capsys, monkeypatch):
+    """Guards against a line that lacks something: step, loss, bits, rate, active terms, speed or the time left."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    tracker = build_tracker()
+    for step, losses in ((2, (4.0, 3.0, 2.0, 1.0)), (8, (1.5, 2.0))):
+        clock.now += 1.0
+        tracker.log_training(step, 0.002, 2.5, parts(*losses))
+        tracker.bar.refresh()
+    with tracker.showing("validating"):
+        pass
+    tracker.close()
+    lines = [line.strip() for line in capsys.readouterr().err.replace("\r", "\n").splitlines()]
+    shown = [line for line in lines if line.startswith("2/8 ")]
+    assert shown and all(line.endswith(" left loss 2.5 4.000 bpc lr 2.0e-03 4 terms 30 ch/s") for line in shown)
+    assert any(line.startswith("0/8 ") for line in lines)  # before the first step is over, too
+    assert "8/8 00:00 left, validating" in lines
+    assert lines[-1] == "8/8 00:00 left loss 2.5 3.000 bpc lr 2.0e-03 2 terms 90 ch/s"
+
+
+def test_the_time_left_by_hand(build_tracker, clock):
+    """Guards against a time left that takes the validation with which a run resumes for a part of every step, counts
+    the steps from before, or forgets the validations that are to come."""
+    tracker = build_tracker(step=2)
+    tracker.cadences["validating"] = 3
+    with tracker.speed_paused("validating"):
+        clock.now += 100.0
+    clock.now += 4.0
+    assert tracker.seconds_left(4) == 4 * (4.0 / 2) + 2 * 100.0  # validations after steps 6 and 8
+    with tracker.speed_paused("validating"):
+        clock.now += 10.0
+    clock.now += 2.0
+    assert tracker.seconds_left(6) == 2 * (6.0 / 4) + 2 * 10.0
+    assert tracker.seconds_left(8) == 10.0  # the validation comes after the row
+
+
+def test_the_progress_line_of_a_long_run_fits(build_tracker, clock, capsys, monkeypatch):
+    """Guards against a line that is cut in a terminal of 80 columns, the last of it being the speed."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "81")  # tqdm leaves one of those that COLUMNS names
+    tracker = build_tracker()
+    tracker.bar.total = tracker.total_steps = 100_000
+    tracker.symbols_per_step = 512
+    tracker.began -= 40_000.0
+    clock.now += 4.0
+    tracker.log_training(50_000, 0.002, 123.456, parts(1.5, 2.0))
+    tracker.bar.refresh()
+    line = capsys.readouterr().err.rpartition("\r")[2]
+    assert line.strip() == "50000/100000 11:06:44 left loss 123.5 3.000 bpc lr 2.0e-03 2 terms 6400.0k ch/s"
+
+
+def test_what_was_reached(build_tracker, clock, capfd):
+    """Guards against a time that counts what was taken before a resumption, and a share of something else."""
+    tracker = build_tracker(seconds=1000.0)
+    clock.now += 30.0
+    with tracker.speed_paused("validating"):
+        clock.now += 10.0
+    tracker.conclude(4, 2.5)
+    assert capfd.readouterr().err == (
+        "best: 2.5000 bits per character on valid, at step 4 of 8\n"
+        "time: 00:40, 25% of it for validations, checkpoints and diagnostics\n"
+    )
+
+
+def test_no_time_is_left_at_the_end(build_tracker, clock, capsys, monkeypatch):
+    """Guards against a finished run on whose line the last validation is still to come."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    tracker = build_tracker()
+    for step in (7, 8):
+        clock.now += 1.0
+        tracker.log_training(step, 0.002, 2.5, parts(1.5, 2.0))
+        with tracker.speed_paused("validating"):
+            clock.now += 10.0
+    tracker.conclude(8, 2.5)
+    tracker.close()
+    assert capsys.readouterr().err.rpartition("\r")[2].startswith("8/8 00:00 left loss 2.5")
+
+
+def test_a_log_file_gets_no_progress_line(build_tracker, clock, capfd):
+    """Guards against logs filled with thousands of progress lines."""
+    tracker = build_tracker()
+    clock.now += 1.0
+    tracker.log_training(2, 0.125, 9.0, parts(1.5, 2.0))
+    tracker.close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_other_processes_are_silent(build_tracker, capfd):
+    """Guards against rows and lines written once per process."""
+    tracker = build_tracker(main=False)
+    tracker.say("a line")
+    tracker.log_training(2, 0.125, 9.0, parts(1.5, 2.0))
+    tracker.log_validation(4, 2.5, 2.25, best=True)
+    tracker.close()
+    assert rows(tracker) == []
+    assert capfd.readouterr() == ("", "")

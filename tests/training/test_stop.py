@@ -1,0 +1,282 @@
+"""A run that is asked to stop saves what it has learned, says so, and goes on as if it had not been asked."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import charlm
+from charlm.config import ConfigError, RunConfig, Stopped
+from charlm.training import stop as signals
+from tiny import SCRIPTS, TINY, history, run_script
+
+STEPS = 20
+FLAGS = [
+    *TINY,
+    f"--train.steps={STEPS}",
+    "--train.log_every=1",
+    "--train.valid_every=5",
+    "--train.keep_checkpoints=100",
+    "--model.residual_dropout=0.1",
+]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+
+HANDLERS = [signal.getsignal(number) for number in SIGNALS]
+
+
+def train(*flags: str) -> Path:
+    """The run's folder, whether it came to its end or was stopped."""
+    config = charlm.load_config(overrides=flags)
+    try:
+        return charlm.train(config)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return config.run.dir
+
+
+def saved_steps(run: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+
+
+def weights(run: Path) -> bytes:
+    return (run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, text_corpus_flags) -> tuple[list[str], Path]:
+    """Flags, and the run that they make when nothing stops it."""
+    flags = [*FLAGS, *text_corpus_flags]
+    return flags, train(*flags, f"--run.dir={tmp_path_factory.mktemp('signals') / 'whole'}")
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """Raise a signal when one of the loop's functions is called for the n-th time."""
+
+    def arrange(where: str, call: int, number: signal.Signals) -> None:
+        plain, calls = getattr(sys.modules["charlm.training.loop"], where), iter(range(1, 10_000))
+
+        def signalling(*arguments, **options):
+            if next(calls) == call:
+                signal.raise_signal(number)
+            return plain(*arguments, **options)
+
+        monkeypatch.setattr(f"charlm.training.loop.{where}", signalling)
+
+    return arrange
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("where", "call", "saved"),
+    [
+        ("accumulate_gradients", 8, 8),  # in the eighth step, which is completed
+        ("accumulate_gradients", 1, 1),
+        ("count_units", 2, 10),  # behind the second validation: its own checkpoint is enough
+        ("negative_log_likelihoods", 2, 10),  # which is broken off
+        ("take_snapshot", 3, 15),
+    ],
+)
+def test_a_signal_saves_and_stops(where, call, saved, number, whole_run, at, tmp_path, capfd):
+    """Guards against losing the work since the last validation, and against a resumed run that is another one: a
+    validation that was broken off must be made up for."""
+    flags, whole = whole_run
+    at(where, call, number)
+    stopped = train(*flags, f"--run.dir={tmp_path / 'run'}")
+    assert saved_steps(stopped)[-1] == saved
+    assert f"stopped after step {saved} of {STEPS}: {number.name}" in capfd.readouterr().err
+    assert all(signal.getsignal(number) == handler for number, handler in zip(SIGNALS, HANDLERS, strict=True))
+    train(*flags, f"--run.dir={stopped}", "--run.resume=true")
+    assert weights(stopped) == weights(whole)
+    assert history(stopped) == history(whole)
+
+
+@pytest.fixture
+def deaf():
+    """Signals that strike outside of a run do nothing."""
+    before = [signal.signal(number, lambda *_: None) for number in SIGNALS]
+    yield
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(50))
+def test_a_signal_at_any_moment_leaves_a_run_that_goes_on(seed, whole_run, tmp_path, deaf):
+    """Guards against a moment, in a step, a validation or a write, at which a signal loses or doubles something."""
+    flags, whole = whole_run
+    choose, run = random.Random(seed), tmp_path / "run"
+    timer = threading.Timer(choose.uniform(0.0, 0.5), os.kill, (os.getpid(), choose.choice(SIGNALS)))
+    timer.start()
+    train(*flags, f"--run.dir={run}", "--run.auto_resume=true")
+    timer.join()
+    if run.exists():
+        assert saved_steps(run) and "tmp" not in "".join(path.name for path in run.rglob("*"))
+    train(*flags, f"--run.dir={run}", "--run.auto_resume=true")
+    assert weights(run) == weights(whole)
+    assert history(run) == history(whole)
+
+
+def test_a_signal_before_there_is_anything_to_save_ends_the_script_well(
+    text_corpus_flags, tmp_path, monkeypatch, capfd
+):
+    """Guards against a queue that takes a preempted preparation for a failure."""
+    monkeypatch.setattr("charlm.training.loop.load_corpus", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert run_script("train", *FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}") == 0
+    assert "stopped before training began: SIGTERM; there is nothing new to save" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_time_limit_counts_from_the_start_of_the_process(whole_run, tmp_path, monkeypatch, capfd):
+    """Guards against a run that its queue kills because preparing the corpus was not counted."""
+    flags, whole = whole_run
+    began = signals.psutil.Process().create_time()
+    clock = iter(began + seconds for seconds in range(13 * 60 + 54, 10_000_000))
+    monkeypatch.setattr("charlm.training.stop.time.time", lambda: next(clock))
+    run = train(*flags, f"--run.dir={tmp_path / 'run'}", "--run.max_time=14m")
+    assert "run.max_time is over" in capfd.readouterr().err
+    # The preparation, each step and each batch of the validation look at the clock once: 54 to 59, and time after 5.
+    assert saved_steps(run) == [5]
+    train(*flags, f"--run.dir={run}", "--run.resume=true")
+    assert weights(run) == weights(whole) and history(run) == history(whole)
+
+
+@pytest.mark.parametrize("text", ["", "5", "1h2d", "-3h", "0m", "soon", "1.5h"])
+def test_a_time_that_is_none_is_refused(text):
+    """Guards against a limit that silently is none."""
+    with pytest.raises(ConfigError, match=r"run.max_time=.*must be a time like 3h50m"):
+        RunConfig(max_time=text)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("3h50m", 13_800), ("90m", 5_400), ("1d12h", 129_600), ("45s", 45)])
+def test_times_are_read_as_written(text, seconds):
+    """Guards against a unit taken for another."""
+    assert RunConfig(max_time=text).max_seconds == seconds
+
+
+def test_the_same_command_begins_goes_on_and_has_ended(whole_run, tmp_path, at, capfd):
+    """Guards against a job that its queue starts again, and that refuses its own folder or trains past its end, or
+    does nothing without a word."""
+    flags, whole = whole_run
+    command = [*flags, f"--run.dir={tmp_path / 'run'}", "--run.auto_resume=true"]
+    at("accumulate_gradients", 3, signal.SIGUSR1)
+    run = train(*command)
+    assert saved_steps(run) == [3]
+    for finished in (False, True):
+        capfd.readouterr()
+        train(*command)
+        assert weights(run) == weights(whole) and history(run) == history(whole)
+        assert ("finished before, at step" in capfd.readouterr().err) == finished
+
+
+def test_a_launcher_that_begins_again_means_the_run_that_it_began(whole_run, tmp_path, at, monkeypatch):
+    """Guards against restarted processes that refuse the run they were part of, or that go on with an older one."""
+    flags, whole = whole_run
+    command = [*flags, f"--run.dir={tmp_path / 'run'}"]
+    at("accumulate_gradients", 3, signal.SIGTERM)
+    run = train(*command)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    os.utime(run / "config.yaml", (1, 1))
+    with pytest.raises(charlm.config.UserError, match="holds a run already"):
+        train(*command)
+    os.utime(run / "config.yaml")
+    train(*command)
+    assert weights(run) == weights(whole)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists() or not path.read_text():
+        assert process.poll() is None, "the run ended too early"
+        time.sleep(0.02)
+
+
+def start(*flags: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
+    command = [sys.executable, *launcher, str(SCRIPTS / "train.py"), *flags]
+    return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+
+
+LONG = ["--train.steps=1000000", "--train.valid_every=1000000", "--train.log_every=1"]
+
+
+def test_a_second_signal_ends_at_once(whole_run, tmp_path):
+    """Guards against a run that can only be killed: here the first signal waits for a library that never returns, as
+    one that waits for another process does, so that no handler of Python's runs."""
+    flags, _ = whole_run
+    run = tmp_path / "run"
+    code = (
+        "import ctypes, sys, charlm, charlm.training.loop as loop\n"
+        "plain = loop.accumulate_gradients\n"
+        "def endless(*arguments):\n"
+        f"    open({str(tmp_path / 'reached')!r}, 'w').write('here')\n"
+        "    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
+        "    for _ in range(2): library.pthread_mutex_lock(mutex)\n"
+        "loop.accumulate_gradients = endless\n"
+        "charlm.train(charlm.load_config(overrides=sys.argv[1:]))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, *flags, f"--run.dir={run}"], cwd=SCRIPTS.parent)
+    wait_for(tmp_path / "reached", process)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(signals.SAME_REQUEST * 1.5)
+    assert process.wait() == 128 + signal.SIGTERM
+
+
+def test_a_run_whose_launcher_died_saves_and_stops(whole_run, tmp_path):
+    """Guards against an orphan that holds the machine for days after its job is gone."""
+    flags, _ = whole_run
+    run = tmp_path / "run"
+    launch = (
+        "import os, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, *sys.argv[1:]], env=os.environ | {'TORCHELASTIC_RUN_ID': 'test'})\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", launch, str(SCRIPTS / "train.py"), *flags, *LONG, f"--run.dir={run}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        wait_for(run / "metrics.jsonl", launcher)
+        launcher.kill()
+        said = launcher.stderr.read()  # ends when the orphan has ended, too
+    assert "the launcher is gone" in said
+    assert saved_steps(run)
+
+
+def test_a_signal_while_the_processes_agree_is_not_lost(monkeypatch):
+    """Guards against a request that strikes between the question and the answer, and that the answer wipes out."""
+
+    def reduce_under_fire(code, *_, **__):
+        signal.raise_signal(signal.SIGTERM)
+
+    with signals.StopRequests() as stop:
+        monkeypatch.setattr(signals.dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(signals.dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(signals.dist, "new_group", lambda **_: None)
+        monkeypatch.setattr(signals.dist, "all_reduce", reduce_under_fire)
+        assert not stop.agreed()
+        monkeypatch.setattr(signals.dist, "all_reduce", lambda *_, **__: None)
+        assert stop.agreed()
+        assert stop.reason == "SIGTERM"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_stop_after_the_same_step(rank, whole_run, tmp_path):
+    """Guards against processes that wait for each other for ever because only one of them got the signal."""
+    flags, _ = whole_run
+    run = tmp_path / "run"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    process = start(*flags, *LONG, f"--run.dir={run}", launcher=launcher, ACCELERATE_USE_CPU="true")
+    try:
+        wait_for(run / "metrics.jsonl", process)
+        workers = {child.environ()["RANK"]: child for child in signals.psutil.Process(process.pid).children()}
+        workers[str(rank)].send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    (step,) = saved_steps(run)
+    assert f"stopped after step {step:,} of 1,000,000: SIGTERM" in said

@@ -1,0 +1,294 @@
+"""Updates that must not happen: what skips them, that skipping leaves nothing behind, and what a run says of it."""
+
+import copy
+import statistics
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import charlm
+from charlm.config import TrainConfig, UserError
+from charlm.objective.routes.routing import Update
+from charlm.runs.folder import Run
+from charlm.training import update as guard
+from charlm.training.optimizers import build_optimizers
+from charlm.training.update import Losses, Updates, step_unless
+from tiny import TINY
+
+
+class Net(nn.Module):
+    """Matrices for muon, plain parameters for AdamW, one that never has a gradient, and if asked a sparse table."""
+
+    def __init__(self, sparse: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 2)
+        self.silent = nn.Linear(3, 2)
+        self.embedding = nn.Embedding(5, 3, sparse=sparse)
+
+    def loss(self, scale: float = 1.0) -> torch.Tensor:
+        return self.head(self.blocks(self.embedding(torch.tensor([0, 2, 2])))).square().sum() * scale
+
+
+def state_of(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list:
+    """Everything that an update may change."""
+    states = [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers]
+    return [{name: parameter.detach().clone() for name, parameter in model.named_parameters()}, states]
+
+
+def assert_same(left: object, right: object) -> None:
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
+def test_a_step_skipped_on_the_device_never_happened(kind, first):
+    """Guards against decay, momentum or step counters that move in a skipped update: the next must not know of it."""
+    train = TrainConfig(optimizer=kind, weight_decay=0.1, learning_rate=0.1)
+    skipping, plain = Net(), Net()
+    pairs = [(model, build_optimizers(train, model)) for model in (skipping, plain)]
+    for broken in ([] if first else [False]) + [True, False, False]:
+        for model, optimizers in pairs:
+            if broken and model is plain:
+                continue
+            model.loss(float("nan") if broken else 1.0).backward()
+            for optimizer in optimizers:
+                step_unless(torch.tensor(broken), optimizer)
+                optimizer.zero_grad()
+    (_, optimizers), (_, expected) = pairs
+    names = [name for name, _ in plain.named_parameters()]
+    assert_same([skipping.get_parameter(name) for name in names], [plain.get_parameter(name) for name in names])
+    for optimizer, other in zip(optimizers, expected, strict=True):
+        assert_same(optimizer.state_dict()["state"], other.state_dict()["state"])
+
+
+def updates_of(optimizers: list, accepted: tuple = (), **options) -> Updates:
+    return Updates(TrainConfig(**options), Accelerator(cpu=True), optimizers, accepted)
+
+
+def update_of(model: nn.Module, optimizers: list) -> Update:
+    """The update that the gradients of the model ask for."""
+    gradients = {parameter: parameter.grad for parameter in model.parameters() if parameter.grad is not None}
+    return Update(gradients, dict.fromkeys(optimizers, 1.0))
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("where", ["loss", "gradient", "table"])
+def test_what_is_not_finite_moves_nothing(where, clip_norm):
+    """Guards against one bad batch that ends a run of days: neither a loss, nor a gradient, nor a sparse one passes."""
+    model = Net(sparse=True)
+    optimizers = build_optimizers(TrainConfig(optimizer="muon"), model)
+    updates = updates_of(optimizers, clip_norm=clip_norm)
+    model.loss().backward()
+    updates.apply(0, Losses(("a",), torch.tensor([1.0, 1.0])), [update_of(model, optimizers)])
+    before = state_of(model, optimizers)
+    model.loss().backward()
+    broken = {"gradient": model.head.weight.grad, "table": model.embedding.weight.grad._values()}
+    if where in broken:
+        broken[where][0, 0] = float("inf")
+    updates.apply(
+        1, Losses(("a",), torch.tensor([float("nan") if where == "loss" else 1.0, 1.0])), [update_of(model, optimizers)]
+    )
+    assert_same(state_of(model, optimizers), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    made, skipped = updates.read()
+    assert (made.step, made.skipped) == (1, None)
+    assert (skipped.step, skipped.skipped) == (2, "the gradient is not finite")
+    model.loss().backward()
+    updates.apply(2, Losses(("a",), torch.tensor([1.0, 1.0])), [update_of(model, optimizers)])
+    assert not model.head.weight.equal(before[0]["head.weight"])
+
+
+def test_fp16_scales_back_once_for_all_optimizers():
+    """Guards against gradients unscaled twice, a scale that each optimizer moves anew, and a half skipped update."""
+    models = [Net(), Net()]
+    optimizers = [build_optimizers(TrainConfig(optimizer="muon"), model) for model in models]
+    plain = updates_of(optimizers[0], clip_norm=0.5)
+    scaled = updates_of(optimizers[1], clip_norm=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2)
+    scaled.accelerator.scaler = scaler
+    scales = []
+    for step, broken in enumerate([False, False, True, False]):
+        for model, own, updates in zip(models, optimizers, (plain, scaled), strict=True):
+            loss = model.loss()
+            (scaler.scale(loss) if updates is scaled else loss).backward()
+            if broken:
+                model.head.weight.grad[0, 0] = float("inf")
+            updates.apply(step, Losses(("a",), torch.tensor([1.0, 1.0])), [update_of(model, own)])
+        scales.append(scaler.get_scale())
+    assert scales == [4.0, 8.0, 4.0, 4.0]
+    torch.testing.assert_close(dict(models[1].named_parameters()), dict(models[0].named_parameters()))
+    assert [report.step for report in scaled.read() if report.skipped] == [3]
+
+
+def test_the_term_that_broke_is_named():
+    """Guards against a message that leaves the user to guess which head it was."""
+    model = Net()
+    optimizers = build_optimizers(TrainConfig(), model)
+    updates = updates_of(optimizers)
+    model.loss(float("inf")).backward()
+    updates.apply(
+        6,
+        Losses(("layer1/offset1/all", "layer2/offset1/all"), torch.tensor([float("inf"), 2, torch.inf])),
+        [update_of(model, optimizers)],
+    )
+    (report,) = updates.read()
+    assert report.skipped == "the loss of layer2/offset1/all is inf"
+
+
+def test_a_loss_that_leaps_is_skipped():
+    """Guards against a threshold that is not the robust one stated, or that the skipped losses themselves raise."""
+    losses = [2.0 + 0.01 * ((7 * index) % 11) for index in range(40)]
+    median = statistics.median_low(losses)
+    deviation = 1.4826 * statistics.median_low(abs(loss - median) for loss in losses)
+    model = Net()
+    optimizers = build_optimizers(TrainConfig(), model)
+    updates = updates_of(optimizers, tuple(losses), spike_threshold=4.0)
+    kept = []
+    for step, loss in enumerate([median + 3.99 * deviation, 9.0, 9.0, 9.0, median]):
+        model.loss().backward()
+        updates.apply(step, Losses(("a",), torch.tensor([loss, loss])), [update_of(model, optimizers)])
+        kept.append(len(updates.accepted_losses()))
+    assert kept == [41, 41, 41, 41, 42]
+    assert [report.step for report in updates.read() if report.skipped] == [2, 3, 4]
+
+
+def test_few_losses_judge_nothing():
+    """Guards against a run whose first noisy losses are skipped for want of others to compare with."""
+    model = Net()
+    losses = [1.0] * (guard.ENOUGH - 1)
+    optimizers = build_optimizers(TrainConfig(), model)
+    updates = updates_of(optimizers, tuple(losses), spike_threshold=1.0)
+    for step, skipped in enumerate([False, True]):
+        model.loss().backward()
+        updates.apply(step, Losses(("a",), torch.tensor([5.0, 5.0])), [update_of(model, optimizers)])
+        assert bool(updates.unread[-1][2]) == skipped
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon", "sparse"])
+@pytest.mark.parametrize("broken_pass", [0, 1, 2])
+def test_a_step_of_several_passes_is_made_whole_or_not_at_all(broken_pass, kind, on_host):
+    """Guards against the updates before the one that was not finite: parameters, moments, counters, and state that the
+    step itself began; the next step must not know of any of it."""
+    if kind == "sparse" and not on_host:
+        pytest.skip("SparseAdam counts its steps on the host")
+    train = TrainConfig(optimizer="adamw" if kind == "sparse" else kind, weight_decay=0.1, learning_rate=0.1)
+    skipping, plain = Net(sparse=kind == "sparse"), Net(sparse=kind == "sparse")
+    for model in (skipping, plain):
+        optimizers = build_optimizers(train, model)
+        updates = updates_of(optimizers)
+        updates.decides_on_host = on_host
+        for step, broken in enumerate([True, False, True, False]):
+            if broken and model is plain:
+                continue
+            for number in range(3):
+                model.loss(float("nan") if broken and number == broken_pass else 1.0 + number).backward()
+                losses = Losses((f"layer{number}",), torch.tensor([1.0, 1.0]))
+                updates.apply(step, losses, [update_of(model, optimizers)], last=number == 2)
+        assert [report.step for report in updates.read() if report.skipped] == ([1, 3] if model is skipping else [])
+        assert updates.unread == []
+        if model is skipping:
+            left = state_of(model, optimizers)
+    assert_same(left, state_of(plain, optimizers))
+
+
+def test_the_losses_of_passes_make_one_report():
+    """Guards against the losses of all passes but one that are lost, or a total of one of them."""
+    model = Net()
+    optimizers = build_optimizers(TrainConfig(), model)
+    updates = updates_of(optimizers)
+    for number in range(3):
+        model.loss().backward()
+        losses = Losses((f"layer{number}",), torch.tensor([2.0**number, 10.0 + number]))
+        updates.apply(4, losses, [update_of(model, optimizers)], last=number == 2)
+    (report,) = updates.read()
+    assert (report.step, report.loss, report.skipped) == (5, 7.0, None)
+    assert report.parts == {"layer0": 10.0, "layer1": 11.0, "layer2": 12.0}
+
+
+def test_each_update_is_clipped_by_its_own_norm():
+    """Guards against a small loss that is held down by the norm of another one's gradient."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for _ in range(2)]
+    updates = updates_of(optimizers, clip_norm=1.0)
+    before = model.weight.item()
+    gradients = [torch.tensor([[0.5]]), torch.tensor([[100.0]])]
+    two = [
+        Update({model.weight: gradient}, {optimizer: 1.0})
+        for gradient, optimizer in zip(gradients, optimizers, strict=True)
+    ]
+    updates.apply(0, Losses(("a",), torch.tensor([1.0, 1.0])), two)
+    assert before - model.weight.item() == pytest.approx(1.5)
+
+
+def test_the_weights_adapt_to_updates_that_were_made():
+    """Guards against losses that are no means, or of other terms, and against a skipped update that counts."""
+    model = Net()
+    optimizers = build_optimizers(TrainConfig(), model)
+    told = []
+    updates = Updates(TrainConfig(), Accelerator(cpu=True), optimizers, (), lambda *heard: told.append(heard))
+    for step, total in enumerate([3.0, float("nan")]):
+        model.loss().backward()
+        updates.apply(step, Losses(("a", "b"), torch.tensor([total, 1.0, 2.0])), [update_of(model, optimizers)])
+    assert [parts for parts, _ in told] == [{"a": 1.0, "b": 2.0}] * 2
+    assert [bool(skipped) for _, skipped in told] == [False, True]
+
+
+@pytest.fixture
+def break_steps(monkeypatch):
+    """Make the loss of some steps nan."""
+
+    def breaking(steps: range) -> None:
+        plain = guard.weighted_losses
+        count = iter(range(10_000))
+
+        def broken(reports):
+            losses = plain(reports)
+            if next(count) in steps:
+                losses.row[:2] = float("nan")
+            return losses
+
+        monkeypatch.setattr("charlm.training.loop.weighted_losses", broken)
+
+    return breaking
+
+
+FLAGS = [*TINY, "--train.log_every=3", "--train.valid_every=7", "--train.steps=21"]
+
+
+def test_a_run_goes_on_after_a_bad_step(tmp_path, text_corpus_flags, break_steps, capfd):
+    """Guards against a bad step that stays unsaid, that ends the run, or that leaves NaN in metrics.jsonl."""
+    break_steps(range(4, 6))
+    flags = [*FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"]
+    rows = list(Run.open(charlm.train(charlm.load_config(overrides=flags))).metrics())
+    skipped = [row for row in rows if "skipped" in row]
+    assert [(row["step"], row["reason"]) for row in skipped] == [
+        (5, "the loss of layer1/offset1/all is nan"),
+        (6, "the loss of layer1/offset1/all is nan"),
+    ]
+    assert [row["step"] for row in rows if "loss" in row] == [3, 4, 9, 12, 15, 18, 21]
+    assert all(row["loss"] == row["loss"] for row in rows if "loss" in row)
+    assert "step 5: update skipped, the loss of layer1/offset1/all is nan" in capfd.readouterr().err
+
+
+def test_a_run_that_skips_without_end_stops_with_a_checkpoint_from_before(tmp_path, text_corpus_flags, break_steps):
+    """Guards against days of steps that learn nothing, and against losing what was learned before them."""
+    whole = [
+        *FLAGS,
+        *text_corpus_flags,
+        f"--run.dir={tmp_path / 'whole'}",
+        "--train.valid_every=9",
+        "--train.keep_checkpoints=9",
+    ]
+    charlm.train(charlm.load_config(overrides=whole))
+    break_steps(range(9, 1000))
+    flags = [*FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}", "--train.max_skipped=5"]
+    with pytest.raises(UserError, match=r"train.max_skipped=5: the last 6 updates were skipped"):
+        charlm.train(charlm.load_config(overrides=[*flags, "--train.valid_every=21"]))
+    stopped, expected = (charlm.load(tmp_path / name, step) for name, step in (("run", "last"), ("whole", 9)))
+    assert stopped.step == 9
+    assert_same(stopped.transformer.state_dict(), expected.transformer.state_dict())
