@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from charlm.inference.speculative import DraftStatistics
     from charlm.objective.tasks import auxiliary_task
     from charlm.report.explain import explain
+    from charlm.report.finish import train_and_report
     from charlm.runs.load import load
     from charlm.training.loop import train
 
@@ -43,6 +44,7 @@ __all__ = [
     "load_config",
     "load_corpus",
     "train",
+    "train_and_report",
 ]
 
 _HOMES = {
@@ -60,6 +62,7 @@ _HOMES = {
     "load_config": "config_files",
     "load_corpus": "data.corpus",
     "train": "training.loop",
+    "train_and_report": "report.finish",
 }
 
 

@@ -13,7 +13,7 @@ import tyro
 from charlm import arguments
 from charlm.config import Config, DataConfig, Stopped, UserError
 from charlm.config_files import OPTIONS, explaining, settings_in_files
-from charlm.terminal import fitted
+from charlm.terminal import fitted, is_main_process
 
 T = TypeVar("T")
 PATIENCE = 10.0
@@ -78,11 +78,6 @@ def parse(kind: type[T], argv: Sequence[str] | None = None) -> T:
     with explaining(settings, flags):
         parsed = arguments.parse(kind, [*(setting.flag for setting in settings), *flags], underscores=True)
     return arguments.show_help(kind, parsed, underscores=True) if wants_help else parsed
-
-
-def is_main_process() -> bool:
-    """Whether this is the only process of a launch or the first; known before torch is imported."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def script(main: Callable[[], None]) -> NoReturn:

@@ -1,8 +1,13 @@
-"""Lines for people, as wide as their terminal."""
+"""Which process speaks to the user, and lines as wide as the terminal."""
 
 import os
 import sys
 import textwrap
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process of a launch or the first; known before torch is imported."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def fitted(text: str) -> str:

@@ -24,7 +24,7 @@ class Train(cli.WithConfig):
 
 def main() -> None:
     config = cli.parse(Train).settings
-    run = charlm.train(config)
+    run = charlm.train_and_report(config)
     if cli.is_main_process():
         name = shlex.quote(str(run))
         print(f"Next: python scripts/evaluate.py {name}\n      python scripts/generate.py {name} --prompt 'The '")

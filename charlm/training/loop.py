@@ -31,7 +31,6 @@ from charlm.training.diagnose import diagnose
 from charlm.training.errors import explained, find_micro_batch_size
 from charlm.training.log import Tracker
 from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
-from charlm.training.reporting import draw_pictures, report_run
 from charlm.training.sharding import average, no_sync, prepare, shard, unsharded
 from charlm.training.start import TrainState, check_fits, check_folder, describe, open_run
 from charlm.training.stop import StopRequests
@@ -80,16 +79,9 @@ def train(config: Config) -> Path:
                 tracker.say(line)
             writer = CheckpointWriter(run, config.train.keep_checkpoints, tracker.say)
             stack.enter_context(closing(writer))
-            try:
-                Training(config, corpus, accelerator, objective, route, state, tracker, writer, stop).fit()
-                writer.wait()
-            finally:
-                if accelerator.is_main_process:
-                    draw_pictures(run, config)
+            Training(config, corpus, accelerator, objective, route, state, tracker, writer, stop).fit()
+            writer.wait()
             tracker.conclude(state.best_step, state.best_bits)
-            if accelerator.is_main_process:
-                with tracker.showing("drawing"):
-                    report_run(run, config, corpus, alone=accelerator.num_processes == 1, say=tracker.say)
         accelerator.wait_for_everyone()
         return run.path
 

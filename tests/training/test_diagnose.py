@@ -263,7 +263,7 @@ def assert_same_training(one: Run, other: Run) -> None:
 
 
 def test_training_is_the_same_with_and_without(tmp_path, text_corpus_flags, monkeypatch):
-    """Guards against diagnostics that change what is trained; and a run whose rows, picture or trackers lack them."""
+    """Guards against diagnostics that change what is trained; and a run whose rows or trackers lack them."""
     flags = [*text_corpus_flags, "--train.micro_batch_size=3", "--train.activation_checkpointing=true"]
     flags += ["--aux.hedge.enabled=true"]
     run = train(tmp_path / "with", *flags, "--train.diagnose_every=3")
@@ -283,8 +283,6 @@ def test_training_is_the_same_with_and_without(tmp_path, text_corpus_flags, monk
         }
     valid = next(row["valid"] for row in run.metrics() if "valid" in row and row["step"] == 8)
     assert found[8]["bits_per_character"]["layer3/offset1"] == approx(valid["bits_per_character"], rel=1e-6)
-    assert (run.path / "diagnostics.png").stat().st_size > 10_000
-    assert not (tmp_path / "without" / "diagnostics.png").exists()
     assert numbers({"step": 3, "progress": 0.375, "diagnostics": found[3]}) == {
         "diagnostics/symbols": 500, "diagnostics/windows": 16,
     } | {f"diagnostics/{kind}/{name}": value for kind in KINDS for name, value in found[3][kind].items()}, (

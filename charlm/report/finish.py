@@ -1,0 +1,100 @@
+"""train_and_report: training, then the pictures and the page of the run."""
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from charlm.config import Config, UserError
+from charlm.data.corpus import load_corpus
+from charlm.report.diagnostics import draw_diagnostics
+from charlm.report.figures import draw_run
+from charlm.report.page.metrics import Recorded, read_runs
+from charlm.report.page.probe import CHARACTERS, measure
+from charlm.report.page.render import write_report
+from charlm.runs.folder import Run
+from charlm.terminal import fitted, is_main_process
+from charlm.training.loop import train
+from charlm.training.stop import StopRequests
+
+QUICK_SECONDS = 10
+"""The page shows what the model does with text if training reads all of that text in this many seconds."""
+QUICK_LAYERS = 16
+"""And if the model is at most this deep: samples are written one symbol at a time, and each passes all layers."""
+
+
+def train_and_report(config: Config) -> Path:
+    """Train as `charlm.train` does, then leave RUN/run.png, RUN/diagnostics.png and RUN/report.html.
+
+    A run that stops or fails leaves the pictures alone. Only the main process of several draws.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError, Stopped: as `charlm.train`.
+    """
+    run = Run(config.run.dir)
+    before = _last_change(run)
+    try:
+        train(config)
+    except BaseException:
+        if is_main_process() and _last_change(run) != before:  # the folder of a refused run may be another run's
+            draw_pictures(run, config)
+        raise
+    if is_main_process():
+        # A signal waits for the drawing to end: the run is done, and its exit code must say so. A second one kills.
+        with StopRequests(), tqdm(desc="drawing", bar_format="{desc}", leave=False, disable=None):
+            draw_pictures(run, config)
+            made = ["report.html"] if config.run.report and write_page(run, config) else []
+        made += [name for name in ("run.png", "diagnostics.png") if (run.path / name).exists()]
+        if made:
+            _say(f"{run.path} has {', '.join(made)}")
+    return run.path
+
+
+def draw_pictures(run: Run, config: Config) -> None:
+    """Draw RUN/run.png, and RUN/diagnostics.png if the run took diagnostics."""
+    with suppress(UserError):  # it ended before there was a point to draw
+        draw_run(run.path)
+        if config.train.diagnose_every:
+            draw_diagnostics(run.path)
+
+
+def write_page(run: Run, config: Config) -> bool:
+    """Write RUN/report.html, and return whether that worked. An error is printed: the run itself is done and safe.
+
+    The parts that need the model are left to scripts/report.py unless they are quick and this is the only process.
+    """
+    try:
+        measured = None
+        if os.environ.get("WORLD_SIZE", "1") == "1" and is_quick(*read_runs([run.path])):
+            measured = [measure(run, load_corpus(config.data, progress=False), progress=False)]
+        write_report([run.path], run.path / "report.html", measured)
+    except Exception as error:
+        _say(f"report.html was not written ({error!r}); python scripts/report.py {run.path} tries again")
+        return False
+    return True
+
+
+def is_quick(run: Recorded) -> bool:
+    """Whether the model can be measured while the user waits, judged by the speed of training."""
+    _, speeds = run.of_training("characters_per_second")
+    speeds = speeds[np.isfinite(speeds)]
+    fast = len(speeds) > 0 and float(np.median(speeds)) * QUICK_SECONDS >= CHARACTERS
+    return fast and run.config.model.num_layers <= QUICK_LAYERS
+
+
+def _last_change(run: Run) -> int | None:
+    """When the run's metrics were last written, in nanoseconds; None if there are none."""
+    try:
+        return run.metrics_path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _say(line: str) -> None:
+    print(fitted(line), file=sys.stderr)

@@ -1,0 +1,70 @@
+"""What a run leaves to look at when it is done, stopped or refused."""
+
+import pytest
+
+import charlm
+from charlm.config import Stopped, UserError
+from charlm.report import finish
+from tiny import TINY
+
+FLAGS = (*TINY, "--run.report=true", "--train.log_every=1")
+
+
+@pytest.fixture
+def flags(tmp_path) -> list[str]:
+    (tmp_path / "text.txt").write_text("".join(f"line {number}\n" for number in range(3000)))
+    data = ["--data.corpus=file", f"--data.path={tmp_path / 'text.txt'}", f"--data.cache_dir={tmp_path / 'cache'}"]
+    return [*FLAGS, *data, f"--run.dir={tmp_path / 'run'}"]
+
+
+def left_by(flags: list[str]) -> set[str]:
+    run = charlm.train_and_report(charlm.load_config(overrides=flags))
+    return {path.name for path in run.iterdir()} & {"run.png", "diagnostics.png", "report.html"}
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_page(tmp_path, flags, monkeypatch):
+    """Fault: no page, or one without the parts for which the model would have been quick."""
+    monkeypatch.setattr(finish, "CHARACTERS", 10)
+    monkeypatch.setattr("charlm.report.page.probe.SAMPLE", 20)
+    assert left_by([*flags, "--train.diagnose_every=1"]) == {"run.png", "diagnostics.png", "report.html"}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert 'class="passage"' in page and 'class="samples"' in page
+    assert "not measured" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_slow_model_or_a_fault_does_not_hold_the_run_up(tmp_path, flags, monkeypatch, capfd, broken):
+    """Fault: minutes of waiting after training, or a finished run that ends in a traceback for want of a picture."""
+
+    def fail(*arguments):
+        raise ZeroDivisionError("no picture")
+
+    monkeypatch.setattr(finish, "QUICK_SECONDS", 0)
+    if broken:
+        monkeypatch.setattr(finish, "write_report", fail)
+    assert ("report.html" in left_by(flags)) != broken
+    if broken:
+        assert "report.html was not written (ZeroDivisionError('no picture'))" in capfd.readouterr().err
+    else:
+        assert "not measured when this page was made" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_stopped_run_leaves_its_curves_and_a_refused_one_nothing(tmp_path, flags, monkeypatch):
+    """Fault: no picture of a run that was stopped, or one drawn into the folder of a run that was refused."""
+    plain = finish.train
+
+    def stopped(config):
+        plain(config)
+        raise Stopped("stopped")
+
+    monkeypatch.setattr(finish, "train", stopped)
+    with pytest.raises(Stopped):
+        left_by(flags)
+    picture = tmp_path / "run" / "run.png"
+    picture.unlink()
+    assert not (tmp_path / "run" / "report.html").exists()
+    with pytest.raises(UserError, match="a run already"):
+        left_by(flags)
+    assert not picture.exists()
