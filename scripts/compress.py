@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 
 import charlm
 from charlm import cli
+from charlm.process import keep_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ def main() -> None:
 
     if options.picture is not None:
         figures.check_suffix(options.picture)
+    keep_freed_memory()
     trained = charlm.load(options.run, options.checkpoint)
     compressed = charlm.compress(
         trained,

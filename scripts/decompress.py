@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 
 import charlm
 from charlm import cli
+from charlm.process import keep_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class Options:
 
 def main() -> None:
     options = cli.parse(Options)
+    keep_freed_memory()
     trained = charlm.load(options.run, options.checkpoint)
     length = charlm.decompress(trained, options.file, options.output)
     print(f"{options.output}: {length:,} bytes, as they were compressed")

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 
 import charlm
 from charlm import cli
+from charlm.process import keep_freed_memory
 
 if TYPE_CHECKING:
     from charlm.inference.early_exit import EarlyExit
@@ -67,6 +68,7 @@ def main() -> None:
     from charlm.inference.evaluation import compressor_bits_per_byte
     from charlm.training.device import on_cpu
 
+    keep_freed_memory()
     processes = PartialState(cpu=on_cpu())
     trained = charlm.load(options.run, options.checkpoint, device=processes.device)
     corpus = charlm.load_corpus(options.data.where(trained.config.data), progress=processes.is_main_process)

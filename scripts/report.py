@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 
 import charlm
 from charlm import cli
+from charlm.process import keep_freed_memory
 
 if TYPE_CHECKING:
     from charlm.config import DataConfig
@@ -47,6 +48,7 @@ def main() -> None:
 
     measured = None
     if not options.records_only:
+        keep_freed_memory()
         measured = []
         for run in read_runs(options.runs):
             if sys.stderr.isatty():  # over its bars

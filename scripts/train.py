@@ -15,6 +15,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that no head 
 
 import charlm
 from charlm import cli
+from charlm.process import keep_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Train(cli.WithConfig):
 
 def main() -> None:
     config = cli.parse(Train).settings
+    keep_freed_memory()
     run = charlm.train_and_report(config)
     if cli.is_main_process():
         name = shlex.quote(str(run))

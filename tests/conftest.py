@@ -15,9 +15,10 @@ from charlm.data.vocabulary import ByteVocabulary
 from charlm.model import kernels_cpu
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
+from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.load import TrainedModel, build_objective
+from charlm.runs.load import TrainedModel
 from charlm.runs.snapshot import take_snapshot
 
 torch.set_num_threads(1)  # more threads only slow models of this size down

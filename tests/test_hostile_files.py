@@ -31,7 +31,7 @@ from charlm.config import Config, ConfigError, DataConfig, UserError
 from charlm.config_files import load_config, to_yaml
 from charlm.data import corpus as corpora
 from charlm.data.sources import PUBLISHED
-from charlm.model.transformer import CharTransformer
+from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run, read_json
 from tiny import SCRIPTS, TINY, run_script
@@ -593,10 +593,10 @@ def test_a_model_larger_than_the_machine_is_refused(case, inside):
     """Guards against an absurd size that ends all other processes of the machine before it fails."""
     config = load_config((), [*TINY, *LARGE[case]])
     with pytest.raises(ConfigError, match=rf"{case.removesuffix('_buckets')}.* GB, and this machine has"):
-        CharTransformer(config.model, 256)
+        build_objective(config, 256)
     if case != "num_layers":
         with torch.device("meta"):
-            CharTransformer(config.model, 256)  # which only counts
+            build_objective(config, 256)  # which only counts
 
 
 CACHES: dict[str, Callable[[Path], object]] = {

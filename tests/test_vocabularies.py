@@ -15,9 +15,9 @@ import charlm
 from charlm.config import UserError
 from charlm.data.corpus import load_corpus
 from charlm.data.vocabulary import CharacterVocabulary
+from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.load import build_objective
 from charlm.runs.snapshot import take_snapshot
 from tiny import TINY, run_script
 

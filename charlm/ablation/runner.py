@@ -19,6 +19,7 @@ from charlm.ablation.results import check_unchanged, measure, progress, write_re
 from charlm.ablation.rows import Job
 from charlm.config import UserError
 from charlm.config_files import to_yaml
+from charlm.process import RSS_UNIT
 from charlm.runs.folder import write_whole
 from charlm.terminal import fitted
 
@@ -31,7 +32,6 @@ SAME_REQUEST = 1.0
 """Seconds in which further signals count as the first."""
 STOPPED = (0, -signal.SIGTERM, -signal.SIGKILL)
 """Exit codes of a run that was told to stop: saved, not begun yet, ended at once."""
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 @dataclass

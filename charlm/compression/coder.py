@@ -40,7 +40,6 @@ from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import id_type
 from charlm.inference.evaluation import EvaluationPrecision, Score, check_options, score
 from charlm.inference.reading import Text, blocks_of, measure, sha256_of
-from charlm.model.memory import keep_freed_memory
 from charlm.runs.load import TrainedModel
 
 
@@ -94,7 +93,6 @@ def compress(
             or what was written does not decode to the same bytes.
     """
     source, target = Path(source), Path(target)
-    keep_freed_memory()
     with open_regular(source) as file:
         text = measure(file, source, trained.vocabulary)
         protocol = choose_protocol(trained, text.symbols, **options)
@@ -131,7 +129,6 @@ def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *,
             of a machine whose arithmetic differs; no space. `target` is then as it was.
     """
     source, target = Path(source), Path(target)
-    keep_freed_memory()
     with open_regular(source) as file:
         header = read_header(file, str(source), trained.vocabulary.size)
         protocol = _check_model(trained, header, source)
@@ -159,7 +156,6 @@ def compressed_nats(
     Raises:
         UserError: an option out of range.
     """
-    keep_freed_memory()
     protocol = choose_protocol(trained, len(ids), **options)
     nats = np.zeros(len(ids))
     streams = Streams(trained, protocol)

@@ -30,7 +30,7 @@ from charlm.config import UserError
 from charlm.data.vocabulary import Vocabulary
 from charlm.model.attention import KVCache
 from charlm.model.kernels_cpu import exact_matmul
-from charlm.model.memory import physical_memory
+from charlm.process import physical_memory
 from charlm.runs.load import TrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -32,7 +32,6 @@ from charlm.inference.evaluation import (
 )
 from charlm.inference.scoring import Visit, nats_and_entropies, sum_over_processes, visit_predictions
 from charlm.model.kernels_cpu import exact_matmul
-from charlm.model.memory import keep_freed_memory
 from charlm.runs.load import TrainedModel
 
 QUANTILES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -109,7 +108,6 @@ def early_exit(
     }
     valid_ids = corpus.splits["valid"].ids[: trained.config.train.valid_symbols]
     ids = corpus.splits[split].ids[:limit]
-    keep_freed_memory()
     with exact_matmul(trained.device):
         thresholds_Q = choose_thresholds(_entropies(trained, valid_ids, options), quantiles)
         tally = _Tally(layers, thresholds_Q, len(ids))

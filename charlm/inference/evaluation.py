@@ -24,7 +24,6 @@ from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import Vocabulary
 from charlm.inference.scoring import negative_log_likelihoods
 from charlm.model.kernels_cpu import exact_matmul
-from charlm.model.memory import keep_freed_memory
 from charlm.runs.load import TrainedModel
 
 EvaluationPrecision = Literal["fp32", "bf16", "fp16"]
@@ -107,7 +106,6 @@ def bits_per_character(
     stride = stride if stride is not None else default_stride(trained)
     ids = corpus.splits[split].ids[:limit]
     characters, _ = count_units(ids, corpus.vocabulary)
-    keep_freed_memory()
     with exact_matmul(trained.device):
         nats = negative_log_likelihoods(
             trained.transformer,

@@ -233,11 +233,11 @@ class Attention(nn.Module):
     own way there.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, backend: AttentionBackend = "auto"):
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.attention_dropout
-        self.backend: AttentionBackend = "auto"
+        self.backend = backend
         # Apart, as an optimizer that orthogonalises whole matrices must see them.
         self.query = nn.Linear(config.d_model, config.d_model)
         self.key = nn.Linear(config.d_model, config.d_model)

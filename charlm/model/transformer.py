@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from charlm.config import ModelConfig
+from charlm.config import AttentionBackend, ModelConfig
 from charlm.model.attention import Attention, KVCache, LayerCache, Places, Rotation, rotary_table
 from charlm.model.embedding import NgramEmbedding
-from charlm.model.memory import check_memory
 
 
 class ReluSquared(torch.autograd.Function):
@@ -66,10 +65,10 @@ def _linear(linear: nn.Linear, x_BTD: Tensor) -> Tensor:
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each with its residual connection and layer norm."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, attention: AttentionBackend):
         super().__init__()
         self.pre_norm = config.norm == "pre"
-        self.attention = Attention(config)
+        self.attention = Attention(config, attention)
         self.attention_norm = nn.LayerNorm(config.d_model)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = nn.LayerNorm(config.d_model)
@@ -101,19 +100,29 @@ class CharTransformer(nn.Module):
     `residual_init` "zero" they start at zero.
     """
 
-    def __init__(self, config: ModelConfig, vocabulary_size: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocabulary_size: int,
+        *,
+        attention: AttentionBackend = "auto",
+        activation_checkpointing: bool = False,
+    ):
+        """
+        Args:
+            attention: see `Attention`.
+            activation_checkpointing: in training, recompute each layer in the backward pass.
+        """
         super().__init__()
-        if torch.get_default_device().type != "meta":
-            check_memory(config, vocabulary_size)
         self.config = config
         self.vocabulary_size = vocabulary_size
-        self.activation_checkpointing = False
+        self.activation_checkpointing = activation_checkpointing
         L, T, D = config.num_layers, config.context_length, config.d_model
         self.embedding = nn.Embedding(vocabulary_size, D)
         self.ngram_embedding = NgramEmbedding(config) if config.ngrams else None
         num_tables = {"per_layer": L, "input": 1, "rotary": 0}[config.positions]
         self.position_tables = nn.ParameterList(nn.Parameter(torch.empty(T, D)) for _ in range(num_tables))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(L))
+        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(L))
         self.final_norm = nn.LayerNorm(D) if config.norm == "pre" else nn.Identity()
         self._initialise()
 

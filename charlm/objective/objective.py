@@ -45,6 +45,7 @@ class Objective(nn.Module):
         *,
         hedge: Hedge | None = None,
         tasks: nn.ModuleDict | None = None,
+        cross_entropy: CrossEntropyBackend = "chunked",
     ):
         """
         Args:
@@ -60,7 +61,7 @@ class Objective(nn.Module):
         self.terms = tuple(terms)
         self.hedge = hedge
         self.tasks = tasks
-        self.cross_entropy: CrossEntropyBackend = "chunked"
+        self.cross_entropy = cross_entropy
         self.longest_offset = max(offset for _, offset in heads.pairs)
         self.window_length = transformer.config.context_length + self.longest_offset
         hinges = {(term.layer, term.hinge) for term in self.terms if term.task is None}

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 
 @dataclass(frozen=True)
-class Rotation:
+class EveryNthStep:
     """On at every `turns`-th optimizer step, first at step `index`.
 
     What changes from one step to the next has no formula over progress alone: it needs to know of how many `steps`.
@@ -43,7 +43,7 @@ class Schedule:
 
     weight: Callable[[float], float]
     breakpoints: frozenset[float] = frozenset()
-    rotation: Rotation | None = None
+    rotation: EveryNthStep | None = None
 
     def __call__(self, progress: float) -> float:
         return self.weight(progress) if self.rotation is None or self.rotation.is_on(progress) else 0.0
@@ -65,6 +65,11 @@ class Schedule:
     def at_next_turn(self, progress: float) -> float:
         """The weight at the first step from `progress` on at which the rotation is on."""
         return self.weight(progress if self.rotation is None else self.rotation.next_on(progress))
+
+    @property
+    def period(self) -> int:
+        """Steps from one turn to the next: 1 without a rotation."""
+        return 1 if self.rotation is None else self.rotation.turns
 
     @property
     def limit(self) -> float:
@@ -142,7 +147,7 @@ def gradual(layer: int, num_layers: int, start: float = 0.0, end: float = 1.0) -
 
 def rotational(index: int, turns: int, steps: int) -> Schedule:
     """1 at every `turns`-th step, first at step `index`; 0 at the others (LayerSkip, section 4.1.2)."""
-    return Schedule(lambda p: 1.0, rotation=Rotation(index, turns, steps))
+    return Schedule(lambda p: 1.0, rotation=EveryNthStep(index, turns, steps))
 
 
 def growing(offset: int, num_targets: int, start: float = 0.0, end: float = 1.0) -> Schedule:

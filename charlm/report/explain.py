@@ -5,22 +5,18 @@ Shapes: T positions, D d_model, V vocabulary, L layers.
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
 
 from charlm.config import Config
 from charlm.data.corpus import prepared_corpus
 from charlm.data.vocabulary import ByteVocabulary
-from charlm.model.heads import Heads
-from charlm.model.transformer import CharTransformer
-from charlm.objective.route_cost import RouteCost, route_cost
+from charlm.objective.build import build_heads, build_objective
+from charlm.objective.count import RouteCost, inference_flops, num_parameters, route_cost, training_flops
 from charlm.objective.routes.routing import check_route
 from charlm.objective.schedules import Schedule
 from charlm.objective.terms import Term
-from charlm.runs.load import build_heads, build_objective
 
 PROGRESSES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -68,7 +64,7 @@ class Explanation:
                     "positions": term.positions,
                     "task": term.task,
                     "hinge": term.hinge,
-                    "one_of_steps": _turns(term),
+                    "one_of_steps": term.weight.period,
                     "weights": [[p, term.weight.at_next_turn(p) if p < 1.0 else term.weight.limit] for p in PROGRESSES],
                     "stops_at_step": stops_at_step(term.weight, train.steps),
                 }
@@ -105,8 +101,8 @@ def explain(config: Config) -> Explanation:
         vocabulary_is_known=corpus is not None or config.data.vocabulary == ByteVocabulary.name,
         terms=terms,
         parameters={
-            "training": _num_parameters(objective),
-            "inference": _num_parameters(transformer, last_head),
+            "training": num_parameters(objective),
+            "inference": num_parameters(transformer, last_head),
         },
         flops_per_character={
             "training_start": training_flops(transformer, heads, starting),
@@ -115,40 +111,6 @@ def explain(config: Config) -> Explanation:
         },
         route_cost=route_cost(config, objective),
     )
-
-
-def training_flops(transformer: CharTransformer, heads: Heads, active_terms: Iterable[Term]) -> int:
-    """Floating-point operations of one training step per character of its windows' T inputs.
-
-        6 * (matrix parameters of the layers that run + those of the heads that run) + 12 * layers * D * T
-
-    A matrix product costs 2 operations per parameter forward and 4 backward. Attention makes two products of 2 * D * T
-    per layer and position, counted in full although half of it is masked. Only layers up to the highest active one
-    run. A layer's heads run at all T positions if one of its rows does, else at the last alone, 1 / T of them; in a
-    rotation they count as often as they have a turn. Embeddings and position tables are looked up, norms and
-    activations are small, and what a task of the user's own computes is not known: none of them counts.
-    """
-    terms = list(active_terms)
-    T, D = transformer.config.context_length, transformer.config.d_model
-    depth = max(term.layer for term in terms)
-    head_parameters = 0.0
-    for layer in {term.layer for term in terms if term.task is None}:
-        rows = [term for term in terms if term.layer == layer and term.task is None]
-        linears = heads.linears(layer, sorted({term.offset for term in rows}))
-        positions = 1 if any(term.positions == "all" for term in rows) else T
-        products = 2 / 3 if heads.frozen and layer < transformer.config.num_layers else 1  # none for their own gradient
-        head_parameters += products * sum(linear.weight.numel() for linear in linears) / positions / _turns(rows[0])
-    return round(6 * (_trunk_parameters(transformer, depth) + head_parameters) + 12 * depth * D * T)
-
-
-def inference_flops(transformer: CharTransformer, head: Heads) -> int:
-    """Floating-point operations per character generated with a KV cache that is full, so an upper bound:
-
-    2 * matrix parameters + 4 * L * D * T
-    """
-    config = transformer.config
-    parameters = _trunk_parameters(transformer, config.num_layers) + _matrix_parameters(head)
-    return 2 * parameters + 4 * config.num_layers * config.d_model * config.context_length
 
 
 def stops_at_step(weight: Schedule, steps: int) -> int | None:
@@ -160,25 +122,6 @@ def stops_at_step(weight: Schedule, steps: int) -> int | None:
         return None
     step = bisect_left(range(steps), weight.stops_at, key=lambda step: step / steps)
     return step if step < steps else None
-
-
-def _turns(term: Term) -> int:
-    """Of how many steps the row is on at one."""
-    return 1 if term.weight.rotation is None else term.weight.rotation.turns
-
-
-def _num_parameters(*modules: nn.Module) -> int:
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
-
-
-def _trunk_parameters(transformer: CharTransformer, depth: int) -> int:
-    """Matrix parameters that run once per position, up to layer `depth`."""
-    ngrams = transformer.ngram_embedding
-    return _matrix_parameters(transformer.blocks[:depth]) + (_matrix_parameters(ngrams) if ngrams is not None else 0)
-
-
-def _matrix_parameters(module: nn.Module) -> int:
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
 def _short(number: float) -> str:
@@ -222,7 +165,7 @@ def _methods(explanation: Explanation) -> list[str]:
         lines.append(f"heads                {heads[layers.head]}")
     if intermediate and layers.hinge:
         lines.append(f"hinge                losses of intermediate layers count above {layers.hinge:g} nats")
-    turns = max(map(_turns, explanation.terms))
+    turns = max(term.weight.period for term in explanation.terms)
     if turns > 1:
         lines.append(f"rotation             each intermediate head is on at one of {turns} steps")
     if aux.hedge.enabled:

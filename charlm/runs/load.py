@@ -1,60 +1,17 @@
 """A trained model, read back from its run."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from charlm.config import Config, ConfigError, HedgeConfig, UserError
+from charlm.config import Config, UserError
 from charlm.data.vocabulary import vocabulary_from_dict
-from charlm.model.heads import Heads
-from charlm.model.transformer import CharTransformer
-from charlm.objective.hedge import Hedge
-from charlm.objective.objective import Objective, head_pairs
-from charlm.objective.tasks import build_tasks
-from charlm.objective.terms import Term, build_terms
+from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import Checkpoint, find_checkpoint
 from charlm.runs.exported import is_exported, is_hub_id, read_model
 from charlm.runs.folder import Run
 from charlm.runs.trained import TrainedModel
-
-
-def build_heads(
-    config: Config, vocabulary_size: int, pairs: Iterable[tuple[int, int]], transformer: CharTransformer
-) -> Heads:
-    """Fresh heads, of the kind that the config asks for, for the (layer, offset) `pairs`."""
-    return Heads(config.model, vocabulary_size, pairs, layers=config.aux.layers, final_norm=transformer.final_norm)
-
-
-def build_objective(config: Config, vocabulary_size: int, *, tasks: bool = True) -> Objective:
-    """A fresh model, with the heads and the table of terms that the config asks for.
-
-    `tasks` false leaves out the user's own, which then need not be registered.
-
-    Raises:
-        UserError: a task of aux.tasks is not registered.
-        ConfigError: at some point of training no row of the table weighs anything, or aux.hedge lacks layers.
-    """
-    terms = build_terms(config.aux, config.model.num_layers, config.train.steps)
-    if not tasks:
-        terms = tuple(term for term in terms if term.task is None)
-    transformer = CharTransformer(config.model, vocabulary_size)
-    heads = build_heads(config, vocabulary_size, head_pairs(terms, config.model.num_layers), transformer)
-    modules = build_tasks(config, vocabulary_size) if tasks else None
-    return Objective(transformer, heads, terms, hedge=_build_hedge(config.aux.hedge, terms), tasks=modules)
-
-
-def _build_hedge(hedge: HedgeConfig, terms: Iterable[Term]) -> Hedge | None:
-    if not hedge.enabled:
-        return None
-    layers = {term.layer for term in terms if term.offset == 1}
-    if len(layers) < 2:
-        raise ConfigError(
-            f"aux.hedge.enabled=true: weighs layers against each other, and {len(layers)} predicts the next character; "
-            "give others a head (aux.layers), or leave it out"
-        )
-    return Hedge(layers, hedge.beta, hedge.smoothing)
 
 
 def load(run: Path | str, checkpoint: str | int = "best", device: torch.device | str | None = None) -> TrainedModel:
@@ -96,7 +53,7 @@ def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> Train
             "restore that file"
         )
     with torch.device("meta"):
-        objective = build_objective(config, vocabulary.size, tasks=False)
+        objective = build_objective(config, vocabulary.size, training=False)
     model = objective.state_dict()
     prefixes = tuple(f"tasks.{task}." for task in config.aux.tasks)  # only what trains them knows their modules
     found.check_tensors(model | {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)})

@@ -10,8 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from charlm.config import Config, steps_of
-from charlm.model.memory import peak_memory
 from charlm.objective.terms import Term, active
+from charlm.process import peak_memory
 from charlm.runs.folder import Run
 from charlm.terminal import fitted
 from charlm.training.trackers import numbers, start_trackers

@@ -19,11 +19,10 @@ from charlm.config import Config, Stopped, UserError, steps_of
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.windows import training_windows
 from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
-from charlm.model.memory import keep_freed_memory
+from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.objective.routes.routing import Joint, build_route, one_backward
 from charlm.objective.tasks import check_registered
-from charlm.runs.load import build_objective
 from charlm.runs.snapshot import take_snapshot
 from charlm.training.checkpointing import CheckpointWriter
 from charlm.training.device import build_accelerator, choose_compile, torch_settings
@@ -50,7 +49,6 @@ def train(config: Config) -> Path:
     check_installed(config.run.tracker)
     check_registered(config.aux.tasks)
     check_folder(config.run)
-    keep_freed_memory()
     with StopRequests(config.run.max_seconds) as stop, torch_settings(config.train, one_backward(config.aux)):
         accelerator, precision_reason = build_accelerator(config.train)
         with stop.interrupting():
@@ -131,13 +129,10 @@ class Training:
             ) from None
 
     def prepare(self) -> None:
-        """Set the model up as `train` says, and hand it to accelerate."""
+        """Compile the blocks if `train` says so, and hand the model to accelerate."""
         train = self.config.train
-        self.objective.cross_entropy = train.cross_entropy
-        self.objective.transformer.activation_checkpointing = train.activation_checkpointing
-        for block in self.objective.transformer.blocks:
-            block.attention.backend = train.attention
-            if choose_compile(train):
+        if choose_compile(train):
+            for block in self.objective.transformer.blocks:
                 block.compile()
         if train.micro_batch_size == "auto":
             most = -(-train.batch_size // self.accelerator.num_processes)

@@ -7,12 +7,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.peers import autocast, build_peer, num_parameters
+from benchmarks.peers import autocast, build_peer
 from benchmarks.setups import Job
 from benchmarks.shapes import charlm_config, text_config
 from benchmarks.timing import Turns
 from charlm.data.corpus import load_corpus
-from charlm.runs.load import TrainedModel, build_objective, load
+from charlm.objective.build import build_objective
+from charlm.objective.count import num_parameters
+from charlm.process import keep_freed_memory
+from charlm.runs.load import TrainedModel, load
 
 PLAIN_BATCH = 32
 """Windows that the plain loop runs at once."""
@@ -40,6 +43,7 @@ def evaluate_charlm(job: Job, turns: Turns) -> None:
     from charlm.inference.evaluation import bits_per_character
 
     corpus = load_corpus(text_config(job.text), progress=False)
+    keep_freed_memory()
     turns.start()
     trained = untrained_model(job)
     turns.ready(**_evaluation_facts(job, trained))
@@ -91,7 +95,7 @@ def _cost(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> float:
 
 def _evaluation_facts(job: Job, trained: TrainedModel) -> dict[str, int]:
     """A window stands for `stride` characters: that the first one scores all of its own is not counted."""
-    parameters = num_parameters(trained.transformer) + num_parameters(trained.heads)
+    parameters = num_parameters(trained.transformer, trained.heads)
     return {"parameters": parameters, "characters_per_step": job.windows * job.stride}
 
 
@@ -102,7 +106,7 @@ def generate_charlm(job: Job, turns: Turns) -> None:
     turns.start()
     trained = untrained_model(job)
     prompts = [row.tobytes() for row in _prompts(job)]
-    turns.ready(parameters=num_parameters(trained.transformer) + num_parameters(trained.heads), **_writing_facts(job))
+    turns.ready(parameters=num_parameters(trained.transformer, trained.heads), **_writing_facts(job))
     turns.play(lambda: generate(trained, prompts, length=job.length, seed=job.seed))
 
 
@@ -138,7 +142,7 @@ def write_with_drafts(job: Job, turns: Turns) -> None:
         "characters_per_pass": statistics.characters_per_pass,
     }
     turns.ready(
-        parameters=num_parameters(trained.transformer) + num_parameters(trained.heads),
+        parameters=num_parameters(trained.transformer, trained.heads),
         **_writing_facts(job),
         **(drafted if job.contestant.draft is not None else {}),
     )

@@ -159,11 +159,6 @@ def matrix_parameters(model: nn.Module) -> int:
     return total
 
 
-def num_parameters(model: nn.Module) -> int:
-    """All parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def autocast(job: Job) -> AbstractContextManager:
     """The precision of the contestant: autocast to bf16, or nothing."""
     if job.contestant.precision == "fp32":

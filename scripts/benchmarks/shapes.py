@@ -19,6 +19,7 @@ from charlm.config import (
     UserError,
 )
 from charlm.config.train import Precision
+from charlm.objective.count import dense_flops
 
 VOCABULARY = 256
 ENDLESS = 10**9
@@ -85,11 +86,11 @@ def flop_per_character(shape: Shape, num_targets: int = 1, num_exits: int = 1) -
 
         6 * (L * (4 D^2 + 2 D d_ff) + V * D * num_targets * num_exits) + 12 * L * D * T
 
-    Attention is counted in full although half of it is masked; see `charlm.report.explain.training_flops`.
+    See `charlm.objective.count.dense_flops`.
     """
     D, L = shape.d_model, shape.num_layers
     parameters = L * (4 * D**2 + 2 * D * shape.d_ff) + VOCABULARY * D * num_targets * num_exits
-    return 6 * parameters + 12 * L * D * shape.context_length
+    return dense_flops(parameters, L, D, shape.context_length)
 
 
 def text_config(text: Path) -> DataConfig:

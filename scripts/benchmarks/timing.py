@@ -3,14 +3,14 @@
 import contextlib
 import gc
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from charlm.process import peak_memory
 
 Work = Callable[[], Any]
 
@@ -55,7 +55,7 @@ class Turns:
         if self.count == self.warmup + self.steps:
             self._synchronize()
             seconds = time.perf_counter() - self.started
-            memory = peak_memory(self.device) - self.memory_before
+            memory = peak_memory() - self.memory_before
             if self.device == "cuda":
                 torch.cuda.empty_cache()  # the next contestant needs it
             self._reply({"seconds": seconds, "peak_memory": memory})
@@ -92,15 +92,4 @@ def reset_peak_memory(device: str) -> int:
         return torch.cuda.memory_allocated()
     with contextlib.suppress(OSError):  # Linux alone; elsewhere the highest use so far is the base
         Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory(device)
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: allocated on the GPU, or resident of this process; the highest since `reset_peak_memory`."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory()

@@ -5,12 +5,14 @@ Shapes: B windows of a batch, W characters of a window.
 
 import torch
 
-from benchmarks.peers import autocast, build_peer, matrix_parameters, num_parameters
+from benchmarks.peers import autocast, build_peer, matrix_parameters
 from benchmarks.setups import Job
 from benchmarks.shapes import charlm_config, text_config
 from benchmarks.timing import Turns
 from charlm.data.corpus import load_corpus
 from charlm.data.windows import training_windows
+from charlm.objective.count import dense_flops, num_parameters
+from charlm.process import keep_freed_memory
 
 NUM_BATCHES = 64
 """Batches of a peer, drawn before its first turn and used over and over."""
@@ -45,6 +47,7 @@ def train_charlm(job: Job, turns: Turns) -> None:
             turns.done()
 
     loop.Training = CountedTraining
+    keep_freed_memory()
     turns.start()
     loop.train(config)
 
@@ -72,8 +75,7 @@ def train_peer(job: Job, turns: Turns) -> None:
     parameters = matrix_parameters(model)
     turns.ready(
         parameters=num_parameters(model),
-        flop_per_step=(6 * parameters + 12 * shape.num_layers * shape.d_model * shape.context_length)
-        * shape.characters,
+        flop_per_step=shape.characters * dense_flops(parameters, shape.num_layers, shape.d_model, shape.context_length),
         characters_per_step=shape.characters,
     )
     count = 0

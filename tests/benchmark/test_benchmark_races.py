@@ -18,9 +18,9 @@ from benchmarks.timing import Stop
 
 from charlm.config import RunConfig, UserError
 from charlm.data.corpus import load_corpus
+from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.load import build_objective
 from charlm.runs.snapshot import take_snapshot
 
 TOY = Shape(name="toy", num_layers=2, d_model=16, num_heads=2, d_ff=32, context_length=16, batch_size=2)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.peers import build_peer, gated_d_ff, matrix_parameters, num_parameters
+from benchmarks.peers import build_peer, gated_d_ff, matrix_parameters
 from benchmarks.setups import Contestant
 from benchmarks.shapes import Shape, charlm_config, flop_per_character, named_shape
 
 from charlm.config import UserError
+from charlm.objective.count import num_parameters
 from charlm.report.explain import explain
 
 TOY = Shape(name="toy", num_layers=2, d_model=8, num_heads=2, d_ff=32, context_length=16, batch_size=3)

@@ -35,10 +35,10 @@ class OperatorCounter(TorchDispatchMode):
 
 
 def kernels_of_a_training_step(config: Config, precision: torch.dtype) -> Counter:
-    model = CharTransformer(config.model, 256).train()
-    model.activation_checkpointing = config.train.activation_checkpointing
-    for block in model.blocks:
-        block.attention.backend = config.train.attention
+    train = config.train
+    model = CharTransformer(
+        config.model, 256, attention=train.attention, activation_checkpointing=train.activation_checkpointing
+    ).train()
     ids_BT = torch.randint(256, (1, config.model.context_length))
     with OperatorCounter() as counter:
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):

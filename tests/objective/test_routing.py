@@ -16,6 +16,7 @@ from charlm.config import (
     TrainConfig,
     UserError,
 )
+from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.objective.routes.routing import (
     Joint,
@@ -26,7 +27,6 @@ from charlm.objective.routes.routing import (
     loss_weights,
     trunk_parameters,
 )
-from charlm.runs.load import build_objective
 
 V, LR, STEPS = 5, 0.05, 3
 MODEL = {"num_layers": 3, "num_heads": 2, "d_model": 8, "d_ff": 16, "context_length": 6}

@@ -13,9 +13,9 @@ import torch
 import charlm
 from charlm.config import Config, UserError
 from charlm.objective import tasks
+from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.load import build_objective
 from tiny import TINY
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "tasks.md"
@@ -104,7 +104,7 @@ def test_what_is_not_registered_is_named():
         charlm.train(charlm.load_config(overrides=[*TINY, OFFERED, "--data.corpus=file", "--data.path=nowhere"]))
     monkeys = charlm.load_config(overrides=[*TINY, "--aux.tasks={zebra: 1, ant: 2}"])
     assert list(build_objective(monkeys, 5).tasks) == ["ant", "zebra"]
-    assert build_objective(monkeys, 5, tasks=False).tasks is None
+    assert build_objective(monkeys, 5, training=False).tasks is None
     assert build_objective(Config(), 5).tasks is None
 
 

@@ -16,6 +16,7 @@ import torch
 from charlm.config import AuxConfig, Config, DataConfig, ModelConfig, RunConfig, TargetsConfig, TrainConfig, UserError
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.vocabulary import ByteVocabulary
+from charlm.objective.build import build_objective
 from charlm.report.page import figures, tables
 from charlm.report.page.metrics import read_runs, short_names
 from charlm.report.page.passage import pieces_of, visible
@@ -24,7 +25,7 @@ from charlm.report.page.render import render, write_report
 from charlm.report.page.svg import Picture
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.load import build_objective, load
+from charlm.runs.load import load
 from charlm.runs.snapshot import take_snapshot
 from tiny import run_script
 

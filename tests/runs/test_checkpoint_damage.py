@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from charlm.config import Config, ModelConfig, RunConfig, UserError
 from charlm.data.vocabulary import ByteVocabulary
+from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import find_checkpoint, newest_whole_checkpoint, save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.load import build_objective, load
+from charlm.runs.load import load
 from charlm.runs.snapshot import Snapshot
 from storage import content, manifest_for
 

@@ -19,9 +19,10 @@ from charlm.inference.evaluation import bits_per_character
 from charlm.inference.export import shallowest, truncate
 from charlm.inference.generation import generate
 from charlm.model.transformer import CharTransformer
+from charlm.objective.build import build_heads
 from charlm.runs import exported
 from charlm.runs.exported import save_model
-from charlm.runs.load import build_heads, load
+from charlm.runs.load import load
 from charlm.runs.trained import TrainedModel
 from storage import content
 from tiny import SCRIPTS, run_script

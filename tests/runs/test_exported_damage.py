@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from charlm.config import Config, ModelConfig, UserError
 from charlm.data.vocabulary import ByteVocabulary, CharacterVocabulary
 from charlm.model.transformer import CharTransformer
+from charlm.objective.build import build_heads
 from charlm.runs.exported import save_model
-from charlm.runs.load import build_heads, load
+from charlm.runs.load import load
 from charlm.runs.trained import TrainedModel
 from storage import content
 

@@ -8,10 +8,11 @@ import torch
 
 from charlm.config import AuxConfig, Config, ConfigError, LayersConfig, ModelConfig, RunConfig, TargetsConfig, UserError
 from charlm.data.vocabulary import ByteVocabulary
+from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.runs.checkpoints import find_checkpoint, save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.load import build_objective, load
+from charlm.runs.load import load
 from charlm.runs.snapshot import restore, take_snapshot
 
 MODEL = ModelConfig(num_layers=3, num_heads=2, d_model=8, d_ff=16, context_length=8)

@@ -18,8 +18,8 @@ import torch
 from charlm.config import Config, ModelConfig
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.model.transformer import CharTransformer
+from charlm.objective.build import build_heads
 from charlm.runs.exported import save_model
-from charlm.runs.load import build_heads
 from charlm.runs.trained import TrainedModel
 from tiny import SCRIPTS
 

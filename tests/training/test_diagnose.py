@@ -19,10 +19,10 @@ from torch import nn
 import charlm
 from charlm.config import AuxConfig, Config, HedgeConfig, LayersConfig, ModelConfig, TrainConfig
 from charlm.inference.evaluation import bits_per, negative_log_likelihoods
+from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.load import build_objective
 from charlm.training.diagnose import bits_per_head, diagnose, gradient_figures, spread_windows
 from charlm.training.trackers import numbers
 from launched import train_with_two_processes

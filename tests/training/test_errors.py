@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from charlm.config import AuxConfig, Config, ModelConfig, TrainConfig, UserError
-from charlm.runs.load import build_objective
+from charlm.objective.build import build_objective
 from charlm.training.errors import explained, find_micro_batch_size, largest_micro_batch
 
 

@@ -12,9 +12,9 @@ import charlm
 from charlm.config import UserError
 from charlm.data.corpus import load_corpus
 from charlm.data.windows import training_windows
+from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.runs.folder import Run
-from charlm.runs.load import build_objective
 from tiny import SCRIPTS, TINY
 
 CONFIGS = SCRIPTS.parent / "configs"

@@ -14,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 
 import charlm
 from charlm.config import Config, ModelConfig, TrainConfig, UserError
+from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.load import build_objective
 from charlm.training.sharding import shard, wants_shards
 from charlm.training.update import step_unless
 from launched import TORCHRUN, launch, train_with_two_processes

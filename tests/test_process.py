@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from charlm.model.memory import peak_memory, physical_memory
+from charlm.process import peak_memory, physical_memory
 
 HELD_AFTER_FREEING = """
 import os, sys
 import torch
-from charlm.model.memory import keep_freed_memory
+from charlm.process import keep_freed_memory
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 if sys.argv[1] == "keep":

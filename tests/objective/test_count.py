@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from charlm.config import AuxConfig, Config, LayersConfig, ModelConfig, TargetsConfig, TrainConfig
-from charlm.objective.route_cost import route_cost
+from charlm.model.transformer import CharTransformer
+from charlm.objective.build import build_objective
+from charlm.objective.count import num_parameters, route_cost, transformer_parameters
 from charlm.objective.routes.routing import build_route
-from charlm.runs.load import build_objective
 from charlm.training.optimizers import build_optimizers
 
 V = 5
@@ -76,3 +77,13 @@ def test_costs_are_those_of_a_step(head, kind, momentum):
     cost = route_cost(config, objective)
     assert cost.optimizer_state == state["multiway"] - state["joint"]
     assert cost.gradients == gradients["multiway"] - gradients["joint"]
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("positions", ["per_layer", "input", "rotary"])
+@pytest.mark.parametrize("ngrams", [(), (2, 4)], ids=["", "ngrams"])
+def test_parameters_are_counted_without_a_model(norm, positions, ngrams):
+    """Fault: a formula that the transformer has outgrown, so that a model too large for the machine is begun."""
+    sizes = {"num_layers": 3, "num_heads": 2, "d_model": 8, "d_ff": 20, "context_length": 6, "ngram_buckets": 10}
+    config = ModelConfig(norm=norm, positions=positions, ngrams=ngrams, ngram_width=5, **sizes)
+    assert transformer_parameters(config, V) == num_parameters(CharTransformer(config, V))

@@ -1,0 +1,203 @@
+"""Parameters, floating-point operations (FLOPs) and memory, counted before anything is trained.
+
+Shapes: T positions of the context, D d_model, V vocabulary, L layers.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from charlm.config import Config, ConfigError, ModelConfig, TrainConfig
+from charlm.model.heads import Heads
+from charlm.model.transformer import CharTransformer
+from charlm.objective.objective import Objective
+from charlm.objective.routes.routing import blocked_layers, trunk_parameters
+from charlm.objective.terms import Term, active
+from charlm.process import physical_memory
+
+
+def num_parameters(*modules: nn.Module) -> int:
+    """All parameters of the modules."""
+    return _size(parameter for module in modules for parameter in module.parameters())
+
+
+def transformer_parameters(config: ModelConfig, vocabulary_size: int) -> int:
+    """The parameters of `CharTransformer`, without building it: a size may be too large even to be built."""
+    L, T, D, F = config.num_layers, config.context_length, config.d_model, config.d_ff
+    block = 4 * (D * D + D) + (2 * D * F + F + D) + 2 * 2 * D
+    positions = {"per_layer": L, "input": 1, "rotary": 0}[config.positions] * T * D
+    ngrams = len(config.ngrams) * config.ngram_width * (config.ngram_buckets + D)
+    final_norm = 2 * D if config.norm == "pre" else 0
+    return vocabulary_size * D + ngrams + positions + L * block + final_norm
+
+
+def check_memory(config: ModelConfig, vocabulary_size: int) -> None:
+    """Raise ConfigError if the transformer's parameters alone, four bytes each, need more memory than the machine has.
+
+    Heads, gradients, optimizer state and activations come on top, so a model that passes may still be too large.
+    """
+    parameters, memory = transformer_parameters(config, vocabulary_size), physical_memory()
+    if 4 * parameters > memory:
+        raise ConfigError(
+            f"model.num_layers={config.num_layers}, d_model={config.d_model}, d_ff={config.d_ff}, "
+            f"context_length={config.context_length}, ngrams={list(config.ngrams)} of {config.ngram_buckets} buckets: "
+            f"make {parameters:.3g} parameters, {4 * parameters / 1e9:,.0f} GB, and this machine has "
+            f"{memory / 1e9:,.0f} GB of memory; make them smaller"
+        )
+
+
+def dense_flops(parameters: float, depth: int, d_model: int, context_length: int) -> int:
+    """FLOPs per character of a training step of `depth` layers whose matrix products have so many `parameters`:
+
+        6 * parameters + 12 * depth * D * T
+
+    A matrix product costs 2 operations per parameter forward and 4 backward. Attention makes two products of 2 * D * T
+    per layer and position, counted in full although half of it is masked.
+    """
+    return round(6 * parameters + 12 * depth * d_model * context_length)
+
+
+def training_flops(transformer: CharTransformer, heads: Heads, active_terms: Sequence[Term]) -> int:
+    """`dense_flops` of a training step on windows of T inputs.
+
+    Only layers up to the highest active one run. A layer's heads run at all T positions if one of its rows does, else
+    at the last alone, 1 / T of them; in a rotation they count as often as they have a turn. Embeddings and position
+    tables are looked up, norms and activations are small, and the cost of a task of the user's own is unknown: none
+    of them counts.
+    """
+    config, depth = transformer.config, max(term.layer for term in active_terms)
+    parameters = float(_trunk_parameters(transformer, depth))
+    for layer, rows in _by_layer(term for term in active_terms if term.task is None).items():
+        products = 2 / 3 if heads.frozen and layer < config.num_layers else 1  # none for the head's own gradient
+        parameters += products * _head_parameters(heads, rows, config.context_length) / rows[0].weight.period
+    return dense_flops(parameters, depth, config.d_model, config.context_length)
+
+
+def inference_flops(transformer: CharTransformer, head: Heads) -> int:
+    """FLOPs per character generated with a KV cache that is full, so an upper bound:
+
+    2 * matrix parameters + 4 * L * D * T
+    """
+    config = transformer.config
+    parameters = _trunk_parameters(transformer, config.num_layers) + _matrix_parameters(head)
+    return 2 * parameters + 4 * config.num_layers * config.d_model * config.context_length
+
+
+@dataclass(frozen=True)
+class RouteCost:
+    """What a route costs at the start of training, when the most losses are active, compared with the joint route."""
+
+    forward: float
+    """FLOPs of a step's forward passes; the joint route's are 1."""
+    backward: float
+    """FLOPs of its backward passes, likewise."""
+    total: float
+    """FLOPs of both together: about the time of a step, where that is spent computing."""
+    gradients: int
+    """Numbers that gradients take beyond one for each parameter."""
+    optimizer_state: int
+    """Numbers that optimizers keep beyond those of the joint route."""
+    copies: int
+    """Parameters and optimizer state copied in each step, as numbers, in case the step must be undone."""
+
+
+def route_cost(config: Config, objective: Objective) -> RouteCost:
+    """The cost of `aux.route` for a model, which may be on the meta device.
+
+    Let the model have n layers up to the highest active one, each of f FLOPs per character in a forward pass (2 for
+    each matrix parameter, and 4 D T for attention). Let layers l_1 < ... < l_K = n have losses, whose heads take h_1,
+    ..., h_K. A backward pass takes r = 2 times the FLOPs of a layer, or r = 3 where activations are recomputed.
+
+              forward             backward
+        joint      n f + sum h_k       r n f + 2 sum h_k
+        relay      n f + sum h_k       r (a + sum of k over blocked losses) f + 2 sum h_k
+        pairwise   sum (l_k f + h_k)   sum (r l_k f + 2 h_k)
+        multiway   n f + sum h_k       sum (r l_k f + 2 h_k)
+
+    where a is the highest layer whose loss reaches everything. Embeddings and updates are not counted.
+
+    P_k parameters learn from loss k. Multiway holds gradients and state for the sum of all P_k, the joint route for
+    each parameter once; pairwise copies once, with its state, what all losses but the last move.
+    """
+    aux, transformer, model = config.aux, objective.transformer, config.model
+    rows = _by_layer(term for term, _ in active(objective.terms, 0.0))
+    losses = sorted(rows)
+    blocked = blocked_layers(losses, model.num_layers, aux.relay_layers)
+    relayed = max((layer for layer in losses if layer not in blocked), default=0) + aux.relay_layers * len(blocked)
+    once, each = losses[-1], sum(losses)
+    forward_layers = {"pairwise": each}.get(aux.route, once)
+    backward_layers = {"relay": relayed, "pairwise": each, "multiway": each}.get(aux.route, once)
+    of_layer = 2 * _matrix_parameters(transformer.blocks[0]) + 4 * model.d_model * model.context_length
+    of_heads = sum(2 * _head_parameters(objective.heads, rows[layer], model.context_length) for layer in losses)
+    factor = 3 if config.train.activation_checkpointing else 2
+    forward, joint_forward = (layers * of_layer + of_heads for layers in (forward_layers, once))
+    backward, joint_backward = (factor * layers * of_layer + 2 * of_heads for layers in (backward_layers, once))
+
+    learning = [_learning_from(objective, rows[layer]) for layer in losses]
+    everything = {parameter for own in learning for parameter in own}
+    repeated = [parameter for own in learning for parameter in own] if aux.route == "multiway" else everything
+    moved = {parameter for own in learning[:-1] for parameter in own} if aux.route == "pairwise" else ()
+    state_of = _state_sizes(config.train, transformer)
+    return RouteCost(
+        forward=forward / joint_forward,
+        backward=backward / joint_backward,
+        total=(forward + backward) / (joint_forward + joint_backward),
+        gradients=_size(repeated) - _size(everything),
+        optimizer_state=sum(map(state_of, repeated)) - sum(map(state_of, everything)),
+        copies=_size(moved) + sum(map(state_of, moved)),
+    )
+
+
+def _by_layer(terms: Iterable[Term]) -> dict[int, list[Term]]:
+    rows: dict[int, list[Term]] = {}
+    for term in terms:
+        rows.setdefault(term.layer, []).append(term)
+    return rows
+
+
+def _head_parameters(heads: Heads, rows: Sequence[Term], context_length: int) -> float:
+    """Matrix parameters that a layer's predictions use per position; a task of the user's own does not count."""
+    predictions = [term for term in rows if term.task is None]
+    if not predictions:
+        return 0.0
+    linears = heads.linears(predictions[0].layer, sorted({term.offset for term in predictions}))
+    everywhere = any(term.positions == "all" for term in predictions)
+    return _matrix_parameters(*linears) / (1 if everywhere else context_length)
+
+
+def _trunk_parameters(transformer: CharTransformer, depth: int) -> int:
+    """Matrix parameters that run once per position, up to layer `depth`."""
+    ngrams = transformer.ngram_embedding
+    return _matrix_parameters(transformer.blocks[:depth], *([ngrams] if ngrams is not None else []))
+
+
+def _matrix_parameters(*modules: nn.Module) -> int:
+    parts = (part for module in modules for part in module.modules())
+    return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
+
+
+def _learning_from(objective: Objective, rows: Sequence[Term]) -> list[nn.Parameter]:
+    """The parameters that learn from the rows of a layer."""
+    layer = rows[0].layer
+    offsets = sorted({term.offset for term in rows if term.task is None})
+    last = layer == objective.transformer.config.num_layers
+    modules: list[nn.Module] = [objective.transformer.final_norm] if last else []
+    if offsets and (last or not objective.heads.frozen):
+        modules += [objective.heads.norm(layer), *objective.heads.linears(layer, offsets)]
+    modules += [objective.tasks[term.task] for term in rows if term.task is not None]
+    return [*trunk_parameters(objective.transformer, 1, layer), *(p for module in modules for p in module.parameters())]
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _state_sizes(train: TrainConfig, transformer: CharTransformer) -> Callable[[nn.Parameter], int]:
+    """How many numbers the optimizer of a parameter keeps: one or two moments of each element, or none."""
+    moments = {"adamw": 2, "muon": 2, "sgd": 1 if train.momentum else 0}[train.optimizer]
+    ngrams = transformer.ngram_embedding
+    exceptions = dict.fromkeys(ngrams.tables.parameters() if ngrams is not None else (), 2)  # SparseAdam's
+    if train.optimizer == "muon":
+        exceptions |= {parameter: 1 for parameter in transformer.blocks.parameters() if parameter.ndim == 2}
+    return lambda parameter: exceptions.get(parameter, moments) * parameter.numel()

@@ -1,0 +1,42 @@
+"""The process itself: how much memory it has taken, and how it holds on to what it has."""
+
+import contextlib
+import ctypes
+import os
+import resource
+import sys
+from pathlib import Path
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+"""Bytes that one unit of `ru_maxrss` stands for."""
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep memory that it frees, for the rest of its life. For scripts to call, not for libraries.
+
+    glibc returns each freed block above a certain size to the system, which zeroes it before handing it out again.
+    Training and evaluation free and request such blocks hundreds of times a step. Without glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held so far, in bytes: on its GPU, or resident where it uses none."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):  # Linux, where ru_maxrss begins with what the parent had taken
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+
+
+def physical_memory() -> int:
+    """The machine's memory, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
