@@ -64,7 +64,7 @@ def main() -> None:
             print(piece, end="", flush=True)
         print()
     else:
-        texts = charlm.generate(trained, options.prompt, progress=True, **how)
+        texts = charlm.generate(trained, options.prompt, show_progress=True, **how)
         print(f"\n{RULE}\n".join(prompt + text for prompt, text in zip(options.prompt, texts, strict=True)))
     if draft is not None:
         print(

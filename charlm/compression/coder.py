@@ -76,7 +76,7 @@ def compress(
     target: Path | str,
     *,
     verify: bool = True,
-    progress: bool = True,
+    show_progress: bool = True,
     **options: Any,
 ) -> Compressed:
     """Write to `target` what `decompress` turns back into the bytes of `source`, with the same model and machine.
@@ -85,7 +85,7 @@ def compress(
 
     Args:
         verify: decode what was written, and compare, before it takes its place.
-        progress: show bars on stderr if that is a terminal.
+        show_progress: show bars on stderr if that is a terminal.
         options: those of `charlm.compression.streams.choose_protocol`: streams, context, stride, precision, threads.
 
     Raises:
@@ -100,7 +100,7 @@ def compress(
             header = _header(trained, protocol, text)
             started = time.perf_counter()
             blocks = blocks_of(file, source, trained.vocabulary, protocol.block)
-            with _bar("compressing", text.symbols, progress) as bar:
+            with _bar("compressing", text.symbols, show_progress) as bar:
                 _encode(trained, protocol, header, blocks, written, bar)
             seconds = time.perf_counter() - started
             if sha256_of(file) != text.sha256:
@@ -108,7 +108,7 @@ def compress(
             compressed_bytes = written.tell()
             started = time.perf_counter()
             if verify:
-                _verify(trained, protocol, header, written, target, progress)
+                _verify(trained, protocol, header, written, target, show_progress)
             verify_seconds = time.perf_counter() - started if verify else None
     return Compressed(
         bytes=text.bytes,
@@ -121,7 +121,7 @@ def compress(
     )
 
 
-def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *, progress: bool = True) -> int:
+def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *, show_progress: bool = True) -> int:
     """Write to `target` the bytes that `compress` made `source` of; their number.
 
     Raises:
@@ -139,14 +139,14 @@ def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *,
                     f"{source}: here the model predicts otherwise in the last bits, though versions and processor are "
                     f"the same ({header.environment}); decompress it where it was compressed"
                 )
-            with _bar("decompressing", header.symbols, progress) as bar:
+            with _bar("decompressing", header.symbols, show_progress) as bar:
                 for data in _decode(trained, protocol, header, file, source, bar):
                     written.write(data)
     return header.length
 
 
 def compressed_nats(
-    trained: TrainedModel, ids: np.ndarray, *, progress: bool = False, **options: Any
+    trained: TrainedModel, ids: np.ndarray, *, show_progress: bool = False, **options: Any
 ) -> tuple[np.ndarray, Protocol]:
     """What each symbol of `ids` costs as `compress` would code it, float64 nats [N], and the protocol.
 
@@ -159,7 +159,7 @@ def compressed_nats(
     protocol = choose_protocol(trained, len(ids), **options)
     nats = np.zeros(len(ids))
     streams = Streams(trained, protocol)
-    with arithmetic_of(protocol), _bar("scoring", len(ids), progress) as bar:
+    with arithmetic_of(protocol), _bar("scoring", len(ids), show_progress) as bar:
         for begin in range(0, len(ids), protocol.block):
             own_ids, own_nats = ids[begin : begin + protocol.block], nats[begin : begin + protocol.block]
 
@@ -182,7 +182,7 @@ def score_as_compressor(
     limit: int | None = None,
     streams: int | None = None,
     precision: EvaluationPrecision = "fp32",
-    progress: bool = True,
+    show_progress: bool = True,
 ) -> Score:
     """Score a split of the corpus that the model was trained on as `compress` would code it, without writing a file.
 
@@ -195,7 +195,7 @@ def score_as_compressor(
     started = time.perf_counter()
     ids = corpus.splits[split].ids[:limit]
     options = {"stride": stride, "streams": streams, "precision": precision}
-    nats, protocol = compressed_nats(trained, ids, progress=progress, **options)
+    nats, protocol = compressed_nats(trained, ids, show_progress=show_progress, **options)
     return score(
         trained,
         corpus,
@@ -283,10 +283,10 @@ def _decode(
 
 
 def _verify(
-    trained: TrainedModel, protocol: Protocol, header: Header, written: BinaryIO, target: Path, progress: bool
+    trained: TrainedModel, protocol: Protocol, header: Header, written: BinaryIO, target: Path, show_progress: bool
 ) -> None:
     read_header(written, str(target), trained.vocabulary.size)
-    with _bar("verifying", header.symbols, progress) as bar:
+    with _bar("verifying", header.symbols, show_progress) as bar:
         try:
             for _ in _decode(trained, protocol, header, written, target, bar):
                 pass
@@ -336,5 +336,5 @@ def _check_space(target: Path, length: int) -> None:
         raise UserError(f"{target}: needs {length:,} bytes, and {free:,} are free; free some space")
 
 
-def _bar(what: str, num_symbols: int, progress: bool) -> tqdm:
-    return tqdm(total=num_symbols, desc=what, unit="ch", unit_scale=True, disable=None if progress else True)
+def _bar(what: str, num_symbols: int, show_progress: bool) -> tqdm:
+    return tqdm(total=num_symbols, desc=what, unit="ch", unit_scale=True, disable=None if show_progress else True)

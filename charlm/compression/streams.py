@@ -28,6 +28,7 @@ from torch import Tensor
 from charlm.compression.container import MAX_BLOCK, MAX_STREAMS, MAX_THREADS, PRECISIONS
 from charlm.config import UserError
 from charlm.data.vocabulary import Vocabulary
+from charlm.data.windows import default_stride
 from charlm.model.attention import KVCache
 from charlm.model.kernels_cpu import exact_matmul
 from charlm.process import physical_memory
@@ -88,7 +89,7 @@ def choose_protocol(
         streams = min(max(1, num_symbols // SYMBOLS_PER_STREAM), most)
     context = trained.config.model.context_length if context is None else context
     if stride is None:
-        stride = context - max(1, context // 2) + 1
+        stride = context - default_stride(context) + 1  # keeps as many symbols as generation
     protocol = Protocol(
         streams=streams,
         context=context,

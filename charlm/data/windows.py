@@ -38,6 +38,11 @@ def training_windows(ids: np.ndarray, *, seed: int, step: int, batch_size: int, 
     return np.stack([ids[start : start + window_length] for start in starts.astype(np.int64)]).astype(np.int64)
 
 
+def default_stride(context_length: int) -> int:
+    """Half the context: the stride of validation, and of every score for which no other is asked."""
+    return max(1, context_length // 2)
+
+
 class EvaluationWindows(NamedTuple):
     """Windows that together predict every symbol of a text but the first exactly once.
 

@@ -19,18 +19,17 @@ from torch import Tensor
 
 from charlm.config import UserError
 from charlm.data.corpus import Corpus
+from charlm.data.windows import default_stride
 from charlm.inference.evaluation import (
-    AUTOCAST_DTYPES,
     EvaluationPrecision,
     Score,
     bits_per,
     check_options,
     count_units,
-    default_stride,
     exit_layers,
     score,
 )
-from charlm.inference.scoring import Visit, nats_and_entropies, sum_over_processes, visit_predictions
+from charlm.inference.scoring import AUTOCAST_DTYPES, Visit, nats_and_entropies, sum_over_processes, visit_predictions
 from charlm.model.kernels_cpu import exact_matmul
 from charlm.runs.load import TrainedModel
 
@@ -78,7 +77,7 @@ def early_exit(
     batch_size: int | None = None,
     precision: EvaluationPrecision = "fp32",
     quantiles: Sequence[float] = QUANTILES,
-    progress: bool = True,
+    show_progress: bool = True,
 ) -> EarlyExit:
     """Bits per character against layers used, for thresholds from the quantiles of the entropies on validation text.
 
@@ -99,12 +98,12 @@ def early_exit(
     if any(not 0 <= quantile <= 1 for quantile in quantiles):
         raise UserError(f"quantiles={list(quantiles)}: must lie in [0, 1]")
     started = time.perf_counter()
-    stride = stride if stride is not None else default_stride(trained)
+    stride = default_stride(trained.config.model.context_length) if stride is None else stride
     options = {
         "stride": stride,
         "batch_size": batch_size,
         "autocast_dtype": AUTOCAST_DTYPES[precision],
-        "progress": progress,
+        "show_progress": show_progress,
     }
     valid_ids = corpus.splits["valid"].ids[: trained.config.train.valid_symbols]
     ids = corpus.splits[split].ids[:limit]

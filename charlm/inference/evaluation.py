@@ -17,17 +17,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from charlm.config import UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import Vocabulary
-from charlm.inference.scoring import negative_log_likelihoods
+from charlm.data.windows import default_stride
+from charlm.inference.scoring import AUTOCAST_DTYPES, negative_log_likelihoods
 from charlm.model.kernels_cpu import exact_matmul
 from charlm.runs.load import TrainedModel
 
 EvaluationPrecision = Literal["fp32", "bf16", "fp16"]
-AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ def bits_per_character(
     precision: EvaluationPrecision = "fp32",
     all_layers: bool = False,
     mixture: Literal["hedge"] | None = None,
-    progress: bool = True,
+    show_progress: bool = True,
 ) -> Score:
     """Score a split of the corpus that the model was trained on (see `charlm.data.windows`).
 
@@ -95,7 +94,7 @@ def bits_per_character(
         all_layers: score every layer that has a head for the next symbol, in the same pass.
         mixture: "hedge" scores the prediction sum_i alpha_i f_i in place of the last layer's, with the weights alpha
             that hedge backpropagation has learned (Sahoo et al. 2018).
-        progress: show a bar on stderr if that is a terminal.
+        show_progress: show a bar on stderr if that is a terminal.
 
     Raises:
         UserError: a value out of range, fp16 on a CPU, a corpus other than the run's, or a mixture without weights.
@@ -103,7 +102,7 @@ def bits_per_character(
     check_options(trained, corpus, split, limit, batch_size, precision)
     started = time.perf_counter()
     weights = _mixture_weights(trained) if mixture else {trained.config.model.num_layers: 1.0}
-    stride = stride if stride is not None else default_stride(trained)
+    stride = default_stride(trained.config.model.context_length) if stride is None else stride
     ids = corpus.splits[split].ids[:limit]
     characters, _ = count_units(ids, corpus.vocabulary)
     with exact_matmul(trained.device):
@@ -115,7 +114,7 @@ def bits_per_character(
             layers=exit_layers(trained) if all_layers else weights,
             batch_size=batch_size,
             autocast_dtype=AUTOCAST_DTYPES[precision],
-            progress=progress,
+            show_progress=show_progress,
         )
     return score(
         trained,
@@ -148,11 +147,6 @@ def score(trained: TrainedModel, corpus: Corpus, nats_N: np.ndarray, *, split: s
         corpus_sha256=corpus.sha256,
         **protocol,
     )
-
-
-def default_stride(trained: TrainedModel) -> int:
-    """Half the context."""
-    return max(1, trained.config.model.context_length // 2)
 
 
 def exit_layers(trained: TrainedModel) -> list[int]:

@@ -38,19 +38,19 @@ def generate(
     draft: Draft | None = None,
     num_draft_tokens: int | None = None,
     statistics: DraftStatistics | None = None,
-    progress: bool = False,
+    show_progress: bool = False,
 ) -> str | list[str]:
     """The text that the model writes after `prompt`; the same seed gives the same text. See `stream`.
 
     Several prompts, of whatever lengths, are continued together, in less time than one after the other, but with drafts
     one after the other. Each has the text that it would have alone, the first with `seed`, the next with `seed` + 1 and
-    so on, but for rounding in the model. With `progress` a bar is shown on stderr if that is a terminal.
+    so on, but for rounding in the model. With `show_progress` a bar is shown on stderr if that is a terminal.
     """
     prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
     if not prompts:
         raise UserError("prompt: there is none; give at least one")
     sampling = Sampling(temperature, top_k, top_p)
-    shown = partial(tqdm, desc="generating", leave=False, disable=None if progress else True)
+    shown = partial(tqdm, desc="generating", leave=False, disable=None if show_progress else True)
     if draft is None and num_draft_tokens is None:
         steps = shown(_write(trained, prompts, length, sampling, seed), total=length + 1, unit=" symbols")
         texts = ["".join(pieces) for pieces in zip(*steps, strict=True)]

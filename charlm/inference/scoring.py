@@ -1,9 +1,10 @@
-"""What a model makes of each symbol of a text: logits from the layers asked for, and what is measured on them.
+"""The scoring loop: a model reads a text in windows and predicts every symbol once.
 
-Every symbol is predicted once, from the context that the protocol gives it (`charlm.data.windows`), whatever the batch
-size and the number of processes.
+Each symbol is predicted from the context that the windows give it (`charlm.data.windows`), whatever the batch size and
+the number of processes.
 
-Shapes: B batch, T positions, D d_model, V vocabulary, N symbols, M predictions of a batch, L layers asked for.
+Shapes: B batch, T positions, W = T + 1 symbols of a window, D d_model, V vocabulary, N symbols, M predictions of a
+batch, L layers asked for.
 """
 
 import math
@@ -20,24 +21,27 @@ from charlm.data.windows import EvaluationWindows, evaluation_windows
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 
+AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtype that the transformer's matrix products run in, by precision; None leaves that of its parameters."""
 BATCH_SYMBOLS = {"cpu": 2**11, "cuda": 2**16}
-"""Symbols that a batch of windows reads, by type of device, when no batch size is given. On a CPU more gain nothing."""
+"""Default number of symbols that a batch of windows reads, by type of device. On a CPU more is no faster."""
 CHUNK_LOGITS = 2**18
-"""Logits of which the softmax is taken at once: float64 copies stay small."""
+"""Number of logits whose softmax is taken at once: keeps their float64 copies small."""
 
 Measure = Callable[[Tensor, Tensor], Tensor]
-"""Log-probabilities [M, V] in float64 and targets [M] to what is kept of each prediction, [K, M]."""
+"""(log-probabilities [M, V] in float64, targets [M]) -> K figures of each prediction, [K, M]."""
 Visit = Callable[[Tensor, dict[int, Tensor]], None]
-"""Takes the places in the text of M symbols, and the measure of each by layer, {layer: float64 [K, M]}, on the CPU."""
+"""Receives the indices in the text of M symbols, and the figures of each by layer, {layer: float64 [K, M]}, on the
+CPU."""
 
 
 def nats(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """What the targets cost, [1, M]."""
+    """The cost of each target, [1, M]."""
     return -log_probabilities_MV.gather(-1, targets_M[:, None]).T
 
 
 def nats_and_entropies(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """What the targets cost, and the entropy of each prediction, [2, M] in nats."""
+    """The cost of each target and the entropy of its prediction in nats, [2, M]."""
     entropies_M = -(log_probabilities_MV.exp() * log_probabilities_MV).sum(-1)
     return torch.cat([nats(log_probabilities_MV, targets_M), entropies_M[None]])
 
@@ -51,10 +55,10 @@ def negative_log_likelihoods(
     layers: Iterable[int] | None = None,
     **options,
 ) -> dict[int, np.ndarray]:
-    """What each symbol costs, in nats, as each of `layers` predicts it: {layer: float64 [N]}.
+    """The cost of each symbol in nats by each of `layers`, by default the last: {layer: float64 [N]}.
 
-    Arguments, and what is raised, as for `visit_predictions`; layers by default the last. Where torch.distributed is
-    initialised, all processes get the whole result. The first symbol, which has no context, costs ln V.
+    Arguments and errors as for `visit_predictions`. Where torch.distributed is initialised, every process gets the
+    whole result.
     """
     layers = sorted(layers) if layers is not None else [transformer.config.num_layers]
     nats_LN = torch.zeros(len(layers), len(ids), dtype=torch.float64)
@@ -77,34 +81,28 @@ def visit_predictions(
     stride: int,
     layers: Iterable[int],
     measure: Measure = nats,
-    batch_size: int | None = None,
-    autocast_dtype: torch.dtype | None = None,
-    progress: bool = False,
-    before_batch: Callable[[], None] = lambda: None,
+    show_progress: bool = False,
+    **options,
 ) -> None:
-    """Call `visit` with every symbol of a text, in batches; memory does not grow with the text.
+    """Predict every symbol of a text once and call `visit` with the figures, batch by batch.
 
-    Safe for modules in training: no gradients, dropout off, and their mode is put back. Where torch.distributed is
-    initialised, each process visits a contiguous share of the symbols.
+    Memory does not grow with the text. Safe for modules in training: no gradients, dropout off, and their mode is put
+    back. Where torch.distributed is initialised, each process visits a contiguous share of the symbols.
 
-    The first symbol, which has no context, is taken as predicted by every layer with equal probabilities.
+    No window predicts the first symbol, which has no context: it counts as predicted with equal probabilities.
 
     Args:
         ids: the text, [N], at least one symbol.
         layers: 1-based, each with a head for offset 1.
-        autocast_dtype: of the transformer; None leaves it in the precision of its parameters.
-        before_batch: called before each batch, equally often by every process; what it raises ends the scoring.
+        show_progress: show a bar on stderr if that is a terminal.
+        options: batch_size, autocast_dtype and before_batch of `read_windows`.
 
     Raises:
         UserError: the stride is not in [1, context_length].
     """
     layers = sorted(layers)
-    device = next(transformer.parameters()).device
-    rank, num_processes = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    rank, num_processes = _rank_and_processes()
     windows = evaluation_windows(len(ids), transformer.config.context_length, stride)
-    if batch_size is None:
-        budget = BATCH_SYMBOLS.get(device.type, BATCH_SYMBOLS["cpu"])
-        batch_size = max(1, budget // (transformer.config.context_length * len(layers)))
     if rank == 0:
         V = transformer.vocabulary_size
         first = measure(torch.full((1, V), -math.log(V), dtype=torch.float64), torch.tensor([int(ids[0])]))
@@ -116,32 +114,69 @@ def visit_predictions(
         unit_scale=True,
         initial=int(rank == 0),  # the first symbol is in no window
         leave=False,
-        disable=None if progress and rank == 0 else True,
+        disable=None if show_progress and rank == 0 else True,
     )
-    with (
-        bar,
-        _evaluating(transformer, heads),
-        torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
-    ):
-        for symbols_BT, counts_BT in _batches(windows, batch_size, rank, num_processes):
-            before_batch()
-            window_ids = torch.from_numpy(ids[symbols_BT].astype(np.int64)).to(device)
-            # Window 0 scores all that it predicts, every other its last `stride` predictions at most.
-            num_last = windows.length if counts_BT[:, :-stride].any() else min(stride, windows.length)
-            counts_BT, targets_BT = counts_BT[:, -num_last:], symbols_BT[:, -num_last:]
-            counts = torch.from_numpy(counts_BT)
-            targets_M = window_ids[:, -num_last:][counts]
-            hidden_states = transformer(window_ids[:, :-1], layers=layers, num_last=num_last)
-            measured = {
-                layer: _measured(measure, _logits(heads, hidden_states[layer][counts], layer), targets_M).cpu()
-                for layer in layers
-            }
-            visit(torch.from_numpy(targets_BT[counts_BT]), measured)
-            bar.update(int(counts_BT.sum()))
+    with bar, _evaluating(transformer, heads):
+        for symbols_M, hidden_states in read_windows(transformer, ids, windows, layers=layers, **options):
+            targets_M = torch.from_numpy(ids[symbols_M.numpy()].astype(np.int64))
+            measured = {}
+            for layer, hidden_MD in hidden_states.items():
+                logits_MV = heads(hidden_MD[None].float(), layer)[0, :, 0]
+                measured[layer] = _measured(measure, logits_MV, targets_M.to(logits_MV.device)).cpu()
+            visit(symbols_M, measured)
+            bar.update(len(symbols_M))
+
+
+@torch.no_grad()
+def read_windows(
+    transformer: CharTransformer,
+    ids: np.ndarray,
+    windows: EvaluationWindows,
+    *,
+    layers: Iterable[int],
+    batch_size: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    share: bool = True,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+    """Read a text in windows, batch by batch: the hidden states at every position whose prediction counts.
+
+    The transformer runs without gradients, in the mode (training or evaluation) that it is in.
+
+    Args:
+        ids: the text, [N].
+        layers: 1-based.
+        batch_size: windows per batch; by default as many as `BATCH_SYMBOLS` allows.
+        autocast_dtype: for the transformer's matrix products; None leaves the precision of its parameters.
+        share: where torch.distributed is initialised, each process reads a contiguous share of the windows; otherwise
+            each reads all.
+        before_batch: called before each batch, equally often by every process; an exception it raises ends the loop.
+
+    Yields:
+        symbols: indices in the text of the M symbols predicted from these positions, in the windows' order; on the CPU.
+        hidden_states: {layer: [M, D]} of the position before each.
+    """
+    layers = sorted(layers)
+    device = next(transformer.parameters()).device
+    rank, num_processes = _rank_and_processes() if share else (0, 1)
+    if batch_size is None:
+        budget = BATCH_SYMBOLS.get(device.type, BATCH_SYMBOLS["cpu"])
+        batch_size = max(1, budget // (transformer.config.context_length * len(layers)))
+    # Window 0 scores all it predicts, later ones as a rule their last predictions: the top layer computes no others.
+    num_later = int((windows.length - windows.first_scored[1:]).max(initial=1))
+    for symbols_BW, counts_BT in _batches(windows, batch_size, rank, num_processes):
+        before_batch()
+        window_ids = torch.from_numpy(ids[symbols_BW[:, :-1]].astype(np.int64)).to(device)
+        num_last = windows.length if counts_BT[:, :-num_later].any() else num_later
+        counts = torch.from_numpy(counts_BT[:, -num_last:])
+        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            hidden_states = transformer(window_ids, layers=layers, num_last=num_last)
+        symbols_M = torch.from_numpy(symbols_BW[:, -num_last:])[counts]
+        yield symbols_M, {layer: hidden_states[layer][counts] for layer in layers}
 
 
 def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
-    """The sum of a tensor on the CPU over all processes, of which `device` is each one's own."""
+    """The sum over all processes of a tensor on the CPU; `device` is the process's own."""
     if not _distributed():
         return tensor
     shared = tensor.to(device) if "nccl" in dist.get_backend() else tensor
@@ -152,14 +187,14 @@ def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
 def _batches(
     windows: EvaluationWindows, batch_size: int, rank: int, num_processes: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The windows of one process in batches: the symbols that each reads and predicts, and which predictions count.
+    """One process's share of the windows, in batches.
 
-    Compiled modules want batches of one size, and sharded ones equally many in every process. So the last batches are
-    filled up with windows that belong to another process or were scored before, of which nothing counts.
+    Compiled modules need batches of one size, and sharded ones equally many batches in every process. So the last
+    batches are filled up with windows that belong to another process or were read before, and count nothing.
 
     Yields:
-        symbols: int64 [B, T + 1], indices into the text.
-        counts: bool [B, T], over symbols[:, 1:].
+        symbols: int64 [B, W], W = T + 1, indices into the text.
+        counts: bool [B, T], which of the predictions of symbols[:, 1:] count.
     """
     num_windows, offsets = len(windows.starts), np.arange(windows.length + 1)
     share = math.ceil(num_windows / num_processes)
@@ -172,22 +207,16 @@ def _batches(
         yield windows.starts[batch, None] + offsets, counts_BT
 
 
-def _logits(heads: Heads, hidden_MD: Tensor, layer: int) -> Tensor:
-    """Logits of the next symbol, [M, V], in fp32 also under autocast: at one row a symbol it costs next to nothing."""
-    with torch.autocast(hidden_MD.device.type, enabled=False):
-        return heads(hidden_MD[None].float(), layer)[0, :, 0]
-
-
 def _measured(measure: Measure, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """What `measure` gives, [K, M], with the softmax of a part of the logits at a time."""
+    """The figures of each prediction, [K, M]; takes the softmax of a part of the logits at a time."""
     rows = max(1, CHUNK_LOGITS // logits_MV.shape[-1])
-    return torch.cat(
-        [
-            measure(logits.double().log_softmax(-1), targets)
-            for logits, targets in zip(logits_MV.split(rows), targets_M.split(rows), strict=True)
-        ],
-        dim=-1,
-    )
+    parts = zip(logits_MV.split(rows), targets_M.split(rows), strict=True)
+    return torch.cat([measure(logits.double().log_softmax(-1), targets) for logits, targets in parts], dim=-1)
+
+
+def _rank_and_processes() -> tuple[int, int]:
+    """(0, 1) where torch.distributed is not initialised."""
+    return (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
 
 
 def _distributed() -> bool:
@@ -196,7 +225,7 @@ def _distributed() -> bool:
 
 @contextmanager
 def _evaluating(*modules: torch.nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside; each module's mode is put back after."""
+    """No gradients and no dropout inside; the mode of each module is put back after."""
     modes = [module.training for module in modules]
     try:
         with torch.no_grad():

@@ -56,7 +56,7 @@ def evaluate_charlm(job: Job, turns: Turns) -> None:
             stride=job.stride,
             limit=limit,
             precision=job.contestant.precision,
-            progress=False,
+            show_progress=False,
         )
     )
 

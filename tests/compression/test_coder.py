@@ -31,7 +31,7 @@ def coded(build_model, tmp_path):
     def make(data: bytes, trained=None, **options):
         trained = trained or build_model()
         (tmp_path / "text").write_bytes(data)
-        compress(trained, tmp_path / "text", tmp_path / "text.clm", progress=False, **options)
+        compress(trained, tmp_path / "text", tmp_path / "text.clm", show_progress=False, **options)
         return trained, tmp_path / "text.clm"
 
     return make
@@ -40,7 +40,7 @@ def coded(build_model, tmp_path):
 def decoded(trained, path: Path) -> bytes:
     target = path.with_name("back")
     target.unlink(missing_ok=True)
-    length = decompress(trained, path, target, progress=False)
+    length = decompress(trained, path, target, show_progress=False)
     assert length == target.stat().st_size
     return target.read_bytes()
 
@@ -52,7 +52,7 @@ def refused(trained, path: Path, data: bytes) -> str:
     target.write_bytes(b"older")
     before = sorted(path.parent.iterdir())
     with pytest.raises(UserError) as error:
-        decompress(trained, path, target, progress=False)
+        decompress(trained, path, target, show_progress=False)
     assert target.read_bytes() == b"older" and sorted(path.parent.iterdir()) == before
     assert str(path.parent) in str(error.value) and len(str(error.value)) < 500
     return str(error.value)
@@ -85,7 +85,7 @@ def test_any_bytes_come_back(build_model, tmp_path, data, streams, context, stri
     trained = build_model()
     (tmp_path / "text").write_bytes(data)
     options = {"streams": streams, "context": context, "stride": min(stride, context), "block": block}
-    compress(trained, tmp_path / "text", tmp_path / "text.clm", verify=False, progress=False, **options)
+    compress(trained, tmp_path / "text", tmp_path / "text.clm", verify=False, show_progress=False, **options)
     assert decoded(trained, tmp_path / "text.clm") == data
 
 
@@ -112,7 +112,7 @@ def test_the_size_is_what_the_score_predicts(coded, streams, length):
 def test_what_compress_tells(coded, build_model, tmp_path):
     """Guards against figures of something other than the file."""
     (tmp_path / "text").write_bytes("aé".encode() * 20)
-    result = compress(build_model(), tmp_path / "text", tmp_path / "out", streams=3, verify=False, progress=False)
+    result = compress(build_model(), tmp_path / "text", tmp_path / "out", streams=3, verify=False, show_progress=False)
     size = (tmp_path / "out").stat().st_size
     assert (result.bytes, result.symbols, result.characters, result.compressed_bytes) == (60, 60, 40, size)
     assert (result.bits_per_character, result.bits_per_byte) == (8 * size / 40, 8 * size / 60)
@@ -267,7 +267,7 @@ def test_what_does_not_decode_is_not_kept(build_model, tmp_path, monkeypatch):
     monkeypatch.setattr(trained.heads, "forward", noisy)
     (tmp_path / "text").write_bytes(b"some text" * 5)
     with pytest.raises(UserError, match="nothing was kept"):
-        compress(trained, tmp_path / "text", tmp_path / "out", progress=False)
+        compress(trained, tmp_path / "text", tmp_path / "out", show_progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
@@ -289,10 +289,10 @@ def test_places_that_cannot_be(build_model, tmp_path):
             if work is decompress and source == text:
                 continue
             with pytest.raises(UserError, match=message):
-                work(trained, source, target, progress=False)
-    compress(trained, text, tmp_path / "out", progress=False)
+                work(trained, source, target, show_progress=False)
+    compress(trained, text, tmp_path / "out", show_progress=False)
     with pytest.raises(UserError, match="is the input"):
-        decompress(trained, tmp_path / "out", tmp_path / "out", progress=False)
+        decompress(trained, tmp_path / "out", tmp_path / "out", show_progress=False)
     assert text.read_bytes() == b"some text"
 
 
@@ -316,7 +316,7 @@ def test_a_text_that_changes_meanwhile(build_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(compression, "measure", change)
     with pytest.raises(UserError, match="changed while it was compressed"):
-        compress(build_model(), text, tmp_path / "out", progress=False)
+        compress(build_model(), text, tmp_path / "out", show_progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -369,7 +369,7 @@ def test_symbols_outside_the_vocabulary(model_of, tmp_path, monkeypatch, data, m
     monkeypatch.setattr(reading, "PIECE", 4)
     (tmp_path / "text").write_bytes(data)
     with pytest.raises(UserError, match=message):
-        compress(model_of(CharacterVocabulary("abc")), tmp_path / "text", tmp_path / "out", progress=False)
+        compress(model_of(CharacterVocabulary("abc")), tmp_path / "text", tmp_path / "out", show_progress=False)
     assert not (tmp_path / "out").exists()
 
 

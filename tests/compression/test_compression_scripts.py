@@ -126,12 +126,12 @@ def test_evaluation_at_a_stride_explains_the_score(run_on_disk):
     none."""
     trained = load(run_on_disk)
     corpus = load_corpus(trained.config.data, progress=False)
-    one = score_as_compressor(trained, corpus, limit=17 + 9 * 12, streams=1, progress=False)
+    one = score_as_compressor(trained, corpus, limit=17 + 9 * 12, streams=1, show_progress=False)
     assert one.stride == 9
-    expected = bits_per_character(trained, corpus, limit=17 + 9 * 12, stride=9, progress=False)
+    expected = bits_per_character(trained, corpus, limit=17 + 9 * 12, stride=9, show_progress=False)
     assert one.bits_per_character == pytest.approx(expected.bits_per_character, rel=1e-5)
     with pytest.raises(UserError, match="another text"):
-        score_as_compressor(trained, replace(corpus, sha256="0" * 64), progress=False)
+        score_as_compressor(trained, replace(corpus, sha256="0" * 64), show_progress=False)
 
 
 @pytest.mark.parametrize(

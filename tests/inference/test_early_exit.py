@@ -52,7 +52,8 @@ def test_the_curve_equals_brute_force(setting, batch_size):
     ids, valid = corpus.splits["test"].ids[:50], corpus.splits["valid"].ids[:90]
     valid_entropies = sorted(entropy for row in brute_force(trained, valid)[1] for entropy in row[:2])
     bits, entropies = brute_force(trained, ids)
-    found = early_exit(trained, corpus, stride=1, limit=50, batch_size=batch_size, quantiles=[0.3, 0.6], progress=False)
+    options = {"stride": 1, "limit": 50, "batch_size": batch_size, "quantiles": [0.3, 0.6]}
+    found = early_exit(trained, corpus, show_progress=False, **options)
     for point, quantile in zip(found.points, (0.3, 0.6), strict=True):
         place = quantile * (len(valid_entropies) - 1)
         below = valid_entropies[math.floor(place)]
@@ -71,7 +72,7 @@ def test_the_ends_are_the_whole_depth_and_the_first_exit(setting):
     """Guards against ends of the curve that only come near: a quantile is the largest value of the validation text, and
     the scored one may exceed it."""
     trained, corpus = setting
-    found = early_exit(trained, corpus, stride=3, progress=False)
+    found = early_exit(trained, corpus, stride=3, show_progress=False)
     plain = bits_per_character(trained, corpus, stride=3, all_layers=True)
     assert [point.quantile for point in found.points] == list(QUANTILES)
     first, last = found.points[0], found.points[-1]
@@ -114,7 +115,7 @@ def test_a_model_with_one_exit_is_refused(setting):
 
 def test_what_the_picture_shows(setting, tmp_path):
     """Guards against a curve drawn from other figures, and layers that are missing."""
-    curve = early_exit(*setting, quantiles=[0, 0.5, 1], progress=False)
+    curve = early_exit(*setting, quantiles=[0, 0.5, 1], show_progress=False)
     axes = early_exit_figure(curve).axes[0]
     exits, layers = axes.lines[:2]
     assert list(exits.get_xdata()) == sorted(point.mean_layers for point in curve.points)

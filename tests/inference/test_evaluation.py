@@ -262,7 +262,7 @@ def test_matmul_stays_fp32_and_is_put_back(monkeypatch, has_amx, num_rows, expec
 
 def test_progress_is_quiet_where_it_is_no_terminal(build_model, build_corpus, capfd):
     """Guards against logs filled with progress bars."""
-    bits_per_character(build_model(), build_corpus(letters(100).tobytes()), progress=True)
+    bits_per_character(build_model(), build_corpus(letters(100).tobytes()), show_progress=True)
     assert capfd.readouterr() == ("", "")
 
 

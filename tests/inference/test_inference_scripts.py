@@ -106,7 +106,7 @@ def test_generate_continues_several_prompts(run_on_disk, script):
 def test_generating_in_bulk_shows_progress(run_on_disk, draft, monkeypatch, capsys):
     """Guards against minutes without a word in a terminal, and a bar that stays between the texts."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    generate(load(run_on_disk), ["12é ", "7"], length=3, draft=draft, progress=True)
+    generate(load(run_on_disk), ["12é ", "7"], length=3, draft=draft, show_progress=True)
     shown = capsys.readouterr().err
     assert "generating: " in shown and shown.rstrip(" ").endswith("\r")
     generate(load(run_on_disk), ["12é ", "7"], length=3, draft=draft)

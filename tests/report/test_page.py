@@ -204,7 +204,7 @@ def test_scores_by_layer_are_those_of_evaluate(run, measured):
     corpus = corpus_of(run)
     first = bytes(corpus.splits["valid"].ids).decode()[:300].encode()
     score = charlm.bits_per_character(
-        load(run.path), corpus, split="valid", limit=len(first), all_layers=True, progress=False
+        load(run.path), corpus, split="valid", limit=len(first), all_layers=True, show_progress=False
     )
     assert measured.score.layers == score.layers and set(score.layers) == {"1", "2"}
     assert f"{len(first)}: 300 characters" in dict(tables.page_protocol(measured.score))["symbols"]

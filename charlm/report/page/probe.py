@@ -97,7 +97,7 @@ def measure(run: Run, corpus: Corpus | UserError, *, characters: int = CHARACTER
         valid, ids = corpus.splits["valid"], corpus.splits["test"].ids
         symbols = symbols_of(characters, valid.ids, corpus.vocabulary)
         measured.score = bits_per_character(
-            trained, corpus, split="valid", limit=symbols, all_layers=True, progress=progress
+            trained, corpus, split="valid", limit=symbols, all_layers=True, show_progress=progress
         )
         measured.num_windows = max(1, symbols // trained.config.model.context_length)
         nats_NT = nats_by_position(trained, valid.ids, measured.num_windows)
