@@ -29,7 +29,7 @@ from charlm.compression.container import MAX_BLOCK, MAX_STREAMS, MAX_THREADS, PR
 from charlm.config import UserError
 from charlm.data.vocabulary import Vocabulary
 from charlm.data.windows import default_stride
-from charlm.model.attention import KVCache
+from charlm.model.cache import KVCache
 from charlm.model.kernels_cpu import exact_matmul
 from charlm.process import physical_memory
 from charlm.runs.load import TrainedModel

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from charlm.model.attention import KVCache
+from charlm.model.cache import KVCache
 from charlm.model.kernels_cpu import exact_matmul
 from charlm.runs.load import TrainedModel
 

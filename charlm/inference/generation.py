@@ -18,7 +18,7 @@ from charlm.inference.cached import next_logits
 from charlm.inference.sampling import Sampling, sample
 from charlm.inference.speculative import Draft, DraftStatistics, Speculation, build_drafter
 from charlm.inference.stepping import stepping
-from charlm.model.attention import KVCache
+from charlm.model.cache import KVCache
 from charlm.runs.load import TrainedModel
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from charlm.config import UserError
 from charlm.inference.cached import logits_after, read, read_last
 from charlm.inference.sampling import Sampling, draw
-from charlm.model.attention import KVCache
+from charlm.model.cache import KVCache
 from charlm.model.kernels_cpu import exact_matmul
 from charlm.runs.load import TrainedModel
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from charlm.model.attention import KVCache, Places
+from charlm.model.cache import KVCache, Places
 from charlm.model.heads import Heads
 from charlm.model.transformer import Block, CharTransformer
 from charlm.runs.trained import TrainedModel

@@ -1,4 +1,4 @@
-"""What the network reads at a position beside the character itself.
+"""Embeddings that the first layer reads in addition to the character's.
 
 Shapes: B batch, S characters seen, T positions, N characters of the longest n-gram, D d_model.
 """
@@ -18,10 +18,10 @@ _MODULUS, _BASE = 2**31 - 1, 1_000_003
 class NgramEmbedding(nn.Module):
     """Embeddings of the n-grams that end at each position, from hashed tables (Pagnoni et al. 2024, section 3.2.1).
 
-    For each n the last n characters are hashed to one row of a table; the rows of all n, side by side, go through one
-    matrix to the model's width. N-grams share rows by chance; context and depth tell them apart. A narrow table with a
-    matrix after it (Lan et al. 2020, section 3.1) stands where the source has tables of full width. The gradients of
-    the tables are sparse: a step costs the rows that it reads, however large the tables are.
+    For each n the last n characters are hashed to one row of a table. The rows of all n are concatenated and go through
+    one matrix to the model's width. N-grams can share a row by chance; context and depth tell them apart. A narrow
+    table and a matrix (Lan et al. 2020, section 3.1) replace the source's tables of full width. The gradients of the
+    tables are sparse: the cost of a step depends on the rows that it reads, not on the size of the tables.
     """
 
     def __init__(self, config: ModelConfig):
@@ -35,14 +35,14 @@ class NgramEmbedding(nn.Module):
         nn.init.normal_(self.up.weight, std=self.up.in_features**-0.5)
 
     def forward(self, ids_BS: Tensor, num_positions: int) -> Tensor:
-        """The embeddings of the last `num_positions` of the characters seen: [B, num_positions, D].
+        """The embeddings of the last `num_positions` of the S characters: [B, num_positions, D].
 
-        An n-gram that begins before the first of them, or where the id is -1, holds in place of what it lacks a sign
-        that is no character.
+        In an n-gram that begins before the first character, or at an id of -1, a symbol that is no character takes the
+        place of the missing ones.
         """
         longest = self.lengths[-1]
-        signs_BS = F.pad(ids_BS + 1, (longest - 1, 0))
-        newest_first_BTN = signs_BS.unfold(1, longest, 1)[:, -num_positions:].flip(-1)
+        symbols_BS = F.pad(ids_BS + 1, (longest - 1, 0))
+        newest_first_BTN = symbols_BS.unfold(1, longest, 1)[:, -num_positions:].flip(-1)
         hashes_BTN = (newest_first_BTN * _powers(longest, ids_BS.device)).cumsum(dim=-1) % _MODULUS
         rows = [
             table(hashes_BTN[..., n - 1] % table.num_embeddings)
@@ -52,8 +52,8 @@ class NgramEmbedding(nn.Module):
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # or what was made while generating could not be trained with
+@torch.inference_mode(False)  # or powers computed during generation could not be used in training
 def _powers(count: int, device: torch.device) -> Tensor:
-    """base^j modulo a prime for j = 0 ... count - 1. The hash of an n-gram is the sum of (id + 1) * base^j over its
+    """base^j modulo a prime, for j = 0 ... count - 1. The hash of an n-gram is the sum of (id + 1) * base^j over its
     characters, j steps back, modulo the same prime."""
     return torch.tensor([pow(_BASE, j, _MODULUS) for j in range(count)], device=device)

@@ -1,6 +1,6 @@
-"""Prediction heads: hidden states of a layer to logits of the characters at one or several offsets.
+"""Prediction heads: they map the hidden states of a layer to logits of the characters at one or several offsets.
 
-Shapes: B batch, T positions, D d_model, E width of what a classifier reads (D, or a tower's), K offsets, V vocabulary.
+Shapes: B batch, T positions, D d_model, E input width of a classifier (D, or a tower's width), K offsets, V vocabulary.
 """
 
 from collections import OrderedDict
@@ -17,18 +17,18 @@ class Heads(nn.Module):
     """One linear classifier with bias per (layer, offset), tied to nothing (Al-Rfou et al. 2018, section 3).
 
     Under pre-norm an intermediate layer hands out the raw residual stream, so each exit owns a layer norm; the last
-    layer's is the model's final norm. Classifiers start at zero: every loss starts at exactly ln V, and however many
-    heads there are, none disturbs the trunk before it has learned anything itself.
+    layer's is the model's final norm. Classifiers start at zero, so every loss starts at exactly ln V, and no head
+    disturbs the trunk before it has learned something itself.
 
-    The last layer's head is always this one, but in a model whose upper layers were cut off above a tower. Those of
-    intermediate layers may be of another kind (`aux.layers.head`):
+    The last layer's head is of this kind, except in a model that was cut off above a tower. Intermediate layers may
+    have another kind (`aux.layers.head`):
 
     - shared: the model's final norm and the last layer's classifier of the same offset (Elhoushi et al. 2024,
-      LayerSkip, section 4.1.2). Nothing is added to parameters or state. Under post-norm the states are normal already.
-    - shared_frozen: the same, but as constants: the gradient reaches the trunk alone.
-    - tower: norm, a hidden layer that the offsets share, ReLU, dropout, and a classifier per offset. The auxiliary
-      networks of GoogLeNet (Szegedy et al. 2015, section 5) and PSPNet (Zhao et al. 2017, section 4), at a position
-      what those are at a pixel.
+      LayerSkip, section 4.1.2). It has no parameters of its own. Under post-norm the states are already normalised.
+    - shared_frozen: the same, but as constants: the gradient reaches the trunk only.
+    - tower: norm, a hidden layer that the offsets share, ReLU, dropout, and a classifier per offset. It does at a
+      position what the auxiliary networks of GoogLeNet (Szegedy et al. 2015, section 5) and PSPNet (Zhao et al. 2017,
+      section 4) do for an image.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class Heads(nn.Module):
         final_norm: nn.Module | None = None,
         last_tower: bool = False,
     ):
-        """A classifier for each of `pairs`, and one of the last layer for each offset if those are shared.
+        """Make a classifier for each of `pairs`, or one of the last layer for each offset if they are shared.
 
         Args:
             pairs: (layer, offset); layers are 1-based, offset 1 is the next.
-            layers: says of what kind the heads of intermediate layers are; linear by default.
-            final_norm: the transformer's, which shared heads apply.
-            last_tower: the last layer has a tower, too, behind the final norm.
+            layers: names the kind of the intermediate layers' heads; linear by default.
+            final_norm: the transformer's final norm, which shared heads apply.
+            last_tower: the last layer also has a tower, after the final norm.
         """
         super().__init__()
         layers = layers or LayersConfig()
@@ -57,7 +57,7 @@ class Heads(nn.Module):
         self.last_layer = config.num_layers
         self.last_tower = last_tower
         self.frozen = layers.head == "shared_frozen"
-        self._final_norm = (final_norm,)  # in a tuple: it is a part of the transformer, and none of this module
+        self._final_norm = (final_norm,)  # in a tuple: its parameters belong to the transformer, not to this module
         wanted = set(pairs)
         owned = {(self.last_layer, offset) for _, offset in wanted} if shared else wanted
         self.pairs = sorted(wanted | owned)
@@ -79,18 +79,18 @@ class Heads(nn.Module):
             self.exits[f"layer{layer}"] = nn.ModuleDict(parts)
 
     def norm(self, layer: int) -> nn.Module:
-        """What the head of `layer` does to its states first; nothing where they come normalised."""
+        """The norm that the head of `layer` applies first; the identity where the states are already normalised."""
         home = self._homes[layer]
         return self.exits[f"layer{layer}"]["norm"] if home == layer else self._final_norm[0]
 
     def linears(self, layer: int, offsets: Sequence[int]) -> list[nn.Linear]:
-        """The linear layers that predict `offsets` from `layer`: the tower's, if there is one, and the classifiers."""
+        """The linear layers that predict `offsets` from `layer`: the tower's, if it has one, and the classifiers."""
         parts = self._parts(layer)
         tower = [parts["tower"].hidden] if "tower" in parts else []
         return tower + [parts[f"offset{offset}"] for offset in offsets]
 
     def classifiers(self, hidden_BTD: Tensor, layer: int, offsets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the classifiers of `layer` read, [B, T, E], and their weights [K * V, E] and biases [K * V] as of one.
+        """The input of the classifiers of `layer`, [B, T, E], and their weights [K * V, E] and biases [K * V], joined.
 
         The offsets share one matrix product, but each keeps its own parameters: a classifier that is not asked for
         gets no gradient at all, so no optimizer moves it.
@@ -104,7 +104,7 @@ class Heads(nn.Module):
         return self.states(hidden_BTD, layer), weight, bias
 
     def states(self, hidden_BTD: Tensor, layer: int) -> Tensor:
-        """What the classifiers of `layer` read, [B, T, E]: the hidden states behind the norm, and the tower."""
+        """The input of the classifiers of `layer`, [B, T, E]: the hidden states after the norm and the tower."""
         parts, states_BTE = self._parts(layer), self.norm(layer)(hidden_BTD)
         return parts["tower"](states_BTE) if "tower" in parts else states_BTE
 
@@ -113,12 +113,12 @@ class Heads(nn.Module):
         return F.linear(*self.classifiers(hidden_BTD, layer, offsets)).unflatten(-1, (len(offsets), -1))
 
     def _parts(self, layer: int) -> nn.ModuleDict:
-        """The modules that the head of `layer` is made of; those of the last layer where they are shared."""
+        """The modules of the head of `layer`; the last layer's where they are shared."""
         return self.exits[f"layer{self._homes[layer]}"]
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # generating reads one: a copy would cost
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # generation reads one, and a copy would cost time
 
 
 def _tower(d_model: int, width: int, dropout: float) -> nn.Sequential:
@@ -129,7 +129,7 @@ def _tower(d_model: int, width: int, dropout: float) -> nn.Sequential:
 
 
 def _frozen(norm: nn.Module, hidden_BTD: Tensor) -> Tensor:
-    """What `norm`, a layer norm or nothing, gives, its parameters being constants."""
+    """Apply `norm`, a layer norm or the identity, with its parameters as constants."""
     if isinstance(norm, nn.Identity):
         return hidden_BTD
     return F.layer_norm(hidden_BTD, norm.normalized_shape, norm.weight.detach(), norm.bias.detach(), norm.eps)

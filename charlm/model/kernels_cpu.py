@@ -1,17 +1,22 @@
-"""The fastest matrix product in fp32."""
+"""Computations that torch's own kernels do slower on a CPU.
 
+Shapes: B batch, T positions, Q queries (of the last positions), D inputs of a linear layer, H heads, C head size.
+"""
+
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
 
 FEW_ROWS = 16
-"""Below so many rows the CPU's "highest" path is the faster one, above it "medium"."""
+"""Below this many rows a CPU multiplies fp32 matrices faster at precision "highest", above it at "medium"."""
 
 
 @contextmanager
 def exact_matmul(device: torch.device, num_rows: int = FEW_ROWS) -> Iterator[None]:
-    """The fastest product of `num_rows` rows that is fp32 inside; the setting of before is put back after."""
+    """Inside, products of `num_rows` rows run at the fastest precision that is still fp32 throughout."""
     medium = device.type == "cpu" and num_rows >= FEW_ROWS and medium_is_fp32()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if medium else "highest")
@@ -27,3 +32,88 @@ def medium_is_fp32() -> bool:
     return capabilities.get("architecture") == "x86_64" and not any(
         present for name, present in capabilities.items() if name.startswith("amx_")
     )
+
+
+def apply_linear(layer: nn.Linear, x_BTD: Tensor) -> Tensor:
+    """The output of a linear layer. A single vector without gradients goes by dot products, 2 to 3 times as fast as
+    the matrix product on a CPU."""
+    if x_BTD.shape[:-1].numel() > 1 or x_BTD.device.type != "cpu" or torch.is_grad_enabled():
+        return layer(x_BTD)
+    return (torch.linalg.vecdot(layer.weight, x_BTD.flatten()) + layer.bias).expand(*x_BTD.shape[:-1], -1)
+
+
+def many_texts_few_queries(query_BHQC: Tensor) -> bool:
+    """Whether `attend_by_text` is faster: many texts, a few symbols of each, no gradients, a CPU.
+
+    Only in fp32, as bf16 would round the scores before their softmax.
+    """
+    B, _, num_queries, _ = query_BHQC.shape
+    in_fp32 = query_BHQC.device.type == "cpu" and query_BHQC.dtype == torch.float32
+    return num_queries < FEW_ROWS <= B and in_fp32 and not torch.is_grad_enabled()
+
+
+def attend_by_text(query_BHQC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor, visible: Tensor | None) -> Tensor:
+    """Attention in two batched products, which read keys and values faster than the fused kernel."""
+    with exact_matmul(query_BHQC.device, query_BHQC.shape[2]):  # a text's queries are few, whatever the batch
+        scores_BHQT = (query_BHQC @ key_BHTC.mT).mul_(query_BHQC.shape[3] ** -0.5)
+        if visible is not None:
+            scores_BHQT.masked_fill_(~visible, -math.inf)
+        return scores_BHQT.softmax(dim=-1) @ value_BHTC
+
+
+def block_length(head_size: int) -> int:
+    """Queries that `BlockwiseAttention` takes at once: the fastest of 64 to 512 on a CPU."""
+    return 256 if head_size >= 128 else 128
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """Causal attention in blocks of queries, each over the keys up to the block's end.
+
+    The Q queries belong to the last of the keys' T positions.
+
+    The CPU's fused kernel also computes the masked half of the scores, and its backward pass uses the processor's
+    matrix instructions poorly; here every product is one batched matrix product. The attention weights are kept for
+    the backward pass in the precision of the queries, B x H x T x T / 2 of them (activation checkpointing drops them).
+    """
+
+    @staticmethod
+    def forward(ctx, query_BHQC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor) -> Tensor:
+        C = key_BHTC.shape[-1]
+        query, key, value = (x.reshape(-1, x.shape[2], C) for x in (query_BHQC, key_BHTC, value_BHTC))
+        mixed = torch.empty_like(query)
+        future = query.new_full((block_length(C),) * 2, float("-inf")).triu(1)
+        weights = []
+        with torch.autocast(query.device.type, enabled=False):
+            for start, end, own in _blocks(query, key):
+                scores = torch.baddbmm(query.new_empty(1), query[:, own], key[:, :end].mT, beta=0, alpha=C**-0.5)
+                scores[:, :, start:] += future[: end - start, : end - start]
+                block = scores.softmax(dim=-1)
+                torch.bmm(block, value[:, :end], out=mixed[:, own])
+                if any(ctx.needs_input_grad):
+                    weights.append(block)
+        ctx.save_for_backward(query, key, value, *weights)
+        return mixed.view(query_BHQC.shape)
+
+    @staticmethod
+    def backward(ctx, grad_BHQC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *weights = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5
+        grad = grad_BHQC.reshape(query.shape)
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for (_, end, own), block in zip(_blocks(query, key), weights, strict=True):
+            grad_value[:, :end].baddbmm_(block.mT, grad[:, own])
+            grad_block = torch.bmm(grad[:, own], value[:, :end].mT)
+            # torch has no public name for this gradient; public operations take twice as long and round otherwise.
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_block, block, -1, block.dtype)
+            torch.baddbmm(query.new_empty(1), grad_scores, key[:, :end], beta=0, alpha=scale, out=grad_query[:, own])
+            grad_key[:, :end].baddbmm_(grad_scores.mT, query[:, own], alpha=scale)
+        return tuple(gradient.unflatten(0, grad_BHQC.shape[:2]) for gradient in (grad_query, grad_key, grad_value))
+
+
+def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[int, int, slice]]:
+    """The first and the last position (exclusive) of each block, and where its queries lie."""
+    T, C = key.shape[1:]
+    earlier, length = T - query.shape[1], block_length(C)
+    for start in range(earlier, T, length):
+        end = min(start + length, T)
+        yield start, end, slice(start - earlier, end - earlier)

@@ -1,4 +1,4 @@
-"""A deep causal Transformer over characters that returns hidden states, never logits.
+"""A deep causal Transformer over characters. It returns hidden states, never logits.
 
 Shapes: B batch, T positions, D d_model, H heads, V vocabulary, L layers.
 """
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from charlm.config import AttentionBackend, ModelConfig
-from charlm.model.attention import Attention, KVCache, LayerCache, Places, Rotation, rotary_table
+from charlm.model.attention import Attention, RotaryTable, rotary_table
+from charlm.model.cache import KVCache, LayerCache, Places
 from charlm.model.embedding import NgramEmbedding
+from charlm.model.kernels_cpu import apply_linear
 
 
 class ReluSquared(torch.autograd.Function):
-    """max(x, 0)^2 (So et al. 2021, Primer), with one tensor kept and one pass over it in the backward pass."""
+    """max(x, 0)^2 (So et al. 2021, Primer). Keeps one tensor, and the backward pass reads it once."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ class ReluSquared(torch.autograd.Function):
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)^2; without gradients one tensor suffices."""
+    """max(x, 0)^2; in place where no gradient is needed."""
     return ReluSquared.apply(x) if torch.is_grad_enabled() else F.relu(x).square_()
 
 
@@ -51,15 +53,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return _linear(self.down, self.dropout(self.activation(_linear(self.up, x_BTD))))
-
-
-def _linear(linear: nn.Linear, x_BTD: Tensor) -> Tensor:
-    """What `linear` gives. Of a single character on a CPU by dot products, 2 to 3 times as fast as its matrix product:
-    one text that is compressed by itself is read so."""
-    if x_BTD.shape[:-1].numel() > 1 or x_BTD.device.type != "cpu" or torch.is_grad_enabled():
-        return linear(x_BTD)
-    return (torch.linalg.vecdot(linear.weight, x_BTD.flatten()) + linear.bias).expand(*x_BTD.shape[:-1], -1)
+        return apply_linear(self.down, self.dropout(self.activation(apply_linear(self.up, x_BTD))))
 
 
 class Block(nn.Module):
@@ -77,11 +71,11 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        rotation: Rotation | None = None,
+        rotation: RotaryTable | None = None,
         cache: LayerCache | None = None,
         num_last: int | None = None,
     ) -> Tensor:
-        """The layer's output; of the last `num_last` positions only, if given."""
+        """The output of the layer; only the last `num_last` positions, if given."""
         kept_BTD = x_BTD if num_last is None else x_BTD[:, -num_last:]
         if self.pre_norm:
             x_BTD = kept_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotation, cache, num_last))
@@ -91,7 +85,7 @@ class Block(nn.Module):
 
 
 class CharTransformer(nn.Module):
-    """Character ids to the hidden states of the layers asked for (Al-Rfou et al. 2018, section 3).
+    """Maps character ids to the hidden states of chosen layers (Al-Rfou et al. 2018, section 3).
 
     Initialisation: matrices are normal with variance 1 / fan-in, biases zero, embeddings normal with standard deviation
     0.3, position tables with 0.02. The two matrices of each layer that write to the residual stream are scaled down by
@@ -149,15 +143,15 @@ class CharTransformer(nn.Module):
 
         Args:
             ids_BT: character ids, at most `context_length` of them counting those that `cache` holds.
-            layers: 1-based numbers of the layers wanted; by default the last. None above the highest is computed.
-            cache: keys and values of earlier positions; it is advanced by T, and only for the layers that run: use one
-                cache for one depth. Only in evaluation mode or without activation checkpointing.
-            num_last: hand out the last so many positions only, at least 1. Of the others the highest layer wanted
-                then computes no more than keys and values.
+            layers: 1-based numbers of the layers wanted; by default the last. Layers above the highest do not run.
+            cache: keys and values of earlier positions. It advances by T, but only in the layers that run, so use a
+                cache for one depth only. Not in training with activation checkpointing.
+            num_last: return only so many of the last positions, at least 1. For the others the highest layer wanted
+                computes nothing but keys and values.
 
         Returns:
-            {layer: hidden_BTD}, T at most `num_last`. Under pre-norm the last layer's states went through the final
-            norm; those of an intermediate layer are the raw residual stream, which its head normalises.
+            {layer: hidden_BTD}, with at most `num_last` positions. Under pre-norm the last layer's states went through
+            the final norm; an intermediate layer's are the raw residual stream, which its head normalises.
 
         Raises:
             ValueError: no such layer, or the positions exceed the context.
@@ -169,9 +163,11 @@ class CharTransformer(nn.Module):
         return self._run(self.embed(ids_BT, places, cache), 0, wanted, places, cache, num_last)
 
     def resume(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
-        """The last layer's hidden states from those of an intermediate `layer`, which `forward` gave for the T
-        positions behind those that `cache` holds, and whose keys and values are still in its buffers: set back its
-        lengths first. The cache is advanced by T again."""
+        """Compute the last layer's hidden states from those of an intermediate `layer`.
+
+        `forward` returned them for the T positions after those in `cache`, whose buffers still hold their keys and
+        values: reset the cache's lengths to before them. The cache advances by T again.
+        """
         places = self.places(hidden_BTD.shape[1], cache)
         last = self.config.num_layers
         return self._run(hidden_BTD, layer, {last}, places, cache)[last]
@@ -180,7 +176,7 @@ class CharTransformer(nn.Module):
         """Where the next `num_new` positions go.
 
         Raises:
-            ValueError: they exceed the context.
+            ValueError: the positions exceed the context.
         """
         places = cache.places(num_new) if cache is not None else Places(slice(0, num_new), num_new, None)
         if places.end > self.config.context_length:
@@ -188,7 +184,7 @@ class CharTransformer(nn.Module):
         return places
 
     def embed(self, ids_BT: Tensor, places: Places, cache: KVCache | None) -> Tensor:
-        """What the first layer reads but for positions, [B, T, D]; the ids are stored in `cache`."""
+        """The input of the first layer without its positions, [B, T, D]. Stores the ids in `cache`."""
         x_BTD = self.embedding(ids_BT)
         if self.ngram_embedding is None:
             return x_BTD
@@ -196,8 +192,8 @@ class CharTransformer(nn.Module):
         seen_BS = ids_BT if cache is None else cache.extend_ids(ids_BT, places, num_earlier)
         return x_BTD + self.ngram_embedding(seen_BS, ids_BT.shape[1])
 
-    def rotation(self, places: Places) -> Rotation | None:
-        """That of queries and keys at `places`; None where positions are learned."""
+    def rotation(self, places: Places) -> RotaryTable | None:
+        """The rotation of queries and keys at `places`; None where positions are learned."""
         if self.config.positions != "rotary":
             return None
         head_size = self.config.d_model // self.config.num_heads
@@ -213,7 +209,7 @@ class CharTransformer(nn.Module):
         cache: KVCache | None,
         num_last: int | None = None,
     ) -> dict[int, Tensor]:
-        """The layers above `lowest`, whose output `x_BTD` is; 0 is the embedding."""
+        """Run the layers above `lowest`, whose output is `x_BTD`; layer 0 is the embedding."""
         rotation = self.rotation(places)
         T = x_BTD.shape[1]
         hidden_states = {}

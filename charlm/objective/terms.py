@@ -1,9 +1,10 @@
 """The objective as a table: one row per prediction task, with its weight over training."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from charlm.config import AuxConfig, ConfigError, LayersConfig, TargetsConfig, layer_at
 from charlm.objective.schedules import (
@@ -25,6 +26,15 @@ WEIGHTINGS: dict[str, Callable[[int, int, float], float]] = {
     "power": lambda l, L, gamma: max(0.01, (l / L) ** gamma),  # noqa: E741
 }
 """What layer l of L weighs against the last, by `aux.layers.weighting`."""
+
+
+class TermName(NamedTuple):
+    """The parts of a term's name; the later ones may be missing."""
+
+    layer: int
+    offset: int | None
+    positions: str | None
+    task: str | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,15 @@ class Term:
         """Unique in a table, and a path in trackers that group by slashes."""
         what = f"offset{self.offset}/{self.positions}" if self.task is None else f"task/{self.task}"
         return f"layer{self.layer}/{what}"
+
+    @staticmethod
+    def parse(name: str) -> TermName | None:
+        """The parts of a `name`, or of its beginning, such as "layer3" or "layer3/offset2"; None for another text."""
+        found = re.fullmatch(r"layer(\d+)(?:/offset(\d+)(?:/(all|last))?|/task/(.+))?", name)
+        if found is None:
+            return None
+        layer, offset, positions, task = found.groups()
+        return TermName(int(layer), None if offset is None else int(offset), positions, task)
 
 
 def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tuple[Term, ...]:

@@ -7,7 +7,7 @@ from charlm.inference import generation
 from charlm.inference.cached import next_logits
 from charlm.inference.generation import generate, stream
 from charlm.inference.sampling import sample
-from charlm.model.attention import KVCache
+from charlm.model.cache import KVCache
 
 
 @torch.no_grad()

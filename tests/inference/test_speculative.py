@@ -15,7 +15,7 @@ from charlm.inference.generation import generate, stream
 from charlm.inference.sampling import Sampling
 from charlm.inference.speculative import DraftStatistics, Speculation, accept, accept_likeliest, build_drafter
 from charlm.inference.stepping import stepping
-from charlm.model.attention import KVCache
+from charlm.model.cache import KVCache
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.runs.load import TrainedModel

@@ -11,7 +11,7 @@ import torch
 from charlm.config import LayersConfig
 from charlm.inference.generation import generate
 from charlm.inference.stepping import _Linear, stepping
-from charlm.model.attention import KVCache
+from charlm.model.cache import KVCache
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 

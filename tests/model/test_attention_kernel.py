@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from charlm.config import Config, ModelConfig
 from charlm.config_files import load_config
-from charlm.model.attention import BlockwiseAttention, KVCache, Rotation, block_length
-from charlm.model.kernels_cpu import FEW_ROWS
+from charlm.model.attention import RotaryTable
+from charlm.model.cache import KVCache
+from charlm.model.kernels_cpu import FEW_ROWS, BlockwiseAttention, block_length
 from charlm.model.transformer import CharTransformer, ReluSquared
 from charlm.training.device import describe_attention
 
@@ -48,7 +49,7 @@ def kernels_of_a_training_step(config: Config, precision: torch.dtype) -> Counte
 
 
 def turned_by_a_rotation(x_BHTC: torch.Tensor) -> torch.Tensor:
-    return Rotation.by(torch.arange(10, dtype=x_BHTC.dtype).view(5, 2))(x_BHTC)
+    return RotaryTable.of(torch.arange(10, dtype=x_BHTC.dtype).view(5, 2))(x_BHTC)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)

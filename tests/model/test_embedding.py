@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from charlm.config import ConfigError, ModelConfig
-from charlm.model.attention import KVCache
+from charlm.model.cache import KVCache
 from charlm.model.embedding import NgramEmbedding
 from charlm.model.transformer import CharTransformer
 

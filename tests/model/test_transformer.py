@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from charlm.config import ModelConfig
-from charlm.model.attention import KVCache
+from charlm.model.cache import KVCache
 from charlm.model.transformer import CharTransformer
 
 V = 11

@@ -380,6 +380,7 @@ def test_rows_of_own_tasks():
         ("layer2/task/order", 2, 0, "all", "order"),
         ("layer4/task/parity", 4, 0, "all", "parity"),
     ]
+    assert Term.parse(terms[1].name) == (1, None, None, "early")
     assert [term.weight(0.25) for term in terms] == pytest.approx([1.0, 0.0, 0.1, 0.5])
     assert [term.weight.stops_at for term in terms] == [None, 0.25, 0.5, None]
 
@@ -446,4 +447,5 @@ def test_any_table_follows_the_formula(config, num_layers, progress):
     }
     terms = build_terms(config, num_layers)
     assert len({term.name for term in terms}) == len(terms)
+    assert [Term.parse(term.name) for term in terms] == [(*row, None) for row in rows(terms)]
     assert table(terms, progress) == pytest.approx({row: weight for row, weight in expected.items() if weight})

@@ -5,7 +5,6 @@ which the page lists them; their names stand in the page's legend, outside of th
 """
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -149,12 +148,11 @@ def _losses_by_task(run: Recorded) -> dict[str, dict[int, Points]]:
     panels: dict[str, dict[int, Points]] = {}
     bits_per_nat = run.symbols_per_character / math.log(2)
     for name, (steps, losses) in run.losses().items():
-        found = re.fullmatch(r"layer(\d+)/(?:offset(\d+)/(all|last)|task/(.+))", name)
-        if not found or not np.isfinite(losses).any():
+        found = Term.parse(name)
+        if not found or not (found.positions or found.task) or not np.isfinite(losses).any():
             continue
-        layer, offset, positions, task = found.groups()
-        title = f"{task}, nats" if task else _title(int(offset), positions)
-        panels.setdefault(title, {})[int(layer)] = steps, losses * (1.0 if task else bits_per_nat)
+        title = f"{found.task}, nats" if found.task else _title(found.offset, found.positions)
+        panels.setdefault(title, {})[found.layer] = steps, losses * (1.0 if found.task else bits_per_nat)
     return panels
 
 
@@ -289,9 +287,9 @@ def diagnostics(run: Recorded) -> Picture | None:
         for step, record in run.diagnostics:
             figures = record.get(kind)
             for name, value in figures.items() if isinstance(figures, dict) else ():
-                found = re.fullmatch(r"layer(\d+)(?:/offset1)?", name)
-                if found and isinstance(value, int | float):
-                    lines.setdefault(int(found[1]), []).append((step, value))
+                found = Term.parse(name)
+                if found and found.offset in (None, 1) and isinstance(value, int | float):
+                    lines.setdefault(found.layer, []).append((step, value))
         if lines:
             panels[title] = {layer: tuple(np.array(points, float).T) for layer, points in sorted(lines.items())}
             logarithmic |= {title} if scale == "log" else set()
@@ -371,8 +369,8 @@ def _style(place: int) -> tuple[str, Any]:
 
 
 def _layer(name: str) -> int:
-    found = re.fullmatch(r"layer(\d+)", name)
-    return int(found[1]) if found else 0
+    found = Term.parse(name)
+    return found.layer if found else 0
 
 
 def _finite(values: np.ndarray) -> list[float]:

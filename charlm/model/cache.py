@@ -1,0 +1,100 @@
+"""Keys and values of the positions that were read so far, for generation.
+
+Shapes: B batch, T new positions, S positions up to the newest, H heads, C head size, L layers.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from charlm.config import ModelConfig
+
+FEW_QUERIES = 16
+
+
+class Places(NamedTuple):
+    """Where the next T positions of each row of a cache go."""
+
+    positions: slice | Tensor
+    """A slice where all rows are equally long, else [B, T]."""
+    end: int
+    """S, the length of the longest row afterwards."""
+    visible_B1TS: Tensor | None
+    """Which positions each new one attends to. None means plain causal attention: a mask is built for rows of different
+    lengths, and for 2 to 16 new positions, where it is faster than attention in blocks."""
+
+
+class LayerCache(NamedTuple):
+    """One layer's buffers, [B, H, context_length, C] each, and where the next positions go."""
+
+    keys: Tensor
+    values: Tensor
+    places: Places
+
+    def extend(self, keys_BHTC: Tensor, values_BHTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of new positions; return those of all positions up to them."""
+        positions, end, _ = self.places
+        for buffer, new_BHTC in ((self.keys, keys_BHTC), (self.values, values_BHTC)):
+            if isinstance(positions, slice):
+                buffer[:, :, positions] = new_BHTC
+            else:
+                buffer.scatter_(2, positions[:, None, :, None].expand(new_BHTC.shape), new_BHTC)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class KVCache:
+    """Keys and values in buffers that never move, [L, B, H, context_length, C] each, and the ids, [B, context_length].
+
+    Every row has its own length. Lowering a length forgets the newest positions, such as rejected drafts.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32):
+        head_size = config.d_model // config.num_heads
+        shape = (config.num_layers, batch_size, config.num_heads, config.context_length, head_size)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.ids = torch.zeros(batch_size, config.context_length, device=device, dtype=torch.long)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long)
+        """[B], on the CPU, where shapes are decided."""
+
+    @property
+    def length(self) -> int:
+        """The length of the longest row."""
+        return max(self.lengths.tolist())
+
+    def reset(self) -> None:
+        """Forget every position."""
+        self.lengths.zero_()
+
+    def row(self, row: int) -> "KVCache":
+        """A view of one row: it shares the buffers and the length."""
+        view = copy.copy(self)
+        view.keys, view.values = self.keys[:, row : row + 1], self.values[:, row : row + 1]
+        view.ids, view.lengths = self.ids[row : row + 1], self.lengths[row : row + 1]
+        return view
+
+    def places(self, num_new: int) -> Places:
+        """Where the next `num_new` positions of each row go."""
+        lengths = self.lengths.tolist()
+        end = max(lengths) + num_new
+        equal = min(lengths) == max(lengths)
+        if equal and not 1 < num_new <= FEW_QUERIES:
+            return Places(slice(end - num_new, end), end, None)
+        positions_BT = (self.lengths[:, None] + torch.arange(num_new)).to(self.keys.device)
+        visible_BTS = torch.arange(end, device=self.keys.device) <= positions_BT[:, :, None]
+        return Places(slice(end - num_new, end) if equal else positions_BT, end, visible_BTS[:, None])
+
+    def extend_ids(self, ids_BT: Tensor, places: Places, num_earlier: int) -> Tensor:
+        """Store the ids of new positions; return them and up to `num_earlier` before them, -1 where there is none."""
+        if isinstance(places.positions, slice):
+            self.ids[:, places.positions] = ids_BT
+            return self.ids[:, max(0, places.positions.start - num_earlier) : places.end]
+        self.ids.scatter_(1, places.positions, ids_BT)
+        wanted_BS = places.positions[:, :1] + torch.arange(-num_earlier, ids_BT.shape[1], device=ids_BT.device)
+        return self.ids.gather(1, wanted_BS.clamp(min=0)).masked_fill(wanted_BS < 0, -1)
+
+    def layer(self, layer: int, places: Places) -> LayerCache:
+        """The buffers of a layer (1-based)."""
+        return LayerCache(self.keys[layer - 1], self.values[layer - 1], places)
