@@ -38,3 +38,8 @@ def run_script(name: str, *arguments: str) -> int:
         with pytest.raises(SystemExit) as exit_info:
             runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
     return exit_info.value.code
+
+
+def table_cells(text: str) -> list[list[str]]:
+    """The cells of the Markdown tables in `text`: for each table the header, the rule, and the rows."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]

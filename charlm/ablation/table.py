@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from charlm.config import Config
+from charlm.markdown import markdown_table
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; more are taken for 9, which is on the safe side."""
@@ -151,10 +152,10 @@ def to_markdown(lines: Sequence[Line], notes: Sequence[str] = ()) -> str:
     with_paper = any(line.paper is not None for line in lines)
     header = ["row", "bits per character", "Δ", "verdict", "ms per step", "CPU s", "peak memory", "seeds"]
     header += ["paper: T64, text8 dev", "paper's Δ"] if with_paper else []
-    table = [header, ["---" if title in ("row", "verdict") else "---:" for title in header]]
+    table = []
     for line in lines:
         cells = [
-            line.name.replace("|", "\\|"),
+            line.name,
             _with_spread(line.mean, line.deviation, ""),
             _with_spread(line.delta, line.margin, "+"),
             line.verdict,
@@ -169,7 +170,7 @@ def to_markdown(lines: Sequence[Line], notes: Sequence[str] = ()) -> str:
                 "" if line.paper_delta is None else f"{line.paper_delta:+.3f}",
             ]
         table.append(cells)
-    text = [*notes, "", *(f"| {' | '.join(row)} |" for row in table), "", HOW_TO_READ.format(reference=lines[0].name)]
+    text = [*notes, "", markdown_table(header, table), "", HOW_TO_READ.format(reference=lines[0].name)]
     failures = [failure for line in lines for failure in line.failures]
     if failures:
         text += ["", "Failed:", "", *(f"- {failure}" for failure in failures)]

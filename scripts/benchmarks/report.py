@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.race import Entry
-from benchmarks.results import RaceResult, drafts_table, markdown, paired, spread
+from benchmarks.results import RaceResult, drafts_table, paired, spread
 from benchmarks.setups import ALL_LOSSES, ALLOCATOR, CHECKPOINTED, MAIN_LOSS
 from benchmarks.suites import Outcome, Point, Settings
+from charlm.markdown import markdown_table
 
 PACKAGES = ("torch", "accelerate", "x-transformers", "transformers")
 
@@ -134,7 +135,7 @@ def auxiliary_table(points: Sequence[Point]) -> str:
                 _mebibytes(off.peak_memory),
             ]
         )
-    return f"**Auxiliary losses on against off** ({points[0].shape.in_words()})\n\n" + markdown(header, rows)
+    return f"**Auxiliary losses on against off** ({points[0].shape.in_words()})\n\n" + markdown_table(header, rows)
 
 
 def scaling_table(points: Sequence[Point]) -> str:
@@ -162,7 +163,7 @@ def scaling_table(points: Sequence[Point]) -> str:
         ]
         for point, place, utilisation in zip(points, found, utilisations, strict=True)
     ]
-    return f"**Scaling with {points[0].axis}** (from {points[0].shape.in_words()})\n\n" + markdown(header, rows)
+    return f"**Scaling with {points[0].axis}** (from {points[0].shape.in_words()})\n\n" + markdown_table(header, rows)
 
 
 def _mebibytes(size: int) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.race import Entry
 from benchmarks.setups import AS_IT_COMES
+from charlm.markdown import markdown_table
 
 PRODUCT = "matrix product"
 DRAFT_FACTS = ("num_draft_tokens", "acceptance_rate", "characters_per_pass")
@@ -137,7 +138,7 @@ class RaceResult:
         others.sort(key=lambda entry: -np.median(entry.rates()))
         rows = [self._row(entry) for entry in own + others]
         columns = [number for number in range(len(header)) if any(row[number] for row in rows)]
-        return f"**{self.title}**\n\n" + markdown(
+        return f"**{self.title}**\n\n" + markdown_table(
             [header[number] for number in columns], [[row[number] for number in columns] for row in rows]
         )
 
@@ -184,22 +185,4 @@ def drafts_table(result: RaceResult) -> str:
                 f"{entry.facts['acceptance_rate']:.0%} of {entry.facts['num_draft_tokens']}" if drafted else "",
             ]
         )
-    return f"**{result.title}**\n\n" + markdown(header, rows)
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose figures stand right and whose source is aligned."""
-    table = [list(header), *map(list, rows)]
-    widths = [max(3, *(len(row[number]) for row in table)) for number in range(len(header))]
-    is_text = [not any(row[number][:1].isdigit() for row in rows) for number in range(len(header))]
-    rule = ["-" * width if text else "-" * (width - 1) + ":" for width, text in zip(widths, is_text, strict=True)]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.ljust(width) if text else cell.rjust(width)
-            for cell, width, text in zip(row, widths, is_text, strict=True)
-        )
-        + " |"
-        for row in [table[0], rule, *table[1:]]
-    ]
-    return "\n".join(lines)
+    return f"**{result.title}**\n\n" + markdown_table(header, rows)

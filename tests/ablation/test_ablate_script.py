@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny import TINY, run_script
+from tiny import TINY, run_script, table_cells
 
 
 @pytest.fixture
@@ -57,8 +57,7 @@ def test_real_runs(place, capfd) -> None:
     shown, printed = capfd.readouterr()
     assert "2 of 6 runs failed; the same command tries them again" in printed
     assert "failed: two, seed 0: train.mixed_precision=fp16" in printed
-    rows = [line.split(" | ") for line in shown.splitlines() if line.startswith("| ")]
-    assert [(row[0], row[7]) for row in rows[2:]] == [("| full", "2 |"), ("| one", "2 |"), ("| two", "0 |")]
+    assert [(row[0], row[7]) for row in table_cells(shown)[2:]] == [("full", "2"), ("one", "2"), ("two", "0")]
     assert shown == (place / "out" / "table.md").read_text()
     assert {path.name for path in (place / "out").iterdir()} >= {"table.csv", "table.png", "full", "one", "two"}
     assert (place / "out" / "one" / "seed-1" / "checkpoints" / "best").exists()

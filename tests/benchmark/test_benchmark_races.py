@@ -22,6 +22,7 @@ from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.snapshot import take_snapshot
+from tiny import table_cells
 
 TOY = Shape(name="toy", num_layers=2, d_model=16, num_heads=2, d_ff=32, context_length=16, batch_size=2)
 
@@ -148,9 +149,7 @@ def test_drafts_from_run_to_table(text: Path, tmp_path: Path) -> None:
         for job, of_one, of_job in zip(jobs, facts, seconds, strict=True)
     ]
     outcome = Outcome(races=[RaceResult(title, entries, [])])
-    lines = [line for line in to_markdown(drafts, outcome).splitlines() if line[:1] == "|"]
-    columns = [[cell.strip() for cell in line.split("|")] for line in lines[2:]]
-    assert [(row[1], row[4]) for row in columns] == [
+    assert [(row[0], row[3]) for row in table_cells(to_markdown(drafts, outcome))[2:]] == [
         ("no drafts", ""), ("drafts from offsets", "2.50"), ("drafts from layer 1", "1.50")
     ]  # fmt: skip
     written = document(drafts, outcome)["races"][0]["contestants"]
@@ -184,8 +183,7 @@ def test_points_from_races(benchmark: str, tmp_path: Path) -> None:
         ("depth", 64),
     ]
     assert all(list(point.setups) == ["all losses", MAIN_LOSS, CHECKPOINTED] for point in points)
-    rows = [line for line in to_markdown(settings(benchmark), Outcome(points=points)).splitlines() if line[:1] == "|"]
-    assert len(rows) == 2 + 4
+    assert len(table_cells(to_markdown(settings(benchmark), Outcome(points=points)))) == 2 + 4
     assert draw(settings(benchmark), Outcome(points=points), tmp_path / "picture.svg").exists()
 
 

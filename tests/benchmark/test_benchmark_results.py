@@ -5,10 +5,12 @@ import json
 import pytest
 from benchmarks.race import Entry
 from benchmarks.report import document, point_dict, scaling_table, to_markdown
-from benchmarks.results import RaceResult, markdown, spread
+from benchmarks.results import RaceResult, spread
 from benchmarks.setups import AS_IT_COMES, TUNED, Contestant, charlm
 from benchmarks.shapes import named_shape
 from benchmarks.suites import Outcome, Point, Settings
+
+from tiny import table_cells
 
 SHAPE = named_shape("S", gpu=False)
 SETTINGS = Settings(benchmark="train", shape=SHAPE, device="cpu", precision="bf16", rounds=3, steps=2)
@@ -100,8 +102,7 @@ def test_document_of_a_race(result: RaceResult) -> None:
 
 def test_table_of_a_race(result: RaceResult) -> None:
     """Guards against a ratio in the wrong row, and charlm's own lines lost among the peers."""
-    lines = to_markdown(SETTINGS, Outcome(races=[result])).splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+    rows = table_cells(to_markdown(SETTINGS, Outcome(races=[result])))[2:]
     assert [row[0] for row in rows] == ["charlm", "charlm", "quick", "slow", "quick", "slow"]
     assert rows[0][4:7] == ["30", "22 to 45", "50%"]
     assert [row[-1] for row in rows] == ["", "0.90", "2.00", "2.50", "3.00", "4.00"]
@@ -146,16 +147,6 @@ def test_growth_by_hand() -> None:
         lineup = [charlm("bf16"), charlm("bf16", "main loss alone"), charlm("bf16", "all losses, checkpointed")]
         setups = {contestant.setup: entry(contestant, seconds, flop=flop) for contestant in lineup}
         places.append(Point("depth", depth, SHAPE, setups, dict.fromkeys(setups, utilisation)))
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in scaling_table(places).splitlines()[2:]]
+    rows = table_cells(scaling_table(places))
     column = rows[0].index("beyond arithmetic")
     assert [row[column] for row in rows[2:]] == ["1.00", "1.50"]
-
-
-def test_markdown_aligns_figures_right() -> None:
-    """Guards against a table that Markdown does not read."""
-    assert markdown(["name", "x"], [["a", "1.5"], ["bb", "10"]]).splitlines() == [
-        "| name |   x |",
-        "| ---- | --: |",
-        "| a    | 1.5 |",
-        "| bb   |  10 |",
-    ]
