@@ -1,11 +1,11 @@
-"""Every command in README.md and docs/: read by its own parser, and run in the order of its document.
+"""Every command in README.md and docs/ is read by its own parser, and run in the order of its document.
 
-Commands are the lines of ```sh blocks, and what stands in backticks and begins with `python scripts/`, `make ` or
-`source scripts/`; a ```python block is one, too. Under `<!-- needs: a GPU -->`, or what else NEEDS names, they are only
-read.
+A command is a line of a ```sh block, a ```python block, or text in backticks that begins with `python scripts/`,
+`make ` or `source scripts/`. Commands under `<!-- needs: a GPU -->`, or another of NEEDS, are read but not run.
 """
 
 import ast
+import dataclasses
 import hashlib
 import importlib
 import math
@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 import yaml
 
+import charlm
 from charlm import cli
 from charlm.config import DataConfig
-from charlm.config_files import load_config
 from charlm.data.corpus import load_corpus
-from charlm.data.sources import PUBLISHED, Published
+from charlm.data.sources import PUBLISHED
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.data.windows import evaluation_windows
 from charlm.inference.evaluation import bits_per, count_units
@@ -45,20 +45,26 @@ ELSEWHERE = {
     "make soak": "tests/soak.py",
     "make lint": "Makefile",
 }
-"""What takes too long to be run once more, or is what runs this: how a command begins, and the file that has it."""
+"""Commands that take too long here, or that run these tests: how they begin, and the file that runs them."""
 SMALL = {
     "data": {"corpus": "file", "path": "my.txt"},
     "model": {"num_heads": 2, "d_model": 16, "d_ff": 16, "ngram_buckets": 16, "ngram_width": 4},
     "train": {"steps": 4, "batch_size": 4, "mixed_precision": "no", "valid_every": 2, "valid_symbols": 100},
 }
-"""What the configs say in the folder that commands are run in."""
+"""Options that make the configs small in the folder where commands are run."""
 STEPS = (r"(--run\.resume_from|--train\.steps)=\d+", r"\1=4")
-"""The one thing that is rewritten in a command: the number of a step, as runs are short."""
+"""The only part of a command that is rewritten: step numbers, because the runs are short."""
 TEXT = "".join(f"<page {number}>\u00e9 is the {number * number}th of them.\n" for number in range(2000))
+LAUNCHERS = {
+    "accelerate": ("accelerate.commands.launch", "launch_command_parser"),
+    "torchrun": ("torch.distributed.run", "get_args_parser"),
+}
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-INLINE = re.compile(r"`((?:(?:python|source) scripts/|make )[^`]*)`")
+COMMANDS = re.compile(rf"{FENCE.pattern}|`(?P<inline>(?:(?:python|source) scripts/|make )[^`]*)`", FENCE.flags)
+LINE = r"(?:.*\\\n)*.+"
+"""A line of shell with those that continue it."""
 
 
 class Command(NamedTuple):
@@ -71,21 +77,16 @@ class Command(NamedTuple):
 
 
 def commands_in(document: Path) -> Iterator[Command]:
-    """All of a document, in order."""
-    text, found, end = document.read_text(encoding="utf-8"), [], 0
-    for fence in FENCE.finditer(text):
-        found += [(match.start(), "sh", match[1], None) for match in INLINE.finditer(text, end, fence.start())]
-        lines = [fence["text"]] if fence["language"] == "python" else []
-        if fence["language"] == "sh":
-            lines = re.findall(r"(?:.*\\\n)*.+", fence["text"])
-        for line in lines:
-            found.append((text.index(line, fence.start("text")), fence["language"], line, fence["mark"]))
-        end = fence.end()
-    found += [(match.start(), "sh", match[1], None) for match in INLINE.finditer(text, end)]
+    """The commands of a document, in order."""
+    text = document.read_text(encoding="utf-8")
     name = document.relative_to(ROOT) if document.is_relative_to(ROOT) else document.name
-    for start, language, line, mark in found:
-        line = line if language == "python" else line.replace("\\\n", " ").replace("\n", " ")
-        yield Command(f"{name}:{text[:start].count(chr(10)) + 1}", language, line, mark)
+    for found in COMMANDS.finditer(text):
+        group, language = ("inline", "sh") if found["inline"] else ("text", found["language"])
+        pattern = {"inline sh": "(?s:.+)", "text python": "(?s:.+)", "text sh": LINE}.get(f"{group} {language}", "(?!)")
+        for command in re.finditer(pattern, found[group]):
+            number = text.count("\n", 0, found.start(group) + command.start()) + 1
+            line = command[0] if language == "python" else command[0].replace("\\\n", " ").replace("\n", " ")
+            yield Command(f"{name}:{number}", language, line, found["mark"])
 
 
 ALL = [command for document in DOCUMENTS for command in commands_in(document)]
@@ -93,7 +94,7 @@ LINES = [command for command in ALL if command.language == "sh"]
 
 
 def words_of(line: str) -> tuple[dict[str, str], list[str]]:
-    """The environment that a line of shell begins with, and its words, patterns replaced by files."""
+    """The environment variables at the beginning of a shell line, and its words with file patterns expanded."""
     words = []
     for word in shlex.split(line, comments=True):
         files = sorted(ROOT.glob(word)) if "*" in word and " " not in word else []
@@ -103,11 +104,11 @@ def words_of(line: str) -> tuple[dict[str, str], list[str]]:
 
 
 class Read(BaseException):
-    """A script has read its command line; what comes then is work."""
+    """Raised when a script has read its command line, before it does its work."""
 
 
 def read_by_script(script: str, *words: str) -> None:
-    """Have a script read its own command line; ablate also makes its rows."""
+    """Let a script read its own command line; ablate also makes its rows."""
 
     def stop(*args: Any, **options: Any) -> None:
         raise Read
@@ -136,19 +137,16 @@ def read_by_script(script: str, *words: str) -> None:
 
 
 def read(line: str) -> None:
-    """Have the program of a line of shell read it, and do nothing."""
+    """Let the program of a shell line read its arguments, and do nothing else."""
     environment, (program, *words) = words_of(line)
     if program == "python" and words[0] == "-c":
         ast.parse(words[1])
     elif program == "python":
         read_by_script(*words)
     elif program in ("accelerate", "torchrun"):
-        if program == "accelerate":
-            launcher = importlib.import_module("accelerate.commands.launch").launch_command_parser()
-            assert words.pop(0) == "launch"
-        else:
-            launcher = importlib.import_module("torch.distributed.run").get_args_parser()
-        options = launcher.parse_args(words)
+        assert program == "torchrun" or words.pop(0) == "launch"
+        module, parser = LAUNCHERS[program]
+        options = getattr(importlib.import_module(module), parser)().parse_args(words)
         assert not getattr(options, "config_file", None) or (ROOT / options.config_file).is_file()
         read_by_script(options.training_script, *options.training_script_args)
     elif program == "sbatch":
@@ -169,12 +167,12 @@ def read(line: str) -> None:
 
 @pytest.mark.parametrize("command", [pytest.param(command, id=command.place) for command in LINES])
 def test_a_command_is_understood(command: Command) -> None:
-    """Guards against documents that name flags, values, configs, scripts or targets which are no more."""
+    """Guards against documents that name flags, values, configs, scripts or targets that no longer exist."""
     read(command.text)
 
 
 def test_every_command_is_seen() -> None:
-    """Guards against a command in a block that is no ```sh, and marks that nobody understands."""
+    """Guards against a command outside of ```sh blocks, and against unknown marks."""
     assert len(LINES) > 50
     assert {command.mark for command in ALL} <= {None, "order.py", *(f"needs: {what}" for what in NEEDS)}
     assert all(command.split()[-1].split("/")[-1] in (ROOT / file).read_text() for command, file in ELSEWHERE.items())
@@ -185,34 +183,34 @@ def test_every_command_is_seen() -> None:
 
 
 def test_yaml_in_documents(tmp_path: Path) -> None:
-    """Guards against an example of a config file that charlm refuses."""
-    blocks = [
-        fence["text"]
-        for file in DOCUMENTS
-        for fence in FENCE.finditer(file.read_text("utf-8"))
-        if fence["language"] == "yaml"
-    ]
+    """Guards against an example config that charlm refuses."""
+    fences = [fence for file in DOCUMENTS for fence in FENCE.finditer(file.read_text("utf-8"))]
+    blocks = [fence["text"] for fence in fences if fence["language"] == "yaml"]
     assert blocks
     for block in blocks:
         (tmp_path / "example.yaml").write_text(block)
-        load_config(tmp_path / "example.yaml")
+        charlm.load_config(tmp_path / "example.yaml")
+
+
+def test_the_rows_in_the_readme() -> None:
+    """Guards against a README that shows the table of losses as `explain` no longer prints it."""
+    (shown,) = re.findall(r"<!-- explain -->\n```\n(.*?)\n```", DOCUMENTS[0].read_text("utf-8"), re.DOTALL)
+    assert shown == charlm.explain(charlm.load_config(ROOT / "configs/demo.yaml", {"model.num_layers": 3})).to_text()
 
 
 def test_links() -> None:
-    """Guards against links to pages and headings that are no more."""
+    """Guards against links to pages and headings that no longer exist."""
     for document in DOCUMENTS:
         for file, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", document.read_text("utf-8")):
             target = document.parent / file if file else document
             assert target.is_file(), f"{document.name}: {file}"
-            text = FENCE.sub("", target.read_text("utf-8")) if anchor else ""
-            headings = [
-                re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in re.findall("^#+ (.*)", text.lower(), re.M)
-            ]
+            titles = re.findall("^#+ (.*)", FENCE.sub("", target.read_text("utf-8")).lower(), re.M) if anchor else []
+            headings = [re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles]
             assert not anchor or anchor in headings, f"{document.name}: {file}#{anchor}"
 
 
 def test_example_of_evaluation() -> None:
-    """Guards against an example by hand that is not what evaluation does."""
+    """Guards against a worked example that differs from what evaluation does."""
     text = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
     rows = [[cell.split() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     numbers = [[list(map(int, cell)) for cell in row] for row in rows if len(row) == 5 and row[2][0].isdigit()]
@@ -246,13 +244,13 @@ def test_example_of_evaluation() -> None:
     ],
 )
 def test_a_wrong_command_is_refused(line: str) -> None:
-    """Guards against a check of the documents that lets everything pass."""
+    """Guards against a check of commands that lets everything pass."""
     with pytest.raises(AssertionError):
         read(line)
 
 
 def test_commands_of_a_document(tmp_path: Path) -> None:
-    """Guards against lines that are lost between fences, marks, continuations and prose."""
+    """Guards against commands that are lost between fences, marks, continuations and prose."""
     document = tmp_path / "page.md"
     document.write_text(
         "Say `make test`, or `python scripts/report.py\nruns/a` and `python`.\n\n"
@@ -272,7 +270,7 @@ def test_commands_of_a_document(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkout whose configs are small, with a small enwik8 in its cache, the run of `make demo`, and some files."""
+    """A checkout with small configs, a small enwik8 in its cache, the run of `make demo`, and some files."""
     folder = tmp_path_factory.mktemp("documents") / "checkout"
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
@@ -285,37 +283,23 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copytree(ROOT / "configs", folder / "configs")
     for file in (folder / "configs").glob("*.yaml"):
         config = yaml.safe_load(file.read_text())
-        small = {
-            section: options if section == "data" else config.get(section, {}) | options
-            for section, options in SMALL.items()
-        }
+        small = {name: ({} if name == "data" else config.get(name, {})) | options for name, options in SMALL.items()}
         file.write_text(yaml.safe_dump(config | small))
     for file in (folder / "configs" / "accelerate").iterdir():
         file.write_text(f"{file.read_text()}main_process_port: 0\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("CHARLM_CACHE", str(folder / "cache"))
-        content = TEXT.encode()
-        digest = hashlib.sha256(content).hexdigest()
-        sizes = (len(content) - 4000, 2000, 2000)
-        small = Published(
-            url="",
-            archive_size=0,
-            archive_sha256="",
-            member="",
-            size=len(content),
-            algorithm="sha256",
-            digest=digest,
-            split_sizes=sizes,
-        )
-        patch.setitem(PUBLISHED, "enwik8", small)
+        size, digest = len(TEXT.encode()), hashlib.sha256(TEXT.encode()).hexdigest()
+        small = {"size": size, "algorithm": "sha256", "digest": digest, "split_sizes": (size - 4000, 2000, 2000)}
+        patch.setitem(PUBLISHED, "enwik8", dataclasses.replace(PUBLISHED["enwik8"], **small))
         load_corpus(DataConfig(corpus="enwik8", path=folder / "my.txt"))
         assert run_script("train", "--config", "configs/demo.yaml") == 0
         yield folder
 
 
 def run(command: Command) -> None:
-    """Run it in the working folder."""
+    """Run a command in the working folder."""
     if command.language == "python":
         Path("example.py").write_text(command.text)
         runpy.run_path("example.py", run_name="__main__")
@@ -337,7 +321,7 @@ def run(command: Command) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [pytest.param(document, id=document.name) for document in DOCUMENTS])
 def test_a_document_can_be_followed(document: Path, checkout: Path, tmp_path: Path, monkeypatch) -> None:
-    """Guards against commands that fail where they stand: in this order, on what those before have left."""
+    """Guards against commands that fail in the order of the document, on what earlier commands have left."""
     folder = tmp_path / "checkout"
     shutil.copytree(checkout, folder, symlinks=True)
     monkeypatch.chdir(folder)
