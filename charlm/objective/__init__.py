@@ -1,1 +1,1 @@
-"""What is learned: the table of prediction tasks, their weights over training, and the loss that they add up to."""
+"""The objective: the table of prediction tasks, their weights over training, and the loss they add up to."""

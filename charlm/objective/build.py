@@ -61,7 +61,7 @@ def _build_hedge(config: HedgeConfig, terms: Iterable[Term]) -> Hedge | None:
     layers = {term.layer for term in terms if term.offset == 1}
     if len(layers) < 2:
         raise ConfigError(
-            f"aux.hedge.enabled=true: weighs layers against each other, and {len(layers)} predicts the next character; "
-            "give others a head (aux.layers), or leave it out"
+            f"aux.hedge.enabled=true: weighs layers against each other, but only {len(layers)} predicts the next "
+            "character; give more layers a head (aux.layers), or switch it off"
         )
     return Hedge(layers, config.beta, config.smoothing)

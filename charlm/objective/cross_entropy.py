@@ -1,4 +1,4 @@
-"""Cross-entropy of linear classifiers: from hidden states to losses, without keeping the logits.
+"""Cross-entropy of linear classifiers, computed from hidden states without keeping the logits.
 
 Shapes: N positions, D d_model, K offsets, V vocabulary, R = K * V rows of the classifiers of all offsets together.
 """
@@ -10,8 +10,8 @@ from torch import Tensor
 from charlm.config import CrossEntropyBackend
 
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
-"""Logits that the chunked backend computes at once, by type of device: what the caches of two cores hold; what fills a
-GPU."""
+"""Logits that the chunked backend computes at once, by type of device: as many as fit the caches of two CPU cores, or
+keep a GPU busy."""
 
 
 def linear_cross_entropy(
@@ -23,18 +23,18 @@ def linear_cross_entropy(
     backend: CrossEntropyBackend = "chunked",
     hinge: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Losses of K linear classifiers that read the same hidden states, and the weighted sum to minimise.
+    """The losses of K linear classifiers that read the same hidden states, and the weighted sum to minimise.
 
-    Products run in the precision of autocast, if it is on; the softmax and the losses are fp32 whatever it is.
+    Matrix products run in the precision of autocast, if it is on; the softmax and the losses are always fp32.
 
     With a `hinge` each prediction's loss counts as max(0, loss - hinge): one that is good enough teaches nothing more.
     Lee et al. 2015 (Deeply-Supervised Nets, section 2) put such a threshold on a companion's objective as a whole; on
     single predictions it does not depend on how a batch is cut into micro-batches.
 
     Args:
-        weight_RD, bias_R: of the K classifiers, one below the other.
-        targets_NK: ids; of the classifier of each offset.
-        loss_weights_NK: what each loss counts, at least 0 and one of them more; fp32, without a gradient.
+        weight_RD, bias_R: the parameters of the K classifiers, stacked.
+        targets_NK: the ids that the classifier of each offset should predict.
+        loss_weights_NK: the weight of each loss, at least 0, one of them above; fp32, without a gradient.
         hinge: in nats, at least 0.
 
     Returns:
@@ -60,9 +60,9 @@ def _weighted_sum(losses_NK: Tensor, loss_weights_NK: Tensor, hinge: float) -> T
 
 
 class ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """The gradient is computed in the forward pass, chunk by chunk while the logits are at hand, and kept in their
-    place: one matrix of the hidden states' shape however many classifiers read them. Of classifiers that are constants
-    none is computed.
+    """Computes the gradient in the forward pass, chunk by chunk while the logits are at hand, and keeps it in their
+    place: one matrix of the hidden states' shape, however many classifiers read them. Classifiers that need no gradient
+    get none.
     """
 
     @staticmethod
@@ -86,7 +86,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
                 grad_hidden = torch.empty_like(hidden)
                 grad_weight = None if constant else torch.zeros_like(weight_RD)
                 grad_bias = None if constant else torch.zeros_like(bias_R)
-                # The gradients kept here are of order 1 whatever the weights are, so that fp16 can hold them.
+                # Scaled to order 1 whatever the weights are, so that fp16 can hold the gradients.
                 scale = loss_weights_NK.max()
                 factors_NK = loss_weights_NK / scale
             rows = max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // len(weight))
@@ -95,7 +95,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
                 targets = targets_NK[chunk].flatten()[:, None]
                 logits = F.linear(hidden[chunk], weight, bias).float().view(len(targets), -1)
                 probabilities = logits.softmax(dim=-1)
-                # -ln p of the target by way of the largest p, at least 1 / V, as the target's own may be no number.
+                # -ln p of the target by way of the largest p, at least 1 / V: the target's own p may underflow to 0.
                 behind = logits.amax(dim=-1, keepdim=True) - logits.gather(1, targets)
                 losses_NK[chunk] = (behind - probabilities.amax(dim=-1, keepdim=True).log()).view(-1, K)
                 if differentiable:

@@ -1,4 +1,4 @@
-"""Layer weights that learn from the layers' losses: Hedge Backpropagation (Sahoo et al. 2018, Online Deep Learning)."""
+"""Hedge Backpropagation (Sahoo et al. 2018, Online Deep Learning): layer weights that learn from the layers' losses."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 
 class Hedge(nn.Module):
-    """A weight per layer; together they are 1. After an update with losses loss_i, in nats, of the n layers
+    """One weight per layer; they sum to 1. After an update in which the n layers had the losses loss_i, in nats:
 
         alpha_i <- max(alpha_i * beta^loss_i, smoothing / n), then all divided by their sum
 
-    (Sahoo et al. 2018, section 3.2 and algorithm 1). They start equal and lie in the buffer `weights`, so that
-    checkpoints hold them; no device is waited for.
+    (Sahoo et al. 2018, section 3.2 and algorithm 1). The weights start equal. They are the buffer `weights`, so that
+    checkpoints hold them. Nothing here waits for the device.
     """
 
     def __init__(self, layers: Iterable[int], beta: float, smoothing: float):
-        """`layers`: their numbers, of which `weights` has one entry each, from the lowest on."""
+        """`layers`: the layers' numbers; `weights` has an entry for each, from the lowest on."""
         super().__init__()
         self.layers = sorted(set(layers))
         self.beta, self.smoothing = beta, smoothing
@@ -24,14 +24,15 @@ class Hedge(nn.Module):
         self.register_buffer("weights", torch.full((len(self.layers),), 1.0 / len(self.layers)))
 
     def weight(self, layer: int) -> Tensor:
-        """What the losses of `layer` are multiplied by: a scalar on the device, without a gradient."""
+        """The factor on the losses of `layer`: a scalar on the device, without a gradient."""
         return self.weights[self.layers.index(layer)].clone()  # a backward pass may come after `adapt`
 
     @torch.no_grad()
     def adapt(self, losses: Mapping[int, Tensor], skip: Tensor | None = None) -> None:
-        """Follow the losses of one update, by layer, unless `skip` (bool, a scalar on the device) holds.
+        """Adapt the weights to the losses of one update, by layer, unless `skip` (a bool scalar on the device) is true.
 
-        A layer without a loss, whose rows weigh nothing at present, keeps its weight; the others share what it leaves.
+        A layer without a loss, because its rows have weight zero at present, keeps its weight; the others share the
+        rest.
         """
         heard = [index for index, layer in enumerate(self.layers) if layer in losses]
         if not heard:

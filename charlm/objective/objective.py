@@ -1,4 +1,4 @@
-"""From windows to the loss: the table of terms, evaluated.
+"""Evaluates the table of terms: windows of text to the loss.
 
 Shapes: B batch, T positions, D d_model, K offsets, W characters of a window (T + the largest offset).
 """
@@ -19,23 +19,23 @@ from charlm.objective.terms import Term, active
 
 
 class LossReport(NamedTuple):
-    """What the terms say of one batch, in nats per character."""
+    """The losses of one batch, in nats per character."""
 
     total: Tensor
-    """The weighted sum of the active terms: what is minimised."""
+    """The weighted sum of the active terms, which training minimises."""
     parts: dict[str, Tensor]
     """Each active term's own loss, unweighted and detached, by name."""
     by_layer: dict[int, Tensor]
-    """What the rows of each layer add to the total; differentiable, as the total is, which is their sum."""
+    """What the rows of each layer add to the total; differentiable like the total, which is their sum."""
 
 
 def head_pairs(terms: Sequence[Term], num_layers: int) -> set[tuple[int, int]]:
-    """The (layer, offset) pairs that need a head: those of the table, and the one that predicts after training."""
+    """The (layer, offset) pairs that need a head: those in the table, and the one that predicts after training."""
     return {(term.layer, term.offset) for term in terms if term.task is None} | {(num_layers, 1)}
 
 
 class Objective(nn.Module):
-    """The transformer, its heads and the table of terms: windows and progress to a loss."""
+    """The transformer, its heads and the table of terms; maps windows and progress to a loss."""
 
     def __init__(
         self,
@@ -49,8 +49,8 @@ class Objective(nn.Module):
     ):
         """
         Args:
-            hedge: multiplies what the heads of its layers lose, beside the table's own weights.
-            tasks: the modules of the table's rows that have a task, by its name (see `charlm.objective.tasks`).
+            hedge: multiplies the losses of the heads of its layers, on top of the table's weights.
+            tasks: the modules of the rows that have a task, by its name (see `charlm.objective.tasks`).
 
         Raises:
             ValueError: the heads of one layer have different hinges.
@@ -69,13 +69,14 @@ class Objective(nn.Module):
             raise ValueError(f"a layer has one hinge: {sorted(hinges)}")
 
     def forward(self, windows_BW: Tensor, progress: float, layers: Collection[int] | None = None) -> LossReport:
-        """The loss of `windows_BW` at `progress`; that of the rows of `layers` alone, if given.
+        """The loss of `windows_BW` at `progress`; only of the rows of `layers`, if given.
 
-        The first T characters of a window are the input, all but as many as the longest offset; position t (0-based)
-        predicts character t + offset. With T = 4 and two offsets a window "abcdef" is read as "abcd": at offset 1 the
+        The first T = W - longest offset characters of a window are the input; position t (0-based) predicts character
+        t + offset. With T = 4 and two offsets a window "abcdef" is read as "abcd": at offset 1 the
         targets are "bcde", at offset 2 "cdef", and the last position alone predicts "e" and "f".
 
-        Rows of weight zero cost nothing: neither head nor loss is computed, nor any layer above the highest active.
+        Rows of weight zero cost nothing: their heads and losses are not computed, nor the layers above the highest
+        active one.
 
         Raises:
             ValueError: the windows hold no input or more than `window_length` characters, or no row is active.
@@ -87,21 +88,21 @@ class Objective(nn.Module):
         return self._losses(self.transformer(windows_BW[:, :T], rows), windows_BW, rows)
 
     def losses(self, hidden_states: Mapping[int, Tensor], windows_BW: Tensor, progress: float) -> LossReport:
-        """The loss of the layers whose `hidden_states` are at hand, [B, T, D] each: as `forward`, without the trunk.
+        """The loss of the layers whose `hidden_states` are given, [B, T, D] each: like `forward`, without the trunk.
 
         Raises:
-            ValueError: none of them has an active row.
+            ValueError: none of the layers has an active row.
         """
         return self._losses(hidden_states, windows_BW, self._active_rows(progress, hidden_states))
 
     def adapt(self, parts: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
-        """Let the layers' weights follow the losses of an update, global means on the device. Nothing without a hedge.
+        """Adapt the hedge's weights to the losses of an update. Does nothing without a hedge.
 
-        A layer is judged by its loss of the next character, at all positions while there is such a row.
+        A layer is judged by its loss of the next character, at all positions where there is such a row.
 
         Args:
-            parts: as of a LossReport.
-            skip: whether the update was not made after all (bool, a scalar on the device): then nothing changes.
+            parts: see LossReport; global means, on the device.
+            skip: whether the update was skipped (a bool scalar on the device): then nothing changes.
         """
         if self.hedge is None:
             return
@@ -112,7 +113,7 @@ class Objective(nn.Module):
         self.hedge.adapt(losses, skip)
 
     def _active_rows(self, progress: float, layers: Collection[int] | None) -> dict[int, list[tuple[Term, float]]]:
-        """The rows that count, with their weights, by layer from the lowest on."""
+        """The active rows with their weights, by layer from the lowest on."""
         rows: dict[int, list[tuple[Term, float]]] = {}
         for term, weight in active(self.terms, progress):
             if layers is None or term.layer in layers:
@@ -142,7 +143,7 @@ class Objective(nn.Module):
     def _layer_losses(
         self, hidden_BTD: Tensor, windows_BW: Tensor, rows: Sequence[tuple[Term, float]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the active rows of a layer's heads add up to, and their losses: all of them from one product."""
+        """The weighted sum of the active rows of a layer's heads, and each one's loss, all from one matrix product."""
         layer, hinge = rows[0][0].layer, rows[0][0].hinge
         offsets = sorted({term.offset for term, _ in rows})
         T = hidden_BTD.shape[1]

@@ -1,4 +1,4 @@
-"""Weights as pure functions of training progress p, the completed optimizer steps divided by all of them.
+"""Weights as pure functions of training progress p = completed optimizer steps / all optimizer steps.
 
 A schedule runs on a clock that reads u = 0 until p = start and u = 1 from p = end on. Weights are half-open: one that
 stops at c is positive while p < c, and zero from c on.
@@ -16,7 +16,7 @@ from itertools import pairwise
 class EveryNthStep:
     """On at every `turns`-th optimizer step, first at step `index`.
 
-    What changes from one step to the next has no formula over progress alone: it needs to know of how many `steps`.
+    A weight that changes from one step to the next needs the number of `steps` to find its step from progress.
     """
 
     index: int
@@ -27,7 +27,7 @@ class EveryNthStep:
         return (round(progress * self.steps) - self.index) % self.turns == 0
 
     def next_on(self, progress: float) -> float:
-        """The progress of the first step from `progress` on at which it is on."""
+        """The progress of the first step at or after `progress` at which it is on."""
         step = round(progress * self.steps)
         return (step + (self.index - step) % self.turns) / self.steps
 
@@ -37,8 +37,8 @@ class Schedule:
     """A weight over progress: `schedule(p)` for p in [0, 1).
 
     `breakpoints` are the points inside (0, 1) at which the formula changes. Between two of them `weight` is either
-    zero or positive throughout (an isolated zero aside), which lets `stops_at` be exact. With a `rotation` the
-    schedule is zero at the steps between its turns; `stops_at` and `limit` are about its turns.
+    zero or positive throughout (except for an isolated zero), so that `stops_at` is exact. With a `rotation` the
+    schedule is zero at the steps between its turns; `stops_at` and `limit` describe its turns.
     """
 
     weight: Callable[[float], float]
@@ -63,7 +63,7 @@ class Schedule:
         return Schedule(lambda p: 1.0 - self.weight(p), self.breakpoints)
 
     def at_next_turn(self, progress: float) -> float:
-        """The weight at the first step from `progress` on at which the rotation is on."""
+        """The weight at the first step at or after `progress` at which the rotation is on."""
         return self.weight(progress if self.rotation is None else self.rotation.next_on(progress))
 
     @property
@@ -96,8 +96,8 @@ def constant(value: float) -> Schedule:
 def _at(clock: Fraction, start: float, end: float) -> float:
     """The progress at which the clock reads `clock`.
 
-    In exact decimal arithmetic, rounded once: then p < c compares as the fractions do, and a schedule switches at the
-    exact step (0.1 + 0.8 * 0.25 as floats is a hair above 0.3 and would switch one step late).
+    Computed in exact decimal arithmetic and rounded once, so that p < c compares as the fractions do and a schedule
+    switches at the exact step (0.1 + 0.8 * 0.25 as floats is a hair above 0.3 and would switch one step late).
     """
     exact_start, exact_end = Fraction(repr(start)), Fraction(repr(end))
     return float(exact_start + (exact_end - exact_start) * clock)
@@ -140,7 +140,7 @@ def staggered(layer: int, num_layers: int, start: float = 0.0, end: float = 1.0)
 def gradual(layer: int, num_layers: int, start: float = 0.0, end: float = 1.0) -> Schedule:
     """0 until the clock reads (n - l) / (2n), then 1 (Elhoushi et al. 2024, LayerSkip, section 4.1.2).
 
-    From the top one more of n layers starts every 2n-th of training, so that at u = 1/2 all have.
+    From the top down, one more of n layers starts every 1/(2n) of the clock; at u = 1/2 all have started.
     """
     return cutoff(start, end, Fraction(num_layers - layer, 2 * num_layers)).complement()
 
@@ -151,22 +151,22 @@ def rotational(index: int, turns: int, steps: int) -> Schedule:
 
 
 def growing(offset: int, num_targets: int, start: float = 0.0, end: float = 1.0) -> Schedule:
-    """0 until the clock reads (k - 1) / K, then 1: target k of K comes as the k-th of K equal parts begins."""
+    """0 until the clock reads (k - 1) / K, then 1: target k of K starts as the k-th of K equal parts begins."""
     return cutoff(start, end, Fraction(offset - 1, num_targets)).complement()
 
 
 def shrinking(offset: int, num_targets: int, start: float = 0.0, end: float = 1.0) -> Schedule:
-    """1 until the clock reads (K - k + 1) / K, then 0: of K targets the farthest goes as each of K parts ends."""
+    """1 until the clock reads (K - k + 1) / K, then 0: the farthest of K targets stops as each of K parts ends."""
     return cutoff(start, end, Fraction(num_targets - offset + 1, num_targets))
 
 
 def staged(
     weights: Sequence[float], ends: Sequence[float], start: float = 0.0, end: float = 1.0, passage: str = "step"
 ) -> Schedule:
-    """`weights[i]` until the clock reads `ends[i]`, which rise to 1.
+    """`weights[i]` until the clock reads `ends[i]`; the ends rise to 1.
 
-    Under passage=linear a stage's weight moves on a straight line to the next one's, which it reaches as the stage
-    ends; the last stage holds its own.
+    With `passage` "linear" a stage's weight moves on a straight line to the next stage's, which it reaches as the stage
+    ends; the last stage keeps its own.
     """
     edges = [_at(Fraction(repr(clock)), start, end) for clock in (0.0, *ends)]
 

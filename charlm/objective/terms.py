@@ -25,7 +25,7 @@ WEIGHTINGS: dict[str, Callable[[int, int, float], float]] = {
     "quadratic": lambda l, L, gamma: l * (l + 1) / (L * (L + 1)),  # noqa: E741
     "power": lambda l, L, gamma: max(0.01, (l / L) ** gamma),  # noqa: E741
 }
-"""What layer l of L weighs against the last, by `aux.layers.weighting`."""
+"""The weight of layer l of L relative to the last layer's, by `aux.layers.weighting`."""
 
 
 class TermName(NamedTuple):
@@ -47,17 +47,17 @@ class Term:
 
     layer: int
     offset: int
-    """0 in a row of a task of the user's own."""
+    """0 in a row of the user's own task."""
     positions: Literal["all", "last"]
     weight: Schedule
     hinge: float = 0.0
-    """Nats up to which the loss does not count."""
+    """Only the part of the loss above so many nats counts."""
     task: str | None = None
-    """Name of the user's own task that this row is for."""
+    """Name of the user's own task, if the row belongs to one."""
 
     @property
     def name(self) -> str:
-        """Unique in a table, and a path in trackers that group by slashes."""
+        """Unique in a table; trackers that group by slashes read it as a path."""
         what = f"offset{self.offset}/{self.positions}" if self.task is None else f"task/{self.task}"
         return f"layer{self.layer}/{what}"
 
@@ -72,14 +72,14 @@ class Term:
 
 
 def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tuple[Term, ...]:
-    """The table that a config stands for, ordered by layer, offset and positions; the user's own tasks come last.
+    """The table of a config, ordered by layer, offset and positions; the user's own tasks come last.
 
     The main task, the last layer predicting the next character, has weight 1 unless `aux.main_weight` says otherwise.
-    A layer's weight multiplies all its rows and an offset's all of its. With the share w of `aux.positions`, each task
+    A layer's weight multiplies all its rows, and so does an offset's. With the share w of `aux.positions`, each task
     has an "all" row of weight w and a "last" row of weight 1 - w. Rows that are zero throughout are not listed.
 
     Args:
-        steps: optimizer steps of the whole run; a rotational schedule, which changes from step to step, needs them.
+        steps: optimizer steps of the whole run. Only a rotational schedule needs them: it changes from step to step.
 
     Raises:
         ConfigError: at some point of training no row weighs anything.
@@ -126,7 +126,7 @@ def _layer_weights(aux: AuxConfig, num_layers: int, steps: int | None) -> dict[i
 
 
 def _base_weights(layers: LayersConfig, num_layers: int) -> dict[int, float]:
-    """What each intermediate layer with a head weighs before its schedule."""
+    """The weight of each intermediate layer that has a head, before its schedule."""
     heads = layers.intermediate(num_layers)
     if isinstance(layers.weights, dict):
         by_layer = {layer_at(depth, num_layers): weight for depth, weight in layers.weights.items()}
@@ -191,7 +191,7 @@ def _task_rows(aux: AuxConfig, num_layers: int) -> list[Term]:
 
 
 def _averaged(weights: dict[int, Schedule], weighted: bool) -> dict[int, Schedule]:
-    """Each weight divided by the number of layers that are active at the same progress, or by all their weights."""
+    """Each weight divided by the number of layers active at the same progress, or by the sum of their weights."""
     schedules = tuple(weights.values())
 
     def share(p: float) -> float:
@@ -203,7 +203,7 @@ def _averaged(weights: dict[int, Schedule], weighted: bool) -> dict[int, Schedul
 
 
 def active(terms: Sequence[Term], progress: float) -> Iterator[tuple[Term, float]]:
-    """The rows that weigh something at `progress`, with their weights."""
+    """The rows whose weight is not zero at `progress`, with their weights."""
     for term in terms:
         weight = term.weight(progress)
         if weight != 0.0:
