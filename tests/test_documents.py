@@ -18,7 +18,8 @@ import sys
 from collections.abc import Iterator
 from os import environ
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -110,9 +111,6 @@ class Read(BaseException):
 def read_by_script(script: str, *words: str) -> None:
     """Let a script read its own command line; ablate also makes its rows."""
 
-    def stop(*args: Any, **options: Any) -> None:
-        raise Read
-
     def parse_and_stop(kind: type, argv: list[str] | None = None) -> None:
         parse(kind, argv)
         raise Read
@@ -123,7 +121,7 @@ def read_by_script(script: str, *words: str) -> None:
         patch.setattr(sys, "argv", [script, *words])
         patch.setattr(sys, "path", list(sys.path))
         if script == "scripts/ablate.py":
-            patch.setattr("charlm.ablation.runner.Runner", stop)
+            patch.setattr("charlm.ablation.runner.Runner", Mock(side_effect=Read))
         else:
             patch.setattr(cli, "parse", parse_and_stop)
         try:
@@ -132,8 +130,8 @@ def read_by_script(script: str, *words: str) -> None:
             return
         except SystemExit as end:
             assert end.code == 0 and "--help" in words
-        else:
-            raise AssertionError(f"{script} did its work without reading its command line")
+            return
+    raise AssertionError(f"{script} did its work without reading its command line")
 
 
 def read(line: str) -> None:
