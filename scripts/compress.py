@@ -46,7 +46,7 @@ class Options:
     verify: bool = True
     """Decode the result and compare before it takes its place."""
     report: bool = False
-    """Also print what gzip, bzip2, xz and zstd make of the file, and what the model weighs itself."""
+    """Also print the sizes that gzip, bzip2 and xz reach, and the size of the model itself."""
     speeds: tuple[int, ...] = ()
     """Also measure characters per second with so many streams: 1,16,64. Takes a while each."""
     picture: Path | None = None

@@ -65,7 +65,7 @@ def main() -> None:
     check(options)
     from accelerate import PartialState  # not before --help and mistakes were answered
 
-    from charlm.inference.evaluation import compressor_bits_per_byte
+    from charlm.compression.yardsticks import compressed_sizes
     from charlm.training.device import on_cpu
 
     keep_freed_memory()
@@ -91,7 +91,8 @@ def main() -> None:
         yardsticks = {}
         if options.yardsticks:
             text = corpus.vocabulary.decode(corpus.splits[options.split].ids[: options.limit])
-            yardsticks = compressor_bits_per_byte(text)
+            sizes = compressed_sizes([text])
+            yardsticks = {name.split()[0]: 8 * size / len(text) for name, size in sizes.items()}
         if options.picture is not None:
             from charlm.report.exits import draw_early_exit
 
@@ -107,16 +108,18 @@ def main() -> None:
 
 
 def check(options: Options) -> None:
-    """Raise UserError for options that do not go together, before anything is computed."""
+    """Raise UserError for options that cannot be combined, before anything is computed."""
     if options.early_exit and options.mixture:
-        raise charlm.UserError("mixture: is the prediction of all layers, and early exit that of one; choose one")
+        raise charlm.UserError("--mixture and --early-exit cannot be combined")
     if options.as_compressor and (options.all_layers or options.mixture or options.early_exit or options.batch_size):
-        raise charlm.UserError("as_compressor: codes with the last layer, all streams at once; leave the others out")
+        raise charlm.UserError(
+            "--as-compressor cannot be combined with --all-layers, --mixture, --early-exit or --batch-size"
+        )
     if options.streams is not None and not options.as_compressor:
-        raise charlm.UserError(f"streams={options.streams}: are those of a compressed file; add --as_compressor")
+        raise charlm.UserError(f"streams={options.streams}: --streams requires --as-compressor")
     if options.picture is not None:
         if not options.early_exit:
-            raise charlm.UserError(f"picture={options.picture}: shows the curve of --early-exit; add that")
+            raise charlm.UserError(f"picture={options.picture}: --picture requires --early-exit")
         from charlm.report.figures import check_suffix
 
         check_suffix(options.picture)

@@ -1,9 +1,9 @@
 """Lossless compression with a model: a range coder over its distribution of the next symbol.
 
-What a file costs is what the model's predictions cost, so a file that decodes to the same bytes proves a score.
-`charlm.compression.streams` says how the predictions are made, `charlm.compression.container` how the file is laid out.
+A file takes as many bits as the model's predictions cost, so a file that decodes to the same bytes proves a score.
+`charlm.compression.streams` describes how predictions are made, `charlm.compression.container` the file's layout.
 
-Shapes: S streams, A of which still have symbols, V vocabulary, N symbols of a block, W words of 32 bits.
+Shapes: A streams that still have symbols, V vocabulary, N symbols of a text or a block.
 """
 
 import hashlib
@@ -17,51 +17,47 @@ from typing import Any, BinaryIO
 
 import constriction
 import numpy as np
-from torch import Tensor
 from tqdm import tqdm
 
-from charlm.compression.container import Header, Writer, open_regular, read_block, read_header, replacing
-from charlm.compression.streams import (
-    FAMILY,
-    Protocol,
-    Streams,
-    arithmetic_of,
-    check_protocol,
-    choose_protocol,
-    environment,
-    model_digest,
-    probabilities,
-    probe,
-    vocabulary_digest,
-    walk,
+from charlm.compression.container import (
+    Header,
+    open_regular,
+    pack_block,
+    read_block,
+    read_header,
+    replacing,
+    seal,
 )
+from charlm.compression.fingerprint import environment, model_digest, probe, vocabulary_digest
+from charlm.compression.reading import blocks_of, scan, sha256_of
+from charlm.compression.settings import CodingSettings, check_settings, choose_settings
+from charlm.compression.streams import FAMILY, Streams, probabilities, threads_set
 from charlm.config import UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import id_type
 from charlm.inference.evaluation import EvaluationPrecision, Score, check_options, score
-from charlm.inference.reading import Text, blocks_of, measure, sha256_of
-from charlm.runs.load import TrainedModel
+from charlm.runs.trained import TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compressed:
-    """What `compress` did."""
+    """The result of `compress`."""
 
     bytes: int
-    """Of the content."""
+    """Size of the content."""
     symbols: int
     characters: int
     compressed_bytes: int
-    """Of the whole file."""
-    protocol: Protocol
+    """Size of the whole compressed file."""
+    protocol: CodingSettings
     seconds: float
-    """That coding took, without reading the file before and without verifying."""
+    """Time for coding, without reading the file first and without verifying."""
     verify_seconds: float | None
-    """That decoding took; None without."""
+    """Time for decoding; None without."""
 
     @property
     def bits_per_character(self) -> float | None:
-        """None where no character begins, as in an empty file."""
+        """None if no character begins in the content, as in an empty file."""
         return 8 * self.compressed_bytes / self.characters if self.characters else None
 
     @property
@@ -79,98 +75,98 @@ def compress(
     show_progress: bool = True,
     **options: Any,
 ) -> Compressed:
-    """Write to `target` what `decompress` turns back into the bytes of `source`, with the same model and machine.
+    """Compress the file `source` into `target`; `decompress` restores it with the same model on the same machine.
 
-    Memory is bounded, whatever the file's size; `target` appears, or is replaced, only when it is whole.
+    Memory is bounded, whatever the file's size. `target` appears, or is replaced, only when it is complete.
 
     Args:
-        verify: decode what was written, and compare, before it takes its place.
+        verify: decode the result and compare before it takes its place.
         show_progress: show bars on stderr if that is a terminal.
-        options: those of `charlm.compression.streams.choose_protocol`: streams, context, stride, precision, threads.
+        options: those of `charlm.compression.settings.choose_settings`: streams, context, stride, precision, threads.
 
     Raises:
-        UserError: an option out of range, no such file, a text that the vocabulary cannot express, a disk that is full;
-            or what was written does not decode to the same bytes.
+        UserError: an option out of range, no such file, a text that the vocabulary cannot express, a full disk, or a
+            result that does not decode to the same bytes.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
-        text = measure(file, source, trained.vocabulary)
-        protocol = choose_protocol(trained, text.symbols, **options)
-        with replacing(target, source) as written, arithmetic_of(protocol):
-            header = _header(trained, protocol, text)
+        content = scan(file, source, trained.vocabulary)
+        settings = choose_settings(trained, content.symbols, **options)
+        with replacing(target, source) as written, threads_set(settings.threads):
+            header = Header(
+                length=content.bytes,
+                symbols=content.symbols,
+                content=content.sha256,
+                model=model_digest(trained),
+                vocabulary=vocabulary_digest(trained.vocabulary),
+                probe=probe(trained, settings),
+                settings=settings,
+                environment=environment(trained.device),
+            )
             started = time.perf_counter()
-            blocks = blocks_of(file, source, trained.vocabulary, protocol.block)
-            with _bar("compressing", text.symbols, show_progress) as bar:
-                _encode(trained, protocol, header, blocks, written, bar)
+            blocks = blocks_of(file, source, trained.vocabulary, settings.block)
+            with _bar("compressing", content.symbols, show_progress) as bar:
+                _encode(trained, header, blocks, written, bar)
             seconds = time.perf_counter() - started
-            if sha256_of(file) != text.sha256:
+            if sha256_of(file) != content.sha256:
                 raise UserError(f"{source}: changed while it was compressed; begin anew")
             compressed_bytes = written.tell()
             started = time.perf_counter()
             if verify:
-                _verify(trained, protocol, header, written, target, show_progress)
+                with _bar("verifying", content.symbols, show_progress) as bar:
+                    _verify(trained, written, target, bar)
             verify_seconds = time.perf_counter() - started if verify else None
     return Compressed(
-        bytes=text.bytes,
-        symbols=text.symbols,
-        characters=text.characters,
+        bytes=content.bytes,
+        symbols=content.symbols,
+        characters=content.characters,
         compressed_bytes=compressed_bytes,
-        protocol=protocol,
+        protocol=settings,
         seconds=seconds,
         verify_seconds=verify_seconds,
     )
 
 
 def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *, show_progress: bool = True) -> int:
-    """Write to `target` the bytes that `compress` made `source` of; their number.
+    """Restore the file that `compress` made `source` of, and return its size in bytes.
 
     Raises:
-        UserError: a file that is damaged or not of `compress`; one of another model, vocabulary or format version, or
-            of a machine whose arithmetic differs; no space. `target` is then as it was.
+        UserError: the file is damaged or not one of `compress`; it needs another model, vocabulary, format version or
+            machine; or there is no space. `target` is then as it was.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
         header = read_header(file, str(source), trained.vocabulary.size)
-        protocol = _check_model(trained, header, source)
+        _check_decodable(trained, header, source)
         _check_space(target, header.length)
-        with arithmetic_of(protocol), replacing(target, source) as written:
-            if probe(trained, protocol) != header.probe:
+        with threads_set(header.settings.threads), replacing(target, source) as written:
+            if probe(trained, header.settings) != header.probe:
                 raise UserError(
-                    f"{source}: here the model predicts otherwise in the last bits, though versions and processor are "
-                    f"the same ({header.environment}); decompress it where it was compressed"
+                    f"{source}: the model's predictions differ here in their last bits, though versions and processor "
+                    f"are the same ({header.environment}); decompress it on the machine that compressed it"
                 )
             with _bar("decompressing", header.symbols, show_progress) as bar:
-                for data in _decode(trained, protocol, header, file, source, bar):
+                for data in _decode(trained, header, file, source, bar):
                     written.write(data)
     return header.length
 
 
 def compressed_nats(
     trained: TrainedModel, ids: np.ndarray, *, show_progress: bool = False, **options: Any
-) -> tuple[np.ndarray, Protocol]:
-    """What each symbol of `ids` costs as `compress` would code it, float64 nats [N], and the protocol.
+) -> tuple[np.ndarray, CodingSettings]:
+    """The cost of each symbol of `ids` as `compress` would code it, float64 nats [N], and the settings.
 
-    Args:
-        options: those of `compress`.
-
-    Raises:
-        UserError: an option out of range.
+    Options and errors as for `compress`.
     """
-    protocol = choose_protocol(trained, len(ids), **options)
-    nats = np.zeros(len(ids))
-    streams = Streams(trained, protocol)
-    with arithmetic_of(protocol), _bar("scoring", len(ids), show_progress) as bar:
-        for begin in range(0, len(ids), protocol.block):
-            own_ids, own_nats = ids[begin : begin + protocol.block], nats[begin : begin + protocol.block]
-
-            def note(where_A: np.ndarray, logits_AV: Tensor, ids=own_ids, nats=own_nats) -> np.ndarray:
+    settings = choose_settings(trained, len(ids), **options)
+    nats_N, streams = np.zeros(len(ids)), Streams(trained, settings)
+    with threads_set(settings.threads), _bar("scoring", len(ids), show_progress) as bar:
+        for begin in range(0, len(ids), settings.block):
+            own = slice(begin, begin + settings.block)
+            for where_A, logits_AV in streams.walk(ids[own], bar):
                 costs_AV = -logits_AV.double().log_softmax(dim=-1).cpu().numpy()
-                nats[where_A] = costs_AV[np.arange(len(where_A)), ids[where_A]]
-                bar.update(len(where_A))
-                return ids[where_A]
-
-            walk(streams, protocol.streams, len(own_ids), note)
-    return nats, protocol
+                nats_N[own][where_A] = costs_AV[np.arange(len(where_A)), ids[own][where_A]]
+    return nats_N, settings
 
 
 def score_as_compressor(
@@ -178,15 +174,16 @@ def score_as_compressor(
     corpus: Corpus,
     *,
     split: str = "test",
-    stride: int | None = None,
     limit: int | None = None,
-    streams: int | None = None,
     precision: EvaluationPrecision = "fp32",
     show_progress: bool = True,
+    **options: Any,
 ) -> Score:
     """Score a split of the corpus that the model was trained on as `compress` would code it, without writing a file.
 
-    Args: as of `charlm.bits_per_character` and `compress`.
+    Args:
+        split, limit, precision: as for `charlm.bits_per_character`.
+        options: as for `compress`.
 
     Raises:
         UserError: a value out of range, or a corpus other than the run's.
@@ -194,111 +191,71 @@ def score_as_compressor(
     check_options(trained, corpus, split, limit, None, precision)
     started = time.perf_counter()
     ids = corpus.splits[split].ids[:limit]
-    options = {"stride": stride, "streams": streams, "precision": precision}
-    nats, protocol = compressed_nats(trained, ids, show_progress=show_progress, **options)
+    nats_N, settings = compressed_nats(trained, ids, precision=precision, show_progress=show_progress, **options)
     return score(
         trained,
         corpus,
-        nats,
+        nats_N,
         split=split,
-        stride=protocol.stride,
+        stride=settings.stride,
         precision=precision,
         seconds=time.perf_counter() - started,
-        streams=protocol.streams,
-        compressed_bytes=math.ceil(math.fsum(nats) / math.log(2) / 8),
+        streams=settings.streams,
+        compressed_bytes=math.ceil(math.fsum(nats_N) / math.log(2) / 8),
     )
 
 
-def _header(trained: TrainedModel, protocol: Protocol, text: Text) -> Header:
-    return Header(
-        length=text.bytes,
-        symbols=text.symbols,
-        content=text.sha256,
-        model=model_digest(trained),
-        vocabulary=vocabulary_digest(trained.vocabulary),
-        probe=probe(trained, protocol),
-        streams=protocol.streams,
-        context=protocol.context,
-        stride=protocol.stride,
-        block=protocol.block,
-        threads=protocol.threads,
-        precision=protocol.precision,
-        environment=environment(trained.device),
-    )
-
-
-def _encode(
-    trained: TrainedModel,
-    protocol: Protocol,
-    header: Header,
-    blocks: Iterator[np.ndarray],
-    written: BinaryIO,
-    bar: tqdm,
-) -> None:
-    writer, streams = Writer(written, header), Streams(trained, protocol)
+def _encode(trained: TrainedModel, header: Header, blocks: Iterator[np.ndarray], written: BinaryIO, bar: tqdm) -> None:
+    written.write(header.pack())
+    streams = Streams(trained, header.settings)
     for ids in blocks:
         encoder = constriction.stream.queue.RangeEncoder()
-
-        def encode(where_A: np.ndarray, logits_AV: Tensor, ids=ids, encoder=encoder) -> np.ndarray:
+        for where_A, logits_AV in streams.walk(ids, bar):
             encoder.encode(ids[where_A].astype(np.int32), FAMILY, probabilities(logits_AV))
-            bar.update(len(where_A))
-            return ids[where_A]
-
-        walk(streams, protocol.streams, len(ids), encode)
-        writer.add(encoder.get_compressed())
-    writer.finish()
+        written.write(pack_block(encoder.get_compressed()))
+    seal(written)
 
 
-def _decode(
-    trained: TrainedModel, protocol: Protocol, header: Header, file: BinaryIO, name: Path, bar: tqdm
-) -> Iterator[bytes]:
-    """The content, block by block, from a file that is at its first; UserError at the end if it is not the content."""
-    digest, streams = hashlib.sha256(), Streams(trained, protocol)
-    refused = UserError(f"{name}: does not decode to what it was made of; get a whole copy, or compress anew")
+def _decode(trained: TrainedModel, header: Header, file: BinaryIO, name: Path, bar: tqdm) -> Iterator[bytes]:
+    """The content, block by block, of a file that is at its first block; UserError if it is not the one encoded."""
+    digest, streams, V = hashlib.sha256(), Streams(trained, header.settings), trained.vocabulary.size
+    refused = UserError(f"{name}: does not decode to the content it was made of; get a whole copy, or compress anew")
     length = 0
     for block in range(header.num_blocks):
         decoder = constriction.stream.queue.RangeDecoder(read_block(file))
-        ids = np.zeros(header.symbols_of(block), id_type(trained.vocabulary.size))
-
-        def decode(where_A: np.ndarray, logits_AV: Tensor, ids=ids, decoder=decoder) -> np.ndarray:
-            symbols_A = decoder.decode(FAMILY, probabilities(logits_AV))
-            if symbols_A.max() >= trained.vocabulary.size:  # of one symbol, see `probabilities`
-                raise refused
-            ids[where_A] = symbols_A
-            bar.update(len(where_A))
-            return symbols_A
-
+        ids = np.zeros(header.symbols_of(block), id_type(V))
         try:
-            walk(streams, protocol.streams, len(ids), decode)
+            for where_A, logits_AV in streams.walk(ids, bar):
+                symbols_A = decoder.decode(FAMILY, probabilities(logits_AV))
+                if symbols_A.max() >= V:  # in a vocabulary of one symbol, see `probabilities`
+                    raise refused
+                ids[where_A] = symbols_A
             data = trained.vocabulary.decode(ids)
-        except (AssertionError, ValueError) as error:  # the coder's, at words that no encoder writes
+        except (AssertionError, ValueError) as error:  # the coder raises them for words that no encoder writes
             raise refused from error
         if not decoder.maybe_exhausted():
             raise refused
         digest.update(data)
         length += len(data)
         yield data
-    if length != header.length or digest.digest() != header.content:
+    if (length, digest.digest()) != (header.length, header.content):
         raise refused
 
 
-def _verify(
-    trained: TrainedModel, protocol: Protocol, header: Header, written: BinaryIO, target: Path, show_progress: bool
-) -> None:
-    read_header(written, str(target), trained.vocabulary.size)
-    with _bar("verifying", header.symbols, show_progress) as bar:
-        try:
-            for _ in _decode(trained, protocol, header, written, target, bar):
-                pass
-        except UserError as error:
-            raise UserError(
-                f"{target}: decoding gives other bytes than were compressed, so nothing was kept: this machine does "
-                "not compute the same twice; try --threads 1, --precision fp32, or a CPU"
-            ) from error
+def _verify(trained: TrainedModel, written: BinaryIO, target: Path, bar: tqdm) -> None:
+    header = read_header(written, str(target), trained.vocabulary.size)
+    try:
+        for _ in _decode(trained, header, written, target, bar):
+            pass
+    except UserError as error:
+        raise UserError(
+            f"{target}: decoding gives other bytes than were compressed, so nothing was kept: the arithmetic of this "
+            "machine is not repeatable; try --threads 1, --precision fp32, or a CPU"
+        ) from error
 
 
-def _check_model(trained: TrainedModel, header: Header, source: Path) -> Protocol:
-    """The protocol of a file that this model, on this machine, can decode."""
+def _check_decodable(trained: TrainedModel, header: Header, source: Path) -> None:
+    """Raise UserError unless this model can decode the file on this machine."""
     if vocabulary_digest(trained.vocabulary) != header.vocabulary:
         raise UserError(f"{source}: was compressed by a model with another vocabulary; name the run that made it")
     if model_digest(trained) != header.model:
@@ -306,25 +263,16 @@ def _check_model(trained: TrainedModel, header: Header, source: Path) -> Protoco
             f"{source}: was compressed by another model than {trained.checkpoint} of this run; "
             "name the run and checkpoint that made it"
         )
-    protocol = Protocol(
-        streams=header.streams,
-        context=header.context,
-        stride=header.stride,
-        block=header.block,
-        precision=header.precision,
-        threads=header.threads,
-    )
     try:
-        check_protocol(trained, protocol)
+        check_settings(trained, header.settings)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     here = environment(trained.device)
     if header.environment != here:
         raise UserError(
             f"{source}: was compressed with {header.environment}; here it is {here}, whose last bits may differ; "
-            "decompress it where it was compressed"
+            "decompress it on the machine that compressed it"
         )
-    return protocol
 
 
 def _check_space(target: Path, length: int) -> None:
@@ -336,5 +284,6 @@ def _check_space(target: Path, length: int) -> None:
         raise UserError(f"{target}: needs {length:,} bytes, and {free:,} are free; free some space")
 
 
-def _bar(what: str, num_symbols: int, show_progress: bool) -> tqdm:
-    return tqdm(total=num_symbols, desc=what, unit="ch", unit_scale=True, disable=None if show_progress else True)
+def _bar(description: str, num_symbols: int, show_progress: bool) -> tqdm:
+    disable = None if show_progress else True
+    return tqdm(total=num_symbols, desc=description, unit="ch", unit_scale=True, disable=disable)

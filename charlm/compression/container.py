@@ -5,9 +5,9 @@
     blocks                      each: uint32 W, then W words of 32 bits from the range coder
     checksum                    the first 8 bytes of the SHA-256 of everything before
 
-All numbers are little-endian. The checksum finds damage before anything is decoded, the SHA-256 of the content in the
-header proves what was decoded, and what a header may claim is limited (see `read_header`), so that a file made to hurt
-costs no more memory and time than the text that it could hold.
+All numbers are little-endian. The checksum finds damage before anything is decoded; the SHA-256 of the content, in the
+header, proves that the decoded bytes are right. The header's claims are checked against the file's size (see
+`read_header`), so that a malicious file costs no more memory and time than an honest file of its size.
 """
 
 import errno
@@ -24,20 +24,20 @@ from typing import BinaryIO
 
 import numpy as np
 
+from charlm.compression.settings import PRECISIONS, CodingSettings
 from charlm.config import UserError
 from charlm.runs.folder import sync
 
 MAGIC = b"charlm"
 VERSION = 3
-PRECISIONS = ("fp32", "bf16", "fp16")
 CODER_BITS = 24
-"""The range coder counts probabilities in units of 2^-24, and gives every symbol one unit at least."""
-MAX_STREAMS = 2**14
-MAX_BLOCK = 2**26
-MAX_THREADS = 2**10
+"""The range coder counts probabilities in units of 2^-24 and gives every symbol at least one unit."""
 MAX_SYMBOL_BYTES = 4
 """A symbol of any vocabulary is a byte or a character."""
+_FACTS = ("length", "symbols", "content", "model", "vocabulary", "probe")
+_SETTINGS = ("streams", "context", "stride", "block", "threads")
 _FIELDS = struct.Struct("<QQ32s16s8s8sIIIIHBB")
+"""Those of the header, those of its settings, the precision, and how long the environment is."""
 _PREFIX = struct.Struct("<6sH")
 _COUNT = struct.Struct("<I")
 _CHECKSUM_BYTES = 8
@@ -46,107 +46,78 @@ _PIECE = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a decoder must know, and what it must have in common with the encoder."""
+    """What a decoder must know, and must have in common with the encoder; see `charlm.compression.fingerprint`."""
 
     length: int
     """Bytes of the content."""
     symbols: int
-    """Symbols of the vocabulary that the content was coded as."""
+    """Symbols of the content in the model's vocabulary."""
     content: bytes
     """SHA-256 of the content."""
     model: bytes
-    """The first 16 bytes of a SHA-256 over the model."""
     vocabulary: bytes
-    """The first 8 bytes of a SHA-256 over the vocabulary."""
     probe: bytes
-    """The first 8 bytes of a SHA-256 over what model and coder make of a fixed text."""
-    streams: int
-    context: int
-    stride: int
-    block: int
-    """Symbols that are coded together; the last block may have fewer."""
-    threads: int
-    precision: str
+    settings: CodingSettings
     environment: str
-    """Versions of the libraries, device and processor."""
 
     @property
     def num_blocks(self) -> int:
         """Blocks in the file."""
-        return math.ceil(self.symbols / self.block)
+        return math.ceil(self.symbols / self.settings.block)
 
     def symbols_of(self, block: int) -> int:
         """Symbols in the block of this number, from 0."""
-        return min(self.block, self.symbols - block * self.block)
+        return min(self.settings.block, self.symbols - block * self.settings.block)
 
     def pack(self) -> bytes:
         """The file up to its first block."""
         environment = self.environment.encode()[:255]
-        fields = _FIELDS.pack(
-            self.length,
-            self.symbols,
-            self.content,
-            self.model,
-            self.vocabulary,
-            self.probe,
-            self.streams,
-            self.context,
-            self.stride,
-            self.block,
-            self.threads,
-            PRECISIONS.index(self.precision),
-            len(environment),
-        )
+        facts = (getattr(self, name) for name in _FACTS)
+        sizes = (getattr(self.settings, name) for name in _SETTINGS)
+        fields = _FIELDS.pack(*facts, *sizes, PRECISIONS.index(self.settings.precision), len(environment))
         return _PREFIX.pack(MAGIC, VERSION) + fields + environment
 
 
-class Writer:
-    """Writes header and blocks to a file, and the checksum when told that this was all."""
+def pack_block(words: np.ndarray) -> bytes:
+    """A block of uint32 [W] as it stands in the file."""
+    return _COUNT.pack(len(words)) + words.astype("<u4").tobytes()
 
-    def __init__(self, file: BinaryIO, header: Header):
-        self._file, self._digest = file, hashlib.sha256()
-        self._write(header.pack())
 
-    def add(self, words: np.ndarray) -> None:
-        """One more block: uint32 [W]."""
-        self._write(_COUNT.pack(len(words)) + words.astype("<u4").tobytes())
-
-    def finish(self) -> None:
-        """The checksum."""
-        self._write(self._digest.digest()[:_CHECKSUM_BYTES])
-
-    def _write(self, data: bytes) -> None:
-        self._digest.update(data)
-        self._file.write(data)
+def seal(file: BinaryIO) -> None:
+    """Write the checksum behind the blocks."""
+    file.write(_checksum(file, file.tell()))
 
 
 def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
-    """The header of a whole, undamaged file; the file is left at its first block.
+    """The header of a whole, undamaged file, which is left at its first block.
 
-    Its claims are held against the file's size: the coder gives no symbol more than all but V - 1 of its 2^24 units, so
-    each costs a little at least, and few words cannot stand for many symbols; nor does one cost more than 24 bits.
+    The number of symbols that it claims must suit the number of words: every symbol costs a little, as the coder leaves
+    V - 1 of its 2^24 units to the others, and none costs more than 24 bits.
 
     Args:
-        name: of the file, for messages.
+        name: the file's, for messages.
         vocabulary_size: V, of the model that is to decode it.
 
     Raises:
-        UserError: not such a file, another format version, damaged, or with a header that cannot be true.
+        UserError: not such a file, another format version, a damaged file, or a header that cannot be true.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     prefix = file.read(_PREFIX.size)
     if not prefix.startswith(MAGIC) or len(prefix) < _PREFIX.size:
-        raise UserError(f"{name}: not a file that charlm has compressed ({size:,} bytes); give one that it has")
+        raise UserError(f"{name}: not a file that charlm has compressed ({size:,} bytes)")
     _, version = _PREFIX.unpack(prefix)
     if version != VERSION:
-        raise UserError(f"{name}: its format has version {version}, and this charlm reads {VERSION}; use the other one")
-    if not _checksum_matches(file, size):
+        raise UserError(f"{name}: has format version {version}, and this charlm reads {VERSION}; use the one it is of")
+    if _checksum(file, size - _CHECKSUM_BYTES) != file.read(_CHECKSUM_BYTES):
         raise UserError(f"{name}: is damaged or cut short, its checksum does not match; get a whole copy")
     file.seek(_PREFIX.size)
-    header = _unpack(file, size, name)
-    first_block = file.tell()
-    _check_blocks(file, size - _CHECKSUM_BYTES, header, name, max(2, vocabulary_size))
+    try:
+        header = _unpack(file, size)
+        first_block = file.tell()
+        _check_blocks(file, size - _CHECKSUM_BYTES, header, max(2, vocabulary_size))
+    except ValueError as error:
+        raise UserError(f"{name}: its header {error}, which is impossible; get a whole copy") from None
     file.seek(first_block)
     return header
 
@@ -158,15 +129,15 @@ def read_block(file: BinaryIO) -> np.ndarray:
 
 
 def largest_claim(words: int, vocabulary_size: int) -> int:
-    """The most symbols that so many words can stand for; the coder's last words may say less than 64 bits."""
+    """The most symbols that so many words can hold; up to 64 bits of the coder's last words may go unused."""
     bits_per_symbol = -math.log2(1 - (vocabulary_size - 1) / 2**CODER_BITS)
     return math.floor((32 * words + 64) / bits_per_symbol)
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A file to read from its beginning and again; UserError if it is none, or cannot be read."""
+    """Open a file for reading; UserError if it is no regular file or cannot be read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a pipe that nobody writes to would hang
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would block
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
             os.close(descriptor)
@@ -178,10 +149,10 @@ def open_regular(path: Path) -> BinaryIO:
 
 @contextmanager
 def replacing(path: Path, source: Path) -> Iterator[BinaryIO]:
-    """A file to write and read, which takes its place at `path` when the block ends well, and else leaves nothing.
+    """A file to write and read that moves to `path` when the block ends without an error, and otherwise vanishes.
 
     Raises:
-        UserError: `source` or something that is no file is there, the disk is full, or the folder cannot be written.
+        UserError: `path` is `source` or no regular file, the disk is full, or the folder cannot be written.
     """
     if path.exists() and (not path.is_file() or path.samefile(source)):
         raise UserError(f"{path}: is {'the input' if path.is_file() else 'no file'}; name another output")
@@ -201,66 +172,49 @@ def replacing(path: Path, source: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}){way_out}") from error
 
 
-def _checksum_matches(file: BinaryIO, size: int) -> bool:
-    digest, left = hashlib.sha256(), size - _CHECKSUM_BYTES
+def _checksum(file: BinaryIO, size: int) -> bytes:
+    """The checksum of the first `size` bytes; the file is left behind them."""
+    digest, left = hashlib.sha256(), size
     file.seek(0)
     while left > 0 and (piece := file.read(min(_PIECE, left))):
         digest.update(piece)
         left -= len(piece)
-    return left == 0 and file.read(_CHECKSUM_BYTES + 1) == digest.digest()[:_CHECKSUM_BYTES]
+    return digest.digest()[:_CHECKSUM_BYTES]
 
 
-def _unpack(file: BinaryIO, size: int, name: str) -> Header:
-    """The header, each of its fields within its limits."""
+def _unpack(file: BinaryIO, size: int) -> Header:
+    """The header; ValueError, whose text goes on from "its header", if a field is beyond its limits."""
     packed = file.read(_FIELDS.size)
     if len(packed) < _FIELDS.size or _PREFIX.size + _FIELDS.size + packed[-1] + _CHECKSUM_BYTES > size:
-        raise _lie(name, "is longer than the file")
-    *fields, precision, environment_bytes = _FIELDS.unpack(packed)
-    length, symbols, content, model, vocabulary, probe, streams, context, stride, block, threads = fields
+        raise ValueError("is longer than the file")
+    *values, precision, environment_bytes = _FIELDS.unpack(packed)
+    if precision >= len(PRECISIONS):
+        raise ValueError(f"claims a precision of number {precision}")
     try:
-        environment = file.read(environment_bytes).decode()
-    except UnicodeDecodeError:
-        raise _lie(name, "names the machine in something other than UTF-8") from None
-    if not symbols <= length <= MAX_SYMBOL_BYTES * symbols:
-        raise _lie(name, f"claims {length:,} bytes in {symbols:,} symbols")
-    if not 1 <= streams <= MAX_STREAMS or not streams <= block <= MAX_BLOCK:
-        raise _lie(name, f"claims {streams:,} streams, and blocks of {block:,} symbols")
-    if not 1 <= stride <= context:
-        raise _lie(name, f"claims a context of {context:,} and a stride of {stride:,}")
-    if not 1 <= threads <= MAX_THREADS or precision >= len(PRECISIONS):
-        raise _lie(name, f"claims {threads:,} threads and a precision of number {precision}")
-    return Header(
-        length=length,
-        symbols=symbols,
-        content=content,
-        model=model,
-        vocabulary=vocabulary,
-        probe=probe,
-        streams=streams,
-        context=context,
-        stride=stride,
-        block=block,
-        threads=threads,
-        precision=PRECISIONS[precision],
-        environment=environment,
-    )
+        sizes = dict(zip(_SETTINGS, values[len(_FACTS) :], strict=True))
+        settings = CodingSettings(**sizes, precision=PRECISIONS[precision])
+    except UserError as error:
+        raise ValueError(f"claims {error}") from None
+    environment = file.read(environment_bytes).decode(errors="backslashreplace")
+    header = Header(**dict(zip(_FACTS, values, strict=False)), settings=settings, environment=environment)
+    if not header.symbols <= header.length <= MAX_SYMBOL_BYTES * header.symbols:
+        raise ValueError(f"claims {header.length:,} bytes in {header.symbols:,} symbols")
+    return header
 
 
-def _check_blocks(file: BinaryIO, end: int, header: Header, name: str, vocabulary_size: int) -> None:
+def _check_blocks(file: BinaryIO, end: int, header: Header, vocabulary_size: int) -> None:
+    """Raise ValueError, as `_unpack` does, unless the blocks up to `end` can hold the symbols that are claimed."""
+    claim = f"claims {header.symbols:,} symbols"
     if header.num_blocks * _COUNT.size > end:
-        raise _lie(name, f"claims {header.symbols:,} symbols, more than a file of its size can hold")
+        raise ValueError(f"{claim}, more than a file of its size can hold")
     for block in range(header.num_blocks):
         packed = file.read(_COUNT.size)
         count = _COUNT.unpack(packed)[0] if len(packed) == _COUNT.size else end
         if file.tell() + 4 * count > end:
-            raise _lie(name, f"claims {header.symbols:,} symbols, and the file ends before them")
+            raise ValueError(f"{claim}, and the file ends before them")
         symbols = header.symbols_of(block)
         if symbols > largest_claim(count, vocabulary_size) or 32 * count > CODER_BITS * symbols + 64:
-            raise _lie(name, f"claims {symbols:,} symbols in {4 * count:,} bytes")
+            raise ValueError(f"claims {symbols:,} symbols in {4 * count:,} bytes")
         file.seek(4 * count, os.SEEK_CUR)
     if file.tell() != end:
-        raise _lie(name, f"claims {header.symbols:,} symbols, and the file goes on after them")
-
-
-def _lie(name: str, problem: str) -> UserError:
-    return UserError(f"{name}: its header {problem}, which cannot be; get a whole copy")
+        raise ValueError(f"{claim}, and the file goes on after them")

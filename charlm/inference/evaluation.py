@@ -7,9 +7,6 @@ of processes, but for the rounding inside the model.
 Shapes: N symbols.
 """
 
-import bz2
-import gzip
-import lzma
 import math
 import time
 from collections.abc import Mapping
@@ -199,19 +196,6 @@ def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) ->
     characters = np.array([vocabulary.count_characters(block) for block in np.array_split(ids, num_blocks)])
     residuals = bits - bits.sum() / characters.sum() * characters
     return math.sqrt(num_blocks / (num_blocks - 1) * np.square(residuals).sum()) / int(characters.sum())
-
-
-def compressor_bits_per_byte(data: bytes) -> dict[str, float]:
-    """What gzip -9, bzip2 -9 and xz -9e need for the same bytes: yardsticks for bits_per_byte.
-
-    gzip's is zlib's, which is within 0.2 % of the program's.
-    """
-    compressed = {
-        "gzip": gzip.compress(data, compresslevel=9),
-        "bzip2": bz2.compress(data, compresslevel=9),
-        "xz": lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-    }
-    return {name: 8 * len(packed) / len(data) for name, packed in compressed.items()}
 
 
 def _mixture_weights(trained: TrainedModel) -> dict[int, float]:

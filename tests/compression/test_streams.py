@@ -4,24 +4,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
+from charlm.compression import settings as settings_module
 from charlm.compression import streams as streams_module
 from charlm.compression.coder import compressed_nats
-from charlm.compression.streams import (
-    Protocol,
-    Streams,
-    arithmetic_of,
-    choose_protocol,
-    environment,
-    model_digest,
-    probabilities,
-    probe,
-    vocabulary_digest,
-    walk,
-)
+from charlm.compression.fingerprint import environment, model_digest, probe, vocabulary_digest
+from charlm.compression.settings import choose_settings
+from charlm.compression.streams import Streams, probabilities, threads_set
 from charlm.config import UserError
 from charlm.data.vocabulary import ByteVocabulary, CharacterVocabulary
-from charlm.inference.evaluation import negative_log_likelihoods
+from charlm.inference.scoring import negative_log_likelihoods
 
 
 @torch.no_grad()
@@ -54,9 +47,9 @@ def test_costs_are_those_that_the_protocol_describes(build_model, length, stream
     trained = build_model(ngrams=(2, 3))
     ids = np.random.default_rng(length).integers(0, 256, length).astype(np.uint8)
     options = {"streams": streams, "context": context, "stride": stride, "block": block}
-    nats, protocol = compressed_nats(trained, ids, **options)
+    nats, settings = compressed_nats(trained, ids, **options)
     np.testing.assert_allclose(nats, described_nats(trained, ids, **options), rtol=1e-4, atol=1e-5)
-    assert {name: getattr(protocol, name) for name in options} == options
+    assert {name: getattr(settings, name) for name in options} == options
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
@@ -72,8 +65,8 @@ def test_one_stream_costs_what_evaluation_at_its_stride_says(build_model, stride
 @pytest.mark.parametrize(("context_length", "stride"), [(1, 1), (2, 2), (7, 5), (8, 5), (512, 257)])
 def test_the_default_keeps_as_much_as_generation(build_model, context_length, stride):
     """Guards against defaults that differ: generation keeps context_length // 2 symbols, one at least."""
-    protocol = choose_protocol(build_model(context_length=context_length), 10)
-    assert (protocol.stride, protocol.kept) == (stride, max(1, context_length // 2))
+    settings = choose_settings(build_model(context_length=context_length), 10)
+    assert (settings.stride, settings.kept) == (stride, max(1, context_length // 2))
 
 
 def test_reading_again_in_pieces(build_model, monkeypatch):
@@ -99,29 +92,24 @@ def test_shapes_do_not_depend_on_the_text(build_model, monkeypatch):
     assert [shape[1] for shape in shapes[:10]] == [1] * 8 + [6, 1]
 
 
-def test_every_symbol_is_exchanged_once(build_model):
+def test_every_symbol_comes_once(build_model):
     """Guards against a symbol that is coded twice or never, for any length against any number of streams."""
     trained = build_model()
     for num_streams in (1, 2, 5):
-        protocol = choose_protocol(trained, 1, streams=num_streams)
-        streams = Streams(trained, protocol)
+        settings = choose_settings(trained, 1, streams=num_streams)
+        streams = Streams(trained, settings)
         for length in range(1, 14):
             met = []
-
-            def exchange(where_A, logits_AV, met=met):
+            for where_A, logits_AV in streams.walk(np.zeros(length, np.uint8), tqdm(disable=True)):
                 assert len(where_A) == len(logits_AV)
                 met.extend(where_A.tolist())
-                return where_A
-
-            walk(streams, num_streams, length, exchange)
             assert sorted(met) == list(range(length))
 
 
-def test_threads_are_those_of_the_protocol_and_then_those_of_before(build_model):
+def test_threads_are_those_of_the_settings_and_then_those_of_before():
     """Guards against arithmetic with as many threads as happen to be set, and against leaving them changed."""
-    protocol = choose_protocol(build_model(), 1, threads=2)
     assert torch.get_num_threads() == 1
-    with pytest.raises(KeyError), arithmetic_of(protocol):
+    with pytest.raises(KeyError), threads_set(2):
         assert torch.get_num_threads() == 2
         raise KeyError
     assert torch.get_num_threads() == 1
@@ -143,25 +131,25 @@ def test_threads_are_those_of_the_protocol_and_then_those_of_before(build_model)
 def test_options_out_of_range(build_model, option, value, message):
     """Guards against an option that is taken, and then fails with a traceback or gives nonsense."""
     with pytest.raises(UserError, match=message):
-        choose_protocol(build_model(), 100, **{option: value})
+        choose_settings(build_model(), 100, **{option: value})
 
 
 def test_more_streams_than_memory_holds(build_model, monkeypatch):
     """Guards against a file whose header, or a user whose option, makes the system end other processes."""
-    monkeypatch.setattr(streams_module, "physical_memory", lambda: 10_000)
+    monkeypatch.setattr(settings_module, "physical_memory", lambda: 10_000)
     with pytest.raises(UserError, match="streams=100: their keys and values take"):
-        choose_protocol(build_model(), 100, streams=100)
+        choose_settings(build_model(), 100, streams=100)
 
 
 def test_default_streams_grow_with_the_text(build_model):
     """Guards against many short streams, each of which begins without context."""
     trained = build_model()
-    assert [choose_protocol(trained, 2**n).streams for n in (0, 12, 14, 16, 30)] == [1, 1, 2, 8, 64]
+    assert [choose_settings(trained, 2**n).streams for n in (0, 12, 14, 16, 30)] == [1, 1, 2, 8, 64]
 
 
 def test_probabilities_of_a_model_that_diverged():
     """Guards against a traceback from inside the coder."""
-    with pytest.raises(UserError, match="no finite probabilities"):
+    with pytest.raises(UserError, match="not finite"):
         probabilities(torch.tensor([[0.0, math.nan]]))
 
 
@@ -169,8 +157,8 @@ def test_digests_name_what_matters(build_model):
     """Guards against a file decoded by a model that merely looks the same: other weights, heads, or shape."""
     one, same = build_model(), build_model()
     assert model_digest(one) == model_digest(same)
-    protocol = choose_protocol(one, 1, streams=2)
-    assert probe(one, protocol) == probe(same, protocol)
+    settings = choose_settings(one, 1, streams=2)
+    assert probe(one, settings) == probe(same, settings)
     for change in (
         lambda it: it.transformer.blocks[0].attention.key.bias.data[0].add_(1e-6),
         lambda it: it.heads.exits["layer2"]["offset1"].bias.data[3].add_(1e-3),
@@ -181,8 +169,8 @@ def test_digests_name_what_matters(build_model):
     assert model_digest(one) != model_digest(build_model(num_heads=4))
     other = build_model()
     other.heads.exits["layer2"]["offset1"].bias.data[3].add_(1e-3)
-    assert probe(one, protocol) != probe(other, protocol)
-    assert probe(one, protocol) != probe(one, replace(protocol, streams=3))
+    assert probe(one, settings) != probe(other, settings)
+    assert probe(one, settings) != probe(one, replace(settings, streams=3))
     digests = {vocabulary_digest(v) for v in (ByteVocabulary(), CharacterVocabulary("ab"), CharacterVocabulary("ac"))}
     assert len(digests) == 3
 
@@ -199,6 +187,6 @@ def test_bf16(build_model):
     trained = build_model()
     ids = np.random.default_rng(3).integers(0, 256, 40).astype(np.uint8)
     exact, _ = compressed_nats(trained, ids, streams=2)
-    nats, protocol = compressed_nats(trained, ids, streams=2, precision="bf16")
-    assert isinstance(protocol, Protocol) and protocol.precision == "bf16"
+    nats, settings = compressed_nats(trained, ids, streams=2, precision="bf16")
+    assert settings.precision == "bf16"
     assert nats.sum() == pytest.approx(exact.sum(), rel=0.1) and (nats != exact).any()

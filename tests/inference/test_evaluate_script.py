@@ -50,8 +50,8 @@ def test_early_exit_as_json(evaluate):
     ("arguments", "message"),
     [
         (["--mixture=hedge"], "mixture=hedge: the model has no weights"),
-        (["--mixture=hedge", "--early-exit"], "mixture: is the prediction of all layers"),
-        (["--picture=curve.png"], "picture=curve.png: shows the curve of --early-exit"),
+        (["--mixture=hedge", "--early-exit"], "--mixture and --early-exit cannot be combined"),
+        (["--picture=curve.png"], "--picture requires --early-exit"),
         (["--early-exit", "--picture=curve.txt"], "picture curve.txt: its suffix must be one of"),
     ],
 )

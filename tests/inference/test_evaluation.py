@@ -10,7 +10,6 @@ from charlm.data.vocabulary import ByteVocabulary
 from charlm.inference.evaluation import (
     bits_per,
     bits_per_character,
-    compressor_bits_per_byte,
     mixture_nats,
     standard_error,
 )
@@ -264,12 +263,3 @@ def test_progress_is_quiet_where_it_is_no_terminal(build_model, build_corpus, ca
     """Guards against logs filled with progress bars."""
     bits_per_character(build_model(), build_corpus(letters(100).tobytes()), show_progress=True)
     assert capfd.readouterr() == ("", "")
-
-
-def test_yardsticks():
-    """Guards against bits that are bytes, and against a compressor that is not at its best."""
-    noise = np.random.default_rng(0).bytes(100_000)
-    assert all(8 < bits < 8.1 for bits in compressor_bits_per_byte(noise).values())
-    # A period of 50,000 is beyond gzip's window of 32 KiB, not beyond bzip2's block of 900 kB or xz's dictionary.
-    repeated = compressor_bits_per_byte(noise[:50_000] * 4)
-    assert repeated["gzip"] > 8 > 3 > repeated["bzip2"] > repeated["xz"]
