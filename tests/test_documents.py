@@ -197,8 +197,10 @@ def test_the_rows_in_the_readme() -> None:
 
 
 def test_links() -> None:
-    """Guards against links to pages and headings that no longer exist."""
+    """Guards against links to pages and headings, and names of files, that no longer exist."""
     for document in DOCUMENTS:
+        for file in re.findall(r"`((?:charlm|configs|scripts|tests)/[\w/]+(?:\.\w+)?)`", document.read_text("utf-8")):
+            assert (ROOT / file).exists(), f"{document.name}: {file}"
         for file, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", document.read_text("utf-8")):
             target = document.parent / file if file else document
             assert target.is_file(), f"{document.name}: {file}"
