@@ -1,12 +1,10 @@
-"""N-gram embeddings against their definition, and inside the network."""
+"""N-gram embeddings against their definition. tests/model/test_transformer.py has them inside the network."""
 
 import pytest
 import torch
 
 from charlm.config import ConfigError, ModelConfig
-from charlm.model.cache import KVCache
 from charlm.model.embedding import NgramEmbedding
-from charlm.model.transformer import CharTransformer
 
 V = 7
 
@@ -42,29 +40,6 @@ def test_only_the_last_positions_are_embedded():
         for positions in range(1, length + 1):
             part = embedding(ids_BS[:, :length], positions)
             torch.testing.assert_close(part, whole[:, length - positions : length])
-
-
-@pytest.mark.parametrize("chunks", [[9], [1] * 9, [3, 1, 5]])
-def test_cached_equals_uncached(randomise, chunks):
-    """N-grams that end at the edge of what is given at once."""
-    config = small()
-    model = randomise(CharTransformer(config, V)).eval()
-    ids_BT = some_ids()
-    cache = KVCache(config, 2, torch.device("cpu"))
-    parts = [model(part, cache=cache)[2] for part in ids_BT.split(chunks, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids_BT)[2], rtol=1e-5, atol=1e-5)
-
-
-def test_the_future_is_not_read(randomise):
-    """An n-gram that looks ahead."""
-    model = randomise(CharTransformer(small(), V)).eval()
-    ids_BT = some_ids()
-    for t in range(9):
-        changed = ids_BT.clone()
-        changed[:, t] = (changed[:, t] + 1) % V
-        before, after = model(ids_BT)[2], model(changed)[2]
-        assert torch.equal(before[:, :t], after[:, :t])
-        assert not torch.equal(before[:, t], after[:, t])
 
 
 @pytest.mark.parametrize("ngrams", [(1,), (2, 2), (0, 3)])

@@ -16,7 +16,8 @@ from charlm.model.transformer import CharTransformer
 
 V = 11
 POSITIONS = ("per_layer", "input", "rotary")
-SETTINGS = list(product(POSITIONS, ("pre", "post")))
+SETTINGS = [{"positions": positions, "norm": norm} for positions, norm in product(POSITIONS, ("pre", "post"))]
+NGRAMS = {"ngrams": (2, 4), "ngram_buckets": 11, "ngram_width": 3}
 DROPOUTS = ("attention_dropout", "activation_dropout", "residual_dropout")
 
 
@@ -34,10 +35,10 @@ def all_layers(config: ModelConfig) -> range:
     return range(1, config.num_layers + 1)
 
 
-@pytest.mark.parametrize(("positions", "norm"), SETTINGS)
-def test_only_the_past_changes_a_hidden_state(randomise, positions, norm):
-    """A mask that leaks the future, or that hides the past: bit for bit, at every position of every layer."""
-    config = small(positions=positions, norm=norm, context_length=40)  # longer than a block of the fused kernel
+@pytest.mark.parametrize("settings", [*SETTINGS, NGRAMS], ids=str)
+def test_only_the_past_changes_a_hidden_state(randomise, settings):
+    """A mask that leaks the future or hides the past, an n-gram that looks ahead: bit for bit, everywhere."""
+    config = small(**settings, context_length=40)  # longer than a block of the fused kernel
     model = randomise(CharTransformer(config, V))
     ids_TT = some_ids(config, batch_size=1).repeat(config.context_length, 1)
     changed_TT = (ids_TT + torch.eye(config.context_length, dtype=torch.long)) % V  # row t differs at position t
@@ -107,10 +108,10 @@ def reference(model: CharTransformer, ids_BT: Tensor) -> dict[int, Tensor]:
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "relu_squared"])
-@pytest.mark.parametrize(("positions", "norm"), SETTINGS)
-def test_forward_equals_a_plain_reference(randomise, positions, norm, activation):
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_forward_equals_a_plain_reference(randomise, settings, activation):
     """Any slip in the architecture: scale, mask, head layout, place of norms and tables, activation, rotation."""
-    config = small(positions=positions, norm=norm, activation=activation)
+    config = small(**settings, activation=activation)
     model = randomise(CharTransformer(config, V))
     ids_BT = some_ids(config)[:, :5]
     expected = reference(model, ids_BT)
@@ -139,10 +140,11 @@ def test_layers_asked_for(randomise, norm):
 
 
 @pytest.mark.parametrize("chunks", [(1, 1, 1, 1, 1, 1), (2, 4), (3, 1, 2), (6,), (1, 4)], ids=str)
-@pytest.mark.parametrize(("positions", "norm"), SETTINGS)
-def test_cached_equals_uncached(randomise, positions, norm, chunks):
-    """Cached decoding with a triangle aligned to the wrong corner, positions that start over, or a stale cache."""
-    config = small(positions=positions, norm=norm)
+@pytest.mark.parametrize("settings", [*SETTINGS, NGRAMS], ids=str)
+def test_cached_equals_uncached(randomise, settings, chunks):
+    """Cached decoding with a triangle aligned to the wrong corner, positions that start over, n-grams that begin at the
+    edge of what is given at once, or a stale cache."""
+    config = small(**settings)
     model = randomise(CharTransformer(config, V)).eval()
     cache = KVCache(config, 2, torch.device("cpu"))
     for seed in (4, 5):  # the second time over what the first left in the buffers
@@ -228,10 +230,10 @@ def test_each_dropout_acts_at_its_place_and_only_there(randomise, option):
     assert torch.equal(evaluated, without.train()(ids_BT)[1])
 
 
-@pytest.mark.parametrize(("positions", "norm"), SETTINGS)
-def test_activation_checkpointing_gives_the_same_bits(randomise, positions, norm):
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_activation_checkpointing_gives_the_same_bits(randomise, settings):
     """Dropout drawn anew when a layer is recomputed, or checkpointing that keeps the activations all the same."""
-    config = small(positions=positions, norm=norm, **dict.fromkeys(DROPOUTS, 0.3))
+    config = small(**settings, **dict.fromkeys(DROPOUTS, 0.3))
     model = randomise(CharTransformer(config, V))
     projections = []
     model.blocks[0].attention.out.register_forward_hook(lambda *_: projections.append(1))

@@ -6,21 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from charlm.config import AuxConfig, LayersConfig, ModelConfig, PositionsConfig
-from charlm.model.heads import Heads
-from charlm.model.transformer import CharTransformer
+from charlm.config import AuxConfig, Config, HedgeConfig, LayersConfig, ModelConfig, PositionsConfig
+from charlm.objective.build import build_objective
 from charlm.objective.hedge import Hedge
-from charlm.objective.objective import Objective, head_pairs
-from charlm.objective.terms import build_terms
+from charlm.objective.objective import Objective
 
 BETA, SMOOTHING = 0.9, 0.2
+HEDGE = HedgeConfig(enabled=True, beta=BETA, smoothing=SMOOTHING)
 
 
-def hedged_objective(randomise, aux: AuxConfig, layers: list[int]) -> Objective:
-    config = ModelConfig(num_layers=4, num_heads=2, d_model=8, d_ff=16, context_length=6)
-    terms = build_terms(aux, 4)
-    heads, hedge = Heads(config, 5, head_pairs(terms, 4)), Hedge(layers, BETA, SMOOTHING)
-    return randomise(Objective(CharTransformer(config, 5), heads, terms, hedge=hedge))
+def hedged_objective(randomise, weighed: list[int], **aux) -> Objective:
+    model = ModelConfig(num_layers=4, num_heads=2, d_model=8, d_ff=16, context_length=6)
+    objective = build_objective(Config(model=model, aux=AuxConfig(hedge=HEDGE, **aux)), 5)
+    assert objective.hedge.layers == weighed
+    return randomise(objective)
 
 
 def test_fifty_steps_by_hand():
@@ -57,8 +56,8 @@ def test_a_silent_layer_keeps_its_weight():
 def test_weights_multiply_the_loss_and_follow_the_next_character(randomise):
     """Weights that are logged and not used, or that follow the loss of another row."""
     positions = PositionsConfig(schedule="cutoff", end=0.5)
-    aux = AuxConfig(layers=LayersConfig(at=(1, 3), schedule="constant"), positions=positions)
-    objective = hedged_objective(randomise, aux, [1, 3, 4])
+    layers = LayersConfig(at=(1, 3), schedule="constant")
+    objective = hedged_objective(randomise, [1, 3, 4], layers=layers, positions=positions)
     windows_BW = torch.randint(5, (3, objective.window_length), generator=torch.Generator().manual_seed(0))
     plain = Objective(objective.transformer, objective.heads, objective.terms)
     alpha = np.full(3, 1 / 3)
@@ -80,7 +79,7 @@ def test_weights_multiply_the_loss_and_follow_the_next_character(randomise):
 
 def test_only_a_hedge_adds_to_the_state(randomise):
     """Weights that a resumed run begins anew, and a tensor that checkpoints from before do not have."""
-    objective = hedged_objective(randomise, AuxConfig(), [1, 2, 3, 4])
+    objective = hedged_objective(randomise, [1, 2, 3, 4])
     plain = Objective(objective.transformer, objective.heads, objective.terms)
     assert objective.state_dict().keys() - plain.state_dict().keys() == {"hedge.weights"}
     torch.testing.assert_close(objective.state_dict()["hedge.weights"], torch.full((4,), 0.25))

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from charlm.config import AuxConfig, LayersConfig, ModelConfig, PositionsConfig, TargetsConfig, TrainConfig
+from charlm.config import AuxConfig, Config, LayersConfig, ModelConfig, PositionsConfig, TargetsConfig, TrainConfig
 from charlm.model.heads import Heads
-from charlm.model.transformer import CharTransformer
+from charlm.objective.build import build_objective
 from charlm.objective.hedge import Hedge
 from charlm.objective.objective import Objective, head_pairs
 from charlm.objective.schedules import constant, cutoff
@@ -107,10 +107,8 @@ def test_loss_by_hand(aux, progress, bits):
 
 
 def real_objective(randomise, aux: AuxConfig, num_layers: int = 4, norm: str = "pre") -> Objective:
-    config = ModelConfig(num_layers=num_layers, num_heads=2, d_model=8, d_ff=16, context_length=6, norm=norm)
-    terms = build_terms(aux, num_layers)
-    heads = Heads(config, V, head_pairs(terms, num_layers))
-    return randomise(Objective(CharTransformer(config, V), heads, terms))
+    model = ModelConfig(num_layers=num_layers, num_heads=2, d_model=8, d_ff=16, context_length=6, norm=norm)
+    return randomise(build_objective(Config(model=model, aux=aux), V))
 
 
 def some_windows(objective: Objective, seed: int = 0) -> Tensor:
@@ -176,20 +174,15 @@ def test_a_silent_head_does_not_move(randomise, optimizer, norm):
         assert not torch.equal(heard[name], fresh[name]), name
 
 
-def test_layers_above_the_highest_active_do_not_move(randomise):
+@pytest.mark.parametrize("layers", [None, [2]])
+def test_layers_above_the_highest_active_do_not_move(randomise, layers):
     """The same for a trunk whose upper layers no row needs: they must not even get a gradient of zeros."""
-    objective = real_objective(randomise, AuxConfig(main_weight=0.0, layers=LayersConfig(at=(2,), schedule="constant")))
-    objective(some_windows(objective), 0.0).total.backward()
+    alone = AuxConfig(main_weight=0.0, layers=LayersConfig(at=(2,), schedule="constant"))
+    objective = real_objective(randomise, AuxConfig() if layers else alone)
+    objective(some_windows(objective), 0.0, layers).total.backward()
     for name, parameter in objective.named_parameters():
-        above = name.startswith(
-            (
-                "transformer.blocks.2",
-                "transformer.blocks.3",
-                "transformer.position_tables.2",
-                "transformer.position_tables.3",
-            )
-        )
-        unused = above or "final_norm" in name or "exits.layer4" in name
+        above = any(f"{part}.{index}" in name for part in ("blocks", "position_tables") for index in (2, 3))
+        unused = above or "final_norm" in name or ("exits" in name and "layer2" not in name)
         assert (parameter.grad is None) == unused, name
 
 
@@ -225,29 +218,24 @@ def test_shorter_windows_are_read_whole(randomise):
     """A shorter window whose last input is left out, or whose last target is taken for one."""
     objective = real_objective(randomise, AuxConfig(layers=LayersConfig(enabled=False)))
     windows_BW = some_windows(objective)[:, :5]
-    hidden_BTD = objective.transformer(windows_BW[:, :3])[4]
-    logits_BTKV = objective.heads(hidden_BTD, 4, (1, 2))
+    logits_BTKV = objective.heads(objective.transformer(windows_BW[:, :3])[4], 4, (1, 2))
     parts = objective(windows_BW, 0.0).parts
     for k in (0, 1):
         expected = F.cross_entropy(logits_BTKV[:, :, k].flatten(0, 1), windows_BW[:, 1 + k : 4 + k].flatten())
         torch.testing.assert_close(parts[f"layer4/offset{k + 1}/all"], expected.detach())
 
 
-def test_windows_of_a_wrong_length_are_refused(randomise):
-    """Windows longer than the context, or without any input, read as if they were right."""
+def test_what_has_no_loss_is_refused(randomise):
+    """Windows longer than the context, or without any input, read as if they were right; a loss of zero without a
+    gradient, taken for success."""
     objective = real_objective(randomise, AuxConfig(targets=TargetsConfig(num_targets=3)))
     assert objective.window_length == 6 + 3
     for length in (3, 10):
         with pytest.raises(ValueError, match=f"windows have {length} characters, not 9"):
             objective(torch.zeros(2, length, dtype=torch.long), 0.0)
-
-
-def test_progress_without_an_active_row_is_refused(randomise):
-    """A loss of zero without a gradient, taken for success."""
-    objective = real_objective(randomise, AuxConfig(layers=LayersConfig(enabled=False)))
     ended = Objective(objective.transformer, objective.heads, [Term(4, 1, "all", cutoff(0.0, 0.5))])
     assert ended(some_windows(ended), 0.49).total > 0
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="no row"):
         ended(some_windows(ended), 0.5)
 
 
@@ -267,15 +255,6 @@ def test_layers_apart_by_hand(layers):
         assert share.requires_grad
     assert report.total.item() / math.log(2) == pytest.approx(sum(expected_bits[layer] for layer in wanted), rel=1e-6)
     assert list(report.parts) == [term.name for term in objective.terms if term.layer in wanted]
-
-
-def test_layers_apart_need_only_the_trunk_below_them(randomise):
-    """A forward pass to the top of the stack for each of the losses below it, or gradients of a layer above."""
-    objective = real_objective(randomise, AuxConfig(layers=LASTING))
-    objective(some_windows(objective), 0.5, [2]).total.backward()
-    moved = {name for name, parameter in objective.named_parameters() if parameter.grad is not None}
-    assert {name.split(".")[2] for name in moved if "blocks" in name} == {"0", "1"}
-    assert {name.split(".")[2] for name in moved if "exits" in name} == {"layer2"}
 
 
 def test_losses_of_states_at_hand_are_those_of_the_windows(randomise):
