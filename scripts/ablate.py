@@ -41,31 +41,31 @@ class Ablate(cli.WithConfig):
 def main() -> None:
     arguments = gathered(sys.argv[1:], "--methods")
     options = cli.parse(Ablate, arguments)
-    from charlm.ablation import results, rows
-    from charlm.ablation.runner import Runner  # not before --help and mistakes were answered
+    from charlm.ablation import variants  # not before --help and mistakes were answered
+    from charlm.ablation.results import write_tables
+    from charlm.ablation.runner import Runner
+    from charlm.ablation.table import draw
 
     if options.jobs < 1:
         raise UserError(f"jobs={options.jobs}: must be at least 1")
-    chosen = [rows.given_row(text) for text in options.row]
-    chosen += rows.sweep_rows(options.sweep) + rows.method_rows(options.methods)
-    chosen = chosen or rows.paper_rows(options.settings)
-    jobs = rows.plan(chosen, options.config, rows.config_flags(arguments), options.seeds)
+    rows = [variants.parse_row(text) for text in options.row]
+    rows += variants.parse_sweeps(options.sweep) + variants.read_methods(options.methods)
+    rows = rows or variants.paper_variants(options.settings)
+    runs = variants.plan(rows, options.config, variants.config_flags(arguments), options.seeds)
     folder = options.settings.run.dir
     runner = Runner(
         command=[sys.executable, Path(__file__).with_name("train.py")],
         at_once=options.jobs,
         threads=max(1, num_cores() // options.jobs),
-        after_each=lambda: results.write_tables(chosen, jobs, folder),
+        after_each=lambda: write_tables(rows, runs, folder),
     )
-    outcome = runner.run(jobs, folder)
-    lines = results.write_tables(chosen, jobs, folder)
-    print(results.markdown(lines, jobs), end="")
+    outcome = runner.run(runs, folder)
+    table = write_tables(rows, runs, folder)
+    print((folder / "table.md").read_text(), end="")
     if outcome.done:
-        from charlm.ablation.table import draw
-
-        print(f"table: {folder / 'table.md'}, table.csv, {draw(lines, folder / 'table.png').name}", file=sys.stderr)
+        print(f"table: {folder / 'table.md'}, table.csv, {draw(table, folder / 'table.png').name}", file=sys.stderr)
     if outcome.stopped:
-        raise Stopped(f"stopped with {outcome.done} of {outcome.total} runs done; the same command goes on")
+        raise Stopped(f"stopped with {outcome.done} of {outcome.total} runs done; the same command continues")
     if outcome.failed:
         raise UserError(f"{outcome.failed} of {outcome.total} runs failed; the same command tries them again")
 

@@ -1,1 +1,1 @@
-"""Many runs that differ in what is said of each, and the table that compares them."""
+"""Ablations: variants of one configuration, trained with several seeds and compared in a table."""

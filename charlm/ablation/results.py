@@ -1,4 +1,4 @@
-"""What the runs of an ablation came to, read from their folders."""
+"""Results of an ablation's runs, read from their folders."""
 
 import json
 import math
@@ -8,21 +8,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from charlm.ablation.rows import Job, Row
-from charlm.ablation.table import Line, Measurement, protocols, summarise, to_csv, to_markdown
+from charlm.ablation.table import Result, Row, protocols, to_csv, to_markdown
+from charlm.ablation.variants import Variant, VariantRun
 from charlm.config import UserError, flatten
 from charlm.runs.folder import Run, read_json, write_whole
 
 NO_MATTER = {"data.path", "data.cache_dir", "data.hub_id", "train.checkpoint_every", "train.keep_checkpoints"}
-"""Options, beside those of `run`, that do not touch the result."""
+"""Options outside `run` that do not change the result."""
 
 
-def check_unchanged(jobs: Iterable[Job]) -> None:
-    """Raise UserError for a run that has been made, or begun, with other options than it would be now."""
-    for job in jobs:
-        run = Run(job.folder)
+def check_unchanged(runs: Iterable[VariantRun]) -> None:
+    """Raise UserError for a run in its folder whose options differ from the present ones."""
+    for planned in runs:
+        run = Run(planned.folder)
         if run.config_path.exists():
-            before, now = (flatten(asdict(config), ".") for config in (run.config(), job.config))
+            before, now = (flatten(asdict(config), ".") for config in (run.config(), planned.config))
             changed = [
                 f"{name}: {before.get(name)} -> {now.get(name)}"
                 for name in sorted(before.keys() | now.keys())
@@ -30,36 +30,34 @@ def check_unchanged(jobs: Iterable[Job]) -> None:
             ]
             if changed:
                 raise UserError(
-                    f"{run.path} was made with another configuration ({'; '.join(changed)}): put that back, choose "
-                    "another --run.dir, or remove the folder to make the run anew"
+                    f"{run.path} was made with another configuration ({'; '.join(changed)}): restore it, choose "
+                    "another --run.dir, or remove the folder to train this run again"
                 )
 
 
-def measure(job: Job) -> Measurement | None:
-    """The result of a finished run; None if it has not come to its end."""
-    run, train = Run(job.folder), job.config.train
-    if not run.config_path.exists():
+def read_result(run: VariantRun) -> Result | None:
+    """The result of a finished run; None if it has not finished, or diverged."""
+    folder, train = Run(run.folder), run.config.train
+    if not folder.config_path.exists():
         return None
-    rows = list(run.metrics())
+    rows = list(folder.metrics())
     scores = [row["valid"] for row in rows if "valid" in row and row["step"] == train.steps]
     if not scores or not math.isfinite(scores[-1]["bits_per_character"]):
         return None
-    record = read_record(job)
-    return Measurement(
-        row=job.row,
-        seed=job.seed,
+    costs = read_costs(run)
+    return Result(
         bits_per_character=scores[-1]["bits_per_character"],
         bits_per_byte=scores[-1]["bits_per_byte"],
-        seconds_per_step=seconds_per_step(rows, train.batch_size * job.config.model.context_length),
-        cpu_seconds=record.get("cpu_seconds"),
-        peak_memory=record.get("peak_memory"),
+        seconds_per_step=seconds_per_step(rows, train.batch_size * run.config.model.context_length),
+        cpu_seconds=costs.get("cpu_seconds"),
+        peak_memory=costs.get("peak_memory"),
     )
 
 
 def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -> float | None:
-    """The mean over training, validation left out; None if too little was logged.
+    """Mean time of a training step, without validation; None if fewer than two rows of metrics have a speed.
 
-    A row's characters per second are those since the row before it. The first row is left out: it holds the warm-up.
+    A row's characters per second are measured since the row before. The first row is left out: it holds the warm-up.
     """
     logged = [(row["step"], row["characters_per_second"]) for row in rows if "characters_per_second" in row]
     spans = [(step - before, speed) for (before, _), (step, speed) in pairwise(logged)]
@@ -69,56 +67,52 @@ def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -
     return seconds / sum(steps for steps, _ in spans)
 
 
-def progress(job: Job) -> float:
-    """How far a run under way has come, from 0 to 1, as far as it has been logged."""
+def fraction_done(run: VariantRun) -> float:
+    """The share of a run's steps that its metrics show, from 0 to 1."""
     try:
-        with Run(job.folder).metrics_path.open("rb") as file:
+        with Run(run.folder).metrics_path.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 2**16))
-            lines = file.read().split(b"\n")[:-1]  # what follows the last newline is not written yet
-        return min(1.0, json.loads(lines[-1])["step"] / job.config.train.steps)
+            lines = file.read().split(b"\n")[:-1]  # a last line without newline is still being written
+        return min(1.0, json.loads(lines[-1])["step"] / run.config.train.steps)
     except (OSError, ValueError, IndexError, KeyError, TypeError):
         return 0.0
 
 
-def read_record(job: Job) -> dict[str, Any]:
-    """What the runs' keeper knows of a run: peak_memory in bytes, cpu_seconds, failure."""
-    path = job.beside(".json")
-    record = read_json(path) if path.exists() else {}
-    return record if isinstance(record, dict) else {}
+def read_costs(run: VariantRun) -> dict[str, Any]:
+    """What `write_costs` wrote: peak_memory in bytes, cpu_seconds, failure."""
+    path = run.beside(".json")
+    return read_json(path) if path.exists() else {}
 
 
-def write_record(job: Job, *, peak_memory: int, cpu_seconds: float, failure: str | None) -> None:
-    """Remember what a run's process took, on top of those before it, and why it failed if it did."""
-    old = read_record(job)
-    record = {
+def write_costs(run: VariantRun, *, peak_memory: int, cpu_seconds: float, failure: str | None) -> None:
+    """Record what a run's process took, on top of earlier processes of the run, and why it failed if it did."""
+    old = read_costs(run)
+    costs = {
         "peak_memory": max(peak_memory, old.get("peak_memory") or 0),
         "cpu_seconds": cpu_seconds + (old.get("cpu_seconds") or 0.0),
         "failure": failure,
     }
-    write_whole(job.beside(".json"), json.dumps(record) + "\n")
+    write_whole(run.beside(".json"), json.dumps(costs) + "\n")
 
 
-def table(rows: Sequence[Row], jobs: Sequence[Job]) -> list[Line]:
-    """The lines, from what is on disk."""
-    measured = [result for job in jobs if (result := measure(job)) is not None]
-    done = {(result.row, result.seed) for result in measured}
-    failures = [
-        (job.row, job.seed, failure)
-        for job in jobs
-        if (job.row, job.seed) not in done and (failure := read_record(job).get("failure"))
-    ]
-    paper = {row.name: row.paper for row in rows if row.paper is not None}
-    return summarise([row.name for row in rows], measured, paper, failures)
+def read_rows(variants: Sequence[Variant], runs: Sequence[VariantRun]) -> list[Row]:
+    """The table's rows, from what is on disk. The first is the reference of the others."""
+    rows: list[Row] = []
+    for variant in variants:
+        results, failures = {}, []
+        for run in runs:
+            if run.variant == variant:
+                if (result := read_result(run)) is not None:
+                    results[run.seed] = result
+                elif failure := read_costs(run).get("failure"):
+                    failures.append(f"{run}: {failure}")
+        rows.append(Row(variant, results, rows[0] if rows else None, failures))
+    return rows
 
 
-def write_tables(rows: Sequence[Row], jobs: Sequence[Job], folder: Path) -> list[Line]:
-    """Write table.md and table.csv, and return their lines."""
-    lines = table(rows, jobs)
-    write_whole(folder / "table.md", markdown(lines, jobs))
-    write_whole(folder / "table.csv", to_csv(lines))
-    return lines
-
-
-def markdown(lines: Sequence[Line], jobs: Sequence[Job]) -> str:
-    """The Markdown table under its protocol."""
-    return to_markdown(lines, protocols({job.row: job.config for job in jobs}))
+def write_tables(variants: Sequence[Variant], runs: Sequence[VariantRun], folder: Path) -> list[Row]:
+    """Write table.md and table.csv, and return their rows."""
+    rows = read_rows(variants, runs)
+    write_whole(folder / "table.md", to_markdown(rows, protocols(runs)))
+    write_whole(folder / "table.csv", to_csv(rows))
+    return rows

@@ -1,4 +1,4 @@
-"""The table of an ablation: means, differences, what is beyond noise; Markdown, CSV and a picture."""
+"""The table of an ablation: means, differences and verdicts, as Markdown, CSV and a picture."""
 
 import csv
 import io
@@ -9,69 +9,83 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from charlm.config import Config
+from charlm.ablation.variants import Variant, VariantRun
 from charlm.markdown import markdown_table
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; more are taken for 9, which is on the safe side."""
-MEBI = 2**20
+"""Student's t, two-sided 95 %, for 1 to 9 degrees of freedom. More use the last one, which errs on the safe side."""
 HOW_TO_READ = (
-    "Bits per character: mean ± standard deviation over seeds. Δ: mean of the differences to `{reference}` seed by "
-    "seed (a seed means the same windows in every row) ± half of its 95 % interval by Student's t. Better and worse: "
-    "zero lies outside of the interval; of 20 rows that change nothing, one is expected to look so. Time per step: in "
-    "training, validation left out, median over seeds. CPU s: processor time of a whole run, which other work on the "
-    "machine hardly changes, median over seeds. Memory: the most that the process had resident, libraries included."
+    "Bits per character: mean ± standard deviation over seeds. Δ: mean difference to `{reference}`, seed by seed (a "
+    "seed means the same windows in every row), ± half the 95 % interval by Student's t. Better and worse: zero lies "
+    "outside the interval; of 20 rows that change nothing, one is expected to look so. Time per step: median over "
+    "seeds, without validation. CPU s: processor time of a whole run, median over seeds; it hardly depends on other "
+    "work on the machine. Memory: the largest resident size of the process, libraries included."
 )
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What one run came to."""
+class Result:
+    """The result of one finished run."""
 
-    row: str
-    seed: int
     bits_per_character: float
     bits_per_byte: float
-    """Both of the validation after the last step."""
+    """Both from the validation after the last step."""
     seconds_per_step: float | None
     cpu_seconds: float | None
-    """Processor time of the run's processes, from their start to their end."""
+    """Processor time of the run's processes, from start to end."""
     peak_memory: int | None
-    """Bytes resident."""
+    """The largest resident size, in bytes."""
 
 
 @dataclass(frozen=True)
-class Line:
+class Row:
     """A row of the table."""
 
-    name: str
-    runs: tuple[Measurement, ...]
-    deltas: tuple[float, ...]
-    """Bits per character against the reference, for the seeds that both have; none of the reference itself."""
-    paper: float | None = None
-    paper_delta: float | None = None
-    failures: tuple[str, ...] = ()
+    variant: Variant
+    results: Mapping[int, Result]
+    """By seed."""
+    reference: "Row | None" = None
+    """The row to compare with; None for the first row, which is the others' reference."""
+    failures: Sequence[str] = ()
+    """Messages of the runs that failed."""
+
+    def values(self, name: str) -> list[Any]:
+        """A field of the results, for the seeds that have it."""
+        return [value for result in self.results.values() if (value := getattr(result, name)) is not None]
+
+    def median(self, name: str) -> float | None:
+        return statistics.median(values) if (values := self.values(name)) else None
 
     @property
     def scores(self) -> list[float]:
-        return [run.bits_per_character for run in self.runs]
+        return self.values("bits_per_character")
 
     @property
     def mean(self) -> float | None:
-        return statistics.fmean(self.scores) if self.runs else None
+        return _mean(self.scores)
 
     @property
     def deviation(self) -> float | None:
-        """The standard deviation over seeds, of a sample."""
-        return statistics.stdev(self.scores) if len(self.runs) > 1 else None
+        """The sample standard deviation over seeds."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    @property
+    def deltas(self) -> list[float]:
+        """Bits per character minus the reference's, for the seeds that both have."""
+        others = self.reference.results if self.reference is not None else {}
+        return [
+            result.bits_per_character - others[seed].bits_per_character
+            for seed, result in self.results.items()
+            if seed in others
+        ]
 
     @property
     def delta(self) -> float | None:
-        return statistics.fmean(self.deltas) if self.deltas else None
+        return _mean(self.deltas)
 
     @property
     def margin(self) -> float | None:
-        """Half of the 95 % interval of `delta`."""
+        """Half the 95 % interval of `delta`."""
         count = len(self.deltas)
         if count < 2:
             return None
@@ -79,7 +93,7 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """better, worse, within noise; empty where that cannot be told."""
+        """better, worse or within noise; empty if there are too few seeds to tell."""
         if self.delta is None or self.margin is None:
             return ""
         if abs(self.delta) <= self.margin:
@@ -87,141 +101,120 @@ class Line:
         return "better" if self.delta < 0 else "worse"
 
     @property
-    def seconds_per_step(self) -> float | None:
-        return _median(run.seconds_per_step for run in self.runs)
-
-    @property
-    def cpu_seconds(self) -> float | None:
-        return _median(run.cpu_seconds for run in self.runs)
-
-    @property
     def peak_memory(self) -> int | None:
-        return max((run.peak_memory for run in self.runs if run.peak_memory is not None), default=None)
+        return max(self.values("peak_memory"), default=None)
+
+    @property
+    def paper_delta(self) -> float | None:
+        """The paper's difference between the two rows."""
+        if self.reference is None or self.variant.paper is None or self.reference.variant.paper is None:
+            return None
+        return self.variant.paper - self.reference.variant.paper
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row's figures by their names in the CSV file."""
+        return {
+            "row": self.variant.name,
+            "bits_per_character": self.mean,
+            "standard_deviation": self.deviation,
+            "bits_per_byte": _mean(self.values("bits_per_byte")),
+            "delta": self.delta,
+            "delta_95": self.margin,
+            "verdict": self.verdict,
+            "seconds_per_step": self.median("seconds_per_step"),
+            "cpu_seconds": self.median("cpu_seconds"),
+            "peak_memory_bytes": self.peak_memory,
+            "seeds": len(self.results),
+            "failed": len(self.failures),
+            "paper_bits_per_character": self.variant.paper,
+            "paper_delta": self.paper_delta,
+        }
 
 
-def summarise(
-    names: Sequence[str],
-    measurements: Sequence[Measurement],
-    paper: Mapping[str, float] | None = None,
-    failures: Sequence[tuple[str, int, str]] = (),
-) -> list[Line]:
-    """A line for every name, the first of which is the reference.
-
-    Args:
-        paper: the paper's figures by name.
-        failures: row, seed and message of the runs that failed.
-    """
-    paper = paper or {}
-    runs = {name: {run.seed: run for run in measurements if run.row == name} for name in names}
-    reference = runs[names[0]]
-    lines = []
-    for name in names:
-        own = runs[name]
-        shared = [] if name == names[0] else sorted(own.keys() & reference.keys())
-        both = name != names[0] and name in paper and names[0] in paper
-        lines.append(
-            Line(
-                name=name,
-                runs=tuple(own[seed] for seed in sorted(own)),
-                deltas=tuple(own[seed].bits_per_character - reference[seed].bits_per_character for seed in shared),
-                paper=paper.get(name),
-                paper_delta=paper[name] - paper[names[0]] if both else None,
-                failures=tuple(f"{name}, seed {seed}: {message}" for row, seed, message in failures if row == name),
-            )
-        )
-    return lines
-
-
-def protocols(configs: Mapping[str, Config]) -> list[str]:
-    """What the scores of the rows are of, in words; one line if it is the same for all."""
-    words: dict[str, list[str]] = {}
-    for name, config in configs.items():
-        train, context = config.train, config.model.context_length
-        text = (
-            f"first {train.valid_symbols:,} symbols of the valid split of {config.data.corpus}, context {context}, "
+def protocols(runs: Iterable[VariantRun]) -> list[str]:
+    """What the scores measure: one line if it is the same for all rows, else one for each protocol."""
+    names: dict[str, dict[str, None]] = {}
+    for run in runs:
+        train, context = run.config.train, run.config.model.context_length
+        protocol = (
+            f"first {train.valid_symbols:,} symbols of the valid split of {run.config.data.corpus}, context {context}, "
             f"stride {max(1, context // 2)}; after {train.steps:,} steps of {train.batch_size * context:,} characters"
         )
-        words.setdefault(text, []).append(name)
-    if len(words) == 1:
-        return [f"Scored on the {text}." for text in words]
-    return [f"{', '.join(names)}: scored on the {text}." for text, names in words.items()]
+        names.setdefault(protocol, {})[run.variant.name] = None
+    if len(names) == 1:
+        return [f"Scored on the {protocol}." for protocol in names]
+    return [f"{', '.join(rows)}: scored on the {protocol}." for protocol, rows in names.items()]
 
 
-def to_markdown(lines: Sequence[Line], notes: Sequence[str] = ()) -> str:
-    """The table under its `notes`, over how it is read and what failed."""
-    with_paper = any(line.paper is not None for line in lines)
-    header = ["row", "bits per character", "Δ", "verdict", "ms per step", "CPU s", "peak memory", "seeds"]
-    header += ["paper: T64, text8 dev", "paper's Δ"] if with_paper else []
-    table = []
-    for line in lines:
-        cells = [
-            line.name,
-            _with_spread(line.mean, line.deviation, ""),
-            _with_spread(line.delta, line.margin, "+"),
-            line.verdict,
-            "" if line.seconds_per_step is None else f"{1000 * line.seconds_per_step:.1f}",
-            "" if line.cpu_seconds is None else f"{line.cpu_seconds:,.0f}",
-            "" if line.peak_memory is None else f"{line.peak_memory / MEBI:,.0f} MiB",
-            str(len(line.runs)),
-        ]
-        if with_paper:
-            cells += [
-                "" if line.paper is None else f"{line.paper:.3f}",
-                "" if line.paper_delta is None else f"{line.paper_delta:+.3f}",
-            ]
-        table.append(cells)
-    text = [*notes, "", markdown_table(header, table), "", HOW_TO_READ.format(reference=lines[0].name)]
-    failures = [failure for line in lines for failure in line.failures]
-    if failures:
-        text += ["", "Failed:", "", *(f"- {failure}" for failure in failures)]
+def to_markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
+    """The notes, the table, how to read it, and what failed."""
+    columns = {
+        "row": [row.variant.name for row in rows],
+        "bits per character": [_with_spread(row.mean, row.deviation, "") for row in rows],
+        "Δ": [_with_spread(row.delta, row.margin, "+") for row in rows],
+        "verdict": [row.verdict for row in rows],
+        "ms per step": [_cell(row.median("seconds_per_step"), ".1f", scale=1000) for row in rows],
+        "CPU s": [_cell(row.median("cpu_seconds"), ",.0f") for row in rows],
+        "peak memory": [_cell(row.peak_memory, ",.0f", scale=2**-20, unit=" MiB") for row in rows],
+        "seeds": [str(len(row.results)) for row in rows],
+    }
+    if any(row.variant.paper is not None for row in rows):
+        columns["paper: T64, text8 dev"] = [_cell(row.variant.paper, ".3f") for row in rows]
+        columns["paper's Δ"] = [_cell(row.paper_delta, "+.3f") for row in rows]
+    table = markdown_table(list(columns), list(zip(*columns.values(), strict=True)))
+    text = [*notes, "", table, "", HOW_TO_READ.format(reference=rows[0].variant.name)]
+    failures = [f"- {failure}" for row in rows for failure in row.failures]
+    text += ["", "Failed:", "", *failures] if failures else []
     return "\n".join(text).strip() + "\n"
 
 
-def to_csv(lines: Sequence[Line]) -> str:
-    """The same for programs: a line per row, seconds and bytes, one column per seed."""
-    seeds = sorted({run.seed for line in lines for run in line.runs})
+def to_csv(rows: Sequence[Row]) -> str:
+    """The same figures unrounded, with one column per seed."""
+    seeds = sorted({seed for row in rows for seed in row.results})
     file = io.StringIO()
-    writer = csv.DictWriter(file, [*_record(lines[0]), *(f"seed_{seed}" for seed in seeds)], lineterminator="\n")
+    writer = csv.DictWriter(file, [*rows[0].to_dict(), *(f"seed_{seed}" for seed in seeds)], lineterminator="\n")
     writer.writeheader()
-    for line in lines:
-        writer.writerow(_record(line) | {f"seed_{run.seed}": run.bits_per_character for run in line.runs})
+    for row in rows:
+        writer.writerow(
+            row.to_dict() | {f"seed_{seed}": result.bits_per_character for seed, result in row.results.items()}
+        )
     return file.getvalue()
 
 
-def draw(lines: Sequence[Line], path: Path) -> Path:
+def draw(rows: Sequence[Row], path: Path) -> Path:
     """Draw every seed of every row, with the mean and its figure, and return the picture's path.
 
-    The axis is that of the rows near the reference; one that is far outside stands at its edge, with an arrow.
+    The axis covers the rows near the reference; the mean of a row far outside is an arrow at the edge.
 
     Raises:
-        UserError: it cannot be written there.
+        UserError: the picture cannot be written.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     from charlm.report.figures import GREY, STYLE, TRAIN, VALID, WIDTH, save
 
-    shown = [line for line in lines if line.runs]
+    shown = [row for row in rows if row.results]
     left, right = _limits(shown)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.26 * len(shown)), layout="constrained")
         axes = figure.subplots()
-        for place, line in enumerate(shown):
-            inside = [score for score in line.scores if score <= right]
-            axes.plot(inside, [place] * len(inside), linestyle="", marker="o", markersize=3, color=TRAIN, alpha=0.6)
-            beyond = line.mean > right
+        for place, row in enumerate(shown):
+            places = [place] * len(row.scores)
+            axes.plot(row.scores, places, linestyle="", marker="o", markersize=3, color=TRAIN, alpha=0.6)
+            beyond = row.mean > right
             marker = {"marker": ">" if beyond else "|", "markersize": 6 if beyond else 12, "markeredgewidth": 2}
-            axes.plot([min(line.mean, right)], [place], linestyle="", color=VALID, **marker)
-            star = "*" if line.verdict in ("better", "worse") else ""
-            delta = "" if line.delta is None else f"  {line.delta:+.3f}{star}"
-            axes.annotate(
-                f"{line.mean:.3f}{delta}", (1, place), xycoords=("axes fraction", "data"), xytext=(6, 0),
-                textcoords="offset points", va="center",
-            )  # fmt: skip
-        if shown and shown[0].name == lines[0].name:
-            axes.axvline(shown[0].mean, color=GREY, linewidth=0.8, linestyle="--")
+            axes.plot([min(row.mean, right)], [place], linestyle="", color=VALID, **marker)
+            star = "*" if row.verdict in ("better", "worse") else ""
+            label, where = (
+                f"{row.mean:.3f}" + _cell(row.delta, "+.3f", before="  ", unit=star),
+                ("axes fraction", "data"),
+            )
+            axes.annotate(label, (1, place), xycoords=where, xytext=(6, 0), textcoords="offset points", va="center")
+        if rows[0].results:
+            axes.axvline(rows[0].mean, color=GREY, linewidth=0.8, linestyle="--")
         axes.set_xlim(left, right + 0.02 * (right - left))
-        axes.set_yticks(range(len(shown)), [line.name for line in shown])
+        axes.set_yticks(range(len(shown)), [row.variant.name for row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.spines["top"].set_visible(False)
@@ -230,41 +223,23 @@ def draw(lines: Sequence[Line], path: Path) -> Path:
     return save(figure, path)
 
 
-def _limits(lines: Sequence[Line]) -> tuple[float, float]:
-    """The lowest and the highest score shown: up to four times as far from the best as the middle row is."""
-    means = sorted(line.mean for line in lines)
-    lowest = min(score for line in lines for score in line.scores)
+def _limits(rows: Sequence[Row]) -> tuple[float, float]:
+    """The lowest and highest score shown: up to four times as far from the best as the middle row."""
+    means = sorted(row.mean for row in rows)
+    lowest = min(score for row in rows for score in row.scores)
     far = means[0] + 4 * max(means[len(means) // 2] - means[0], 0.02)
-    near = [score for line in lines for score in line.scores if line.mean <= far]
-    span = max(max(near) - lowest, 0.02)
-    return lowest - 0.05 * span, max(near) + 0.05 * span
+    highest = max(score for row in rows for score in row.scores if row.mean <= far)
+    span = max(highest - lowest, 0.02)
+    return lowest - 0.05 * span, highest + 0.05 * span
 
 
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
-def _record(line: Line) -> dict[str, Any]:
-    return {
-        "row": line.name,
-        "bits_per_character": line.mean,
-        "standard_deviation": line.deviation,
-        "bits_per_byte": statistics.fmean(run.bits_per_byte for run in line.runs) if line.runs else None,
-        "delta": line.delta,
-        "delta_95": line.margin,
-        "verdict": line.verdict,
-        "seconds_per_step": line.seconds_per_step,
-        "cpu_seconds": line.cpu_seconds,
-        "peak_memory_bytes": line.peak_memory,
-        "seeds": len(line.runs),
-        "failed": len(line.failures),
-        "paper_bits_per_character": line.paper,
-        "paper_delta": line.paper_delta,
-    }
+def _cell(value: float | None, spec: str, *, scale: float = 1, before: str = "", unit: str = "") -> str:
+    return "" if value is None else f"{before}{value * scale:{spec}}{unit}"
 
 
 def _with_spread(value: float | None, spread: float | None, sign: str) -> str:
-    if value is None:
-        return ""
-    return f"{value:{sign}.4f}" if spread is None else f"{value:{sign}.4f} ± {spread:.4f}"
+    return _cell(value, f"{sign}.4f") + _cell(spread, ".4f", before=" ± ")

@@ -3,41 +3,47 @@
 import csv
 import io
 import math
+from dataclasses import replace
 
 import pytest
 
-from charlm.ablation.table import Measurement, draw, protocols, summarise, to_csv, to_markdown
+from charlm.ablation.table import Result, Row, draw, protocols, to_csv, to_markdown
+from charlm.ablation.variants import Variant, VariantRun
 from charlm.config import Config, ModelConfig, TrainConfig
 from tiny import table_cells
 
 
-def runs(name: str, *scores: float, first_seed: int = 0, milliseconds=(10.0, 30.0, 20.0)) -> list[Measurement]:
-    return [
-        Measurement(
-            row=name,
-            seed=first_seed + index,
+def results(*scores: float, first_seed: int = 0) -> dict[int, Result]:
+    return {
+        first_seed + index: Result(
             bits_per_character=score,
             bits_per_byte=score - 0.5,
-            seconds_per_step=milliseconds[index] / 1000,
+            seconds_per_step=(0.01, 0.03, 0.02)[index],
             cpu_seconds=100.0 * (index + 1),
             peak_memory=(100 + index) * 2**20,
         )
         for index, score in enumerate(scores)
-    ]
+    }
 
 
-NAMES = ["full", "worse", "noise", "better"]
-MEASURED = [
-    *runs("full", 3.0, 3.1, 3.2),
-    *runs("worse", 4.0, 4.2, 4.1),
-    *runs("noise", 3.1, 3.1, 3.1),
-    *runs("better", 2.5, 2.6, 2.7),
-]
+def rows_of(paper: dict[str, float] | None = None, **by_name: dict[int, Result]) -> list[Row]:
+    rows: list[Row] = []
+    for name, found in by_name.items():
+        rows.append(Row(Variant(name, paper=(paper or {}).get(name)), found, rows[0] if rows else None))
+    return rows
+
+
+MEASURED = {
+    "full": results(3.0, 3.1, 3.2),
+    "worse": results(4.0, 4.2, 4.1),
+    "noise": results(3.1, 3.1, 3.1),
+    "better": results(2.5, 2.6, 2.7),
+}
 
 
 def test_arithmetic_by_hand() -> None:
     """Guards against the deviation of a population, differences of unlike seeds, and a verdict by another rule."""
-    full, worse, noise, better = summarise(NAMES, MEASURED)
+    full, worse, noise, better = rows_of(**MEASURED)
     assert full.mean == pytest.approx(3.1)
     assert full.deviation == pytest.approx(0.1)  # sqrt((0.01 + 0 + 0.01) / 2)
     assert (full.delta, full.margin, full.verdict) == (None, None, "")
@@ -48,33 +54,37 @@ def test_arithmetic_by_hand() -> None:
     # Differences 0.1, 0, -0.1: their mean is 0. Those of `better` are -0.5 each: no spread at all.
     assert (noise.delta, noise.verdict) == (pytest.approx(0.0), "within noise")
     assert (better.delta, better.margin) == (pytest.approx(-0.5), pytest.approx(0.0))
-    assert full.seconds_per_step == 0.02  # the median of 10, 30 and 20 ms
+    assert full.median("seconds_per_step") == 0.02  # the median of 10, 30 and 20 ms
     assert full.peak_memory == 102 * 2**20
 
 
 def test_noise_that_two_standard_errors_would_miss() -> None:
     """Guards against a rule for many seeds: of three, two standard errors are no 95 %."""
-    line = summarise(["full", "x"], [*runs("full", 3.0, 3.0, 3.0), *runs("x", 3.01, 3.05, 3.09)])[1]
+    row = rows_of(full=results(3.0, 3.0, 3.0), x=results(3.01, 3.05, 3.09))[1]
     error = 0.04 / math.sqrt(3)
-    assert 2 * error < line.delta < 4.303 * error
-    assert line.verdict == "within noise"
+    assert 2 * error < row.delta < 4.303 * error
+    assert row.verdict == "within noise"
 
 
 def test_seeds_that_only_one_row_has() -> None:
     """Guards against a difference between seed 2 of one row and seed 1 of another."""
-    measured = [*runs("full", 3.0, 3.5), *runs("late", 4.0, 4.4, first_seed=1), *runs("other", 1.0, first_seed=7)]
-    _, late, other, missing = summarise(["full", "late", "other", "missing"], measured)
-    assert late.deltas == (0.5,)
+    _, late, other, missing = rows_of(
+        full=results(3.0, 3.5),
+        late=results(4.0, 4.4, first_seed=1),
+        other=results(1.0, first_seed=7),
+        missing={},
+    )
+    assert late.deltas == [0.5]
     assert (late.delta, late.margin, late.verdict) == (0.5, None, "")
     assert (other.mean, other.deviation, other.delta) == (1.0, None, None)
-    assert (missing.mean, missing.delta, missing.seconds_per_step) == (None, None, None)
+    assert (missing.mean, missing.delta, missing.median("seconds_per_step")) == (None, None, None)
 
 
 def test_markdown() -> None:
     """Guards against cells under another column's name, lost failures, and the paper's figures at another row."""
-    failures = [("noise", 4, "out of memory (a.log)"), ("full", 4, "no")]
-    lines = summarise(NAMES, MEASURED, {"full": 1.062, "worse": 2.482}, failures)
-    text = to_markdown(lines, ["Scored on something."])
+    rows = rows_of({"full": 1.062, "worse": 2.482}, **MEASURED)
+    rows[2] = replace(rows[2], failures=["noise, seed 4: out of memory (a.log)"])
+    text = to_markdown(rows, ["Scored on something."])
     table = table_cells(text)
     assert text.startswith("Scored on something.\n\n| row ")
     assert table[0] == [
@@ -86,15 +96,15 @@ def test_markdown() -> None:
         "worse", "4.1000 ± 0.1000", "+1.0000 ± 0.2484", "worse", "20.0", "200", "102 MiB", "3", "2.482", "+1.420",
     ]  # fmt: skip
     assert table[4][3:] == ["within noise", "20.0", "200", "102 MiB", "3", "", ""]
-    assert "differences to `full` seed by seed" in text
-    assert text.endswith("Failed:\n\n- full, seed 4: no\n- noise, seed 4: out of memory (a.log)\n")
-    assert "paper" not in to_markdown(summarise(NAMES, MEASURED))
+    assert "difference to `full`" in text
+    assert text.endswith("Failed:\n\n- noise, seed 4: out of memory (a.log)\n")
+    assert "paper" not in to_markdown(rows_of(**MEASURED))
 
 
 def test_csv() -> None:
     """Guards against rounded figures, and seeds under another's name."""
-    measured = [*MEASURED[:3], *runs("worse", 4.0, 1 / 3, first_seed=1)]
-    rows = list(csv.DictReader(io.StringIO(to_csv(summarise(["full", "worse", "none"], measured)))))
+    table = rows_of(full=MEASURED["full"], worse=results(4.0, 1 / 3, first_seed=1), none={})
+    rows = list(csv.DictReader(io.StringIO(to_csv(table))))
     assert [row["row"] for row in rows] == ["full", "worse", "none"]
     assert (rows[1]["seed_0"], rows[1]["seed_1"], float(rows[1]["seed_2"])) == ("", "4.0", 1 / 3)
     assert float(rows[0]["bits_per_byte"]) == pytest.approx(2.6)
@@ -104,13 +114,16 @@ def test_csv() -> None:
 
 def test_protocol() -> None:
     """Guards against scores of unlike protocols in one table without a word."""
-    config = Config(model=ModelConfig(context_length=64), train=TrainConfig(steps=500, batch_size=4))
+
+    def run_of(name: str, context_length: int, batch_size: int) -> VariantRun:
+        train = TrainConfig(steps=500, batch_size=batch_size)
+        return VariantRun(Variant(name), 0, Config(model=ModelConfig(context_length=context_length), train=train))
+
     text = (
         "first 200,000 symbols of the valid split of enwik8, context 64, stride 32; after 500 steps of 256 characters."
     )
-    assert protocols({"a": config, "b": config}) == [f"Scored on the {text}"]
-    longer = Config(model=ModelConfig(context_length=128), train=TrainConfig(steps=500, batch_size=2))
-    assert protocols({"a": config, "b": longer, "c": config}) == [
+    assert protocols([run_of("a", 64, 4), run_of("b", 64, 4)]) == [f"Scored on the {text}"]
+    assert protocols([run_of("a", 64, 4), run_of("b", 128, 2), run_of("c", 64, 4)]) == [
         f"a, c: scored on the {text}",
         f"b: scored on the {text.replace('context 64, stride 32', 'context 128, stride 64')}",
     ]
@@ -120,15 +133,14 @@ def test_picture(tmp_path, monkeypatch) -> None:
     """Guards against rows that are lost or mislabelled, and one far outside that squashes the rest."""
     drawn = []
     monkeypatch.setattr("charlm.report.figures.save", lambda figure, path: drawn.append(figure) or path)
-    measured = [*MEASURED, *runs("far", 9.0, 9.1, 9.2)]
-    lines = summarise([*NAMES, "far", "none"], measured)
-    assert draw(lines, tmp_path / "table.png") == tmp_path / "table.png"
+    rows = rows_of(**MEASURED, far=results(9.0, 9.1, 9.2), none={})
+    assert draw(rows, tmp_path / "table.png") == tmp_path / "table.png"
     axes = drawn[0].axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == [*NAMES, "far"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [*MEASURED, "far"]
     left, right = axes.get_xlim()
     assert left < 2.5 and 4.2 < right < 5
-    shown = sorted(x for line in axes.get_lines()[:-1] if line.get_marker() == "o" for x in line.get_xdata())
-    assert shown == sorted(run.bits_per_character for run in MEASURED)
+    seeds = [x for line in axes.get_lines() if line.get_marker() == "o" for x in line.get_xdata()]
+    assert len(seeds) == 15 and sum(left < x < right for x in seeds) == 12
     assert [text.get_text() for text in axes.texts] == [
         "3.100", "4.100  +1.000*", "3.100  +0.000", "2.600  -0.500*", "9.100  +6.000*",
     ]  # fmt: skip

@@ -1,0 +1,140 @@
+"""Rows and the runs they make: what each changes, in which order, and what is refused."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from charlm import load_config
+from charlm.ablation.variants import Variant, config_flags, paper_variants, parse_row, parse_sweeps, plan, read_methods
+from charlm.config import Config, TrainConfig, UserError, flatten
+
+FLAGS = ["--run.dir=out", "--train.seed=5", "--model.num_layers=4"]
+
+
+def changes(config: Config, base: Config) -> dict[str, object]:
+    """What a run's config has otherwise than the base, apart from where it lives."""
+    before, now = flatten(asdict(base), "."), flatten(asdict(config), ".")
+    return {name: value for name, value in now.items() if before[name] != value and not name.startswith("run.")}
+
+
+def test_the_papers_rows() -> None:
+    """Guards against a row that changes something else than its name says, or stands beside another's figure."""
+    base = load_config(overrides=FLAGS)
+    runs = plan(paper_variants(base), [], FLAGS, seeds=1)
+    assert {run.variant.name: changes(run.config, base) for run in runs} == {
+        "full": {},
+        "without positions": {"aux.positions.enabled": False},
+        "without intermediate layers": {"aux.layers.enabled": False},
+        "without extra targets": {"aux.targets.enabled": False},
+        "without per-layer positions": {"model.positions": "input"},
+        "SGD in place of momentum": {"train.optimizer": "sgd", "train.momentum": 0.0, "train.learning_rate": 0.3},
+    }
+    assert [row.paper for row in paper_variants(base)] == [1.062, 2.482, 1.158, 1.068, 1.069, 1.065]
+
+
+def test_sgd_takes_steps_as_long_as_the_bases_momentum() -> None:
+    """Guards against a row of SGD that is a hundred times slower than what it stands in for."""
+    base = Config(train=TrainConfig(optimizer="sgd", momentum=0.9, learning_rate=0.02))
+    assert "--train.learning_rate=0.2" in paper_variants(base)[-1].flags
+
+
+def test_the_runs_of_a_plan() -> None:
+    """Guards against seeds in the wrong place, an early stop that leaves rows without any run, and lost folders."""
+    runs = plan([Variant("full"), Variant("no head: at all!", flags=("--aux.layers.enabled=false",))], [], FLAGS, 2)
+    assert [(run.variant.name, run.seed, run.config.train.seed) for run in runs] == [
+        ("full", 5, 5), ("no head: at all!", 5, 5), ("full", 6, 6), ("no head: at all!", 6, 6),
+    ]  # fmt: skip
+    assert runs[3].folder == Path("out/no_head_at_all/seed-6")
+    assert runs[3].beside(".log") == Path("out/no_head_at_all/seed-6.log")
+    assert all(run.config.run.auto_resume for run in runs)
+
+
+def test_what_wins(tmp_path: Path) -> None:
+    """Guards against a preset that overrides the command line, and flags that override a row."""
+    base, preset = tmp_path / "base.yaml", tmp_path / "preset.yaml"
+    base.write_text("model: {num_layers: 3, d_model: 16}\ntrain: {steps: 7, warmup: 0.1}\n")
+    preset.write_text("model: {num_layers: 5, d_model: 32}\ntrain: {steps: 8}\n")
+    variant = Variant("x", files=(preset,), flags=("--train.steps=9",))
+    config = plan([variant], [base], ["--model.d_model=64", "--train.steps=10", "--run.dir=out"], seeds=1)[0].config
+    assert (config.model.num_layers, config.model.d_model) == (5, 64)
+    assert (config.train.steps, config.train.warmup) == (9, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "flags"),
+    [
+        ("two heads: --aux.layers.at='[1, 3]' --data.separator=': '", "two heads",
+         ("--aux.layers.at=[1, 3]", "--data.separator=: ")),
+        ("--model.norm=post --a.b=3", "model.norm=post a.b=3", ("--model.norm=post", "--a.b=3")),
+        ("main_only: ", "main_only", ()),
+    ],
+)  # fmt: skip
+def test_rows(text: str, name: str, flags: tuple[str, ...]) -> None:
+    """Guards against names taken for flags, and values with spaces, colons or commas that are cut."""
+    assert parse_row(text) == Variant(name, flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "names"),
+    [
+        (["aux.layers.weight=0, 0.1,1"], ["aux.layers.weight=0", "aux.layers.weight=0.1", "aux.layers.weight=1"]),
+        (["aux.layers.at=[1,2],[3]"], ["aux.layers.at=[1,2]", "aux.layers.at=[3]"]),
+        (["aux.layers.weights={1: 2, 3: 4},null"], ["aux.layers.weights={1: 2, 3: 4}", "aux.layers.weights=null"]),
+        (["a.b=1,2", "c.d=3,4"], ["a.b=1 c.d=3", "a.b=1 c.d=4", "a.b=2 c.d=3", "a.b=2 c.d=4"]),
+        ([], []),
+    ],
+)
+def test_sweeps(sweeps: list[str], names: list[str]) -> None:
+    """Guards against commas inside brackets that split a value, and several sweeps of which one is lost."""
+    variants = parse_sweeps(sweeps)
+    assert [variant.name for variant in variants] == names
+    assert all(" ".join(variant.flags) == f"--{variant.name}".replace(" c", " --c") for variant in variants)
+
+
+def test_methods(tmp_path: Path) -> None:
+    """Guards against presets that are lost, an order that differs between machines, and the paper's rows for none."""
+    with pytest.raises(UserError, match="holds no YAML file"):
+        read_methods([tmp_path])
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.yaml").write_text("")
+    (tmp_path / "notes.txt").write_text("")
+    assert [variant.name for variant in read_methods([tmp_path])] == ["a", "b", "c"]
+    assert read_methods([tmp_path / "c.yaml"]) == [Variant("c", files=(tmp_path / "c.yaml",))]
+
+
+def test_flags_of_the_configuration() -> None:
+    """Guards against the script's own options among those of the rows, and values left behind."""
+    typed = ["--seeds=2", "--train.steps", "5", "--sweep", "train.seed=1", "--row", "--model.norm=post", "--run.dir=x"]
+    typed[6] = "a: --model.norm=post"
+    assert config_flags(typed) == ["--train.steps=5", "--run.dir=x"]
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda: parse_sweeps(["aux.layers.weight"]), ["sweep=aux.layers.weight", "section.field=value,value"]),
+        (lambda: parse_sweeps(["aux.layers.weight=1,,2"]), ["sweep=", "section.field=value,value"]),
+        (lambda: parse_sweeps(["train.steps=1", "train.steps=2"]), ["sweep=", "swept twice"]),
+        (lambda: plan(parse_sweeps(["train.steps=1,1"]), [], FLAGS, 1), ["row 'train.steps=1'", "another name"]),
+        (lambda: parse_row("without anything"), ["'name: --section.field=value ...'"]),
+        (lambda: parse_row("x: model.norm=post"), ["'name: --section.field=value ...'"]),
+        (lambda: parse_row(": --model.norm=post"), ["'name: --section.field=value ...'"]),
+        (lambda: parse_row("x: '--model.norm=post"), ["No closing quotation"]),
+        (lambda: plan(parse_sweeps(["aux.layers.weigth=1"]), [], FLAGS, 1), ["row 'aux.layers.weigth=1'"]),
+        (lambda: plan(parse_sweeps(["train.steps=0"]), [], FLAGS, 1), ["row 'train.steps=0'", "train.steps=0"]),
+        (lambda: plan(parse_sweeps(["train.seed=1,2"]), [], FLAGS, 1), ["train.seed"]),
+        (lambda: plan([Variant("x", flags=("--run.dir=y",))], [], FLAGS, 1), ["row 'x'", "run.dir"]),
+        (lambda: plan([Variant("a b"), Variant("a_b")], [], FLAGS, 1), ["'a_b' of row 'a b'", "another name"]),
+        (lambda: plan([Variant("..")], [], FLAGS, 1), ["row '..'"]),
+        (lambda: plan(read_methods([Path("nowhere.yaml")]), [], FLAGS, 1), ["row 'nowhere'", "nowhere.yaml"]),
+        (lambda: plan([Variant("full")], [], FLAGS, 0), ["seeds=0"]),
+        (lambda: plan([Variant("full")], [], FLAGS, 1001), ["seeds=1001"]),
+    ],
+)
+def test_bad_input(make, parts: list[str]) -> None:
+    """Guards against hours of runs before a mistake is found, and messages that do not name the row."""
+    with pytest.raises(UserError) as error:
+        make()
+    for part in parts:
+        assert part in str(error.value)
