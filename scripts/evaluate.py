@@ -71,7 +71,7 @@ def main() -> None:
     keep_freed_memory()
     processes = PartialState(cpu=on_cpu())
     trained = charlm.load(options.run, options.checkpoint, device=processes.device)
-    corpus = charlm.load_corpus(options.data.where(trained.config.data), progress=processes.is_main_process)
+    corpus = charlm.load_corpus(options.data.where(trained.config.data), show_progress=processes.is_main_process)
     protocol = {name: getattr(options, name) for name in ("split", "stride", "limit", "batch_size", "precision")}
     if options.early_exit:
         from charlm.inference.early_exit import early_exit

@@ -31,9 +31,10 @@ from charlm.config import Config, ConfigError, DataConfig, UserError
 from charlm.config_files import load_config, to_yaml
 from charlm.data import corpus as corpora
 from charlm.data.sources import PUBLISHED
+from charlm.files import read_json
 from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import find_checkpoint
-from charlm.runs.folder import Run, read_json
+from charlm.runs.folder import Run
 from tiny import SCRIPTS, TINY, run_script
 
 TEXT = b"the text that enwik8 stands for in these tests. " * 40
@@ -245,13 +246,12 @@ def packed_by(method: int) -> bytes:
     return bytes(archive)
 
 
-def by_hand(name: bytes, packed: bytes, size: int, copies: int = 1) -> bytes:
-    """A zip archive of one member, whose list names it `copies` times; its checksum is not computed."""
+def by_hand(name: bytes, packed: bytes, size: int) -> bytes:
+    """A zip archive of one member, with a wrong checksum."""
     local = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 8, 0, 0, 0, len(packed), size, len(name), 0) + name + packed
     entry = struct.pack("<4s6H3L", b"PK\1\2", 20, 20, 0, 8, 0, 0, 0, len(packed), size)
-    listed = copies * (entry + struct.pack("<5H2L", len(name), 0, 0, 0, 0, 0, 0) + name)
-    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, copies % 65536, copies % 65536, len(listed), len(local), 0)
-    return local + listed + end
+    entry += struct.pack("<5H2L", len(name), 0, 0, 0, 0, 0, 0) + name
+    return local + entry + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(entry), len(local), 0)
 
 
 def gigabytes_of_zeros() -> bytes:
@@ -284,10 +284,6 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
         [UNREADABLE, "Bad CRC-32"],
     ),
     "zip, unknown method": (lambda: packed_by(99), [UNREADABLE, "compression"]),
-    "zip of a million members": (
-        lambda: by_hand(b"enwik8", zlib.compress(TEXT, wbits=-15), len(TEXT), 1_000_000),
-        [UNREADABLE, "far too many members"],
-    ),
     "zip, longer than it says": (lambda: by_hand(b"enwik8", gigabytes_of_zeros(), 7), [UNREADABLE]),
     "gz, truncated": (lambda: gzip.compress(TEXT)[:-9], [UNREADABLE, "end-of-stream"]),
     "gz, bad checksum": (lambda: flipped(gzip.compress(TEXT), -5), [UNREADABLE, "CRC check failed"]),
@@ -349,7 +345,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), used + (1 << 28)))
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
 for name in sys.argv[1:]:
     try:
-        load_corpus(DataConfig(corpus="enwik8", path=Path(name), cache_dir=Path("cache")), progress=False)
+        load_corpus(DataConfig(corpus="enwik8", path=Path(name), cache_dir=Path("cache")), show_progress=False)
     except UserError as error:
         print(error)
     assert [path.name for path in Path("cache").iterdir()] == [".enwik8.lock"]
@@ -622,11 +618,11 @@ def test_a_damaged_cache_is_prepared_anew(case, tmp_path):
     """Guards against training on what is no longer the text, and against a cache that hangs or ends every run."""
     (tmp_path / "text.txt").write_bytes(TEXT)
     config = DataConfig(corpus="file", path=tmp_path / "text.txt", cache_dir=tmp_path / "cache")
-    sound = corpora.load_corpus(config, progress=False).to_dict()
+    sound = corpora.load_corpus(config, show_progress=False).to_dict()
     [folder] = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     CACHES[case](folder)
-    assert corpora.load_corpus(config, progress=False).to_dict() == sound
+    assert corpora.load_corpus(config, show_progress=False).to_dict() == sound
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert all(path.is_file() and not path.is_symlink() for path in folder.iterdir())
 

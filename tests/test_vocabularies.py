@@ -62,7 +62,7 @@ def test_prepare_train_evaluate_generate(kind, vocabulary, script, tmp_path):
     trained = charlm.load("runs/charlm", device="cpu")
     if kind == "text8":
         assert trained.vocabulary.size == {"bytes": 256, "characters": 27, "sentencepiece": 257 + 27}[vocabulary]
-    corpus = load_corpus(trained.config.data, progress=False)
+    corpus = load_corpus(trained.config.data, show_progress=False)
     splits = [corpus.vocabulary.decode(split.ids) for split in corpus.splits.values()]
     assert b"".join(splits) == text.encode()
     score = json.loads(script("evaluate", "runs/charlm", "--json"))
@@ -95,7 +95,7 @@ def test_bits_per_byte_of_a_uniform_model(vocabulary, num_symbols, size, tmp_pat
         f"--run.dir={tmp_path / 'run'}",
     ]
     config = charlm.load_config(overrides=flags)
-    corpus = load_corpus(config.data, progress=False)
+    corpus = load_corpus(config.data, show_progress=False)
     assert (corpus.vocabulary.size, corpus.splits["test"].symbols) == (size, num_symbols)
     objective = build_objective(config, size)
     for parameter in objective.heads.parameters():
@@ -114,7 +114,7 @@ def run(tmp_path) -> Run:
     flags = ["--data.corpus=file", f"--data.path={tmp_path / 'text.txt'}", f"--data.cache_dir={tmp_path / 'cache'}"]
     flags += ["--data.vocabulary=characters", f"--run.dir={tmp_path / 'run'}"]
     config = charlm.load_config(overrides=[*TINY, *flags])
-    run = Run.create(config, load_corpus(config.data, progress=False).to_dict())
+    run = Run.create(config, load_corpus(config.data, show_progress=False).to_dict())
     save_checkpoint(run, take_snapshot(build_objective(config, 3), [], {"step": 1}), best=True, keep=1)
     return run
 
@@ -175,6 +175,6 @@ def test_symbols_of_other_types_train(tmp_path):
     flags = ["--data.corpus=file", f"--data.path={tmp_path / 'text.txt'}", f"--data.cache_dir={tmp_path / 'cache'}"]
     flags += ["--data.vocabulary=characters", f"--run.dir={tmp_path / 'run'}"]
     config = charlm.load_config(overrides=[*TINY, *flags])
-    assert load_corpus(config.data, progress=False).splits["train"].ids.dtype == np.uint16
+    assert load_corpus(config.data, show_progress=False).splits["train"].ids.dtype == np.uint16
     trained = charlm.load(charlm.train(config), "last")
     assert trained.vocabulary.size == 400

@@ -11,7 +11,8 @@ from typing import Any
 from charlm.ablation.table import Result, Row, protocols, to_csv, to_markdown
 from charlm.ablation.variants import Variant, VariantRun
 from charlm.config import UserError, flatten
-from charlm.runs.folder import Run, read_json, write_whole
+from charlm.files import read_json, write_whole
+from charlm.runs.folder import Run
 
 NO_MATTER = {"data.path", "data.cache_dir", "data.hub_id", "train.checkpoint_every", "train.keep_checkpoints"}
 """Options outside `run` that do not change the result."""

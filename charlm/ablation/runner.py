@@ -18,8 +18,8 @@ from charlm.ablation.results import check_unchanged, fraction_done, read_result,
 from charlm.ablation.variants import VariantRun
 from charlm.config import UserError
 from charlm.config_files import to_yaml
+from charlm.files import write_whole
 from charlm.process import RSS_UNIT
-from charlm.runs.folder import write_whole
 from charlm.terminal import fitted
 
 POLL_SECONDS, REDRAW_SECONDS = 0.2, 2.0

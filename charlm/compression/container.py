@@ -26,7 +26,7 @@ import numpy as np
 
 from charlm.compression.settings import PRECISIONS, CodingSettings
 from charlm.config import UserError
-from charlm.runs.folder import sync
+from charlm.files import sync
 
 MAGIC = b"charlm"
 VERSION = 3

@@ -1,7 +1,7 @@
-"""Datasets through the `datasets` library: of the Hugging Face hub, or a local folder of parquet files.
+"""Datasets, read by the `datasets` library from the Hugging Face hub or a local folder of parquet files.
 
-No code of theirs is ever run. Those of the hub are kept in the library's own cache (HF_HOME), from which it reads them
-again without a network; files of a folder are read where they are.
+A dataset's own code is never run. Datasets of the hub are kept in the library's cache (HF_HOME), which works without a
+network later on; files of a folder are read in place.
 """
 
 import logging
@@ -20,31 +20,33 @@ if TYPE_CHECKING:
     Splits = dict[str, Dataset | IterableDataset]
 
 BATCH = 64
-"""Documents read at once: each may be a whole book."""
+"""Documents read at once; each may be a whole book."""
 
 
-def open_dataset(where: str | Path, config: str | None, revision: str | None, option: str, progress: bool) -> "Splits":
-    """The splits of a dataset, by name, downloaded first unless they are in a folder or were downloaded before.
+def open_dataset(
+    where: str | Path, config: str | None, revision: str | None, option: str, show_progress: bool
+) -> "Splits":
+    """The splits of a dataset by name. A dataset of the hub is downloaded first, unless it is in the cache.
 
     Args:
         where: OWNER/NAME on the hub, or a folder.
-        config: one of its configurations, where it has several.
-        option: what chose the dataset, for errors.
+        config: one of its configurations, if it has several.
+        option: the option that chose the dataset, for errors.
 
     Raises:
-        UserError: it cannot be had, or needs code.
+        UserError: it cannot be fetched or read, or needs code of its own.
     """
     import datasets
 
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # it logs an error and raises it, too
-    show = progress and sys.stderr.isatty()
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # it also raises what it logs
+    show = show_progress and sys.stderr.isatty()
     (datasets.enable_progress_bars if show else datasets.disable_progress_bars)()
     with _explained(option):
         return dict(datasets.load_dataset(str(where), config, revision=revision, streaming=isinstance(where, Path)))
 
 
 def documents(splits: "Splits", split: str, column: str, separator: str, option: str) -> Generator[bytes]:
-    """The text of a split in UTF-8: its documents, in their order, with the separator between them.
+    """The text of a split in UTF-8: its documents in order, with the separator between them.
 
     Raises:
         UserError: no such split or column, or a row that holds no text.
@@ -75,7 +77,7 @@ def documents(splits: "Splits", split: str, column: str, separator: str, option:
 
 @contextmanager
 def _explained(option: str) -> Iterator[None]:
-    """Whatever the library raises (its own errors, those of pyarrow, of the network, of the disk), for people."""
+    """Turn any exception of the library (its own, pyarrow's, the network's, the disk's) into a UserError."""
     from datasets.exceptions import DatasetNotFoundError
 
     try:
@@ -94,7 +96,7 @@ def _explained(option: str) -> Iterator[None]:
     except Exception as error:
         if "scripts are no longer supported" in str(error):
             raise UserError(
-                f"{option}: needs code of its own to be read ({first_line(error)}), and such code is never run; "
+                f"{option}: needs code of its own to be read ({first_line(error)}), which is never run; "
                 "try --data.hub_revision=refs/convert/parquet, or another copy of it in parquet files"
             ) from error
         raise UserError(

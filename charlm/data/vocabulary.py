@@ -1,111 +1,74 @@
-"""Text <-> ids, without loss: what is decoded after encoding is the text, to the last byte."""
+"""Text <-> ids, without loss: decoding what was encoded gives the same bytes."""
 
 import base64
-import binascii
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
 from charlm.config import DataConfig, UserError
 
 CODE_POINTS = 0x110000
-"""Of Unicode."""
+"""Number of code points in Unicode."""
 FIRST_BYTE, FIRST_CHARACTER = 1, 257
-"""Ids of sentencepiece: 0 is the unknown piece."""
+"""First ids of bytes and characters in a sentencepiece model; id 0 is the unknown piece."""
 
 
 class EncodingError(UserError):
-    """Text that a vocabulary cannot express."""
+    """A text has something that the vocabulary cannot express."""
 
     def __init__(self, problem: str, offset: int):
-        """`offset`: the byte of the text at which the problem is."""
+        """`offset`: position of the problem in the text, in bytes."""
         super().__init__(f"{problem} at byte {offset:,}")
         self.problem, self.offset = problem, offset
 
 
-class Vocabulary(Protocol):
-    """What every vocabulary can do. Ids are 1-D arrays; text is bytes, so that nothing is lost."""
+class Vocabulary:
+    """A table of symbols, each of which is a character or one byte of a character.
+
+    Ids are 1-D arrays; text is bytes, so that nothing is lost.
+    """
 
     name: ClassVar[str]
-
-    @property
-    def size(self) -> int:
-        """V, the number of symbols."""
-
-    def encode(self, data: bytes) -> np.ndarray:
-        """The ids of a text, in the type that `id_type` gives. Raises EncodingError where it has no symbol for it."""
-
-    def decode(self, ids: np.ndarray) -> bytes:
-        """The text of some ids; the inverse of `encode`. Raises ValueError for an id outside [0, V)."""
-
-    def count_characters(self, ids: np.ndarray) -> int:
-        """Characters in the text of some ids. Counts of consecutive pieces add up to that of the whole."""
-
-    def count_bytes(self, ids: np.ndarray) -> int:
-        """Bytes in the text of some ids."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """What JSON keeps, for `vocabulary_from_dict`."""
-
-
-@dataclass(frozen=True)
-class ByteVocabulary:
-    """The 256 byte values, for any text (Al-Rfou et al. 2018 use it for text8 and enwik8 alike)."""
-
-    name: ClassVar[str] = "bytes"
-    size: ClassVar[int] = 256
-
-    utf8: bool = True
-    """Whether the text is UTF-8. If not, every byte counts as one character."""
-
-    def encode(self, data: bytes) -> np.ndarray:
-        """Bytes as uint8 ids."""
-        return np.frombuffer(data, np.uint8).copy()  # PyTorch warns about arrays that cannot be written to
-
-    def decode(self, ids: np.ndarray) -> bytes:
-        """Ids as bytes."""
-        return _checked(ids, self.size).astype(np.uint8).tobytes()
-
-    def count_characters(self, ids: np.ndarray) -> int:
-        """UTF-8 characters, counted at their first byte."""
-        ids = np.asarray(ids)
-        return int(np.count_nonzero(_starts_character(ids))) if self.utf8 else ids.size
-
-    def count_bytes(self, ids: np.ndarray) -> int:
-        """One for each id."""
-        return np.asarray(ids).size
-
-    def to_dict(self) -> dict[str, Any]:
-        """Its name, and whether it counts UTF-8."""
-        return {"name": self.name} | asdict(self)
-
-
-class _SymbolTable:
-    """What follows from a table of symbols, each of which is one character or one byte of a character."""
-
     symbols: tuple[bytes, ...]
+    first_character: ClassVar[int] = 0
+    """The id from which on all symbols are characters."""
 
     @property
     def size(self) -> int:
         """V, the number of symbols."""
         return len(self.symbols)
 
+    def encode(self, data: bytes) -> np.ndarray:
+        """The ids of a text, in the type that `id_type` gives. Raises EncodingError if a character has no symbol."""
+        raise NotImplementedError
+
     def decode(self, ids: np.ndarray) -> bytes:
-        """The symbols' bytes, one after the other."""
+        """The text of some ids, the inverse of `encode`. Raises ValueError for an id outside [0, V)."""
         return b"".join(map(self.symbols.__getitem__, _checked(ids, self.size).tolist()))
 
     def count_characters(self, ids: np.ndarray) -> int:
-        """Those that begin in the text, as a character may be spelled in several bytes."""
+        """Characters that start in the text of some ids. Counts of consecutive pieces add up to that of the whole."""
         return int(np.count_nonzero(self._starts_V[np.asarray(ids, np.int64)]))
 
     def count_bytes(self, ids: np.ndarray) -> int:
-        """Bytes of all symbols."""
+        """Bytes in the text of some ids."""
         return int(self._lengths_V[np.asarray(ids, np.int64)].sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able record from which `vocabulary_from_dict` makes an equal vocabulary."""
+        raise NotImplementedError
+
+    @cached_property
+    def _ids_of_code_points(self) -> np.ndarray:
+        """The id of each code point, -1 if it has none."""
+        table = np.full(CODE_POINTS, -1, np.int32)
+        table[_code_points(b"".join(self.symbols[self.first_character :]))] = np.arange(self.first_character, self.size)
+        return table
 
     @cached_property
     def _starts_V(self) -> np.ndarray:
@@ -117,7 +80,34 @@ class _SymbolTable:
 
 
 @dataclass(frozen=True)
-class CharacterVocabulary(_SymbolTable):
+class ByteVocabulary(Vocabulary):
+    """The 256 byte values, for any text (Al-Rfou et al. 2018 use it for text8 and enwik8 alike)."""
+
+    name: ClassVar[str] = "bytes"
+    symbols: ClassVar[tuple[bytes, ...]] = tuple(bytes([byte]) for byte in range(256))
+
+    utf8: bool = True
+    """Whether the text is UTF-8. If not, every byte counts as one character."""
+
+    def encode(self, data: bytes) -> np.ndarray:
+        return np.frombuffer(data, np.uint8).copy()  # PyTorch warns about read-only arrays
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        return _checked(ids, self.size).astype(np.uint8).tobytes()
+
+    def count_characters(self, ids: np.ndarray) -> int:
+        ids = np.asarray(ids)
+        return int(np.count_nonzero(_starts_character(ids))) if self.utf8 else ids.size
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        return np.asarray(ids).size
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "utf8": self.utf8}
+
+
+@dataclass(frozen=True)
+class CharacterVocabulary(Vocabulary):
     """The characters of a text, ordered by code point."""
 
     name: ClassVar[str] = "characters"
@@ -126,16 +116,14 @@ class CharacterVocabulary(_SymbolTable):
 
     @classmethod
     def train(cls, counts: np.ndarray) -> "CharacterVocabulary":
-        """All characters of a text, given how often each code point is in it."""
+        """All characters of a text; `counts` holds the frequency of each code point."""
         return cls("".join(map(chr, np.flatnonzero(counts))))
 
     @cached_property
     def symbols(self) -> tuple[bytes, ...]:
-        """The characters in UTF-8."""
         return tuple(map(str.encode, self.characters))
 
     def encode(self, data: bytes) -> np.ndarray:
-        """One id for each character."""
         code_points = _code_points(data)
         ids = self._ids_of_code_points[code_points]
         if ids.size and ids.min() < 0:
@@ -147,38 +135,29 @@ class CharacterVocabulary(_SymbolTable):
         return ids.astype(id_type(self.size))
 
     def to_dict(self) -> dict[str, Any]:
-        """Its characters in one string, and the SHA-256 of that in UTF-8."""
         data = self.characters.encode()
         return {"name": self.name, "characters": self.characters, "sha256": hashlib.sha256(data).hexdigest()}
 
-    @cached_property
-    def _ids_of_code_points(self) -> np.ndarray:
-        return _inverse(self.symbols, first_id=0)
-
 
 @dataclass(frozen=True)
-class SentencePieceVocabulary(_SymbolTable):
+class SentencePieceVocabulary(Vocabulary):
     """A character model of the sentencepiece library with byte fallback: common characters, and bytes for the rest.
 
-    The ids are the library's own. Encoding is a look-up here: that is faster, and exact where the library is not. It
-    takes U+2581 for a space and an uncommon space for U+2581; here both are spelled in their own bytes.
+    The ids are the library's own. Encoding is a table look-up, which is faster than the library, and exact where the
+    library is not: it reads U+2581 as a space, and a space without a piece as U+2581. Here both keep their own bytes.
     """
 
     name: ClassVar[str] = "sentencepiece"
+    first_character: ClassVar[int] = FIRST_CHARACTER
 
     symbols: tuple[bytes, ...]
-    """The text of each piece: of that for what is unknown, which no text holds and which reads U+FFFD; of the 256
-    bytes; of the characters."""
+    """The text of each piece: U+FFFD for the unknown piece, which no text has; the 256 bytes; the characters."""
     model: bytes = field(compare=False, repr=False)
-    """As the library writes it; its releases may word the same symbols differently."""
+    """The library's own file; releases of the library may write the same symbols differently."""
 
     @classmethod
     def from_model(cls, model: bytes) -> "SentencePieceVocabulary":
-        """What the library reads in a model.
-
-        Raises:
-            UserError: it is no model, or not one that `train` has made.
-        """
+        """The vocabulary of a model file. Raises UserError unless it is one that `train` could have made."""
         import sentencepiece
 
         processor = sentencepiece.SentencePieceProcessor()
@@ -198,10 +177,10 @@ class SentencePieceVocabulary(_SymbolTable):
 
     @classmethod
     def train(cls, counts: np.ndarray, character_coverage: float) -> "SentencePieceVocabulary":
-        """The library's choice of characters, given how often each code point is in a text.
+        """The library's choice of characters, given the frequency of each code point in a text.
 
-        A character model depends on nothing but these counts, so the library reads them in place of the text: each
-        character with its frequency. So it needs little memory, and skips no long lines.
+        A character model depends on these counts only, so the library reads them in place of the text. This needs
+        little memory, and no long line is skipped.
 
         Args:
             character_coverage: share of the text that the chosen characters make up, in [0.98, 1].
@@ -209,8 +188,8 @@ class SentencePieceVocabulary(_SymbolTable):
         import sentencepiece
 
         counts = counts.copy()
-        counts[[0x00, 0x09, 0x2581, 0x2585]] = 0  # the library's own marks: it reads them as something else
-        if not counts.any():  # nothing to train on is an error there
+        counts[[0x00, 0x09, 0x2581, 0x2585]] = 0  # marks of the library, which it would not read as text
+        if not counts.any():  # the library cannot be trained on nothing
             counts[0x20] = 1
         model = BytesIO()
         sentencepiece.SentencePieceTrainer.train(
@@ -219,7 +198,7 @@ class SentencePieceVocabulary(_SymbolTable):
             model_writer=model,
             model_type="char",
             character_coverage=character_coverage,
-            vocab_size=FIRST_CHARACTER + np.count_nonzero(counts),  # the most that there can be
+            vocab_size=FIRST_CHARACTER + np.count_nonzero(counts),  # the upper bound
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -231,7 +210,6 @@ class SentencePieceVocabulary(_SymbolTable):
         return cls.from_model(model.getvalue())
 
     def encode(self, data: bytes) -> np.ndarray:
-        """One id for each character that has a piece, and one for each byte of the others."""
         code_points = _code_points(data)
         ids = self._ids_of_code_points[code_points]
         others = ids < 0
@@ -244,20 +222,16 @@ class SentencePieceVocabulary(_SymbolTable):
         return ids.astype(id_type(self.size))
 
     def to_dict(self) -> dict[str, Any]:
-        """The library's model in base64, and its SHA-256."""
         digest = hashlib.sha256(self.model).hexdigest()
         return {"name": self.name, "model": base64.b64encode(self.model).decode(), "sha256": digest}
 
-    @cached_property
-    def _ids_of_code_points(self) -> np.ndarray:
-        return _inverse(self.symbols[FIRST_CHARACTER:], FIRST_CHARACTER)
-
 
 def train_vocabulary(config: DataConfig, utf8: bool, texts: Iterable[bytes]) -> Vocabulary:
-    """The vocabulary that the config asks for, made from the pieces of a training text, which end between characters.
+    """The vocabulary the config asks for, made from a training text.
 
     Args:
         utf8: whether the whole text is UTF-8.
+        texts: the training text in pieces, cut between characters.
     """
     if config.vocabulary == ByteVocabulary.name:
         return ByteVocabulary(utf8)
@@ -276,34 +250,29 @@ def vocabulary_from_dict(record: dict[str, Any]) -> Vocabulary:
     Raises:
         UserError: the record is not that of a vocabulary, or does not match its own SHA-256.
     """
-    match record:
-        case {"name": ByteVocabulary.name, "utf8": bool(utf8), **rest} if not rest:
-            return ByteVocabulary(utf8)
-        case {"name": CharacterVocabulary.name, "characters": str(characters), "sha256": digest, **rest} if not rest:
-            _verify(characters.encode("utf-8", "surrogatepass"), digest)
-            if characters != "".join(sorted(set(characters))) or any(map(_is_surrogate, characters)) or not characters:
-                raise UserError("vocabulary: its characters are not in order, each once; restore provenance.json")
-            return CharacterVocabulary(characters)
-        case {"name": SentencePieceVocabulary.name, "model": str(model), "sha256": digest, **rest} if not rest:
-            return SentencePieceVocabulary.from_model(_verify(_unpack(model), digest))
+    try:
+        match record:
+            case {"name": ByteVocabulary.name, "utf8": bool(utf8), **rest} if not rest:
+                return ByteVocabulary(utf8)
+            case {"name": CharacterVocabulary.name, "characters": str(text), "sha256": digest, **rest} if not rest:
+                _verify(text.encode(), digest)
+                if not text or text != "".join(sorted(set(text))):
+                    raise ValueError("its characters are not in order, each once")
+                return CharacterVocabulary(text)
+            case {"name": SentencePieceVocabulary.name, "model": str(model), "sha256": digest, **rest} if not rest:
+                return SentencePieceVocabulary.from_model(_verify(base64.b64decode(model, validate=True), digest))
+    except ValueError as error:
+        raise UserError(f"vocabulary: it is damaged, as {error}; restore provenance.json") from error
     raise UserError(f"vocabulary {str(record)[:80]}: not one that this version of charlm knows")
 
 
 def id_type(size: int) -> np.dtype:
-    """The smallest unsigned type that holds the ids of a vocabulary of this size.
-
-    Raises:
-        UserError: none of those that ids are kept in does.
-    """
+    """The smallest unsigned type for the ids of a vocabulary of this size. Raises UserError beyond 32 bits."""
     if size > 2**32:
         raise UserError(
             f"vocabulary of {size:,} symbols: ids have at most 32 bits; use one of at most {2**32:,} symbols"
         )
     return np.min_scalar_type(max(size - 1, 0))
-
-
-def _is_surrogate(character: str) -> bool:
-    return "\ud800" <= character <= "\udfff"
 
 
 def _starts_character(bytes_N: np.ndarray) -> np.ndarray:
@@ -318,13 +287,6 @@ def _code_points(data: bytes) -> np.ndarray:
         raise EncodingError("not UTF-8", error.start) from None
 
 
-def _inverse(characters: Sequence[bytes], first_id: int) -> np.ndarray:
-    """The id of each code point, -1 where it has none; those of `characters` follow each other."""
-    table = np.full(CODE_POINTS, -1, np.int32)
-    table[_code_points(b"".join(characters))] = np.arange(first_id, first_id + len(characters))
-    return table
-
-
 def _checked(ids: np.ndarray, size: int) -> np.ndarray:
     ids = np.asarray(ids)
     if ids.size and not 0 <= ids.min() <= ids.max() < size:
@@ -334,12 +296,5 @@ def _checked(ids: np.ndarray, size: int) -> np.ndarray:
 
 def _verify(data: bytes, digest: Any) -> bytes:
     if hashlib.sha256(data).hexdigest() != digest:
-        raise UserError("vocabulary: it is damaged, as its SHA-256 does not match; restore provenance.json")
+        raise ValueError("its SHA-256 does not match")
     return data
-
-
-def _unpack(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise UserError(f"vocabulary: it is damaged ({error}); restore provenance.json") from error

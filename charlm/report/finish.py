@@ -72,7 +72,7 @@ def write_page(run: Run, config: Config) -> bool:
     try:
         measured = None
         if os.environ.get("WORLD_SIZE", "1") == "1" and is_quick(*read_runs([run.path])):
-            measured = [measure(run, load_corpus(config.data, progress=False), progress=False)]
+            measured = [measure(run, load_corpus(config.data, show_progress=False), progress=False)]
         write_report([run.path], run.path / "report.html", measured)
     except Exception as error:
         _say(f"report.html was not written ({error!r}); python scripts/report.py {run.path} tries again")

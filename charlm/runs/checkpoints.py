@@ -31,7 +31,8 @@ from typing import Any
 from torch import Tensor
 
 from charlm.config import UserError
-from charlm.runs.folder import Run, read_json, sync, write_whole
+from charlm.files import read_json, sha256_of, sync, write_whole
+from charlm.runs.folder import Run
 from charlm.runs.snapshot import Snapshot
 from charlm.runs.tensors import check_model, check_space, describe_tensors, load_tensors, opened, save_tensors, shown
 
@@ -246,8 +247,7 @@ def _plain_manifest(files: dict[str, Any]) -> str:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _digest(record: Any) -> str:

@@ -25,10 +25,10 @@ from torch import nn
 from charlm.config import Config, DataConfig, RunConfig, UserError
 from charlm.config_files import load_config
 from charlm.data.vocabulary import vocabulary_from_dict
+from charlm.files import read_json, sync, write_whole
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.runs.card import model_card, trained_with
-from charlm.runs.folder import read_json, sync, write_whole
 from charlm.runs.tensors import check_model, check_space, load_tensors, save_tensors
 from charlm.runs.trained import TrainedModel
 

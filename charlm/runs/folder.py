@@ -24,11 +24,11 @@ from filelock import FileLock, Timeout
 
 from charlm.config import Config, UserError
 from charlm.config_files import load_config, to_yaml
+from charlm.files import read_json, write_whole
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
 UNFINISHED = {"checkpoints", "provenance.json", ".provenance.json.tmp", ".config.yaml.tmp", ".lock"}
 """What a process that is killed while it makes the folder of a run may leave: config.yaml comes last."""
-MAX_JSON_BYTES = 2**24
 MAX_ROW_BYTES = 2**20
 
 
@@ -184,44 +184,6 @@ class Run:
         """Whether the folder is empty, but for what a process left that was killed while it made a run of it."""
         names = {path.name for path in self.path.iterdir()}
         return names <= UNFINISHED and not ("checkpoints" in names and any(self.checkpoints_path.iterdir()))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that, whenever process or machine dies, it holds either its old or its new content."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """The content of a JSON file; UserError if it is damaged, or larger than any that belongs to a run."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            raise ValueError(f"it has more than {max_bytes:,} bytes")
-        return json.loads(content.decode())
-    except RecursionError:
-        raise UserError(f"{path} cannot be read as JSON: it is nested too deeply") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

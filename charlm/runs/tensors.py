@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from charlm.config import UserError
-from charlm.runs.folder import sync
+from charlm.files import sync
 
 MAX_HEADER_BYTES = 2**24
 SPARE_BYTES = 2**20

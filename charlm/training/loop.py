@@ -52,7 +52,7 @@ def train(config: Config) -> Path:
     with StopRequests(config.run.max_seconds) as stop, torch_settings(config.train, one_backward(config.aux)):
         accelerator, precision_reason = build_accelerator(config.train)
         with stop.interrupting():
-            corpus = load_corpus(config.data, progress=accelerator.is_main_process)
+            corpus = load_corpus(config.data, show_progress=accelerator.is_main_process)
         if stop.agreed():
             raise Stopped(f"stopped before training began: {stop.reason}; there is nothing new to save")
         torch.manual_seed(config.train.seed)

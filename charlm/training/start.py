@@ -15,12 +15,13 @@ from torch.optim import Optimizer
 from charlm.config import Config, RunConfig, UserError
 from charlm.config_files import to_yaml
 from charlm.data.corpus import Corpus
+from charlm.files import write_whole
 from charlm.objective.count import route_cost
 from charlm.objective.objective import Objective
 from charlm.objective.routes.routing import check_route
 from charlm.process import physical_memory
 from charlm.runs.checkpoints import Checkpoint, checkpoint_folders, find_checkpoint, newest_whole_checkpoint, rewind
-from charlm.runs.folder import Run, write_whole
+from charlm.runs.folder import Run
 from charlm.runs.snapshot import owned_parameters, restore
 from charlm.training.device import describe_attention, on_cpu
 from charlm.training.resumption import check_resumable, check_same_corpus, rescaled_rows

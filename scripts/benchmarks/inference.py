@@ -24,7 +24,7 @@ PLAIN_BATCH = 32
 def untrained_model(job: Job) -> TrainedModel:
     """charlm's model of the shape, the same in every process, with the one head that a finished run keeps."""
     config = charlm_config(job.shape, job.text, mixed_precision="no", auxiliary=False)
-    corpus = load_corpus(config.data, progress=False)
+    corpus = load_corpus(config.data, show_progress=False)
     objective = build_objective(config, corpus.vocabulary.size).to(job.device).eval()
     return TrainedModel(
         config=config,
@@ -42,7 +42,7 @@ def evaluate_charlm(job: Job, turns: Turns) -> None:
     """`bits_per_character` over as much text as `job.windows` windows score."""
     from charlm.inference.evaluation import bits_per_character
 
-    corpus = load_corpus(text_config(job.text), progress=False)
+    corpus = load_corpus(text_config(job.text), show_progress=False)
     keep_freed_memory()
     turns.start()
     trained = untrained_model(job)
@@ -64,7 +64,7 @@ def evaluate_charlm(job: Job, turns: Turns) -> None:
 def evaluate_plainly(job: Job, turns: Turns) -> None:
     """The loop that everybody writes: batches of windows through the whole model, then their last `stride` costs."""
     torch.set_float32_matmul_precision(job.contestant.matmul_precision)
-    ids = load_corpus(text_config(job.text), progress=False).splits["train"].ids
+    ids = load_corpus(text_config(job.text), show_progress=False).splits["train"].ids
     T, last = job.shape.context_length, job.shape.num_layers
     turns.start()
     trained = untrained_model(job)
@@ -117,7 +117,7 @@ def write_with_drafts(job: Job, turns: Turns) -> None:
 
     turns.start()
     trained = load(job.run)
-    ids = load_corpus(trained.config.data, progress=False).splits["valid"].ids
+    ids = load_corpus(trained.config.data, show_progress=False).splits["valid"].ids
     half = trained.config.model.context_length // 2
     starts = np.linspace(0, len(ids) - half, job.prompts, dtype=np.int64)
     prompts = [trained.vocabulary.decode(ids[start : start + half]) for start in starts]
@@ -179,7 +179,7 @@ def generate_peer(job: Job, turns: Turns) -> None:
 
 def _prompts(job: Job) -> np.ndarray:
     """Pieces of the text, half a context each: uint8 [prompts, T / 2]."""
-    ids = load_corpus(text_config(job.text), progress=False).splits["train"].ids
+    ids = load_corpus(text_config(job.text), show_progress=False).splits["train"].ids
     half = job.shape.context_length // 2
     return np.asarray(ids[: job.prompts * half]).reshape(job.prompts, half).astype(np.uint8)
 

@@ -141,7 +141,7 @@ def text_file() -> Iterator[Path]:
                 size += file.write(source.read_bytes())
                 if size >= SYMBOLS:
                     break
-        load_corpus(text_config(path), progress=False)
+        load_corpus(text_config(path), show_progress=False)
         yield path
 
 

@@ -56,7 +56,7 @@ def train_peer(job: Job, turns: Turns) -> None:
     """The plain loop: batch, loss, backward, step. Batches are on the device already, which costs a peer nothing."""
     contestant, shape = job.contestant, job.shape
     torch.set_float32_matmul_precision(contestant.matmul_precision)
-    ids = load_corpus(text_config(job.text), progress=False).splits["train"].ids
+    ids = load_corpus(text_config(job.text), show_progress=False).splits["train"].ids
     batches = [
         torch.from_numpy(
             training_windows(

@@ -133,7 +133,7 @@ def test_drafts_from_run_to_table(text: Path, tmp_path: Path) -> None:
     contestants that write different amounts."""
     config = replace(charlm_config(TOY, text, mixed_precision="no"), run=RunConfig(dir=tmp_path / "run"))
     objective = build_objective(config, 256)
-    run = Run.create(config, load_corpus(config.data, progress=False).to_dict())
+    run = Run.create(config, load_corpus(config.data, show_progress=False).to_dict())
     save_checkpoint(run, take_snapshot(objective, [], {"step": 0}), best=True, keep=1)
     shape = shape_of(run.path)
     assert vars(shape) == vars(TOY) | {"name": "run"}

@@ -96,7 +96,7 @@ def test_the_report(run_on_disk, script, tmp_path):
 def test_the_score_is_that_of_the_file(run_on_disk, script, tmp_path):
     """Guards against a score by another protocol than the file's: other streams, stride or text."""
     trained = load(run_on_disk)
-    corpus = load_corpus(trained.config.data, progress=False)
+    corpus = load_corpus(trained.config.data, show_progress=False)
     text, packed = tmp_path / "text", tmp_path / "text.clm"
     text.write_bytes(corpus.vocabulary.decode(corpus.splits["test"].ids[:400]))
     asked = ("--streams=8", "--stride=5")
@@ -117,7 +117,7 @@ def test_evaluation_at_a_stride_explains_the_score(run_on_disk):
     """Guards against a difference that nothing explains: with one stream, and windows that end with the text, there is
     none."""
     trained = load(run_on_disk)
-    corpus = load_corpus(trained.config.data, progress=False)
+    corpus = load_corpus(trained.config.data, show_progress=False)
     one = score_as_compressor(trained, corpus, limit=17 + 9 * 12, streams=1, show_progress=False)
     assert one.stride == 9
     expected = bits_per_character(trained, corpus, limit=17 + 9 * 12, stride=9, show_progress=False)

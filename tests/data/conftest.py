@@ -9,24 +9,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from charlm.data import download
 from charlm.data.sources import PUBLISHED, Published
 
 
 class FileServer:
-    """Serves one file. What it does wrong is set from outside."""
+    """Serves one file. Tests set its faults from outside."""
 
     def __init__(self):
         self.content = b""
-        self.knows_ranges = True
         self.cuts: list[int] = []
-        """Bytes after which to close the connection, one entry per request; requests after that are served whole."""
+        """Bytes after which to close the connection, one entry per request; later requests are served whole."""
         self.statuses: list[int] = []
         """Errors to answer with, one entry per request, before any other answer."""
-        self.misplaced = 0
-        """How many bytes too far on it begins to send the rest of a file."""
-        self.ranges: list[str | None] = []
-        """The Range header of each request so far."""
+        self.requests = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}/dc/some.zip"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -43,22 +38,13 @@ class FileServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                asked = self.headers["Range"]
-                server.ranges.append(asked)
+                server.requests += 1
                 if server.statuses:
                     return self.send_error(server.statuses.pop(0))
-                start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.knows_ranges else 0
-                if start >= len(server.content):
-                    return self.send_error(416)
-                start += server.misplaced if start else 0
-                body = server.content[start:]
-                self.send_response(206 if start else 200)
-                self.send_header("Content-Length", str(len(body)))
-                if start:
-                    last, total = len(server.content) - 1, len(server.content)
-                    self.send_header("Content-Range", f"bytes {start}-{last}/{total}")
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(server.content)))
                 self.end_headers()
-                self.wfile.write(body[: server.cuts.pop(0) if server.cuts else None])
+                self.wfile.write(server.content[: server.cuts.pop(0) if server.cuts else None])
 
             def log_message(self, *args):
                 pass
@@ -69,7 +55,7 @@ class FileServer:
 @pytest.fixture
 def server(monkeypatch) -> Iterator[FileServer]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(download, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)  # pauses between attempts
     file_server = FileServer()
     yield file_server
     file_server.stop()
@@ -91,22 +77,18 @@ def zipped() -> Callable[..., bytes]:
 
 @pytest.fixture
 def enwik8(monkeypatch, server, zipped) -> bytes:
-    """In place of the real one for the time of a test: 500 bytes, 490 characters, split 450 / 25 / 25."""
+    """A text of 500 bytes, 490 characters, in place of the real enwik8; split 450 / 25 / 25."""
     content = "".join(f"<page {number:04d}>\u00e9\n" + "x" * 36 for number in range(10)).encode()
     assert (len(content), len(content.decode())) == (500, 490)
     server.content = zipped(README=b"not this one", enwik8=content)
-    monkeypatch.setitem(
-        PUBLISHED,
-        "enwik8",
-        Published(
-            url=server.url,
-            archive_size=len(server.content),
-            archive_sha256=hashlib.sha256(server.content).hexdigest(),
-            member="enwik8",
-            size=len(content),
-            algorithm="sha256",
-            digest=hashlib.sha256(content).hexdigest(),
-            split_sizes=(450, 25, 25),
-        ),
+    little = Published(
+        url=server.url,
+        archive_sha256=hashlib.sha256(server.content).hexdigest(),
+        member="enwik8",
+        size=len(content),
+        algorithm="sha256",
+        digest=hashlib.sha256(content).hexdigest(),
+        split_sizes=(450, 25, 25),
     )
+    monkeypatch.setitem(PUBLISHED, "enwik8", little)
     return content

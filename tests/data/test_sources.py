@@ -18,7 +18,7 @@ from charlm.data.sources import PUBLISHED, find_source
 def read(tmp_path: Path, path: Path | None, corpus: str = "file") -> bytes:
     """The text that a config asks for."""
     config = DataConfig(corpus=corpus, path=path, cache_dir=tmp_path / "cache")
-    return b"".join(find_source(config, config.cache_dir, progress=False).chunks())
+    return b"".join(find_source(config, config.cache_dir, show_progress=False).chunks())
 
 
 def test_the_published_facts():
@@ -26,7 +26,6 @@ def test_the_published_facts():
     enwik8, text8 = PUBLISHED["enwik8"], PUBLISHED["text8"]
     assert (enwik8.url, enwik8.member) == ("http://mattmahoney.net/dc/enwik8.zip", "enwik8")
     assert (text8.url, text8.member) == ("http://mattmahoney.net/dc/text8.zip", "text8")
-    assert (enwik8.archive_size, text8.archive_size) == (36445475, 31344016)
     assert enwik8.archive_sha256 == "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
     assert text8.archive_sha256 == "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"
     assert enwik8.digest == "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
@@ -79,7 +78,7 @@ def test_a_bomb_is_not_unpacked(tmp_path, enwik8, zipped, pack):
     config = DataConfig(corpus="enwik8", path=copy, cache_dir=tmp_path / "cache")
     received = 0
     with pytest.raises(UserError, match="more than 500 bytes"):
-        for chunk in find_source(config, config.cache_dir, progress=False).chunks():
+        for chunk in find_source(config, config.cache_dir, show_progress=False).chunks():
             received += len(chunk)
     assert received <= 500
 
@@ -204,7 +203,7 @@ def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path):
     for name in "ab":
         (tmp_path / "folder" / name).write_bytes(b"before")
     config = DataConfig(corpus="file", path=tmp_path / "folder", cache_dir=tmp_path / "cache")
-    chunks = find_source(config, config.cache_dir, progress=False).chunks()
+    chunks = find_source(config, config.cache_dir, show_progress=False).chunks()
     next(chunks)
     (tmp_path / "folder" / "a").write_bytes(b"after!")
     with pytest.raises(UserError, match="changed while it was read"):

@@ -34,7 +34,7 @@ def test_two_processes_and_the_library_agree(run_on_disk):
     """Guards against shares that overlap or a sum that misses a process, and against JSON that is not alone on stdout
     or lacks a key."""
     trained = load(run_on_disk)
-    corpus = load_corpus(trained.config.data, progress=False)
+    corpus = load_corpus(trained.config.data, show_progress=False)
     expected = bits_per_character(trained, corpus, stride=3, batch_size=5, all_layers=True)
     result = subprocess.run(
         [

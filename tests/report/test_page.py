@@ -90,7 +90,7 @@ def make_run(folder: Path, text: Path, *, steps: int = 40, seed: int = 0, **mode
         train=TrainConfig(steps=40, batch_size=4, seed=seed, valid_symbols=100),
         run=RunConfig(dir=folder),
     )
-    run = Run.create(config, load_corpus(config.data, progress=False).to_dict())
+    run = Run.create(config, load_corpus(config.data, show_progress=False).to_dict())
     torch.manual_seed(seed)
     objective = build_objective(config, 256)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def make_run(folder: Path, text: Path, *, steps: int = 40, seed: int = 0, **mode
 
 
 def corpus_of(run: Run) -> Corpus:
-    return load_corpus(run.config().data, progress=False)
+    return load_corpus(run.config().data, show_progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ def test_a_fresh_process_scores_the_folder_alone_alike(run_on_disk, tmp_path, ca
     monkeypatch.undo()  # of the fixture that sets the kind of matrix product, which a fresh process knows nothing of
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     trained = load(run_on_disk, device="cpu")
-    corpus = load_corpus(trained.config.data, progress=False)
+    corpus = load_corpus(trained.config.data, show_progress=False)
     expected = {
         "whole": bits_per_character(trained, corpus, all_layers=True),
         "cut": bits_per_character(truncate(trained, 1), corpus),
@@ -167,7 +167,7 @@ import charlm, dataclasses, pathlib
 for name in ("whole", "cut"):
     trained = charlm.load(name, device="cpu")
     data = dataclasses.replace(trained.config.data, path=pathlib.Path({str(text)!r}), cache_dir=pathlib.Path("cache2"))
-    score = charlm.bits_per_character(trained, charlm.load_corpus(data, progress=False))
+    score = charlm.bits_per_character(trained, charlm.load_corpus(data, show_progress=False))
     print(score.bits_per_character.hex(), score.bits_per_byte.hex())
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -191,7 +191,7 @@ for name in ("whole", "cut"):
 def test_depth_auto_says_what_it_saw(run_on_disk, tmp_path, capfd, within, depth):
     """Guards against a depth chosen on the test split, and a choice that cannot be followed."""
     trained = load(run_on_disk, device="cpu")
-    corpus = load_corpus(trained.config.data, progress=False)
+    corpus = load_corpus(trained.config.data, show_progress=False)
     score = bits_per_character(trained, corpus, split="valid", limit=300, all_layers=True)
     assert score.layers["1"] > score.layers["2"]
     capfd.readouterr()
@@ -226,7 +226,7 @@ def test_bad_input(run_on_disk, tmp_path, capfd, monkeypatch, arguments, message
     """Guards against tracebacks, half of a folder, and a folder that is written over."""
     monkeypatch.chdir(tmp_path)
     to = [] if not arguments or arguments[0].startswith("--to") else ["--to=out"]
-    load_corpus(load(run_on_disk).config.data, progress=False)
+    load_corpus(load(run_on_disk).config.data, show_progress=False)
     before = content(tmp_path)
     assert run_script("export", str(run_on_disk), *to, *arguments) == 2
     out, err = capfd.readouterr()

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from charlm.config import Config, RunConfig, UserError
-from charlm.runs.folder import MAX_JSON_BYTES, MAX_ROW_BYTES, Run, write_whole
+from charlm.files import MAX_JSON_BYTES, write_whole
+from charlm.runs.folder import MAX_ROW_BYTES, Run
 
 
 def config_in(folder) -> Config:

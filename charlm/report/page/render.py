@@ -10,12 +10,12 @@ from markupsafe import Markup
 
 from charlm.config import Config, UserError
 from charlm.config_files import to_yaml
+from charlm.files import write_whole
 from charlm.report.page import figures, tables
 from charlm.report.page.metrics import Recorded, read_runs
 from charlm.report.page.passage import LEVELS
 from charlm.report.page.probe import LIKELIEST, TEMPERATURE, Measured
 from charlm.report.page.svg import LAYER_STEPS, SERIES, palette
-from charlm.runs.folder import write_whole
 
 MEASURE = "python scripts/report.py {}"
 
