@@ -152,11 +152,8 @@ class Objective(nn.Module):
         weights_BTK = torch.zeros(targets_BTK.shape, device=hidden_BTD.device)
         chosen = {}
         for term, weight in rows:
-            chosen[term.name] = (
-                slice(None),
-                slice(None if term.positions == "all" else -1, None),
-                offsets.index(term.offset),
-            )
+            positions = slice(0 if term.positions == "all" else -1, None)
+            chosen[term.name] = slice(None), positions, offsets.index(term.offset)
             share = weights_BTK[chosen[term.name]]
             share += weight / share.numel()
         hidden, weight, bias = self.heads.classifiers(hidden_BTD[:, first:], layer, offsets)

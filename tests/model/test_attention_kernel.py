@@ -2,23 +2,20 @@
 
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from charlm.config import Config, ModelConfig
-from charlm.config_files import load_config
+from charlm.config import Config, ModelConfig, TrainConfig
 from charlm.model.attention import RotaryTable
 from charlm.model.cache import KVCache
 from charlm.model.kernels_cpu import FEW_ROWS, BlockwiseAttention, block_length
 from charlm.model.transformer import CharTransformer, ReluSquared
+from charlm.objective.build import build_objective
 from charlm.training.device import describe_attention
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if "accelerate" not in path.parts)
 FORWARD = "aten::_scaled_dot_product_flash_attention_for_cpu"
 BACKWARD = f"{FORWARD}_backward"
 
@@ -35,46 +32,42 @@ class OperatorCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def kernels_of_a_training_step(config: Config, precision: torch.dtype) -> Counter:
-    train = config.train
-    model = CharTransformer(
-        config.model, 256, attention=train.attention, activation_checkpointing=train.activation_checkpointing
-    ).train()
-    ids_BT = torch.randint(256, (1, config.model.context_length))
-    with OperatorCounter() as counter:
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            hidden_BTD = model(ids_BT)[config.model.num_layers]
-        hidden_BTD.sum().backward()
-    return counter.counts
-
-
 def turned_by_a_rotation(x_BHTC: torch.Tensor) -> torch.Tensor:
     return RotaryTable.of(torch.arange(10, dtype=x_BHTC.dtype).view(5, 2))(x_BHTC)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["auto", "sdpa"])
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_attention_runs_as_the_first_line_of_a_run_says(file, backend, precision, monkeypatch):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "dropout", "said", "kernels"),
+    [
+        ("auto", 0.0, "in blocks", {FORWARD: 0, BACKWARD: 0}),
+        ("blocks", 0.0, "in blocks", {FORWARD: 0, BACKWARD: 0}),
+        ("sdpa", 0.0, "fused", {FORWARD: 2, BACKWARD: 2}),
+        ("auto", 0.1, "unfused", {FORWARD: 0, BACKWARD: 0}),
+        ("sdpa", 0.1, "unfused", {FORWARD: 0, BACKWARD: 0}),
+    ],
+)
+def test_attention_runs_as_the_first_line_of_a_run_says(
+    backend, dropout, said, kernels, checkpointing, precision, monkeypatch
+):
     """Attention that falls back to the slow kernel without a word, or a description of what does not run."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    options = ["--model.num_layers=2", "--model.context_length=16", f"--train.attention={backend}"]
-    config = load_config(file, options)
-    counts = kernels_of_a_training_step(config, precision)
-    if config.model.attention_dropout > 0:
-        assert "attention_dropout=0" in describe_attention(config)
-        assert counts[FORWARD] == 0
-
-    without_dropout = load_config(file, [*options, "--model.attention_dropout=0"])
-    counts = kernels_of_a_training_step(without_dropout, precision)
-    if backend == "sdpa":
-        assert describe_attention(without_dropout) == "attention fused"
-        assert counts[FORWARD] >= 2
-        assert counts[BACKWARD] == 2
-    else:
-        assert describe_attention(without_dropout).startswith("attention in blocks (without the masked half")
-        assert counts[FORWARD] == 0
-        assert counts["aten::bmm"] + counts["aten::baddbmm"] >= 2
+    sizes = {"num_layers": 2, "num_heads": 2, "d_model": 8, "d_ff": 16, "context_length": 16}
+    config = Config(
+        model=ModelConfig(attention_dropout=dropout, **sizes),
+        train=TrainConfig(attention=backend, activation_checkpointing=checkpointing),
+    )
+    assert describe_attention(config).startswith(f"attention {said}")
+    model = build_objective(config, 256).transformer.train()
+    with OperatorCounter() as counter:
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            hidden_BTD = model(torch.randint(256, (1, 16)))[2]
+        hidden_BTD.sum().backward()
+    again = 2 if checkpointing else 1  # the forward pass runs once more
+    assert {name: counter.counts[name] for name in kernels} == kernels | {FORWARD: again * kernels[FORWARD]}
+    in_blocks = said == "in blocks"
+    assert (counter.counts["aten::baddbmm"] > 0) == in_blocks
 
 
 @pytest.mark.parametrize("num_new", [1, 2])
@@ -109,36 +102,28 @@ def test_many_texts_side_by_side_are_read_as_each_alone(randomise, request, leng
 )
 def test_blockwise_attention_equals_the_fused_kernel(head_size, length):
     """A block that sees the future, misses the last keys, or adds its gradient to the wrong ones; a scale left out."""
-    states_BHTC = [torch.randn(2, 3, length, head_size, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    grad_BHTC = torch.randn(2, 3, length, head_size, dtype=torch.float64)
-    blockwise_BHTC = BlockwiseAttention.apply(*states_BHTC)
-    fused_BHTC = F.scaled_dot_product_attention(*states_BHTC, is_causal=True)
-    torch.testing.assert_close(blockwise_BHTC, fused_BHTC, rtol=1e-10, atol=1e-10)
-    for gradient, expected in zip(
-        torch.autograd.grad(blockwise_BHTC, states_BHTC, grad_BHTC),
-        torch.autograd.grad(fused_BHTC, states_BHTC, grad_BHTC),
-        strict=True,
-    ):
-        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
+    compare_with_the_fused_kernel(length, head_size, torch.float64, tolerance=1e-10)
 
 
 def test_blockwise_attention_in_bf16_is_as_close_as_bf16_allows():
     """Scores or gradients that lose more than the rounding of their inputs: a reduction in bf16, a wrong scale."""
-    exact = [torch.randn(2, 2, 200, 16, dtype=torch.bfloat16).double().requires_grad_() for _ in range(3)]
-    rounded = [state.detach().bfloat16().requires_grad_() for state in exact]
-    grad_BHTC = torch.randn(2, 2, 200, 16, dtype=torch.bfloat16)
-    expected = F.scaled_dot_product_attention(*exact, is_causal=True)
-    result = BlockwiseAttention.apply(*rounded)
-    for value, reference in (
-        (result, expected),
-        *zip(
-            torch.autograd.grad(result, rounded, grad_BHTC),
-            torch.autograd.grad(expected, exact, grad_BHTC.double()),
-            strict=True,
-        ),
+    compare_with_the_fused_kernel(200, 16, torch.bfloat16, tolerance=0.01)
+
+
+def compare_with_the_fused_kernel(length: int, head_size: int, dtype: torch.dtype, tolerance: float) -> None:
+    """The result and the three gradients, against the kernel in float64 on the same numbers."""
+    *states_BHTC, grad_BHTC = torch.randn(4, 2, 3, length, head_size, dtype=dtype)
+    results = []
+    for function, precision in (
+        (BlockwiseAttention.apply, dtype),
+        (partial(F.scaled_dot_product_attention, is_causal=True), torch.float64),
     ):
-        assert value.dtype == torch.bfloat16
-        assert (value.double() - reference).norm() < 0.01 * reference.norm()
+        inputs = [state.to(precision).requires_grad_() for state in states_BHTC]
+        mixed_BHTC = function(*inputs)
+        results.append([mixed_BHTC, *torch.autograd.grad(mixed_BHTC, inputs, grad_BHTC.to(precision))])
+    for value, expected in zip(*results, strict=True):
+        assert value.dtype == dtype
+        assert (value.double() - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("function", [ReluSquared.apply, turned_by_a_rotation], ids=["relu_squared", "rotation"])

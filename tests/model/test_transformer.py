@@ -177,24 +177,6 @@ def test_more_positions_than_the_context_are_refused(randomise):
     torch.testing.assert_close(last_BTD, model(ids_BT)[3][:, 4:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_where_position_tables_are_added(randomise, positions):
-    """A table shared by the layers, added to the first only, or added to a layer's output."""
-    config = small(positions=positions)
-    model = randomise(CharTransformer(config, V))
-    inputs: list[Tensor] = []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    ids_BT = some_ids(config)
-    outputs = model(ids_BT, all_layers(config))
-    below = [model.embedding(ids_BT), outputs[1], outputs[2]]
-    tables = {"per_layer": 3, "input": 1, "rotary": 0}[positions]
-    assert len(model.position_tables) == tables
-    for layer in range(3):
-        added = model.position_tables[layer] if layer < tables else 0.0
-        assert torch.equal(inputs[layer], below[layer] + added)
-
-
 @pytest.mark.parametrize("option", DROPOUTS)
 def test_each_dropout_acts_at_its_place_and_only_there(randomise, option):
     """A dropout option that does nothing, acts elsewhere, does not rescale what it keeps, or drops in evaluation."""
@@ -233,16 +215,12 @@ def test_each_dropout_acts_at_its_place_and_only_there(randomise, option):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_activation_checkpointing_gives_the_same_bits(randomise, settings):
     """Dropout drawn anew when a layer is recomputed, or checkpointing that keeps the activations all the same."""
-    config = small(**settings, **dict.fromkeys(DROPOUTS, 0.3))
-    model = randomise(CharTransformer(config, V))
-    projections = []
-    model.blocks[0].attention.out.register_forward_hook(lambda *_: projections.append(1))
-    gradients = {}
+    config, gradients = small(**settings, **dict.fromkeys(DROPOUTS, 0.3)), {}
     for checkpointing in (False, True):
-        projections.clear()
-        model.activation_checkpointing = checkpointing
+        model = randomise(CharTransformer(config, V, activation_checkpointing=checkpointing))
+        projections = []
+        model.blocks[0].attention.out.register_forward_hook(lambda *_, seen=projections: seen.append(1))
         torch.manual_seed(0)
-        model.zero_grad()
         sum(hidden.square().sum() for hidden in model(some_ids(config), (1, 3)).values()).backward()
         gradients[checkpointing] = {name: parameter.grad for name, parameter in model.named_parameters()}
         assert len(projections) == (2 if checkpointing else 1)
