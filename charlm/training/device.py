@@ -1,5 +1,7 @@
 """What the machine and accelerate's launcher decide: device, precision, kernels. Every choice has its reason."""
 
+import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,7 +45,26 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
+    atexit.unregister(leave_group)  # once is enough, however many runs this process makes
+    atexit.register(leave_group)
     return accelerator, reason
+
+
+def leave_group() -> None:
+    """End the process group and its threads; called as the process exits, after its last run.
+
+    A gloo thread that frees a tensor after Python has begun to shut down asks for the GIL, and the process aborts
+    ("terminate called without an active exception"). A group's threads end with the last reference to it.
+    """
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    for thing in gc.get_objects():
+        # FSDP2's mesh knows the group, torch's caches of DTensor operations know the mesh, and nothing public empties
+        # them.
+        if type(thing) is dist.DeviceMesh:
+            vars(thing).clear()
+    gc.collect()
 
 
 def _rejoin_group() -> None:

@@ -46,7 +46,8 @@ class StopRequests:
             os.set_blocking(self._told, False)
             self._told_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
             self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-            threading.Thread(target=_exit_at_the_second, args=(watched,), daemon=True).start()
+            self._watch = threading.Thread(target=_exit_at_the_second, args=(watched,), daemon=True)
+            self._watch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,6 +56,8 @@ class StopRequests:
         if self._handlers:
             signal.set_wakeup_fd(self._told_before)
             os.close(self._told)
+            self._watch.join()
+        self._group = None
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
