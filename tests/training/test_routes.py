@@ -142,14 +142,17 @@ def test_a_step_whose_last_loss_is_not_finite_leaves_nothing_behind(way, tmp_pat
     assert (row["step"], row["reason"]) == (2, "the loss of layer3/offset1/all is nan")
 
 
-TWO_STEPS = 30
+TWO_STEPS, RATE = 30, 0.03
+ROUNDING = TWO_STEPS * 5 * 16 * torch.finfo(torch.float32).eps
+"""The relative difference that another order of additions makes at most in the weights: each update adds up a gradient
+over at least 5 windows of 16 positions, and each addition rounds."""
 TWO = [
     *FLAGS,
     f"--train.steps={TWO_STEPS}",
     "--train.warmup=0",
     "--train.valid_every=15",
     "--train.optimizer=sgd",
-    "--train.learning_rate=0.03",
+    f"--train.learning_rate={RATE}",
     "--train.momentum=0.9",
     "--train.matmul_precision=highest",
     "--aux.layers.schedule=linear",
@@ -187,7 +190,10 @@ def test_two_processes_and_micro_batches_learn_what_one_does(way, split, two_pro
     one, two = (
         load_file(folder_of(run, TWO_STEPS) / "model.safetensors") for run in (alone, two_processes / f"{way}-{split}")
     )
-    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+    assert two.keys() == one.keys()
+    for name, weight in one.items():
+        # A key bias has no scale of its own: its gradient is zero but for rounding. Its scale is the learning rate's.
+        assert (two[name] - weight).norm() <= ROUNDING * (weight.norm() + RATE), name
 
 
 @pytest.mark.slow
