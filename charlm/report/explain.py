@@ -87,7 +87,7 @@ def explain(config: Config) -> Explanation:
     model = config.model
     check_route(config)
     corpus = prepared_corpus(config.data) if config.data.vocabulary != ByteVocabulary.name else None
-    vocabulary_size = corpus.vocabulary.size if corpus else ByteVocabulary.size
+    vocabulary_size = corpus.vocabulary.size if corpus else ByteVocabulary().size
     with torch.device("meta"):
         objective = build_objective(config, vocabulary_size)
         transformer, heads = objective.transformer, objective.heads
