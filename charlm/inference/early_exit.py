@@ -1,10 +1,10 @@
-"""Early exit: every symbol is predicted by the first layer that is sure enough of it.
+"""Early exit: every symbol is predicted by the first layer that is sure enough.
 
-A layer with a head predicts a symbol if the entropy of its prediction is under a threshold, and else leaves it to the
-next one (Teerapittayanon et al. 2016, "BranchyNet"). What is measured is the number of layers that this uses. Scoring
-reads a text in parallel and computes all layers of every symbol whatever the thresholds say, so it saves no time.
+A layer with a head predicts a symbol if the entropy of its prediction is under a threshold; otherwise the next one
+decides (Teerapittayanon et al. 2016, "BranchyNet"). This measures the number of layers used. It saves no time: scoring
+reads a text in parallel and computes all layers of every symbol.
 
-Shapes: M symbols of a batch, N symbols, E layers with an exit, the last among them, Q thresholds.
+Shapes: M symbols of a batch, N symbols, E layers with an exit including the last, Q thresholds.
 """
 
 import math
@@ -29,9 +29,9 @@ from charlm.inference.evaluation import (
     exit_layers,
     score,
 )
-from charlm.inference.scoring import AUTOCAST_DTYPES, Visit, nats_and_entropies, sum_over_processes, visit_predictions
+from charlm.inference.scoring import AUTOCAST_DTYPES, nats_and_entropies, sum_over_processes, visit_predictions
 from charlm.model.kernels_cpu import exact_matmul
-from charlm.runs.load import TrainedModel
+from charlm.runs.trained import TrainedModel
 
 QUANTILES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -41,11 +41,11 @@ class ExitPoint:
     """A point of the curve: one threshold for all exits."""
 
     quantile: float
-    """Share of all exits' predictions of the validation text whose entropy is under the threshold."""
+    """Share of the exits' predictions on the validation text whose entropy is under the threshold."""
     threshold: float | None
-    """In bits; None is one that nothing exceeds."""
+    """In bits; None means infinity."""
     mean_layers: float
-    """Number of the layer that predicts, averaged over all symbols."""
+    """Mean number of the layer that predicts, over all symbols."""
     bits_per_character: float
     bits_per_byte: float
     shares: dict[str, float]
@@ -54,15 +54,15 @@ class ExitPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExit:
-    """The curve, and the score of the whole depth and of each layer alone on the same text under the same protocol."""
+    """The curve, and the scores of the whole model and of each layer alone on the same text by the same protocol."""
 
     score: Score
     points: tuple[ExitPoint, ...]
     chosen_on: str
-    """The text on which the thresholds were chosen."""
+    """Description of the text on which the thresholds were chosen."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able: the score's own keys, and the curve under `early_exit`."""
+        """JSON-able: the keys of the score, and the curve under `early_exit`."""
         curve = {"chosen_on": self.chosen_on, "points": [asdict(point) for point in self.points]}
         return self.score.as_dict() | {"early_exit": curve}
 
@@ -79,21 +79,21 @@ def early_exit(
     quantiles: Sequence[float] = QUANTILES,
     show_progress: bool = True,
 ) -> EarlyExit:
-    """Bits per character against layers used, for thresholds from the quantiles of the entropies on validation text.
+    """Bits per character against layers used, for thresholds at quantiles of the entropies on validation text.
 
     The validation text is the first `train.valid_symbols` symbols of the validation split, which the run was validated
-    on. Quantile 0 is a threshold that nothing is under, so that the last layer predicts all, and 1 one that everything
-    is under. Other arguments, and processes, as for `charlm.bits_per_character`; memory does not grow with the text.
+    on. At quantile 0 the last layer predicts everything, at 1 the first exit. Other arguments, errors and processes as
+    for `charlm.bits_per_character`; memory does not grow with the text.
 
     Raises:
-        UserError: as there; or only the last layer has a head, or a quantile is not in [0, 1].
+        UserError: also if only the last layer has a head, or a quantile is not in [0, 1].
     """
     check_options(trained, corpus, split, limit, batch_size, precision)
     layers = exit_layers(trained)
     if len(layers) < 2:
         raise UserError(
-            "early exit: the last layer alone has a head for the next symbol; train with --aux.layers.enabled=true, "
-            "or export with --keep-heads"
+            "early exit: only the last layer has a head for the next symbol; train with --aux.layers.enabled=true, or "
+            "export with --keep-heads"
         )
     if any(not 0 <= quantile <= 1 for quantile in quantiles):
         raise UserError(f"quantiles={list(quantiles)}: must lie in [0, 1]")
@@ -104,13 +104,15 @@ def early_exit(
         "batch_size": batch_size,
         "autocast_dtype": AUTOCAST_DTYPES[precision],
         "show_progress": show_progress,
+        "layers": layers,
+        "measure": nats_and_entropies,
     }
     valid_ids = corpus.splits["valid"].ids[: trained.config.train.valid_symbols]
     ids = corpus.splits[split].ids[:limit]
     with exact_matmul(trained.device):
         thresholds_Q = choose_thresholds(_entropies(trained, valid_ids, options), quantiles)
         tally = _Tally(layers, thresholds_Q, len(ids))
-        _visit(trained, ids, tally.add, options)
+        visit_predictions(trained.transformer, trained.heads, ids, tally.add, **options)
         nats_N, nats_E, nats_Q, counts_QE = tally.over_processes(trained.device)
     characters, num_bytes = count_units(ids, corpus.vocabulary)
     points = [
@@ -139,33 +141,33 @@ def early_exit(
 
 
 def choose_thresholds(entropies_EN: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:
-    """Thresholds [Q] under which those shares of the entropies lie, of all exits but the last, which needs none.
+    """The thresholds [Q] at these quantiles of the entropies of all exits except the last, which needs none.
 
-    At 0 nothing is under it, at 1 everything, whatever the text that is scored.
+    Quantile 0 gives 0 and 1 gives infinity, so that nothing or everything is under it whatever text is scored.
     """
     thresholds_Q = np.quantile(entropies_EN[:-1], quantiles)
     return np.select([np.equal(quantiles, 0), np.equal(quantiles, 1)], [0.0, math.inf], thresholds_Q)
 
 
 def first_sure(entropies_EM: np.ndarray, thresholds_Q: np.ndarray) -> np.ndarray:
-    """Which exit predicts each symbol at each threshold: the first whose entropy is under it, or the last, [Q, M]."""
+    """The index of the first exit whose entropy is under each threshold, or that of the last exit, [Q, M]."""
     sure_QEM = entropies_EM < thresholds_Q[:, None, None]
     sure_QEM[:, -1] = True
     return sure_QEM.argmax(axis=1)
 
 
 class _Tally:
-    """Sums over the symbols of a text, of which one process adds its share."""
+    """Sums over the symbols of a text; each process adds its share."""
 
     def __init__(self, layers: Sequence[int], thresholds_Q: np.ndarray, num_symbols: int):
         self.layers, self.thresholds_Q = layers, thresholds_Q
         self.last_nats_N = torch.zeros(num_symbols, dtype=torch.float64)
         self.counts_QE = torch.zeros(len(thresholds_Q), len(layers), dtype=torch.int64)
         self.nats = [torch.zeros(len(layers) + len(thresholds_Q), dtype=torch.float64)]
-        """Of each batch: the nats of each layer alone, and after them those at each threshold, [E + Q]."""
+        """For each batch: the nats of each layer alone, followed by those at each threshold, [E + Q]."""
 
     def add(self, symbols_M: Tensor, measured: dict[int, Tensor]) -> None:
-        """A batch, as `visit_predictions` hands it out."""
+        """Add a batch; see `Visit`."""
         nats_EM, entropies_EM = torch.stack([measured[layer] for layer in self.layers], dim=1)
         self.last_nats_N[symbols_M] = nats_EM[-1]
         chosen_QM = torch.from_numpy(first_sure(entropies_EM.numpy(), self.thresholds_Q))
@@ -173,27 +175,19 @@ class _Tally:
         self.counts_QE += torch.nn.functional.one_hot(chosen_QM, len(self.layers)).sum(1)
 
     def over_processes(self, device: torch.device) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """All processes' sums: nats of the last layer [N], of each layer [E], at each threshold [Q]; symbols that each
-        layer predicts [Q, E]."""
+        """Sums over all processes: nats of the last layer [N], of each layer [E], at each threshold [Q]; symbols that
+        each layer predicts [Q, E]."""
         sums = torch.tensor([math.fsum(column) for column in torch.stack(self.nats).T.tolist()], dtype=torch.float64)
         parts = [sum_over_processes(part, device).numpy() for part in (self.last_nats_N, sums, self.counts_QE)]
         return parts[0], parts[1][: len(self.layers)], parts[1][len(self.layers) :], parts[2]
 
 
 def _entropies(trained: TrainedModel, ids: np.ndarray, options: dict[str, Any]) -> np.ndarray:
-    """The entropy of each prediction of every exit, [E, N] in nats."""
-    layers = exit_layers(trained)
-    entropies_EN = torch.zeros(len(layers), len(ids), dtype=torch.float64)
+    """The entropy of each exit's prediction of each symbol, [E, N] in nats."""
+    entropies_EN = torch.zeros(len(options["layers"]), len(ids), dtype=torch.float64)
 
     def keep(symbols_M: Tensor, measured: dict[int, Tensor]) -> None:
-        entropies_EN[:, symbols_M] = torch.stack([measured[layer][1] for layer in layers])
+        entropies_EN[:, symbols_M] = torch.stack([measured[layer][1] for layer in options["layers"]])
 
-    _visit(trained, ids, keep, options)
+    visit_predictions(trained.transformer, trained.heads, ids, keep, **options)
     return sum_over_processes(entropies_EN, trained.device).numpy()
-
-
-def _visit(trained: TrainedModel, ids: np.ndarray, visit: Visit, options: dict[str, Any]) -> None:
-    layers = exit_layers(trained)
-    visit_predictions(
-        trained.transformer, trained.heads, ids, visit, layers=layers, measure=nats_and_entropies, **options
-    )

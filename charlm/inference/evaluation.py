@@ -1,8 +1,7 @@
-"""How well a model predicts a text: bits per character and per byte, with their protocol.
+"""Scores: bits per character and per byte of a text, with their protocol.
 
-Every symbol of the text is scored exactly once. Each symbol's cost is kept in float64 nats; the costs are added
-exactly (`math.fsum`) and divided once, at the end. The figure therefore does not depend on the batch size or the number
-of processes, but for the rounding inside the model.
+Every symbol is scored exactly once. Costs are kept in float64 nats, added exactly (`math.fsum`) and divided once. So a
+score does not depend on the batch size or the number of processes, except for rounding inside the model.
 
 Shapes: N symbols.
 """
@@ -21,23 +20,23 @@ from charlm.data.vocabulary import Vocabulary
 from charlm.data.windows import default_stride
 from charlm.inference.scoring import AUTOCAST_DTYPES, negative_log_likelihoods
 from charlm.model.kernels_cpu import exact_matmul
-from charlm.runs.load import TrainedModel
+from charlm.runs.trained import TrainedModel
 
 EvaluationPrecision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A figure with its protocol. `as_dict` is what `scripts/evaluate.py --json` prints."""
+    """A score with its protocol. `scripts/evaluate.py --json` prints `as_dict`."""
 
     bits_per_character: float
-    """Bits of all scored symbols over `characters`."""
+    """Bits of all scored symbols divided by `characters`."""
     bits_per_byte: float
-    """The same bits over `bytes`."""
+    """The same bits divided by `bytes`."""
     standard_error: float | None
-    """Of bits_per_character, see `standard_error`; None for a single symbol."""
+    """That of bits_per_character, see `standard_error`; None for a single symbol."""
     symbols: int
-    """Symbols scored: all of the split's, or the first `limit`."""
+    """Number of symbols scored: the whole split, or its first `limit`."""
     characters: int
     """Characters that begin in the scored text."""
     bytes: int
@@ -50,16 +49,16 @@ class Score:
     precision: EvaluationPrecision
     seconds: float
     layers: dict[str, float] | None = None
-    """Bits per character from each layer that has a head for the next symbol, where asked."""
+    """Bits per character of each layer that has a head for the next symbol; None if not asked for."""
     mixture: dict[str, float] | None = None
-    """What each layer's prediction weighs in the one that was scored, where it is a mixture of several."""
+    """Weight of each layer in the prediction that was scored; None if it is the last layer's."""
     streams: int | None = None
-    """Parts of the text that were read side by side, each from no context, where it was scored as it is compressed."""
+    """Parts of the text that were read side by side, each from no context; None if not scored as a compressor."""
     compressed_bytes: int | None = None
-    """Bytes that the bits of all symbols fill, where it was scored as it is compressed."""
+    """Bytes that the bits of all symbols fill; None if not scored as a compressor."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; without those of the last four that were not asked for."""
+        """JSON-able; those of the last four that are None are left out."""
         optional = ("layers", "mixture", "streams", "compressed_bytes")
         return {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
 
@@ -79,16 +78,16 @@ def bits_per_character(
 ) -> Score:
     """Score a split of the corpus that the model was trained on (see `charlm.data.windows`).
 
-    Where torch.distributed is initialised, every process calls this, each scores its share of the windows, and all
-    return the same figure.
+    Where torch.distributed is initialised, every process must call this; each scores its share of the windows, and all
+    return the same score.
 
     Args:
-        corpus: as `charlm.load_corpus(trained.config.data)` gives it.
+        corpus: the one that `charlm.load_corpus(trained.config.data)` returns.
         stride: symbols from one window to the next; 1 is the paper's, the default half the context.
-        limit: score the first so many symbols, as if the split ended there.
-        batch_size: windows that one process runs at once; by default as many as `BATCH_SYMBOLS` allows.
-        precision: of the transformer; heads and softmax are computed in fp32 and float64 whatever it is.
-        all_layers: score every layer that has a head for the next symbol, in the same pass.
+        limit: score only this many symbols, as if the split ended there.
+        batch_size: windows per batch and process; by default as many as `BATCH_SYMBOLS` allows.
+        precision: the transformer's; heads are always computed in fp32 and the softmax in float64.
+        all_layers: also score every layer that has a head for the next symbol, in the same pass.
         mixture: "hedge" scores the prediction sum_i alpha_i f_i in place of the last layer's, with the weights alpha
             that hedge backpropagation has learned (Sahoo et al. 2018).
         show_progress: show a bar on stderr if that is a terminal.
@@ -127,7 +126,7 @@ def bits_per_character(
 
 
 def score(trained: TrainedModel, corpus: Corpus, nats_N: np.ndarray, *, split: str, **protocol: Any) -> Score:
-    """The figure that the costs of the first N symbols of a split make, with what is known of their protocol."""
+    """The score of the first N symbols of a split, from their costs; `protocol` holds the fields that vary."""
     ids = corpus.splits[split].ids[: len(nats_N)]
     characters, num_bytes = count_units(ids, corpus.vocabulary)
     return Score(
@@ -147,14 +146,14 @@ def score(trained: TrainedModel, corpus: Corpus, nats_N: np.ndarray, *, split: s
 
 
 def exit_layers(trained: TrainedModel) -> list[int]:
-    """The layers that have a head for the next symbol, the last one among them."""
+    """The layers that have a head for the next symbol, including the last."""
     return [layer for layer, offset in trained.heads.pairs if offset == 1]
 
 
 def mixture_nats(nats: Mapping[int, np.ndarray], weights: Mapping[int, float]) -> np.ndarray:
-    """What each symbol costs, in nats, if layers predict it together: -log sum_i weight_i exp(-nats_i), float64 [N].
+    """The cost of each symbol in nats if the layers predict it together: -log sum_i weight_i exp(-nats_i), float64 [N].
 
-    No weight is negative, and they are scaled to add up to 1: else this would not be a distribution's cost.
+    The weights, none of which is negative, are scaled to sum to 1, so that the mixture is a distribution.
     """
     total = math.fsum(weights.values())
     log_shares = [math.log(weight / total) - nats[layer] for layer, weight in weights.items() if weight > 0]
@@ -162,32 +161,32 @@ def mixture_nats(nats: Mapping[int, np.ndarray], weights: Mapping[int, float]) -
 
 
 def bits_per(nats: np.ndarray, count: int) -> float:
-    """Nats of all symbols to bits per unit, of which the text has `count`. The sum is exact, whatever its order."""
+    """Bits per unit from the nats of all symbols of a text of `count` units. The sum is exact, whatever its order."""
     return math.fsum(nats) / (count * math.log(2))
 
 
 def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
-    """The characters that begin in a text, and its bytes.
+    """The number of characters that begin in a text, and of its bytes.
 
     Raises:
         UserError: no character begins in it, as in a few bytes from the middle of one.
     """
     characters = vocabulary.count_characters(ids)
     if characters == 0:
-        raise UserError(f"a text of {len(ids)} symbols: no character begins in it, so bits per character do not exist")
+        raise UserError(f"a text of {len(ids)} symbols: no character begins in it, so it has no bits per character")
     return characters, vocabulary.count_bytes(ids)
 
 
 def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) -> float | None:
-    """Standard error of bits per character, as of a sample of text of this length.
+    """Standard error of bits per character, if the text is a sample of all such texts.
 
     Neighbouring symbols are not independent, so the text is cut into K contiguous blocks of equal numbers of symbols:
-    100, or fewer so that each holds 1,000 symbols, yet at least 10. With b_k bits and c_k characters in block k and
-    R = sum b / sum c, it is the ratio estimator's
+    100, or fewer so that each holds 1,000 symbols, but at least 10. With b_k bits and c_k characters in block k and
+    R = sum b / sum c, it is that of the ratio estimator:
 
         sqrt(K / (K - 1) * sum_k (b_k - R c_k)^2) / sum_k c_k
 
-    None where there are not two symbols.
+    None if there are fewer than two symbols.
     """
     num_blocks = min(max(10, min(100, len(nats) // 1000)), len(nats))
     if num_blocks < 2:
@@ -201,7 +200,7 @@ def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) ->
 def _mixture_weights(trained: TrainedModel) -> dict[int, float]:
     if trained.hedge_weights is None:
         raise UserError(
-            "mixture=hedge: the model has no weights to mix its layers with; train one with --aux.hedge.enabled=true"
+            "mixture=hedge: the model has no weights for its layers; train one with --aux.hedge.enabled=true"
         )
     return trained.hedge_weights
 
@@ -209,7 +208,7 @@ def _mixture_weights(trained: TrainedModel) -> dict[int, float]:
 def check_options(
     trained: TrainedModel, corpus: Corpus, split: str, limit: int | None, batch_size: int | None, precision: str
 ) -> None:
-    """Raise UserError unless the model can be scored on this split of the corpus in this way."""
+    """Raise UserError unless the model can be scored in this way on this split of the corpus."""
     if corpus.sha256 != trained.corpus["sha256"] or corpus.vocabulary != trained.vocabulary:
         raise UserError(
             f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on {trained.corpus['name']} "

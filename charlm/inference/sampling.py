@@ -1,6 +1,6 @@
 """How the next symbol is drawn.
 
-Shapes: V vocabulary; `...` any dimensions, as positions.
+Shapes: V vocabulary, K rows; `...` any dimensions, such as positions.
 """
 
 import math
@@ -17,7 +17,7 @@ class Sampling:
     """How symbols are chosen from logits."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest symbol always."""
+    """Divides the logits; 0 always takes the likeliest symbol."""
     top_k: int | None = None
     """Draw from the k likeliest symbols only."""
     top_p: float | None = None
@@ -34,50 +34,36 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest symbol is taken always, the first of equals."""
+        """Whether the likeliest symbol is always taken, the first of equals."""
         return self.temperature == 0 or self.top_k == 1
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """The probabilities that the next symbol is drawn from: [..., V] in float64."""
-        return next_distribution(logits, self.temperature, self.top_k, self.top_p)
+        """The probabilities that the next symbol is drawn from, [..., V] in float64."""
+        temperature, top_k = (1.0, 1) if self.temperature == 0 else (self.temperature, self.top_k)
+        logits = logits.double()
+        # Subtracting the largest first keeps a tiny temperature from dividing infinity by infinity.
+        probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+        if top_k is None and self.top_p is None:
+            return probabilities
+        descending, symbols = probabilities.sort(descending=True, stable=True)
+        if top_k is not None:
+            descending[..., top_k:] = 0
+            descending /= descending.sum(dim=-1, keepdim=True)
+        if self.top_p is not None:
+            descending[..., 1:][descending.cumsum(dim=-1)[..., :-1] >= self.top_p] = 0
+            descending /= descending.sum(dim=-1, keepdim=True)
+        return probabilities.scatter_(-1, symbols, descending)
 
-
-def next_distribution(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """The probabilities that the next symbol is drawn from, [..., V] in float64; see `Sampling` for the arguments."""
-    if temperature == 0:
-        temperature, top_k = 1.0, 1
-    logits = logits.double()
-    # Subtracting the largest first keeps a tiny temperature from dividing infinity by infinity.
-    probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
-    if top_k is None and top_p is None:
-        return probabilities
-    descending, symbols = probabilities.sort(descending=True, stable=True)
-    if top_k is not None:
-        descending[..., top_k:] = 0
-        descending /= descending.sum(dim=-1, keepdim=True)
-    if top_p is not None:
-        descending[..., 1:][descending.cumsum(dim=-1)[..., :-1] >= top_p] = 0
-        descending /= descending.sum(dim=-1, keepdim=True)
-    return probabilities.scatter_(-1, symbols, descending)
+    def choose(self, logits_KV: Tensor, generator: torch.Generator) -> tuple[list[int], Tensor | None]:
+        """A symbol for each row, and the distributions [K, V] that they were drawn from; None if nothing was drawn."""
+        if self.is_greedy:
+            return logits_KV.argmax(dim=-1).tolist(), None
+        probabilities_KV = self.distribution(logits_KV)
+        return draw(probabilities_KV, generator).tolist(), probabilities_KV
 
 
 def draw(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """A symbol for each row of `weights` [..., V], which need not sum to 1; each takes one number of the generator."""
+    """A symbol for each row of `weights` [..., V], which need not sum to 1; takes one random number for each row."""
     cumulative = weights.cumsum(dim=-1)
     uniform = torch.rand(weights.shape[:-1], dtype=torch.float64, generator=generator)
     return (cumulative[..., :-1] <= uniform[..., None] * cumulative[..., -1:]).sum(dim=-1)
-
-
-def sample(
-    logits_V: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> int:
-    """A symbol drawn from `next_distribution`, with one number of the generator; if it is sure, the first likeliest."""
-    if temperature == 0 or top_k == 1:
-        return int(logits_V.argmax())
-    return int(draw(next_distribution(logits_V, temperature, top_k, top_p), generator))

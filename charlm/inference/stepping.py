@@ -1,9 +1,13 @@
-"""A few symbols of one text at a time, with as few operations as there can be.
+"""Reading text step by step with a cache, a few symbols at a time, with as few operations as possible.
 
-Half of such a step of a small model is spent between operations, not in them. So query, key and value come from one
-product of weights that are joined once, all layers' buffers are cut at once, and no module is called on the way.
+Half the time of such a step in a small model passes between operations, not in them. So query, key and value come from
+one product with weights that are joined once, all layers' buffers are sliced at once, and no module is called.
 
-Shapes: T symbols, D d_model, H heads, C = D / H head size, S positions up to the newest, I inputs, E outputs.
+This is a second forward pass beside `CharTransformer`: whoever adds an option to the model adds it here, too.
+tests/inference/test_stepping.py compares the two for every option of `ModelConfig`.
+
+Shapes: B texts, T symbols, D d_model, H heads, C = D / H head size, S positions up to the newest, I inputs, E outputs,
+V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,88 +23,65 @@ from torch import Tensor, nn
 
 from charlm.model.cache import KVCache, Places
 from charlm.model.heads import Heads
+from charlm.model.kernels_cpu import exact_matmul
 from charlm.model.transformer import Block, CharTransformer
 from charlm.runs.trained import TrainedModel
 
 FEW_SYMBOLS = 8
-"""Above so many a product of matrices is faster than sums of rows."""
+"""For more symbols than this a matrix product is faster than sums of rows."""
 NUM_BAGS = 8
-"""Threads share them out. Eight are faster than four even for one thread, more are not."""
+"""Threads share them. Eight are faster than four even with one thread; more are not."""
 SUM = 0
-"""torch's number of the mode."""
+"""The mode's number in `torch.embedding_bag`."""
 
 
-class _Linear(NamedTuple):
-    """A linear layer of a few vectors: sums of the rows of its weight's transpose, weighted by each vector.
+def read(
+    trained: TrainedModel,
+    ids: Sequence[Sequence[int]],
+    cache: KVCache,
+    *,
+    layer: int | None = None,
+    num_last: int | None = None,
+) -> Tensor:
+    """Hidden states of `layer` (the last by default) at the last `num_last` of `ids` (all by default): [B, T, D].
 
-    Memory is its limit, and of what torch has for it such sums read fastest: measured with two threads of an AMD EPYC
-    (Zen 5), one vector in half the time of dot products and a third of that of a product of matrices. A vector's result
-    has the same bits whatever others are beside it.
+    `ids` are equally many for each text and follow those that the cache holds.
     """
-
-    rows_IE: Tensor
-    bias_E: Tensor
-
-    @staticmethod
-    def of(*linears: nn.Linear) -> "_Linear":
-        """That of several layers with the same input, their outputs one behind the other."""
-        weight_EI = torch.cat([linear.weight.detach() for linear in linears])
-        return _Linear(weight_EI.t().contiguous(), torch.cat([linear.bias.detach() for linear in linears]))
-
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        T = len(x_TI)
-        num_bags, indices, starts = _bags(*x_TI.shape)
-        # Vectors side by side within a bag: its rows are read from memory once.
-        weights = x_TI.view(T, num_bags, -1).transpose(0, 1).flatten()
-        sums = torch.embedding_bag(self.rows_IE, indices, starts, False, SUM, False, weights)[0]
-        return sums.view(num_bags, T, -1).sum(dim=0).add_(self.bias_E)
+    layer = trained.config.model.num_layers if layer is None else layer
+    ids_BT = torch.tensor(ids, device=trained.device)
+    with exact_matmul(trained.device, ids_BT.numel()):
+        return trained.transformer(ids_BT, [layer], cache, num_last)[layer]
 
 
-@lru_cache(maxsize=64)
-def _bags(num_vectors: int, num_inputs: int) -> tuple[int, Tensor, Tensor]:
-    """Into how many bags the rows are split, which rows go into each bag of each vector, and where each begins."""
-    num_bags = gcd(num_inputs, NUM_BAGS)
-    rows = torch.arange(num_inputs).view(num_bags, 1, -1).expand(-1, num_vectors, -1).flatten()
-    return num_bags, rows, torch.arange(0, len(rows), num_inputs // num_bags)
+def logits_after(trained: TrainedModel, hidden_BTD: Tensor) -> Tensor:
+    """Logits of the next symbol from the last layer's hidden states, [B, T, V] on the CPU."""
+    return trained.heads(hidden_BTD, trained.config.model.num_layers)[:, :, 0].cpu()
 
 
-class _Layer(NamedTuple):
-    """A block's parameters."""
-
-    table_TD: Tensor | None
-    """The positions that are added to its input."""
-    attention_norm: tuple[Any, ...]
-    """The arguments of torch.layer_norm after its input."""
-    projection: _Linear
-    """To queries, keys and values, one below the other."""
-    out: _Linear
-    feed_forward_norm: tuple[Any, ...]
-    up: _Linear
-    down: _Linear
-
-    @staticmethod
-    def of(block: Block, table_TD: Tensor | None) -> "_Layer":
-        attention, feed_forward = block.attention, block.feed_forward
-        return _Layer(
-            table_TD,
-            _norm(block.attention_norm),
-            _Linear.of(attention.query, attention.key, attention.value),
-            _Linear.of(attention.out),
-            _norm(block.feed_forward_norm),
-            _Linear.of(feed_forward.up),
-            _Linear.of(feed_forward.down),
-        )
+@torch.inference_mode()
+def next_logits(trained: TrainedModel, ids: Sequence[list[int]], cache: KVCache) -> Tensor:
+    """Logits after `ids`, which follow those that the cache holds of each text: [B, V] on the CPU."""
+    if len({len(own) for own in ids}) > 1:  # all but the last symbol text by text, then the last of all together
+        for row, own in enumerate(ids):
+            if len(own) > 1:
+                read(trained, [own[:-1]], cache.row(row), num_last=1)
+        ids = [own[-1:] for own in ids]
+    return logits_after(trained, read(trained, ids, cache, num_last=1))[:, 0]
 
 
-def _norm(norm: nn.LayerNorm) -> tuple[Any, ...]:
-    return norm.normalized_shape, norm.weight, norm.bias, norm.eps
+def stepping(trained: TrainedModel) -> TrainedModel:
+    """The same model, but it reads a few symbols at a time the short way. A GPU has faster ways: there it is returned
+    as it is."""
+    if trained.device.type != "cpu":
+        return trained
+    return replace(trained, transformer=SteppingTransformer(trained.transformer), heads=SteppingHeads(trained.heads))
 
 
 class SteppingTransformer(nn.Module):
-    """A transformer that reads a few symbols of one text the short way, and everything else as it does by itself.
+    """A transformer that reads a few symbols of one text the short way, and leaves everything else to the original.
 
-    The short way is for inference: without gradients, dropout and autocast, past all hooks of the blocks, and with
-    copies of their matrices as they are at the first such symbol. Make a new one for each text.
+    The short way is for inference: without gradients, dropout and autocast. It passes all hooks of the blocks, and uses
+    copies of their matrices, made at the first such symbol. Make a new one for each text.
     """
 
     def __init__(self, transformer: CharTransformer):
@@ -108,8 +89,8 @@ class SteppingTransformer(nn.Module):
         self.transformer, self.config = transformer, transformer.config
 
     @cached_property
-    def layers(self) -> list[_Layer]:
-        """All of them; built when first needed, as a text may be read to its end without."""
+    def layers(self) -> list["_Layer"]:
+        """The parameters of all layers; copied when first needed, as a text may be read to its end without."""
         tables = zip_longest(self.transformer.blocks, self.transformer.position_tables)
         return [_Layer.of(block, table_TD) for block, table_TD in tables]
 
@@ -197,8 +178,75 @@ def _is_for_short_way(input_BT: Tensor, module: nn.Module) -> bool:
     return is_inference and B == 1 and T <= FEW_SYMBOLS
 
 
-def stepping(trained: TrainedModel) -> TrainedModel:
-    """The same model, which reads a few symbols the short way; on a GPU, which has faster ones, itself."""
-    if trained.device.type != "cpu":
-        return trained
-    return replace(trained, transformer=SteppingTransformer(trained.transformer), heads=SteppingHeads(trained.heads))
+class _Linear(NamedTuple):
+    """A linear layer for a few vectors: for each, the sum of the transposed weight's rows, weighted by the vector.
+
+    Memory bandwidth is the limit, and of torch's operations such sums read fastest: with two threads of an AMD EPYC
+    (Zen 5), one vector takes half the time of dot products and a third of that of a matrix product. The bits of a
+    vector's result do not depend on the vectors beside it.
+    """
+
+    rows_IE: Tensor
+    bias_E: Tensor
+
+    @staticmethod
+    def of(*linears: nn.Linear) -> "_Linear":
+        """Several layers with the same input as one; their outputs follow one another."""
+        weight_EI = torch.cat([linear.weight.detach() for linear in linears])
+        return _Linear(weight_EI.t().contiguous(), torch.cat([linear.bias.detach() for linear in linears]))
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        T = len(x_TI)
+        num_bags, indices, starts = _bags(*x_TI.shape)
+        # The vectors lie side by side within a bag, so that its rows are read from memory once.
+        weights = x_TI.view(T, num_bags, -1).transpose(0, 1).flatten()
+        sums = torch.embedding_bag(
+            weight=self.rows_IE,
+            indices=indices,
+            offsets=starts,
+            scale_grad_by_freq=False,
+            mode=SUM,
+            sparse=False,
+            per_sample_weights=weights,
+        )[0]
+        return sums.view(num_bags, T, -1).sum(dim=0).add_(self.bias_E)
+
+
+@lru_cache(maxsize=64)
+def _bags(num_vectors: int, num_inputs: int) -> tuple[int, Tensor, Tensor]:
+    """The number of bags that the rows are split into, the rows in each bag of each vector, and where each begins."""
+    num_bags = gcd(num_inputs, NUM_BAGS)
+    rows = torch.arange(num_inputs).view(num_bags, 1, -1).expand(-1, num_vectors, -1).flatten()
+    return num_bags, rows, torch.arange(0, len(rows), num_inputs // num_bags)
+
+
+class _Layer(NamedTuple):
+    """A block's parameters."""
+
+    table_TD: Tensor | None
+    """Position embeddings that are added to its input."""
+    attention_norm: tuple[Any, ...]
+    """The arguments of `torch.layer_norm` after its input."""
+    projection: _Linear
+    """To queries, keys and values."""
+    out: _Linear
+    feed_forward_norm: tuple[Any, ...]
+    up: _Linear
+    down: _Linear
+
+    @staticmethod
+    def of(block: Block, table_TD: Tensor | None) -> "_Layer":
+        attention, feed_forward = block.attention, block.feed_forward
+        return _Layer(
+            table_TD,
+            _norm(block.attention_norm),
+            _Linear.of(attention.query, attention.key, attention.value),
+            _Linear.of(attention.out),
+            _norm(block.feed_forward_norm),
+            _Linear.of(feed_forward.up),
+            _Linear.of(feed_forward.down),
+        )
+
+
+def _norm(norm: nn.LayerNorm) -> tuple[Any, ...]:
+    return norm.normalized_shape, norm.weight, norm.bias, norm.eps

@@ -3,10 +3,9 @@ import pytest
 import torch
 
 from charlm.config import UserError
-from charlm.inference import generation
-from charlm.inference.cached import next_logits
 from charlm.inference.generation import generate, stream
-from charlm.inference.sampling import sample
+from charlm.inference.sampling import Sampling
+from charlm.inference.stepping import next_logits
 from charlm.model.cache import KVCache
 
 
@@ -21,11 +20,11 @@ def naive_text(trained, prompt: bytes, length: int, **options) -> str:
     """Generation by its description, without a cache: when the context is full, its newest half is kept."""
     context_length = trained.config.model.context_length
     generator = torch.Generator().manual_seed(options.pop("seed", 0))
-    context, text = list(prompt), []
+    sampling, context, text = Sampling(**options), list(prompt), []
     for _ in range(length):
         if len(context) > context_length:
             context = context[-max(1, context_length // 2) :]
-        symbol = sample(all_logits(trained, context)[-1], generator=generator, **options)
+        (symbol,), _ = sampling.choose(all_logits(trained, context)[-1:], generator)
         context.append(symbol)
         text.append(symbol)
     return bytes(text).decode(errors="replace")
@@ -106,7 +105,7 @@ def test_several_prompts_are_written_as_each_alone(build_model, prompts):
 
 def test_no_prompt_at_all_is_refused(build_model):
     """Guards against an error from deep inside."""
-    with pytest.raises(UserError, match="prompt: there is none"):
+    with pytest.raises(UserError, match="prompt: give at least one"):
         generate(build_model(), [], length=5)
 
 
@@ -155,7 +154,7 @@ def test_two_streams_do_not_disturb_each_other(build_model):
 def test_pieces_are_whole_characters(build_model, monkeypatch, prompt, written, expected):
     """Guards against characters that are torn between pieces, and an end that is swallowed."""
     symbols = iter(written)
-    monkeypatch.setattr(generation, "sample", lambda *_: next(symbols))
+    monkeypatch.setattr(Sampling, "choose", lambda *_: ([next(symbols)], None))
     pieces = list(stream(build_model(), prompt, length=len(written)))
     assert "".join(pieces) == expected
     assert all(pieces)

@@ -141,7 +141,7 @@ def test_generate_drafts(run_on_disk, script, draft):
         ),
         ("generate", ["--prompt=a", "--draft=all"], "draft=all: must be offsets or the number of a layer"),
         ("generate", ["--prompt=a", "--draft=offsets", "--num-draft-tokens=2"], "must lie between 1 and 1"),
-        ("generate", ["--prompt=a", "--num-draft-tokens=2"], "num_draft_tokens=2: needs drafts"),
+        ("generate", ["--prompt=a", "--num-draft-tokens=2"], "num_draft_tokens=2: requires draft"),
     ],
 )
 def test_bad_input(run_on_disk, script, monkeypatch, name, arguments, message):

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from charlm.inference.sampling import next_distribution, sample
+from charlm.inference.sampling import Sampling
 
 # Powers of two, so that sums are exact and a threshold can be met to the last bit.
 PROBABILITIES = torch.tensor([0.125, 0.5, 0.125, 0.25], dtype=torch.float64)
@@ -36,7 +36,7 @@ def test_distribution_by_hand(options, expected):
     """Guards against a top_p that keeps one symbol too many or too few, and against another order of the three."""
     logits = LOGITS.clone()
     torch.testing.assert_close(
-        next_distribution(logits, **options), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9
+        Sampling(**options).distribution(logits), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9
     )
     assert torch.equal(logits, LOGITS)
 
@@ -54,20 +54,20 @@ def test_top_p_is_the_smallest_set_with_enough_mass(seed):
     best = min(enough, key=lambda kept: (len(kept), -masses[kept]))
     expected = [probabilities[symbol] / masses[best] if symbol in best else 0.0 for symbol in range(6)]
     torch.testing.assert_close(
-        next_distribution(logits, top_p=top_p), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12
+        Sampling(top_p=top_p).distribution(logits), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12
     )
 
 
 def test_greedy_takes_the_first_of_equals():
     """Guards against a choice between equals that differs from machine to machine."""
-    assert sample(torch.tensor([0.0, 1.0, 1.0]), temperature=0) == 1
+    assert Sampling(temperature=0).choose(torch.tensor([[0.0, 1.0, 1.0]]), torch.Generator())[0] == [1]
 
 
 def test_impossible_symbols_are_never_drawn():
     """Guards against a draw that falls on the edge between symbols, or past the last."""
-    logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
-    generator = torch.Generator().manual_seed(0)
-    assert {sample(logits, generator=generator) for _ in range(200)} == {1, 3}
+    logits_V = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
+    symbols, _ = Sampling().choose(logits_V.expand(200, -1), torch.Generator().manual_seed(0))
+    assert set(symbols) == {1, 3}
 
 
 def test_draws_follow_the_distribution():
@@ -76,4 +76,4 @@ def test_draws_follow_the_distribution():
     for seed in range(200):
         uniform = float(torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
         expected = next(symbol for symbol, end in enumerate([0.125, 0.625, 0.75, 1.0]) if uniform < end)
-        assert sample(LOGITS, generator=torch.Generator().manual_seed(seed)) == expected
+        assert Sampling().choose(LOGITS[None], torch.Generator().manual_seed(seed))[0] == [expected]

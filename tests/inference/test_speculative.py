@@ -10,11 +10,10 @@ from torch import nn
 from charlm.config import Config, ModelConfig, UserError
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.inference import speculative
-from charlm.inference.cached import read, read_last
 from charlm.inference.generation import generate, stream
 from charlm.inference.sampling import Sampling
 from charlm.inference.speculative import DraftStatistics, Speculation, accept, accept_likeliest, build_drafter
-from charlm.inference.stepping import stepping
+from charlm.inference.stepping import read, stepping
 from charlm.model.cache import KVCache
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
@@ -157,9 +156,9 @@ def test_in_doubt_all_since_the_last_certain_symbol_is_read_again(build_drafting
     assert speculation.num_exact == speculation.cache.length == len(seen) > 9
     plain = KVCache(trained.config.model, 1, trained.device)
     with torch.inference_mode():
-        read_last(trained, [seen[:3]], plain)
+        read(trained, [seen[:3]], plain, num_last=1)
         for symbol in seen[3:]:
-            hidden_11D = read_last(trained, [[symbol]], plain)
+            hidden_11D = read(trained, [[symbol]], plain, num_last=1)
     assert torch.equal(speculation.cache.keys[..., : len(seen), :], plain.keys[..., : len(seen), :])
     assert torch.equal(speculation.hidden_11D, hidden_11D)
 
@@ -238,7 +237,7 @@ def test_the_cache_is_rolled_back_to_what_was_kept(build_drafting_model, draft, 
         assert length == len(seen)
         fresh = KVCache(trained.config.model, 1, trained.device)
         with torch.inference_mode():
-            hidden = read_last(trained, [seen], fresh)
+            hidden = read(trained, [seen], fresh, num_last=1)
         for name in ("keys", "values"):
             kept, expected = (getattr(cache, name)[:, :, :, :length] for cache in (speculation.cache, fresh))
             torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-4)
@@ -286,7 +285,7 @@ def test_several_prompts_and_seeds(build_drafting_model, draft):
         (1, 0, "num_draft_tokens=0"),
         (3, None, "draft=3: this run has no exit at such a layer; draft from offsets, 1, 2"),
         (0, None, "draft=0: this run has no exit"),
-        (None, 2, "num_draft_tokens=2: needs drafts"),
+        (None, 2, "num_draft_tokens=2: requires draft"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_is_written(build_drafting_model, draft, num_draft_tokens, message):
@@ -301,7 +300,7 @@ def test_heads_that_a_run_lacks_are_refused(build_model):
         stream(build_model(), "a", length=5, draft="offsets")
     alone = build_model(num_layers=1)
     for draft in ("offsets", 1):
-        with pytest.raises(UserError, match=f"draft={draft}: .*; it can draft from nothing; write without drafts"):
+        with pytest.raises(UserError, match=f"draft={draft}: .*; it has none to draft from"):
             stream(alone, "a", length=5, draft=draft)
 
 
