@@ -57,7 +57,7 @@ def main() -> None:
     from benchmarks import pictures, report, suites  # not before --help and mistakes were answered
     from benchmarks.shapes import named_shape, shape_of
 
-    from charlm.report.figures import check_suffix
+    from charlm.report.style import check_suffix
     from charlm.training.device import has_fast_bf16, on_cpu
 
     is_training = options.benchmark not in ("evaluate", "generate", "drafts")

@@ -94,7 +94,7 @@ def main() -> None:
             sizes = compressed_sizes([text])
             yardsticks = {name.split()[0]: 8 * size / len(text) for name, size in sizes.items()}
         if options.picture is not None:
-            from charlm.report.exits import draw_early_exit
+            from charlm.report.figures import draw_early_exit
 
             draw_early_exit(result, options.picture)
         if options.json:
@@ -120,7 +120,7 @@ def check(options: Options) -> None:
     if options.picture is not None:
         if not options.early_exit:
             raise charlm.UserError(f"picture={options.picture}: --picture requires --early-exit")
-        from charlm.report.figures import check_suffix
+        from charlm.report.style import check_suffix
 
         check_suffix(options.picture)
 

@@ -42,7 +42,7 @@ def main() -> None:
         raise charlm.UserError("RUN: there is none; give the folder of a run, or several")
     if options.characters < 2:
         raise charlm.UserError(f"characters={options.characters}: must be at least 2")
-    from charlm.report.page.metrics import read_runs
+    from charlm.report.metrics import read_runs
     from charlm.report.page.probe import measure
     from charlm.report.page.render import write_report
 
@@ -52,9 +52,9 @@ def main() -> None:
         measured = []
         for run in read_runs(options.runs):
             if sys.stderr.isatty():  # over its bars
-                print(f"{run.run.path}:", file=sys.stderr)
+                print(f"{run.folder.path}:", file=sys.stderr)
             corpus = corpus_of(options.data.where(run.config.data))
-            measured.append(measure(run.run, corpus, characters=options.characters))
+            measured.append(measure(run.folder, corpus, characters=options.characters))
     path = write_report(options.runs, options.output, measured)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
 

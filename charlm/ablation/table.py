@@ -192,7 +192,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from charlm.report.figures import GREY, STYLE, TRAIN, VALID, WIDTH, save
+    from charlm.report.style import GREY, STYLE, TRAIN, VALID, WIDTH, save
 
     shown = [row for row in rows if row.results]
     left, right = _limits(shown)

@@ -22,7 +22,7 @@ from charlm.compression.streams import FAMILY, Streams, probabilities, threads_s
 from charlm.compression.yardsticks import compressed_sizes
 from charlm.config import UserError
 from charlm.inference.generation import generate
-from charlm.report.figures import GREY, STYLE, TRAIN, VALID, WIDTH, save
+from charlm.report.style import GREY, STYLE, TRAIN, VALID, WIDTH, save
 from charlm.runs.trained import TrainedModel
 
 

@@ -1,81 +1,63 @@
-"""Pictures of a run and of a table of terms.
+"""The figures of runs and of early exit.
 
-matplotlib is imported when a picture is drawn, through `Figure` objects that know no display and share no state.
+`draw_...` write pictures. Every other function takes a `Style` and returns a matplotlib figure, or None if there is
+nothing to draw. Figures of several runs give each a colour and a dash pattern, in the order of the runs.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from charlm.config import Config, UserError
-from charlm.objective.terms import Term, build_terms
-from charlm.runs.folder import Run
+from charlm.report.metrics import Metrics, Points, read_runs
+from charlm.report.style import (
+    DASHES,
+    GREY,
+    PICTURE,
+    SERIES,
+    TRAIN,
+    VALID,
+    Style,
+    add_layer_bar,
+    engineering,
+    layer_colour,
+    new_figure,
+    new_panels,
+    save,
+    use_log_scale,
+)
+from charlm.report.weights import draw_weights, heat_height, task_title, terms_of, weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
-# Blue and vermilion of Okabe and Ito's palette: told apart by colour-blind readers, and in grey.
-TRAIN, VALID = "#0072B2", "#D55E00"
-GREY = "#555555"
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.edgecolor": GREY,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "legend.frameon": False,
-}
-WIDTH = 7.5
-MOST_ROW_LABELS = 32
-COLUMNS = 400
+    from charlm.inference.early_exit import EarlyExit
 
-
-@dataclass(frozen=True)
-class Curves:
-    """The learning curves of a run: bits per character at completed optimizer steps."""
-
-    train_steps: list[int] = field(default_factory=list)
-    train_bits: list[float] = field(default_factory=list)
-    valid_steps: list[int] = field(default_factory=list)
-    valid_bits: list[float] = field(default_factory=list)
-
-
-def read_curves(run: Run) -> Curves:
-    """The curves in metrics.jsonl. Points that are not finite cannot be drawn and are left out.
-
-    Raises:
-        UserError: no point is left.
-    """
-    curves = Curves()
-    for row in run.metrics():
-        bits = row.get("valid", row).get("bits_per_character")
-        if bits is not None and math.isfinite(bits):
-            kind = "valid" if "valid" in row else "train"
-            getattr(curves, f"{kind}_steps").append(row["step"])
-            getattr(curves, f"{kind}_bits").append(bits)
-    if not curves.train_steps and not curves.valid_steps:
-        raise UserError(f"{run.metrics_path} holds no bits per character; draw the run once it has trained")
-    return curves
+MOST_POINTS = 300
+"""Most points of a learning curve; of more, neighbours are averaged."""
+FEW_POINTS = 80
+"""Most points of a loss or a speed, which are noisy: averages show better which line is above which."""
+BITS = "bits per character"
+DIAGNOSTICS = [
+    ("bits_per_character", "bits per character, next character", "linear"),
+    ("supervision_ratio", "supervision ratio, all outputs", "log"),
+    ("main_supervision_ratio", "supervision ratio, last layer's output", "log"),
+    ("gradient_cosine", "cosine, auxiliary and main gradient", "linear"),
+    ("gradient_norm", "gradient norm", "log"),
+]
+"""The key of each diagnostic, the title of its panel and the scale of its axis."""
 
 
 def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
-    """Draw a run's learning curves above the weights of its terms, on one axis of optimizer steps.
+    """Draw a run's learning curves above the weights of its terms, over optimizer steps.
 
     Args:
         run_dir: the run's folder.
-        path: where the picture goes, in the format that its suffix names; by default RUN/run.png.
+        path: the picture, in the format of its suffix; by default RUN/run.png.
 
     Returns:
         The picture's path.
@@ -83,219 +65,323 @@ def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
     Raises:
         UserError: no run, no metrics yet, or a suffix that matplotlib does not write.
     """
-    run = Run.open(run_dir)
-    figure = run_figure(run.path.resolve().name, run.config(), read_curves(run))
-    return save(figure, Path(path) if path is not None else run.path / "run.png")
+    (run,) = read_runs([run_dir])
+    if not run.has_bits:
+        raise UserError(f"{run.folder.metrics_path} holds no bits per character; draw the run once it has trained")
+    return save(run_figure(run), Path(path) if path is not None else run.folder.path / "run.png")
+
+
+def draw_diagnostics(run_dir: Path | str, path: Path | str | None = None) -> Path:
+    """Draw a run's diagnostics over optimizer steps, a line for each layer (docs/diagnostics.md explains them).
+
+    Arguments, return value and errors as for `draw_run`; the default is RUN/diagnostics.png.
+    """
+    (run,) = read_runs([run_dir])
+    figure = diagnostics(run, PICTURE)
+    if figure is None:
+        raise UserError(f"{run.folder.metrics_path} holds no diagnostics; train with --train.diagnose_every=0.05")
+    return save(figure, Path(path) if path is not None else run.folder.path / "diagnostics.png")
 
 
 def draw_table(config: Config, path: Path | str) -> Path:
-    """Draw the weights of the terms that a config stands for, and return the picture's path.
-
-    Raises:
-        UserError: a suffix that matplotlib does not write.
-    """
-    return save(table_figure(config), Path(path))
+    """Draw the weights of a config's terms over training. Returns the path; errors as for `save`."""
+    return save(weights(config, PICTURE), Path(path))
 
 
-def run_figure(name: str, config: Config, curves: Curves) -> "Figure":
-    """The figure of `draw_run`, unsaved."""
-    import matplotlib
-    from matplotlib.figure import Figure
+def draw_early_exit(curve: "EarlyExit", path: Path | str) -> Path:
+    """Draw the bits per character of early exit against layers used. Returns the path; errors as for `save`."""
+    return save(early_exit(curve), Path(path))
 
-    steps = config.train.steps
-    terms = build_terms(config.aux, config.model.num_layers, steps)
-    curves_height, heat_height = 2.9, _heat_height(terms)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 1.5 + curves_height + heat_height), layout="constrained")
-        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[curves_height, heat_height])
-        _draw_curves(curves, above, steps, config.train.batch_size * config.model.context_length)
-        _add_colour_bar(draw_weights(terms, below, steps), below)
-        figure.suptitle(f"{name}: {_result(curves)}", fontweight="bold")
+
+def run_figure(run: Metrics) -> "Figure":
+    """The figure of `draw_run`."""
+    terms, factor = terms_of(run.config), run.characters_per_step
+    heights = [2.9, heat_height(terms, PICTURE)]
+    with new_figure(PICTURE, 1.5 + sum(heights)) as figure:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=heights)
+        _draw_learning([run], above, "steps")
+        if run.best is not None:
+            bottom, top = above.get_ylim()
+            above.set_ylim(bottom - 0.1 * (top - bottom))  # room for the label below the best
+            place = {"xytext": (0, -8), "textcoords": "offset points", "ha": "right", "va": "top"}
+            above.annotate(f"{run.best[1]:.3f}", run.best, color=VALID, fontweight="bold", **place)
+        above.set_ylabel(BITS)
+        above.legend(loc="upper right")
+        characters = above.secondary_xaxis("top", functions=(lambda step: step * factor, lambda count: count / factor))
+        characters.xaxis.set_major_formatter(engineering())
+        characters.set_xlabel("characters seen")
+        draw_weights(terms, below, run.config.train.steps)
+        above.set_xlim(0, run.config.train.steps)
+        figure.suptitle(f"{run.name}: {_result(run)}", fontweight="bold")
     return figure
 
 
-def table_figure(config: Config) -> "Figure":
-    """The figure of `draw_table`, unsaved."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    terms = build_terms(config.aux, config.model.num_layers, config.train.steps)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.9 + _heat_height(terms)), layout="constrained")
-        axes = figure.subplots()
-        _add_colour_bar(draw_weights(terms, axes, config.train.steps), axes)
-        figure.suptitle(f"Weights of {len(terms)} terms over training", fontweight="bold")
+def learning(runs: Sequence[Metrics], style: Style) -> "Figure | None":
+    """Bits per character in training and validation, against characters seen and against time."""
+    if not any(run.has_bits for run in runs):
+        return None
+    longest = max(run.longest for run in runs)
+    units = [(3600, "hours"), (60, "minutes"), (1, "seconds")]
+    unit, name = next((unit for unit in units if longest > 2 * unit[0]), units[-1])
+    with new_panels(style, 2, 1.3) as (figure, (left, right)):
+        _draw_learning(runs, left, "characters")
+        _draw_learning(runs, right, "seconds", unit)
+        _over(left, "characters seen")
+        right.set(xlabel=f"{name} of training", xlim=(0, None), ylim=left.get_ylim())
+        left.set_ylabel(BITS)
+        right.set_ylabel(BITS)
     return figure
 
 
-def draw_weights(
-    terms: Sequence[Term], axes: "Axes", steps: int, *, cmap: "Colormap | None" = None, wrapped: bool = False
-) -> "AxesImage":
-    """A heat map of the weights over `steps` optimizer steps: a row per term, empty where it is silent.
+def tasks(runs: Sequence[Metrics], style: Style) -> "Figure | None":
+    """The losses of each run's highest layer, a panel for each task; None for a single run."""
+    panels: dict[str, dict[int, Points]] = {}
+    for place, run in enumerate(runs):
+        for title, layers in _losses_by_task(run).items():
+            steps, losses = layers[max(layers)]
+            panels.setdefault(title, {})[place] = steps * run.characters_per_step, losses
+    if len(runs) == 1 or not panels:
+        return None
+    with new_panels(style, len(panels)) as (figure, grid):
+        for axes, (title, lines) in zip(grid, panels.items(), strict=True):
+            lines = _thinned_alike(lines)
+            _draw_runs(lines, axes)
+            _cut_fall(lines.values(), axes)
+            axes.set_title(title)
+            _over(axes, "characters seen")
+    return figure
 
-    Rows form one block per offset (and per kind of positions, where the table has both), the next character first;
-    within a block the deepest layer is on top. Each column shows the weight at its middle. `wrapped` breaks the labels
-    of the blocks, for narrow figures.
+
+def terms(run: Metrics, style: Style) -> "Figure | None":
+    """The loss of every term over training: a panel for each task, a line for each layer."""
+    return _by_layer(run, _losses_by_task(run), style)
+
+
+def hedge(run: Metrics, style: Style) -> "Figure | None":
+    """The weight that hedge backpropagation gives each layer over training."""
+    lines = {term.layer: points for term, points in run.hedge().items()}
+    return _by_layer(run, {"weight of a layer": lines} if lines else {}, style)
+
+
+def diagnostics(run: Metrics, style: Style) -> "Figure | None":
+    """What the heads know and what the losses ask of each layer: over training, and the newest bits per character."""
+    panels = {}
+    for kind, title, scale in DIAGNOSTICS:
+        lines = {term.layer: points for term, points in run.diagnostic(kind).items() if term.offset in (None, 1)}
+        if lines:
+            panels[title] = scale, lines
+    if not panels:
+        return None
+    num_layers = run.config.model.num_layers
+    with new_panels(style, len(panels) + 1) as (figure, grid):
+        for axes, (title, (scale, lines)) in zip([grid[0], *grid[2:]], panels.items(), strict=True):
+            _draw_layers(run, lines, axes, title, scale)
+        _draw_profile(run, grid[1])
+        if style.explains:
+            figure.suptitle(f"{run.name}: diagnostics of the validation split", fontweight="bold")
+            if num_layers > 1:
+                add_layer_bar(figure, grid, num_layers)
+    return figure
+
+
+def by_layer(lines: dict[int, Points], style: Style) -> "Figure | None":
+    """Bits per character as each layer predicts it, a line for each run: {place of the run: (layers, bits)}."""
+    if not lines:
+        return None
+    with new_panels(style, 1, 1.15) as (figure, (axes,)):
+        _draw_runs(lines, axes, marker="o")
+        axes.set(xlabel="layer", ylabel=BITS)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def by_position(lines: dict[int, tuple[np.ndarray, ...]], style: Style) -> "Figure | None":
+    """Bits per character by context: {place of the run: (symbols of context, bits, their standard errors)}."""
+    if not lines:
+        return None
+    with new_panels(style, 1, 1.15) as (figure, (axes,)):
+        for place, (symbols, bits, errors) in lines.items():
+            axes.fill_between(symbols, bits - errors, bits + errors, color=_looks(place)[0], alpha=0.2, linewidth=0)
+        _draw_runs({place: line[:2] for place, line in lines.items()}, axes, marker="o")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set(xlabel="symbols of context", ylabel=BITS)
+    return figure
+
+
+def speed(runs: Sequence[Metrics], style: Style) -> "Figure | None":
+    """Characters per second over training, and the memory of runs that recorded it."""
+    panels = {}
+    kinds = {"characters per second": ("characters_per_second", 1.0), "memory, GiB": ("memory", 2.0**-30)}
+    for title, (key, factor) in kinds.items():
+        found = {place: (run, *run.of_training(key)) for place, run in enumerate(runs)}
+        lines = {place: (x * run.characters_per_step, y * factor) for place, (run, x, y) in found.items()}
+        if any(np.isfinite(y).any() for _, y in lines.values()):
+            panels[title] = lines
+    if not panels:
+        return None
+    with new_panels(style, len(panels)) as (figure, grid):
+        for axes, (title, lines) in zip(grid, panels.items(), strict=True):
+            _draw_runs({place: thinned(*line, FEW_POINTS) for place, line in lines.items()}, axes)
+            axes.set(title=title, ylim=(0, None))
+            _over(axes, "characters seen")
+            if axes.get_ylim()[1] >= 1000:  # a third of a GiB is not 333m of one
+                axes.yaxis.set_major_formatter(engineering())
+    return figure
+
+
+def early_exit(curve: "EarlyExit") -> "Figure":
+    """Bits per character against layers used: the curve of early exit, and each layer's own score."""
+    score = curve.score
+    points = sorted((point.mean_layers, point.bits_per_character) for point in curve.points)
+    with new_panels(PICTURE, 1, 1.5) as (figure, (axes,)):
+        axes.plot(*zip(*points, strict=True), color=TRAIN, marker="o", markersize=3.5, label="early exit")
+        axes.plot(list(map(int, score.layers)), score.layers.values(), "s", color=VALID, label="one layer")
+        axes.axhline(score.bits_per_character, color=GREY, linewidth=0.8, linestyle=":")
+        axes.set(xlabel="layers used on average", ylabel=BITS)
+        axes.legend(loc="upper right")
+        figure.suptitle(f"Early exit: {score.split} split of {score.corpus}, {score.checkpoint}", fontweight="bold")
+    return figure
+
+
+def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS, end: float | None = None) -> Points:
+    """A line of at most `most` points: means over equal stretches from 0 to `end`, without values that are not finite.
+
+    A line that is short enough stays as it is, unless it is given an `end`.
     """
-    blocks = _blocks(terms)
-    rows = [term for block in blocks.values() for term in block]
-    weights = np.array(
-        [[term.weight.at_next_turn((column + 0.5) / COLUMNS) for column in range(COLUMNS)] for term in rows]
-    )
-    highest = max(weights.max(), *(max(term.weight.at_next_turn(0.0), term.weight.limit) for term in rows))
-    image = axes.imshow(
-        np.ma.masked_equal(weights, 0.0),
-        aspect="auto",
-        interpolation="nearest",
-        extent=(0, steps, len(rows) - 0.5, -0.5),
-        cmap=cmap or _blues(),
-        vmin=0.0,
-        vmax=highest,
-    )
-    _label_rows({name.replace(" ", "\n") if wrapped else name: rows for name, rows in blocks.items()}, axes)
-    axes.spines["top"].set_visible(False)
-    axes.xaxis.set_major_formatter(engineering())
-    axes.set_xlabel("optimizer steps")
-    return image
+    good = np.isfinite(x) & np.isfinite(y)
+    x, y = x[good], y[good]
+    if len(x) <= most and end is None:
+        return x, y
+    stretches = np.clip(x / (end or x.max(initial=0) or 1) * most, 0, most - 1).astype(int)
+    counts = np.bincount(stretches, minlength=most)
+    sums = (np.bincount(stretches, values, most) for values in (x, y))
+    return tuple(total[counts > 0] / counts[counts > 0] for total in sums)
 
 
-def _blocks(terms: Sequence[Term]) -> dict[str, list[Term]]:
-    """The rows of each block from the top down, by the block's label."""
-    several_kinds = len({term.positions for term in terms}) > 1
-    kinds = {"all": "all positions", "last": "last position"}
-    blocks: dict[str, list[Term]] = {}
-    for term in sorted(terms, key=lambda term: (term.task or "", term.offset, term.positions, -term.layer)):
-        label = term.task or ("next character" if term.offset == 1 else f"{term.offset} ahead")
-        several = several_kinds and term.task is None
-        blocks.setdefault(f"{label}, {kinds[term.positions]}" if several else label, []).append(term)
-    return blocks
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """The centred mean over a fortieth of the finite values, fewer at the ends; NaN stays NaN."""
+    good = np.flatnonzero(np.isfinite(values))
+    reach, result = len(good) // 80, np.full(len(values), math.nan)
+    for place, index in enumerate(good):
+        result[index] = values[good[max(0, place - reach) : place + reach + 1]].mean()
+    return result
 
 
-def _label_rows(blocks: dict[str, list[Term]], axes: "Axes") -> None:
-    num_rows = sum(map(len, blocks.values()))
-    stride = -(-num_rows // MOST_ROW_LABELS)
-    labels, top = {}, 0
-    for name, block in blocks.items():
-        labels |= {top + row: str(term.layer) for row, term in enumerate(block) if row % stride == 0}
-        middle = top + (len(block) - 1) / 2
-        axes.annotate(
-            name, (0, middle), xytext=(-2.8, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset fontsize",
-            ha="right", va="center",
-        )  # fmt: skip
-        if top:
-            axes.axhline(top - 0.5, color=GREY, linewidth=0.8)
-        top += len(block)
-    axes.set_yticks(list(labels), labels.values())
-    axes.tick_params(axis="y", length=0)
-    axes.annotate(
-        "layer",
-        (0, 1),
-        xytext=(-0.35, 0.7),
-        xycoords="axes fraction",
-        textcoords="offset fontsize",
-        ha="right",
-        color=GREY,
-    )
+def _draw_learning(runs: Sequence[Metrics], axes: "Axes", against: str, unit: float = 1.0) -> None:
+    """Training thin and smoothed, validation with points. A single run has a colour for each, and the raw curve."""
+    shown, alone = [], len(runs) == 1
+    for place, run in enumerate(runs):
+        (steps, bits), (valid_steps, valid_bits) = run.of_training("bits_per_character"), run.validation()
+        if against == "seconds":
+            x, valid_x = run.seconds(run.train) / unit, run.seconds(run.valid) / unit
+        else:
+            scale = run.characters_per_step if against == "characters" else 1.0
+            x, valid_x = steps * scale, valid_steps * scale
+        train, valid = thinned(x, smoothed(bits)), thinned(valid_x, valid_bits)
+        colour, dashes = _looks(place)
+        if alone:
+            axes.plot(*thinned(x, bits), color=colour, alpha=0.3, linewidth=0.8, label="training")
+        axes.plot(*train, color=colour, linewidth=1.6 if alone else 0.9, label="training, smoothed")
+        looks = {"color": VALID} if alone else {"color": colour, "linestyle": dashes}
+        axes.plot(*valid, linewidth=1.6, marker="o", markersize=4, clip_on=False, label="validation", **looks)
+        shown += [train, valid]
+    _cut_fall(shown, axes)
 
 
-def _draw_curves(curves: Curves, axes: "Axes", steps: int, characters_per_step: int) -> None:
-    smooth = smoothed(curves.train_bits)
-    if curves.train_bits:
-        axes.plot(curves.train_steps, curves.train_bits, color=TRAIN, alpha=0.25, linewidth=0.7, label="training")
-        axes.plot(curves.train_steps, smooth, color=TRAIN, linewidth=1.6, label="training, smoothed")
-    if curves.valid_bits:
-        axes.plot(
-            curves.valid_steps, curves.valid_bits, color=VALID, linewidth=1.2, marker="o", markersize=3.5,
-            clip_on=False, label="validation",
-        )  # fmt: skip
-        best = int(np.argmin(curves.valid_bits))
-        axes.annotate(
-            f"{curves.valid_bits[best]:.3f}", (curves.valid_steps[best], curves.valid_bits[best]), xytext=(0, -8),
-            textcoords="offset points", ha="right", va="top", color=VALID, fontweight="bold",
-        )  # fmt: skip
-    axes.set_xlim(0, steps)
-    axes.set_ylim(*_limits(curves, smooth))
-    axes.set_ylabel("bits per character")
-    axes.grid(axis="y")
-    axes.legend(loc="upper right")
-    characters = axes.secondary_xaxis(
-        "top", functions=(lambda step: step * characters_per_step, lambda count: count / characters_per_step)
-    )
-    characters.xaxis.set_major_formatter(engineering())
-    characters.set_xlabel("characters seen")
+def _draw_runs(lines: dict[int, Points], axes: "Axes", marker: str = "") -> None:
+    """A line for each run, by its place among the runs."""
+    for place, points in lines.items():
+        colour, dashes = _looks(place)
+        axes.plot(*points, color=colour, linestyle=dashes, marker=marker, markersize=4.5)
 
 
-def _limits(curves: Curves, smooth: Sequence[float]) -> tuple[float, float]:
-    """The lowest and the highest value shown.
-
-    A run starts at 8 bits and falls within its first steps; drawn whole, that fall would flatten all the rest. So the
-    axis ends where the smoothed curve is after a fiftieth of its points.
-    """
-    bottom = min([*curves.train_bits, *curves.valid_bits])
-    top = max([*smooth[len(smooth) // 50 :], *curves.valid_bits])
-    span = max(top - bottom, 0.1)
-    return bottom - 0.15 * span, top + 0.05 * span  # room for the label below the best
+def _by_layer(run: Metrics, panels: dict[str, dict[int, Points]], style: Style) -> "Figure | None":
+    """A panel for each title with a line for each layer, over optimizer steps."""
+    if not panels:
+        return None
+    with new_panels(style, len(panels)) as (figure, grid):
+        for axes, (title, lines) in zip(grid, panels.items(), strict=True):
+            _draw_layers(run, lines, axes, title)
+    return figure
 
 
-def smoothed(values: Sequence[float]) -> Sequence[float]:
-    """The centred mean over a fortieth of the points, over fewer where an edge leaves fewer."""
-    reach = len(values) // 80
-    return [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]
-
-
-def _result(curves: Curves) -> str:
-    """The best validation, or the last training row of a run that has not been validated yet."""
-    if curves.valid_bits:
-        best = int(np.argmin(curves.valid_bits))
-        kind, bits, step = "validation", curves.valid_bits[best], curves.valid_steps[best]
+def _draw_layers(run: Metrics, lines: dict[int, Points], axes: "Axes", title: str, scale: str = "linear") -> None:
+    """A line for each layer over optimizer steps."""
+    num_layers, lines = run.config.model.num_layers, _thinned_alike(lines)
+    few = len(lines) <= 12 and all(len(steps) < 30 for steps, _ in lines.values())
+    for layer, points in sorted(lines.items()):
+        looks = {"color": layer_colour(layer, num_layers), "linewidth": 2.0 if layer == num_layers else 1.2}
+        axes.plot(*points, marker="o", markersize=3 if few else 0, label=f"layer {layer}", **looks)
+    if scale == "log":
+        use_log_scale(axes)
     else:
-        kind, bits, step = "training", curves.train_bits[-1], curves.train_steps[-1]
-    return f"{kind} {bits:.3f} bits per character after {step:,} steps"
+        _cut_fall(lines.values(), axes)
+    axes.set_title(title)
+    _over(axes, "optimizer steps", run.config.train.steps)
 
 
-def _heat_height(terms: Sequence[Term]) -> float:
-    """Inches: rows as tall as their labels while they are few, then lower, up to a map that still fits a page."""
-    return min(max(0.6, 0.16 * len(terms)), 4.5)
+def _draw_profile(run: Metrics, axes: "Axes") -> None:
+    """The newest bits per character by layer, a line for each offset."""
+    newest = max(step for step, _ in run.diagnostics)
+    by_offset: dict[int, dict[int, float]] = {}
+    for term, (steps, bits) in run.diagnostic("bits_per_character").items():
+        if term.offset and steps[-1] == newest:
+            by_offset.setdefault(term.offset, {})[term.layer] = bits[-1]
+    for place, (offset, bits) in enumerate(sorted(by_offset.items())):
+        line = {"color": _looks(place)[0], "marker": "o", "markersize": 3, "label": task_title(offset, "all", None)}
+        axes.plot(list(bits), list(bits.values()), linewidth=1.2, **line)
+    if len(by_offset) <= len(SERIES):
+        axes.legend()
+    num_layers = run.config.model.num_layers
+    axes.set(title=f"bits per character after {newest:,} steps", xlabel="layer", xlim=(0.5, num_layers + 0.5))
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _add_colour_bar(image: "AxesImage", axes: "Axes") -> None:
-    bar = axes.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04, label="weight")
-    bar.outline.set_visible(False)
+def _over(axes: "Axes", label: str, end: float | None = None) -> None:
+    axes.set(xlabel=label, xlim=(0, end))
+    axes.xaxis.set_major_formatter(engineering())
 
 
-def _blues():
-    """Blues that start where they can be told from the white of a silent term."""
-    import matplotlib
-    from matplotlib.colors import ListedColormap
-
-    return ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.15, 1.0, 256)))
+def _looks(place: int) -> tuple[str, Any]:
+    """Colour and dashes of a run, by its place among the runs."""
+    return SERIES[place % len(SERIES)], DASHES[place % len(DASHES)]
 
 
-def engineering():
-    from matplotlib.ticker import EngFormatter
-
-    return EngFormatter(sep="")
-
-
-def check_suffix(path: Path) -> None:
-    """Raise UserError for a picture that matplotlib does not write."""
-    from matplotlib.figure import Figure
-
-    formats = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in formats:
-        raise UserError(f"picture {path}: its suffix must be one of .{', .'.join(sorted(formats))}")
+def _thinned_alike(lines: dict[int, Points]) -> dict[int, Points]:
+    """The lines of a panel as means over the same stretches: none is smoothed more than another."""
+    end = max(float(x[-1]) for x, _ in lines.values())
+    return {key: thinned(*points, FEW_POINTS, end) for key, points in lines.items()}
 
 
-def save(figure: "Figure", path: Path) -> Path:
-    """Write a figure, making its folder, and return `path`.
+def _cut_fall(lines: Iterable[Points], axes: "Axes") -> None:
+    """End the y axis where the lines are after a fiftieth of their length.
 
-    Raises:
-        UserError: a suffix that matplotlib does not write, or a place where nothing can be written.
+    A run starts at 8 bits and falls within its first steps: drawn whole, that fall would flatten all the rest.
     """
-    check_suffix(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
-    except OSError as error:
-        raise UserError(f"picture {path} cannot be written: {error}") from error
-    return path
+    lines = [line for line in lines if len(line[0])]
+    last = max((float(x[-1]) for x, _ in lines), default=0.0)
+    shown = [value for x, values in lines for value in values[x >= last / 50]]
+    if len(shown) > 1 and max(shown) > min(shown):
+        margin = 0.05 * (max(shown) - min(shown))
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+
+
+def _losses_by_task(run: Metrics) -> dict[str, dict[int, Points]]:
+    """The loss of every term by the title of its task and by layer: bits per character, or nats for a user's task."""
+    panels: dict[str, dict[int, Points]] = {}
+    for term, (steps, losses) in run.losses().items():
+        title = task_title(term.offset, term.positions, term.task and f"{term.task}, nats")
+        factor = 1.0 if term.task else run.symbols_per_character / math.log(2)
+        panels.setdefault(title, {})[term.layer] = steps, losses * factor
+    return panels
+
+
+def _result(run: Metrics) -> str:
+    """The best validation, or the last training row of a run that has not been validated yet."""
+    if run.best is not None:
+        kind, (step, bits) = "validation", run.best
+    else:
+        steps, values = thinned(*run.of_training("bits_per_character"), most=10**9)
+        kind, step, bits = "training", int(steps[-1]), values[-1]
+    return f"{kind} {bits:.3f} bits per character after {step:,} steps"

@@ -10,9 +10,8 @@ from tqdm import tqdm
 
 from charlm.config import Config, UserError
 from charlm.data.corpus import load_corpus
-from charlm.report.diagnostics import draw_diagnostics
-from charlm.report.figures import draw_run
-from charlm.report.page.metrics import Recorded, read_runs
+from charlm.report.figures import draw_diagnostics, draw_run
+from charlm.report.metrics import Metrics, read_runs
 from charlm.report.page.probe import CHARACTERS, measure
 from charlm.report.page.render import write_report
 from charlm.runs.folder import Run
@@ -70,17 +69,17 @@ def write_page(run: Run, config: Config) -> bool:
     The parts that need the model are left to scripts/report.py unless they are quick and this is the only process.
     """
     try:
-        measured = None
+        probes = None
         if os.environ.get("WORLD_SIZE", "1") == "1" and is_quick(*read_runs([run.path])):
-            measured = [measure(run, load_corpus(config.data, show_progress=False), progress=False)]
-        write_report([run.path], run.path / "report.html", measured)
+            probes = [measure(run, load_corpus(config.data, show_progress=False), show_progress=False)]
+        write_report([run.path], run.path / "report.html", probes)
     except Exception as error:
         _say(f"report.html was not written ({error!r}); python scripts/report.py {run.path} tries again")
         return False
     return True
 
 
-def is_quick(run: Recorded) -> bool:
+def is_quick(run: Metrics) -> bool:
     """Whether the model can be measured while the user waits, judged by the speed of training."""
     _, speeds = run.of_training("characters_per_second")
     speeds = speeds[np.isfinite(speeds)]

@@ -8,7 +8,7 @@ from benchmarks.report import point_dict
 from benchmarks.results import RaceResult, spread
 from benchmarks.setups import CHECKPOINTED
 from benchmarks.suites import Outcome, Point, Settings
-from charlm.report.figures import GREY, STYLE, TRAIN, VALID, WIDTH, save
+from charlm.report.style import GREY, STYLE, TRAIN, VALID, WIDTH, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

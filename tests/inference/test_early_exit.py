@@ -12,7 +12,7 @@ from charlm.config import Config, TrainConfig, UserError
 from charlm.inference.early_exit import QUANTILES, choose_thresholds, early_exit, first_sure
 from charlm.inference.evaluation import bits_per_character
 from charlm.model.heads import Heads
-from charlm.report.exits import draw_early_exit, early_exit_figure
+from charlm.report import figures
 
 
 def letters(length: int, seed: int) -> np.ndarray:
@@ -116,9 +116,9 @@ def test_a_model_with_one_exit_is_refused(setting):
 def test_what_the_picture_shows(setting, tmp_path):
     """Guards against a curve drawn from other figures, and layers that are missing."""
     curve = early_exit(*setting, quantiles=[0, 0.5, 1], show_progress=False)
-    axes = early_exit_figure(curve).axes[0]
+    axes = figures.early_exit(curve).axes[0]
     exits, layers = axes.lines[:2]
     assert list(exits.get_xdata()) == sorted(point.mean_layers for point in curve.points)
     assert list(layers.get_xdata()) == [1, 2, 3]
     assert list(layers.get_ydata()) == list(curve.score.layers.values())
-    assert draw_early_exit(curve, tmp_path / "exits.svg").stat().st_size > 1000
+    assert figures.draw_early_exit(curve, tmp_path / "exits.svg").stat().st_size > 1000

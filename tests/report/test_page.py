@@ -17,12 +17,15 @@ from charlm.config import AuxConfig, Config, DataConfig, ModelConfig, RunConfig,
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.objective.build import build_objective
-from charlm.report.page import figures, tables
-from charlm.report.page.metrics import read_runs, short_names
+from charlm.objective.terms import Term
+from charlm.report import figures
+from charlm.report.metrics import read_runs, short_names
+from charlm.report.page import tables
 from charlm.report.page.passage import pieces_of, visible
-from charlm.report.page.probe import Measured, bins_of, measure, nats_by_position, read_passage
+from charlm.report.page.probe import Probe, binned, measure, nats_by_position, read_passage
 from charlm.report.page.render import render, write_report
 from charlm.report.page.svg import Picture
+from charlm.report.style import WINDOW
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.load import load
@@ -70,7 +73,10 @@ def short_samples() -> Iterator[None]:
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
     """Figures are left empty, as drawing takes seconds."""
-    monkeypatch.setattr(figures, "picture", lambda name, label, *drawn: Picture(name, label, "", ""))
+    monkeypatch.setattr(
+        "charlm.report.page.render.picture",
+        lambda name, _, draw, *__: Picture(name, "", "") if draw.args[0] else None,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +135,8 @@ def other(corpus_file, tmp_path_factory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def measured(run) -> Measured:
-    return measure(run, corpus_of(run), characters=300, progress=False)
+def measured(run) -> Probe:
+    return measure(run, corpus_of(run), characters=300, show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +196,12 @@ def test_the_table_says_what_the_rows_say(run, measured):
     )
     assert tables.validations([recorded], [measured]).endswith(f" on the first {measured.score.symbols}.")
     assert "this page" not in tables.validations([recorded], [None])
-    assert found["training time"] == "1 min 20 s"
+    assert found["training time"] == "0:01:20"
     assert found["characters/s"] == "1,022"
     assert "memory" not in found and "skipped updates" not in found
     assert recorded.characters_per_step == pytest.approx(4 * 16 * split["characters"] / split["symbols"])
-    assert recorded.losses()["layer2/offset2/all"][1].tolist() == pytest.approx([5.2 - s / 20 for s in range(4, 41, 4)])
+    losses = recorded.losses()[Term.parse("layer2/offset2/all")][1]
+    assert losses == pytest.approx(5.2 - np.arange(4, 41, 4) / 20)
 
 
 def test_scores_by_layer_are_those_of_evaluate(run, measured):
@@ -206,7 +213,7 @@ def test_scores_by_layer_are_those_of_evaluate(run, measured):
     score = charlm.bits_per_character(
         load(run.path), corpus, split="valid", limit=len(first), all_layers=True, show_progress=False
     )
-    assert measured.score.layers == score.layers and set(score.layers) == {"1", "2"}
+    assert measured.score.layers == pytest.approx(score.layers) and set(score.layers) == {"1", "2"}
     assert f"{len(first)}: 300 characters" in dict(tables.page_protocol(measured.score))["symbols"]
 
 
@@ -215,8 +222,9 @@ def test_no_figure_is_of_the_test_split(run, measured, undrawn):
     corpus = corpus_of(run)
     reversed_test = replace(corpus.splits["test"], ids=corpus.splits["test"].ids[::-1].copy())
     corpus = replace(corpus, splits=corpus.splits | {"test": reversed_test})
-    changed = measure(run, corpus, characters=300, progress=False)
-    assert (changed.score.layers, changed.bins) == (measured.score.layers, measured.bins)
+    changed = measure(run, corpus, characters=300, show_progress=False)
+    assert changed.score.layers == pytest.approx(measured.score.layers)
+    assert np.allclose(changed.by_position, measured.by_position)
     assert changed.passage != measured.passage
     harder = replace(measured, passage=[replace(piece, bits=9.0) for piece in measured.passage])
     pages = [render(read_runs([run.path]), [own]) for own in (measured, harder)]
@@ -236,19 +244,21 @@ def test_bits_by_position_against_brute_force(run):
                 logits_V = trained.heads(trained.transformer(context)[2], 2)[0, -1, 0].double()
             expected = -logits_V.log_softmax(-1)[int(ids[start + position + 1])]
             assert nats_NT[row, position] == pytest.approx(float(expected), rel=1e-4)
-    bins = bins_of(nats_NT, 1.25)
-    (alone,) = (own for own in bins if (own.first, own.last) == (4, 4))
+    found = {symbols: rest for symbols, *rest in zip(*binned(nats_NT, 1.25), strict=True)}
     column = nats_NT[:, 3] / math.log(2) * 1.25
-    assert alone.bits_per_character == pytest.approx(column.mean())
-    assert alone.standard_error == pytest.approx(column.std(ddof=1) / math.sqrt(5))
+    assert found[4] == pytest.approx([column.mean(), column.std(ddof=1) / math.sqrt(5)])
 
 
 def test_wide_bins_cover_every_position_once():
     """Fault: a position in two bins or in none, and a mean that weighs bins' edges twice."""
-    nats_NT = np.tile(np.arange(512) * math.log(2), (3, 1))
-    bins = bins_of(nats_NT, 1.0)
-    assert [place for own in bins for place in range(own.first, own.last + 1)] == list(range(1, 513))
-    assert all(own.bits_per_character == pytest.approx((own.first + own.last) / 2 - 1) for own in bins)
+    nats_WT = np.tile(np.arange(512) * math.log(2), (3, 1))
+    edges = np.unique(np.geomspace(1, 513, 25).round().astype(int))
+    first, last = edges[:-1], edges[1:] - 1
+    symbols, bits, errors = binned(nats_WT, 1.0)
+    assert (first[0], last[-1]) == (1, 512)
+    assert symbols == pytest.approx(np.sqrt(first * last))
+    assert bits == pytest.approx((first + last) / 2 - 1)
+    assert not errors.any()
 
 
 def test_surprise_against_brute_force(run):
@@ -297,7 +307,7 @@ def test_hostile_text_stays_text(run, measured, tmp_path):
     (folder / "provenance.json").write_text(json.dumps(record))
     passage = [type(measured.passage[0])("<", 9.0, ((HOSTILE, 0.5),), num_symbols=1)]
     sample = type(measured.samples[0])(20, ("best",), HOSTILE)
-    hostile = Measured(prompt=HOSTILE, samples=[sample], passage=passage, missing={"score": HOSTILE})
+    hostile = Probe(prompt=HOSTILE, samples=[sample], passage=passage, missing={"score": HOSTILE})
     text = write_report([folder], tmp_path / "report.html", [hostile]).read_text()
     parsed = Page(text)
     assert [own for tag, own in parsed.elements if tag == "img"] == []
@@ -324,24 +334,23 @@ def test_several_runs_are_overlaid(run, other, tmp_path):
     runs = read_runs([run.path, other.path])
     named = dict(tables.differences([own.config for own in runs]))
     assert named == {"model.num_layers": ["2", "3"], "train.seed": ["0", "1"]}
-    learning = figures.learning(runs)
-    assert {"var(--series-0)", "var(--series-1)"} <= set(re.findall(r"var\(--series-\d\)", learning.wide))
+    learning = text[text.index('id="learning"') : text.index('id="tasks"')]
+    assert {"var(--series-0)", "var(--series-1)"} <= set(re.findall(r"var\(--series-\d\)", learning))
     assert text.index("What differs between the runs") < text.index("Learning curves</h2>")
 
 
-def test_losses_of_the_highest_layers_are_overlaid(run, other, monkeypatch):
+def test_losses_of_the_highest_layers_are_overlaid(run, other):
     """Fault: a lower layer's loss for the highest one's, a task in another's panel, or steps of another size."""
-    monkeypatch.setattr(figures, "picture", lambda name, label, draw: draw(True))
     runs = read_runs([run.path, other.path])
-    panels = figures.tasks(runs).axes
-    assert [axes.get_title() for axes in panels] == ["next character", "2 characters ahead"]
+    panels = figures.tasks(runs, WINDOW).axes
+    assert [axes.get_title("left") for axes in panels] == ["next character", "2 ahead"]
     for axes in panels:
         for line, recorded, layer in zip(axes.lines, runs, (2, 3), strict=True):
             steps = np.arange(4, recorded.step + 1, 4)
             bits_per_nat = recorded.symbols_per_character / math.log(2)
             assert line.get_xdata() == pytest.approx(steps * recorded.characters_per_step)
             assert line.get_ydata() == pytest.approx((5.0 - steps / 20 + layer / 10) * bits_per_nat)
-    assert figures.tasks(runs[:1]) is None
+    assert figures.tasks(runs[:1], WINDOW) is None
 
 
 SIZES = {"symbols": 1000, "characters": 900, "bytes": 1000}
@@ -404,13 +413,13 @@ def test_draws_what_there_is(run, tmp_path, rows):
 
 def test_parts_that_need_what_is_not_there_say_so(run, undrawn, tmp_path):
     """Fault: a page refused, or a part that is silently not there, because the corpus or a checkpoint is gone."""
-    without_corpus = measure(run, UserError("data.path=gone: no such file"), progress=False)
+    without_corpus = measure(run, UserError("data.path=gone: no such file"), show_progress=False)
     text = render(read_runs([run.path]), [without_corpus])
     assert "data.path=gone: no such file" in text
     assert Page(text).drawn == DRAWN - {"layers", "positions", "passage"}
     bare = Run(shutil.copytree(run.path, tmp_path / "run"))
     shutil.rmtree(bare.checkpoints_path)
-    text = render(read_runs([bare.path]), [measure(bare, corpus_of(run), progress=False)])
+    text = render(read_runs([bare.path]), [measure(bare, corpus_of(run), show_progress=False)])
     assert "has no checkpoint" in text
     assert Page(text).drawn == DRAWN - {"layers", "positions", "passage", "samples"}
 
@@ -439,20 +448,3 @@ def test_names_tell_runs_apart():
     assert short_names([Path("/a/runs/x"), Path("/a/runs/y")]) == ["x", "y"]
     assert short_names([Path("/a/one/x"), Path("/a/two/x")]) == ["one/x", "two/x"]
     assert short_names([Path("/a/x"), Path("/a/x")]) == ["x", "x"]
-
-
-def test_lines_are_thinned_by_means():
-    """Fault: a line of a long run that fills the page, or one that leaves out what is between its points."""
-    x, y = figures.thinned(np.arange(1000.0), np.arange(1000.0) * 2, most=100)
-    assert len(x) == 100 and x[0] == 4.5 and y[0] == 9.0
-    x, y = figures.thinned(np.arange(4.0), np.array([1.0, math.nan, 3.0, math.inf]))
-    assert x.tolist() == [0.0, 2.0] and y.tolist() == [1.0, 3.0]
-    assert [len(part) for part in figures.thinned(np.array([]), np.array([]))] == [0, 0]
-
-
-def test_lines_that_end_early_are_averaged_like_the_others():
-    """Fault: layers that seem to differ where one is smoothed more than another."""
-    steps = np.arange(1.0, 401.0)
-    whole, early = (figures.thinned(x, np.sin(x), 80, end=400.0) for x in (steps, steps[:100]))
-    assert len(whole[0]) == 80 and len(early[0]) == 21
-    assert [part[:20].tolist() for part in early] == [part[:20].tolist() for part in whole]

@@ -75,7 +75,7 @@ def page_of_a_run(folder: Path, *flags: str) -> str:
     losses = [f"--aux.{loss}.enabled=true" for loss in ("positions", "layers", "targets")]
     config = charlm.load_config(overrides=[*TINY, *losses, *flags, f"--run.dir={folder / 'run'}"])
     run = charlm.train(config)
-    measured = measure(Run(run), charlm.load_corpus(config.data), progress=False)
+    measured = measure(Run(run), charlm.load_corpus(config.data), show_progress=False)
     return write_report([run], folder / "report.html", [measured]).read_text()
 
 

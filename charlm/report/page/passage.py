@@ -1,4 +1,4 @@
-"""A passage as it is shown: characters with their surprise, and what was likeliest in their place.
+"""A passage of text as the page shows it: characters with their cost, and the likeliest in their place.
 
 Shapes: N symbols of the passage, K candidates.
 """
@@ -13,19 +13,20 @@ import numpy as np
 from charlm.data.vocabulary import Vocabulary
 
 LEVELS = 9
-"""Shades; the last is for all that cost so many bits and more."""
+"""Number of shades; the last stands for 8 bits and more."""
+SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A character, or a symbol of several."""
+    """A character, or a symbol that spells several."""
 
     text: str
-    """As it is shown: nothing in it moves or hides other text."""
+    """As shown, by `visible`."""
     bits: float
-    """Of all symbols that spell it."""
+    """The cost of all symbols that spell it."""
     likeliest: tuple[tuple[str, float], ...]
-    """In place of its first symbol, with their probabilities."""
+    """The likeliest symbols in place of its first, with their probabilities."""
     breaks: bool = False
     """Whether a line ends after it."""
     num_symbols: int = 1
@@ -39,39 +40,29 @@ class Piece:
 def pieces_of(
     vocabulary: Vocabulary, ids_N: np.ndarray, bits_N: np.ndarray, probabilities_NK: np.ndarray, symbols_NK: np.ndarray
 ) -> list[Piece]:
-    """A passage in pieces: symbols that spell one character together are one piece."""
+    """The pieces of a passage; symbols that together spell one character are one piece."""
     symbols = [vocabulary.decode(ids_N[place : place + 1]) for place in range(len(ids_N))]
     pieces = []
     for first, end in _characters(symbols):
         data = b"".join(symbols[first:end])
-        likeliest = (
-            (visible(vocabulary.decode(symbols_NK[first, place : place + 1])), float(probability))
-            for place, probability in enumerate(probabilities_NK[first])
-        )
-        pieces.append(
-            Piece(
-                text=visible(data),
-                bits=float(bits_N[first:end].sum()),
-                likeliest=tuple(likeliest),
-                breaks=data.endswith(b"\n"),
-                num_symbols=end - first,
-            )
-        )
+        candidates = [visible(vocabulary.decode(symbol)) for symbol in symbols_NK[first][:, None]]
+        likeliest = tuple(zip(candidates, probabilities_NK[first].tolist(), strict=True))
+        bits = float(bits_N[first:end].sum())
+        pieces.append(Piece(visible(data), bits, likeliest, data.endswith(b"\n"), end - first))
     return pieces
 
 
 def visible(data: bytes) -> str:
-    """Text in which every character can be seen: ends of lines, tabs and other controls as signs, lone bytes as \\xE2.
+    """Text with a sign for every control character; stray bytes read \\xE2.
 
-    Marks that turn the direction of writing are spelled out, so that none can reorder what stands around it.
+    Marks that change the direction of writing are spelled out, so that none reorders the text around it.
     """
     return "".join(map(_visible, data.decode("utf-8", "surrogateescape")))
 
 
 def _visible(character: str) -> str:
-    signs = {"\n": "↵", "\t": "⇥", "\r": "␍"}
-    if character in signs:
-        return signs[character]
+    if character in SIGNS:
+        return SIGNS[character]
     if 0xDC80 <= ord(character) <= 0xDCFF:
         return f"\\x{ord(character) - 0xDC00:02X}"
     if ord(character) < 0x20:
@@ -82,18 +73,17 @@ def _visible(character: str) -> str:
 
 
 def _characters(symbols: Sequence[bytes]) -> Iterator[tuple[int, int]]:
-    """The first symbol of each character, and the one after its last."""
+    """The index of the first symbol of each character, and the index after its last."""
     starts = [0]
     for place in range(1, len(symbols)):
-        so_far = b"".join(symbols[starts[-1] : place])
-        continues = symbols[place][:1] and 0x80 <= symbols[place][0] <= 0xBF
-        if not (continues and _is_unfinished(so_far)):
+        continues = 0x80 <= symbols[place][0] <= 0xBF if symbols[place] else False
+        if not (continues and _is_unfinished(b"".join(symbols[starts[-1] : place]))):
             starts.append(place)
     return pairwise([*starts, len(symbols)]) if len(symbols) else iter(())
 
 
 def _is_unfinished(data: bytes) -> bool:
-    """Whether a character of UTF-8 is cut short at the end."""
+    """Whether the last character of UTF-8 is cut short."""
     try:
         data.decode()
     except UnicodeDecodeError as error:

@@ -1,14 +1,15 @@
-"""What a run's model makes of held-out text: bits by layer and by position, a passage, samples.
+"""The behaviour of a run's model on held-out text: bits by layer and by position, a passage, samples.
 
-What is scored is of the validation split, as choices are made by looking at pages; of the test split there is a passage
-to read, and no figure.
+Scores are of the validation split, because pages are used to choose between runs. The test split serves only for a
+passage to read.
 
-Shapes: B batch, T positions, V vocabulary, N windows, M predictions of a batch.
+Shapes: V vocabulary, N symbols, M predictions of a batch, W windows, T positions of a window.
 """
 
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,144 +18,132 @@ from torch import Tensor
 from charlm.config import UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import Vocabulary
+from charlm.data.windows import EvaluationWindows
 from charlm.inference.evaluation import Score, bits_per_character
 from charlm.inference.generation import generate
-from charlm.inference.scoring import BATCH_SYMBOLS, nats, visit_predictions
+from charlm.inference.scoring import nats, read_windows, visit_predictions
 from charlm.model.kernels_cpu import exact_matmul
 from charlm.report.page.passage import Piece, pieces_of
 from charlm.runs.checkpoints import FOLDER, checkpoint_folders, find_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.load import TrainedModel, load
+from charlm.runs.load import load
+from charlm.runs.trained import TrainedModel
 
 CHARACTERS = 20_000
-"""Of the validation split, that bits by layer and by position are taken of."""
+"""Default number of characters of the validation split that are scored."""
 PASSAGE = 1_200
-"""Symbols of the passage that is shown."""
+"""Symbols of the passage."""
 LIKELIEST = 5
 PROMPT, SAMPLE = 60, 400
-"""Symbols that a sample begins with, and that the model writes."""
+"""Symbols of the prompt of a sample, and of its text."""
 TEMPERATURE = 0.8
 MOST_SAMPLES = 4
 MOST_BINS = 24
 
 
 @dataclass(frozen=True)
-class Bin:
-    """A range of positions in the context, and what a character costs there."""
-
-    first: int
-    """Symbols of context that the first position of the range has, from 1."""
-    last: int
-    bits_per_character: float
-    standard_error: float | None
-    """Over windows; None where there is but one."""
-
-
-@dataclass(frozen=True)
 class Sample:
-    """What a checkpoint writes after the prompt."""
+    """The text that a checkpoint writes after the prompt."""
 
     step: int
     names: tuple[str, ...]
-    """What the run calls the checkpoint: best, last, both or none."""
+    """The run's names for the checkpoint: best, last, both or none."""
     text: str
 
 
 @dataclass
-class Measured:
-    """What there is of a run; `missing` says of each other part why it is not there."""
+class Probe:
+    """The findings about a run's model; `missing` holds the reason for each part (score, passage, samples) left out."""
 
     score: Score | None = None
-    """Of each layer that has a head, and of the first characters of the validation split."""
-    bins: list[Bin] = field(default_factory=list)
-    num_windows: int = 0
+    """Of the first characters of the validation split, by every layer with a head."""
+    by_position: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    """Symbols of context, bits per character there, and their standard errors over windows."""
     passage: list[Piece] = field(default_factory=list)
     passage_start: int = 0
-    """Place of the passage's first symbol in the test split."""
+    """Index in the test split of the passage's first symbol."""
     prompt: str = ""
     samples: list[Sample] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def measure(run: Run, corpus: Corpus | UserError, *, characters: int = CHARACTERS, progress: bool = True) -> Measured:
-    """Measure a run's best checkpoint, and let those that are kept write.
+def measure(run: Run, corpus: Corpus | UserError, *, characters: int = CHARACTERS, show_progress: bool = True) -> Probe:
+    """Score a run's best checkpoint, and let its checkpoints write samples.
 
     Args:
-        corpus: or why it is not at hand; then there are samples alone.
-        characters: of the validation split, for bits by layer and by position.
-        progress: show a bar on stderr if that is a terminal.
+        corpus: or the reason why it is not available; the samples need none.
+        characters: how much of the validation split to score.
+        show_progress: show a bar on stderr if that is a terminal.
     """
-    measured = Measured()
+    probe = Probe()
     try:
         trained = load(run.path)
     except UserError as error:
-        measured.missing = dict.fromkeys(("score", "passage", "samples"), str(error))
-        return measured
+        probe.missing = dict.fromkeys(("score", "passage", "samples"), str(error))
+        return probe
     prompt = _any_prompt(trained)
     try:
         if isinstance(corpus, UserError):
             raise corpus
         valid, ids = corpus.splits["valid"], corpus.splits["test"].ids
-        symbols = symbols_of(characters, valid.ids, corpus.vocabulary)
-        measured.score = bits_per_character(
-            trained, corpus, split="valid", limit=symbols, all_layers=True, show_progress=progress
+        limit = symbols_of(characters, valid.ids, corpus.vocabulary)
+        probe.score = bits_per_character(
+            trained, corpus, split="valid", limit=limit, all_layers=True, show_progress=show_progress
         )
-        measured.num_windows = max(1, symbols // trained.config.model.context_length)
-        nats_NT = nats_by_position(trained, valid.ids, measured.num_windows)
-        measured.bins = bins_of(nats_NT, valid.symbols / valid.characters)
-        measured.passage_start = start_of_passage(trained, ids)
-        measured.passage = read_passage(trained, ids, measured.passage_start, PASSAGE)
-        prompt = _prompt_before(trained, ids, measured.passage_start) or prompt
+        nats_WT = nats_by_position(trained, valid.ids, max(1, limit // trained.config.model.context_length))
+        probe.by_position = binned(nats_WT, valid.symbols / valid.characters)
+        probe.passage_start = start_of_passage(trained, ids)
+        probe.passage = read_passage(trained, ids, probe.passage_start, PASSAGE)
+        prompt = _prompt_before(trained, ids, probe.passage_start) or prompt
     except UserError as error:
-        measured.missing |= dict.fromkeys(("score", "passage"), str(error))
-    measured.prompt = prompt.decode(errors="replace")
+        probe.missing |= dict.fromkeys(("score", "passage"), str(error))
+    probe.prompt = prompt.decode(errors="replace")
     try:
-        measured.samples = write_samples(run, prompt)
-    except UserError as error:  # a checkpoint that went meanwhile, of a run that goes on
-        measured.missing["samples"] = str(error)
-    return measured
+        probe.samples = write_samples(run, prompt)
+    except UserError as error:  # a run that goes on may have deleted a checkpoint meanwhile
+        probe.missing["samples"] = str(error)
+    return probe
 
 
 def symbols_of(characters: int, ids: np.ndarray, vocabulary: Vocabulary) -> int:
-    """The symbols that spell the first so many characters of a text: the same text whatever the vocabulary."""
-    most = min(len(ids), 4 * characters)  # no character of UTF-8 has more bytes
+    """The number of symbols that spell the first characters of a text: the same text for every vocabulary."""
+    most = min(len(ids), 4 * characters)  # a character of UTF-8 has at most 4 bytes
     return bisect_right(range(1, most + 1), characters, key=lambda count: vocabulary.count_characters(ids[:count]))
 
 
 @torch.no_grad()
 def nats_by_position(trained: TrainedModel, ids: np.ndarray, num_windows: int) -> np.ndarray:
-    """What the symbols of windows spread evenly over a text cost, float64 [N, T].
+    """The cost of the symbols of windows spread evenly over a text, float64 [W, T]; column t has t + 1 symbols before.
 
-    Column t is of the symbols that are predicted from t + 1 symbols, the first of the window and those after it.
+    Raises:
+        UserError: the text has fewer than two symbols.
     """
-    length = min(trained.config.model.context_length, len(ids) - 1)
+    layer, length = trained.config.model.num_layers, min(trained.config.model.context_length, len(ids) - 1)
     if length < 1:
         raise UserError(f"a text of {len(ids)} symbols: too short to predict anything")
     starts = np.linspace(0, len(ids) - length - 1, num_windows).astype(np.int64)
-    batch_size = max(1, BATCH_SYMBOLS.get(trained.device.type, BATCH_SYMBOLS["cpu"]) // length)
-    layer, rows = trained.config.model.num_layers, []
+    windows, found = EvaluationWindows(starts, np.zeros_like(starts), length), []
     with exact_matmul(trained.device):
-        for batch in np.array_split(starts, math.ceil(num_windows / batch_size)):
-            windows_BW = torch.from_numpy(ids[batch[:, None] + np.arange(length + 1)].astype(np.int64))
-            windows_BW = windows_BW.to(trained.device)
-            hidden_BTD = trained.transformer(windows_BW[:, :-1])[layer]
-            for hidden_TD, window_W in zip(hidden_BTD, windows_BW, strict=True):  # float64 logits of one at a time
-                logits_TV = trained.heads(hidden_TD[None], layer)[0, :, 0].double()
-                rows.append(nats(logits_TV.log_softmax(-1), window_W[1:])[0].cpu().numpy())
-    return np.stack(rows)
+        batches = read_windows(trained.transformer, ids, windows, layers=[layer], share=False)
+        for symbols_M, hidden_states in batches:
+            targets_M = torch.from_numpy(ids[symbols_M.numpy()].astype(np.int64)).to(trained.device)
+            logits_MV = trained.heads(hidden_states[layer][None], layer)[0, :, 0].double()
+            found.append(nats(logits_MV.log_softmax(-1), targets_M)[0].cpu().numpy())
+    return np.concatenate(found).reshape(num_windows, length)
 
 
-def bins_of(nats_NT: np.ndarray, symbols_per_character: float) -> list[Bin]:
-    """Bits per character by position, in bins that grow by a constant factor: late positions hardly differ."""
-    num_windows, length = nats_NT.shape
+def binned(nats_WT: np.ndarray, symbols_per_character: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`Probe.by_position`, in bins that grow by a constant factor: neighbouring late positions hardly differ.
+
+    The context of a bin is its geometric middle. The standard error of a single window is 0.
+    """
+    num_windows, length = nats_WT.shape
     edges = np.unique(np.geomspace(1, length + 1, MOST_BINS + 1).round().astype(int))
-    factor = symbols_per_character / math.log(2)
-    bins = []
-    for first, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        means_N = nats_NT[:, first - 1 : end - 1].mean(axis=1) * factor
-        error = float(means_N.std(ddof=1)) / math.sqrt(num_windows) if num_windows > 1 else None
-        bins.append(Bin(first, end - 1, float(means_N.mean()), error))
-    return bins
+    bounds = list(pairwise(edges))
+    bits_WB = np.stack([nats_WT[:, first - 1 : end - 1].mean(axis=1) for first, end in bounds], axis=1)
+    bits_WB *= symbols_per_character / math.log(2)
+    errors = bits_WB.std(axis=0, ddof=1) / math.sqrt(num_windows) if num_windows > 1 else np.zeros(len(bounds))
+    return np.sqrt(edges[:-1] * (edges[1:] - 1)), bits_WB.mean(axis=0), errors
 
 
 def start_of_passage(trained: TrainedModel, ids: np.ndarray) -> int:
@@ -167,7 +156,7 @@ def start_of_passage(trained: TrainedModel, ids: np.ndarray) -> int:
 
 
 def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int) -> list[Piece]:
-    """What the model makes of `count` symbols of a text from `start` on.
+    """`count` symbols of a text from `start` on, with the cost of each and the likeliest symbols in its place.
 
     Every symbol is predicted from at least three quarters of a context, as far as the text reaches back.
     """
@@ -195,18 +184,13 @@ def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int)
             layers=[trained.config.model.num_layers],
             measure=measure_likeliest,
         )
-    found_NK = found_NK[before:]
-    return pieces_of(
-        trained.vocabulary,
-        text[before:],
-        found_NK[:, 0] / math.log(2),
-        found_NK[:, 1 : 1 + width],
-        found_NK[:, 1 + width :].astype(np.int64),
-    )
+    bits_N, probabilities_NK, symbols_NK = np.split(found_NK[before:], [1, 1 + width], axis=1)
+    bits_N = bits_N[:, 0] / math.log(2)
+    return pieces_of(trained.vocabulary, text[before:], bits_N, probabilities_NK, symbols_NK.astype(np.int64))
 
 
 def write_samples(run: Run, prompt: bytes) -> list[Sample]:
-    """What the checkpoints that are kept write, oldest first: at most four, the first and the last among them."""
+    """A sample of at most four checkpoints, oldest first; best, the oldest and the newest are among them."""
     steps = [int(FOLDER.fullmatch(path.name)[2]) for path in checkpoint_folders(run)]
     places = np.unique(np.linspace(0, len(steps) - 1, min(MOST_SAMPLES, len(steps))).round().astype(int))
     named = {which: find_checkpoint(run, which).step for which in ("best", "last")}
@@ -222,14 +206,13 @@ def write_samples(run: Run, prompt: bytes) -> list[Sample]:
 
 
 def _prompt_before(trained: TrainedModel, ids: np.ndarray, start: int) -> bytes:
-    """The text that stands before a passage."""
+    """The text before a passage, without characters that are cut in two."""
     first = max(0, start - min(PROMPT, trained.config.model.context_length))
-    text = trained.vocabulary.decode(ids[first:start])
-    return text.decode(errors="ignore").encode()  # characters that were cut in two are left out
+    return trained.vocabulary.decode(ids[first:start]).decode(errors="ignore").encode()
 
 
 def _any_prompt(trained: TrainedModel) -> bytes:
-    """Something to begin with where there is no text: what the vocabulary has."""
+    """A prompt that the vocabulary can spell, for a run without its text."""
     for prompt in (b"The ", b"the ", b" "):
         try:
             if 1 <= len(trained.vocabulary.encode(prompt)) <= trained.config.model.context_length:

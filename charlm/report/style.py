@@ -1,0 +1,170 @@
+"""Style sheets of the figures: one for pictures, two for the page of runs.
+
+matplotlib is imported when a figure is drawn, through `Figure` objects that know no display and share no state.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from charlm.config import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7a5195", "#8c6d31")
+"""The palette of Okabe and Ito, its yellow darkened to be visible on white: readable without colour vision, too."""
+TRAIN, VALID = SERIES[:2]
+INK, GREY, GRID, MAP = "#1a1a1b", "#555556", "#ddddde", "#2389d0"
+"""Text, axes, grid, and the heat map of weights. No two colours are alike: in a page each is a variable."""
+DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
+"""Tell runs apart, like colours."""
+LAYER_STEPS = 16
+"""Number of colours for layers."""
+WIDTH = 7.5
+"""Inches of a picture."""
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.linewidth": 0.8,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.axisbelow": True,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": "medium",
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "text.parse_math": False,  # a dollar in the name of a run or a term begins no formula
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "legend.frameon": False,
+}
+"""matplotlib's settings for pictures."""
+_WITH_GRID = STYLE | {"axes.grid": True, "axes.grid.axis": "y"}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How figures look in one place."""
+
+    name: str
+    rc: dict[str, Any]
+    width: float
+    """Inches."""
+    row: float
+    """Height of a row of panels, in inches."""
+    columns: int
+    """Most panels side by side."""
+
+    @property
+    def explains(self) -> bool:
+        """Whether a figure has its own title, legend and colour bar of layers; those of the page are HTML."""
+        return self is PICTURE
+
+
+PICTURE = Style("picture", _WITH_GRID, WIDTH, 2.3, 2)
+_PAGE = _WITH_GRID | {"font.size": 12, "axes.titleweight": "bold"}
+WINDOW = Style("window", _PAGE, 1080 / 72, 270 / 72, 3)
+"""In the page 72 CSS pixels are an inch: an SVG shown at its own size has one pixel per point."""
+PHONE = Style("phone", _PAGE, 358 / 72, 220 / 72, 1)
+
+
+@contextmanager
+def new_figure(style: Style, height: float) -> Iterator["Figure"]:
+    """An empty figure, `height` inches high, to be filled while the context is open."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(style.rc):
+        figure = Figure(figsize=(style.width, height), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.1)  # else a title seems to be the label of the axis above it
+        yield figure
+
+
+@contextmanager
+def new_panels(style: Style, count: int, row: float = 1.0) -> Iterator[tuple["Figure", list["Axes"]]]:
+    """A figure of `count` panels, as many side by side as `style` allows; `row` scales their height."""
+    rows = math.ceil(count / style.columns)
+    columns = math.ceil(count / rows)
+    with new_figure(style, rows * row * style.row + (0.3 if style.explains else 0.0)) as figure:
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for unused in grid[count:]:
+            unused.set_axis_off()
+        yield figure, grid[:count]
+
+
+def layer_colours(dark: bool = False) -> list[str]:
+    """Viridis from the lowest layer to the last, without the end that is hard to see on the background."""
+    import matplotlib
+    from matplotlib.colors import to_hex
+
+    places = np.linspace(0.25, 1.0, LAYER_STEPS) if dark else np.linspace(0.85, 0.0, LAYER_STEPS)
+    return [to_hex(matplotlib.colormaps["viridis"](place)) for place in places]
+
+
+def layer_colour(layer: int, num_layers: int) -> str:
+    """The colour of a layer's lines."""
+    height = (layer - 1) / (num_layers - 1) if num_layers > 1 else 1.0
+    return layer_colours()[round(height * (LAYER_STEPS - 1))]
+
+
+def add_layer_bar(figure: "Figure", axes: list["Axes"], num_layers: int) -> None:
+    """A colour bar that says which colour is which layer."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    colours = ScalarMappable(Normalize(1, num_layers), ListedColormap(layer_colours()))
+    bar = figure.colorbar(colours, ax=axes, pad=0.015, aspect=50, label="layer")
+    bar.outline.set_visible(False)
+    bar.ax.yaxis.get_major_locator().set_params(integer=True)
+
+
+def engineering() -> Any:
+    """Tick labels such as 20k."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")
+
+
+def use_log_scale(axes: "Axes") -> None:
+    """A logarithmic y axis with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def check_suffix(path: Path) -> None:
+    """Raise UserError unless matplotlib can write a picture with this suffix."""
+    from matplotlib.figure import Figure
+
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise UserError(f"picture {path}: its suffix must be one of .{', .'.join(sorted(formats))}")
+
+
+def save(figure: "Figure", path: Path) -> Path:
+    """Write a figure, making its folder, and return `path`.
+
+    Raises:
+        UserError: a suffix that matplotlib does not write, or a place where nothing can be written.
+    """
+    check_suffix(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
+    except OSError as error:
+        raise UserError(f"picture {path} cannot be written: {error}") from error
+    return path
