@@ -80,12 +80,12 @@ def main() -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    outcome = suites.run(settings, say)
-    print(report.to_markdown(settings, outcome), file=sys.stderr if options.json else sys.stdout)
+    result = suites.run(settings, say)
+    print(report.to_markdown(settings, result), file=sys.stderr if options.json else sys.stdout)
     if options.json:
-        print(json.dumps(report.document(settings, outcome), indent=2))
+        print(json.dumps(report.document(settings, result), indent=2))
     if options.picture is not None:
-        say(f"picture: {pictures.draw(settings, outcome, options.picture)}")
+        say(f"picture: {pictures.draw(settings, result, options.picture)}")
 
 
 if __name__ == "__main__":

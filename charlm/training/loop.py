@@ -37,8 +37,10 @@ from charlm.training.trackers import check_installed
 from charlm.training.update import Losses, Updates, weighted_losses
 
 
-def train(config: Config) -> Path:
+def train(config: Config, kind: "type[Training] | None" = None) -> Path:
     """Train as `config` says, on all the processes of the launcher, and return the run's folder.
+
+    `kind` is a subclass of `Training` to use in its place, by which a benchmark times the steps.
 
     Raises:
         UserError: the options, the corpus or the run's folder do not allow it, and nothing has been written; or no
@@ -77,7 +79,7 @@ def train(config: Config) -> Path:
                 tracker.say(line)
             writer = CheckpointWriter(run, config.train.keep_checkpoints, tracker.say)
             stack.enter_context(closing(writer))
-            Training(config, corpus, accelerator, objective, route, state, tracker, writer, stop).fit()
+            (kind or Training)(config, corpus, accelerator, objective, route, state, tracker, writer, stop).fit()
             writer.wait()
             tracker.conclude(state.best_step, state.best_bits)
         accelerator.wait_for_everyone()

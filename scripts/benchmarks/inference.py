@@ -1,4 +1,4 @@
-"""Evaluation and generation: charlm's, a plain loop's, a peer's.
+"""Evaluation and generation by charlm, by a plain loop, and by peers.
 
 Shapes: B batch, T positions, D d_model, K offsets, V vocabulary, W = T + 1 characters of a window.
 """
@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.peers import autocast, build_peer
-from benchmarks.setups import Job
+from benchmarks.setups import Trial
 from benchmarks.shapes import charlm_config, text_config
-from benchmarks.timing import Turns
+from benchmarks.timing import Timer
 from charlm.data.corpus import load_corpus
 from charlm.objective.build import build_objective
 from charlm.objective.count import num_parameters
@@ -18,14 +18,14 @@ from charlm.process import keep_freed_memory
 from charlm.runs.load import TrainedModel, load
 
 PLAIN_BATCH = 32
-"""Windows that the plain loop runs at once."""
+"""Windows in a batch of the plain loop."""
 
 
-def untrained_model(job: Job) -> TrainedModel:
-    """charlm's model of the shape, the same in every process, with the one head that a finished run keeps."""
-    config = charlm_config(job.shape, job.text, mixed_precision="no", auxiliary=False)
+def untrained_model(trial: Trial) -> TrainedModel:
+    """charlm's model at the shape, the same in every process, with the one head that a finished run keeps."""
+    config = charlm_config(trial.shape, trial.text, mixed_precision="no", auxiliary=False)
     corpus = load_corpus(config.data, show_progress=False)
-    objective = build_objective(config, corpus.vocabulary.size).to(job.device).eval()
+    objective = build_objective(config, corpus.vocabulary.size).to(trial.device).eval()
     return TrainedModel(
         config=config,
         transformer=objective.transformer,
@@ -34,92 +34,92 @@ def untrained_model(job: Job) -> TrainedModel:
         checkpoint="step-00000000",
         step=0,
         corpus={"name": corpus.name, "sha256": corpus.sha256},
-        device=torch.device(job.device),
+        device=torch.device(trial.device),
     )
 
 
-def evaluate_charlm(job: Job, turns: Turns) -> None:
-    """`bits_per_character` over as much text as `job.windows` windows score."""
+def evaluate_charlm(trial: Trial, timer: Timer) -> None:
+    """`bits_per_character` of as much text as `trial.windows` windows score."""
     from charlm.inference.evaluation import bits_per_character
 
-    corpus = load_corpus(text_config(job.text), show_progress=False)
+    corpus = load_corpus(text_config(trial.text), show_progress=False)
     keep_freed_memory()
-    turns.start()
-    trained = untrained_model(job)
-    turns.ready(**_evaluation_facts(job, trained))
-    limit = job.shape.context_length + 1 + (job.windows - 1) * job.stride
-    turns.play(
+    timer.start()
+    trained = untrained_model(trial)
+    timer.ready(**_evaluation_facts(trial, trained))
+    limit = trial.shape.context_length + 1 + (trial.windows - 1) * trial.stride
+    timer.repeat(
         lambda: bits_per_character(
             trained,
             corpus,
             split="train",
-            stride=job.stride,
+            stride=trial.stride,
             limit=limit,
-            precision=job.contestant.precision,
+            precision=trial.setup.precision,
             show_progress=False,
         )
     )
 
 
-def evaluate_plainly(job: Job, turns: Turns) -> None:
-    """The loop that everybody writes: batches of windows through the whole model, then their last `stride` costs."""
-    torch.set_float32_matmul_precision(job.contestant.matmul_precision)
-    ids = load_corpus(text_config(job.text), show_progress=False).splits["train"].ids
-    T, last = job.shape.context_length, job.shape.num_layers
-    turns.start()
-    trained = untrained_model(job)
-    starts = np.arange(job.windows) * job.stride
-    turns.ready(**_evaluation_facts(job, trained))
+def evaluate_plainly(trial: Trial, timer: Timer) -> None:
+    """A plain loop: batches of windows through the whole model; the last `stride` characters of each are scored."""
+    torch.set_float32_matmul_precision(trial.setup.matmul_precision)
+    ids = load_corpus(text_config(trial.text), show_progress=False).splits["train"].ids
+    T, last = trial.shape.context_length, trial.shape.num_layers
+    timer.start()
+    trained = untrained_model(trial)
+    starts = np.arange(trial.windows) * trial.stride
+    timer.ready(**_evaluation_facts(trial, trained))
 
     @torch.no_grad()
     def step() -> float:
         nats = 0.0
         for first in range(0, len(starts), PLAIN_BATCH):
             windows = ids[starts[first : first + PLAIN_BATCH, None] + np.arange(T + 1)].astype(np.int64)
-            windows_BW = torch.from_numpy(windows).to(job.device)
-            with autocast(job):
+            windows_BW = torch.from_numpy(windows).to(trial.device)
+            with autocast(trial):
                 hidden_BTD = trained.transformer(windows_BW[:, :-1])[last]
                 logits_BTV = trained.heads(hidden_BTD, last)[:, :, 0]
             targets_BT = windows_BW[:, 1:]
-            nats += _cost(logits_BTV[:, -job.stride :], targets_BT[:, -job.stride :])
+            nats += _cost(logits_BTV[:, -trial.stride :], targets_BT[:, -trial.stride :])
             if first == 0:  # the first window scores all of its characters
-                nats += _cost(logits_BTV[:1, : -job.stride], targets_BT[:1, : -job.stride])
+                nats += _cost(logits_BTV[:1, : -trial.stride], targets_BT[:1, : -trial.stride])
         return nats
 
-    turns.play(step)
+    timer.repeat(step)
 
 
 def _cost(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> float:
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum").item()
 
 
-def _evaluation_facts(job: Job, trained: TrainedModel) -> dict[str, int]:
-    """A window stands for `stride` characters: that the first one scores all of its own is not counted."""
+def _evaluation_facts(trial: Trial, trained: TrainedModel) -> dict[str, int]:
+    """Each window counts as `stride` characters, although the first scores all of its own."""
     parameters = num_parameters(trained.transformer, trained.heads)
-    return {"parameters": parameters, "characters_per_step": job.windows * job.stride}
+    return {"parameters": parameters, "characters_per_step": trial.windows * trial.stride}
 
 
-def generate_charlm(job: Job, turns: Turns) -> None:
-    """`generate`, sampling at temperature 1, after prompts of half a context."""
+def generate_charlm(trial: Trial, timer: Timer) -> None:
+    """`generate` at temperature 1, after prompts of half a context."""
     from charlm.inference.generation import generate
 
-    turns.start()
-    trained = untrained_model(job)
-    prompts = [row.tobytes() for row in _prompts(job)]
-    turns.ready(parameters=num_parameters(trained.transformer, trained.heads), **_writing_facts(job))
-    turns.play(lambda: generate(trained, prompts, length=job.length, seed=job.seed))
+    timer.start()
+    trained = untrained_model(trial)
+    prompts = [row.tobytes() for row in _prompts(trial)]
+    timer.ready(parameters=num_parameters(trained.transformer, trained.heads), **_writing_facts(trial))
+    timer.repeat(lambda: generate(trained, prompts, length=trial.length, seed=trial.seed))
 
 
-def write_with_drafts(job: Job, turns: Turns) -> None:
-    """A trained run writes a text after each of some stretches of its own corpus."""
+def generate_with_drafts(trial: Trial, timer: Timer) -> None:
+    """A trained run continues pieces of its own validation split, one after the other."""
     from charlm.inference.generation import generate
     from charlm.inference.speculative import DraftStatistics
 
-    turns.start()
-    trained = load(job.run)
+    timer.start()
+    trained = load(trial.run)
     ids = load_corpus(trained.config.data, show_progress=False).splits["valid"].ids
     half = trained.config.model.context_length // 2
-    starts = np.linspace(0, len(ids) - half, job.prompts, dtype=np.int64)
+    starts = np.linspace(0, len(ids) - half, trial.prompts, dtype=np.int64)
     prompts = [trained.vocabulary.decode(ids[start : start + half]) for start in starts]
 
     def write(statistics: DraftStatistics | None = None) -> None:
@@ -127,10 +127,10 @@ def write_with_drafts(job: Job, turns: Turns) -> None:
             generate(
                 trained,
                 prompt,
-                length=job.length,
-                temperature=job.temperature,
-                seed=job.seed,
-                draft=job.contestant.draft,
+                length=trial.length,
+                temperature=trial.temperature,
+                seed=trial.seed,
+                draft=trial.setup.draft,
                 statistics=statistics,
             )
 
@@ -141,48 +141,48 @@ def write_with_drafts(job: Job, turns: Turns) -> None:
         "acceptance_rate": statistics.acceptance_rate,
         "characters_per_pass": statistics.characters_per_pass,
     }
-    turns.ready(
+    timer.ready(
         parameters=num_parameters(trained.transformer, trained.heads),
-        **_writing_facts(job),
-        **(drafted if job.contestant.draft is not None else {}),
+        **_writing_facts(trial),
+        **(drafted if trial.setup.draft is not None else {}),
     )
-    turns.play(write)
+    timer.repeat(write)
 
 
-def generate_peer(job: Job, turns: Turns) -> None:
-    """The peer's own `generate` with its cache, sampling at temperature 1 from all symbols."""
-    contestant = job.contestant
-    torch.set_float32_matmul_precision(contestant.matmul_precision)
-    prompts_BT = torch.from_numpy(_prompts(job).astype(np.int64)).to(job.device)
-    turns.start()
-    model, _ = build_peer(contestant, job.shape)
-    model.to(job.device).eval()
-    turns.ready(parameters=num_parameters(model), **_writing_facts(job))
-    if contestant.library == "x-transformers":
-        turns.play(
+def generate_peer(trial: Trial, timer: Timer) -> None:
+    """The peer's own `generate` with its cache, at temperature 1, from all symbols."""
+    setup = trial.setup
+    torch.set_float32_matmul_precision(setup.matmul_precision)
+    prompts_BT = torch.from_numpy(_prompts(trial).astype(np.int64)).to(trial.device)
+    timer.start()
+    model, _ = build_peer(setup, trial.shape)
+    model.to(trial.device).eval()
+    timer.ready(parameters=num_parameters(model), **_writing_facts(trial))
+    if setup.library == "x-transformers":
+        timer.repeat(
             lambda: model.generate(
-                prompts_BT, job.length, temperature=1.0, cache_kv=True, filter_logits_fn=lambda logits: logits
+                prompts_BT, trial.length, temperature=1.0, cache_kv=True, filter_logits_fn=lambda logits: logits
             )
         )
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "use_cache": True}
-    if contestant.compile:
+    if setup.compile:
         options["cache_implementation"] = "static"  # transformers compiles the decoding step by itself
-    turns.play(
+    timer.repeat(
         lambda: model.generate(
             prompts_BT,
             attention_mask=torch.ones_like(prompts_BT),
-            max_new_tokens=job.length,
+            max_new_tokens=trial.length,
             **options,
         )
     )
 
 
-def _prompts(job: Job) -> np.ndarray:
-    """Pieces of the text, half a context each: uint8 [prompts, T / 2]."""
-    ids = load_corpus(text_config(job.text), show_progress=False).splits["train"].ids
-    half = job.shape.context_length // 2
-    return np.asarray(ids[: job.prompts * half]).reshape(job.prompts, half).astype(np.uint8)
+def _prompts(trial: Trial) -> np.ndarray:
+    """Consecutive pieces of the text: uint8 [prompts, T / 2]."""
+    ids = load_corpus(text_config(trial.text), show_progress=False).splits["train"].ids
+    half = trial.shape.context_length // 2
+    return np.asarray(ids[: trial.prompts * half]).reshape(trial.prompts, half).astype(np.uint8)
 
 
-def _writing_facts(job: Job) -> dict[str, int]:
-    return {"characters_per_step": job.prompts * job.length}
+def _writing_facts(trial: Trial) -> dict[str, int]:
+    return {"characters_per_step": trial.prompts * trial.length}

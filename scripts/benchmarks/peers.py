@@ -1,7 +1,7 @@
-"""The peers' models, built through their public interfaces and never patched.
+"""The peers' models, built through their public interfaces, unpatched.
 
-Each has charlm's layers, width, heads, context and vocabulary, and otherwise what it brings: positions, activation,
-norms, tied embeddings. No dropout anywhere.
+Each has charlm's layers, width, heads, context and vocabulary, and its own positions, activation, norms and tying of
+embeddings. None has dropout.
 
 Shapes: B batch, T positions, D d_model, V vocabulary, W = T + 1 characters of a window.
 """
@@ -13,26 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.setups import Contestant, Job
+from benchmarks.setups import Setup, Trial
 from benchmarks.shapes import VOCABULARY, Shape
 
 Loss = Callable[[Tensor], Tensor]
-"""windows_BW to the mean loss of predicting the next character at all positions."""
+"""Maps windows_BW to the mean loss of the next character over all positions."""
 
 
-def build_peer(contestant: Contestant, shape: Shape) -> tuple[nn.Module, Loss]:
-    """The model of a peer, and its loss."""
+def build_peer(setup: Setup, shape: Shape) -> tuple[nn.Module, Loss]:
+    """A peer's model and its loss."""
     builders = {
         "x-transformers": x_transformers,
         "transformers GPT-2": gpt2,
         "transformers Llama": llama,
         "torch TransformerEncoder": torch_encoder,
     }
-    return builders[contestant.library](contestant, shape)
+    return builders[setup.library](setup, shape)
 
 
-def x_transformers(contestant: Contestant, shape: Shape) -> tuple[nn.Module, Loss]:
-    """As its readme builds a decoder; tuned, its switch for flash attention, and exactly T positions."""
+def x_transformers(setup: Setup, shape: Shape) -> tuple[nn.Module, Loss]:
+    """The decoder of its readme; tuned: with flash attention, and on exactly T positions."""
     from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
     model = TransformerWrapper(
@@ -44,15 +44,15 @@ def x_transformers(contestant: Contestant, shape: Shape) -> tuple[nn.Module, Los
             heads=shape.num_heads,
             attn_dim_head=shape.d_model // shape.num_heads,
             ff_mult=shape.d_ff / shape.d_model,
-            attn_flash=contestant.tuned,
+            attn_flash=setup.tuned,
         ),
     )
     wrapper = AutoregressiveWrapper(model)
-    return wrapper, next_character_loss(model) if contestant.tuned else wrapper
+    return wrapper, next_character_loss(model) if setup.tuned else wrapper
 
 
-def gpt2(contestant: Contestant, shape: Shape) -> tuple[nn.Module, Loss]:
-    """transformers' GPT-2; tuned, its GELU of one kernel, which computes what the default writes out."""
+def gpt2(setup: Setup, shape: Shape) -> tuple[nn.Module, Loss]:
+    """transformers' GPT-2; tuned: with the fused kernel of the same GELU."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -65,17 +65,17 @@ def gpt2(contestant: Contestant, shape: Shape) -> tuple[nn.Module, Loss]:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        activation_function="gelu_pytorch_tanh" if contestant.tuned else "gelu_new",
+        activation_function="gelu_pytorch_tanh" if setup.tuned else "gelu_new",
         attn_implementation="sdpa",
         bos_token_id=0,
         eos_token_id=None,
         pad_token_id=0,
     )
-    return _transformers(GPT2LMHeadModel(config), contestant)
+    return _transformers(GPT2LMHeadModel(config), setup)
 
 
-def llama(contestant: Contestant, shape: Shape) -> tuple[nn.Module, Loss]:
-    """transformers' Llama. Its gated layer has three matrices: two thirds of d_ff give it the others' parameters."""
+def llama(setup: Setup, shape: Shape) -> tuple[nn.Module, Loss]:
+    """transformers' Llama. Its gated layers have three matrices, so two thirds of d_ff make as many parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -90,26 +90,26 @@ def llama(contestant: Contestant, shape: Shape) -> tuple[nn.Module, Loss]:
         eos_token_id=None,
         pad_token_id=0,
     )
-    return _transformers(LlamaForCausalLM(config), contestant)
+    return _transformers(LlamaForCausalLM(config), setup)
 
 
 def gated_d_ff(d_ff: int) -> int:
-    """The multiple of 64 nearest to two thirds: sizes in between run slower."""
+    """The multiple of 64 nearest to two thirds of d_ff. Other sizes run slower."""
     return max(64, round(d_ff * 2 / 3 / 64) * 64)
 
 
-def _transformers(model: nn.Module, contestant: Contestant) -> tuple[nn.Module, Loss]:
+def _transformers(model: nn.Module, setup: Setup) -> tuple[nn.Module, Loss]:
     def own_loss(windows_BW: Tensor) -> Tensor:
         ids_BT = windows_BW[:, :-1]
-        return model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss  # no cache: as its Trainer does
+        return model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss  # its Trainer uses no cache either
 
     return model, next_character_loss(lambda ids_BT: model(input_ids=ids_BT, use_cache=False).logits) if (
-        contestant.tuned
+        setup.tuned
     ) else own_loss
 
 
 class TorchEncoder(nn.Module):
-    """A language model from torch's own layers, as its tutorial builds one, with learned positions."""
+    """The language model of torch's tutorial, with learned positions."""
 
     def __init__(self, shape: Shape, *, says_causal: bool):
         super().__init__()
@@ -124,7 +124,7 @@ class TorchEncoder(nn.Module):
         self.head = nn.Linear(shape.d_model, VOCABULARY)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(shape.context_length))
         self.says_causal = says_causal or None
-        """None has torch compare the mask with a causal one at every call."""
+        """None makes torch compare the mask with a causal one at every call."""
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
@@ -132,9 +132,9 @@ class TorchEncoder(nn.Module):
         return self.head(self.encoder(x_BTD, mask=self.mask, is_causal=self.says_causal))
 
 
-def torch_encoder(contestant: Contestant, shape: Shape) -> tuple[nn.Module, Loss]:
-    """nn.TransformerEncoder with a causal mask; tuned, it is told that the mask is causal."""
-    model = TorchEncoder(shape, says_causal=contestant.tuned)
+def torch_encoder(setup: Setup, shape: Shape) -> tuple[nn.Module, Loss]:
+    """nn.TransformerEncoder with a causal mask; tuned: it is told that the mask is causal."""
+    model = TorchEncoder(shape, says_causal=setup.tuned)
     return model, next_character_loss(model)
 
 
@@ -149,7 +149,7 @@ def next_character_loss(logits_of: Callable[[Tensor], Tensor]) -> Loss:
 
 
 def matrix_parameters(model: nn.Module) -> int:
-    """Parameters of all matrix products of a peer's model; embeddings are looked up, unless they are the head too."""
+    """Parameters of all matrix products of a peer's model. An embedding counts only if it is the head too."""
     total = 0
     for module in model.modules():
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":  # GPT-2's transposed linear layer
@@ -159,8 +159,8 @@ def matrix_parameters(model: nn.Module) -> int:
     return total
 
 
-def autocast(job: Job) -> AbstractContextManager:
-    """The precision of the contestant: autocast to bf16, or nothing."""
-    if job.contestant.precision == "fp32":
+def autocast(trial: Trial) -> AbstractContextManager:
+    """Autocast to bf16 if the set-up asks for it."""
+    if trial.setup.precision == "fp32":
         return nullcontext()
-    return torch.autocast(job.device, dtype=torch.bfloat16)
+    return torch.autocast(trial.device, dtype=torch.bfloat16)

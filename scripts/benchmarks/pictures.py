@@ -1,4 +1,4 @@
-"""Pictures of a benchmark."""
+"""Pictures of a benchmark's result."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from benchmarks.report import point_dict
 from benchmarks.results import RaceResult, spread
 from benchmarks.setups import CHECKPOINTED
-from benchmarks.suites import Outcome, Point, Settings
+from benchmarks.suites import BenchmarkResult, Point, Settings
 from charlm.report.style import GREY, STYLE, TRAIN, VALID, WIDTH, save
 
 if TYPE_CHECKING:
@@ -16,75 +16,59 @@ if TYPE_CHECKING:
 MEBI = 2**20
 
 
-def draw(settings: Settings, outcome: Outcome, path: Path) -> Path:
-    """Draw what was measured, and return the picture's path.
+def draw(settings: Settings, result: BenchmarkResult, path: Path) -> Path:
+    """Draw the result, and return the picture's path.
 
     Raises:
-        UserError: a suffix that matplotlib does not write.
+        UserError: matplotlib does not write files of this suffix.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        if outcome.races:
-            heights = [0.8 + 0.26 * len(result.entries) for result in outcome.races]
+        if result.races:
+            heights = [0.8 + 0.26 * len(race.trials) for race in result.races]
             figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
             all_axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-            for result, axes in zip(outcome.races, all_axes, strict=True):
-                draw_race(result, axes)
+            for race, axes in zip(result.races, all_axes, strict=True):
+                draw_race(race, axes)
         elif settings.benchmark == "auxiliary":
             figure = Figure(figsize=(WIDTH, 3), layout="constrained")
-            draw_auxiliary(outcome.points, figure.subplots())
+            draw_auxiliary(result.points, figure.subplots())
         else:
             figure = Figure(figsize=(WIDTH, 5), layout="constrained")
-            names = list(dict.fromkeys(point.axis for point in outcome.points))
+            names = list(dict.fromkeys(point.axis for point in result.points))
             grid = figure.subplots(2, len(names), squeeze=False, sharey="row")
             for (time, memory), name in zip(grid.T, names, strict=True):
-                draw_axis([point for point in outcome.points if point.axis == name], time, memory)
-            grid[0, 0].set_ylabel("µs per character")
-            grid[1, 0].set_ylabel("peak memory, MiB")
-            grid[1, 0].legend()
-            grid[0, 0].legend()
+                draw_axis([point for point in result.points if point.axis == name], time, memory)
+            for axes, label in zip(grid[:, 0], ("µs per character", "peak memory, MiB"), strict=True):
+                axes.set_ylabel(label)
+                axes.legend()
     return save(figure, path)
 
 
-def draw_race(result: RaceResult, axes: "Axes") -> None:
+def draw_race(race: RaceResult, axes: "Axes") -> None:
     """Bars of characters per second, the fastest on top, with a line over the middle half."""
-    spreads = {entry.name: (spread(entry.rates()), entry.contestant.library) for entry in result.entries}
-    rows = sorted(spreads.items(), key=lambda row: row[1][0]["median"])
-    names, medians = [name for name, _ in rows], [rate["median"] for _, (rate, _) in rows]
-    errors = [
-        [rate["median"] - rate["lower_quartile"] for _, (rate, _) in rows],
-        [rate["upper_quartile"] - rate["median"] for _, (rate, _) in rows],
-    ]
-    colours = [VALID if library == "charlm" else TRAIN for _, (_, library) in rows]
-    axes.barh(names, medians, xerr=errors, color=colours, height=0.7, error_kw={"ecolor": GREY, "elinewidth": 1})
-    for row, (_, (rate, _)) in enumerate(rows):
-        place = (rate["upper_quartile"], row)
-        axes.annotate(f"{rate['median']:,.0f}", place, xytext=(6, 0), textcoords="offset points", va="center")
+    trials = sorted(race.trials, key=lambda trial: spread(trial.rates())["median"])
+    lower, medians, upper = zip(*(_quartiles(spread(trial.rates())) for trial in trials), strict=True)
+    colours = [VALID if trial.setup.library == "charlm" else TRAIN for trial in trials]
+    bars = {"xerr": (lower, upper), "height": 0.7, "error_kw": {"ecolor": GREY, "elinewidth": 1}}
+    axes.barh([trial.name for trial in trials], medians, color=colours, **bars)
+    for row, (median, above) in enumerate(zip(medians, upper, strict=True)):
+        axes.annotate(f"{median:,.0f}", (median + above, row), xytext=(6, 0), textcoords="offset points", va="center")
     axes.margins(x=0.12)
     axes.tick_params(axis="y", length=0)
     axes.spines["top"].set_visible(False)
     axes.set_xlabel("characters per second")
-    axes.set_title(result.title, loc="left", fontsize=9, fontweight="bold")
+    axes.set_title(race.title, loc="left", fontsize=9, fontweight="bold")
 
 
 def draw_auxiliary(points: Sequence[Point], axes: "Axes") -> None:
-    """What the auxiliary losses cost, by depth."""
+    """The cost of the auxiliary losses, by depth."""
     found = [point_dict(point) for point in points]
     depths = [point.value for point in points]
-    times = [place["auxiliary_step_time_ratio"] for place in found]
-    axes.errorbar(
-        depths,
-        [time["median"] for time in times],
-        yerr=[
-            [time["median"] - time["lower_quartile"] for time in times],
-            [time["upper_quartile"] - time["median"] for time in times],
-        ],
-        color=VALID,
-        marker="o",
-        label="step time",
-    )
+    lower, medians, upper = zip(*(_quartiles(place["auxiliary_step_time_ratio"]) for place in found), strict=True)
+    axes.errorbar(depths, medians, yerr=(lower, upper), color=VALID, marker="o", label="step time")
     memory = [place["auxiliary_peak_memory_ratio"] for place in found]
     axes.plot(depths, memory, color=TRAIN, marker="s", label="peak memory")
     arithmetic = [place["auxiliary_arithmetic_ratio"] for place in found]
@@ -97,23 +81,16 @@ def draw_auxiliary(points: Sequence[Point], axes: "Axes") -> None:
 
 
 def draw_axis(points: Sequence[Point], time: "Axes", memory: "Axes") -> None:
-    """One axis of `scaling`: time per character against its arithmetic, and memory, both axes logarithmic."""
+    """One axis of `scaling`: time per character beside its arithmetic, and memory; all axes are logarithmic."""
     found = [point_dict(point) for point in points]
     values = [point.value for point in points]
     seconds = [place["seconds_per_character"] * 1e6 for place in found]
-    scale = seconds[0] / found[0]["flop_per_character"]
+    flop = [place["flop_per_character"] for place in found]
     time.plot(values, seconds, color=VALID, marker="o", label="measured")
-    time.plot(
-        values,
-        [scale * place["flop_per_character"] for place in found],
-        color=GREY,
-        linestyle="--",
-        label="as its arithmetic",
-    )
-    memory.plot(
-        values, [place["peak_memory_bytes"] / MEBI for place in found], color=VALID, marker="o", label="as it comes"
-    )
-    if all(CHECKPOINTED in point.setups for point in points):
+    time.plot(values, [seconds[0] / flop[0] * f for f in flop], color=GREY, linestyle="--", label="as its arithmetic")
+    sizes = [place["peak_memory_bytes"] / MEBI for place in found]
+    memory.plot(values, sizes, color=VALID, marker="o", label="as it comes")
+    if all(CHECKPOINTED in point.trials for point in points):
         checkpointed = [place["checkpointed_peak_memory_bytes"] / MEBI for place in found]
         memory.plot(values, checkpointed, color=TRAIN, marker="s", label="activation checkpointing")
     for axes in (time, memory):
@@ -124,3 +101,9 @@ def draw_axis(points: Sequence[Point], time: "Axes", memory: "Axes") -> None:
         axes.spines["top"].set_visible(False)
         axes.grid(axis="y")
     memory.set_xlabel(points[0].axis)
+
+
+def _quartiles(values: dict[str, float]) -> tuple[float, float, float]:
+    """A spread as matplotlib takes it: the distance to the lower quartile, the median, the distance to the upper."""
+    median = values["median"]
+    return median - values["lower_quartile"], median, values["upper_quartile"] - median

@@ -1,4 +1,4 @@
-"""What a benchmark found: one JSON document, and Markdown for people."""
+"""The result of a benchmark: one JSON document, and Markdown for people."""
 
 import os
 import platform
@@ -10,40 +10,39 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.race import Entry
-from benchmarks.results import RaceResult, drafts_table, paired, spread
+from benchmarks.results import RaceResult, drafts_table, mebibytes, middle_half, paired, spread
 from benchmarks.setups import ALL_LOSSES, ALLOCATOR, CHECKPOINTED, MAIN_LOSS
-from benchmarks.suites import Outcome, Point, Settings
+from benchmarks.suites import BenchmarkResult, Point, Settings
 from charlm.markdown import markdown_table
+from charlm.process import physical_memory
 
 PACKAGES = ("torch", "accelerate", "x-transformers", "transformers")
 
 
-def document(settings: Settings, outcome: Outcome) -> dict[str, Any]:
-    """JSON-able. The headline figures are those of the first race: shape and stride of the paper, one prompt."""
-    entries = [entry for result in outcome.races for entry in result.entries]
-    entries += [entry for point in outcome.points for entry in point.setups.values()]
+def document(settings: Settings, result: BenchmarkResult) -> dict[str, Any]:
+    """JSON-able. The headline figures are those of the first race: the paper's shape and stride, one prompt."""
     found: dict[str, Any] = {
         "benchmark": settings.benchmark,
         "machine": machine(settings.device),
-        "protocol": protocol(settings, entries) | {"left_out": outcome.missing},
+        "protocol": protocol(settings, result) | {"left_out": result.missing},
     }
-    if outcome.races:
-        found |= outcome.races[0].headline() | {"races": [result.to_dict() for result in outcome.races]}
-    if outcome.points:
-        found["points"] = [point_dict(point) for point in outcome.points]
+    if result.races:
+        found |= result.races[0].headline() | {"races": [race.to_dict() for race in result.races]}
+    if result.points:
+        found["points"] = [point_dict(point) for point in result.points]
     return found
 
 
-def protocol(settings: Settings, entries: Sequence[Entry]) -> dict[str, Any]:
+def protocol(settings: Settings, result: BenchmarkResult) -> dict[str, Any]:
     """How it was measured."""
+    first = result.races[0].trials[0] if result.races else result.points[0].trials[ALL_LOSSES]
     return {
         "shape": asdict(settings.shape),
         "precision": settings.precision,
         "device": settings.device,
-        "threads": entries[0].facts["threads"],
+        "threads": first.facts["threads"],
         "rounds": settings.num_rounds,
-        "timed_steps_per_round": entries[0].steps,
+        "timed_steps_per_round": first.steps,
         "compile": settings.compile,
         "optimizer": "AdamW",
         "dropout": 0.0,
@@ -61,9 +60,10 @@ def machine(device: str) -> str:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    words = f"{model}, {cores} cores, {platform.system()}, Python {platform.python_version()}"
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        words += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB of memory"
+    words = (
+        f"{model}, {cores} cores, {platform.system()}, Python {platform.python_version()}, "
+        f"{physical_memory() / 2**30:.0f} GiB of memory"
+    )
     if device == "cuda":
         import torch
 
@@ -72,8 +72,8 @@ def machine(device: str) -> str:
 
 
 def point_dict(point: Point) -> dict[str, Any]:
-    """A place of `auxiliary` or `scaling`, JSON-able."""
-    on, off = point.setups[ALL_LOSSES], point.setups[MAIN_LOSS]
+    """A point of `auxiliary` or `scaling`, JSON-able."""
+    on, off = point.trials[ALL_LOSSES], point.trials[MAIN_LOSS]
     found = {
         point.axis: point.value,
         "shape": asdict(point.shape),
@@ -85,89 +85,84 @@ def point_dict(point: Point) -> dict[str, Any]:
         "auxiliary_arithmetic_ratio": on.facts["flop_per_step"] / off.facts["flop_per_step"],
         "auxiliary_peak_memory_ratio": on.peak_memory / off.peak_memory,
     }
-    if CHECKPOINTED in point.setups:
-        checkpointed = point.setups[CHECKPOINTED]
+    if CHECKPOINTED in point.trials:
         found |= {
             "checkpointed_step_time_ratio": point.utilisations[ALL_LOSSES] / point.utilisations[CHECKPOINTED],
-            "checkpointed_peak_memory_bytes": checkpointed.peak_memory,
+            "checkpointed_peak_memory_bytes": point.trials[CHECKPOINTED].peak_memory,
         }
     return found
 
 
-def to_markdown(settings: Settings, outcome: Outcome) -> str:
-    """Tables, and under them how they were measured."""
+def to_markdown(settings: Settings, result: BenchmarkResult) -> str:
+    """Tables, and below them how they were measured."""
     as_table = drafts_table if settings.benchmark == "drafts" else RaceResult.to_markdown
-    tables = [as_table(result) for result in outcome.races]
+    tables = [as_table(race) for race in result.races]
     if settings.benchmark == "auxiliary":
-        tables.append(auxiliary_table(outcome.points))
+        tables.append(auxiliary_table(result.points))
     if settings.benchmark == "scaling":
         tables += [
-            scaling_table([point for point in outcome.points if point.axis == axis])
-            for axis in dict.fromkeys(point.axis for point in outcome.points)
+            scaling_table([point for point in result.points if point.axis == axis])
+            for axis in dict.fromkeys(point.axis for point in result.points)
         ]
-    found = document(settings, outcome)["protocol"]
+    found = protocol(settings, result)
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    return "\n\n".join(
-        [
-            *tables,
-            f"Medians of {found['rounds']} rounds of {found['timed_steps_per_round']} timed steps, "
-            f"contestants in turn; {found['threads']} threads{', AdamW, no dropout' * (not settings.run)}; {versions}; "
-            f"{machine(settings.device)}.",
-        ]
+    tables.append(
+        f"Medians of {found['rounds']} rounds of {found['timed_steps_per_round']} timed steps, contestants in turn; "
+        f"{found['threads']} threads{', AdamW, no dropout' * (not settings.run)}; {versions}; "
+        f"{machine(settings.device)}."
     )
+    return "\n\n".join(tables)
 
 
 def auxiliary_table(points: Sequence[Point]) -> str:
-    """Intermediate layers and extra targets on against off; all positions predict in both."""
+    """The cost of intermediate layers and extra targets; all positions predict with and without them."""
     header = ["layers", "step time, on / off", "middle half", "arithmetic alone", "peak memory, on / off", "on", "off"]
     rows = []
     for point in points:
-        found, off = point_dict(point), point.setups[MAIN_LOSS]
+        found = point_dict(point)
         ratio = found["auxiliary_step_time_ratio"]
         rows.append(
             [
                 str(point.value),
                 f"{ratio['median']:.3f}",
-                f"{ratio['lower_quartile']:.3f} to {ratio['upper_quartile']:.3f}",
+                middle_half(ratio, ".3f"),
                 f"{found['auxiliary_arithmetic_ratio']:.3f}",
                 f"{found['auxiliary_peak_memory_ratio']:.3f}",
-                _mebibytes(found["peak_memory_bytes"]),
-                _mebibytes(off.peak_memory),
+                mebibytes(found["peak_memory_bytes"]),
+                mebibytes(point.trials[MAIN_LOSS].peak_memory),
             ]
         )
-    return f"**Auxiliary losses on against off** ({points[0].shape.in_words()})\n\n" + markdown_table(header, rows)
+    return f"**Auxiliary losses on against off** ({points[0].shape.in_words()})\n\n{markdown_table(header, rows)}"
 
 
 def scaling_table(points: Sequence[Point]) -> str:
-    """One axis. "beyond arithmetic" is time per FLOP against the axis's first place: 1 is growth as it should be. As
-    places are measured one after the other, time is counted in matrix products of the same rounds."""
+    """One axis of `scaling`.
+
+    "beyond arithmetic" is the time per FLOP compared with the axis's first point: 1 means that time grows like the
+    arithmetic. Since points are measured one after the other, time is counted in matrix products of the same rounds.
+    """
     header = [
         points[0].axis, "µs per character", "MFLOP per character", "beyond arithmetic", "of the matrix rate",
         "peak memory", "checkpointed: memory", "time", "auxiliary on / off: time", "arithmetic", "memory",
     ]  # fmt: skip
-    found = [point_dict(point) for point in points]
-    utilisations = [place["model_flops_utilisation"] for place in found]
+    first = point_dict(points[0])["model_flops_utilisation"]
     rows = [
         [
             f"{point.value}",
-            f"{place['seconds_per_character'] * 1e6:.1f}",
-            f"{place['flop_per_character'] / 1e6:.1f}",
-            f"{utilisations[0] / utilisation:.2f}",
-            f"{utilisation:.0%}",
-            _mebibytes(place["peak_memory_bytes"]),
-            _mebibytes(place["checkpointed_peak_memory_bytes"]),
-            f"{place['checkpointed_step_time_ratio']:.2f}",
-            f"{place['auxiliary_step_time_ratio']['median']:.3f}",
-            f"{place['auxiliary_arithmetic_ratio']:.3f}",
-            f"{place['auxiliary_peak_memory_ratio']:.3f}",
+            f"{found['seconds_per_character'] * 1e6:.1f}",
+            f"{found['flop_per_character'] / 1e6:.1f}",
+            f"{first / found['model_flops_utilisation']:.2f}",
+            f"{found['model_flops_utilisation']:.0%}",
+            mebibytes(found["peak_memory_bytes"]),
+            mebibytes(found["checkpointed_peak_memory_bytes"]),
+            f"{found['checkpointed_step_time_ratio']:.2f}",
+            f"{found['auxiliary_step_time_ratio']['median']:.3f}",
+            f"{found['auxiliary_arithmetic_ratio']:.3f}",
+            f"{found['auxiliary_peak_memory_ratio']:.3f}",
         ]
-        for point, place, utilisation in zip(points, found, utilisations, strict=True)
+        for point, found in zip(points, map(point_dict, points), strict=True)
     ]
-    return f"**Scaling with {points[0].axis}** (from {points[0].shape.in_words()})\n\n" + markdown_table(header, rows)
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
+    return f"**Scaling with {points[0].axis}** (from {points[0].shape.in_words()})\n\n{markdown_table(header, rows)}"
 
 
 def _version(package: str) -> str | None:

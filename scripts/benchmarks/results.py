@@ -1,4 +1,4 @@
-"""From the seconds of a race to medians, ratios and utilisation; to JSON and Markdown."""
+"""From the seconds of a race to rates, ratios and utilisation; as JSON and Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.race import Entry
+from benchmarks.race import TrialResult
 from benchmarks.setups import AS_IT_COMES
 from charlm.markdown import markdown_table
 
@@ -20,88 +20,75 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
 
 
+def middle_half(values: dict[str, float], spec: str) -> str:
+    """The quartiles of a spread, as text."""
+    return f"{values['lower_quartile']:{spec}} to {values['upper_quartile']:{spec}}"
+
+
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Our rate over theirs, round by round."""
     return [our / their for our, their in zip(ours, theirs, strict=True)]
 
 
+def mebibytes(size: int) -> str:
+    """A size in bytes, as text."""
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def fastest(trials: Sequence[TrialResult]) -> TrialResult | None:
+    """The trial of the highest median rate."""
+    return max(trials, key=lambda trial: np.median(trial.rates()), default=None)
+
+
 @dataclass(frozen=True)
 class RaceResult:
-    """One race: charlm and its peers, and the matrix products that were timed between them."""
+    """One race: charlm and its peers, and the matrix products timed between them."""
 
     title: str
-    entries: list[Entry]
-    products: list[Entry]
+    trials: list[TrialResult]
+    products: list[TrialResult]
     device: str = "cpu"
 
     @property
-    def own(self) -> Entry:
-        """charlm with all that it trains on; where several set-ups do, the fastest, as of each peer."""
-        whole = [entry for entry in self.entries if entry.contestant.auxiliary]
-        return max(whole, key=lambda entry: np.median(entry.rates()))
+    def own(self) -> TrialResult:
+        """charlm with all its losses; the fastest if several set-ups train on them, as for each peer."""
+        return fastest([trial for trial in self.trials if trial.setup.auxiliary])
 
-    def fastest(self, *, tuned: bool) -> Entry | None:
-        """The peer of the highest median rate, among those as they come or those with tricks."""
-        peers = [
-            entry
-            for entry in self.entries
-            if entry.contestant.library != "charlm" and (entry.contestant.setup != AS_IT_COMES) == tuned
-        ]
-        return max(peers, key=lambda entry: np.median(entry.rates()), default=None)
+    @property
+    def peers(self) -> list[TrialResult]:
+        return [trial for trial in self.trials if trial.setup.library != "charlm"]
 
-    def ratio(self, ours: Entry, theirs: Entry) -> dict[str, float]:
-        """How many times as fast."""
+    def ratio(self, ours: TrialResult, theirs: TrialResult) -> dict[str, float]:
+        """How many times as fast ours is."""
         return spread(paired(ours.rates(), theirs.rates()))
 
-    def product_rates(self, entry: Entry) -> list[float] | None:
-        """FLOP per second of the matrix product in this contestant's arithmetic, round by round.
+    def product_rates(self, trial: TrialResult) -> list[float] | None:
+        """FLOP per second of the matrix product in the arithmetic of the trial, round by round.
 
-        On a CPU "medium" is another way to the same arithmetic, so the faster of the two is the limit; on a GPU it is
-        TF32, and the limit of those alone who use it.
+        On a CPU "medium" is another way to the same arithmetic, so the faster of the two is the limit. On a GPU it is
+        TF32, which limits only those who use it.
         """
-        medium = entry.contestant.library == "charlm" or entry.contestant.matmul_precision == "medium"
+        medium = trial.setup.library == "charlm" or trial.setup.matmul_precision == "medium"
+        all_count = trial.setup.precision == "bf16" or self.device == "cpu"
         same = [
             product.rates("flop_per_step")
             for product in self.products
-            if product.contestant.precision == entry.contestant.precision
-            and (
-                entry.contestant.precision == "bf16"
-                or self.device == "cpu"
-                or (product.contestant.matmul_precision == "medium") == medium
-            )
+            if product.setup.precision == trial.setup.precision
+            and (all_count or (product.setup.matmul_precision == "medium") == medium)
         ]
         return [max(rates) for rates in zip(*same, strict=True)] if same else None
 
-    def utilisation(self, entry: Entry) -> dict[str, float] | None:
+    def utilisation(self, trial: TrialResult) -> dict[str, float] | None:
         """FLOP per second of the model over those of the matrix product."""
-        products = self.product_rates(entry)
-        if products is None or "flop_per_step" not in entry.facts:
+        products = self.product_rates(trial)
+        if products is None or "flop_per_step" not in trial.facts:
             return None
-        return spread(paired(entry.rates("flop_per_step"), products))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return (
-            {"title": self.title}
-            | self.headline()
-            | {
-                "contestants": [self._contestant(entry) for entry in self.entries],
-                "pairwise_ratios": {
-                    ours.name: {theirs.name: self.ratio(ours, theirs) for theirs in self.entries if theirs is not ours}
-                    for ours in self.entries
-                },
-                "matrix_product_flop_per_second": {
-                    f"{product.contestant.precision}, {product.contestant.matmul_precision}": spread(
-                        product.rates("flop_per_step")
-                    )
-                    for product in self.products
-                },
-            }
-        )
+        return spread(paired(trial.rates("flop_per_step"), products))
 
     def headline(self) -> dict[str, Any]:
-        """The figures that matter, of charlm's own line, as plain medians."""
-        tuned, plain = self.fastest(tuned=True), self.fastest(tuned=False)
+        """The main figures of charlm's own line, as medians."""
+        tuned = fastest([peer for peer in self.peers if peer.setup.label != AS_IT_COMES])
+        plain = fastest([peer for peer in self.peers if peer.setup.label == AS_IT_COMES])
         utilisation = self.utilisation(self.own)
         return {
             "ratio_to_fastest_tuned_peer": self.ratio(self.own, tuned)["median"] if tuned else None,
@@ -111,55 +98,66 @@ class RaceResult:
             "model_flops_utilisation": utilisation["median"] if utilisation else None,
         }
 
-    def _contestant(self, entry: Entry) -> dict[str, Any]:
-        characters = entry.facts["characters_per_step"]
-        flop = entry.facts.get("flop_per_step")
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
         return {
-            "name": entry.name,
-            "library": entry.contestant.library,
-            "setup": entry.contestant.setup,
-            "precision": entry.contestant.precision,
-            "parameters": entry.facts["parameters"],
-            "flop_per_character": flop / characters if flop else None,
-            "characters_per_second": spread(entry.rates()) | {"rounds": entry.rates()},
-            "model_flops_utilisation": self.utilisation(entry),
-            "peak_memory_bytes": entry.peak_memory,
-            "first_turn_seconds": entry.first_turn,
-        } | {name: entry.facts[name] for name in DRAFT_FACTS if name in entry.facts}
+            "title": self.title,
+            **self.headline(),
+            "contestants": [self._trial_dict(trial) for trial in self.trials],
+            "pairwise_ratios": {
+                ours.name: {theirs.name: self.ratio(ours, theirs) for theirs in self.trials if theirs is not ours}
+                for ours in self.trials
+            },
+            "matrix_product_flop_per_second": {
+                f"{product.setup.precision}, {product.setup.matmul_precision}": spread(product.rates("flop_per_step"))
+                for product in self.products
+            },
+        }
+
+    def _trial_dict(self, trial: TrialResult) -> dict[str, Any]:
+        flop = trial.facts.get("flop_per_step")
+        return {
+            "name": trial.name,
+            "library": trial.setup.library,
+            "setup": trial.setup.label,
+            "precision": trial.setup.precision,
+            "parameters": trial.facts["parameters"],
+            "flop_per_character": flop / trial.facts["characters_per_step"] if flop else None,
+            "characters_per_second": spread(trial.rates()) | {"rounds": trial.rates()},
+            "model_flops_utilisation": self.utilisation(trial),
+            "peak_memory_bytes": trial.peak_memory,
+            "first_turn_seconds": trial.first_turn,
+        } | {name: trial.facts[name] for name in DRAFT_FACTS if name in trial.facts}
 
     def to_markdown(self) -> str:
-        """The race as a table, the fastest first after charlm's own lines."""
+        """The race as a table: charlm's own lines, then the peers, the fastest first."""
         header = [
             "", "set-up", "precision", "parameters", "characters per second", "middle half", "of the matrix rate",
             "peak memory", "charlm is faster by",
         ]  # fmt: skip
-        own = [entry for entry in self.entries if entry.contestant.library == "charlm"]
-        others = [entry for entry in self.entries if entry not in own]
-        others.sort(key=lambda entry: -np.median(entry.rates()))
-        rows = [self._row(entry) for entry in own + others]
-        columns = [number for number in range(len(header)) if any(row[number] for row in rows)]
-        return f"**{self.title}**\n\n" + markdown_table(
-            [header[number] for number in columns], [[row[number] for number in columns] for row in rows]
-        )
+        own = [trial for trial in self.trials if trial not in self.peers]
+        peers = sorted(self.peers, key=lambda trial: -np.median(trial.rates()))
+        columns = list(zip(header, *map(self._row, own + peers), strict=True))
+        header, *rows = zip(*(column for column in columns if any(column[1:])), strict=True)
+        return f"**{self.title}**\n\n{markdown_table(header, rows)}"
 
-    def _row(self, entry: Entry) -> list[str]:
-        rate, utilisation = spread(entry.rates()), self.utilisation(entry)
-        ratio = self.ratio(self.own, entry)["median"]
+    def _row(self, trial: TrialResult) -> list[str]:
+        rate, utilisation = spread(trial.rates()), self.utilisation(trial)
         return [
-            entry.contestant.library,
-            entry.contestant.setup,
-            entry.contestant.precision,
-            f"{entry.facts['parameters'] / 1e6:.2f}M",
+            trial.setup.library,
+            trial.setup.label,
+            trial.setup.precision,
+            f"{trial.facts['parameters'] / 1e6:.2f}M",
             f"{rate['median']:,.0f}",
-            f"{rate['lower_quartile']:,.0f} to {rate['upper_quartile']:,.0f}",
+            middle_half(rate, ",.0f"),
             f"{utilisation['median']:.0%}" if utilisation else "",
-            f"{entry.peak_memory / 2**20:,.0f} MiB",
-            "" if entry is self.own else f"{ratio:.2f}",
+            mebibytes(trial.peak_memory),
+            "" if trial is self.own else f"{self.ratio(self.own, trial)['median']:.2f}",
         ]
 
 
-def drafts_table(result: RaceResult) -> str:
-    """Ways to drafts beside plain generation."""
+def drafts_table(race: RaceResult) -> str:
+    """Generation with drafts beside plain generation."""
     header = [
         "",
         "characters per second",
@@ -169,20 +167,18 @@ def drafts_table(result: RaceResult) -> str:
         "characters per pass",
         "accepted",
     ]
-    (plain,) = (entry for entry in result.entries if entry.contestant.draft is None)
+    (plain,) = (trial for trial in race.trials if trial.setup.draft is None)
     rows = []
-    for entry in result.entries:
-        rate, ratio = spread(entry.rates()), result.ratio(entry, plain)
-        drafted = "acceptance_rate" in entry.facts
-        rows.append(
-            [
-                entry.contestant.setup,
-                f"{rate['median']:,.0f}",
-                f"{rate['lower_quartile']:,.0f} to {rate['upper_quartile']:,.0f}",
-                f"{ratio['median']:.2f}" if drafted else "",
-                f"{ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f}" if drafted else "",
-                f"{entry.facts['characters_per_pass']:.2f}" if drafted else "1.00",
-                f"{entry.facts['acceptance_rate']:.0%} of {entry.facts['num_draft_tokens']}" if drafted else "",
+    for trial in race.trials:
+        rate = spread(trial.rates())
+        row = [trial.setup.label, f"{rate['median']:,.0f}", middle_half(rate, ",.0f"), "", "", "1.00", ""]
+        if "acceptance_rate" in trial.facts:
+            ratio, facts = race.ratio(trial, plain), trial.facts
+            row[3:] = [
+                f"{ratio['median']:.2f}",
+                middle_half(ratio, ".2f"),
+                f"{facts['characters_per_pass']:.2f}",
+                f"{facts['acceptance_rate']:.0%} of {facts['num_draft_tokens']}",
             ]
-        )
-    return f"**{result.title}**\n\n" + markdown_table(header, rows)
+        rows.append(row)
+    return f"**{race.title}**\n\n{markdown_table(header, rows)}"

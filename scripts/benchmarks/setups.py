@@ -1,10 +1,10 @@
-"""Who is measured: charlm and its peers, each as it comes and with every trick that applies. Imports no torch."""
+"""The set-ups that are measured: charlm and its peers, each as it comes and tuned. Imports no torch."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from benchmarks.shapes import Shape
 from charlm.config import UserError
@@ -17,7 +17,7 @@ MODULES = {
     "transformers Llama": "transformers",
     "torch TransformerEncoder": "torch",
 }
-"""Peers by the module that must be installed."""
+"""The module that each peer needs."""
 AS_IT_COMES, TUNED, COMPILED, TUNED_MEDIUM = "as it comes", "tuned", "tuned, compiled", "tuned, medium"
 ALL_LOSSES, MAIN_LOSS, CHECKPOINTED = "all losses", "main loss alone", "all losses, checkpointed"
 CHARLM_COMPILED = "all losses, compiled"
@@ -26,21 +26,22 @@ ALLOCATOR = {
     "cpu": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)},
     "cuda": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
 }
-"""Memory that is kept for the next step (glibc's malloc; torch's own on a GPU)."""
+"""Environment variables that keep freed memory for the next step (glibc's malloc; torch's allocator on a GPU)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contestant:
+class Setup:
     """A library with its settings."""
 
     library: str
-    setup: str
+    label: str
+    """What tells the set-ups of a library apart."""
     precision: Dtype
-    """bf16 is autocast."""
+    """bf16 means autocast."""
     matmul_precision: Literal["highest", "medium"] = "highest"
     """Of a peer's fp32 matrix products; charlm chooses its own."""
     tuned: bool = False
-    """Every public setting of the library that makes it faster, fused AdamW, and `ALLOCATOR`."""
+    """Use every public setting of the library that makes it faster, fused AdamW, and `ALLOCATOR`."""
     compile: bool = False
     auxiliary: bool = False
     activation_checkpointing: bool = False
@@ -49,130 +50,112 @@ class Contestant:
 
     @property
     def name(self) -> str:
-        return f"{self.library}, {self.setup}"
+        return f"{self.library}, {self.label}"
 
     def environment(self, device: str) -> dict[str, str]:
-        """Variables that its process is started with."""
+        """Environment variables for its process."""
         return ALLOCATOR[device] if self.tuned else {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Trial:
     """What one worker process measures."""
 
     task: Task
-    contestant: Contestant
+    setup: Setup
     shape: Shape
     text: Path
-    """File of the characters, in a folder where a contestant may write."""
+    """File of the characters to read; its folder may be written to."""
     device: Literal["cpu", "cuda"]
     warmup: int
-    """Steps of a turn that are not timed. On a GPU charlm logs, which waits for the device, only every `steps` steps:
-    there it must be as many in training."""
+    """Untimed steps of a turn. In training on a GPU it must equal `steps`, because charlm waits for the device only
+    when it logs, every `steps` steps."""
     steps: int
-    """Steps of a turn that are."""
+    """Timed steps of a turn."""
     threads: int | None = None
     stride: int = 1
     """evaluate: symbols from one window to the next."""
     windows: int = 64
     """evaluate: windows of a step."""
     prompts: int = 1
-    """generate: texts that are written at once; drafts: one after the other."""
+    """generate: texts written together; drafts: texts written one after the other."""
     length: int = 128
-    """generate, drafts: characters of a step and text."""
+    """generate, drafts: characters written to each text in a step."""
     run: Path | None = None
-    """drafts: the trained run that writes."""
+    """drafts: the trained run."""
     temperature: float = 1.0
-    """drafts: of sampling."""
+    """drafts: sampling temperature."""
     seed: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """What JSON keeps, for `from_dict`."""
-        return asdict(self) | {"text": str(self.text), "run": str(self.run) if self.run else None}
 
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "Job":
-        """The job that `to_dict` described."""
-        parts = {
-            "contestant": Contestant(**record["contestant"]),
-            "shape": Shape(**record["shape"]),
-            "text": Path(record["text"]),
-            "run": Path(record["run"]) if record["run"] else None,
-        }
-        return cls(**record | parts)
-
-
-def charlm(precision: Dtype, setup: str = ALL_LOSSES) -> Contestant:
-    """charlm as it comes, in one of its set-ups."""
-    return Contestant(
+def charlm(precision: Dtype, label: str = ALL_LOSSES) -> Setup:
+    """One of charlm's set-ups."""
+    return Setup(
         library="charlm",
-        setup=setup,
+        label=label,
         precision=precision,
-        auxiliary=setup != MAIN_LOSS,
-        compile=setup == CHARLM_COMPILED,
-        activation_checkpointing=setup == CHECKPOINTED,
+        auxiliary=label != MAIN_LOSS,
+        compile=label == CHARLM_COMPILED,
+        activation_checkpointing=label == CHECKPOINTED,
     )
 
 
-def training_lineup(precision: Dtype, compile: bool, peers: Sequence[str]) -> list[Contestant]:
+def training_lineup(precision: Dtype, compile: bool, peers: Sequence[str]) -> list[Setup]:
     """charlm with and without its auxiliary losses, and each peer: as it comes, tuned, and compiled if asked."""
     own = [ALL_LOSSES, *([CHARLM_COMPILED] if compile else []), MAIN_LOSS]
-    contestants = [charlm(precision, setup) for setup in own]
+    setups = [charlm(precision, label) for label in own]
     for peer in peers:
         tuned = {"library": peer, "precision": precision, "matmul_precision": "medium", "tuned": True}
-        contestants.append(Contestant(library=peer, setup=AS_IT_COMES, precision="fp32"))
-        contestants.append(Contestant(setup=TUNED, **tuned))
-        contestants += [Contestant(setup=COMPILED, compile=True, **tuned)] if compile else []
-    return contestants
+        setups.append(Setup(library=peer, label=AS_IT_COMES, precision="fp32"))
+        setups.append(Setup(label=TUNED, **tuned))
+        setups += [Setup(label=COMPILED, compile=True, **tuned)] if compile else []
+    return setups
 
 
-def evaluation_lineup(precision: Dtype) -> list[Contestant]:
+def evaluation_lineup(precision: Dtype) -> list[Setup]:
     """charlm's evaluation, and a plain loop over the same model."""
     plain = {"library": "plain loop", "precision": precision}
     return [
         charlm(precision, "as it comes"),
-        Contestant(setup=AS_IT_COMES, **plain),
-        Contestant(setup=TUNED, matmul_precision="medium", tuned=True, **plain),
+        Setup(label=AS_IT_COMES, **plain),
+        Setup(label=TUNED, matmul_precision="medium", tuned=True, **plain),
     ]
 
 
-def generation_lineup(compile: bool, peers: Sequence[str]) -> list[Contestant]:
-    """charlm's generation and that of each peer that has a cache, all in fp32."""
-    contestants = [charlm("fp32", "as it comes")]
+def generation_lineup(compile: bool, peers: Sequence[str]) -> list[Setup]:
+    """charlm's generation, and that of each peer with a cache, all in fp32."""
+    setups = [charlm("fp32", "as it comes")]
     for peer in peers:
         if peer != "torch TransformerEncoder":  # which has no cache
             plain = {"library": peer, "precision": "fp32"}
-            contestants.append(Contestant(setup=AS_IT_COMES, **plain))
-            contestants.append(Contestant(setup=TUNED, tuned=True, **plain))
+            setups.append(Setup(label=AS_IT_COMES, **plain))
+            setups.append(Setup(label=TUNED, tuned=True, **plain))
             # Which of the two is faster depends on the processor and the number of prompts.
-            contestants.append(Contestant(setup=TUNED_MEDIUM, tuned=True, matmul_precision="medium", **plain))
+            setups.append(Setup(label=TUNED_MEDIUM, tuned=True, matmul_precision="medium", **plain))
             if compile and peer != "x-transformers":  # whose cache grows: every character would compile anew
-                contestants.append(Contestant(setup=COMPILED, tuned=True, compile=True, **plain))
-    return contestants
+                setups.append(Setup(label=COMPILED, tuned=True, compile=True, **plain))
+    return setups
 
 
-def drafts_lineup(pairs: Iterable[tuple[int, int]], num_layers: int) -> list[Contestant]:
-    """A run's plain generation and its ways to drafts: all its extra targets, and each exit in the lower half.
+def drafts_lineup(pairs: Iterable[tuple[int, int]], num_layers: int) -> list[Setup]:
+    """A run's plain generation, drafts from all its extra targets, and drafts from each exit in the lower half.
 
-    `pairs`: the layers and offsets that it has heads for.
+    `pairs` are the (layer, offset) pairs of its heads.
     """
     exits = [layer for layer, offset in pairs if offset == 1 and layer <= num_layers / 2]
-    extra = ["offsets"] if any(layer == num_layers and offset > 1 for layer, offset in pairs) else []
+    has_extra = any(layer == num_layers and offset > 1 for layer, offset in pairs)
+    ways = {PLAIN: None} | ({"drafts from offsets": "offsets"} if has_extra else {})
+    ways |= {f"drafts from layer {layer}": layer for layer in exits}
     common = {"library": "charlm", "precision": "fp32", "auxiliary": True}
-    return [
-        Contestant(setup=PLAIN, **common),
-        *(Contestant(setup=f"drafts from {way}", draft=way, **common) for way in extra),
-        *(Contestant(setup=f"drafts from layer {way}", draft=way, **common) for way in exits),
-    ]
+    return [Setup(label=label, draft=way, **common) for label, way in ways.items()]
 
 
-def installed_peers(only: Iterable[str] = ()) -> tuple[list[str], list[str]]:
-    """The peers to measure (`only` these, if any are named), and a line about each that is not installed.
+def installed_peers(only: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """The installed peers (of `only`, if any are named), and a line about each that is missing.
 
     Raises:
         UserError: `only` names no peer.
     """
-    only = list(only)
     for name in only:
         if name not in MODULES:
             raise UserError(f"peers={name}: must be some of {', '.join(MODULES)}")

@@ -1,7 +1,4 @@
-"""The models that are measured, and charlm's config for them. Imports no torch.
-
-Shapes: T positions, D d_model, V vocabulary, L layers.
-"""
+"""The dimensions of the measured models, and charlm's config for them. Imports no torch."""
 
 import os
 from dataclasses import dataclass
@@ -19,16 +16,15 @@ from charlm.config import (
     UserError,
 )
 from charlm.config.train import Precision
-from charlm.objective.count import dense_flops
 
 VOCABULARY = 256
 ENDLESS = 10**9
-"""Steps of a run that the benchmark ends: at its start every row of the table is active."""
+"""Steps of a training run, which the benchmark ends early. At its start every row of the table is active."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The dimensions that all contestants share."""
+    """The dimensions that charlm and its peers share."""
 
     name: str
     num_layers: int
@@ -55,7 +51,7 @@ def named_shape(name: str, *, gpu: bool) -> Shape:
     """S, P (T12 of Al-Rfou et al. 2018) or D (T64).
 
     Raises:
-        UserError: D without a GPU: a step of all contestants would take minutes, and their memory more than 24 GB.
+        UserError: D without a GPU, where a step takes minutes and all models together more than 24 GB.
     """
     if name == "D" and not gpu:
         raise UserError("shape=D: needs a GPU; take S or P")
@@ -68,10 +64,10 @@ def named_shape(name: str, *, gpu: bool) -> Shape:
 
 
 def shape_of(run: Path) -> Shape:
-    """That of a trained run.
+    """The shape of a trained run.
 
     Raises:
-        UserError: it is none.
+        UserError: the folder holds no run.
     """
     from charlm.runs.folder import Run
 
@@ -81,20 +77,8 @@ def shape_of(run: Path) -> Shape:
     return Shape(name=run.name, batch_size=config.train.batch_size, **dimensions)
 
 
-def flop_per_character(shape: Shape, num_targets: int = 1, num_exits: int = 1) -> int:
-    """Floating-point operations of a training step per character, for a plain Transformer with biases uncounted.
-
-        6 * (L * (4 D^2 + 2 D d_ff) + V * D * num_targets * num_exits) + 12 * L * D * T
-
-    See `charlm.objective.count.dense_flops`.
-    """
-    D, L = shape.d_model, shape.num_layers
-    parameters = L * (4 * D**2 + 2 * D * shape.d_ff) + VOCABULARY * D * num_targets * num_exits
-    return dense_flops(parameters, L, D, shape.context_length)
-
-
 def text_config(text: Path) -> DataConfig:
-    """A file as a corpus, prepared beside it."""
+    """The corpus that consists of a file; prepared files go beside it."""
     return DataConfig(corpus="file", path=text, cache_dir=text.parent / "cache")
 
 
@@ -107,10 +91,10 @@ def charlm_config(
     compile: bool = False,
     activation_checkpointing: bool = False,
 ) -> Config:
-    """charlm as it comes, at this shape, with AdamW.
+    """charlm's defaults at this shape, with AdamW.
 
-    `auxiliary` has all rows of the table active, two targets at every layer; without it, prediction at all positions
-    is left: what the peers train on.
+    With `auxiliary` all rows of the table are active: two targets at every layer. Without it only the next character is
+    predicted, at all positions, as the peers do.
     """
     return Config(
         data=text_config(text),

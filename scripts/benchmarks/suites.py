@@ -1,4 +1,4 @@
-"""The six benchmarks: which races each runs, and what it says before it starts."""
+"""The six benchmarks: which races each runs."""
 
 import sysconfig
 import tempfile
@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.race import Entry, estimate, race
+from tqdm import tqdm
+
+from benchmarks.race import TrialResult, race
 from benchmarks.results import PRODUCT, RaceResult
 from benchmarks.setups import (
     CHECKPOINTED,
     MAIN_LOSS,
-    Contestant,
-    Job,
+    Setup,
     Task,
+    Trial,
     charlm,
     drafts_lineup,
     evaluation_lineup,
@@ -22,7 +24,7 @@ from benchmarks.setups import (
     installed_peers,
     training_lineup,
 )
-from benchmarks.shapes import Shape, flop_per_character, text_config
+from benchmarks.shapes import Shape, text_config
 from charlm.config import UserError
 
 SYMBOLS = 2_000_000
@@ -36,14 +38,11 @@ TEMPERATURES, DRAFT_PROMPTS = (0.0, 0.8, 1.0), 4
 ROUNDS = {"train": 7, "evaluate": 5, "generate": 5, "drafts": 5, "auxiliary": 7, "scaling": 3}
 STEPS = {"cpu": 3, "cuda": 5}
 WINDOWS = {"cpu": 64, "cuda": 1024}
-START_SECONDS, COMPILE_SECONDS, EFFICIENCY = 8.0, 40.0, 0.4
-"""Guesses for the estimate: until a process has built its model, more where it compiles, and the share of the matrix
-rate that steps reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the command line decides."""
+    """The choices of the command line."""
 
     benchmark: str
     shape: Shape
@@ -55,7 +54,7 @@ class Settings:
     threads: int | None = None
     compile: bool = False
     peers: tuple[str, ...] = ()
-    """Only these; empty for all."""
+    """Peers to measure; empty for all."""
     run: Path | None = None
     """drafts: the trained run."""
 
@@ -70,35 +69,36 @@ class Settings:
 
 @dataclass(frozen=True)
 class Point:
-    """A place on an axis of `auxiliary` or `scaling`: the shape, and charlm's set-ups there by name."""
+    """One value on an axis of `auxiliary` or `scaling`, with charlm's trials by the labels of its set-ups."""
 
     axis: str
     value: int
     shape: Shape
-    setups: dict[str, Entry]
+    trials: dict[str, TrialResult]
     utilisations: dict[str, float]
-    """Shares of the matrix rate by the names of set-ups: what compares across races, each beside its own product."""
+    """Share of the matrix rate, by label. It compares across races, since each race has its own matrix products."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a benchmark measured: races against peers, or points on axes."""
+class BenchmarkResult:
+    """The measurements of a benchmark: races against peers, or points on axes."""
 
     races: list[RaceResult] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    """A line for each peer that is not installed."""
 
 
 Say = Callable[[str], None]
-Plan = list[tuple[str, list[Job]]]
-"""Titles of races, and who runs in them."""
+Plan = list[tuple[str, list[Trial]]]
+"""The title and the trials of each race."""
 
 
-def run(settings: Settings, say: Say) -> Outcome:
-    """Measure.
+def run(settings: Settings, say: Say) -> BenchmarkResult:
+    """Run a benchmark.
 
     Raises:
-        UserError: a value that cannot work, or charlm failed.
+        UserError: a value cannot work, or charlm failed.
     """
     check(settings)
     peers, missing = installed_peers(settings.peers) if settings.benchmark in ("train", "generate") else ([], [])
@@ -106,13 +106,19 @@ def run(settings: Settings, say: Say) -> Outcome:
         say(line)
     with text_file() as text:
         plan = build_plan(settings, peers, text)
-        say(f"this will take about {estimate(expected_seconds(settings, plan, say))}: {in_words(settings, plan)}")
-        results = []
-        for number, (title, jobs) in enumerate(plan, start=1):
-            results.append(run_race(settings, title, jobs, say, f"race {number} of {len(plan)}"))
+        products = product_trials(settings) if plan[0][1][0].task == "train" else []
+        say(in_words(settings, plan))
+        turns = (settings.num_rounds + 2) * sum(len(trials) + len(products) for _, trials in plan)
+        with tqdm(total=turns, unit="turn", disable=None, leave=False) as bar:
+            races = []
+            for title, trials in plan:
+                results = race([*trials, *products], settings.num_rounds, say, bar)
+                limits = [result for result in results if result.setup.library == PRODUCT]
+                others = [result for result in results if result not in limits]
+                races.append(RaceResult(title, others, limits, settings.device))
     if settings.benchmark in ("auxiliary", "scaling"):
-        return Outcome(points=points_of(plan, results), missing=missing)
-    return Outcome(races=results, missing=missing)
+        return BenchmarkResult(points=points_of(plan, races), missing=missing)
+    return BenchmarkResult(races=races, missing=missing)
 
 
 def check(settings: Settings) -> None:
@@ -131,7 +137,7 @@ def check(settings: Settings) -> None:
 
 @contextmanager
 def text_file() -> Iterator[Path]:
-    """The characters that all contestants read: the beginning of the Python standard library, prepared as a corpus."""
+    """The text that all trials read: the beginning of the Python standard library, prepared as a corpus."""
     from charlm.data.corpus import load_corpus
 
     with tempfile.TemporaryDirectory(prefix="charlm-benchmark-") as folder:
@@ -148,12 +154,12 @@ def text_file() -> Iterator[Path]:
 def build_plan(settings: Settings, peers: Sequence[str], text: Path) -> Plan:
     """All races of a benchmark."""
 
-    def jobs(contestants: Sequence[Contestant], task: Task, shape: Shape = settings.shape, **options) -> list[Job]:
+    def trials(setups: Sequence[Setup], task: Task, shape: Shape = settings.shape, **options) -> list[Trial]:
         is_training = task == "train"
         return [
-            Job(
+            Trial(
                 task=task,
-                contestant=contestant,
+                setup=setup,
                 shape=shape,
                 text=text,
                 device=settings.device,
@@ -162,17 +168,17 @@ def build_plan(settings: Settings, peers: Sequence[str], text: Path) -> Plan:
                 steps=settings.num_steps if is_training else 1,
                 **options,
             )
-            for contestant in contestants
+            for setup in setups
         ]
 
     shape, precision = settings.shape, settings.precision
     if settings.benchmark == "train":
         lineup = training_lineup(precision, settings.compile, peers)
-        return [(f"Training, shape {shape.name}: {shape.in_words()}", jobs(lineup, "train"))]
+        return [(f"Training, shape {shape.name}: {shape.in_words()}", trials(lineup, "train"))]
     if settings.benchmark == "evaluate":
         windows = WINDOWS[settings.device]
         return [
-            (f"Evaluation at stride {stride}, shape {shape.name}, {precision}", jobs(
+            (f"Evaluation at stride {stride}, shape {shape.name}, {precision}", trials(
                 evaluation_lineup(precision), "evaluate", stride=stride, windows=windows
             ))
             for stride in STRIDES
@@ -181,7 +187,7 @@ def build_plan(settings: Settings, peers: Sequence[str], text: Path) -> Plan:
     if settings.benchmark == "generate":
         lineup, length = generation_lineup(settings.compile, peers), min(128, shape.context_length // 2)
         return [
-            (f"Generation, {prompts} prompt{'s' * (prompts > 1)}, shape {shape.name}, fp32", jobs(
+            (f"Generation, {prompts} prompt{'s' * (prompts > 1)}, shape {shape.name}, fp32", trials(
                 lineup, "generate", prompts=prompts, length=length
             ))
             for prompts in PROMPTS
@@ -193,7 +199,7 @@ def build_plan(settings: Settings, peers: Sequence[str], text: Path) -> Plan:
         lineup = drafts_lineup(heads.pairs, heads.layers[-1])
         texts = {"run": settings.run, "prompts": DRAFT_PROMPTS, "length": shape.context_length}
         return [
-            (f"Drafts, {f'temperature {temperature:g}' if temperature else 'greedy'}", jobs(
+            (f"Drafts, {f'temperature {temperature:g}' if temperature else 'greedy'}", trials(
                 lineup, "drafts", temperature=temperature, **texts
             ))
             for temperature in TEMPERATURES
@@ -201,17 +207,17 @@ def build_plan(settings: Settings, peers: Sequence[str], text: Path) -> Plan:
     pair = [charlm(precision), charlm(precision, MAIN_LOSS)]
     if settings.benchmark == "auxiliary":
         depths = sorted({shape.num_layers, *AUXILIARY_DEPTHS})
-        return [(f"depth {depth}", jobs(pair, "train", replace(shape, num_layers=depth))) for depth in depths]
-    checkpointed = [charlm(precision, CHECKPOINTED)]  # apart, or 64 layers of P would not fit into 24 GB three times
+        return [(f"depth {depth}", trials(pair, "train", replace(shape, num_layers=depth))) for depth in depths]
+    checkpointed = [charlm(precision, CHECKPOINTED)]  # in a race of its own: 64 layers of P fit into 24 GB only twice
     return [
-        (f"{axis} {value}", jobs(lineup, "train", point))
+        (f"{axis} {value}", trials(lineup, "train", point))
         for axis, value, point in axis_points(shape, settings.device)
         for lineup in (pair, checkpointed)
     ]
 
 
 def axis_points(shape: Shape, device: str) -> Iterator[tuple[str, int, Shape]]:
-    """Where `scaling` measures. Along the context, a step keeps its number of characters as far as it can."""
+    """The points of `scaling`. A longer context has a smaller batch, so that a step keeps its number of characters."""
     for context in CONTEXTS:
         batch = max(1, shape.characters // context)
         yield "context", context, replace(shape, context_length=context, batch_size=batch)
@@ -221,15 +227,15 @@ def axis_points(shape: Shape, device: str) -> Iterator[tuple[str, int, Shape]]:
         yield "batch", batch, replace(shape, batch_size=batch)
 
 
-def product_jobs(settings: Settings, text: Path = Path()) -> list[Job]:
-    """The matrix products that bound the contestants: fp32 both ways, and bf16 where it is used."""
+def product_trials(settings: Settings) -> list[Trial]:
+    """Matrix products whose rate bounds the others: in fp32 both ways, and in bf16 if it is used."""
     kinds = [("fp32", "highest"), ("fp32", "medium"), *([("bf16", "highest")] if settings.precision == "bf16" else [])]
     return [
-        Job(
+        Trial(
             task=PRODUCT,
-            contestant=Contestant(library=PRODUCT, setup=f"{dtype} {matmul}", precision=dtype, matmul_precision=matmul),
+            setup=Setup(library=PRODUCT, label=f"{dtype} {matmul}", precision=dtype, matmul_precision=matmul),
             shape=settings.shape,
-            text=text,
+            text=Path(),
             device=settings.device,
             threads=settings.threads,
             warmup=2 if settings.device == "cpu" else 100,
@@ -239,49 +245,9 @@ def product_jobs(settings: Settings, text: Path = Path()) -> list[Job]:
     ]
 
 
-def run_race(settings: Settings, title: str, jobs: list[Job], say: Say, progress: str) -> RaceResult:
-    """A race and the matrix products between its turns."""
-    products = product_jobs(settings) if jobs[0].task == "train" else []
-    entries = race([*jobs, *products], settings.num_rounds, say, progress)
-    return RaceResult(
-        title,
-        [entry for entry in entries if entry.contestant.library != PRODUCT],
-        [entry for entry in entries if entry.contestant.library == PRODUCT],
-        settings.device,
-    )
-
-
-def expected_seconds(settings: Settings, plan: Plan, say: Say) -> float:
-    """A guess, from the matrix rate of this machine and the arithmetic of all jobs."""
-    products = race(product_jobs(replace(settings, precision="bf16")), 1, say, "estimating")
-    rates: dict[str, float] = {}
-    for product in products:
-        dtype = product.contestant.precision
-        rates[dtype] = max(rates.get(dtype, 0.0), *product.rates("flop_per_step"))
-    seconds = 0.0
-    for _, jobs in plan:
-        for job in jobs:
-            steps = (job.warmup + job.steps) * (settings.num_rounds + 1)
-            seconds += START_SECONDS + COMPILE_SECONDS * job.contestant.compile
-            seconds += steps * _step_flop(job) / (EFFICIENCY * rates[job.contestant.precision])
-    return seconds
-
-
-def _step_flop(job: Job) -> float:
-    """Of a step; generation runs at a fiftieth of the matrix rate, by which its arithmetic is multiplied."""
-    per_character = flop_per_character(job.shape)
-    if job.task == "evaluate":
-        return per_character / 3 * job.windows * job.shape.context_length
-    if job.task == "generate":
-        return per_character / 3 * job.length * 50
-    if job.task == "drafts":
-        return per_character / 3 * job.length * job.prompts * 50
-    return per_character * job.shape.characters
-
-
 def in_words(settings: Settings, plan: Plan) -> str:
     """What a benchmark consists of, for people."""
-    contestants = sum(len(jobs) for _, jobs in plan)
+    contestants = sum(len(trials) for _, trials in plan)
     races = f"{len(plan)} races" if len(plan) > 1 else "one race"
     return (
         f"{races}, {contestants} contestants in turn, {settings.num_rounds} rounds of "
@@ -289,13 +255,13 @@ def in_words(settings: Settings, plan: Plan) -> str:
     )
 
 
-def points_of(plan: Plan, results: list[RaceResult]) -> list[Point]:
-    """Races of one title are one place."""
+def points_of(plan: Plan, races: list[RaceResult]) -> list[Point]:
+    """One point for the races of each title."""
     points: dict[str, Point] = {}
-    for (title, jobs), result in zip(plan, results, strict=True):
+    for (title, trials), result in zip(plan, races, strict=True):
         axis, value = title.split()
-        point = points.setdefault(title, Point(axis, int(value), jobs[0].shape, {}, {}))
-        for entry in result.entries:
-            point.setups[entry.contestant.setup] = entry
-            point.utilisations[entry.contestant.setup] = result.utilisation(entry)["median"]
+        point = points.setdefault(title, Point(axis, int(value), trials[0].shape, {}, {}))
+        for trial in result.trials:
+            point.trials[trial.setup.label] = trial
+            point.utilisations[trial.setup.label] = result.utilisation(trial)["median"]
     return list(points.values())

@@ -1,4 +1,4 @@
-"""The worker's side of a race: take turns, time them, and say how much memory they took."""
+"""The worker's side of a race: do steps in turns, time them, and measure the memory they take."""
 
 import contextlib
 import gc
@@ -12,17 +12,15 @@ import torch
 
 from charlm.process import peak_memory
 
-Work = Callable[[], Any]
-
 
 class Stop(Exception):
     """The race is over."""
 
 
-class Turns:
-    """Steps come in turns: `warmup` of them untimed, then `steps` timed, then the process sleeps until its next turn.
+class Timer:
+    """Times steps in turns: `warmup` untimed ones, then `steps` timed ones; then the process waits for its next turn.
 
-    The contestant calls `start` before it builds its model, `ready` after, and `done` after every step.
+    A worker calls `start` before it builds its model, `ready` after, and `done` after every step.
     """
 
     def __init__(self, commands: BinaryIO, replies: BinaryIO, *, warmup: int, steps: int, device: str):
@@ -31,24 +29,24 @@ class Turns:
         self.count, self.started, self.memory_before = 0, 0.0, 0
 
     def start(self) -> None:
-        """What is in memory now, libraries above all, is not the model's."""
+        """Note the memory in use now, mostly by libraries; only what comes on top is counted."""
         self.memory_before = reset_peak_memory(self.device)
 
     def ready(self, **facts: Any) -> None:
-        """Say what was built, and wait for the first turn.
+        """Report what was built, and wait for the first turn.
 
         Raises:
-            Stop: there is none.
+            Stop: the race is over.
         """
         self._reply(facts | {"threads": torch.get_num_threads()})
 
-    def done(self, count: int = 1) -> None:
-        """A turn's next `count` steps are done.
+    def done(self) -> None:
+        """Count a step; after the last of a turn, report and wait for the next turn.
 
         Raises:
-            Stop: they were the last.
+            Stop: the race is over.
         """
-        self.count += count
+        self.count += 1
         if self.count == self.warmup:
             self._synchronize()
             self.started = time.perf_counter()
@@ -57,27 +55,25 @@ class Turns:
             seconds = time.perf_counter() - self.started
             memory = peak_memory() - self.memory_before
             if self.device == "cuda":
-                torch.cuda.empty_cache()  # the next contestant needs it
+                torch.cuda.empty_cache()  # the next worker needs it
             self._reply({"seconds": seconds, "peak_memory": memory})
 
-    def play(self, work: Work) -> None:
-        """`work` is a step: do it until the race is over.
+    def repeat(self, step: Callable[[], Any]) -> None:
+        """Do `step` until the race is over.
 
         Raises:
-            Stop: it is.
+            Stop: the race is over.
         """
         while True:
-            work()
+            step()
             self.done()
 
     def _reply(self, message: dict[str, Any]) -> None:
         self.replies.write(json.dumps(message).encode() + b"\n")
         self.replies.flush()
-        if json.loads(self.commands.readline() or '"stop"') == "stop":  # nothing to read: the parent is gone
+        if json.loads(self.commands.readline() or '"stop"') == "stop":  # no line: the parent is gone
             raise Stop
-        self.count = 0
-        if self.warmup == 0:
-            self.started = time.perf_counter()
+        self.count, self.started = 0, time.perf_counter()
 
     def _synchronize(self) -> None:
         if self.device == "cuda":
@@ -85,11 +81,11 @@ class Turns:
 
 
 def reset_peak_memory(device: str) -> int:
-    """Forget the highest use of memory so far; returns the present one in bytes."""
+    """Forget the highest use of memory so far, and return the present use in bytes."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    with contextlib.suppress(OSError):  # Linux alone; elsewhere the highest use so far is the base
+    with contextlib.suppress(OSError):  # elsewhere than on Linux, the highest use so far stays
         Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()

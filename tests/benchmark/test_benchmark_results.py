@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from benchmarks.race import Entry
+from benchmarks.race import TrialResult
 from benchmarks.report import document, point_dict, scaling_table, to_markdown
 from benchmarks.results import RaceResult, spread
-from benchmarks.setups import AS_IT_COMES, TUNED, Contestant, charlm
+from benchmarks.setups import AS_IT_COMES, TUNED, Setup, charlm
 from benchmarks.shapes import named_shape
-from benchmarks.suites import Outcome, Point, Settings
+from benchmarks.suites import BenchmarkResult, Point, Settings
 
 from tiny import table_cells
 
@@ -16,19 +16,19 @@ SHAPE = named_shape("S", gpu=False)
 SETTINGS = Settings(benchmark="train", shape=SHAPE, device="cpu", precision="bf16", rounds=3, steps=2)
 
 
-def entry(contestant: Contestant, seconds: list[float], *, flop: float = 100.0, memory: int = 2**20) -> Entry:
+def entry(setup: Setup, seconds: list[float], *, flop: float = 100.0, memory: int = 2**20) -> TrialResult:
     facts = {"characters_per_step": 30, "flop_per_step": flop, "parameters": 1_000_000, "threads": 2}
-    return Entry(contestant, facts, steps=2, seconds=seconds, peak_memory=memory)
+    return TrialResult(setup, facts, steps=2, seconds=seconds, peak_memory=memory)
 
 
-def peer(library: str, setup: str, seconds: list[float]) -> Entry:
+def peer(library: str, setup: str, seconds: list[float]) -> TrialResult:
     precision = "fp32" if setup == AS_IT_COMES else "bf16"
-    return entry(Contestant(library=library, setup=setup, precision=precision), seconds)
+    return entry(Setup(library=library, label=setup, precision=precision), seconds)
 
 
-def product(precision: str, matmul: str, seconds: list[float]) -> Entry:
-    contestant = Contestant(library="matrix product", setup=matmul, precision=precision, matmul_precision=matmul)
-    return Entry(contestant, {"flop_per_step": 1000.0}, steps=1, seconds=seconds)
+def product(precision: str, matmul: str, seconds: list[float]) -> TrialResult:
+    setup = Setup(library="matrix product", label=matmul, precision=precision, matmul_precision=matmul)
+    return TrialResult(setup, {"flop_per_step": 1000.0}, steps=1, seconds=seconds)
 
 
 @pytest.fixture
@@ -77,19 +77,19 @@ def test_utilisation_by_hand(result: RaceResult) -> None:
     # 2 steps of 100 FLOP in 1, 2, 4 s; the product makes 1000 in 2.5, 5, 10 s: 200 / 400 in every round.
     assert result.headline()["model_flops_utilisation"] == pytest.approx(0.5)
     # In fp32 the faster product of each round is the limit: 50 of 200, 25 of 100 and 12.5 of 25.
-    slow = result.utilisation(result.entries[2])
+    slow = result.utilisation(result.trials[2])
     assert [slow["lower_quartile"], slow["median"], slow["upper_quartile"]] == pytest.approx([0.25, 0.25, 0.375])
 
 
 def test_tf32_is_no_limit_of_fp32_on_a_gpu(result: RaceResult) -> None:
     """Guards against measuring a peer as it comes, in fp32, against TF32 that it did not switch on."""
-    on_gpu = RaceResult("Training", result.entries, result.products, "cuda")
-    assert on_gpu.product_rates(result.entries[2]) == [100.0, 50.0, 25.0]
+    on_gpu = RaceResult("Training", result.trials, result.products, "cuda")
+    assert on_gpu.product_rates(result.trials[2]) == [100.0, 50.0, 25.0]
 
 
 def test_document_of_a_race(result: RaceResult) -> None:
     """Guards against a key of the published document that has gone, and against what JSON cannot hold."""
-    found = json.loads(json.dumps(document(SETTINGS, Outcome(races=[result], missing=["x is not installed"]))))
+    found = json.loads(json.dumps(document(SETTINGS, BenchmarkResult(races=[result], missing=["x is not installed"]))))
     assert found["ratio_to_fastest_tuned_peer"] == pytest.approx(2.0)
     assert found["model_flops_utilisation"] == pytest.approx(0.5)
     assert found["protocol"]["shape"]["d_model"] == 256
@@ -102,7 +102,7 @@ def test_document_of_a_race(result: RaceResult) -> None:
 
 def test_table_of_a_race(result: RaceResult) -> None:
     """Guards against a ratio in the wrong row, and charlm's own lines lost among the peers."""
-    rows = table_cells(to_markdown(SETTINGS, Outcome(races=[result])))[2:]
+    rows = table_cells(to_markdown(SETTINGS, BenchmarkResult(races=[result])))[2:]
     assert [row[0] for row in rows] == ["charlm", "charlm", "quick", "slow", "quick", "slow"]
     assert rows[0][4:7] == ["30", "22 to 45", "50%"]
     assert [row[-1] for row in rows] == ["", "0.90", "2.00", "2.50", "3.00", "4.00"]
@@ -111,13 +111,13 @@ def test_table_of_a_race(result: RaceResult) -> None:
 def test_compiled_or_not_is_charlms_own_choice_too(result: RaceResult) -> None:
     """Guards against measuring compiled peers against charlm's slower line."""
     compiled = entry(charlm("bf16", "all losses, compiled"), [0.5, 1.0, 2.0])
-    both = RaceResult("Training", [*result.entries, compiled], result.products)
+    both = RaceResult("Training", [*result.trials, compiled], result.products)
     assert both.headline()["ratio_to_fastest_tuned_peer"] == pytest.approx(4.0)
 
 
 def test_a_race_without_peers(result: RaceResult) -> None:
     """Guards against a crash where no peer is installed."""
-    alone = RaceResult("Training", result.entries[:2], result.products)
+    alone = RaceResult("Training", result.trials[:2], result.products)
     assert alone.headline()["ratio_to_fastest_tuned_peer"] is None
     assert "charlm" in alone.to_markdown()
 
@@ -127,7 +127,7 @@ def test_points_by_hand() -> None:
     on = entry(charlm("bf16"), [1.1, 2.4, 4.4], flop=106.8, memory=105)
     off = entry(charlm("bf16", "main loss alone"), [1.0, 2.0, 4.0], memory=100)
     checkpointed = entry(charlm("bf16", "all losses, checkpointed"), [3.0, 3.6, 4.0], memory=50)
-    setups = {found.contestant.setup: found for found in (on, off, checkpointed)}
+    setups = {found.setup.label: found for found in (on, off, checkpointed)}
     utilisations = {"all losses": 0.6, "main loss alone": 0.5, "all losses, checkpointed": 0.3}
     found = point_dict(Point("depth", 12, SHAPE, setups, utilisations))
     assert found["auxiliary_step_time_ratio"]["median"] == pytest.approx(1.1)
@@ -145,7 +145,7 @@ def test_growth_by_hand() -> None:
     places = []
     for depth, seconds, flop, utilisation in ((6, [1.0, 1.0], 100, 0.6), (12, [6.0, 6.0], 200, 0.4)):
         lineup = [charlm("bf16"), charlm("bf16", "main loss alone"), charlm("bf16", "all losses, checkpointed")]
-        setups = {contestant.setup: entry(contestant, seconds, flop=flop) for contestant in lineup}
+        setups = {setup.label: entry(setup, seconds, flop=flop) for setup in lineup}
         places.append(Point("depth", depth, SHAPE, setups, dict.fromkeys(setups, utilisation)))
     rows = table_cells(scaling_table(places))
     column = rows[0].index("beyond arithmetic")
