@@ -81,13 +81,19 @@ def test_backends_agree_under_autocast_as_far_as_bf16_goes():
             assert (gradient - reference).norm() < 0.01 * reference.norm()
 
 
-def test_the_chunked_backend_keeps_no_logits():
-    """Memory that grows with the number of classifiers: beside the weights' gradients, one matrix like the states."""
-    inputs, targets_NK, weights_NK = example()
+@pytest.mark.parametrize("constant", [False, True])
+def test_the_chunked_backend_keeps_no_logits(constant):
+    """Memory that grows with the number of classifiers: beside the weights' gradients, one matrix like the states; work
+    done for the gradient of constant classifiers, and one of the states that changes by it."""
+    (hidden_ND, *classifiers), targets_NK, weights_NK = example()
+    total, _ = linear_cross_entropy(hidden_ND, *classifiers, targets_NK, weights_NK, "chunked")
+    (expected,) = torch.autograd.grad(total, [hidden_ND])
+    classifiers = [parameter.detach() if constant else parameter for parameter in classifiers]
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda _: None):
-        linear_cross_entropy(*inputs, targets_NK, weights_NK, "chunked")
-    assert sum(kept) <= N * D + K * V * D + K * V + 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        total, _ = linear_cross_entropy(hidden_ND, *classifiers, targets_NK, weights_NK, "chunked")
+    assert sum(tensor.numel() for tensor in kept) <= N * D + 1 + (0 if constant else K * V * D + K * V)
+    assert torch.equal(torch.autograd.grad(total, [hidden_ND])[0], expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -114,18 +120,3 @@ def test_a_loss_wholly_below_the_hinge_is_zero(backend):
     total, _ = linear_cross_entropy(*inputs, targets_NK, weights_NK, backend, 100.0)
     assert total.item() == 0.0
     assert not any(gradient.any() for gradient in torch.autograd.grad(total, inputs))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_classifiers_that_are_constants(backend):
-    """A gradient of the states that changes when the classifiers have none, and work done for that of constants."""
-    (hidden_ND, weight_RD, bias_R), targets_NK, weights_NK = example()
-    (expected,) = torch.autograd.grad(
-        linear_cross_entropy(hidden_ND, weight_RD, bias_R, targets_NK, weights_NK, backend)[0], [hidden_ND]
-    )
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        total, _ = linear_cross_entropy(hidden_ND, weight_RD.detach(), bias_R.detach(), targets_NK, weights_NK, backend)
-    (gradient,) = torch.autograd.grad(total, [hidden_ND])
-    assert torch.equal(gradient, expected)
-    assert backend == "reference" or sum(tensor.numel() for tensor in kept) <= N * D + 1
