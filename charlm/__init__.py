@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from charlm.compression.coder import compress, decompress
     from charlm.config import Config, ConfigError, UserError
-    from charlm.config_files import load_config
+    from charlm.config.load import load_config
     from charlm.data.corpus import load_corpus
     from charlm.inference.evaluation import bits_per_character
     from charlm.inference.generation import generate
@@ -59,7 +59,7 @@ _HOMES = {
     "explain": "report.explain",
     "generate": "inference.generation",
     "load": "runs.load",
-    "load_config": "config_files",
+    "load_config": "config.load",
     "load_corpus": "data.corpus",
     "train": "training.loop",
     "train_and_report": "report.finish",

@@ -1,58 +1,53 @@
+# PYTHON_ARGCOMPLETE_OK
 """Compare variants of one run: python scripts/ablate.py --config configs/ablation_cpu.yaml --seeds 3 --jobs 2
 
 What is done is kept in run.dir: the same command goes on where it was stopped, and makes only what is missing.
 """
 
-import itertools
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-import tyro
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
 from charlm import cli
 from charlm.config import Stopped, UserError
+from charlm.config.types import Count
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ablate(cli.WithConfig):
+class Options(cli.WithConfig):
     """Train every row with every seed and compare them: Markdown, CSV and a picture in run.dir.
 
     Without --row, --sweep and --methods the rows are the paper's: without each loss, without per-layer positions, SGD.
     With them the first row is what the others are compared with. Flags of the configuration hold for all rows.
     """
 
-    seeds: int = 3
+    seeds: Count = 3
     """Runs of each row; the first has train.seed, the next ones those after it."""
-    jobs: int = 1
+    jobs: Count = 1
     """Runs at once; they share the processor's cores. On a CPU one per core takes the least time for all."""
-    row: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    row: Annotated[tuple[str, ...], cli.Flag("--row", action="append")] = ()
     """A row, several times if you like: 'name: --section.field=value ...'."""
-    sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    sweep: Annotated[tuple[str, ...], cli.Flag("--sweep", action="append")] = ()
     """A row for every value: section.field=value,value. Several sweeps: a row for every combination."""
-    methods: tuple[Path, ...] = ()
+    methods: Annotated[tuple[str, ...], cli.Flag("--methods", nargs="+")] = ()
     """A row for every YAML file of options, or for each in a folder."""
 
 
 def main() -> None:
-    arguments = gathered(sys.argv[1:], "--methods")
-    options = cli.parse(Ablate, arguments)
+    options = cli.parse(Options)
     from charlm.ablation import variants  # not before --help and mistakes were answered
     from charlm.ablation.results import write_tables
     from charlm.ablation.runner import Runner
     from charlm.ablation.table import draw
 
-    if options.jobs < 1:
-        raise UserError(f"jobs={options.jobs}: must be at least 1")
     rows = [variants.parse_row(text) for text in options.row]
-    rows += variants.parse_sweeps(options.sweep) + variants.read_methods(options.methods)
-    rows = rows or variants.paper_variants(options.settings)
-    runs = variants.plan(rows, options.config, variants.config_flags(arguments), options.seeds)
-    folder = options.settings.run.dir
+    rows += variants.parse_sweeps(options.sweep)
+    rows += variants.read_methods([Path(path) for text in options.methods for path in text.split(",")])
+    rows = rows or variants.paper_variants(options.config)
+    runs = variants.plan(rows, options.config_files, options.flags, options.seeds)
+    folder = options.config.run.dir
     runner = Runner(
         command=[sys.executable, Path(__file__).with_name("train.py")],
         at_once=options.jobs,
@@ -73,15 +68,6 @@ def main() -> None:
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def gathered(arguments: Sequence[str], flag: str) -> list[str]:
-    """The files that a shell has put behind `flag` in place of a pattern, as one value."""
-    if flag not in arguments:
-        return list(arguments)
-    start = arguments.index(flag) + 1
-    files = list(itertools.takewhile(lambda token: not token.startswith("-"), arguments[start:]))
-    return [*arguments[:start], *([",".join(files)] if files else []), *arguments[start + len(files) :]]
 
 
 if __name__ == "__main__":

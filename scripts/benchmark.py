@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Measure charlm beside its peers: python scripts/benchmark.py train --shape S
 
 The peers: pip install -r requirements-benchmark.txt. Let nothing else run on the machine meanwhile.
@@ -5,19 +6,16 @@ The peers: pip install -r requirements-benchmark.txt. Let nothing else run on th
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
-
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
 from charlm import cli
+from charlm.config import Section
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Section):
     """Measure charlm beside its peers, who take turns in one run.
 
     train: training steps against x-transformers, transformers' GPT-2 and Llama, and torch's TransformerEncoder.
@@ -28,7 +26,7 @@ class Options:
     scaling: time per character against context, depth and batch; memory with and without activation checkpointing.
     """
 
-    benchmark: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="BENCHMARK")]
+    benchmark: Annotated[str, cli.Flag("benchmark", metavar="BENCHMARK")]
     """What to measure: train, evaluate, generate, drafts, auxiliary or scaling."""
     shape: Literal["S", "P", "D"] = "S"
     """S: 6 layers of 256, batch 8; P: the paper's 12 layers, batch 2, on a GPU 64; D: its 64 layers, on a GPU."""
@@ -46,7 +44,7 @@ class Options:
     """Only these, separated by commas."""
     run: Path | None = None
     """drafts: the trained run that writes; --shape has no meaning then."""
-    json: bool = False
+    as_json: Annotated[bool, cli.Flag("--json")] = False
     """Print one JSON document; the tables go to stderr."""
     picture: Path | None = None
     """Also draw the result into this file (.png, .svg, .pdf)."""
@@ -81,8 +79,8 @@ def main() -> None:
         print(line, file=sys.stderr, flush=True)
 
     result = suites.run(settings, say)
-    print(report.to_markdown(settings, result), file=sys.stderr if options.json else sys.stdout)
-    if options.json:
+    print(report.to_markdown(settings, result), file=sys.stderr if options.as_json else sys.stdout)
+    if options.as_json:
         print(json.dumps(report.document(settings, result), indent=2))
     if options.picture is not None:
         say(f"picture: {pictures.draw(settings, result, options.picture)}")

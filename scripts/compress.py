@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Compress a file with a run's model: python scripts/compress.py RUN FILE -o FILE.clm
 
 python scripts/compress.py RUN FILE -o FILE.clm --report --picture sizes.png
@@ -7,28 +8,25 @@ python scripts/decompress.py RUN FILE.clm -o FILE
 import json
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
-
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
 import charlm
 from charlm import cli
+from charlm.config import Section
 from charlm.process import keep_freed_memory
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Section):
     """Compress a file with a run's model, and decode it again to see that nothing is lost."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The run's folder."""
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    file: Annotated[Path, cli.Flag("file", metavar="FILE")]
     """What to compress."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output: Annotated[Path, cli.Flag("--output", "-o")]
     """The compressed file; it is replaced if it is there."""
     checkpoint: str = "best"
     """best, last, or a step; decompressing needs the same."""
@@ -51,7 +49,7 @@ class Options:
     """Also measure characters per second with so many streams: 1,16,64. Takes a while each."""
     picture: Path | None = None
     """Also draw the report into this file (.png, .svg, .pdf)."""
-    json: bool = False
+    as_json: Annotated[bool, cli.Flag("--json")] = False
     """Print one JSON document."""
 
 
@@ -79,10 +77,10 @@ def main() -> None:
         speeds=options.speeds,
     )
     sys.stdout.reconfigure(errors="replace")
-    print(json.dumps(report.as_dict(), indent=2) if options.json else report.to_text())
+    print(json.dumps(report.as_dict(), indent=2) if options.as_json else report.to_text())
     if options.picture is not None:
         compression.draw(report, options.picture)
-    if not options.json:
+    if not options.as_json:
         words = ["scripts/decompress.py", options.run, options.output, "-o", f"{options.file}.copy"]
         words += [] if options.checkpoint == "best" else ["--checkpoint", options.checkpoint]
         print("Next: python", shlex.join(map(str, words)))

@@ -1,28 +1,26 @@
+# PYTHON_ARGCOMPLETE_OK
 """Bring back what a run's model has compressed: python scripts/decompress.py RUN FILE.clm -o FILE"""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
-
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
 import charlm
 from charlm import cli
+from charlm.config import Section
 from charlm.process import keep_freed_memory
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Section):
     """Bring back what a run's model has compressed, on the machine where it was; checked by the content's SHA-256."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The run's folder."""
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    file: Annotated[Path, cli.Flag("file", metavar="FILE")]
     """What compress.py wrote."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    output: Annotated[Path, cli.Flag("--output", "-o")]
     """Where the content goes; it is replaced if it is there."""
     checkpoint: str = "best"
     """best, last, or a step: the one that it was compressed by."""

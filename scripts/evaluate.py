@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Score a run: python scripts/evaluate.py RUN --stride 1
 
 On several GPUs: accelerate launch --multi_gpu scripts/evaluate.py RUN --split valid --json
@@ -6,16 +7,14 @@ On several GPUs: accelerate launch --multi_gpu scripts/evaluate.py RUN --split v
 import json
 import sys
 import textwrap
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
-
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
 import charlm
 from charlm import cli
+from charlm.config import Section
 from charlm.process import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -23,11 +22,10 @@ if TYPE_CHECKING:
     from charlm.inference.evaluation import Score
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Section):
     """Score a run: bits per character and per byte of a split, each symbol once."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The folder of a run or of an exported model, or OWNER/NAME of one on the hub."""
     split: Literal["valid", "test"] = "test"
     """Which part of the corpus."""
@@ -55,9 +53,9 @@ class Options:
     """Of --as-compressor: parts of the text that are read side by side; default by its length."""
     yardsticks: bool = False
     """Also compress the scored bytes with gzip, bzip2 and xz."""
-    json: bool = False
+    as_json: Annotated[bool, cli.Flag("--json")] = False
     """Print one JSON document."""
-    data: cli.MovedCorpus = field(default_factory=cli.MovedCorpus)
+    data: cli.MovedCorpus = cli.MovedCorpus()
 
 
 def main() -> None:
@@ -97,7 +95,7 @@ def main() -> None:
             from charlm.report.figures import draw_early_exit
 
             draw_early_exit(result, options.picture)
-        if options.json:
+        if options.as_json:
             print(json.dumps(result.as_dict() | ({"yardsticks": yardsticks} if yardsticks else {}), indent=2))
         else:
             sys.stdout.reconfigure(errors="replace")

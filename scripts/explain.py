@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Show what a configuration stands for, before anything is trained.
 
 python scripts/explain.py --config configs/enwik8_t12.yaml --aux.layers.enabled=false
@@ -6,33 +7,32 @@ python scripts/explain.py --config configs/text8_t64.yaml --json --picture weigh
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
-from charlm.cli import WithConfig, parse, script
+from charlm import cli
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(WithConfig):
+class Options(cli.WithConfig):
     """Show the table of terms, parameters and FLOPs that a configuration makes."""
 
-    json: bool = False
+    as_json: Annotated[bool, cli.Flag("--json")] = False
     """Print one JSON document."""
     picture: Path | None = None
     """Also draw the weights over training into this file (.png, .svg, .pdf)."""
 
 
 def main() -> None:
-    options = parse(Options)
+    options = cli.parse(Options)
     from charlm.report.explain import explain
     from charlm.report.figures import draw_table
 
-    explanation = explain(options.settings)
+    explanation = explain(options.config)
     if options.picture is not None:
-        draw_table(options.settings, options.picture)
-    if options.json:
+        draw_table(options.config, options.picture)
+    if options.as_json:
         print(json.dumps(explanation.to_dict(), indent=2))
     else:
         sys.stdout.reconfigure(errors="replace")
@@ -40,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    script(main)
+    cli.script(main)

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Make a folder to share of a run: python scripts/export.py RUN --to DIR
 
 Only the layers that are worth it: python scripts/export.py RUN --to DIR --depth auto --within 0.01
@@ -5,26 +6,24 @@ Only the layers that are worth it: python scripts/export.py RUN --to DIR --depth
 
 import shlex
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
-
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
 import charlm
 from charlm import cli
+from charlm.config import Section
 
 if TYPE_CHECKING:
     from charlm.runs.trained import TrainedModel
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Section):
     """Make a folder of a model that can be loaded without its run, or shared: the whole of it, or its lower layers."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The folder of a run or of an exported model, or OWNER/NAME of one on the hub."""
     to: Path
     """The folder to make."""
@@ -42,7 +41,7 @@ class Options:
     """Score the first so many symbols only; for --depth auto by default as many as the run validated on."""
     checkpoint: str = "best"
     """Of a run: best, last, or a step."""
-    data: cli.MovedCorpus = field(default_factory=cli.MovedCorpus)
+    data: cli.MovedCorpus = cli.MovedCorpus()
 
 
 def main() -> None:

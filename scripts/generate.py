@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Let a run write: python scripts/generate.py RUN --prompt "def main(" --length 500 --temperature 0.8
 
 Several --prompt are continued together, each with a text of its own.
@@ -5,27 +6,24 @@ With --draft the same is written faster: --draft offsets, or the number of a lay
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
-
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
 import charlm
 from charlm import cli
+from charlm.config import Section
 
 RULE = 20 * "-"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Section):
     """Let a run write: the prompt, and the text that follows it, as it comes; several when all are done."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The run's folder."""
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]]
+    prompt: Annotated[tuple[str, ...], cli.Flag("--prompt", action="append")]
     """What a text begins with: at least one symbol, at most the model's context. Several times for several texts."""
     length: int = 500
     """Symbols to write after the prompt."""
@@ -39,7 +37,7 @@ class Options:
     """The same seed gives the same text."""
     checkpoint: str = "best"
     """best, last, or a step."""
-    draft: Annotated[str | None, tyro.conf.arg(metavar="offsets|LAYER")] = None
+    draft: Annotated[str | None, cli.Flag("--draft", metavar="offsets|LAYER")] = None
     """Draft several symbols for each pass of the model: from the heads that predict those after the next (offsets), or
     from the exit at a layer. The text at temperature 0 is the same; others follow the same distribution."""
     num_draft_tokens: int | None = None
@@ -48,8 +46,6 @@ class Options:
 
 def main() -> None:
     options = cli.parse(Options)
-    if not options.prompt:
-        raise charlm.UserError("prompt: there is none; say what the text begins with, as in --prompt 'The '")
     from charlm.inference.generation import stream  # not before --help and mistakes were answered
 
     draft, statistics = parse_draft(options.draft), charlm.DraftStatistics()

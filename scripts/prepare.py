@@ -1,7 +1,7 @@
+# PYTHON_ARGCOMPLETE_OK
 """Fetch, verify and cache a corpus: python scripts/prepare.py --data.corpus=enwik8 [--data.path=FILE]"""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
@@ -10,13 +10,12 @@ import charlm
 from charlm import cli
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepare(cli.WithConfig):
+class Options(cli.WithConfig):
     """Prepare a corpus: fetched, verified and cached before training asks for it."""
 
 
 def main() -> None:
-    config = cli.parse(Prepare).settings
+    config = cli.parse(Options).config
     corpus = charlm.load_corpus(config.data)
     print(
         f"{corpus.name} from {corpus.source}",

@@ -1,19 +1,20 @@
+# PYTHON_ARGCOMPLETE_OK
 """One page that shows runs: python scripts/report.py RUN [RUN ...] -o report.html
 
 The page needs nothing beside itself: open it from the file. Several runs are overlaid.
 """
 
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
+from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
 import charlm
 from charlm import cli
+from charlm.config import Section
 from charlm.process import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -21,27 +22,22 @@ if TYPE_CHECKING:
     from charlm.data.corpus import Corpus
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Section):
     """Draw runs, finished or going on, as one HTML page that needs nothing beside itself."""
 
-    runs: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    runs: Annotated[tuple[Path, ...], cli.Flag("runs", nargs="+", metavar="RUN")]
     """The folders of the runs."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    output: Annotated[Path, cli.Flag("--output", "-o")] = Path("report.html")
     """Where the page goes."""
-    characters: int = 20_000
+    characters: Annotated[int, Field(ge=2)] = 20_000
     """Of the validation split, for bits by layer and by position; more are more exact, and take longer."""
     records_only: bool = False
     """Leave out what needs a model and its corpus: bits by layer and position, the passage, samples."""
-    data: cli.MovedCorpus = field(default_factory=cli.MovedCorpus)
+    data: cli.MovedCorpus = cli.MovedCorpus()
 
 
 def main() -> None:
     options = cli.parse(Options)
-    if not options.runs:
-        raise charlm.UserError("RUN: there is none; give the folder of a run, or several")
-    if options.characters < 2:
-        raise charlm.UserError(f"characters={options.characters}: must be at least 2")
     from charlm.report.metrics import read_runs
     from charlm.report.page.probe import measure
     from charlm.report.page.render import write_report

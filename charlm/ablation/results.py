@@ -3,14 +3,13 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from charlm.ablation.table import Result, Row, protocols, to_csv, to_markdown
 from charlm.ablation.variants import Variant, VariantRun
-from charlm.config import UserError, flatten
+from charlm.config import UserError, differences
 from charlm.files import read_json, write_whole
 from charlm.runs.folder import Run
 
@@ -23,11 +22,10 @@ def check_unchanged(runs: Iterable[VariantRun]) -> None:
     for planned in runs:
         run = Run(planned.folder)
         if run.config_path.exists():
-            before, now = (flatten(asdict(config), ".") for config in (run.config(), planned.config))
             changed = [
-                f"{name}: {before.get(name)} -> {now.get(name)}"
-                for name in sorted(before.keys() | now.keys())
-                if before.get(name) != now.get(name) and not name.startswith("run.") and name not in NO_MATTER
+                f"{name}: {before} -> {now}"
+                for name, (before, now) in differences(run.config(), planned.config).items()
+                if not name.startswith("run.") and name not in NO_MATTER
             ]
             if changed:
                 raise UserError(

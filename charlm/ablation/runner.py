@@ -17,7 +17,7 @@ from tqdm import tqdm
 from charlm.ablation.results import check_unchanged, fraction_done, read_result, write_costs
 from charlm.ablation.variants import VariantRun
 from charlm.config import UserError
-from charlm.config_files import to_yaml
+from charlm.config.load import to_yaml
 from charlm.files import write_whole
 from charlm.process import RSS_UNIT
 from charlm.terminal import fitted

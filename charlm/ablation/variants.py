@@ -3,16 +3,16 @@
 import itertools
 import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from charlm.config import Config, UserError
-from charlm.config_files import load_config
+from charlm.config.load import load_config
 
 PAPER_SGD_RATE = 0.3
 """Learning rate of plain SGD whose steps are as long as the paper's with momentum: 0.003 / (1 - 0.99)."""
-SECTIONS = tuple(field.name for field in fields(Config))
 MOST_SEEDS = 1000
 ROW_SYNTAX = "give it as 'name: --section.field=value ...'"
 
@@ -68,7 +68,7 @@ def paper_variants(base: Config) -> list[Variant]:
         Variant("without positions", flags=("--aux.positions.enabled=false",), paper=2.482),
         Variant("without intermediate layers", flags=("--aux.layers.enabled=false",), paper=1.158),
         Variant("without extra targets", flags=("--aux.targets.enabled=false",), paper=1.068),
-        Variant("without per-layer positions", flags=("--model.positions=input",), paper=1.069),
+        Variant("without per-layer positions", flags=("--model.position_encoding=input",), paper=1.069),
         Variant("SGD in place of momentum", flags=sgd, paper=1.065),
     ]
 
@@ -121,16 +121,7 @@ def read_methods(paths: Sequence[Path]) -> list[Variant]:
     return variants
 
 
-def config_flags(arguments: Sequence[str]) -> list[str]:
-    """Those of a command line's `arguments` that set an option of the configuration, each in one piece."""
-    flags = []
-    for index, token in enumerate(arguments):
-        if token.startswith("--") and token[2:].partition(".")[0] in SECTIONS and "." in token:
-            flags.append(token if "=" in token else f"{token}={arguments[index + 1]}")
-    return flags
-
-
-def plan(variants: Sequence[Variant], files: Sequence[Path], flags: Sequence[str], seeds: int) -> list[VariantRun]:
+def plan(variants: Sequence[Variant], files: Sequence[Path], flags: Mapping[str, Any], seeds: int) -> list[VariantRun]:
     """The runs in the order of training: all variants with the first seed, then all with the next.
 
     So a table that is stopped early still has every row. Later options win: the shared `files`, the variant's files,
@@ -156,27 +147,26 @@ def plan(variants: Sequence[Variant], files: Sequence[Path], flags: Sequence[str
     ]
 
 
-def _config_of(variant: Variant, files: Sequence[Path], flags: Sequence[str]) -> Config:
-    for flag in variant.flags:
-        name = flag[2:].partition("=")[0].replace("-", "_")
+def _config_of(variant: Variant, files: Sequence[Path], flags: Mapping[str, Any]) -> Config:
+    changes = {name.replace("-", "_"): text for name, _, text in (flag[2:].partition("=") for flag in variant.flags)}
+    for name in changes:
         if name == "train.seed" or name.startswith("run."):
             raise UserError(f"row {variant.name!r}: a row cannot set {name}, since every run has its own")
     try:
-        return load_config([*files, *variant.files], [*flags, *variant.flags])
+        return load_config([*files, *variant.files], {**flags, **changes})
     except UserError as error:
-        raise type(error)(f"row {variant.name!r}: {error}") from None
+        raise type(error)(f"row {variant.name!r}: {error}", error.option) from None
 
 
 def _make_run(variant: Variant, seed: int, config: Config, folder: Path) -> VariantRun:
-    run = replace(
-        config.run,
+    run = config.run.replace(
         dir=folder / variant.folder / f"seed-{seed}",
         resume=False,
         resume_from=None,
         auto_resume=True,
         report=False,  # its time would count
     )
-    return VariantRun(variant, seed, replace(config, train=replace(config.train, seed=seed), run=run))
+    return VariantRun(variant, seed, config.replace(train=config.train.replace(seed=seed), run=run))
 
 
 def _parse_sweep(sweep: str) -> tuple[str, list[str]]:

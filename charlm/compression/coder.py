@@ -32,10 +32,10 @@ from charlm.compression.fingerprint import environment, model_digest, probe, voc
 from charlm.compression.reading import blocks_of, scan, sha256_of
 from charlm.compression.settings import CodingSettings, check_settings, choose_settings
 from charlm.compression.streams import FAMILY, Streams, probabilities, threads_set
-from charlm.config import UserError
+from charlm.config import Precision, UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import id_type
-from charlm.inference.evaluation import EvaluationPrecision, Score, check_options, score
+from charlm.inference.evaluation import Score, check_options, score
 from charlm.runs.trained import TrainedModel
 
 
@@ -175,7 +175,7 @@ def score_as_compressor(
     *,
     split: str = "test",
     limit: int | None = None,
-    precision: EvaluationPrecision = "fp32",
+    precision: Precision = "fp32",
     show_progress: bool = True,
     **options: Any,
 ) -> Score:

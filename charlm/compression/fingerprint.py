@@ -3,7 +3,7 @@
 import hashlib
 import json
 import platform
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 
 import constriction
@@ -21,7 +21,9 @@ PROBE_SYMBOLS = 16
 
 def model_digest(trained: TrainedModel) -> bytes:
     """16 bytes that identify the model: its shape, and the parameters that predict the next symbol."""
-    digest = hashlib.sha256(json.dumps(asdict(trained.config.model), sort_keys=True).encode())
+    shape = trained.config.model.model_dump()
+    shape["positions"] = shape.pop("position_encoding")  # as the digest of older files has it
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     for name, tensor in predicting_tensors(trained).items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)

@@ -1,17 +1,17 @@
-"""Every option of charlm: frozen dataclasses, one docstring per field.
+"""Every option of charlm: frozen models, one docstring per field.
 
-`Config` is what YAML files and command-line flags fill (see `charlm.cli`) and what a run keeps as `config.yaml`.
-A value that cannot work raises `ConfigError` here, before anything heavy is imported: this module imports nothing
-of ours and no torch.
+`Config` is what YAML files and command-line flags fill (see `charlm.config.load`) and what a run keeps as
+`config.yaml`. A value that cannot work raises `ConfigError`, before anything heavy is imported.
 
 Progress, in every schedule, is the number of completed optimizer steps divided by `train.steps`: a float in [0, 1].
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
 
 from charlm.config.data import DataConfig
-from charlm.config.errors import ConfigError, Stopped, UserError
+from charlm.config.errors import ConfigError, Mistake, Stopped, UserError
 from charlm.config.model import ModelConfig
 from charlm.config.objective import (
     AuxConfig,
@@ -26,6 +26,7 @@ from charlm.config.objective import (
 )
 from charlm.config.run import RunConfig, TrackerName
 from charlm.config.train import AttentionBackend, CrossEntropyBackend, TrainConfig, steps_of
+from charlm.config.types import Mark, Precision, Section
 
 __all__ = [
     "AttentionBackend",
@@ -39,7 +40,9 @@ __all__ = [
     "LayersConfig",
     "ModelConfig",
     "PositionsConfig",
+    "Precision",
     "RunConfig",
+    "Section",
     "Stage",
     "Stopped",
     "TargetsConfig",
@@ -47,10 +50,37 @@ __all__ = [
     "TrackerName",
     "TrainConfig",
     "UserError",
+    "differences",
     "flatten",
     "layer_at",
+    "may_change",
     "steps_of",
 ]
+
+
+class Config(Section):
+    """A whole run: what YAML files and flags describe, and what `RUN/config.yaml` records."""
+
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = ModelConfig()
+    aux: AuxConfig = AuxConfig()
+    train: TrainConfig = TrainConfig()
+    run: Annotated[RunConfig, Mark.MAY_CHANGE] = RunConfig()
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        layers, num_layers = self.aux.layers, self.model.num_layers
+        weights = layers.weights if isinstance(layers.weights, dict) else {}
+        named = [("aux.layers.at", depth) for depth in layers.at or ()]
+        named += [("aux.layers.weights", depth) for depth in weights]
+        named += [(f"aux.tasks.{name}.layer", task.layer) for name, task in self.aux.tasks.items()]
+        for option, depth in named:
+            if isinstance(depth, int) and not 1 <= depth <= num_layers:
+                text = f"layers run from 1 to model.num_layers={num_layers}"
+                raise Mistake(option, depth, text, ["model.num_layers"])
+        if layers.enabled:
+            layers.check_lengths(num_layers)
+        return self
 
 
 def flatten(tree: dict[str, Any], separator: str) -> dict[str, Any]:
@@ -64,16 +94,24 @@ def flatten(tree: dict[str, Any], separator: str) -> dict[str, Any]:
     return leaves
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """A whole run: what a YAML file and flags describe, and what `RUN/config.yaml` records."""
+def differences(a: Section, b: Section) -> dict[str, tuple[Any, Any]]:
+    """The options in which two configs differ, by their dotted names, with both values.
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    aux: AuxConfig = field(default_factory=AuxConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    A task, or a weight by layer, that only one of them has is None in the other.
+    """
+    before, after = flatten(a.model_dump(), "."), flatten(b.model_dump(), ".")
+    pairs = {name: (before.get(name), after.get(name)) for name in before | after}
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
-    def __post_init__(self):
-        for name, value, way_out in self.aux.problems(self.model.num_layers):
-            raise ConfigError(f"{name}={value}: {way_out}")
+
+def may_change(name: str) -> bool:
+    """Whether a resumed run may set an option anew: `Mark.MAY_CHANGE` stands at it, or at its section."""
+    kind: Any = Config
+    for part in name.split("."):
+        field = getattr(kind, "model_fields", {}).get(part)
+        if field is None:
+            return False
+        if Mark.MAY_CHANGE in field.metadata:
+            return True
+        kind = field.annotation
+    return False

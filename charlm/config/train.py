@@ -1,13 +1,13 @@
-"""The loop."""
+"""The training loop."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from charlm.config.errors import require
+from pydantic import Field
+
+from charlm.config.types import BelowOne, Count, Mark, NonNegative, Positive, Precision, Section, Unit, Whole
 
 AttentionBackend = Literal["auto", "sdpa", "blocks"]
 CrossEntropyBackend = Literal["chunked", "reference"]
-Precision = Literal["no", "bf16", "fp16", "auto"]
 
 
 def steps_of(cadence: float, total_steps: int) -> int:
@@ -15,124 +15,85 @@ def steps_of(cadence: float, total_steps: int) -> int:
     return max(1, round(cadence * total_steps)) if 0 < cadence < 1 else int(cadence)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The loop. Cadences and warm-up: a value below 1 is a fraction of `steps`, from 1 on a number of steps."""
+class TrainConfig(Section):
+    """The training loop. Cadences and warm-up: below 1 a fraction of `steps`, from 1 on a number of steps."""
 
-    steps: int = 100_000
+    steps: Annotated[Count, Mark.MAY_CHANGE] = 100_000
     """Optimizer steps of the whole run."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Windows per optimizer step, over all processes and accumulated micro-batches."""
-    micro_batch_size: int | Literal["auto"] | None = None
-    """Most windows that one process holds at once; fewer means gradient accumulation. null: no accumulation; auto: as
-    many as fit into the memory of a GPU."""
-    context_divisor: int = 1
-    """To begin with, windows this many times shorter than model.context_length, and this many times more of them per
-    step (Press et al. 2021, Shortformer, "staged training")."""
-    full_context_from: float = 0.0
-    """Progress from which the windows are full."""
+    micro_batch_size: Annotated[Count | Literal["auto"] | None, Mark.MAY_CHANGE] = None
+    """The most windows that one process holds at once; fewer means gradient accumulation. null: no accumulation. auto:
+    as many as fit into the memory of a GPU."""
+    context_divisor: Count = 1
+    """Start with windows this many times shorter than model.context_length, and this many times more of them per step
+    (Press et al. 2021, Shortformer, "staged training")."""
+    full_context_from: Unit = 0.0
+    """Progress at which windows get their full length."""
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
-    """sgd is the paper's; muon orthogonalises the updates of the hidden matrices (Jordan et al. 2024) and
-    leaves everything else to AdamW."""
-    learning_rate: float = 1e-3
+    """sgd is the paper's. muon orthogonalises the updates of the hidden matrices (Jordan et al. 2024) and leaves
+    everything else to AdamW."""
+    learning_rate: Positive = 1e-3
     """Peak learning rate."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up: hold, or decay along a cosine or a line to final_lr at the last step."""
-    warmup: float = 0.0
-    """Linear warm-up of the learning rate."""
-    final_lr: float = 0.0
-    """Where a decay ends, as a fraction of the peak."""
-    momentum: float = 0.99
-    """Of sgd."""
-    adam_betas: tuple[float, float] = (0.9, 0.99)
-    """Of adamw, as a YAML list."""
-    weight_decay: float = 0.0
-    """Of matrices only: no decay on biases, norms, embeddings and position tables."""
-    muon_learning_rate: float = 0.02
-    """Peak learning rate of the hidden matrices under optimizer=muon; learning_rate is that of the rest."""
-    muon_momentum: float = 0.95
+    """After the warm-up: hold the peak, or decay along a cosine or a line to final_lr at the last step."""
+    warmup: NonNegative = 0.0
+    """Length of the linear warm-up of the learning rate."""
+    final_lr: Unit = 0.0
+    """Learning rate at the end of a decay, as a fraction of the peak."""
+    momentum: BelowOne = 0.99
+    """Momentum of sgd."""
+    adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
+    """Betas of adamw, as a YAML list."""
+    weight_decay: NonNegative = 0.0
+    """Weight decay of matrices; biases, norms, embeddings and position tables have none."""
+    muon_learning_rate: Positive = 0.02
+    """Peak learning rate of the hidden matrices under optimizer=muon; learning_rate is for the rest."""
+    muon_momentum: BelowOne = 0.95
     """Nesterov momentum of the hidden matrices under optimizer=muon."""
-    ngram_learning_rate: float = 0.04
-    """Peak learning rate of the n-gram tables, whatever the optimizer of the rest: torch.optim.SparseAdam moves only
-    the rows that a batch reads, and those once, where momentum would carry them on; hence the high rate."""
-    clip_norm: float = 0.0
-    """Largest norm of the gradient, n-gram tables apart; 0 leaves it alone."""
-    max_skipped: int = 20
-    """An update whose loss or gradient is not finite is skipped; after so many in a row the run stops."""
-    spike_threshold: float = 0.0
-    """Skip an update, too, whose loss lies so many robust standard deviations (1.4826 times the median absolute
-    deviation) above the median of the last 128; 0 never does."""
-    mixed_precision: Precision = "auto"
-    """auto takes what accelerate's launcher was told, and without a launcher bf16 where the hardware has it."""
-    matmul_precision: Literal["highest", "high", "medium"] = "medium"
-    """Of fp32 matrix products in training, as torch.set_float32_matmul_precision takes it. medium stays fp32 on a
-    CPU without AMX, and is faster there."""
-    attention: AttentionBackend = "auto"
-    """sdpa: torch's scaled_dot_product_attention; blocks: blocks of queries, each over the keys up to its end, which
-    leaves out the masked half. auto takes blocks on a CPU, where sdpa does not leave it out, unless there is dropout
-    on attention weights."""
-    cross_entropy: CrossEntropyBackend = "chunked"
-    """chunked never holds the logits of more than some hundred positions, nor any for the backward pass; reference
-    is the plain way. They agree but for rounding."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass rather than keep its activations."""
-    compile: Literal["auto", "yes", "no"] = "auto"
-    """Compile each block; auto does so if accelerate's launcher was given a dynamo backend."""
-    sharding: Literal["auto", "no", "fsdp2"] = "auto"
-    """fsdp2: each of several processes keeps its part of parameters and optimizer state rather than all of them (DDP);
-    auto does so if accelerate's launcher was told to."""
-    deterministic: bool = False
-    """Only deterministic kernels (needed for bit-exact runs on a GPU)."""
-    seed: int = 0
-    """Of initialisation, windows and dropout."""
-    log_every: float = 0.001
-    """Cadence of metrics.jsonl."""
-    valid_every: float = 0.05
+    ngram_learning_rate: Positive = 0.04
+    """Peak learning rate of the n-gram tables, which torch.optim.SparseAdam trains whatever the optimizer of the rest.
+    It updates only the rows that a batch reads, and each once, without momentum; hence the high rate."""
+    clip_norm: NonNegative = 0.0
+    """Largest norm of the gradient, n-gram tables apart; 0 does not clip."""
+    max_skipped: Annotated[Count, Mark.MAY_CHANGE] = 20
+    """An update is skipped if its loss or gradient is not finite; the run stops after so many in a row."""
+    spike_threshold: NonNegative = 0.0
+    """Also skip an update if its loss is more than this many robust standard deviations (1.4826 times the median
+    absolute deviation) above the median of the last 128 losses; 0 never does."""
+    mixed_precision: Annotated[Precision | Literal["auto"], Mark.MAY_CHANGE] = "auto"
+    """Precision of training. auto takes the launcher's setting; without a launcher, bf16 if the hardware has it."""
+    matmul_precision: Annotated[Literal["highest", "high", "medium"], Mark.MAY_CHANGE] = "medium"
+    """Precision of fp32 matrix products in training, as in torch.set_float32_matmul_precision. On a CPU without AMX,
+    medium stays fp32 and is faster."""
+    attention: Annotated[AttentionBackend, Mark.MAY_CHANGE] = "auto"
+    """sdpa: torch's scaled_dot_product_attention. blocks: blocks of queries, each over the keys up to its end, which
+    skips the masked half. auto: blocks on a CPU, where sdpa does not skip it, unless attention weights have
+    dropout."""
+    cross_entropy: Annotated[CrossEntropyBackend, Mark.MAY_CHANGE] = "chunked"
+    """chunked: holds the logits of a few hundred positions at a time, and none for the backward pass. reference: the
+    plain way. They differ by rounding only."""
+    activation_checkpointing: Annotated[bool, Mark.MAY_CHANGE] = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    compile: Annotated[Literal["auto", "yes", "no"], Mark.MAY_CHANGE] = "auto"
+    """Compile each block. auto does so if accelerate's launcher was given a dynamo backend."""
+    sharding: Annotated[Literal["auto", "no", "fsdp2"], Mark.MAY_CHANGE] = "auto"
+    """fsdp2: each process keeps its part of the parameters and of the optimizer state; otherwise each keeps all of
+    them (DDP). auto uses fsdp2 if accelerate's launcher was told to."""
+    deterministic: Annotated[bool, Mark.MAY_CHANGE] = False
+    """Use deterministic kernels only (needed for bit-exact runs on a GPU)."""
+    seed: Annotated[int, Field(ge=0, lt=2**63), Whole] = 0
+    """Seed for initialisation, window sampling and dropout."""
+    log_every: Annotated[Positive, Mark.MAY_CHANGE] = 0.001
+    """Cadence of rows in metrics.jsonl."""
+    valid_every: Annotated[Positive, Mark.MAY_CHANGE] = 0.05
     """Cadence of validation, and of the checkpoint that goes with it."""
-    checkpoint_every: float = 0.0
+    checkpoint_every: Annotated[NonNegative, Mark.MAY_CHANGE] = 0.0
     """Cadence of further checkpoints between validations; 0 writes none."""
-    valid_symbols: int = 200_000
-    """Validation scores the first so many symbols of the validation split."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept, beside the best."""
-    diagnose_every: float = 0.0
-    """Cadence of `diagnostics` in metrics.jsonl: bits per character of every head, and what gradients reach every
-    layer; 0 never does it."""
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "context_divisor", "max_skipped", "valid_symbols", "keep_checkpoints"):
-            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
-        require(
-            self.micro_batch_size in (None, "auto") or self.micro_batch_size >= 1,
-            "train.micro_batch_size",
-            self.micro_batch_size,
-            "must be at least 1, or auto",
-        )
-        for name in ("learning_rate", "muon_learning_rate", "ngram_learning_rate"):
-            require(
-                0 < getattr(self, name) < float("inf"),
-                f"train.{name}",
-                getattr(self, name),
-                "must be positive and finite",
-            )
-        for name in ("momentum", "muon_momentum"):
-            require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "must lie in [0, 1)")
-        require(
-            len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas),
-            "train.adam_betas",
-            self.adam_betas,
-            "must be two numbers in [0, 1)",
-        )
-        for name in ("weight_decay", "clip_norm", "spike_threshold", "warmup", "checkpoint_every", "diagnose_every"):
-            require(
-                0 <= getattr(self, name) < float("inf"),
-                f"train.{name}",
-                getattr(self, name),
-                "must be finite and at least 0",
-            )
-        for name in ("full_context_from", "final_lr"):
-            require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "must lie in [0, 1]")
-        for name in ("log_every", "valid_every"):
-            cadence = getattr(self, name)
-            require(0 < cadence < float("inf"), f"train.{name}", cadence, "must be positive and finite")
-        require(0 <= self.seed < 2**63, "train.seed", self.seed, "must lie in [0, 2^63)")
+    valid_symbols: Annotated[Count, Mark.MAY_CHANGE] = 200_000
+    """Number of symbols to validate on, from the start of the validation split."""
+    keep_checkpoints: Annotated[Count, Mark.MAY_CHANGE] = 2
+    """Number of newest checkpoints to keep, beside the best."""
+    diagnose_every: Annotated[NonNegative, Mark.MAY_CHANGE] = 0.0
+    """Cadence of `diagnostics` rows in metrics.jsonl: bits per character of every head, and the gradients that reach
+    every layer; 0 writes none."""

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from charlm.config import UserError
+from charlm.config import Precision, UserError
 from charlm.data.corpus import Corpus
 from charlm.data.windows import default_stride
 from charlm.inference.evaluation import (
-    EvaluationPrecision,
     Score,
     bits_per,
     check_options,
@@ -75,7 +74,7 @@ def early_exit(
     stride: int | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
-    precision: EvaluationPrecision = "fp32",
+    precision: Precision = "fp32",
     quantiles: Sequence[float] = QUANTILES,
     show_progress: bool = True,
 ) -> EarlyExit:

@@ -14,15 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from charlm.config import UserError
+from charlm.config import Precision, UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import Vocabulary
 from charlm.data.windows import default_stride
 from charlm.inference.scoring import AUTOCAST_DTYPES, negative_log_likelihoods
 from charlm.model.kernels_cpu import exact_matmul
 from charlm.runs.trained import TrainedModel
-
-EvaluationPrecision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class Score:
     checkpoint: str
     corpus: str
     corpus_sha256: str
-    precision: EvaluationPrecision
+    precision: Precision
     seconds: float
     layers: dict[str, float] | None = None
     """Bits per character of each layer that has a head for the next symbol; None if not asked for."""
@@ -71,7 +69,7 @@ def bits_per_character(
     stride: int | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
-    precision: EvaluationPrecision = "fp32",
+    precision: Precision = "fp32",
     all_layers: bool = False,
     mixture: Literal["hedge"] | None = None,
     show_progress: bool = True,

@@ -80,7 +80,7 @@ def _config_at(config: Config, depth: int) -> Config:
     """Without the objective, whose layers are no longer there; only of what kind the heads are is kept."""
     layers = config.aux.layers
     kinds = LayersConfig(head=layers.head, tower_width=layers.tower_width, tower_dropout=layers.tower_dropout)
-    return replace(config, model=replace(config.model, num_layers=depth), aux=AuxConfig(layers=kinds))
+    return config.replace(model=config.model.replace(num_layers=depth), aux=AuxConfig(layers=kinds))
 
 
 def _state_at(trained: TrainedModel, depth: int) -> dict[str, Tensor]:

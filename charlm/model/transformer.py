@@ -114,7 +114,7 @@ class CharTransformer(nn.Module):
         L, T, D = config.num_layers, config.context_length, config.d_model
         self.embedding = nn.Embedding(vocabulary_size, D)
         self.ngram_embedding = NgramEmbedding(config) if config.ngrams else None
-        num_tables = {"per_layer": L, "input": 1, "rotary": 0}[config.positions]
+        num_tables = {"per_layer": L, "input": 1, "rotary": 0}[config.position_encoding]
         self.position_tables = nn.ParameterList(nn.Parameter(torch.empty(T, D)) for _ in range(num_tables))
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(L))
         self.final_norm = nn.LayerNorm(D) if config.norm == "pre" else nn.Identity()
@@ -194,7 +194,7 @@ class CharTransformer(nn.Module):
 
     def rotation(self, places: Places) -> RotaryTable | None:
         """The rotation of queries and keys at `places`; None where positions are learned."""
-        if self.config.positions != "rotary":
+        if self.config.position_encoding != "rotary":
             return None
         head_size = self.config.d_model // self.config.num_heads
         table = rotary_table(self.config.context_length, head_size, self.embedding.weight.device)

@@ -26,7 +26,7 @@ def transformer_parameters(config: ModelConfig, vocabulary_size: int) -> int:
     """The parameters of `CharTransformer`, without building it: a size may be too large even to be built."""
     L, T, D, F = config.num_layers, config.context_length, config.d_model, config.d_ff
     block = 4 * (D * D + D) + (2 * D * F + F + D) + 2 * 2 * D
-    positions = {"per_layer": L, "input": 1, "rotary": 0}[config.positions] * T * D
+    positions = {"per_layer": L, "input": 1, "rotary": 0}[config.position_encoding] * T * D
     ngrams = len(config.ngrams) * config.ngram_width * (config.ngram_buckets + D)
     final_norm = 2 * D if config.norm == "pre" else 0
     return vocabulary_size * D + ngrams + positions + L * block + final_norm

@@ -53,7 +53,7 @@ class Explanation:
             "vocabulary_size": self.vocabulary_size,
             "vocabulary_is_known": self.vocabulary_is_known,
             "head": aux.layers.head,
-            "hedge": asdict(aux.hedge) if aux.hedge.enabled else None,
+            "hedge": aux.hedge.model_dump() if aux.hedge.enabled else None,
             "route": {"name": aux.route, "relay_layers": aux.relay_layers, "step_sizes": aux.step_sizes}
             | asdict(self.route_cost),
             "terms": [

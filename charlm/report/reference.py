@@ -1,21 +1,15 @@
 """The page of every configuration option: python -m charlm.report.reference > docs/configuration.md
 
-Texts are the docstrings of the fields, which `--help` prints, too.
+Texts are the docstrings of the fields, which `--help` prints, too; types and limits come from the JSON schema.
 """
 
-import ast
-import dataclasses
 import inspect
-import json
 import os
-import types
 from collections.abc import Iterator
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
 
-from charlm.config import Config, Depth
-from charlm.values import text_of
+from charlm.config import Config, Section
+from charlm.config.load import sections_of
+from charlm.config.wording import in_words, members_of, shown
 
 INTRODUCTION = """\
 <!-- written by: python -m charlm.report.reference > docs/configuration.md -->
@@ -42,7 +36,7 @@ python scripts/explain.py --config configs/demo.yaml --config configs/methods/ke
 ```
 
 - A file says only what differs from the defaults. Of several `--config` the later wins, option by option, and flags
-  win over files, wherever they stand.
+  win over files, wherever they stand. `reset: true` in a section of a file drops what earlier files set there.
 - `true` and `false` are written out, `--run.resume=true`; whole numbers may be written `100_000` or `1e5`; `null`,
   `none` and `~` are no value; a path is taken from the folder that the command is typed in.
 - Lists and mappings are YAML, in quotes because of the shell: `"--model.ngrams=[2, 3, 4]"`,
@@ -55,79 +49,39 @@ python scripts/explain.py --config configs/demo.yaml --config configs/methods/ke
 
 From Python: `charlm.load_config("configs/demo.yaml", {"train.steps": 60})`.
 """
-WORDS = {bool: "`true` or `false`", int: "whole number", float: "number", str: "text", Path: "path"}
 
 
-def page(config: type = Config) -> str:
+def page(config: type[Section] = Config) -> str:
     """The Markdown of all sections, each with its options; a section's own sections follow it."""
-    return "\n".join([INTRODUCTION, *_sections(config, "")])
+    sections = [_section(name, kind) for name, kind in sections_of(config).items() if name]
+    return "\n".join([INTRODUCTION, *sections])
 
 
-def _sections(kind: type, name: str) -> Iterator[str]:
-    if name:
-        options = (option for option in _options(kind, f"{name}.") if option)
-        yield "\n".join([f"## {name}", "", inspect.getdoc(kind), "", *options, ""])
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type):
-            yield from _sections(field.type, f"{name}.{field.name}".lstrip("."))
+def _section(name: str, kind: type[Section]) -> str:
+    return "\n".join([f"## {name}", "", inspect.getdoc(kind), "", *_entries(kind, f"{name}."), ""])
 
 
-def _options(kind: type, prefix: str, indent: str = "") -> Iterator[str]:
-    """An entry for each field; below it, indented, what the records in its lists and mappings have."""
-    texts = docstrings(kind)
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type):
+def _entries(kind: type[Section], prefix: str, indent: str = "") -> Iterator[str]:
+    """An entry for each field; below it, indented, those of the records in its lists and mappings."""
+    schemas = kind.model_json_schema()["properties"]
+    for name, info in kind.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
             continue
-        text = texts[field.name].replace("\n", f"\n{indent}  ")
-        yield f"{indent}- **`{prefix}{field.name}`**: {in_words(field.type)}; {_default(field)}.\n{indent}  {text}"
-        for record in filter(dataclasses.is_dataclass, get_args(field.type)):
-            yield from _options(record, "", f"{indent}  ")
+        default = f"default `{shown(info.get_default(call_default_factory=True))}`"
+        text = info.description.replace("\n", f"\n{indent}  ")
+        yield f"{indent}- **`{prefix}{name}`**: `{in_words(schemas[name])}`; " + (
+            f"required.\n{indent}  {text}" if info.is_required() else f"{default}.\n{indent}  {text}"
+        )
+        for record in _records(info.annotation):
+            yield from _entries(record, "", f"{indent}  ")
 
 
-def docstrings(kind: type) -> dict[str, str]:
-    """The text below each field of a dataclass, inherited fields included."""
-    texts = {}
-    for origin in reversed(kind.__mro__[:-1]):
-        (definition,) = ast.parse(inspect.getsource(origin)).body
-        for field, below in pairwise(definition.body):
-            match field, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    texts[name] = inspect.cleandoc(text)
-    return texts
-
-
-def in_words(kind: Any, plural: str = "") -> str:
-    """What may be written for a value of type `kind`; `plural` is "s" for several of them."""
-    options = get_args(kind)
-    if kind is types.NoneType:
-        return "`null`"
-    if kind == Depth:
-        return f"layer{plural}"
-    if get_origin(kind) is Literal:
-        return ", ".join(f"`{option}`" for option in options)
-    if get_origin(kind) is dict:
-        return f"mapping of {' to '.join('name' if option is str else in_words(option) for option in options)}"
-    if get_origin(kind) is tuple:
-        count = "" if options[-1] is Ellipsis else f"{len(options)} "
-        return f"list of {count}{in_words(options[0], 's')}"
-    if options:  # of a union
-        if set(get_args(Depth)) < set(options):
-            options = (Depth, *(option for option in options if option not in get_args(Depth)))
-        return " or ".join(map(in_words, options))
-    if dataclasses.is_dataclass(kind):
-        return f"{kind.__name__.removesuffix('Config').lower()}{plural}"
-    return f"{WORDS[kind]}{plural}"
-
-
-def _default(field: dataclasses.Field) -> str:
-    if field.default is not dataclasses.MISSING:
-        value = field.default
-    elif field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    else:
-        return "to be given"
-    text = text_of(value)
-    return f"default `{text if text.isprintable() else json.dumps(text)}`"
+def _records(annotation: object) -> Iterator[type[Section]]:
+    """The sections among the parts of a list or a mapping."""
+    for part in getattr(annotation, "__args__", ()):
+        for member in members_of(part):
+            if isinstance(member, type) and issubclass(member, Section):
+                yield member
 
 
 if __name__ == "__main__":

@@ -2,10 +2,7 @@
 
 from typing import Any
 
-import yaml
-
-from charlm.config import Config
-from charlm.config_files import to_yaml
+from charlm.config.load import as_yaml
 from charlm.runs.trained import TrainedModel
 
 CARD = """\
@@ -71,18 +68,7 @@ def trained_with(trained: TrainedModel) -> str:
     """YAML of the options that differ from the defaults, of model, objective and training."""
     if trained.options is not None:
         return trained.options
-    found, default = (yaml.safe_load(to_yaml(config)) for config in (trained.config, Config()))
-    return yaml.safe_dump(_differing({name: found[name] for name in ("model", "aux", "train")}, default))
-
-
-def _differing(found: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _differing(value, default[name])
-        if isinstance(value, dict) and isinstance(default.get(name), dict)
-        else value
-        for name, value in found.items()
-        if value != default.get(name)
-    }
+    return as_yaml(trained.config.model_dump(include={"model", "aux", "train"}, exclude_defaults=True))
 
 
 def _figure(score: dict[str, Any]) -> str:

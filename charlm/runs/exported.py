@@ -15,7 +15,6 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 
 from charlm.config import Config, DataConfig, RunConfig, UserError
-from charlm.config_files import load_config
+from charlm.config.load import load_config
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.files import read_json, sync, write_whole
 from charlm.model.heads import Heads
@@ -85,14 +84,14 @@ def write_model(trained: TrainedModel, folder: Path, name: str) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     check_space(folder, sum(tensor.nbytes for tensor in tensors.values()))
     config = portable(trained.config)
-    data = asdict(config.data) | {"path": config.data.path and str(config.data.path)}
+    data = config.data.model_dump(mode="json")
     del data["cache_dir"]
     layers = config.aux.layers
     record = {
         "library_name": "charlm",
         "format": FORMAT,
         "options": {
-            "model": asdict(config.model),
+            "model": config.model.model_dump(mode="json"),
             "data": data,
             "aux": {"layers": {name: getattr(layers, name) for name in ("head", "tower_width", "tower_dropout")}},
         },
@@ -199,9 +198,8 @@ def portable(config: Config) -> Config:
     if hub_id is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id, re.ASCII):
         hub_id = Path(hub_id).name
     path = None if data.path is None else Path(data.path.name)
-    return replace(
-        config, data=replace(data, path=path, hub_id=hub_id, cache_dir=DataConfig().cache_dir), run=RunConfig()
-    )
+    data = data.replace(path=path, hub_id=hub_id, cache_dir=DataConfig().cache_dir)
+    return config.replace(data=data, run=RunConfig())
 
 
 def _config(record: dict[str, Any]) -> Config:

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from charlm.config import Config, UserError
-from charlm.config_files import load_config, to_yaml
+from charlm.config.load import load_config, to_yaml
 from charlm.files import read_json, write_whole
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")

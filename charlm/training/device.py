@@ -98,7 +98,8 @@ def choose_precision(train: TrainConfig) -> tuple[str, str]:
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if train.mixed_precision != "auto":
-        precision, reason = train.mixed_precision, "as configured"
+        precision = {"fp32": "no"}.get(train.mixed_precision, train.mixed_precision)  # accelerate's word
+        reason = "as configured"
     elif launcher:
         precision, reason = launcher, "as accelerate was told"
     elif has_fast_bf16():
@@ -106,7 +107,7 @@ def choose_precision(train: TrainConfig) -> tuple[str, str]:
     else:
         precision, reason = "no", "no native bf16 here"
     if precision == "fp16" and on_cpu():
-        raise UserError("train.mixed_precision=fp16: not available on a CPU; use bf16 or no")
+        raise UserError("train.mixed_precision=fp16: not available on a CPU; use bf16 or fp32", "train.mixed_precision")
     return precision, reason
 
 

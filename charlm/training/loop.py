@@ -5,7 +5,7 @@ Shapes: B windows of this process, W characters of a window.
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -140,7 +140,7 @@ class Training:
             most = -(-train.batch_size // self.accelerator.num_processes)
             found = find_micro_batch_size(self.objective, self.accelerator, most)
             self.tracker.say(f"train.micro_batch_size=auto: {found} windows fit")
-            self.config = replace(self.config, train=replace(train, micro_batch_size=found))
+            self.config = self.config.replace(train=train.replace(micro_batch_size=found))
         self.model = prepare(self.accelerator, self.objective, self.route.one_backward)
         adapt = self.objective.adapt if self.objective.hedge is not None else None
         self.updates = Updates(train, self.accelerator, self.route.optimizers, self.state.accepted_losses, adapt)

@@ -1,36 +1,11 @@
 """Going on with a run that stopped: what may have changed since."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
-from charlm.config import Config, UserError, flatten
+from charlm.config import Config, UserError, differences, may_change
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.objective.terms import Term
-
-MAY_CHANGE = {
-    "data.path",
-    "data.cache_dir",
-    "data.hub_id",
-    "train.steps",
-    "train.micro_batch_size",
-    "train.mixed_precision",
-    "train.matmul_precision",
-    "train.attention",
-    "train.cross_entropy",
-    "train.activation_checkpointing",
-    "train.compile",
-    "train.sharding",
-    "train.deterministic",
-    "train.log_every",
-    "train.valid_every",
-    "train.valid_symbols",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.diagnose_every",
-    "train.max_skipped",
-}
-"""Options that a resumed run may set anew, beside those of `run`. Every other one belongs to what is being trained."""
 
 
 def check_resumable(old: Config, new: Config) -> list[str]:
@@ -39,18 +14,15 @@ def check_resumable(old: Config, new: Config) -> list[str]:
     Raises:
         UserError: an option changed that may not; the message names every one of them.
     """
-    before, after = flatten(asdict(old), "."), flatten(asdict(new), ".")
-    names = {**before, **after}  # a mapping, of tasks or of weights by layer, has more or fewer leaves
-    changed = [name for name in names if before.get(name) != after.get(name) and not name.startswith("run.")]
-    lines = [f"{name}: {before.get(name)} -> {after.get(name)}" for name in changed]
-    refused = [line for name, line in zip(changed, lines, strict=True) if name not in MAY_CHANGE]
+    changed = differences(old, new)
+    lines = {name: f"{name}: {before} -> {after}" for name, (before, after) in changed.items()}
+    refused = [name for name in changed if not may_change(name)]
     if refused:
+        text = "; ".join(lines[name] for name in refused)
         raise UserError(
-            "the run cannot be resumed with a changed "
-            + "; ".join(refused)
-            + ". Put it back, or start another --run.dir"
+            f"the run cannot be resumed with a changed {text}. Put it back, or start another --run.dir", refused[0]
         )
-    return lines
+    return [line for name, line in lines.items() if not name.startswith("run.")]
 
 
 def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import inf
 
 import psutil
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 
 from charlm.config import Config, RunConfig, UserError
-from charlm.config_files import to_yaml
+from charlm.config.load import to_yaml
 from charlm.data.corpus import Corpus
 from charlm.files import write_whole
 from charlm.objective.count import route_cost
@@ -118,7 +118,7 @@ def open_run(
                 chosen = config.run.resume_from is not None
                 news += rewind(run, checkpoint, discard=chosen) if checkpoint else run.forget_metrics_after(0)
                 # What continues this command later means the newest checkpoint, and not the one it began with.
-                write_whole(run.config_path, to_yaml(replace(config, run=replace(config.run, resume_from=None))))
+                write_whole(run.config_path, to_yaml(config.replace(run=config.run.replace(resume_from=None))))
         accelerator.wait_for_everyone()
         state.processes, state.threads = accelerator.num_processes, _threads(accelerator)
         state.precision = accelerator.mixed_precision
@@ -241,7 +241,7 @@ def _without_repetition(config: Config) -> tuple[Config, list[str]]:
     again = _begun_by_this_launcher(config.run) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     if chosen is None or not again:
         return config, []
-    newest = replace(config, run=replace(config.run, resume=True, resume_from=None))
+    newest = config.replace(run=config.run.replace(resume=True, resume_from=None))
     return newest, [f"run.resume_from={chosen}: ignored by a restart, which goes on from the newest checkpoint"]
 
 

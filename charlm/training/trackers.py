@@ -8,7 +8,6 @@ group, which a second run of the process needs.
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,8 +15,8 @@ from uuid import uuid4
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from charlm.config import Config, UserError, flatten
+from charlm.config.wording import written
 from charlm.runs.folder import Run
-from charlm.values import text_of
 
 PACKAGES = {"aim": "'aim<4'", "comet_ml": "comet-ml"}
 """What pip calls a tracker, where that is not its own name."""
@@ -70,8 +69,8 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
 
 def _options(config: Config) -> dict[str, bool | int | float | str]:
     """Every option by its dotted name; what is no scalar, as it is written in a config file."""
-    options = flatten(asdict(config), ".")
-    return {name: value if isinstance(value, (int, float, str)) else text_of(value) for name, value in options.items()}
+    options = flatten(config.model_dump(), ".")
+    return {name: value if isinstance(value, (int, float, str)) else written(value) for name, value in options.items()}
 
 
 def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:

@@ -23,7 +23,7 @@ PLAIN_BATCH = 32
 
 def untrained_model(trial: Trial) -> TrainedModel:
     """charlm's model at the shape, the same in every process, with the one head that a finished run keeps."""
-    config = charlm_config(trial.shape, trial.text, mixed_precision="no", auxiliary=False)
+    config = charlm_config(trial.shape, trial.text, mixed_precision="fp32", auxiliary=False)
     corpus = load_corpus(config.data, show_progress=False)
     objective = build_objective(config, corpus.vocabulary.size).to(trial.device).eval()
     return TrainedModel(

@@ -10,12 +10,12 @@ from charlm.config import (
     DataConfig,
     LayersConfig,
     ModelConfig,
+    Precision,
     RunConfig,
     TargetsConfig,
     TrainConfig,
     UserError,
 )
-from charlm.config.train import Precision
 
 VOCABULARY = 256
 ENDLESS = 10**9

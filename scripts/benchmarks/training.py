@@ -26,7 +26,7 @@ def train_charlm(trial: Trial, timer: Timer) -> None:
     config = charlm_config(
         trial.shape,
         trial.text,
-        mixed_precision="bf16" if trial.setup.precision == "bf16" else "no",
+        mixed_precision="bf16" if trial.setup.precision == "bf16" else "fp32",
         auxiliary=trial.setup.auxiliary,
         compile=trial.setup.compile,
         activation_checkpointing=trial.setup.activation_checkpointing,

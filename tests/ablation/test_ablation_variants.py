@@ -1,20 +1,19 @@
 """Rows and the runs they make: what each changes, in which order, and what is refused."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from charlm import load_config
-from charlm.ablation.variants import Variant, config_flags, paper_variants, parse_row, parse_sweeps, plan, read_methods
+from charlm.ablation.variants import Variant, paper_variants, parse_row, parse_sweeps, plan, read_methods
 from charlm.config import Config, TrainConfig, UserError, flatten
 
-FLAGS = ["--run.dir=out", "--train.seed=5", "--model.num_layers=4"]
+FLAGS = {"run.dir": "out", "train.seed": "5", "model.num_layers": "4"}
 
 
 def changes(config: Config, base: Config) -> dict[str, object]:
     """What a run's config has otherwise than the base, apart from where it lives."""
-    before, now = flatten(asdict(base), "."), flatten(asdict(config), ".")
+    before, now = flatten(base.model_dump(), "."), flatten(config.model_dump(), ".")
     return {name: value for name, value in now.items() if before[name] != value and not name.startswith("run.")}
 
 
@@ -27,7 +26,7 @@ def test_the_papers_rows() -> None:
         "without positions": {"aux.positions.enabled": False},
         "without intermediate layers": {"aux.layers.enabled": False},
         "without extra targets": {"aux.targets.enabled": False},
-        "without per-layer positions": {"model.positions": "input"},
+        "without per-layer positions": {"model.position_encoding": "input"},
         "SGD in place of momentum": {"train.optimizer": "sgd", "train.momentum": 0.0, "train.learning_rate": 0.3},
     }
     assert [row.paper for row in paper_variants(base)] == [1.062, 2.482, 1.158, 1.068, 1.069, 1.065]
@@ -56,7 +55,7 @@ def test_what_wins(tmp_path: Path) -> None:
     base.write_text("model: {num_layers: 3, d_model: 16}\ntrain: {steps: 7, warmup: 0.1}\n")
     preset.write_text("model: {num_layers: 5, d_model: 32}\ntrain: {steps: 8}\n")
     variant = Variant("x", files=(preset,), flags=("--train.steps=9",))
-    config = plan([variant], [base], ["--model.d_model=64", "--train.steps=10", "--run.dir=out"], seeds=1)[0].config
+    config = plan([variant], [base], {"model.d_model": "64", "train.steps": "10", "run.dir": "out"}, seeds=1)[0].config
     assert (config.model.num_layers, config.model.d_model) == (5, 64)
     assert (config.train.steps, config.train.warmup) == (9, 0.1)
 
@@ -101,13 +100,6 @@ def test_methods(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     assert [variant.name for variant in read_methods([tmp_path])] == ["a", "b", "c"]
     assert read_methods([tmp_path / "c.yaml"]) == [Variant("c", files=(tmp_path / "c.yaml",))]
-
-
-def test_flags_of_the_configuration() -> None:
-    """Guards against the script's own options among those of the rows, and values left behind."""
-    typed = ["--seeds=2", "--train.steps", "5", "--sweep", "train.seed=1", "--row", "--model.norm=post", "--run.dir=x"]
-    typed[6] = "a: --model.norm=post"
-    assert config_flags(typed) == ["--train.steps=5", "--run.dir=x"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Trials at a toy shape: that they run, not how fast."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,7 +130,7 @@ def test_charlm_and_peer_write_as_much(text: Path) -> None:
 def test_drafts_from_run_to_table(text: Path, tmp_path: Path) -> None:
     """Guards against a run whose ways to drafts are not all measured, a table without plain generation's line, and
     contestants that write different amounts."""
-    config = replace(charlm_config(TOY, text, mixed_precision="no"), run=RunConfig(dir=tmp_path / "run"))
+    config = charlm_config(TOY, text, mixed_precision="fp32").replace(run=RunConfig(dir=tmp_path / "run"))
     objective = build_objective(config, 256)
     run = Run.create(config, load_corpus(config.data, show_progress=False).to_dict())
     save_checkpoint(run, take_snapshot(objective, [], {"step": 0}), best=True, keep=1)

@@ -55,7 +55,7 @@ def test_costs_are_those_that_the_protocol_describes(build_model, length, stream
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_one_stream_costs_what_evaluation_at_its_stride_says(build_model, stride):
     """Guards against a stride that means one thing here and another in evaluate."""
-    trained = build_model(positions="rotary")
+    trained = build_model(position_encoding="rotary")
     ids = np.random.default_rng(1).integers(0, 256, 8 + 5 * stride + 1).astype(np.uint8)
     expected = negative_log_likelihoods(trained.transformer, trained.heads, ids, stride=stride)[2]
     nats, _ = compressed_nats(trained, ids, streams=1, stride=stride)

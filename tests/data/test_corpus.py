@@ -69,16 +69,16 @@ def test_text8_is_verified_by_its_own_checksum(enwik8_config, enwik8, monkeypatc
     """Guards against a checksum of one kind that is compared with one of another."""
     md5 = hashlib.md5(enwik8).hexdigest()
     monkeypatch.setitem(PUBLISHED, "text8", replace(PUBLISHED["enwik8"], algorithm="md5", digest=md5))
-    assert load_corpus(replace(enwik8_config, corpus="text8")).sha256 == hashlib.sha256(enwik8).hexdigest()
+    assert load_corpus(enwik8_config.replace(corpus="text8")).sha256 == hashlib.sha256(enwik8).hexdigest()
     monkeypatch.setitem(PUBLISHED, "text8", replace(PUBLISHED["enwik8"], algorithm="md5", digest="0" * 32))
     with pytest.raises(UserError, match=f"has md5 {md5}"):
-        load_corpus(replace(enwik8_config, corpus="text8", cache_dir=enwik8_config.cache_dir / "other"))
+        load_corpus(enwik8_config.replace(corpus="text8", cache_dir=enwik8_config.cache_dir / "other"))
 
 
 def test_a_local_copy_is_verified_even_if_the_cache_has_the_text(enwik8_config, enwik8, tmp_path, server):
     """Guards against a wrong --data.path that goes unnoticed, and against a right one that is fetched all the same."""
     (tmp_path / "copy").write_bytes(enwik8)
-    local = replace(enwik8_config, path=tmp_path / "copy")
+    local = enwik8_config.replace(path=tmp_path / "copy")
     assert load_corpus(local).source == str(tmp_path / "copy")
     assert server.requests == 0
     (tmp_path / "copy").write_bytes(enwik8[::-1])
@@ -99,7 +99,7 @@ def test_a_local_copy_is_verified_even_if_the_cache_has_the_text(enwik8_config, 
 )
 def test_a_file_is_split_by_fractions_held_out_at_the_end(file_config, valid_fraction, test_fraction, sizes):
     """Guards against fractions that are mixed up or rounded down, and against bytes in no split or in two."""
-    config = replace(file_config, valid_fraction=valid_fraction, test_fraction=test_fraction)
+    config = file_config.replace(valid_fraction=valid_fraction, test_fraction=test_fraction)
     splits = texts(load_corpus(config))
     assert tuple(splits) == ("train", "valid", "test")
     assert tuple(map(len, splits.values())) == sizes
@@ -126,7 +126,7 @@ def test_a_text_that_is_not_utf8_is_counted_and_cut_by_bytes(file_config, end):
     """Guards against binary data that loses its bytes 0x80 to 0xbf from the count, and against text that ends inside a
     character being taken for UTF-8."""
     file_config.path.write_bytes("é".encode() * 449 + b"x" + end)
-    corpus = load_corpus(replace(file_config, valid_fraction=0.05 + 1 / 900))
+    corpus = load_corpus(file_config.replace(valid_fraction=0.05 + 1 / 900))
     assert corpus.vocabulary == ByteVocabulary(utf8=False)
     assert [split.characters for split in corpus.splits.values()] == [809, 46, 45]
 
@@ -187,7 +187,7 @@ def test_a_changed_folder_is_prepared_anew(tmp_path):
 def test_other_fractions_and_files_do_not_share_a_folder(file_config, tmp_path):
     """Guards against splits of another config, and against two texts that push each other out of the cache."""
     (tmp_path / "other").write_bytes(TEXT[::-1])
-    configs = [file_config, replace(file_config, test_fraction=0.1), replace(file_config, path=tmp_path / "other")]
+    configs = [file_config, file_config.replace(test_fraction=0.1), file_config.replace(path=tmp_path / "other")]
     sizes = [load_corpus(config).splits["test"].bytes for config in configs]
     assert sizes == [45, 90, 45]
     assert len(left_in(file_config.cache_dir)) == 3
@@ -294,7 +294,7 @@ def test_a_cache_that_cannot_be_written_is_named(file_config, tmp_path):
     cache_dir = tmp_path / "file" / "cache"
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=rf"data\.cache_dir={cache_dir}: cannot be written \(Not a directory\)"):
-        load_corpus(replace(file_config, cache_dir=cache_dir))
+        load_corpus(file_config.replace(cache_dir=cache_dir))
 
 
 def test_a_prepared_corpus_is_read_from_a_cache_without_room_for_a_lock(file_config, monkeypatch):
@@ -307,7 +307,7 @@ def test_a_prepared_corpus_is_read_from_a_cache_without_room_for_a_lock(file_con
 def test_the_cache_may_lie_in_the_users_home(file_config, tmp_path, monkeypatch):
     """Guards against a folder named ~, which is what the default would make if taken to the letter."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    load_corpus(replace(file_config, cache_dir=Path("~/cache")))
+    load_corpus(file_config.replace(cache_dir=Path("~/cache")))
     assert len(left_in(tmp_path / "cache")) == 1
 
 

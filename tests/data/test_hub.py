@@ -65,7 +65,7 @@ def texts(corpus: Corpus) -> dict[str, str]:
 def test_documents_are_joined_by_the_separator(config, separator):
     """Guards against documents that run together, a separator that is doubled where batches or files meet, and one
     before the first or after the last document."""
-    corpus = load_corpus(replace(config, separator=separator))
+    corpus = load_corpus(config.replace(separator=separator))
     assert "".join(texts(corpus).values()) == separator.join(DOCUMENTS)
 
 
@@ -84,7 +84,7 @@ def test_splits_of_the_dataset_are_kept(config, folder, there, vocabulary):
     """Guards against held-out text that is trained on, and splits that change places when only one is there."""
     for split in there:
         write_split(folder / f"{split}-00000-of-00001.parquet", [f"{split} one", f"{split} two"])
-    found = texts(load_corpus(replace(config, vocabulary=vocabulary)))
+    found = texts(load_corpus(config.replace(vocabulary=vocabulary)))
     own = {{"validation": "valid"}.get(split, split): f"{split} one\n{split} two" for split in there}
     assert {name: found[name] for name in own} == own
     rest = [found[name] for name in ("train", "valid", "test") if name not in own]
@@ -99,7 +99,7 @@ def test_splits_and_column_by_name(config, folder):
         write_split(folder / f"{split}-00000-of-00001.parquet", [split] * 3, body=[f"{split} body"] * 3)
     write_split(folder / "train-00000-of-00002.parquet", ["x"], body=["train body"])
     options = {"text_column": "body", "train_split": "validation", "valid_split": "train", "valid_fraction": 0.1}
-    found = texts(load_corpus(replace(config, **options)))
+    found = texts(load_corpus(config.replace(**options)))
     assert found == {
         "train": "\n".join(["validation body"] * 3),
         "valid": "train body",
@@ -135,7 +135,7 @@ def test_a_prepared_dataset_is_not_asked_for_again(config, monkeypatch):
 def test_what_a_dataset_lacks_is_named(config, options, parts):
     """Guards against tracebacks from the library, messages without the choices, and debris."""
     with pytest.raises(UserError) as error:
-        load_corpus(replace(config, **options))
+        load_corpus(config.replace(**options))
     for part in (f"data.hub_id={config.hub_id}", *parts):
         assert part in str(error.value)
     assert [path.suffix for path in config.cache_dir.iterdir()] == [".lock"]
@@ -173,7 +173,7 @@ def test_a_folder_that_is_not_there_is_refused(config):
     """Guards against asking the hub for a path."""
     for path in ("/no/such/folder", "./no/such/folder", "~/no/such/folder"):
         with pytest.raises(UserError, match=r"data.hub_id=/.*no/such/folder: cannot read"):
-            load_corpus(replace(config, hub_id=path))
+            load_corpus(config.replace(hub_id=path))
 
 
 def test_options_that_cannot_work_are_refused():
@@ -188,7 +188,7 @@ def test_lm1b_is_a_dataset(config, folder):
     """Guards against the first lm1b of the hub, which needs a script."""
     assert HUB_IDS["lm1b"] == "dvruette/lm1b"
     assert find_source(DataConfig(corpus="lm1b"), config.cache_dir, False).option == "data.hub_id=dvruette/lm1b"
-    corpus = load_corpus(replace(config, corpus="lm1b"))
+    corpus = load_corpus(config.replace(corpus="lm1b"))
     assert corpus.name == "lm1b"
     assert "".join(texts(corpus).values()) == "\n".join(DOCUMENTS)
 
@@ -209,10 +209,10 @@ def test_text8_comes_from_its_mirror_where_its_own_address_fails(tmp_path, serve
     assert [split.bytes for split in corpus.splits.values()] == [450, 25, 25]
     write_split(tmp_path / "mirror" / "test-00000-of-00001.parquet", [text[450:].upper()])
     with pytest.raises(UserError, match="text8: has sha256"):
-        load_corpus(replace(config, cache_dir=tmp_path / "other"))
+        load_corpus(config.replace(cache_dir=tmp_path / "other"))
     (tmp_path / "mirror" / "test-00000-of-00001.parquet").unlink()
     with pytest.raises(UserError, match=r"404[\s\S]*Its mirror fails, too: .* no split 'test'"):
-        load_corpus(replace(config, cache_dir=tmp_path / "third"))
+        load_corpus(config.replace(cache_dir=tmp_path / "third"))
 
 
 @pytest.fixture

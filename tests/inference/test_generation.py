@@ -36,7 +36,7 @@ def naive_text(trained, prompt: bytes, length: int, **options) -> str:
 def test_cached_and_uncached_logits_agree(build_model, norm, positions, chunks):
     """Guards against a causal mask aligned to the wrong corner, positions counted from the chunk, and layers that share
     a buffer."""
-    trained = build_model(norm=norm, positions=positions, num_layers=3)
+    trained = build_model(norm=norm, position_encoding=positions, num_layers=3)
     ids = np.random.default_rng(0).integers(0, 256, 8).tolist()
     expected = all_logits(trained, ids)
     assert expected.std() > 0.1
@@ -69,7 +69,7 @@ def test_a_prompt_that_fills_the_context(build_model):
 @pytest.mark.parametrize("positions", ["per_layer", "input", "rotary"])
 def test_texts_of_unequal_lengths_in_one_cache(build_model, positions, ngrams):
     """Guards against a row that reads another's positions, characters or leftovers, or those beyond its own length."""
-    trained = build_model(positions=positions, num_layers=3, ngrams=ngrams)
+    trained = build_model(position_encoding=positions, num_layers=3, ngrams=ngrams)
     random = np.random.default_rng(0)
     cache = KVCache(trained.config.model, 3, trained.device)
     for _ in range(2):  # and again over what the first time left
@@ -111,7 +111,7 @@ def test_no_prompt_at_all_is_refused(build_model):
 
 def test_a_model_is_trainable_after_it_has_written(build_model):
     """Guards against tables made in inference mode, which no backward pass may use."""
-    trained = build_model(positions="rotary", context_length=9)  # no other test has made its table
+    trained = build_model(position_encoding="rotary", context_length=9)  # no other test has made its table
     generate(trained, "abc", length=20)
     trained.transformer(torch.zeros(1, 9, dtype=torch.long))[2].sum().backward()
     assert trained.transformer.embedding.weight.grad is not None

@@ -78,8 +78,8 @@ def with_drafts(trained, prompt, draft, **options) -> tuple[str, DraftStatistics
     "options",
     [
         {},
-        {"norm": "post", "positions": "input"},
-        {"positions": "rotary", "ngrams": (2, 4)},
+        {"norm": "post", "position_encoding": "input"},
+        {"position_encoding": "rotary", "ngrams": (2, 4)},
         {"context_length": 1},
         {"context_length": 2},
         {"context_length": 5, "ngrams": (3,)},
@@ -223,7 +223,7 @@ def test_equal_distributions_leave_something_to_draw_from(dice):
 
 
 @pytest.mark.parametrize("draft", ["offsets", 1, 2])
-@pytest.mark.parametrize("options", [{}, {"positions": "rotary", "ngrams": (2, 4), "norm": "post"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"position_encoding": "rotary", "ngrams": (2, 4), "norm": "post"}], ids=str)
 def test_the_cache_is_rolled_back_to_what_was_kept(build_drafting_model, draft, options):
     """Guards against positions of rejected drafts that stay, and layers above an exit that miss some."""
     trained = build_drafting_model(**options)

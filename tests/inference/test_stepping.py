@@ -28,7 +28,7 @@ def test_steps_compute_what_the_network_computes(build_model, positions, norm, a
     """Guards against a part that is left out, exchanged or applied at another position or layer, a mask of other
     positions, widths that do not divide into bags, and buffers that another pass could not go on with."""
     options = {"d_model": 12, "d_ff": 20, "num_layers": 3, "context_length": 22, "ngrams": ngrams, "ngram_buckets": 64}
-    trained = build_model(positions=positions, norm=norm, activation=activation, **options)
+    trained = build_model(position_encoding=positions, norm=norm, activation=activation, **options)
     swift = stepping(trained).transformer
     caches = [KVCache(trained.config.model, 1, trained.device) for _ in range(2)]
     ids = torch.randint(256, (1, 22), generator=torch.Generator().manual_seed(1))

@@ -139,7 +139,7 @@ def test_handwritten_gradients(function):
 @pytest.mark.parametrize("positions", ["per_layer", "rotary"])
 def test_layers_compile_once_whatever_set_of_them_is_active(positions):
     """A recompilation per layer or per dropped layer: past the compiler's limit of 8 it gives up, silently."""
-    config = ModelConfig(num_layers=12, num_heads=2, d_model=8, d_ff=16, context_length=8, positions=positions)
+    config = ModelConfig(num_layers=12, num_heads=2, d_model=8, d_ff=16, context_length=8, position_encoding=positions)
     model = CharTransformer(config, 256)
     ids_BT = torch.randint(256, (2, 8))
     torch._dynamo.reset()

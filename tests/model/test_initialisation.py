@@ -54,7 +54,7 @@ def test_scales_are_the_documented_ones():
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_zero_residuals_make_every_layer_the_identity(norm):
     """residual_init=zero that leaves one of the two residual branches on."""
-    model = CharTransformer(deep(norm=norm, residual_init="zero", positions="input"), 256)
+    model = CharTransformer(deep(norm=norm, residual_init="zero", position_encoding="input"), 256)
     states = list(model(torch.randint(256, (2, 32)), range(1, 64)).values())
     for lower, upper in itertools.pairwise(states):
         # Post-norm layers normalise what is normalised already, but for their epsilon.

@@ -16,7 +16,7 @@ from charlm.model.transformer import CharTransformer
 
 V = 11
 POSITIONS = ("per_layer", "input", "rotary")
-SETTINGS = [{"positions": positions, "norm": norm} for positions, norm in product(POSITIONS, ("pre", "post"))]
+SETTINGS = [{"position_encoding": positions, "norm": norm} for positions, norm in product(POSITIONS, ("pre", "post"))]
 NGRAMS = {"ngrams": (2, 4), "ngram_buckets": 11, "ngram_width": 3}
 DROPOUTS = ("attention_dropout", "activation_dropout", "residual_dropout")
 
@@ -73,7 +73,7 @@ def reference(model: CharTransformer, ids_BT: Tensor) -> dict[int, Tensor]:
         for b, h in product(range(len(x_BTD)), range(H)):
             own = slice(h * C, (h + 1) * C)
             query, key, value = (linear(f"{name}.{kind}", x_BTD[b])[:, own] for kind in ("query", "key", "value"))
-            if config.positions == "rotary":
+            if config.position_encoding == "rotary":
                 query, key = turned(query), turned(key)
             for t in range(T):
                 scores = (key[: t + 1] @ query[t] / math.sqrt(C)).exp()
@@ -93,7 +93,7 @@ def reference(model: CharTransformer, ids_BT: Tensor) -> dict[int, Tensor]:
     hidden_states = {}
     for layer in all_layers(config):
         block = f"blocks.{layer - 1}"
-        if config.positions == "per_layer" or (config.positions == "input" and layer == 1):
+        if config.position_encoding == "per_layer" or (config.position_encoding == "input" and layer == 1):
             x = x + weights[f"position_tables.{layer - 1}"][:T]
         for sublayer, function in (("attention", attention), ("feed_forward", feed_forward)):
             name, norm_name = f"{block}.{sublayer}", f"{block}.{sublayer}_norm"

@@ -19,7 +19,9 @@ V = 5
 def test_costs_by_hand():
     """Guards against costs that leave out a pass: 12 layers, losses at 3, 6 and 12, k = 2, no activation kept."""
     D, T, F, N = 8, 6, 16, 12
-    model = ModelConfig(num_layers=N, num_heads=2, d_model=D, d_ff=F, context_length=T, positions="input", norm="pre")
+    model = ModelConfig(
+        num_layers=N, num_heads=2, d_model=D, d_ff=F, context_length=T, position_encoding="input", norm="pre"
+    )
     costs = {}
     for route in ("joint", "relay", "pairwise", "multiway"):
         layers = LayersConfig(schedule="constant", at=(3, 6))
@@ -85,5 +87,5 @@ def test_costs_are_those_of_a_step(head, kind, momentum):
 def test_parameters_are_counted_without_a_model(norm, positions, ngrams):
     """Fault: a formula that the transformer has outgrown, so that a model too large for the machine is begun."""
     sizes = {"num_layers": 3, "num_heads": 2, "d_model": 8, "d_ff": 20, "context_length": 6, "ngram_buckets": 10}
-    config = ModelConfig(norm=norm, positions=positions, ngrams=ngrams, ngram_width=5, **sizes)
+    config = ModelConfig(norm=norm, position_encoding=positions, ngrams=ngrams, ngram_width=5, **sizes)
     assert transformer_parameters(config, V) == num_parameters(CharTransformer(config, V))

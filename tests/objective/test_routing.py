@@ -151,7 +151,7 @@ def test_updates_by_hand(way, norm, randomise):
     """Guards against a loss that reaches what it must not, or not all that it must; a later loss of pairwise that sees
     parameters from before the update; one of multiway that sees them after; step sizes of the wrong losses."""
     routed, by_hand = (
-        objective_of(randomise, aux_of(way), norm=norm, positions="input" if norm == "pre" else "per_layer")
+        objective_of(randomise, aux_of(way), norm=norm, position_encoding="input" if norm == "pre" else "per_layer")
         for _ in range(2)
     )
     route = build_route(aux_of(way), routed, sgd)
@@ -280,7 +280,7 @@ def test_other_heads_have_ways_too(way, head, randomise):
 @pytest.mark.parametrize("positions", ["per_layer", "input", "rotary"])
 def test_trunk_and_heads_are_all_there_is(positions, ngrams, randomise):
     """Guards against a parameter that no loss reaches, or that counts twice; layers that are cut in the wrong place."""
-    objective = objective_of(randomise, AuxConfig(layers=LAYERS), positions=positions, ngrams=ngrams)
+    objective = objective_of(randomise, AuxConfig(layers=LAYERS), position_encoding=positions, ngrams=ngrams)
     layers = [trunk_parameters(objective.transformer, layer, layer) for layer in (1, 2, 3)]
     owned = [*head_parameters(objective), *(parameter for layer in layers for parameter in layer)]
     assert len(owned) == len(set(owned))

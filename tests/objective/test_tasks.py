@@ -56,7 +56,7 @@ def test_the_example_learns_and_its_run_loads_without_it(program, tmp_path, monk
     words = ["the", "deep", "stack", "learns", "to", "spell", "before", "it", "reads", "characters\n"]
     (tmp_path / "words.txt").write_text(" ".join(random.Random(0).choices(words, k=8000)))
     flags = ["--data.corpus=file", f"--data.path={tmp_path / 'words.txt'}", f"--data.cache_dir={tmp_path / 'cache'}"]
-    flags += [*TINY, OFFERED, "--model.positions=rotary", "--train.optimizer=adamw"]
+    flags += [*TINY, OFFERED, "--model.position_encoding=rotary", "--train.optimizer=adamw"]
     flags += ["--train.learning_rate=0.01", "--model.context_length=32", "--train.steps=60", "--train.log_every=1"]
     flags += ["--aux.layers.enabled=false", f"--run.dir={tmp_path / 'run'}"]
     assert run(program, *flags) == 0

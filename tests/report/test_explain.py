@@ -5,7 +5,6 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from charlm.config import (
     TrainConfig,
     UserError,
 )
-from charlm.config_files import load_config
+from charlm.config.load import load_config
 from charlm.objective.schedules import cutoff
 from charlm.objective.tasks import auxiliary_task
 from charlm.report.explain import explain, stops_at_step
@@ -157,7 +156,7 @@ def test_stops_at_the_step_after_the_last_active_one():
 def test_the_matrix_after_ngram_tables_counts_once():
     """Fault: the tables' rows counted as products, or their matrix left out or counted per layer."""
     plain = explain(tiny(2)).to_dict()
-    config = replace(tiny(2), model=replace(tiny(2).model, ngrams=(2, 3), ngram_buckets=5, ngram_width=3))
+    config = tiny(2).replace(model=tiny(2).model.replace(ngrams=(2, 3), ngram_buckets=5, ngram_width=3))
     found = explain(config).to_dict()
     matrix, tables = 2 * 3 * 4, 2 * 5 * 3
     for name, factor in (("training_start", 6), ("training_end", 6), ("inference", 2)):

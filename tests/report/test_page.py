@@ -377,8 +377,8 @@ def test_runs_that_do_not_compare_say_so(run, undrawn, corpus, scored, words, ro
     """Fault: bits per character of different texts drawn over each other without a word, or a warning where there is
     no reason for one: models of one text compare across vocabularies."""
     (first,) = read_runs([run.path])
-    trains = [replace(first.config.train, valid_symbols=symbols) for symbols in scored]
-    configs = [replace(first.config, train=train) for train in trains]
+    trains = [first.config.train.replace(valid_symbols=symbols) for symbols in scored]
+    configs = [first.config.replace(train=train) for train in trains]
     records = [{"corpus": CORPUS}, {"corpus": CORPUS | corpus}]
     runs = [replace(first, config=own, provenance=record) for own, record in zip(configs, records, strict=True)]
     why, differing = tables.mismatch(runs) or ("", [])

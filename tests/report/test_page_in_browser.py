@@ -99,7 +99,7 @@ def enwik8_page(tmp_path_factory) -> str:
             pytest.skip("enwik8 is not prepared in the cache, and CHARLM_ENWIK8 names no copy (raw, .gz, .xz, .zip)")
         data = [f"--data.path={copy}", f"--data.cache_dir={folder / 'cache'}"]
     model = ["--model.num_layers=6", "--model.num_heads=4", "--model.d_model=64", "--model.d_ff=256"]
-    model += ["--model.context_length=64", "--model.positions=rotary"]
+    model += ["--model.context_length=64", "--model.position_encoding=rotary"]
     train = ["--train.steps=300", "--train.batch_size=16", "--train.optimizer=muon", "--train.learning_rate=5e-3"]
     train += ["--train.valid_every=0.1", "--train.diagnose_every=0.1", "--train.valid_symbols=5000"]
     return page_of_a_run(folder, *data, *model, *train, "--train.keep_checkpoints=3")

@@ -2,17 +2,19 @@
 
 import re
 import runpy
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from pydantic import TypeAdapter
 
 from charlm import cli
-from charlm.config import Config, Depth
+from charlm.config import Depth, Section
+from charlm.config.load import OPTIONS
+from charlm.config.objective import TaskConfig
+from charlm.config.types import BelowOne, Count, Positive
+from charlm.config.wording import in_words, words_of
 from charlm.report import reference
-from charlm.report.reference import docstrings, in_words, page
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 
@@ -25,40 +27,27 @@ def test_the_document_is_current(capsys: pytest.CaptureFixture[str], monkeypatch
     assert is_current, "write it anew: python -m charlm.report.reference > docs/configuration.md"
 
 
-def records(kind: type) -> Iterator[type]:
-    """The dataclasses that `kind` is made of, those of tasks and stages left out."""
-    yield kind
-    for one in fields(kind):
-        if hasattr(one.type, "__dataclass_fields__"):
-            yield from records(one.type)
-
-
-def test_it_says_what_help_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against an option that is missing here, and texts that are others than those of --help."""
-    monkeypatch.setenv("COLUMNS", "100")
+def test_it_says_what_help_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against an option that is missing, and texts that are others than those of --help."""
     with pytest.raises(SystemExit):
         cli.parse(cli.WithConfig, ["--help"])
-    shown, document = capsys.readouterr().out, page()
-    names = re.findall(r"^[│ ]+--([\w.]+\.\w+) ", shown, flags=re.MULTILINE)
-    assert len(names) > 90
-    assert sorted(names) == sorted(re.findall(r"^- \*\*`([\w.]+)`\*\*: ", document, flags=re.MULTILINE))
-    words = re.sub(r"[│\s]", "", shown)
-    for kind in records(Config):
-        for text in docstrings(kind).values():
-            assert re.sub(r"\s", "", text) in words
-            assert text.replace("\n", "\n  ") in document
+    shown = "".join(capsys.readouterr().out.split())
+    document = reference.page()
+    assert re.findall(r"^- \*\*`([\w.]+)`\*\*: ", document, flags=re.MULTILINE) == list(OPTIONS)
+    for name, info in OPTIONS.items():
+        assert f"--{name}" in shown
+        assert "".join(info.description.split()) in shown
+        assert info.description.replace("\n", "\n  ") in document
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
+class Part(Section):
     """Of a whole."""
 
     size: int
     """How large."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Section:
+class Parts(Section):
     """A section."""
 
     parts: tuple[Part, ...] = ()
@@ -68,48 +57,47 @@ class Section:
     """Behind each."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Whole:
+class Whole(Section):
     """Not shown."""
 
-    section: Section = field(default_factory=Section)
+    section: Parts = Parts()
 
 
 def test_entries() -> None:
     """Guards against a default that breaks the page, and parts of a list that nothing explains."""
-    assert page(Whole).endswith(
+    assert reference.page(Whole).endswith(
         """
 
 ## section
 
 A section.
 
-- **`section.parts`**: list of parts; default `[]`.
+- **`section.parts`**: `[part, ...]`; default `[]`.
   All of them,
   in order.
-  - **`size`**: whole number; to be given.
+  - **`size`**: `whole number`; required.
     How large.
-- **`section.end`**: text; default `"\\n"`.
+- **`section.end`**: `text`; default `\\n`.
   Behind each.
 """
     )
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "text", "words"),
     [
-        (bool, "`true` or `false`"),
-        (Path | None, "path or `null`"),
-        (Literal["a", "b"], "`a`, `b`"),
-        (int | Literal["auto"] | None, "whole number or `auto` or `null`"),
-        (tuple[Literal["a", "b"], ...], "list of `a`, `b`"),
-        (tuple[float, float], "list of 2 numbers"),
-        (tuple[Depth, ...] | None, "list of layers or `null`"),
-        (Depth | None, "layer or `null`"),
-        (tuple[float, ...] | dict[Depth, float] | None, "list of numbers or mapping of layer to number or `null`"),
-        (dict[str, Part], "mapping of name to part"),
+        (bool, "true|false", ["true", "false"]),
+        (Path | None, "path or null", []),
+        (Literal["a", "b"], "a|b", ["a", "b"]),
+        (Count | Literal["auto"] | None, "whole number >= 1 or auto or null", ["auto"]),
+        (Positive, "number > 0", []),
+        (tuple[Literal["a", "b"], ...], "[a|b, ...]", ["a", "b"]),
+        (tuple[BelowOne, BelowOne], "[number in [0, 1), number in [0, 1)]", []),
+        (tuple[Depth, ...] | None, "[layer, ...] or null", []),
+        (dict[str, TaskConfig], "{name: task, ...}", []),
     ],
 )
-def test_kinds_in_words(kind: object, words: str) -> None:
-    """Guards against a layer called a number or a text, and against Python's words for a kind."""
-    assert in_words(kind) == words
+def test_kinds_in_words(kind: object, text: str, words: list[str]) -> None:
+    """Guards against a layer called a number or a text, limits left out, and words that are not offered."""
+    schema = TypeAdapter(kind).json_schema()
+    assert (in_words(schema), words_of(schema)) == (text, words)

@@ -31,8 +31,8 @@ PAIRS = [(layer, offset) for layer in (1, 2, 4) for offset in (1, 2)]
 MODELS = {
     "pre": {},
     "post": {"norm": "post"},
-    "rotary": {"positions": "rotary"},
-    "input": {"positions": "input"},
+    "rotary": {"position_encoding": "rotary"},
+    "input": {"position_encoding": "input"},
     "n-grams": {"ngrams": (2, 3), "ngram_buckets": 50, "ngram_width": 4},
 }
 HEADS = ("linear", "shared", "shared_frozen", "tower")
@@ -110,7 +110,7 @@ def test_what_a_folder_says_of_the_model(build, tmp_path):
     assert found.hedge_weights == whole.hedge_weights
     assert found.scores == (figure,)
     assert found.config.model == whole.config.model
-    assert found.config.data == replace(whole.config.data, path=Path("text.txt"))
+    assert found.config.data == whole.config.data.replace(path=Path("text.txt"))
     assert (found.step, found.checkpoint, found.corpus["sha256"]) == (7, "step-00000007", "abc")
     assert found.vocabulary == whole.vocabulary
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {
@@ -163,10 +163,10 @@ def test_a_fresh_process_scores_the_folder_alone_alike(run_on_disk, tmp_path, ca
     code = f"""
 import sys
 sys.path.insert(0, {str(SCRIPTS.parent)!r})
-import charlm, dataclasses, pathlib
+import charlm, pathlib
 for name in ("whole", "cut"):
     trained = charlm.load(name, device="cpu")
-    data = dataclasses.replace(trained.config.data, path=pathlib.Path({str(text)!r}), cache_dir=pathlib.Path("cache2"))
+    data = trained.config.data.replace(path=pathlib.Path({str(text)!r}), cache_dir=pathlib.Path("cache2"))
     score = charlm.bits_per_character(trained, charlm.load_corpus(data, show_progress=False))
     print(score.bits_per_character.hex(), score.bits_per_byte.hex())
 """

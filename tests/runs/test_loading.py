@@ -1,6 +1,5 @@
 """What a run's model is, read back: heads of every kind, layer weights, names that checkpoints of all times share."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,8 @@ KINDS = ("linear", "shared", "shared_frozen", "tower")
 
 def config_of(tmp_path: Path, kind: str, hedged: bool = False) -> Config:
     aux = AuxConfig(layers=LayersConfig(head=kind, at=(1, 2), schedule="constant", tower_width=5))
-    hedge = replace(aux.hedge, enabled=hedged)
-    return Config(model=MODEL, aux=replace(aux, hedge=hedge), run=RunConfig(dir=tmp_path / "run"))
+    hedge = aux.hedge.replace(enabled=hedged)
+    return Config(model=MODEL, aux=aux.replace(hedge=hedge), run=RunConfig(dir=tmp_path / "run"))
 
 
 def saved(config: Config, objective: Objective) -> Run:
@@ -68,10 +67,10 @@ def test_layer_weights_come_back(tmp_path, randomise):
 def test_only_layers_that_predict_the_next_character_are_hedged(tmp_path):
     """A weight that no loss ever moves: that of a head which training does not use."""
     config = config_of(tmp_path, "linear", hedged=True)
-    silent = replace(config, aux=replace(config.aux, main_weight=0.0))
+    silent = config.replace(aux=config.aux.replace(main_weight=0.0))
     assert build_objective(config, 5).hedge.layers == [1, 2, 3]
     assert build_objective(silent, 5).hedge.layers == [1, 2]
-    alone = replace(config, aux=replace(config.aux, layers=LayersConfig(enabled=False)))
+    alone = config.replace(aux=config.aux.replace(layers=LayersConfig(enabled=False)))
     with pytest.raises(ConfigError, match=r"aux\.hedge\.enabled=true: .* 1 predicts the next character"):
         build_objective(alone, 5)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import charlm
-from charlm.config_files import settings_in_files
+from charlm.config.load import settings_of
+from charlm.config.wording import written
 from charlm.runs.folder import Run
 from launched import train_with_two_processes
 from tiny import TINY
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 def flags_of(preset: Path, folder: Path, corpus: list[str]) -> list[str]:
-    method = [setting.flag for setting in settings_in_files([preset])]
+    method = [f"--{name}={written(setting.value)}" for name, setting in settings_of([preset], {}).items()]
     # Dropout draws other noise on two processes.
     return [*FLAGS, *corpus, *method, "--aux.layers.tower_dropout=0", f"--run.dir={folder / preset.stem}"]
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -412,7 +411,7 @@ def test_another_number_of_steps_wakes_and_silences_rows():
 def test_mappings_of_another_length_are_compared():
     """A KeyError, or silence, where a task or a layer's weight was added or taken away."""
     plain = Config()
-    tasked = replace(plain, aux=replace(plain.aux, tasks={"order": TaskConfig(weight=0.1)}))
+    tasked = plain.replace(aux=plain.aux.replace(tasks={"order": TaskConfig(weight=0.1)}))
     for old, new in ((plain, tasked), (tasked, plain)):
         with pytest.raises(UserError, match=r"aux\.tasks\.order\.weight: .*0\.1"):
             check_resumable(old, new)

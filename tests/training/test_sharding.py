@@ -46,7 +46,7 @@ SETTINGS = {
     ],
     "pre-norm": [
         "--model.norm=pre",
-        "--model.positions=rotary",
+        "--model.position_encoding=rotary",
         "--train.context_divisor=4",
         "--train.full_context_from=0.5",
     ],

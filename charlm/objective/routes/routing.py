@@ -180,7 +180,7 @@ def check_route(config: Config, precision: str | None = None, sharded: bool = Fa
     if aux.route == "joint":
         return
     complaints = {
-        "fp16 needs a scale for its gradients, which is found for one loss; use --train.mixed_precision=bf16 or no": (
+        "fp16 needs a scale for its gradients, which is found for one loss; use --train.mixed_precision=bf16 or fp32": (
             (precision or train.mixed_precision) == "fp16"
         ),
         "FSDP2 gathers and frees shards for one backward pass per step; use --train.sharding=no": sharded,

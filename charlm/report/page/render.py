@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from charlm.config import Config, UserError
-from charlm.config_files import to_yaml
+from charlm.config.load import to_yaml
 from charlm.files import write_whole
 from charlm.report import figures
 from charlm.report.metrics import Metrics, read_runs

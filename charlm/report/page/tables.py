@@ -5,16 +5,15 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
-import yaml
 
-from charlm.config import Config
-from charlm.config_files import to_yaml
+from charlm.config import Config, flatten
+from charlm.config import differences as differences_of
+from charlm.config.wording import written
 from charlm.data.windows import default_stride
 from charlm.inference.evaluation import Score
 from charlm.report.metrics import Metrics
 from charlm.report.page.probe import Probe
 from charlm.report.style import engineering
-from charlm.values import text_of
 
 NONE = "-"
 PLACES = ("run.dir", "run.resume", "run.resume_from", "run.auto_resume", "run.report", "data.cache_dir")
@@ -128,10 +127,10 @@ def mismatch(runs: Sequence[Metrics]) -> tuple[str, list[tuple[str, list[str]]]]
 
 def differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
     """The options that differ between configs, with the value of each; without places on disk."""
-    columns = [_flat(yaml.safe_load(to_yaml(config))) for config in configs]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [(name, [column.get(name, NONE) for column in columns]) for name in names if name not in PLACES]
-    return [(name, values) for name, values in rows if len(set(values)) > 1]
+    first, *others = configs
+    columns = [flatten(config.model_dump(), ".") for config in configs]
+    names = dict.fromkeys(name for other in others for name in differences_of(first, other) if name not in PLACES)
+    return [(name, [written(column[name]) if name in column else NONE for column in columns]) for name in names]
 
 
 def vocabulary(run: Metrics) -> str:
@@ -164,14 +163,6 @@ def _text(run: Metrics) -> str:
 def _size(run: Metrics, split: str) -> str:
     size = run.corpus_split(split).get("bytes")
     return f"{size:,}" if isinstance(size, int) else NONE
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat = {}
-    for name, value in values.items():
-        nested = isinstance(value, dict) and value
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": text_of(value)}
-    return flat
 
 
 def _pairs(record: Any) -> str:
