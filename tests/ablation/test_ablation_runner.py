@@ -30,7 +30,8 @@ def rates(*values: float) -> list[Variant]:
 @pytest.fixture
 def runs_of(tmp_path):
     def make(rows: Sequence[Variant], seeds: int = 1, *flags: str) -> list[VariantRun]:
-        return plan(rows, [], [*SMALL, f"--run.dir={tmp_path / 'out'}", *flags], seeds)
+        given = [*SMALL, f"--run.dir={tmp_path / 'out'}", *flags]
+        return plan(rows, [], dict(flag.removeprefix("--").split("=", 1) for flag in given), seeds)
 
     return make
 
