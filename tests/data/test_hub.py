@@ -178,7 +178,7 @@ def test_a_folder_that_is_not_there_is_refused(config):
 
 def test_options_that_cannot_work_are_refused():
     """Guards against a hub without a dataset, and a split that is trained and scored on."""
-    with pytest.raises(ConfigError, match=r"data.corpus=hub: needs --data.hub_id"):
+    with pytest.raises(ConfigError, match=r"corpus=hub: needs --data.hub_id"):
         DataConfig(corpus="hub")
     with pytest.raises(ConfigError, match="a split is named twice"):
         DataConfig(corpus="hub", hub_id="a/b", test_split="train")

@@ -130,7 +130,7 @@ def test_generate_drafts(run_on_disk, script, draft):
         ("evaluate", ["--stride=17"], "stride=17: must lie between 1 and the model's context of 16"),
         ("evaluate", ["--limit=0"], "limit=0: must be at least 1"),
         ("evaluate", ["--checkpoint=4"], "has no checkpoint '4'; its steps are: 3"),
-        ("generate", [], "prompt: there is none; say what the text begins with"),
+        ("generate", [], "required: --prompt"),
         ("generate", ["--prompt="], "prompt: has 0 symbols; give at least 1, at most the context of 16"),
         ("generate", ["--prompt=12345678901234567"], "prompt: has 17 symbols"),
         ("generate", ["--prompt=a", "--temperature=-1"], "temperature=-1.0: must be finite and at least 0"),

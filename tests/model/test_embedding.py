@@ -45,5 +45,5 @@ def test_only_the_last_positions_are_embedded():
 @pytest.mark.parametrize("ngrams", [(1,), (2, 2), (0, 3)])
 def test_impossible_lengths_are_refused(ngrams):
     """A table of single characters beside the embedding of characters, or the same one twice."""
-    with pytest.raises(ConfigError, match=r"model\.ngrams=.*from 2 to 64"):
+    with pytest.raises(ConfigError, match=r"ngrams"):
         small(ngrams=ngrams)

@@ -429,7 +429,7 @@ def test_parts_that_need_what_is_not_there_say_so(run, undrawn, tmp_path):
     [
         (["{tmp}/nowhere"], ["nowhere", "not a run"]),
         (["{run}", "-o", "{tmp}/file/report.html", "--records-only"], ["report", "cannot be written"]),
-        (["{run}", "--characters=1"], ["characters=1", "at least 2"]),
+        (["{run}", "--characters=1"], ["characters=1", "equal to 2"]),
         ([], ["RUN"]),
     ],
 )

@@ -213,9 +213,9 @@ def test_depth_auto_says_what_it_saw(run_on_disk, tmp_path, capfd, within, depth
     [
         (["--depth=3"], "depth=3: the model's layers run from 1 to 2"),
         (["--depth=0"], "depth=0: the model's layers run from 1 to 2"),
-        (["--depth=half"], "--depth"),
+        (["--depth=half"], "depth=half"),
         (["--depth=auto", "--within=-1"], "within=-1.0: must be a number of bits, at least 0"),
-        (["--depth=auto", "--within=nan"], "within=nan: must be"),
+        (["--depth=auto", "--within=nan"], "within=nan: should be"),
         (["--checkpoint=5"], "has no checkpoint '5'"),
         (["--to=."], ". exists already; choose another folder"),
         (["--score=valid", "--stride=99"], "stride=99: must lie between"),
