@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python scripts/evaluate.py runs/demo --split test --yardsticks
 	$(BIN)/python scripts/generate.py runs/demo --prompt "def " --length 600
 
-test: $(READY)
+test: lint
 	$(PYTEST) -m "not slow"
 
 test-slow: $(READY)

@@ -132,7 +132,7 @@ def test_protocol() -> None:
 def test_picture(tmp_path, monkeypatch) -> None:
     """Guards against rows that are lost or mislabelled, and one far outside that squashes the rest."""
     drawn = []
-    monkeypatch.setattr("charlm.report.figures.save", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr("charlm.report.style.save", lambda figure, path: drawn.append(figure) or path)
     rows = rows_of(**MEASURED, far=results(9.0, 9.1, 9.2), none={})
     assert draw(rows, tmp_path / "table.png") == tmp_path / "table.png"
     axes = drawn[0].axes[0]
