@@ -92,9 +92,10 @@ def main() -> None:
             sizes = compressed_sizes([text])
             yardsticks = {name.split()[0]: 8 * size / len(text) for name, size in sizes.items()}
         if options.picture is not None:
-            from charlm.report.figures import draw_early_exit
+            from charlm.report.figures import early_exit
+            from charlm.report.style import save
 
-            draw_early_exit(result, options.picture)
+            save(early_exit(result), options.picture)
         if options.as_json:
             print(json.dumps(result.as_dict() | ({"yardsticks": yardsticks} if yardsticks else {}), indent=2))
         else:

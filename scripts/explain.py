@@ -27,11 +27,12 @@ class Options(cli.WithConfig):
 def main() -> None:
     options = cli.parse(Options)
     from charlm.report.explain import explain
-    from charlm.report.figures import draw_table
+    from charlm.report.style import PICTURE, save
+    from charlm.report.weights import weights
 
     explanation = explain(options.config)
     if options.picture is not None:
-        draw_table(options.config, options.picture)
+        save(weights(options.config, PICTURE), options.picture)
     if options.as_json:
         print(json.dumps(explanation.to_dict(), indent=2))
     else:

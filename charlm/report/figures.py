@@ -1,7 +1,7 @@
 """The figures of runs and of early exit.
 
-`draw_...` write pictures. Every other function takes a `Style` and returns a matplotlib figure, or None if there is
-nothing to draw. Figures of several runs give each a colour and a dash pattern, in the order of the runs.
+Most functions take a `Style` and return a matplotlib figure, or None if there is nothing to draw. Figures of several
+runs give each a colour and a dash pattern, in the order of the runs.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from charlm.config import Config, UserError
+from charlm.config import UserError
 from charlm.report.metrics import Metrics, Points, read_runs
 from charlm.report.style import (
     DASHES,
@@ -29,7 +29,7 @@ from charlm.report.style import (
     save,
     use_log_scale,
 )
-from charlm.report.weights import draw_weights, heat_height, task_title, terms_of, weights
+from charlm.report.weights import draw_weights, heat_height, task_title, terms_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,14 +42,14 @@ MOST_POINTS = 300
 FEW_POINTS = 80
 """Most points of a loss or a speed, which are noisy: averages show better which line is above which."""
 BITS = "bits per character"
-DIAGNOSTICS = [
-    ("bits_per_character", "bits per character, next character", "linear"),
-    ("supervision_ratio", "supervision ratio, all outputs", "log"),
-    ("main_supervision_ratio", "supervision ratio, last layer's output", "log"),
-    ("gradient_cosine", "cosine, auxiliary and main gradient", "linear"),
-    ("gradient_norm", "gradient norm", "log"),
-]
-"""The key of each diagnostic, the title of its panel and the scale of its axis."""
+DIAGNOSTICS = {
+    "bits_per_character": "bits per character, next character",
+    "supervision_ratio": "supervision ratio, all outputs",
+    "main_supervision_ratio": "supervision ratio, last layer's output",
+    "gradient_cosine": "cosine, auxiliary and main gradient",
+    "gradient_norm": "gradient norm",
+}
+"""The title of each diagnostic's panel."""
 
 
 def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
@@ -83,16 +83,6 @@ def draw_diagnostics(run_dir: Path | str, path: Path | str | None = None) -> Pat
     return save(figure, Path(path) if path is not None else run.folder.path / "diagnostics.png")
 
 
-def draw_table(config: Config, path: Path | str) -> Path:
-    """Draw the weights of a config's terms over training. Returns the path; errors as for `save`."""
-    return save(weights(config, PICTURE), Path(path))
-
-
-def draw_early_exit(curve: "EarlyExit", path: Path | str) -> Path:
-    """Draw the bits per character of early exit against layers used. Returns the path; errors as for `save`."""
-    return save(early_exit(curve), Path(path))
-
-
 def run_figure(run: Metrics) -> "Figure":
     """The figure of `draw_run`."""
     terms, factor = terms_of(run.config), run.characters_per_step
@@ -112,7 +102,8 @@ def run_figure(run: Metrics) -> "Figure":
         characters.set_xlabel("characters seen")
         draw_weights(terms, below, run.config.train.steps)
         above.set_xlim(0, run.config.train.steps)
-        figure.suptitle(f"{run.name}: {_result(run)}", fontweight="bold")
+        result = "not validated yet" if run.best is None else "validation {1:.3f} bits per character after {0:,} steps"
+        figure.suptitle(f"{run.name}: {result.format(*run.best or ())}", fontweight="bold")
     return figure
 
 
@@ -123,7 +114,7 @@ def learning(runs: Sequence[Metrics], style: Style) -> "Figure | None":
     longest = max(run.longest for run in runs)
     units = [(3600, "hours"), (60, "minutes"), (1, "seconds")]
     unit, name = next((unit for unit in units if longest > 2 * unit[0]), units[-1])
-    with new_panels(style, 2, 1.3) as (figure, (left, right)):
+    with new_panels(style, ["", ""], 1.3) as (figure, (left, right)):
         _draw_learning(runs, left, "characters")
         _draw_learning(runs, right, "seconds", unit)
         _over(left, "characters seen")
@@ -142,12 +133,11 @@ def tasks(runs: Sequence[Metrics], style: Style) -> "Figure | None":
             panels.setdefault(title, {})[place] = steps * run.characters_per_step, losses
     if len(runs) == 1 or not panels:
         return None
-    with new_panels(style, len(panels)) as (figure, grid):
-        for axes, (title, lines) in zip(grid, panels.items(), strict=True):
+    with new_panels(style, list(panels)) as (figure, grid):
+        for axes, lines in zip(grid, panels.values(), strict=True):
             lines = _thinned_alike(lines)
             _draw_runs(lines, axes)
             _cut_fall(lines.values(), axes)
-            axes.set_title(title)
             _over(axes, "characters seen")
     return figure
 
@@ -165,18 +155,17 @@ def hedge(run: Metrics, style: Style) -> "Figure | None":
 
 def diagnostics(run: Metrics, style: Style) -> "Figure | None":
     """What the heads know and what the losses ask of each layer: over training, and the newest bits per character."""
-    panels = {}
-    for kind, title, scale in DIAGNOSTICS:
-        lines = {term.layer: points for term, points in run.diagnostic(kind).items() if term.offset in (None, 1)}
-        if lines:
-            panels[title] = scale, lines
-    if not panels:
+    found = {kind: run.diagnostic(kind) for kind in DIAGNOSTICS}
+    titles = [DIAGNOSTICS[kind] for kind, points in found.items() if points]
+    if not titles:
         return None
-    num_layers = run.config.model.num_layers
-    with new_panels(style, len(panels) + 1) as (figure, grid):
-        for axes, (title, (scale, lines)) in zip([grid[0], *grid[2:]], panels.items(), strict=True):
-            _draw_layers(run, lines, axes, title, scale)
-        _draw_profile(run, grid[1])
+    newest, num_layers = max(step for step, _ in run.diagnostics), run.config.model.num_layers
+    titles.append(f"bits per character after {newest:,} steps")
+    with new_panels(style, titles) as (figure, grid):
+        for axes, (kind, points) in zip(grid, filter(all, found.items()), strict=False):
+            lines = {term.layer: line for term, line in points.items() if term.offset in (None, 1)}
+            _draw_layers(run, lines, axes, logarithmic="ratio" in kind or "norm" in kind)
+        _draw_profile(run, newest, grid[-1])
         if style.explains:
             figure.suptitle(f"{run.name}: diagnostics of the validation split", fontweight="bold")
             if num_layers > 1:
@@ -185,10 +174,10 @@ def diagnostics(run: Metrics, style: Style) -> "Figure | None":
 
 
 def by_layer(lines: dict[int, Points], style: Style) -> "Figure | None":
-    """Bits per character as each layer predicts it, a line for each run: {place of the run: (layers, bits)}."""
+    """Bits per character as each layer predicts it: {place of the run: (layers, bits)}."""
     if not lines:
         return None
-    with new_panels(style, 1, 1.15) as (figure, (axes,)):
+    with new_panels(style, [""], 1.15) as (figure, (axes,)):
         _draw_runs(lines, axes, marker="o")
         axes.set(xlabel="layer", ylabel=BITS)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -199,7 +188,7 @@ def by_position(lines: dict[int, tuple[np.ndarray, ...]], style: Style) -> "Figu
     """Bits per character by context: {place of the run: (symbols of context, bits, their standard errors)}."""
     if not lines:
         return None
-    with new_panels(style, 1, 1.15) as (figure, (axes,)):
+    with new_panels(style, [""], 1.15) as (figure, (axes,)):
         for place, (symbols, bits, errors) in lines.items():
             axes.fill_between(symbols, bits - errors, bits + errors, color=_looks(place)[0], alpha=0.2, linewidth=0)
         _draw_runs({place: line[:2] for place, line in lines.items()}, axes, marker="o")
@@ -220,10 +209,10 @@ def speed(runs: Sequence[Metrics], style: Style) -> "Figure | None":
             panels[title] = lines
     if not panels:
         return None
-    with new_panels(style, len(panels)) as (figure, grid):
-        for axes, (title, lines) in zip(grid, panels.items(), strict=True):
+    with new_panels(style, list(panels)) as (figure, grid):
+        for axes, lines in zip(grid, panels.values(), strict=True):
             _draw_runs({place: thinned(*line, FEW_POINTS) for place, line in lines.items()}, axes)
-            axes.set(title=title, ylim=(0, None))
+            axes.set_ylim(bottom=0)
             _over(axes, "characters seen")
             if axes.get_ylim()[1] >= 1000:  # a third of a GiB is not 333m of one
                 axes.yaxis.set_major_formatter(engineering())
@@ -234,7 +223,7 @@ def early_exit(curve: "EarlyExit") -> "Figure":
     """Bits per character against layers used: the curve of early exit, and each layer's own score."""
     score = curve.score
     points = sorted((point.mean_layers, point.bits_per_character) for point in curve.points)
-    with new_panels(PICTURE, 1, 1.5) as (figure, (axes,)):
+    with new_panels(PICTURE, [""], 1.5) as (figure, (axes,)):
         axes.plot(*zip(*points, strict=True), color=TRAIN, marker="o", markersize=3.5, label="early exit")
         axes.plot(list(map(int, score.layers)), score.layers.values(), "s", color=VALID, label="one layer")
         axes.axhline(score.bits_per_character, color=GREY, linewidth=0.8, linestyle=":")
@@ -261,10 +250,10 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS, end: float | 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """The centred mean over a fortieth of the finite values, fewer at the ends; NaN stays NaN."""
-    good = np.flatnonzero(np.isfinite(values))
-    reach, result = len(good) // 80, np.full(len(values), math.nan)
-    for place, index in enumerate(good):
-        result[index] = values[good[max(0, place - reach) : place + reach + 1]].mean()
+    good, result = np.isfinite(values), np.full(len(values), math.nan)
+    kernel = np.ones(2 * (good.sum() // 80) + 1)
+    if good.any():
+        result[good] = np.convolve(values[good], kernel, "same") / np.convolve(np.ones(good.sum()), kernel, "same")
     return result
 
 
@@ -300,30 +289,28 @@ def _by_layer(run: Metrics, panels: dict[str, dict[int, Points]], style: Style) 
     """A panel for each title with a line for each layer, over optimizer steps."""
     if not panels:
         return None
-    with new_panels(style, len(panels)) as (figure, grid):
-        for axes, (title, lines) in zip(grid, panels.items(), strict=True):
-            _draw_layers(run, lines, axes, title)
+    with new_panels(style, list(panels)) as (figure, grid):
+        for axes, lines in zip(grid, panels.values(), strict=True):
+            _draw_layers(run, lines, axes)
     return figure
 
 
-def _draw_layers(run: Metrics, lines: dict[int, Points], axes: "Axes", title: str, scale: str = "linear") -> None:
+def _draw_layers(run: Metrics, lines: dict[int, Points], axes: "Axes", logarithmic: bool = False) -> None:
     """A line for each layer over optimizer steps."""
     num_layers, lines = run.config.model.num_layers, _thinned_alike(lines)
     few = len(lines) <= 12 and all(len(steps) < 30 for steps, _ in lines.values())
     for layer, points in sorted(lines.items()):
         looks = {"color": layer_colour(layer, num_layers), "linewidth": 2.0 if layer == num_layers else 1.2}
         axes.plot(*points, marker="o", markersize=3 if few else 0, label=f"layer {layer}", **looks)
-    if scale == "log":
+    if logarithmic:
         use_log_scale(axes)
     else:
         _cut_fall(lines.values(), axes)
-    axes.set_title(title)
     _over(axes, "optimizer steps", run.config.train.steps)
 
 
-def _draw_profile(run: Metrics, axes: "Axes") -> None:
+def _draw_profile(run: Metrics, newest: int, axes: "Axes") -> None:
     """The newest bits per character by layer, a line for each offset."""
-    newest = max(step for step, _ in run.diagnostics)
     by_offset: dict[int, dict[int, float]] = {}
     for term, (steps, bits) in run.diagnostic("bits_per_character").items():
         if term.offset and steps[-1] == newest:
@@ -333,8 +320,7 @@ def _draw_profile(run: Metrics, axes: "Axes") -> None:
         axes.plot(list(bits), list(bits.values()), linewidth=1.2, **line)
     if len(by_offset) <= len(SERIES):
         axes.legend()
-    num_layers = run.config.model.num_layers
-    axes.set(title=f"bits per character after {newest:,} steps", xlabel="layer", xlim=(0.5, num_layers + 0.5))
+    axes.set(xlabel="layer", xlim=(0.5, run.config.model.num_layers + 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
@@ -375,13 +361,3 @@ def _losses_by_task(run: Metrics) -> dict[str, dict[int, Points]]:
         factor = 1.0 if term.task else run.symbols_per_character / math.log(2)
         panels.setdefault(title, {})[term.layer] = steps, losses * factor
     return panels
-
-
-def _result(run: Metrics) -> str:
-    """The best validation, or the last training row of a run that has not been validated yet."""
-    if run.best is not None:
-        kind, (step, bits) = "validation", run.best
-    else:
-        steps, values = thinned(*run.of_training("bits_per_character"), most=10**9)
-        kind, step, bits = "training", int(steps[-1]), values[-1]
-    return f"{kind} {bits:.3f} bits per character after {step:,} steps"

@@ -89,10 +89,7 @@ def is_quick(run: Metrics) -> bool:
 
 def _last_change(run: Run) -> int | None:
     """When the run's metrics were last written, in nanoseconds; None if there are none."""
-    try:
-        return run.metrics_path.stat().st_mtime_ns
-    except OSError:
-        return None
+    return run.metrics_path.stat().st_mtime_ns if run.metrics_path.exists() else None
 
 
 def _say(line: str) -> None:

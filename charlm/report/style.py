@@ -92,15 +92,17 @@ def new_figure(style: Style, height: float) -> Iterator["Figure"]:
 
 
 @contextmanager
-def new_panels(style: Style, count: int, row: float = 1.0) -> Iterator[tuple["Figure", list["Axes"]]]:
-    """A figure of `count` panels, as many side by side as `style` allows; `row` scales their height."""
-    rows = math.ceil(count / style.columns)
-    columns = math.ceil(count / rows)
+def new_panels(style: Style, titles: list[str], row: float = 1.0) -> Iterator[tuple["Figure", list["Axes"]]]:
+    """A figure with a panel for each title, as many side by side as `style` allows; `row` scales their height."""
+    rows = math.ceil(len(titles) / style.columns)
+    columns = math.ceil(len(titles) / rows)
     with new_figure(style, rows * row * style.row + (0.3 if style.explains else 0.0)) as figure:
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for unused in grid[count:]:
+        for axes, title in zip(grid, titles, strict=False):
+            axes.set_title(title)
+        for unused in grid[len(titles) :]:
             unused.set_axis_off()
-        yield figure, grid[:count]
+        yield figure, grid[: len(titles)]
 
 
 def layer_colours(dark: bool = False) -> list[str]:

@@ -13,6 +13,7 @@ from charlm.inference.early_exit import QUANTILES, choose_thresholds, early_exit
 from charlm.inference.evaluation import bits_per_character
 from charlm.model.heads import Heads
 from charlm.report import figures
+from charlm.report.style import save
 
 
 def letters(length: int, seed: int) -> np.ndarray:
@@ -121,4 +122,4 @@ def test_what_the_picture_shows(setting, tmp_path):
     assert list(exits.get_xdata()) == sorted(point.mean_layers for point in curve.points)
     assert list(layers.get_xdata()) == [1, 2, 3]
     assert list(layers.get_ydata()) == list(curve.score.layers.values())
-    assert figures.draw_early_exit(curve, tmp_path / "exits.svg").stat().st_size > 1000
+    assert save(figures.early_exit(curve), tmp_path / "exits.svg").stat().st_size > 1000

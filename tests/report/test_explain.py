@@ -1,7 +1,6 @@
 """What `explain` says of a config, against sums worked out here."""
 
 import json
-import math
 import re
 import subprocess
 import sys
@@ -14,12 +13,10 @@ from torch import nn
 from charlm.config import (
     AuxConfig,
     Config,
-    ConfigError,
     HedgeConfig,
     LayersConfig,
     ModelConfig,
     PositionsConfig,
-    Stage,
     TargetsConfig,
     TaskConfig,
     TrainConfig,
@@ -39,10 +36,6 @@ SCRIPT = ROOT / "scripts" / "explain.py"
 def tiny(num_layers: int, steps: int = 1000, **aux) -> Config:
     model = ModelConfig(num_layers=num_layers, **TINY)
     return Config(model=model, aux=AuxConfig(**aux), train=TrainConfig(steps=steps, batch_size=3))
-
-
-def rows(config: Config) -> set[tuple[int, int, str]]:
-    return {(term["layer"], term["offset"], term["positions"]) for term in explain(config).to_dict()["terms"]}
 
 
 def weights(config: Config) -> dict[tuple[int, int, str], list[float]]:
@@ -76,26 +69,6 @@ def test_parameters_of_t12_and_t64():
         assert parameters["inference"] / 1e6 == pytest.approx(paper[1], abs=0.1)
 
 
-@pytest.mark.parametrize("layers", [True, False])
-@pytest.mark.parametrize("targets", [True, False])
-@pytest.mark.parametrize("positions", [True, False])
-def test_each_flag_removes_exactly_its_rows(positions, layers, targets):
-    """Fault: a switch that takes another loss's rows along, or leaves some of its own."""
-    full = {(l, o, p) for l in (1, 2, 3) for o in (1, 2) for p in ("all", "last")}  # noqa: E741
-    config = tiny(
-        3,
-        positions=PositionsConfig(enabled=positions, schedule="linear"),
-        layers=LayersConfig(enabled=layers),
-        targets=TargetsConfig(enabled=targets),
-    )
-    removed = {
-        row
-        for row in full
-        if (not positions and row[2] == "all") or (not layers and row[0] < 3) or (not targets and row[1] == 2)
-    }
-    assert rows(config) == full - removed
-
-
 def test_weights_of_the_paper_schedule():
     """Fault: an intermediate layer that outlives l / (2n), or an extra target that outlives its layer."""
     assert weights(tiny(4)) == {
@@ -109,35 +82,6 @@ def test_weights_of_the_paper_schedule():
         (3, 2, "all"): [0.5, 0.5, 0, 0, 0],
         (4, 2, "all"): [0.5, 0.5, 0.5, 0.5, 0.5],
     }
-
-
-@pytest.mark.parametrize(
-    ("schedule", "start", "end", "expected"),
-    [
-        ("constant", 0.0, 1.0, [1, 1, 1, 1, 1]),
-        ("linear", 0.0, 1.0, [1, 0.75, 0.5, 0.25, 0]),
-        ("linear", 0.25, 0.75, [1, 1, 0.5, 0, 0]),
-        ("cosine", 0.0, 1.0, [1, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0]),
-        ("cutoff", 0.0, 0.5, [1, 1, 0, 0, 0]),
-        ("cutoff", 0.0, 1.0, [1, 1, 1, 1, 1]),  # it stops at 1, which training approaches from the left
-    ],
-)
-def test_weights_of_every_decay(schedule, start, end, expected):
-    """Fault: a schedule on the wrong loss, on the wrong clock, or evaluated at progress 1 itself."""
-    decay = {"schedule": schedule, "start": start, "end": end}
-    by_layers = weights(tiny(2, layers=LayersConfig(**decay, weight=0.8), targets=TargetsConfig(enabled=False)))
-    assert by_layers[1, 1, "all"] == pytest.approx([0.8 * weight for weight in expected], abs=1e-9)
-    assert by_layers[2, 1, "all"] == [1, 1, 1, 1, 1]
-
-    by_targets = weights(tiny(2, targets=TargetsConfig(**decay), layers=LayersConfig(enabled=False)))
-    assert by_targets[2, 2, "all"] == pytest.approx([0.5 * weight for weight in expected], abs=1e-9)
-    assert by_targets[2, 1, "all"] == [1, 1, 1, 1, 1]
-
-    only_main = {"layers": LayersConfig(enabled=False), "targets": TargetsConfig(enabled=False)}
-    by_positions = weights(tiny(2, positions=PositionsConfig(**decay), **only_main))
-    assert by_positions[2, 1, "all"] == pytest.approx(expected, abs=1e-9)
-    if set(expected) != {1}:
-        assert by_positions[2, 1, "last"] == pytest.approx([1 - weight for weight in expected], abs=1e-9)
 
 
 def test_stops_at_the_step_after_the_last_active_one():
@@ -277,28 +221,10 @@ def test_rows_of_own_tasks(monkeypatch):
         explain(tiny(2, tasks={"order": TaskConfig(weight=0.1)}))
 
 
-def test_rows_that_begin_later():
-    """Fault: rows that are silent at first taken for rows that never weigh anything."""
-    stages = (Stage(until=0.5, weights=(1.0,)), Stage(weights=(1.0, 0.5)))
-    config = tiny(2, layers=LayersConfig(schedule="gradual"), targets=TargetsConfig(schedule="stages", stages=stages))
-    assert weights(config) == {
-        (1, 1, "all"): [0, 1, 1, 1, 1],
-        (1, 2, "all"): [0, 0, 0.5, 0.5, 0.5],
-        (2, 1, "all"): [1, 1, 1, 1, 1],
-        (2, 2, "all"): [0, 0, 0.5, 0.5, 0.5],
-    }
-
-
 def test_sizes_of_the_run():
     """Fault: characters per step that count the targets beyond the context, or only one window."""
     found = explain(tiny(2, steps=77)).to_dict()
     assert (found["steps"], found["characters_per_step"], found["context_length"]) == (77, 3 * 4, 4)
-
-
-def test_all_losses_zero_is_refused():
-    """Fault: a table without a single active row, found only when training divides by nothing."""
-    with pytest.raises(ConfigError, match=r"aux\.main_weight"):
-        explain(tiny(2, main_weight=0.0))
 
 
 def test_text_draws_each_term_over_training():

@@ -20,9 +20,9 @@ from charlm.config import (
 )
 from charlm.objective.terms import build_terms
 from charlm.report import figures
-from charlm.report.figures import diagnostics, draw_diagnostics, draw_run, draw_table, run_figure, thinned
+from charlm.report.figures import diagnostics, draw_diagnostics, draw_run, run_figure, thinned
 from charlm.report.metrics import read_runs
-from charlm.report.style import PICTURE
+from charlm.report.style import PICTURE, save
 from charlm.report.weights import COLUMNS, weights
 from charlm.runs.folder import Run
 
@@ -176,8 +176,8 @@ def test_draws_pictures_of_any_depth(num_layers, tmp_path):
 def test_draws_what_there_is(run, rows, steps):
     """Fault: a run that was not validated yet, was logged only once, or diverged for a while cannot be drawn."""
     add(run, *rows)
-    figure = run_figure(*read_runs([run.path]))
-    assert [step for step, _ in lines_of(figure.axes[0])["training"]] == steps
+    lines = lines_of(run_figure(*read_runs([run.path])).axes[0])
+    assert [step for step, _ in lines["training"]] == steps
     assert draw_run(run.path).stat().st_size > 10_000
 
 
@@ -223,10 +223,10 @@ def test_bad_places_are_the_users_to_mend(tmp_path):
     with pytest.raises(UserError, match="not a run"):
         draw_run(tmp_path)
     with pytest.raises(UserError, match=r"weights\.docx.*png"):
-        draw_table(config_of("unused"), tmp_path / "weights.docx")
+        save(weights(config_of("unused"), PICTURE), tmp_path / "weights.docx")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        draw_table(config_of("unused"), tmp_path / "file" / "weights.png")
+        save(weights(config_of("unused"), PICTURE), tmp_path / "file" / "weights.png")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -5,13 +5,10 @@ import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
 import charlm
-from charlm.config import DataConfig
-from charlm.data.corpus import prepared_corpus
 from charlm.report.page.probe import measure
 from charlm.report.page.render import write_report
 from charlm.runs.folder import Run
@@ -70,39 +67,19 @@ FRAME = """<!doctype html><body><iframe src="page.html" style="width: {width}px;
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")]
 
 
-def page_of_a_run(folder: Path, *flags: str) -> str:
-    """The page of a run of all losses, with diagnostics."""
-    losses = [f"--aux.{loss}.enabled=true" for loss in ("positions", "layers", "targets")]
-    config = charlm.load_config(overrides=[*TINY, *losses, *flags, f"--run.dir={folder / 'run'}"])
-    run = charlm.train(config)
-    measured = measure(Run(run), charlm.load_corpus(config.data), show_progress=False)
-    return write_report([run], folder / "report.html", [measured]).read_text()
-
-
 @pytest.fixture(scope="module")
-def small_page(tmp_path_factory) -> str:
-    """Of a run of some steps on a text that a page must not take for its own words."""
+def page(tmp_path_factory) -> str:
+    """The page of a run with all losses and diagnostics, on a text that a page must not take for its own words."""
     folder = tmp_path_factory.mktemp("small")
     text = folder / "text.txt"
     text.write_text("".join(f"{number} é <b>&amp;\t</script>\n" for number in range(1500)))
-    data = ["--data.corpus=file", f"--data.path={text}", f"--data.cache_dir={folder / 'cache'}"]
-    return page_of_a_run(folder, *data, "--train.steps=20", "--train.log_every=1", "--train.diagnose_every=10")
-
-
-@pytest.fixture(scope="module")
-def enwik8_page(tmp_path_factory) -> str:
-    """Of a minute's run on enwik8, where there is a copy of it."""
-    folder = tmp_path_factory.mktemp("enwik8")
-    data = []
-    if prepared_corpus(DataConfig()) is None:
-        if not (copy := os.environ.get("CHARLM_ENWIK8")):
-            pytest.skip("enwik8 is not prepared in the cache, and CHARLM_ENWIK8 names no copy (raw, .gz, .xz, .zip)")
-        data = [f"--data.path={copy}", f"--data.cache_dir={folder / 'cache'}"]
-    model = ["--model.num_layers=6", "--model.num_heads=4", "--model.d_model=64", "--model.d_ff=256"]
-    model += ["--model.context_length=64", "--model.position_encoding=rotary"]
-    train = ["--train.steps=300", "--train.batch_size=16", "--train.optimizer=muon", "--train.learning_rate=5e-3"]
-    train += ["--train.valid_every=0.1", "--train.diagnose_every=0.1", "--train.valid_symbols=5000"]
-    return page_of_a_run(folder, *data, *model, *train, "--train.keep_checkpoints=3")
+    flags = ["--data.corpus=file", f"--data.path={text}", f"--data.cache_dir={folder / 'cache'}"]
+    flags += [f"--aux.{loss}.enabled=true" for loss in ("positions", "layers", "targets")]
+    flags += ["--train.steps=20", "--train.log_every=1", "--train.diagnose_every=10", f"--run.dir={folder / 'run'}"]
+    config = charlm.load_config(overrides=[*TINY, *flags])
+    run = charlm.train(config)
+    probe = measure(Run(run), charlm.load_corpus(config.data), show_progress=False)
+    return write_report([run], folder / "report.html", [probe]).read_text()
 
 
 def opened(page: str, tmp_path, width: int) -> dict:
@@ -125,11 +102,9 @@ def opened(page: str, tmp_path, width: int) -> dict:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("run", ["small", "enwik8"])
-def test_the_page_is_whole_in_a_browser(request, tmp_path, run, width):
+def test_the_page_is_whole_in_a_browser(page, tmp_path, width):
     """Faults: an error in the console, a request, a figure that is hidden, empty, too wide, twice there, or has labels
     that are cut, lie over each other or are too small to read; a passage that does not answer."""
-    page = request.getfixturevalue(f"{run}_page")
     assert len(page.encode()) < 5_000_000
     told = opened(page, tmp_path, width)
     assert told["width"] == width
@@ -147,10 +122,10 @@ def test_the_page_is_whole_in_a_browser(request, tmp_path, run, width):
     assert "bits" in told["tip"] and told["rows"] == 5
 
 
-def test_a_page_that_fetches_or_fails_would_be_noticed(small_page, tmp_path):
+def test_a_page_that_fetches_or_fails_would_be_noticed(page, tmp_path):
     """Fault: a watch that sees nothing whatever the page does."""
-    guard = re.search(r"<meta http-equiv=[^>]*>", small_page)[0]
-    bad = small_page.replace("</main>", '<img src="http://127.0.0.1:9/x.png"><script>nothing.at.all();</script></main>')
+    guard = re.search(r"<meta http-equiv=[^>]*>", page)[0]
+    bad = page.replace("</main>", '<img src="http://127.0.0.1:9/x.png"><script>nothing.at.all();</script></main>')
     told = opened(bad, tmp_path, 1280)
     assert any("nothing is not defined" in line for line in told["noticed"])
     assert any(line.startswith("request: http://127.0.0.1:9") for line in told["noticed"])
@@ -159,9 +134,9 @@ def test_a_page_that_fetches_or_fails_would_be_noticed(small_page, tmp_path):
     assert "http://127.0.0.1:9/x.png" in told["requests"]
 
 
-def test_labels_that_cannot_be_read_would_be_noticed(small_page, tmp_path):
+def test_labels_that_cannot_be_read_would_be_noticed(page, tmp_path):
     """Fault: a look at the labels that finds nothing whatever lies over them."""
-    before, after = small_page.split('<div class="narrow">', 1)
+    before, after = page.split('<div class="narrow">', 1)
     first, *_, last = re.findall(r"<text.*?</text>", before)
     before = before.replace(first, first + first).replace(last, last.replace("<text", '<text dx="9999"', 1))
     learning = opened(before + '<div class="narrow">' + after, tmp_path, 1280)["seen"]["learning"]

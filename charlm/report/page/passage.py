@@ -4,6 +4,7 @@ Shapes: N symbols of the passage, K candidates.
 """
 
 import unicodedata
+from codecs import getincrementaldecoder
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,7 +44,7 @@ def pieces_of(
     """The pieces of a passage; symbols that together spell one character are one piece."""
     symbols = [vocabulary.decode(ids_N[place : place + 1]) for place in range(len(ids_N))]
     pieces = []
-    for first, end in _characters(symbols):
+    for first, end in pairwise([0, *_ends(symbols)]):
         data = b"".join(symbols[first:end])
         candidates = [visible(vocabulary.decode(symbol)) for symbol in symbols_NK[first][:, None]]
         likeliest = tuple(zip(candidates, probabilities_NK[first].tolist(), strict=True))
@@ -72,20 +73,11 @@ def _visible(character: str) -> str:
     return character
 
 
-def _characters(symbols: Sequence[bytes]) -> Iterator[tuple[int, int]]:
-    """The index of the first symbol of each character, and the index after its last."""
-    starts = [0]
-    for place in range(1, len(symbols)):
-        continues = 0x80 <= symbols[place][0] <= 0xBF if symbols[place] else False
-        if not (continues and _is_unfinished(b"".join(symbols[starts[-1] : place]))):
-            starts.append(place)
-    return pairwise([*starts, len(symbols)]) if len(symbols) else iter(())
-
-
-def _is_unfinished(data: bytes) -> bool:
-    """Whether the last character of UTF-8 is cut short."""
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        return error.reason == "unexpected end of data"
-    return False
+def _ends(symbols: Sequence[bytes]) -> Iterator[int]:
+    """The index after the last symbol of each character."""
+    decoder = getincrementaldecoder("utf-8")("surrogateescape")
+    for place, symbol in enumerate(symbols, start=1):
+        decoder.decode(symbol)
+        unfinished, _ = decoder.getstate()
+        if not unfinished or place == len(symbols):
+            yield place

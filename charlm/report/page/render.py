@@ -20,6 +20,7 @@ from charlm.report.page.passage import LEVELS, visible
 from charlm.report.page.probe import LIKELIEST, TEMPERATURE, Probe
 from charlm.report.page.svg import Picture, palette, picture
 from charlm.report.style import DASHES, LAYER_STEPS, SERIES
+from charlm.report.weights import weights
 
 FIGURES_OF_A_RUN = (
     (
@@ -28,7 +29,7 @@ FIGURES_OF_A_RUN = (
         "Loss of every term",
         "Bits per character, while a term weighs something. The first steps' fall is cut off.",
     ),
-    ("weights", lambda run, style: figures.weights(run.config, style), "Weights of the terms", "Empty where silent."),
+    ("weights", lambda run, style: weights(run.config, style), "Weights of the terms", "Empty where silent."),
     ("hedge", figures.hedge, "Weights learned by hedge", "They multiply the weights above."),
     ("diagnostics", figures.diagnostics, "Diagnostics", "On the validation split; see docs/diagnostics.md."),
 )

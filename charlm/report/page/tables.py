@@ -35,7 +35,7 @@ def _result(run: Metrics, probe: Probe | None) -> dict[str, str]:
     score = probe.score if probe else None
     return {
         "steps": f"{run.step:,} of {run.config.train.steps:,}",
-        "characters seen": engineering()(run.step * run.characters_per_step),
+        "characters seen": engineering()(float(f"{run.step * run.characters_per_step:.3g}")),
         "training bpc": f"{bits[-1]:.3f}" if len(bits) else NONE,
         "best validation bpc": f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else NONE,
         "validation bpc, by this page": f"{score.bits_per_character:.4f} ± {score.standard_error or 0:.4f}"
@@ -109,20 +109,22 @@ def mismatch(runs: Sequence[Metrics]) -> tuple[str, list[tuple[str, list[str]]]]
     Runs of different vocabularies compare, as bits are divided by the characters of the text, but only if both
     validate on all of the split: the first symbols of two vocabularies are not the same text.
     """
-    texts = [_text(run) for run in runs]
-    splits = [" + ".join(_size(run, split) for split in ("train", "valid", "test")) + " bytes" for run in runs]
-    scored = {"all" if _validates_all(run) else (vocabulary(run), validated(run)) for run in runs}
-    if len({str(run.provenance["corpus"].get("sha256")) for run in runs}) > 1:
-        why = "These runs read different texts: their bits per character cannot be compared."
-    elif len(set(splits)) > 1:
+    rows = {
+        "text": [f"SHA-256 {str(run.provenance['corpus'].get('sha256'))[:12]}…" for run in runs],
+        "splits": [_sizes(run) for run in runs],
+        "vocabulary": [vocabulary(run) for run in runs],
+        "validated on": [validated(run) for run in runs],
+    }
+    differing = [(name, values) for name, values in rows.items() if len(set(values)) > 1]
+    names = {name for name, _ in differing}
+    if "text" in names:
+        return "These runs read different texts: their bits per character cannot be compared.", differing
+    if "splits" in names:
         why = "These runs hold out different parts of one text: their bits per character cannot be compared."
-    elif len(scored) > 1:
-        why = "These runs validated on different parts of the split: their validations cannot be compared."
-    else:
-        return None
-    rows = {"text": texts, "splits": splits}
-    rows |= {"vocabulary": list(map(vocabulary, runs)), "validated on": list(map(validated, runs))}
-    return why, [(name, values) for name, values in rows.items() if len(set(values)) > 1]
+        return why, differing
+    if names and not all(map(_validates_all, runs)):
+        return "These runs validated on different parts of the split: their validations cannot be compared.", differing
+    return None
 
 
 def differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
@@ -155,14 +157,9 @@ def _validates_all(run: Metrics) -> bool:
     return isinstance(whole, int) and run.config.train.valid_symbols >= whole
 
 
-def _text(run: Metrics) -> str:
-    corpus = run.provenance["corpus"]
-    return f"{corpus.get('name')} (SHA-256 {str(corpus.get('sha256'))[:12]}…)"
-
-
-def _size(run: Metrics, split: str) -> str:
-    size = run.corpus_split(split).get("bytes")
-    return f"{size:,}" if isinstance(size, int) else NONE
+def _sizes(run: Metrics) -> str:
+    sizes = [run.corpus_split(split).get("bytes") for split in ("train", "valid", "test")]
+    return " + ".join(f"{size:,}" if isinstance(size, int) else NONE for size in sizes) + " bytes"
 
 
 def _pairs(record: Any) -> str:
