@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from charlm.report.explain import explain
     from charlm.report.finish import train_and_report
     from charlm.runs.load import load
+    from charlm.runs.share.hub import push_to_hub
     from charlm.training.loop import train
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "load",
     "load_config",
     "load_corpus",
+    "push_to_hub",
     "train",
     "train_and_report",
 ]
@@ -61,6 +63,7 @@ _HOMES = {
     "load": "runs.load",
     "load_config": "config.load",
     "load_corpus": "data.corpus",
+    "push_to_hub": "runs.share.hub",
     "train": "training.loop",
     "train_and_report": "report.finish",
 }

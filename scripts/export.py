@@ -46,8 +46,8 @@ class Options(Section):
 
 def main() -> None:
     options = cli.parse(Options)
-    from charlm.inference.export import check_depth, score_at, shallowest, truncate
-    from charlm.runs.exported import check_absent, save_model
+    from charlm.inference.evaluation import score_at
+    from charlm.runs.share.export import check_absent, check_depth, save_model, shallowest, truncate
 
     check_absent(options.to)
     if not options.within >= 0:
@@ -76,7 +76,7 @@ def main() -> None:
     save_model(model, options.to)
     print(f"{options.to}: {model.checkpoint}, {model.config.model.num_layers} layers")
     print(f"Next: python scripts/evaluate.py {shlex.quote(str(options.to))}")
-    print(f'      charlm.load({str(options.to)!r}).push_to_hub("OWNER/NAME")')
+    print(f'      charlm.push_to_hub(charlm.load({str(options.to)!r}), "OWNER/NAME")')
 
 
 def measured(trained: "TrainedModel", options: Options, split: str, limit: int | None, **more):

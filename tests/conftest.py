@@ -18,8 +18,8 @@ from charlm.model.transformer import CharTransformer
 from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.load import TrainedModel
 from charlm.runs.snapshot import take_snapshot
+from charlm.runs.trained import TrainedModel
 
 torch.set_num_threads(1)  # more threads only slow models of this size down
 # The same examples every time, and none timed: the tests must not depend on luck or on the machine's load.

@@ -53,11 +53,10 @@ def content(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def manifest_for(folder: Path, *, own_entry: bool = True) -> str:
+def manifest_for(folder: Path) -> str:
     """The manifest that belongs to the files of a folder, as someone would write it who changed them on purpose."""
     entries = {name: _entry((folder / name).read_bytes()) for name in FILES}
-    if own_entry:
-        entries["manifest.json"] = _entry((json.dumps(entries, indent=2) + "\n").encode())
+    entries["manifest.json"] = _entry((json.dumps(entries, indent=2) + "\n").encode())
     return json.dumps(entries, indent=2) + "\n"
 
 

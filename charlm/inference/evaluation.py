@@ -9,7 +9,7 @@ Shapes: N symbols.
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from charlm.data.vocabulary import Vocabulary
 from charlm.data.windows import default_stride
 from charlm.inference.scoring import AUTOCAST_DTYPES, negative_log_likelihoods
 from charlm.model.kernels_cpu import exact_matmul
-from charlm.runs.trained import TrainedModel
+from charlm.runs.trained import TrainedModel, exit_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +143,12 @@ def score(trained: TrainedModel, corpus: Corpus, nats_N: np.ndarray, *, split: s
     )
 
 
-def exit_layers(trained: TrainedModel) -> list[int]:
-    """The layers that have a head for the next symbol, including the last."""
-    return [layer for layer, offset in trained.heads.pairs if offset == 1]
+def score_at(score: Score, depth: int) -> dict[str, Any]:
+    """The figure of one layer out of a score of all, for the card of a model that ends there."""
+    bits = score.layers[str(depth)]
+    per_byte = bits * score.characters / score.bytes
+    figures = {"bits_per_character": bits, "bits_per_byte": per_byte, "standard_error": None}
+    return replace(score, layers=None).as_dict() | figures
 
 
 def mixture_nats(nats: Mapping[int, np.ndarray], weights: Mapping[int, float]) -> np.ndarray:

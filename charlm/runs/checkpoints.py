@@ -1,19 +1,19 @@
 """Checkpoints: written whole or not at all, verified when read, and free of pickle.
 
-RUN/checkpoints/step-00001000/model.safetensors       parameters of transformer and heads, by name; its metadata name
-                                                      the vocabulary that they belong to
+RUN/checkpoints/step-00001000/model.safetensors       parameters of transformer and heads, by name; its metadata hold
+                                                      a digest of the vocabulary
                               optimizer.safetensors   optimizer state, by parameter name and state key; where losses
-                                                      have their own, layer4/ of the loss comes first
+                                                      have an optimizer each, `layer4/` and the like comes first
                               state.json              step, best validation so far, gradient scaler
-                              manifest.json           size and SHA-256 of the three, and of its own text before that
-                                                      last entry was added
+                              manifest.json           size and SHA-256 of the three, and of its own text without this
+                                                      last entry
 RUN/checkpoints/last, best    text files that name one of the folders
-RUN/checkpoints/.*.tmp        being written or removed: rubbish after a kill
-RUN/checkpoints/.step-*.old   the whole checkpoint that is being replaced by another of the same step
-RUN/checkpoints/.step-*.damaged   what could not be read when the run went on from an older one; nothing looks there
+RUN/checkpoints/.*.tmp        being written or removed; rubbish after a kill
+RUN/checkpoints/.step-*.old   a whole checkpoint that is being replaced by another of the same step
+RUN/checkpoints/.step-*.damaged   could not be read when the run continued from an older one; never looked at again
 
-Reading changes nothing on disk, so that a run can be evaluated while it is trained; saving and `rewind` clear away
-what a kill has left.
+Reading changes nothing on disk, so a run can be evaluated while it trains. Saving and `rewind` clear away what a kill
+has left.
 """
 
 import hashlib
@@ -38,8 +38,9 @@ from charlm.runs.tensors import check_model, check_space, describe_tensors, load
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)
-FOLDER = re.compile(r"(\.)?step-(\d{8}|[1-9]\d{8,17})(?(1)\.old)", re.ASCII)
-MAX_STATE_BYTES = 2**20
+STEP = r"step-(\d{8}|[1-9]\d{8,17})"
+FOLDER = re.compile(rf"{STEP}|\.{STEP}\.old", re.ASCII)
+MAX_JSON_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What `last` and `best` call it, `step-00001000`."""
+        """The name that `last` and `best` use, `step-00001000`."""
         return _name(self.step)
 
     @property
     def step(self) -> int:
-        """Completed optimizer steps."""
+        """Number of completed optimizer steps."""
         return self.state["step"]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -64,14 +65,11 @@ class Checkpoint:
         return load_tensors(self.path / MODEL)
 
     def snapshot(self) -> Snapshot:
-        """All that it holds."""
+        """Parameters, optimizer state and training state."""
         return Snapshot(self.tensors(), load_tensors(self.path / OPTIMIZER), self.state)
 
     def check_vocabulary(self, vocabulary: Any) -> None:
-        """Raise UserError if the parameters belong to another vocabulary than the run's record of one.
-
-        Those that do not name theirs are taken at their word.
-        """
+        """Raise UserError if the parameters name another vocabulary than `vocabulary`, the run's record of one."""
         with opened(self.path / MODEL) as file:
             expected = (file.metadata() or {}).get("vocabulary")
         if expected not in (None, _digest(vocabulary)):
@@ -80,45 +78,42 @@ class Checkpoint:
             )
 
     def check_tensors(self, expected: Mapping[str, Tensor], owned: Iterable[Collection[str]] = ()) -> None:
-        """Raise UserError, naming file and tensor, unless its tensors are those of a model whose `state_dict` this is.
+        """Raise UserError, naming file and tensor, unless the tensors are those of a model with this `state_dict`.
 
-        Names, shapes and types are compared, and only headers are read. Optimizer state must belong to a parameter,
-        and be a scalar or of its shape and type. `owned`, the parameters of each optimizer by the names that their
-        state has (`snapshot.owned_parameters`): every one has all that another of the same optimizer has, or nothing,
-        as one that never had a gradient, and there is no state but theirs.
+        Names, shapes and types are compared, and only headers are read. Optimizer state must be a scalar, or have the
+        shape and type of its parameter. `owned` holds, for each optimizer, its parameters by the names used for their
+        state (see `owned_parameters`): each has either complete optimizer state or none (it never received a gradient),
+        and there is no other state.
         """
         wanted = check_model(self.path / MODEL, expected, "config.yaml")
-        owned = list(owned)
+        path, owned = self.path / OPTIMIZER, list(owned)
         owners = set().union(*owned)
         keys = defaultdict(set)
-        for name, described in describe_tensors(self.path / OPTIMIZER).items():
+        for name, described in describe_tensors(path).items():
             parameter, _, key = name.rpartition(".")
             keys[parameter].add(key)
             described_parameter = wanted.get(parameter.rpartition("/")[2])  # behind the prefix of a loss
             if described_parameter is None or (owned and parameter not in owners):
-                raise UserError(f"{self.path / OPTIMIZER} has a tensor {name}, which belongs to no parameter")
+                raise UserError(f"{path} has a tensor {name}, which belongs to no parameter")
             if described[0] and described != described_parameter:
                 raise UserError(
-                    f"{self.path / OPTIMIZER}: its tensor {name} is {shown(described)}, "
-                    f"and its parameter {shown(described_parameter)}"
+                    f"{path}: its tensor {name} is {shown(described)}, and its parameter {shown(described_parameter)}"
                 )
         for parameters in owned:
             complete = set().union(*(keys[name] for name in parameters))
             for name in parameters:
                 if keys[name] and (missing := complete - keys[name]):
-                    raise UserError(
-                        f"{self.path / OPTIMIZER} has no tensor {name}.{min(missing)}, and other parameters have one"
-                    )
+                    raise UserError(f"{path} has no tensor {name}.{min(missing)}, and other parameters have one")
 
 
 def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> Checkpoint:
     """Write a checkpoint beside the others, point `last` (and `best`) at it, then prune to `keep` and the best.
 
     Raises:
-        OSError: the disk is full or fails. The older checkpoints are there as before.
+        OSError: the disk is full or fails. The older checkpoints are left as they were.
     """
     target = run.checkpoints_path / _name(snapshot.state["step"])
-    temporary = _rubbish(target)
+    temporary = _beside(target, "tmp")
     _tidy(run)
     tensors = (*snapshot.model.values(), *snapshot.optimizer.values())
     check_space(run.checkpoints_path, sum(tensor.nbytes for tensor in tensors))
@@ -130,9 +125,9 @@ def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> C
         save_tensors(snapshot.optimizer, temporary / OPTIMIZER, temporary / STATE)
         write_whole(temporary / MANIFEST, _manifest({name: _fingerprint(temporary / name) for name in FILES}))
         if run.metrics_path.exists():
-            sync(run.metrics_path)  # a checkpoint that survives the machine must not have lost its history
+            sync(run.metrics_path)  # the history must survive whatever the checkpoint survives
         if target.exists():
-            target.rename(target.with_name(f".{target.name}.old"))
+            target.rename(_beside(target, "old"))
         temporary.rename(target)
         sync(run.checkpoints_path)
     finally:
@@ -144,91 +139,93 @@ def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> C
 
 
 def find_checkpoint(run: Run, which: str | int = "best") -> Checkpoint:
-    """The checkpoint that `which` names: best, last, or a step. Its manifest is verified.
+    """The checkpoint named by `which`: best, last, or a step. It is verified.
 
     Raises:
-        UserError: there is none, or a file of it is damaged; the whole ones are listed.
+        UserError: it does not exist, or one of its files is damaged; the message lists the whole ones.
     """
     if re.fullmatch(r"\d{1,18}", str(which), re.ASCII):
         name = _name(int(which))
     else:
         name = _pointed(run, which) if which in ("best", "last") else str(which)
-    folders = {_name(_step(path)): path for path in checkpoint_folders(run)}
+    folders = {_name(step_of(path)): path for path in checkpoint_folders(run)}
     if name not in folders:
-        there = ", ".join(str(_step(path)) for path in folders.values()) or "none yet"
+        there = ", ".join(str(step_of(path)) for path in folders.values()) or "none yet"
         raise UserError(f"{run.path} has no checkpoint {which!r}; its steps are: {there}")
     try:
         return _read(folders[name])
     except UserError as error:
-        whole = ", ".join(str(_step(path)) for other, path in folders.items() if other != name and _is_whole(path))
+        whole = ", ".join(str(step_of(path)) for other, path in folders.items() if other != name and _is_whole(path))
         raise UserError(f"{error}; whole checkpoints are at the steps: {whole or 'none'}") from None
 
 
 def newest_whole_checkpoint(run: Run) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, if there is one, and a warning for each newer one that is not.
+    """The newest whole checkpoint, if there is one, and a warning for each newer one that is damaged.
 
-    `last` is not asked: a kill may have come before it was set, and damage may have changed it.
+    `last` is ignored: a kill may have come before it was set, or it may be damaged.
     """
     warnings = []
     for path in reversed(checkpoint_folders(run)):
         try:
             return _read(path), warnings
         except UserError as error:
-            warnings.append(f"checkpoint of step {_step(path):,} skipped: {error}")
+            warnings.append(f"checkpoint of step {step_of(path):,} skipped: {error}")
     return None, warnings
 
 
 def checkpoint_folders(run: Run) -> list[Path]:
-    """The folders of the run's checkpoints, oldest first. One that a kill left half replaced is the old one."""
+    """The folders of the run's checkpoints, oldest first. Of one that a kill left half replaced, the old folder."""
     by_step = {}
     if run.checkpoints_path.is_dir():
         for path in sorted(run.checkpoints_path.iterdir()):  # .step-00000001.old before step-00000001
             if FOLDER.fullmatch(path.name):
-                by_step[_step(path)] = path
+                by_step[step_of(path)] = path
     return [by_step[step] for step in sorted(by_step)]
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    step, replaced_step = FOLDER.fullmatch(folder.name).groups()
+    return int(step or replaced_step)
+
+
 def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[str]:
-    """Make `checkpoint` the run's newest: forget the metrics and checkpoints that come after it.
+    """Make `checkpoint` the run's newest: drop the metrics and checkpoints that come after it.
 
-    `discard` removes those checkpoints that are whole. Others, and without it all, are put aside: what could not be
-    read may be sound, and the disk at fault for a moment.
+    With `discard`, later whole checkpoints are removed. All other later ones are put aside, because the disk may have
+    failed only for a moment. `best` becomes the best that the checkpoint's state names; if that is gone, the one that
+    `best` named before; else the checkpoint itself.
 
-    `best` is the best that its state knows; where that is gone, what `best` named before, or else the checkpoint
-    itself. Returns warnings: checkpoints put aside, and rows of metrics that were damaged and are dropped.
+    Returns:
+        Warnings about checkpoints put aside and damaged rows of metrics dropped.
     """
     warnings = []
     _tidy(run)
-    folders = {_step(path): path for path in checkpoint_folders(run)}
+    folders = {step_of(path): path for path in checkpoint_folders(run)}
     known, pointed = checkpoint.state.get("best_step"), _pointed(run, "best")
     steps = [step for step in folders if step == known] + [step for step in folders if _name(step) == pointed]
     best = next((step for step in steps if step <= checkpoint.step), checkpoint.step)
     write_whole(run.checkpoints_path / "last", checkpoint.name + "\n")
     write_whole(run.checkpoints_path / "best", _name(best) + "\n")
-    for step in sorted(folders, reverse=True):  # newest first: a kill leaves a run that can go on from what is left
+    for step in sorted(folders, reverse=True):  # newest first: a kill leaves a run that can continue
         if step > checkpoint.step and discard and _is_whole(folders[step]):
             _remove(folders[step])
         elif step > checkpoint.step:
             warnings.append(f"checkpoint of step {step:,} put aside as {_put_aside(folders[step])}")
-    # Earlier versions did not say what they had validated, and validate the last step again.
-    validated_step = checkpoint.state.get("validated_step", checkpoint.step - 1)
-    return warnings + run.forget_metrics_after(checkpoint.step, validated_step)
+    return warnings + run.forget_metrics_after(checkpoint.step, checkpoint.state.get("validated_step"))
 
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _step(folder: Path) -> int:
-    return int(FOLDER.fullmatch(folder.name)[2])
-
-
-def _rubbish(folder: Path) -> Path:
-    return folder.with_name(f".{_name(_step(folder))}.tmp")
+def _beside(folder: Path, suffix: str) -> Path:
+    """The hidden place beside a checkpoint's folder, such as .step-00001000.tmp."""
+    return folder.with_name(f".{_name(step_of(folder))}.{suffix}")
 
 
 def _pointed(run: Run, pointer: str) -> str | None:
-    """What `last` or `best` says, whatever that is."""
+    """The content of `last` or `best`, which may be damaged."""
     path = run.checkpoints_path / pointer
     if not path.is_file():
         return None
@@ -237,13 +234,9 @@ def _pointed(run: Run, pointer: str) -> str | None:
 
 
 def _manifest(files: dict[str, Any]) -> str:
-    text = _plain_manifest(files)
+    text = json.dumps(files, indent=2) + "\n"
     own = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return _plain_manifest(files | {MANIFEST: own})
-
-
-def _plain_manifest(files: dict[str, Any]) -> str:
-    return json.dumps(files, indent=2) + "\n"
+    return json.dumps(files | {MANIFEST: own}, indent=2) + "\n"
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -255,17 +248,13 @@ def _digest(record: Any) -> str:
 
 
 def _read(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder.
-
-    Raises:
-        UserError: it is damaged, or cannot be read now.
-    """
+    """The checkpoint in a folder. Raises UserError if it is damaged, or cannot be read now."""
     try:
         _verify(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror})") from error
-    state = read_json(folder / STATE, MAX_STATE_BYTES)
-    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] != _step(folder):
+    state = read_json(folder / STATE, MAX_JSON_BYTES)
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] != step_of(folder):
         raise UserError(f"{folder / STATE} is damaged: its step is not that of its folder")
     return Checkpoint(folder, state)
 
@@ -278,9 +267,9 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _verify(folder: Path) -> None:
-    """Raise UserError unless the folder holds the three files and the manifest that describes them, and nothing else.
+    """Raise UserError unless the folder holds the three files, a manifest that describes them, and nothing else.
 
-    What is read depends on no file's content, and sizes are compared before anything is hashed.
+    The paths that are read do not depend on any file's content, and sizes are compared before anything is hashed.
     """
     if folder.is_symlink() or not folder.is_dir():
         raise UserError(f"{folder} is damaged: it is no folder")
@@ -300,51 +289,41 @@ def _verify(folder: Path) -> None:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of the three files; UserError unless the manifest is, to the byte, the one written for them."""
-    record = read_json(path, MAX_STATE_BYTES)
+    record = read_json(path, MAX_JSON_BYTES)
     files = {}
     for name in FILES if isinstance(record, dict) else ():
         match record.get(name):
             case {"bytes": int(size), "sha256": str(digest)}:
                 files[name] = {"bytes": size, "sha256": digest}
-    # A manifest of an earlier version lacks its own entry, and any change to it is found all the same.
-    if len(files) < len(FILES) or path.read_bytes().decode(errors="replace") not in (
-        _manifest(files),
-        _plain_manifest(files),
-    ):
+    if len(files) < len(FILES) or path.read_bytes() != _manifest(files).encode():
         raise UserError(f"{path} is damaged: it does not match its own SHA-256")
     return files
 
 
 def _tidy(run: Run) -> None:
-    """Clear away what a kill or a failure left, and put back a checkpoint that was not replaced after all."""
+    """Remove what a kill or a failure left, and restore a checkpoint whose replacement was not finished."""
     for path in run.checkpoints_path.glob(".*"):
-        if path.suffix == ".old" and FOLDER.fullmatch(path.name):
-            target = path.with_name(_name(_step(path)))
-            if target.exists():
-                _discard(path)
-            else:
-                path.rename(target)
-        elif path.suffix == ".tmp":
+        if path.suffix == ".tmp":
             _discard(path)
+        elif FOLDER.fullmatch(path.name):  # .old
+            target = path.with_name(_name(step_of(path)))
+            _discard(path) if target.exists() else path.rename(target)
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint, at no time leaving a part of one."""
-    rubbish = _rubbish(folder)
-    folder.rename(rubbish)
-    _discard(rubbish)
+    """Remove a checkpoint; a part of it never stands under its name."""
+    _discard(folder.rename(_beside(folder, "tmp")))
 
 
 def _put_aside(folder: Path) -> Path:
-    """Where a checkpoint lies from now on, in the place of one of the same step that was put aside before."""
-    aside = folder.with_name(f".{_name(_step(folder))}.damaged")
-    _discard(aside)
-    folder.rename(aside)
-    return aside
+    """Rename a checkpoint so that it is no longer looked at; return the new path."""
+    aside = _beside(folder, "damaged")
+    _discard(aside)  # an earlier one of the same step
+    return folder.rename(aside)
 
 
 def _discard(path: Path) -> None:
-    """Remove rubbish; what cannot be removed now is left to the next time."""
+    """Remove a file or folder; what cannot be removed now is left to the next time."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

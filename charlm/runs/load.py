@@ -1,4 +1,4 @@
-"""A trained model, read back from its run."""
+"""Load a trained model: from a run, an exported folder, or the Hugging Face hub."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,11 @@ import torch
 
 from charlm.config import Config, UserError
 from charlm.data.vocabulary import vocabulary_from_dict
+from charlm.data.windows import default_stride
 from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import Checkpoint, find_checkpoint
-from charlm.runs.exported import is_exported, is_hub_id, read_model
 from charlm.runs.folder import Run
+from charlm.runs.share.read import is_exported, read_model
 from charlm.runs.trained import TrainedModel
 
 
@@ -18,20 +19,19 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
     """The model of a run or of an exported folder, in evaluation mode and fp32.
 
     Args:
-        run: the folder, or OWNER/NAME of an exported model on the Hugging Face hub, if need be with @REVISION behind
-            it. No code of others is run.
-        checkpoint: of a run: "best" on validation, "last", or a step.
+        run: a folder, or OWNER/NAME or OWNER/NAME@REVISION of an exported model on the Hugging Face hub.
+        checkpoint: checkpoint of a run: "best" on validation, "last", or a step.
         device: by default a GPU if there is one.
 
     Raises:
-        UserError: no run or model, no such checkpoint, a damaged file, or tensors or a vocabulary that are not the
-            model's.
+        UserError: there is no such run, model or checkpoint, a file is damaged, or tensors or vocabulary are not those
+            of the model.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if not Path(run).exists() and is_hub_id(str(run)):
-        from charlm.runs.hub import download
+    if not Path(run).exists():
+        from charlm.runs.share.hub import download, is_hub_id  # imports a library that most runs do not need
 
-        run = download(str(run))
+        run = download(str(run)) if is_hub_id(str(run)) else run
     if is_exported(Path(run)):
         trained = read_model(Path(run), chosen)
         if checkpoint != "best":
@@ -55,7 +55,7 @@ def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> Train
     with torch.device("meta"):
         objective = build_objective(config, vocabulary.size, training=False)
     model = objective.state_dict()
-    prefixes = tuple(f"tasks.{task}." for task in config.aux.tasks)  # only what trains them knows their modules
+    prefixes = tuple(f"tasks.{task}." for task in config.aux.tasks)  # modules of a task exist only in training
     found.check_tensors(model | {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)})
     objective.load_state_dict({name: tensors[name] for name in model}, assign=True)
     objective.to(device).eval()
@@ -75,7 +75,7 @@ def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> Train
 
 
 def _validation(config: Config, corpus: dict[str, Any], found: Checkpoint) -> tuple[dict[str, Any], ...]:
-    """What the run noted of its best checkpoint, if this is that one."""
+    """The validation score that the run noted, if this is its best checkpoint."""
     bits = found.state.get("best_bits")
     if found.state.get("best_step") != found.step or not isinstance(bits, float):
         return ()
@@ -83,7 +83,7 @@ def _validation(config: Config, corpus: dict[str, Any], found: Checkpoint) -> tu
         "bits_per_character": bits,
         "split": "valid",
         "symbols": f"the first {config.train.valid_symbols:,} at most",
-        "stride": max(1, config.model.context_length // 2),
+        "stride": default_stride(config.model.context_length),
         "context_length": config.model.context_length,
         "checkpoint": found.name,
         "corpus": corpus.get("name"),

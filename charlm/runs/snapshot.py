@@ -1,4 +1,4 @@
-"""What a run has learned at one step, apart from the modules that go on learning: tensors by name, on the CPU."""
+"""A copy of all that a run has learned at one step: tensors by name, on the CPU."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a checkpoint holds."""
+    """The content of a checkpoint."""
 
     model: dict[str, Tensor]
     """Parameters by name."""
     optimizer: dict[str, Tensor]
-    """The state of all optimizers by `parameter.key`, behind a prefix where several learn the same parameters from
-    different losses. Parameters that never had a gradient have none."""
+    """The state of all optimizers by `parameter.key`, with a prefix where several optimizers update the same parameters
+    for different losses. Parameters that never received a gradient have no state."""
     state: dict[str, Any]
     """JSON-able; `state["step"]` is the number of completed optimizer steps."""
 
 
 def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer], state: Mapping[str, Any]) -> Snapshot | None:
-    """Copies of everything, which further steps don't touch; None on every process but the first.
+    """Copy parameters and optimizer state to the CPU; None on every process but the first.
 
-    Every process calls it: what lies in shards is gathered from all of them.
+    Every process must call it, because shards are gathered from all of them.
     """
     tensors = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
     optimizer_tensors = {
@@ -53,17 +53,17 @@ def restore(snapshot: Snapshot, model: nn.Module, optimizers: Iterable[Optimizer
         if tensor.ndim > 0:
             value = _placed(tensor, parameter)
         elif tensor.dtype == torch.int64:
-            value = tensor.item()  # SparseAdam counts its steps in a Python int, and computes otherwise from a tensor.
+            value = tensor.item()  # SparseAdam counts its steps in a Python int, and a tensor would change its results
         else:
-            # Step counters stay on the CPU unless a fused optimizer reads them on the device.
+            # A fused optimizer reads its step counters on the device, all others on the CPU.
             value = tensor.to(parameter.device) if optimizer.param_groups[0].get("fused") else tensor
         optimizer.state[parameter][key] = value
 
 
 def owned_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of an optimizer, by the names that their state has in a snapshot.
+    """The parameters of an optimizer by the names used for their state in a snapshot.
 
-    That is the model's name for them, behind what the optimizer's groups have as "state_prefix".
+    That is the model's name for each, after the "state_prefix" of its parameter group if it has one.
     """
     prefixes = {
         parameter: group.get("state_prefix", "") for group in optimizer.param_groups for parameter in group["params"]
@@ -74,14 +74,14 @@ def owned_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Par
 
 
 def _whole(tensor: Tensor) -> Tensor | None:
-    """A copy on the CPU, gathered where it lies in shards; None on every process but the first."""
+    """A copy on the CPU, gathered if it is sharded; None on every process but the first."""
     if _in_shards(tensor):
         tensor = tensor.full_tensor()
     return tensor.detach().to("cpu", copy=True).contiguous() if _is_first() else None
 
 
 def _placed(tensor: Tensor, like: Tensor | None) -> Tensor:
-    """On the device and in the shards of `like`, each process taking its own from the whole that it has."""
+    """A whole tensor, which every process has, put on the device of `like` and sharded as `like` is."""
     if like is None:
         return tensor
     tensor = tensor.to(like.device)

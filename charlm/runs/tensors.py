@@ -1,5 +1,4 @@
-"""Files of tensors in the safetensors format: written to the disk, read with nothing but their headers trusted to be
-there, and of these no more than a bound."""
+"""Reads and writes safetensors files; headers are size-limited before they are parsed."""
 
 import errno
 import os
@@ -19,7 +18,7 @@ from charlm.files import sync
 
 MAX_HEADER_BYTES = 2**24
 SPARE_BYTES = 2**20
-"""What must be free beyond the tensors, for their headers and the small files."""
+"""Free space needed beyond the tensors, for headers and small files."""
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -32,14 +31,14 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""safetensors' names of what parameters and buffers may be."""
+"""The names safetensors gives to the types of parameters and buffers."""
 
 Described = tuple[list[int], str | None]
 """Shape and type of a tensor."""
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
-    """Raise OSError unless tensors of so many bytes, and the small files beside them, find room in the folder."""
+    """Raise OSError unless the folder's disk has room for tensors of so many bytes and the small files beside them."""
     needed, free = num_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
         complaint = f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
@@ -47,38 +46,38 @@ def check_space(folder: Path, num_bytes: int) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, like: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a file that those may read who may read `like`. Raises OSError if the disk does not take it."""
+    """Write a file with the access rights of the file `like`. Raises OSError if the disk is full or fails."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
         if cause := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(path)) from error
         raise
-    shutil.copymode(like, path)  # safetensors lets nobody but the owner read it
+    shutil.copymode(like, path)  # safetensors creates files that only their owner may read
     sync(path)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, on the CPU. UserError if something is wrong with it."""
+    """All tensors of a file by name, on the CPU. Raises UserError if the file is damaged."""
     with opened(path):
         return load_file(path)
 
 
 def describe_tensors(path: Path) -> dict[str, Described]:
-    """Shape and type of every tensor of a file, of which the header alone is read. UserError as `load_tensors`."""
+    """Shape and type of every tensor of a file; only its header is read. Raises UserError if it is damaged."""
     with opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         return {name: (tensor.get_shape(), tensor.get_dtype()) for name, tensor in slices.items()}
 
 
 def check_model(path: Path, expected: Mapping[str, Tensor], config: str) -> dict[str, Described]:
-    """What a model's tensors are, by name, as they should be for a model with this `state_dict`.
+    """Check that a file's tensors are those of a model with this `state_dict`; return their shapes and types.
 
     Args:
-        config: the file that describes the model, for errors.
+        config: name of the file that describes the model, for errors.
 
     Raises:
-        UserError: the file has one too many, lacks one, or has one of another shape or type.
+        UserError: the file has an extra tensor, lacks one, or has one of another shape or type.
     """
     wanted: dict[str, Described] = {
         name: (list(tensor.shape), DTYPES.get(tensor.dtype)) for name, tensor in expected.items()
@@ -99,7 +98,7 @@ def check_model(path: Path, expected: Mapping[str, Tensor], config: str) -> dict
 
 @contextmanager
 def opened(path: Path) -> Iterator[safe_open]:
-    """A file of tensors, of which the header has been read. UserError if something is wrong with it."""
+    """A file of tensors whose header has been read. Raises UserError if it is damaged."""
     try:
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")

@@ -1,9 +1,11 @@
-"""A trained model, whether it was read from a run or from what somebody shared."""
+"""A trained model, read from a run or from an exported folder."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from charlm.config import Config
 from charlm.data.vocabulary import Vocabulary
@@ -13,35 +15,49 @@ from charlm.model.transformer import CharTransformer
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with all that it takes to use it."""
+    """A model with everything needed to use it."""
 
     config: Config
     transformer: CharTransformer
-    """It and the heads, or what reads as they do."""
     heads: Heads
     vocabulary: Vocabulary
     checkpoint: str
-    """The checkpoint's name, `step-00001000`."""
+    """Name of the checkpoint, `step-00001000`."""
     step: int
-    """Optimizer steps it was trained for."""
+    """Number of optimizer steps it was trained for."""
     corpus: dict[str, Any]
-    """What the run recorded of its corpus: name, sha256, vocabulary, sizes."""
+    """The run's record of its corpus: name, sha256, vocabulary, sizes."""
     device: torch.device
     hedge_weights: dict[int, float] | None = None
-    """What aux.hedge has made of the layers' weights, which sum to 1; None without it."""
+    """Weight of each layer learned by aux.hedge, summing to 1; None without it."""
     scores: tuple[dict[str, Any], ...] = ()
-    """Figures with their protocols for the model's card, as `Score.as_dict` gives them or parts of that."""
+    """Scores for the model card with their protocols, as `Score.as_dict` gives them or parts of that."""
     options: str | None = None
-    """YAML of the options it was trained with, where `config` no longer has them all."""
+    """YAML of the options it was trained with, if `config` no longer has them all."""
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Publish the model with its card as OWNER/NAME on the Hugging Face hub; `charlm.load(repo_id)` reads it back.
+    @property
+    def modules(self) -> nn.ModuleDict:
+        """Transformer and heads as one module, whose parameters have the names they have in a checkpoint."""
+        return nn.ModuleDict({"transformer": self.transformer, "heads": self.heads})
 
-        `options` are those of `huggingface_hub.ModelHubMixin.push_to_hub`, such as private=True.
 
-        Returns:
-            The address of the commit.
-        """
-        from charlm.runs.hub import HubModel
+def exit_layers(trained: TrainedModel) -> list[int]:
+    """The layers that have a head for the next symbol, which always include the last."""
+    return [layer for layer, offset in trained.heads.pairs if offset == 1]
 
-        return HubModel.of(self).push_to_hub(repo_id, **options)
+
+def empty_model(
+    config: Config, vocabulary_size: int, pairs: Iterable[tuple[int, int]], last_tower: bool
+) -> nn.ModuleDict:
+    """Transformer and heads without values, on the meta device; `pairs` and `last_tower` as in `Heads`."""
+    with torch.device("meta"):
+        transformer = CharTransformer(config.model, vocabulary_size)
+        heads = Heads(
+            config.model,
+            vocabulary_size,
+            pairs,
+            layers=config.aux.layers,
+            final_norm=transformer.final_norm,
+            last_tower=last_tower,
+        )
+    return nn.ModuleDict({"transformer": transformer, "heads": heads})

@@ -15,7 +15,8 @@ from charlm.data.corpus import load_corpus
 from charlm.objective.build import build_objective
 from charlm.objective.count import num_parameters
 from charlm.process import keep_freed_memory
-from charlm.runs.load import TrainedModel, load
+from charlm.runs.load import load
+from charlm.runs.trained import TrainedModel
 
 PLAIN_BATCH = 32
 """Windows in a batch of the plain loop."""

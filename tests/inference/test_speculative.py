@@ -17,7 +17,7 @@ from charlm.inference.stepping import read, stepping
 from charlm.model.cache import KVCache
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
-from charlm.runs.load import TrainedModel
+from charlm.runs.trained import TrainedModel
 
 
 @pytest.fixture

@@ -16,13 +16,12 @@ from charlm.config import AuxConfig, Config, DataConfig, LayersConfig, ModelConf
 from charlm.data.corpus import load_corpus
 from charlm.data.vocabulary import ByteVocabulary, CharacterVocabulary
 from charlm.inference.evaluation import bits_per_character
-from charlm.inference.export import shallowest, truncate
 from charlm.inference.generation import generate
 from charlm.model.transformer import CharTransformer
 from charlm.objective.build import build_heads
-from charlm.runs import exported
-from charlm.runs.exported import save_model
 from charlm.runs.load import load
+from charlm.runs.share import export
+from charlm.runs.share.export import save_model, shallowest, truncate
 from charlm.runs.trained import TrainedModel
 from storage import content
 from tiny import SCRIPTS, run_script
@@ -236,7 +235,7 @@ def test_bad_input(run_on_disk, tmp_path, capfd, monkeypatch, arguments, message
 
 def test_a_layer_without_a_head_is_named(build):
     """Guards against a head that is made up."""
-    with pytest.raises(UserError, match=r"depth=3: layer 3 has no head .*; those that have one: 1, 2, 4"):
+    with pytest.raises(UserError, match=r"depth=3: has no head .* choose one of 1, 2, 4"):
         truncate(build(), 3)
 
 
@@ -245,7 +244,7 @@ def test_nothing_half_written_stays(build, tmp_path, monkeypatch):
     (tmp_path / ".out.tmp").mkdir()
     (tmp_path / ".out.tmp" / "rubbish").touch()
     with monkeypatch.context() as patch:
-        patch.setattr(exported, "save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr(export, "save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(UserError, match=r"out cannot be written \(No space left\)"):
             save_model(build(), tmp_path / "out")
         assert list(tmp_path.iterdir()) == []

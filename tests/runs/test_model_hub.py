@@ -19,7 +19,7 @@ from charlm.config import Config, ModelConfig
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.model.transformer import CharTransformer
 from charlm.objective.build import build_heads
-from charlm.runs.exported import save_model
+from charlm.runs.share.export import save_model
 from charlm.runs.trained import TrainedModel
 from tiny import SCRIPTS
 
@@ -172,7 +172,7 @@ def folder(tmp_path, randomise) -> Path:
 PUSH = """
 import charlm
 trained = charlm.load("exported", device="cpu")
-print(trained.push_to_hub("owner/model", private=True))
+print(charlm.push_to_hub(trained, "owner/model", private=True))
 """
 LOAD = """
 import charlm, torch

@@ -1,4 +1,4 @@
-"""The card of a shared model: what it is, how it scores under which protocol, and how it is used."""
+"""The card of a shared model: what it is, its scores with their protocols, and how to use it."""
 
 from typing import Any
 
@@ -45,14 +45,14 @@ What differs from charlm's defaults:
 
 
 def model_card(trained: TrainedModel, name: str) -> str:
-    """The text of README.md, for a model that is called `name`."""
+    """The text of README.md for a model called `name`."""
     model = trained.config.model
     return CARD.format(
         name=name,
         layers=model.num_layers,
         width=model.d_model,
         context=model.context_length,
-        parameters=sum(p.numel() for part in (trained.transformer, trained.heads) for p in part.parameters()),
+        parameters=sum(parameter.numel() for parameter in trained.modules.parameters()),
         vocabulary=trained.vocabulary.name,
         symbols=trained.vocabulary.size,
         step=trained.step,
@@ -65,14 +65,14 @@ def model_card(trained: TrainedModel, name: str) -> str:
 
 
 def trained_with(trained: TrainedModel) -> str:
-    """YAML of the options that differ from the defaults, of model, objective and training."""
+    """YAML of the options of model, objective and training that differ from the defaults."""
     if trained.options is not None:
         return trained.options
     return as_yaml(trained.config.model_dump(include={"model", "aux", "train"}, exclude_defaults=True))
 
 
 def _figure(score: dict[str, Any]) -> str:
-    """A line of the card: the figure, and all that is known of its protocol."""
+    """One line of the card: a score with its protocol."""
     bits, others = score.get("bits_per_character"), dict(score)
     for name in ("bits_per_character", "bits_per_byte", "layers", "mixture", "seconds"):
         others.pop(name, None)

@@ -1,0 +1,1 @@
+"""Models to share: exported folders, their cards, and the Hugging Face hub."""
