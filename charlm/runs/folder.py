@@ -28,7 +28,7 @@ from charlm.files import read_json, write_whole
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
 UNFINISHED = {"checkpoints", "provenance.json", ".provenance.json.tmp", ".config.yaml.tmp", ".lock"}
-"""What a process that is killed while it makes the folder of a run may leave: config.yaml comes last."""
+"""Files that a process killed while creating a run may leave; config.yaml is written last."""
 MAX_ROW_BYTES = 2**20
 
 
@@ -44,11 +44,7 @@ class Run:
 
     @classmethod
     def create(cls, config: Config, corpus: dict[str, Any]) -> "Run":
-        """Make the folder of a new run.
-
-        Raises:
-            UserError: the folder holds something already, or cannot be made.
-        """
+        """Make the folder of a new run. Raises UserError if it is not empty, or cannot be made."""
         run = cls(config.run.dir)
         run.check_absent()
         with run.refused_unless("made"):
@@ -59,11 +55,7 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> "Run":
-        """The run in `path`.
-
-        Raises:
-            UserError: there is none.
-        """
+        """The run in `path`. Raises UserError if there is none."""
         run = cls(path)
         if not run.config_path.is_file() or not run.provenance_path.is_file():
             lacks = "it has no config.yaml and provenance.json" if run.path.exists() else "there is no such folder"
@@ -83,10 +75,10 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep every other process from training into the folder, which is made if need be.
+        """Keep other processes from training into the folder, which is made if it does not exist.
 
         Raises:
-            UserError: one does so already, or the folder cannot be written.
+            UserError: another process is training into it, or it cannot be written.
         """
         with self.refused_unless("written"):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -104,7 +96,7 @@ class Run:
 
     @contextmanager
     def refused_unless(self, done: str) -> Iterator[None]:
-        """Inside, an OSError is a UserError: the folder cannot be `done`, as in "written"."""
+        """Turn an OSError raised inside into a UserError: the folder cannot be `done`, such as "written"."""
         try:
             yield
         except OSError as error:
@@ -118,14 +110,14 @@ class Run:
         return load_config(self.config_path)
 
     def provenance(self) -> dict[str, Any]:
-        """What the run was made from: its corpus, versions, git commit and command."""
+        """The record of what the run was made from: corpus, versions, git commit and command."""
         record = read_json(self.provenance_path)
         if not isinstance(record, dict) or not isinstance(record.get("corpus"), dict):
             raise UserError(f"{self.provenance_path} names no corpus; restore that file")
         return record
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl, or raise OSError and leave the file as it was."""
+        """Add one line to metrics.jsonl. If that raises OSError, the file is as it was."""
         line = json.dumps(row).encode() + b"\n"
         with self.metrics_path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -133,15 +125,11 @@ class Run:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics_path))
             except OSError:
-                file.truncate(end)  # or the next row would go on in the middle of this one
+                file.truncate(end)  # or the next row would continue this line
                 raise
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line that a kill cut short is left out.
-
-        Raises:
-            UserError: another line is damaged.
-        """
+        """The rows of metrics.jsonl, without a last line that a kill cut short. Raises UserError for damaged lines."""
         for number, row in self._numbered_metrics():
             if row is None:
                 raise UserError(
@@ -150,10 +138,8 @@ class Run:
             yield row
 
     def forget_metrics_after(self, step: int, validated_step: int | None = None) -> list[str]:
-        """Drop the rows that a run resumed at `step` is about to write again, and damaged ones; a warning for each.
-
-        `validated_step`: the newest whose validation it knows of, by default `step`.
-        """
+        """Drop the rows that a run resumed at `step` will write again, and damaged ones; return a warning for each
+        damaged row. `validated_step` is the last step whose validation it knows, by default `step`."""
         known = step if validated_step is None else min(step, validated_step)
         kept, warnings = [], []
         for number, row in self._numbered_metrics():
@@ -165,7 +151,7 @@ class Run:
         return warnings
 
     def _numbered_metrics(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        """The lines of metrics.jsonl from 1, each with its row or, if it is damaged, None."""
+        """Numbers, from 1, and rows of the lines of metrics.jsonl; the row of a damaged line is None."""
         if not self.metrics_path.exists():
             return
         with self.metrics_path.open("rb") as file:
@@ -174,14 +160,14 @@ class Run:
                     yield number, _row(line)
 
     def _similar(self) -> str | None:
-        """The question whether a run of a similar name beside this folder was meant, if there is one."""
+        """Suggestion of a run with a similar name beside this folder, if there is one."""
         runs = [path.parent for path in self.path.parent.glob("*/provenance.json")]
         names = [path.name for path in runs if (path / "config.yaml").is_file()]
         meant = difflib.get_close_matches(self.path.name, names, n=1)
         return f"did you mean {self.path.with_name(meant[0])}?" if meant else None
 
     def _holds_nothing(self) -> bool:
-        """Whether the folder is empty, but for what a process left that was killed while it made a run of it."""
+        """Whether the folder is empty but for files left by a process that was killed while it created a run."""
         names = {path.name for path in self.path.iterdir()}
         return names <= UNFINISHED and not ("checkpoints" in names and any(self.checkpoints_path.iterdir()))
 
@@ -204,7 +190,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name where the system tells, else its architecture."""
+    """Name of the processor if the system tells it, else its architecture."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -213,7 +199,7 @@ def _processor() -> str:
 
 
 def _git_commit() -> str | None:
-    """That of the code, `-dirty` if it differs; None where there is no git, or the code is in no checkout."""
+    """Commit of the code, with `-dirty` if files changed since; None without git or outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
