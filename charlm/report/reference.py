@@ -16,17 +16,17 @@ INTRODUCTION = """\
 
 # Configuration
 
-Every option, with what it may be and what it is unless you set it. The same texts: `python scripts/train.py --help`,
-which with a `--config` shows that file's values as the defaults. What they make together, before anything runs:
-`python scripts/explain.py --config configs/demo.yaml`.
+This page lists every option with its possible values and its default. `python scripts/train.py --help` prints the same
+texts; with a `--config` it shows that file's values as the defaults. Before anything runs,
+`python scripts/explain.py --config configs/demo.yaml` shows the losses, parameters and arithmetic that result.
 
-An option is a line of a YAML file, or a flag of `scripts/train.py`, `explain.py`, `prepare.py` and `ablate.py`:
+Set an option in a YAML file, or with a flag of `scripts/train.py`, `explain.py`, `prepare.py` or `ablate.py`:
 
 ```yaml
 model:
   num_layers: 12
   ngrams: [2, 3, 4]
-aux.layers.enabled: false     # dots do as well as indentation
+aux.layers.enabled: false     # dots work like indentation
 train: {steps: 1e5, micro_batch_size: null}
 ```
 
@@ -35,17 +35,18 @@ python scripts/explain.py --config configs/enwik8_t12.yaml --model.num_layers=6 
 python scripts/explain.py --config configs/demo.yaml --config configs/methods/keras.yaml --aux.layers.at="[1/3, 2/3]"
 ```
 
-- A file says only what differs from the defaults. Of several `--config` the later wins, option by option, and flags
-  win over files, wherever they stand. `reset: true` in a section of a file drops what earlier files set there.
-- `true` and `false` are written out, `--run.resume=true`; whole numbers may be written `100_000` or `1e5`; `null`,
-  `none` and `~` are no value; a path is taken from the folder that the command is typed in.
-- Lists and mappings are YAML, in quotes because of the shell: `"--model.ngrams=[2, 3, 4]"`,
-  `--aux.layers.weights="{4: 0.3}"`. A list may go without its brackets: `--model.ngrams=2,3,4`. A layer is its number,
-  1 the lowest, or a fraction of the depth, `1/3` or `0.5`; `1.0` is the last.
-- *Progress* is the number of completed optimizer steps over `train.steps`, from 0 to 1.
-- What cannot work ends the command before anything is computed, with one message: option, value, way out, and the line
-  of the file that it comes from. A wrong name is answered with similar ones.
-- A run keeps its resolved options as `RUN/config.yaml`, which is a file for `--config` like any other.
+- A file holds only the options that differ from the defaults. If you give several `--config`, later files win over
+  earlier ones, option by option. Flags always win over files. `reset: true` in a section of a file drops what earlier
+  files set there.
+- Write `true` and `false` in full: `--run.resume=true`. Whole numbers may be written `100_000` or `1e5`. `null`, `none`
+  and `~` mean no value. A path is relative to the folder in which you type the command.
+- Lists and mappings are YAML; quote them for the shell: `"--model.ngrams=[2, 3, 4]"`,
+  `--aux.layers.weights="{4: 0.3}"`. A list may omit its brackets: `--model.ngrams=2,3,4`. A layer is its number (1 is
+  the lowest) or a fraction of the depth, `1/3` or `0.5`; `1.0` is the last layer.
+- *Progress* is the number of completed optimizer steps divided by `train.steps`, from 0 to 1.
+- An option that cannot work ends the command before anything is computed. One message names the option, its value, a
+  way out, and the file and line that it comes from. For a wrong name it suggests similar ones.
+- A run keeps its resolved options in `RUN/config.yaml`, which you can use with `--config` like any other file.
 
 From Python: `charlm.load_config("configs/demo.yaml", {"train.steps": 60})`.
 """
