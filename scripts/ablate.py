@@ -1,13 +1,15 @@
 # PYTHON_ARGCOMPLETE_OK
 """Compare variants of one run: python scripts/ablate.py --config configs/ablation_cpu.yaml --seeds 3 --jobs 2
 
-What is done is kept in run.dir: the same command goes on where it was stopped, and makes only what is missing.
+Results are kept in run.dir. After a stop, the same command continues and trains only what is missing.
 """
 
 import os
 import sys
 from pathlib import Path
 from typing import Annotated
+
+from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
@@ -20,19 +22,19 @@ class Options(cli.WithConfig):
     """Train every row with every seed and compare them: Markdown, CSV and a picture in run.dir.
 
     Without --row, --sweep and --methods the rows are the paper's: without each loss, without per-layer positions, SGD.
-    With them the first row is what the others are compared with. Flags of the configuration hold for all rows.
+    All rows are compared with the first. Flags of the configuration apply to all rows.
     """
 
-    seeds: Count = 3
-    """Runs of each row; the first has train.seed, the next ones those after it."""
+    seeds: Annotated[Count, Field(le=1000)] = 3
+    """Runs of each row. Their seeds count up from train.seed."""
     jobs: Count = 1
-    """Runs at once; they share the processor's cores. On a CPU one per core takes the least time for all."""
+    """Runs at the same time; they share the cores of the processor. On a CPU one run per core is fastest."""
     row: Annotated[tuple[str, ...], cli.Flag("--row", action="append")] = ()
-    """A row, several times if you like: 'name: --section.field=value ...'."""
+    """A row: 'name: --section.field=value ...'. May be given several times."""
     sweep: Annotated[tuple[str, ...], cli.Flag("--sweep", action="append")] = ()
-    """A row for every value: section.field=value,value. Several sweeps: a row for every combination."""
+    """A row for every value: section.field=value,value. Several sweeps make a row for every combination."""
     methods: Annotated[tuple[str, ...], cli.Flag("--methods", nargs="+")] = ()
-    """A row for every YAML file of options, or for each in a folder."""
+    """A row for each of these YAML files of options; a folder stands for the YAML files in it."""
 
 
 def main() -> None:
@@ -66,7 +68,7 @@ def main() -> None:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,7 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """Measure charlm beside its peers: python scripts/benchmark.py train --shape S
 
-The peers: pip install -r requirements-benchmark.txt. Let nothing else run on the machine meanwhile.
+Install the peers with pip install -r requirements-benchmark.txt, and run nothing else on the machine meanwhile.
 """
 
 import json
@@ -13,39 +13,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 
 from charlm import cli
 from charlm.config import Section
+from charlm.config.types import Count
+
+Benchmark = Literal["train", "evaluate", "generate", "drafts", "auxiliary", "scaling"]
 
 
 class Options(Section):
-    """Measure charlm beside its peers, who take turns in one run.
+    """Measure charlm beside its peers, which take turns in one run.
 
     train: training steps against x-transformers, transformers' GPT-2 and Llama, and torch's TransformerEncoder.
     evaluate: sliding-window evaluation against a plain loop over the same model.
-    generate: generation with a cache against the peers that have one.
-    drafts: what drafts from extra heads and from exits save a trained run in generation.
-    auxiliary: what intermediate layers and extra targets cost, in time and memory, at several depths.
-    scaling: time per character against context, depth and batch; memory with and without activation checkpointing.
+    generate: cached generation against the peers that have a cache.
+    drafts: how much faster a trained run writes with drafts from extra heads and from exits.
+    auxiliary: the cost of intermediate layers and extra targets in time and memory, at several depths.
+    scaling: time per character and memory by context, depth and batch, with and without activation checkpointing.
     """
 
-    benchmark: Annotated[str, cli.Flag("benchmark", metavar="BENCHMARK")]
+    benchmark: Annotated[Benchmark, cli.Flag("benchmark", metavar="BENCHMARK")]
     """What to measure: train, evaluate, generate, drafts, auxiliary or scaling."""
     shape: Literal["S", "P", "D"] = "S"
     """S: 6 layers of 256, batch 8; P: the paper's 12 layers, batch 2, on a GPU 64; D: its 64 layers, on a GPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of charlm and of tuned peers; auto: bf16 in training where the hardware has it, else fp32."""
-    rounds: int | None = None
-    """How often each contestant takes its turn; default by benchmark."""
-    steps: int | None = None
-    """Timed training steps of a turn; default 3, on a GPU 5."""
-    threads: int | None = None
-    """Of every contestant; default torch's own choice."""
+    """Precision of charlm and of tuned peers. auto: bf16 in training if the hardware has it, else fp32."""
+    rounds: Count | None = None
+    """Timed turns of each contestant. The default depends on the benchmark."""
+    steps: Count | None = None
+    """Timed training steps in a turn. The default is 3, on a GPU 5."""
+    threads: Count | None = None
+    """Threads of every contestant. The default is torch's choice."""
     compile: Literal["auto", "yes", "no"] = "auto"
-    """Also measure charlm and tuned peers with torch.compile; auto: on a GPU."""
+    """Whether to measure charlm and tuned peers with torch.compile, too. auto: on a GPU only."""
     peers: tuple[str, ...] = ()
-    """Only these, separated by commas."""
+    """Peers to measure, separated by commas. The default is all that are installed."""
     run: Path | None = None
-    """drafts: the trained run that writes; --shape has no meaning then."""
+    """drafts: the folder of the trained run, which also determines the shape."""
     as_json: Annotated[bool, cli.Flag("--json")] = False
-    """Print one JSON document; the tables go to stderr."""
+    """Print one JSON document. The tables go to stderr."""
     picture: Path | None = None
     """Also draw the result into this file (.png, .svg, .pdf)."""
 

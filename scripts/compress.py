@@ -20,33 +20,33 @@ from charlm.process import keep_freed_memory
 
 
 class Options(Section):
-    """Compress a file with a run's model, and decode it again to see that nothing is lost."""
+    """Compress a file with a run's model, and decode it again to check that nothing is lost."""
 
     run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The run's folder."""
     file: Annotated[Path, cli.Flag("file", metavar="FILE")]
-    """What to compress."""
+    """The file to compress."""
     output: Annotated[Path, cli.Flag("--output", "-o")]
-    """The compressed file; it is replaced if it is there."""
+    """The compressed file to write. An existing file is replaced."""
     checkpoint: str = "best"
-    """best, last, or a step; decompressing needs the same."""
+    """best, last or a step. Decompressing needs the same one."""
     streams: int | None = None
-    """Parts of the file that are read side by side: more are faster, up to a point, and cost some bytes each. Default
-    by the file's size."""
+    """Parts of the file that are coded side by side. More are faster, up to a point, and each costs some bytes. The
+    default depends on the file's size."""
     context: int | None = None
-    """Symbols that a prediction sees at most; default the model's context."""
+    """The most symbols that a prediction sees. The default is the model's context."""
     stride: int | None = None
-    """Symbols that are forgotten at once when the context is full, as in evaluate; default about half of it."""
+    """Symbols forgotten at once when the context is full, as in evaluate.py. The default is about half of it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the matrix products."""
+    """Precision of the matrix products."""
     threads: int | None = None
-    """Of the processor; decompressing uses as many. Default torch's own choice."""
+    """Threads of the processor; decompressing uses as many. The default is torch's choice."""
     verify: bool = True
-    """Decode the result and compare before it takes its place."""
+    """Decode the result and compare it with the file before the compressed file is written."""
     report: bool = False
     """Also print the sizes that gzip, bzip2 and xz reach, and the size of the model itself."""
     speeds: tuple[int, ...] = ()
-    """Also measure characters per second with so many streams: 1,16,64. Takes a while each."""
+    """Also measure characters per second with these numbers of streams, such as 1,16,64. Each takes a while."""
     picture: Path | None = None
     """Also draw the report into this file (.png, .svg, .pdf)."""
     as_json: Annotated[bool, cli.Flag("--json")] = False

@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Bring back what a run's model has compressed: python scripts/decompress.py RUN FILE.clm -o FILE"""
+"""Restore a file that compress.py wrote: python scripts/decompress.py RUN FILE.clm -o FILE"""
 
 import sys
 from pathlib import Path
@@ -14,16 +14,16 @@ from charlm.process import keep_freed_memory
 
 
 class Options(Section):
-    """Bring back what a run's model has compressed, on the machine where it was; checked by the content's SHA-256."""
+    """Restore a compressed file, on the machine that compressed it, and check its SHA-256."""
 
     run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The run's folder."""
     file: Annotated[Path, cli.Flag("file", metavar="FILE")]
-    """What compress.py wrote."""
+    """The compressed file."""
     output: Annotated[Path, cli.Flag("--output", "-o")]
-    """Where the content goes; it is replaced if it is there."""
+    """The file to write. An existing file is replaced."""
     checkpoint: str = "best"
-    """best, last, or a step: the one that it was compressed by."""
+    """best, last or a step: the one that compressed the file."""
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     keep_freed_memory()
     trained = charlm.load(options.run, options.checkpoint)
     length = charlm.decompress(trained, options.file, options.output)
-    print(f"{options.output}: {length:,} bytes, as they were compressed")
+    print(f"{options.output}: {length:,} bytes, restored")
 
 
 if __name__ == "__main__":

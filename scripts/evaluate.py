@@ -23,34 +23,34 @@ if TYPE_CHECKING:
 
 
 class Options(Section):
-    """Score a run: bits per character and per byte of a split, each symbol once."""
+    """Score a run: bits per character and per byte of a split, with each symbol scored once."""
 
     run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The folder of a run or of an exported model, or OWNER/NAME of one on the hub."""
     split: Literal["valid", "test"] = "test"
-    """Which part of the corpus."""
+    """The part of the corpus to score."""
     stride: int | None = None
-    """Symbols from one window to the next: 1 is the paper's; default half the context."""
+    """Symbols from one window to the next. The paper's is 1; the default is half the context."""
     limit: int | None = None
-    """Score the first so many symbols only."""
+    """Score only the first symbols of the split, this many."""
     checkpoint: str = "best"
-    """Of a run: best, last, or a step."""
+    """A checkpoint of the run: best, last or a step."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the matrix products."""
+    """Precision of the matrix products."""
     batch_size: int | None = None
-    """Windows that one process runs at once; default by the device."""
+    """Windows that a process runs at once. The default depends on the device."""
     all_layers: bool = False
     """Score every layer that has a head."""
     mixture: Literal["hedge"] | None = None
-    """Score the prediction of all layers together, with the weights that hedge has learned."""
+    """Score the prediction of all layers together, weighted as hedge has learned."""
     early_exit: bool = False
-    """Let the first layer that is sure enough predict: bits per character against layers used."""
+    """Let the first layer that is sure enough predict, and show bits per character by layers used."""
     picture: Path | None = None
     """Draw the curve of --early-exit into this file (.png, .svg, .pdf)."""
     as_compressor: bool = False
-    """Score what compress.py would code, with its streams and stride, without writing a file."""
+    """Score as compress.py codes, with its streams and stride, without writing a file."""
     streams: int | None = None
-    """Of --as-compressor: parts of the text that are read side by side; default by its length."""
+    """--as-compressor: parts of the text that are coded side by side. The default depends on its length."""
     yardsticks: bool = False
     """Also compress the scored bytes with gzip, bzip2 and xz."""
     as_json: Annotated[bool, cli.Flag("--json")] = False
@@ -100,7 +100,7 @@ def main() -> None:
             print(json.dumps(result.as_dict() | ({"yardsticks": yardsticks} if yardsticks else {}), indent=2))
         else:
             sys.stdout.reconfigure(errors="replace")
-            planned = trained.config.train.steps if trained.options is None else None  # exported: it is not known
+            planned = trained.config.train.steps if trained.options is None else None  # unknown if exported
             lines = describe(score, corpus.splits[options.split].symbols, planned, yardsticks)
             print("\n".join(lines + (describe_exits(result) if options.early_exit else [])))
     processes.destroy_process_group()
@@ -125,8 +125,12 @@ def check(options: Options) -> None:
 
 
 def describe(score: "Score", symbols: int, planned: int | None, yardsticks: dict[str, float]) -> list[str]:
-    """Lines for people: the figures, then the protocol. `symbols` is how many the whole split has, `planned` how many
-    steps the whole run takes."""
+    """Lines for people: the figures, then the protocol.
+
+    Args:
+        symbols: the size of the whole split.
+        planned: the steps of the whole run, if known.
+    """
     error = score.standard_error or 0.0
     scored = f"{score.symbols:,}" if score.symbols == symbols else f"first {score.symbols:,} of {symbols:,}"
     of_planned = "" if planned is None else f" of {planned:,}"
@@ -152,7 +156,7 @@ def describe(score: "Score", symbols: int, planned: int | None, yardsticks: dict
 
 
 def describe_exits(result: "EarlyExit") -> list[str]:
-    """The curve as a table, a line for each threshold."""
+    """The curve as a table with a line for each threshold."""
     lines = [
         "early exit by entropy: each symbol is predicted by the first layer under the",
         f"threshold, chosen on {result.chosen_on}.",

@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Show what a configuration stands for, before anything is trained.
+"""Show what a configuration means, before anything is trained.
 
 python scripts/explain.py --config configs/enwik8_t12.yaml --aux.layers.enabled=false
 python scripts/explain.py --config configs/text8_t64.yaml --json --picture weights.png
@@ -16,7 +16,7 @@ from charlm import cli
 
 
 class Options(cli.WithConfig):
-    """Show the table of terms, parameters and FLOPs that a configuration makes."""
+    """Show the table of terms, the parameters and the FLOPs of a configuration."""
 
     as_json: Annotated[bool, cli.Flag("--json")] = False
     """Print one JSON document."""

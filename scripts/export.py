@@ -1,7 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Make a folder to share of a run: python scripts/export.py RUN --to DIR
+"""Export a run to a folder to share: python scripts/export.py RUN --to DIR
 
-Only the layers that are worth it: python scripts/export.py RUN --to DIR --depth auto --within 0.01
+With only as many layers as are worth it: python scripts/export.py RUN --to DIR --depth auto --within 0.01
 """
 
 import shlex
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 
 
 class Options(Section):
-    """Make a folder of a model that can be loaded without its run, or shared: the whole of it, or its lower layers."""
+    """Export a model, or its lower layers, to a folder that can be shared and loaded without the run."""
 
     run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The folder of a run or of an exported model, or OWNER/NAME of one on the hub."""
     to: Path
     """The folder to make."""
     depth: int | Literal["auto"] | None = None
-    """End the model at this layer, whose head becomes the last one; auto looks for the lowest that is good enough."""
+    """The layer to end the model at; it needs a head. auto: the lowest layer that is good enough."""
     within: float = 0.01
-    """What --depth auto may cost against the best layer, in bits per character of the validation split."""
+    """--depth auto: the most that the layer may lose against the best one, in bits per character of the valid split."""
     keep_heads: bool = False
-    """Also keep the heads of lower layers and of characters further ahead."""
+    """Also keep the heads of lower layers and of later characters."""
     score: Literal["valid", "test"] | None = None
-    """Score the exported model on this split, for its card."""
+    """Score the exported model on this split, and record the score in its card."""
     stride: int | None = None
-    """Of what is scored, as in scripts/evaluate.py."""
+    """Stride of the score, as in scripts/evaluate.py."""
     limit: int | None = None
-    """Score the first so many symbols only; for --depth auto by default as many as the run validated on."""
+    """Score only the first symbols, this many. --depth auto: the default is as many as the run validated on."""
     checkpoint: str = "best"
-    """Of a run: best, last, or a step."""
+    """A checkpoint of the run: best, last or a step."""
     data: cli.MovedCorpus = cli.MovedCorpus()
 
 
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def measured(trained: "TrainedModel", options: Options, split: str, limit: int | None, **more):
-    """A score of the model on a split of its corpus, which is where the options say."""
+    """A score of the model on a split of its corpus."""
     corpus = charlm.load_corpus(options.data.where(trained.config.data))
     return charlm.bits_per_character(trained, corpus, split=split, stride=options.stride, limit=limit, **more)
 

@@ -1,8 +1,8 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Let a run write: python scripts/generate.py RUN --prompt "def main(" --length 500 --temperature 0.8
+"""Generate text with a run: python scripts/generate.py RUN --prompt "def main(" --length 500 --temperature 0.8
 
-Several --prompt are continued together, each with a text of its own.
-With --draft the same is written faster: --draft offsets, or the number of a layer with a head.
+Several --prompt options are continued together, each by its own text.
+--draft offsets, or --draft with the number of a layer that has a head, is faster.
 """
 
 import sys
@@ -19,29 +19,29 @@ RULE = 20 * "-"
 
 
 class Options(Section):
-    """Let a run write: the prompt, and the text that follows it, as it comes; several when all are done."""
+    """Continue a prompt and print the text as it is generated; several prompts are printed when all are done."""
 
     run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The run's folder."""
     prompt: Annotated[tuple[str, ...], cli.Flag("--prompt", action="append")]
-    """What a text begins with: at least one symbol, at most the model's context. Several times for several texts."""
+    """The beginning of a text: at least one symbol, at most the model's context. May be given several times."""
     length: int = 500
-    """Symbols to write after the prompt."""
+    """Symbols to generate after the prompt."""
     temperature: float = 1.0
-    """Below 1 bolder choices become rarer; 0 always takes the likeliest symbol."""
+    """Below 1, unlikely symbols become rarer; 0 always takes the likeliest symbol."""
     top_k: int | None = None
-    """Draw from the k likeliest symbols only."""
+    """Draw only from the k likeliest symbols."""
     top_p: float | None = None
-    """Draw from the fewest likeliest symbols that together have at least this probability."""
+    """Draw only from the likeliest symbols: as few as have at least this probability together."""
     seed: int = 0
     """The same seed gives the same text."""
     checkpoint: str = "best"
-    """best, last, or a step."""
+    """best, last or a step."""
     draft: Annotated[str | None, cli.Flag("--draft", metavar="offsets|LAYER")] = None
-    """Draft several symbols for each pass of the model: from the heads that predict those after the next (offsets), or
-    from the exit at a layer. The text at temperature 0 is the same; others follow the same distribution."""
+    """Draft several symbols for each pass of the model: with its heads for later symbols (offsets), or with the exit at
+    a layer. At temperature 0 the text stays the same; else it follows the same distribution."""
     num_draft_tokens: int | None = None
-    """The most symbols to draft before a pass."""
+    """The most symbols to draft for a pass."""
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def parse_draft(text: str | None) -> str | int | None:
-    """What --draft names."""
+    """The value of --draft: offsets or a layer."""
     if text is None or text == "offsets":
         return text
     if not text.isdecimal():

@@ -11,7 +11,7 @@ from charlm import cli
 
 
 class Options(cli.WithConfig):
-    """Prepare a corpus: fetched, verified and cached before training asks for it."""
+    """Fetch, verify and cache a corpus before training."""
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
-"""One page that shows runs: python scripts/report.py RUN [RUN ...] -o report.html
+"""Draw runs as one page: python scripts/report.py RUN [RUN ...] -o report.html
 
-The page needs nothing beside itself: open it from the file. Several runs are overlaid.
+The page is one HTML file that needs no others. Several runs are drawn over each other.
 """
 
 import sys
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 class Options(Section):
-    """Draw runs, finished or going on, as one HTML page that needs nothing beside itself."""
+    """Draw runs, finished or in progress, as one HTML page that needs no other files."""
 
     runs: Annotated[tuple[Path, ...], cli.Flag("runs", nargs="+", metavar="RUN")]
     """The folders of the runs."""
     output: Annotated[Path, cli.Flag("--output", "-o")] = Path("report.html")
-    """Where the page goes."""
+    """The file to write."""
     characters: Annotated[int, Field(ge=2)] = 20_000
-    """Of the validation split, for bits by layer and by position; more are more exact, and take longer."""
+    """Characters of the valid split to score for bits by layer and by position. More are more exact and take longer."""
     records_only: bool = False
-    """Leave out what needs a model and its corpus: bits by layer and position, the passage, samples."""
+    """Leave out all that needs the model and its corpus: bits by layer and position, the passage, samples."""
     data: cli.MovedCorpus = cli.MovedCorpus()
 
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def corpus_of(config: "DataConfig") -> "Corpus | charlm.UserError":
-    """The corpus, or why it is not at hand."""
+    """The corpus, or the error that explains why it cannot be loaded."""
     try:
         return charlm.load_corpus(config)
     except charlm.UserError as error:

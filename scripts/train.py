@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that no head is silent until the first one is
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns about looking for unused parameters
 
 import charlm
 from charlm import cli
@@ -19,7 +19,7 @@ from charlm.process import keep_freed_memory
 
 
 class Options(cli.WithConfig):
-    """Train a deep character-level Transformer; run.dir is where the run is kept."""
+    """Train a deep character-level Transformer. The run is kept in run.dir."""
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from charlm.config.load import load_config
 
 PAPER_SGD_RATE = 0.3
 """Learning rate of plain SGD whose steps are as long as the paper's with momentum: 0.003 / (1 - 0.99)."""
-MOST_SEEDS = 1000
 ROW_SYNTAX = "give it as 'name: --section.field=value ...'"
 
 
@@ -60,8 +59,9 @@ def paper_variants(base: Config) -> list[Variant]:
 
     "SGD in place of momentum" takes the base's learning rate over 1 minus its momentum, so that steps stay as long.
     """
-    momentum, rate = base.train.momentum, base.train.learning_rate
-    sgd_rate = rate / (1 - momentum) if base.train.optimizer == "sgd" else PAPER_SGD_RATE
+    train, sgd_rate = base.train, PAPER_SGD_RATE
+    if train.optimizer == "sgd":
+        sgd_rate = train.learning_rate / (1 - train.momentum)
     sgd = ("--train.optimizer=sgd", "--train.momentum=0", f"--train.learning_rate={sgd_rate:.6g}")
     return [
         Variant("full", paper=1.062),
@@ -130,8 +130,6 @@ def plan(variants: Sequence[Variant], files: Sequence[Path], flags: Mapping[str,
     Raises:
         UserError: a configuration cannot work (the message names the row), or two rows would share a folder.
     """
-    if not 1 <= seeds <= MOST_SEEDS:
-        raise UserError(f"seeds={seeds}: must be from 1 to {MOST_SEEDS:,}")
     base = load_config(files, flags)
     folders: dict[str, str] = {}
     for variant in variants:

@@ -122,13 +122,7 @@ def run(settings: Settings, say: Say) -> BenchmarkResult:
 
 
 def check(settings: Settings) -> None:
-    """Raise UserError for a value that cannot work."""
-    if settings.benchmark not in ROUNDS:
-        raise UserError(f"benchmark={settings.benchmark}: must be one of {', '.join(ROUNDS)}")
-    for name in ("rounds", "steps", "threads"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value}: must be at least 1")
+    """Raise UserError for settings that cannot be combined."""
     if (settings.benchmark == "drafts") != (settings.run is not None):
         raise UserError(f"run={settings.run}: `drafts` needs a trained run, and the other benchmarks none")
     if settings.benchmark in ("generate", "drafts") and settings.precision != "fp32":

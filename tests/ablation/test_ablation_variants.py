@@ -120,8 +120,6 @@ def test_methods(tmp_path: Path) -> None:
         (lambda: plan([Variant("a b"), Variant("a_b")], [], FLAGS, 1), ["'a_b' of row 'a b'", "another name"]),
         (lambda: plan([Variant("..")], [], FLAGS, 1), ["row '..'"]),
         (lambda: plan(read_methods([Path("nowhere.yaml")]), [], FLAGS, 1), ["row 'nowhere'", "nowhere.yaml"]),
-        (lambda: plan([Variant("full")], [], FLAGS, 0), ["seeds=0"]),
-        (lambda: plan([Variant("full")], [], FLAGS, 1001), ["seeds=1001"]),
     ],
 )
 def test_bad_input(make, parts: list[str]) -> None:
