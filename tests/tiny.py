@@ -23,6 +23,24 @@ TINY = (
 """Flags for scripts/train.py. A test adds its own behind them: the later win."""
 
 
+def train(*flags: str) -> Path:
+    """The folder of a run made with these flags."""
+    import charlm
+
+    return charlm.train(charlm.load_config(overrides=flags))
+
+
+def training_rows(run: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl that record an update."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if "terms" in row]
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of each recorded update."""
+    return [row["loss"] for row in training_rows(run)]
+
+
 def history(run: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl, but for what no two runs have alike: the clock's readings, and memory."""
     measured = {"seconds", "characters_per_second", "memory"}

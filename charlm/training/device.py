@@ -1,10 +1,10 @@
-"""What the machine and accelerate's launcher decide: device, precision, kernels. Every choice has its reason."""
+"""Choices that depend on machine and launcher: device, precision, kernels. Each comes with its reason."""
 
 import atexit
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -15,16 +15,17 @@ from accelerate.utils import patch_environment
 
 from charlm.config import Config, TrainConfig, UserError
 from charlm.model.attention import attends_in_blocks
+from charlm.objective.routes.routing import one_backward
 
 PATIENCE = timedelta(minutes=10)
-"""How long processes wait for one that hangs. One that dies ends the others at once."""
+"""How long processes wait for one that hangs. If one dies, the others end at once."""
 
 
 def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
-    """accelerate's process group and precision for this run, and the sentence that says why this precision.
+    """The Accelerator of this run, and the reason for its precision.
 
     Raises:
-        UserError: fp16 on a CPU, or accumulation asked of the launcher.
+        UserError: fp16 on a CPU, or the launcher sets gradient accumulation.
     """
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
@@ -34,13 +35,14 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
         )
     precision, reason = choose_precision(train)
     _rejoin_group()
-    AcceleratorState._reset_state()  # or a second run of this process would be held to the precision of the first
-    with patch_environment(accelerate_use_fsdp="false"):  # sharding is `charlm.training.sharding`'s
+    # accelerate has no public way to forget the precision of an earlier run of this process.
+    AcceleratorState._reset_state()
+    with patch_environment(accelerate_use_fsdp="false"):  # `charlm.training.sharding` does that
         accelerator = Accelerator(
             mixed_precision=precision,
             dynamo_backend="no",  # blocks are compiled one by one, see `choose_compile`
             kwargs_handlers=[
-                # A head that falls silent takes no part in the backward pass, which the reducer has to expect.
+                # Silent heads take no part in the backward pass; the reducer must expect that.
                 DistributedDataParallelKwargs(find_unused_parameters=True),
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
@@ -68,9 +70,9 @@ def leave_group() -> None:
 
 
 def _rejoin_group() -> None:
-    """The process group of processes that a launcher of one machine has started again.
+    """Build the process group after a launcher of one machine has restarted its processes.
 
-    The launcher keeps its store, in which torch would find the addresses of the processes before, and wait for them.
+    The launcher keeps its store, in which torch would find the addresses of the earlier processes and wait for them.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
@@ -91,7 +93,7 @@ def on_cpu() -> bool:
 
 
 def choose_precision(train: TrainConfig) -> tuple[str, str]:
-    """The mixed precision, and why: train.mixed_precision, else the launcher's, else what the hardware has.
+    """Mixed precision and its reason: train.mixed_precision, or else the launcher's, or else the hardware's best.
 
     Raises:
         UserError: fp16 on a CPU, which accelerate would silently run in fp32.
@@ -120,14 +122,14 @@ def has_fast_bf16() -> bool:
 
 
 def choose_compile(train: TrainConfig) -> bool:
-    """Whether to compile: train.compile, else whether the launcher was given a dynamo backend."""
+    """Whether to compile: train.compile decides, or else whether the launcher was given a dynamo backend."""
     if train.compile != "auto":
         return train.compile == "yes"
     return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
 
 
 def describe_attention(config: Config) -> str:
-    """How attention is computed, and if not by a fused kernel, why."""
+    """How attention is computed, and the reason if no fused kernel does it."""
     if on_cpu() and config.model.attention_dropout > 0:
         return "attention unfused (the CPU's fused kernel has no dropout; model.attention_dropout=0 is faster)"
     if attends_in_blocks(config.train.attention, "cpu" if on_cpu() else "cuda"):
@@ -136,23 +138,20 @@ def describe_attention(config: Config) -> str:
 
 
 @contextmanager
-def torch_settings(train: TrainConfig, one_backward: bool = True) -> Iterator[None]:
-    """The process-wide settings of a run, put back at its end.
-
-    Without `one_backward`, compiled blocks must not give their buffers away in the first of several backward passes.
-    """
+def torch_settings(config: Config) -> Iterator[None]:
+    """Process-wide settings of a run inside, restored after."""
+    train = config.train
     matmul, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     torch.set_float32_matmul_precision(train.matmul_precision)
     torch.use_deterministic_algorithms(train.deterministic or deterministic)
+    # The first of several backward passes must not give its buffers away. There is no public option for it: torch's own
+    # error message advises this one.
+    keep_buffers = choose_compile(train) and not one_backward(config.aux)
+    from torch._functorch import config as functorch
+
     try:
-        with nullcontext() if one_backward or not choose_compile(train) else _kept_buffers():
+        with functorch.patch(donated_buffer=False) if keep_buffers else nullcontext():
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.use_deterministic_algorithms(deterministic)
-
-
-def _kept_buffers() -> AbstractContextManager[None]:
-    from torch._functorch import config  # as the error of such a backward pass advises
-
-    return config.patch(donated_buffer=False)

@@ -1,8 +1,8 @@
-"""What the heads know and what the losses ask of each layer: figures of one moment of training, which leave no trace.
+"""Diagnostics of a model in training: bits per character of each head, and gradients of the losses at each layer.
 
-Everything is measured on the validation split without dropout and on the same text at every step, so that a curve
-moves only because the model does: bits per character on the first `SYMBOLS` symbols of the part that validation
-scores, gradients on `WINDOWS` windows spread evenly over that part.
+All is measured without dropout on the same text of the validation split, so a curve moves only with the model: bits per
+character on the first `SYMBOLS` symbols that validation scores, gradients on `WINDOWS` windows spread evenly over that
+part. Training continues as if nothing had been measured.
 
 Shapes: B batch, T positions, D d_model, K offsets, L layers, M scored positions of a batch, W characters of a window.
 """
@@ -30,28 +30,34 @@ from charlm.training.device import choose_compile
 from charlm.training.sharding import is_sharded, unsharded
 
 SYMBOLS = 20_000
-"""Of the validation split, of which bits per character are taken; fewer if `train.valid_symbols` is."""
+"""Number of symbols that bits per character are measured on; fewer if `train.valid_symbols` is smaller."""
 WINDOWS = 16
-"""On which the losses and their gradients are taken."""
+"""Number of windows that gradients are measured on."""
 
 Figures = dict[str, float]
 
 
 def diagnose(
-    config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator, progress: float
+    config: Config,
+    corpus: Corpus,
+    objective: Objective,
+    accelerator: Accelerator,
+    progress: float,
+    micro_batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """The diagnostics of a run at `progress`, as they stand in metrics.jsonl; what is not finite is left out.
+    """Diagnostics of a run at `progress`, as a row of metrics.jsonl has them; values that are not finite are left out.
 
-    Parameters, their `.grad`, optimizers, modes and random numbers are as they were. Of several processes each computes
-    all of it on its own, so that none waits for another. Where the model is in shards, gradients are left out.
+    Parameters, their `.grad`, optimizers, modes and random state stay as they were. Each process computes everything by
+    itself, so none waits for another. For a sharded model, gradients are left out.
 
     Args:
-        objective: not wrapped by DDP, whose reducer must not see these gradients.
+        objective: not wrapped in DDP, whose reducer must not see these gradients.
+        micro_batch_size: most windows per backward pass; None: as many as a process trains on.
 
     Returns:
-        symbols: that the bits per character were taken of.
+        symbols: number of symbols that bits per character were measured on.
         bits_per_character: {"layer3/offset2": ...}, see `bits_per_head`.
-        windows: that the gradients were taken on.
+        windows: number of windows that gradients were measured on.
         supervision_ratio, main_supervision_ratio, gradient_cosine, gradient_norm: {"layer3": ...}, see
             `gradient_figures`.
     """
@@ -59,7 +65,7 @@ def diagnose(
     text, part = ids[: min(train.valid_symbols, SYMBOLS)], ids[: max(train.valid_symbols, objective.window_length)]
     autocast_dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision)
     eager = torch.compiler.set_stance("force_eager") if choose_compile(train) else nullcontext()
-    with _undisturbed(objective), unsharded(objective), eager:  # nothing is compiled for what is rare
+    with _undisturbed(objective), unsharded(objective), eager:  # compiling would not pay off for something so rare
         bits = bits_per_head(
             objective.transformer,
             objective.heads,
@@ -73,7 +79,7 @@ def diagnose(
                 objective,
                 torch.from_numpy(spread_windows(part, WINDOWS, objective.window_length)),
                 progress,
-                micro_batch_size=train.micro_batch_size or -(-train.batch_size // accelerator.num_processes),
+                micro_batch_size=micro_batch_size or -(-train.batch_size // accelerator.num_processes),
                 autocast_dtype=autocast_dtype,
                 loss_scale=accelerator.scaler.get_scale() if accelerator.scaler else 1.0,
             )
@@ -89,15 +95,15 @@ def bits_per_head(
     characters: int,
     autocast_dtype: torch.dtype | None = None,
 ) -> Figures:
-    """Bits per character of a text as each head predicts it, {"layer3/offset2": ...}, silent heads included.
+    """Bits per character of a text by each head, {"layer3/offset2": ...}, silent heads included.
 
-    As validation scores it: windows at a stride of half the context, heads and softmax in fp32, every symbol once. The
-    head of offset k predicts a symbol from what stands k and more before it; the first k, which no position predicts,
-    cost ln V. All figures have the same denominator, and that of the last layer and offset 1 is validation's.
+    Scored as in validation: windows at a stride of half the context, heads and softmax in fp32, every symbol once. The
+    head of offset k predicts a symbol from those at least k before it; the first k symbols cost ln V. All figures have
+    the same denominator, and the figure of the last layer and offset 1 is validation's.
 
     Args:
         ids: the text, [N].
-        characters: that begin in it.
+        characters: number of characters that begin in the text.
     """
     context_length, device = transformer.config.context_length, next(transformer.parameters()).device
     windows = evaluation_windows(len(ids), context_length, max(1, context_length // 2))
@@ -136,25 +142,25 @@ def gradient_figures(
     autocast_dtype: torch.dtype | None = None,
     loss_scale: float = 1.0,
 ) -> dict[str, Figures]:
-    """What the losses of the table send to each layer, {"supervision_ratio": {"layer3": ...}, ...}.
+    """Gradients of the table's losses at each layer, {"supervision_ratio": {"layer3": ...}, ...}.
 
-    Output i is all that the active rows of layer l_i add to the loss on these windows, loss_i; output L is that of the
-    last layer. x_l are the states that layer l hands on (the last layer's before the final norm), theta_l the
-    parameters of its block, |.| the Euclidean norm over all windows and positions, or all parameters. For layer l with
-    the outputs A(l) = {i: l_i >= l}:
+    Output i has the loss loss_i: the sum of the active rows of layer l_i on these windows. Output L is the last
+    layer's. x_l is the output of layer l (for the last layer, before the final norm), theta_l the parameters of its
+    block, |.| the Euclidean norm over all windows and positions, or all parameters. For layer l with the outputs A(l) =
+    {i: l_i >= l}:
 
         supervision_ratio[l]      = mean over i in A(l) of |d loss_i / d x_{l_i}| / |d loss_i / d x_l|
         main_supervision_ratio[l] = |d loss_L / d x_L| / |d loss_L / d x_l|
         gradient_cosine[l]        = <a, m> / (|a| |m|),  a = sum_{i < L} d loss_i / d theta_l,  m = d loss_L / d theta_l
         gradient_norm[l]          = |a + m|
 
-    (Guo et al. 2016, AuxNet, for the ratio of one output; a layer's own output counts with 1.) The layers that no
-    intermediate output lies above or on have no cosine. These are the gradients of the losses as they are, whatever
-    part of them aux.route lets through. One backward pass per output; rows that weigh nothing take no part.
+    (Guo et al. 2016, AuxNet, for the ratio of one output; a layer's own output counts with 1.) Layers above the last
+    intermediate output have no cosine. The gradients are those of the full losses, whatever aux.route lets through.
+    There is one backward pass per output; rows of weight zero take no part.
 
     Args:
-        windows_BW: with a length of `objective.window_length`, or shorter.
-        loss_scale: what losses are multiplied by on their way back, for gradients that fp16 cannot hold otherwise.
+        windows_BW: windows of at most `objective.window_length` symbols.
+        loss_scale: factor of the losses in the backward pass, so that fp16 can represent the gradients.
     """
     num_layers, device = objective.transformer.config.num_layers, objective.transformer.embedding.weight.device
     squares: dict[tuple[int, int], Tensor] = {}  # (output, layer): |d loss / d x|^2
@@ -199,7 +205,7 @@ def _gradients(
     `factor` times its loss."""
     transformer = objective.transformer
     blocks = {layer: list(block.parameters()) for layer, block in enumerate(transformer.blocks, start=1)}
-    last = []  # before the final norm, so that all states are those of the residual stream
+    last = []  # before the final norm, so that all states are of the residual stream
     hook = transformer.final_norm.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0]))
     with (
         torch.enable_grad(),
@@ -220,7 +226,7 @@ def _gradients(
 
 
 def _losses(heads: Heads, hidden_MD: Tensor, layer: int, offsets: Sequence[int], targets_MK: Tensor) -> Tensor:
-    """What the targets cost in nats, [M, K]."""
+    """Loss of each target in nats, [M, K]."""
     hidden_1MD, weight, bias = heads.classifiers(hidden_MD[None], layer, offsets)
     return linear_cross_entropy(hidden_1MD[0], weight, bias, targets_MK, torch.ones(targets_MK.shape).to(hidden_MD))[1]
 
@@ -249,10 +255,10 @@ def _finite(figures: Figures) -> Figures:
 
 @contextmanager
 def _undisturbed(objective: Objective) -> Iterator[None]:
-    """No dropout inside; each module's mode is put back after."""
+    """Inside there is no dropout; each module's mode is restored after."""
     modes = [(module, module.training) for module in objective.modules()]
     objective.eval()
-    # Its own mode says no more than whether activation checkpointing applies, which what fits may depend on.
+    # The transformer's own mode only switches activation checkpointing, without which memory may not suffice.
     objective.transformer.training = True
     try:
         yield

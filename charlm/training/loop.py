@@ -1,10 +1,7 @@
-"""The training loop.
-
-Shapes: B windows of this process, W characters of a window.
-"""
+"""The training loop."""
 
 from collections.abc import Callable
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,45 +10,44 @@ from typing import NoReturn
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 
 from charlm.config import Config, Stopped, UserError, steps_of
 from charlm.data.corpus import Corpus, load_corpus
-from charlm.data.windows import training_windows
 from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
-from charlm.objective.routes.routing import Joint, build_route, one_backward
+from charlm.objective.routes.routing import Joint, build_route
 from charlm.objective.tasks import check_registered
 from charlm.runs.snapshot import take_snapshot
 from charlm.training.checkpointing import CheckpointWriter
 from charlm.training.device import build_accelerator, choose_compile, torch_settings
 from charlm.training.diagnose import diagnose
-from charlm.training.errors import explained, find_micro_batch_size
+from charlm.training.errors import explained
+from charlm.training.gradients import accumulate_gradients, find_micro_batch_size, micro_batches
 from charlm.training.log import Tracker
 from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
-from charlm.training.sharding import average, no_sync, prepare, shard, unsharded
+from charlm.training.sharding import average, prepare, shard, unsharded
 from charlm.training.start import TrainState, check_fits, check_folder, describe, open_run
 from charlm.training.stop import StopRequests
 from charlm.training.trackers import check_installed
-from charlm.training.update import Losses, Updates, weighted_losses
+from charlm.training.update import Updates
 
 
 def train(config: Config, kind: "type[Training] | None" = None) -> Path:
-    """Train as `config` says, on all the processes of the launcher, and return the run's folder.
+    """Train as `config` says, on all processes of the launcher, and return the run's folder.
 
     `kind` is a subclass of `Training` to use in its place, by which a benchmark times the steps.
 
     Raises:
-        UserError: the options, the corpus or the run's folder do not allow it, and nothing has been written; or no
-            update can be made any more, and a checkpoint from before stands.
+        UserError: options, corpus or the run's folder do not allow it, and nothing was written; or no update can be
+            made any more, and the checkpoint from before remains.
         Stopped: SIGTERM, SIGINT, SIGUSR1, `run.max_time` or the death of the launcher asked for it. A checkpoint holds
-            all steps, that which was being taken included.
+            all steps, including the one in progress.
     """
     check_installed(config.run.tracker)
     check_registered(config.aux.tasks)
     check_folder(config.run)
-    with StopRequests(config.run.max_seconds) as stop, torch_settings(config.train, one_backward(config.aux)):
+    with StopRequests(config.run.max_seconds) as stop, torch_settings(config):
         accelerator, precision_reason = build_accelerator(config.train)
         with stop.interrupting():
             corpus = load_corpus(config.data, show_progress=accelerator.is_main_process)
@@ -88,7 +84,7 @@ def train(config: Config, kind: "type[Training] | None" = None) -> Path:
 
 @dataclass
 class Training:
-    """A run under way. Every process calls every method at the same step."""
+    """A run in progress. All processes call each method at the same step."""
 
     config: Config
     corpus: Corpus
@@ -101,7 +97,7 @@ class Training:
     stop: StopRequests
 
     def fit(self) -> None:
-        """The loop: what a step needs follows from the config, the corpus and the number of completed steps."""
+        """Train to the last step. A step depends on the config, the corpus and the number of completed steps only."""
         train, state = self.config.train, self.state
         self.prepare()
         try:
@@ -136,26 +132,29 @@ class Training:
         if choose_compile(train):
             for block in self.objective.transformer.blocks:
                 block.compile()
+        self.micro_batch_size = train.micro_batch_size
         if train.micro_batch_size == "auto":
             most = -(-train.batch_size // self.accelerator.num_processes)
-            found = find_micro_batch_size(self.objective, self.accelerator, most)
-            self.tracker.say(f"train.micro_batch_size=auto: {found} windows fit")
-            self.config = self.config.replace(train=train.replace(micro_batch_size=found))
+            self.micro_batch_size = find_micro_batch_size(self.objective, self.accelerator, most)
+            self.tracker.say(f"train.micro_batch_size=auto: {self.micro_batch_size} windows fit")
         self.model = prepare(self.accelerator, self.objective, self.route.one_backward)
         adapt = self.objective.adapt if self.objective.hedge is not None else None
-        self.updates = Updates(train, self.accelerator, self.route.optimizers, self.state.accepted_losses, adapt)
+        self.updates = Updates(
+            train, self.accelerator, self.route.parameters, self.route.optimizers, self.state.accepted_losses, adapt
+        )
         self.saved_step, self.newest_update = self.state.step, None
 
     def due(self, cadence: float) -> bool:
-        """Whether a cadence of the config falls on the steps completed; every one but 0 falls on the last step."""
+        """Whether something that happens every `cadence` is due now. All but cadence 0 are due at the last step."""
         every, step = steps_of(cadence, self.config.train.steps), self.state.step
         return every > 0 and (step % every == 0 or step == self.config.train.steps)
 
     def step(self) -> None:
-        """One optimizer step: one update, or one for each loss, as the route says."""
+        """Forward, backward, clip, and step or skip. Other routes than joint have several passes or updates."""
         config, accelerator, step = self.config, self.accelerator, self.state.step
         progress, factor = step / config.train.steps, learning_rate_factor(config.train, step)
-        windows = micro_batches(config, self.corpus.splits["train"].ids, accelerator, self.objective, step)
+        ids = self.corpus.splits["train"].ids
+        windows = micro_batches(config, self.micro_batch_size, ids, accelerator, self.objective, step)
         passes = self.route.passes(progress)
         for number, layers in enumerate(passes, start=1):
             losses = accumulate_gradients(config, accelerator, self.model, self.route, step, windows, layers)
@@ -163,12 +162,13 @@ class Training:
             for update in updates:
                 set_learning_rates(update.step_sizes, factor)
                 if not self.route.one_backward:
-                    average(accelerator, update.gradients.values())
+                    with update.in_place():
+                        average(accelerator, self.route.parameters)
             self.updates.apply(step, losses, updates, last=number == len(passes))
         self.state.step += 1
 
     def log(self) -> None:
-        """Record the losses of the newest update."""
+        """Record the losses of the newest update; end the run if too many were skipped."""
         self.read_updates()
         train, made = self.config.train, self.newest_update
         if made is not None:
@@ -181,7 +181,7 @@ class Training:
             self.give_up()
 
     def read_updates(self) -> None:
-        """Learn what became of the updates since the last reading, and record those that were skipped."""
+        """Read the reports of updates since the last call, and record the skipped ones."""
         for report in self.updates.read():
             if report.skipped:
                 self.tracker.log_skipped(report.step, report.skipped)
@@ -189,7 +189,7 @@ class Training:
                 self.newest_update, self.state.updated_step = report, report.step
 
     def give_up(self) -> NoReturn:
-        """Leave a checkpoint from before the updates that were skipped, and raise UserError."""
+        """Save a checkpoint of the last update made, and raise UserError."""
         skipped = self.state.step - self.state.updated_step
         self.state.step = self.state.updated_step
         self.state.validated_step = min(self.state.validated_step, self.state.step)
@@ -202,11 +202,13 @@ class Training:
         )
 
     def diagnose(self) -> None:
-        """Record what the heads know, and what the losses of the newest step ask of each layer."""
+        """Record the diagnostics of the newest step."""
         self.read_updates()
         with self.tracker.speed_paused("diagnosing"):
             progress = (self.state.step - 1) / self.config.train.steps
-            diagnostics = diagnose(self.config, self.corpus, self.objective, self.accelerator, progress)
+            diagnostics = diagnose(
+                self.config, self.corpus, self.objective, self.accelerator, progress, self.micro_batch_size
+            )
             self.tracker.log_diagnostics(self.state.step, diagnostics)
 
     def validate(self) -> None:
@@ -224,66 +226,19 @@ class Training:
             self.save(best)
 
     def save(self, best: bool = False) -> None:
-        """Begin to write a checkpoint of the completed steps; the loop goes on meanwhile."""
+        """Start to write a checkpoint of the completed steps, while the loop goes on."""
         self.read_updates()
-        self.writer.wait()  # or two snapshots would be in memory
+        self.writer.wait()  # otherwise two snapshots would be in memory
         state, scaler = self.state, self.accelerator.scaler
         state.seconds, state.accepted_losses = self.tracker.seconds, self.updates.accepted_losses()
         record = asdict(state) | {"scaler": scaler.state_dict() if scaler else None}
         snapshot = take_snapshot(self.objective, self.route.optimizers, record)
         if snapshot is not None and not all(tensor.isfinite().all() for tensor in snapshot.model.values()):
-            self.tracker.say(f"step {state.step}: no checkpoint, the parameters are not finite any more")
+            self.tracker.say(f"step {state.step}: no checkpoint: the parameters are no longer finite")
         elif snapshot is not None:
-            # Until a validation tells, the newest is the best.
+            # The newest is the best until there is a validation.
             self.writer.save(snapshot, best or state.best_step is None)
         self.saved_step = state.step
-
-
-def micro_batches(
-    config: Config, ids: np.ndarray, accelerator: Accelerator, objective: Objective, step: int
-) -> list[tuple[float, Tensor]]:
-    """This process's windows of a step, at most `micro_batch_size` at a time, and what share of the global batch each
-    micro-batch is."""
-    train = config.train
-    divisor = train.context_divisor if step / train.steps < train.full_context_from else 1
-    windows = training_windows(
-        ids,
-        seed=train.seed,
-        step=step,
-        batch_size=train.batch_size * divisor,
-        window_length=max(1, config.model.context_length // divisor) + objective.longest_offset,
-    )
-    own = torch.from_numpy(np.array_split(windows, accelerator.num_processes)[accelerator.process_index])
-    parts = own.split((train.micro_batch_size or len(own)) * divisor)
-    return [(len(windows_BW) / len(windows), windows_BW) for windows_BW in parts]
-
-
-def accumulate_gradients(
-    config: Config,
-    accelerator: Accelerator,
-    model: nn.Module,
-    route: Joint,
-    step: int,
-    windows: list[tuple[float, Tensor]],
-    layers: list[int] | None,
-) -> Losses:
-    """The gradients of the global batch's mean losses, for `route` to collect, and this process's share of the losses.
-
-    Averages are taken over processes, so that each micro-batch counts by its share of the batch times their number.
-    """
-    train, reports = config.train, []
-    for index, (share, windows_BW) in enumerate(windows):
-        torch.manual_seed(noise_seed(train.seed, step, accelerator.process_index, index))
-        with nullcontext() if index == len(windows) - 1 else no_sync(accelerator, model):
-            report = model(windows_BW.to(accelerator.device, non_blocking=True), step / train.steps, layers)
-            route.backward(report, share * accelerator.num_processes, accelerator.backward)
-        reports.append((share, report))
-    return weighted_losses(reports)
-
-
-def noise_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
-    """The seed of dropout: one that no other (step, rank, micro-batch) has, so that resuming repeats it."""
-    return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0])
 
 
 def validate(
@@ -291,7 +246,7 @@ def validate(
 ) -> tuple[float, float]:
     """Bits per character and per byte of the first `train.valid_symbols` symbols of the validation split.
 
-    In the precision of training, at a stride of half the context; all processes share the work and get the figures.
+    Uses the precision of training and a stride of half the context. All processes share the work and get the result.
     """
     ids = corpus.splits["valid"].ids[: config.train.valid_symbols]
     with unsharded(objective):

@@ -1,7 +1,7 @@
-"""The model in shards over the processes: FSDP2, by torch's own `fully_shard`.
+"""Sharding of the model over processes: FSDP2, by torch's `fully_shard`.
 
-accelerate puts CPU processes under DDP whatever is asked, so that its FSDP2 cannot be tested without GPUs. This is one
-path for both. Parameters stay in fp32 and mixed precision stays autocast's: the losses are DDP's but for rounding.
+accelerate always uses DDP on CPUs, so its FSDP2 cannot be tested without GPUs. This code is the same for both.
+Parameters stay in fp32 under autocast, so losses are those of DDP up to rounding.
 """
 
 import os
@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from charlm.config import Config, TrainConfig, UserError
@@ -21,14 +21,14 @@ NOT_OURS = {
     "FSDP_OFFLOAD_PARAMS": "parameters stay on their device",
     "FSDP_ACTIVATION_CHECKPOINTING": "use --train.activation_checkpointing=true",
 }
-"""What accelerate's launcher can ask of FSDP by an environment variable and charlm does not do, and the way out."""
+"""FSDP settings of accelerate's launcher that charlm does not support, by environment variable, and the way out."""
 
 
 def wants_shards(train: TrainConfig) -> bool:
-    """Whether to shard: train.sharding, else whether the launcher was told so (`accelerate launch --use_fsdp`).
+    """Whether to shard: train.sharding decides, or else the launcher (`accelerate launch --use_fsdp`).
 
     Raises:
-        UserError: the launcher asks for FSDP1, or for a part of FSDP that there is not.
+        UserError: the launcher asks for FSDP1, or for an unsupported setting of FSDP.
     """
     if train.sharding != "auto":
         return train.sharding == "fsdp2"
@@ -44,13 +44,13 @@ def wants_shards(train: TrainConfig) -> bool:
 
 
 def shard(config: Config, objective: Objective, num_processes: int) -> None:
-    """Give each process its part of every parameter, if that is wanted and there are several of them.
+    """Shard the parameters over the processes, if the config or launcher wants it and there are several processes.
 
-    Comes before the optimizers, which own the parameters that are there. The blocks are gathered one by one as they
-    are computed; heads and embeddings, which the objective reads directly, belong to the objective as a whole.
+    Call it before building the optimizers, which must own the sharded parameters. Each block is gathered when it is
+    computed; heads and embeddings are gathered together with the objective, which reads them directly.
 
     Raises:
-        UserError: what the config asks for cannot be computed in shards.
+        UserError: the config has an option that cannot be sharded.
     """
     if not wants_shards(config.train) or num_processes == 1:
         return
@@ -61,29 +61,28 @@ def shard(config: Config, objective: Objective, num_processes: int) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` did anything."""
+    """Whether `shard` has sharded the model."""
     return isinstance(model, FSDPModule)
 
 
 def prepare(accelerator: Accelerator, objective: Objective, one_backward: bool = True) -> nn.Module:
-    """The objective as the loop uses it: under autocast, and DDP unless it is sharded.
+    """Wrap the objective in autocast, and in DDP unless it is sharded.
 
-    Without `one_backward`, nor under DDP: what several backward passes make of one forward pass its reducer would not
-    see, and `average` exchanges it.
+    Without `one_backward` there is no DDP: its reducer cannot follow several backward passes after one forward pass,
+    and `average` replaces it.
     """
     return accelerator.prepare_model(objective, evaluation_mode=is_sharded(objective) or not one_backward)
 
 
-def average(accelerator: Accelerator, gradients: Iterable[Tensor]) -> None:
-    """Replace gradients by their means over all processes, which have the same ones in the same order."""
+def average(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
+    """Replace the gradients of the parameters by their means over all processes."""
     if accelerator.num_processes == 1:
         return
-    dense = []
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    dense = [gradient for gradient in gradients if not gradient.is_sparse]
     for gradient in gradients:
         if gradient.is_sparse:
             dist.all_reduce(gradient.div_(accelerator.num_processes))
-        else:
-            dense.append(gradient)
     together = torch.cat([gradient.flatten() for gradient in dense])
     dist.all_reduce(together)
     together /= accelerator.num_processes
@@ -92,13 +91,13 @@ def average(accelerator: Accelerator, gradients: Iterable[Tensor]) -> None:
 
 
 def no_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[None]:
-    """Gradients of a backward pass inside are added up, and exchanged by the next one outside."""
+    """Inside, backward passes add up gradients; the next one outside exchanges them."""
     return _unreduced(model) if is_sharded(model) else accelerator.no_sync(model)
 
 
 @contextmanager
 def unsharded(objective: Objective) -> Iterator[None]:
-    """Inside, transformer and heads can be called without the objective; blocks gather themselves as ever."""
+    """Inside, transformer and heads can be called directly, without the objective."""
     if not is_sharded(objective):
         yield
         return
@@ -126,7 +125,7 @@ def _check_shardable(config: Config, num_processes: int) -> None:
         )
     train = config.train
     if train.micro_batch_size == "auto":
-        raise UserError("train.micro_batch_size=auto: cannot be found in shards; give a number")
+        raise UserError("train.micro_batch_size=auto: the search does not support sharding; give a number")
     for divisor in {1, train.context_divisor}:
         windows = train.batch_size * divisor
         most, fewest = -(-windows // num_processes), windows // num_processes

@@ -1,7 +1,7 @@
-"""The update of one optimizer step, and when it must not happen: numbers that are not finite, a loss that spikes.
+"""Makes the update of an optimizer step, or skips it: if loss or gradient are not finite, or the loss spikes.
 
-Skipping leaves parameters and optimizer state as they were, on every process alike. It is decided where the gradients
-are; the host learns of it when it reads the losses, so that a device is not waited for in between. A step of several
+A skipped update leaves parameters and optimizer state as they were, on all processes alike. The decision is made on the
+device; the host learns of it when it reads the losses, so it never waits for the device in between. A step of several
 updates makes all of them or none.
 """
 
@@ -16,67 +16,49 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
 
 from charlm.config import TrainConfig
-from charlm.objective.objective import LossReport
 from charlm.objective.routes.routing import Update
+from charlm.training.gradients import Losses
 
 HISTORY, ENOUGH = 128, 32
-"""Accepted losses that a leap is judged by: at most, and at least."""
+"""Most and fewest accepted losses that a spike is judged by."""
 DEVIATION = 1.4826
-"""Standard deviations of a normal distribution in its median absolute deviation."""
-
-
-@dataclass(frozen=True)
-class Losses:
-    """What one optimizer step's windows cost, in nats per symbol: this process's share, to be summed over all."""
-
-    names: tuple[str, ...]
-    """Of the active terms."""
-    row: Tensor
-    """The total, then each active term's own loss."""
-
-    def __add__(self, other: "Losses") -> "Losses":
-        """The losses of two passes, which have no term in common."""
-        total = self.row[:1] + other.row[:1]
-        return Losses(self.names + other.names, torch.cat([total, self.row[1:], other.row[1:]]))
-
-
-def weighted_losses(reports: Sequence[tuple[float, LossReport]]) -> Losses:
-    """The losses of micro-batches, each with its share of the global batch."""
-    rows = [share * torch.stack([report.total.detach(), *report.parts.values()]) for share, report in reports]
-    return Losses(tuple(reports[0][1].parts), torch.stack(rows).sum(dim=0))
+"""Ratio of the standard deviation of a normal distribution to its median absolute deviation."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """A step as the host reads it: global means."""
+    """Result of a step as the host reads it; losses are global means."""
 
     step: int
-    """Completed optimizer steps with this one."""
+    """Number of completed optimizer steps, this one included."""
     loss: float
     parts: dict[str, float]
     skipped: str | None
-    """Why the update was skipped; None if it was made."""
+    """Reason why the update was skipped; None if it was made."""
 
 
 class Updates:
-    """Makes or skips the updates of a run, and remembers what the host has not read yet."""
+    """Makes or skips the updates of a run, and keeps the losses that the host has not read yet."""
 
     def __init__(
         self,
         train: TrainConfig,
         accelerator: Accelerator,
+        parameters: Iterable[nn.Parameter],
         optimizers: Iterable[Optimizer],
         accepted_losses: Sequence[float],
         adapt: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
     ):
         """
         Args:
+            parameters: all that are trained.
             optimizers: all that updates will name.
-            accepted_losses: what `accepted_losses()` said at a checkpoint.
-            adapt: gets after each step the global mean of each active term's loss, by name, and whether the step was
-                skipped, a scalar on the device.
+            accepted_losses: result of `accepted_losses()` at a checkpoint.
+            adapt: called after each step with the global mean loss of each active term, by name, and whether the step
+                was skipped, a scalar on the device.
         """
         self.train, self.accelerator, self.adapt = train, accelerator, adapt
+        self.parameters = list(parameters)
         padding = [float("nan")] * HISTORY
         self.history = torch.tensor([*padding, *accepted_losses][-HISTORY:], device=accelerator.device)
         self.unread: list[tuple[int, Losses, Tensor, Tensor]] = []
@@ -84,34 +66,49 @@ class Updates:
         sparse = any(isinstance(optimizer, SparseAdam) for optimizer in optimizers)
         self.decides_on_host = sparse or accelerator.device.type == "cpu"
         self.undo = Undo()
-        self.passes: list[tuple[Losses, Tensor, Tensor]] = []
-        """Of the step that is being made: the losses of each pass, their total, and whether all was finite."""
+        self.pending: tuple[Losses, Tensor, Tensor] | None = None
+        """Losses, total and whether all was finite, over the passes of an unfinished step."""
 
     def apply(self, step: int, losses: Losses, updates: Sequence[Update], last: bool = True) -> None:
-        """Clip the gradient of each update and move every parameter that has one, or skip all of it; then forget the
-        gradients.
+        """Clip the gradients of each update and make it, or skip all updates; then remove the gradients.
 
-        `last`: no other pass of the step follows. If one does, these updates are taken back should it not be finite.
+        Args:
+            losses: of the pass that the updates follow.
+            last: no other pass of the step follows. Earlier ones are undone if a later one is not finite.
         """
-        norms = [self._clipped_norm(update) for update in updates]
+        norms = [self._clip(update) for update in updates]
         total = self.accelerator.reduce(losses.row[0], reduction="sum")
         finite = torch.isfinite(torch.stack([total, *norms])).all()
-        self.passes.append((losses, total, finite))
+        if self.pending is not None:
+            earlier, sum_of_earlier, earlier_finite = self.pending
+            losses, total, finite = earlier + losses, sum_of_earlier + total, earlier_finite & finite
+        skip = ~finite
+        if last and self.train.spike_threshold:
+            spikes = self._spikes(total)
+            skip = skip | spikes
+        else:
+            spikes = torch.zeros_like(skip)
+        for update in updates:
+            with update.in_place():
+                for optimizer in update.step_sizes:
+                    if not last:
+                        self.undo.keep(optimizer)
+                    self._step(optimizer, skip)
+        for parameter in self.parameters:
+            parameter.grad = None
         if last:
-            self._finish(step, updates)
-            return
-        for update in updates:
-            self._make(update, ~finite, keep=True)
+            self.undo.restore_if(skip, self.decides_on_host)
+            self._record(step, losses, total, skip, spikes)
+        self.pending = None if last else (losses, total, finite)
 
-    def _finish(self, step: int, updates: Sequence[Update]) -> None:
-        losses, total, finite = self.passes[0]
-        for more, of_more, also_finite in self.passes[1:]:
-            losses, total, finite = losses + more, total + of_more, finite & also_finite
-        spikes = self._spikes(total) if self.train.spike_threshold else torch.zeros_like(finite)
-        skip = ~finite | spikes
-        for update in updates:
-            self._make(update, skip)
-        self.undo.where(skip, self.decides_on_host)
+    def _step(self, optimizer: Optimizer, skip: Tensor) -> None:
+        if not self.decides_on_host:
+            step_unless(skip, optimizer)
+        elif not skip:
+            optimizer.step()
+
+    def _record(self, step: int, losses: Losses, total: Tensor, skip: Tensor, spikes: Tensor) -> None:
+        """Let everything that learns from a step's losses know them."""
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
         if self.train.spike_threshold:
@@ -120,10 +117,9 @@ class Updates:
             means = self.accelerator.reduce(losses.row[1:], reduction="sum")
             self.adapt(dict(zip(losses.names, means, strict=True)), skip)
         self.unread.append((step + 1, losses, skip, spikes))
-        self.passes = []
 
     def read(self) -> list[StepReport]:
-        """The last step that was not skipped, and all that were, since the last reading. Waits for the device."""
+        """Reports of the newest step made and of all skipped ones since the last call. Waits for the device."""
         flags = [torch.stack([skip, spikes]) for _, _, skip, spikes in self.unread]
         flags = torch.stack(flags).tolist() if flags else []
         made = [index for index, (skip, _) in enumerate(flags) if not skip]
@@ -138,37 +134,27 @@ class Updates:
         return reports
 
     def accepted_losses(self) -> list[float]:
-        """What a resumed run needs to judge spikes alike."""
+        """Accepted losses, which a resumed run needs to judge spikes alike."""
         return self.history[~self.history.isnan()].tolist()
 
-    def _clipped_norm(self, update: Update) -> Tensor:
-        """The norm of the update's whole gradient before clipping; sparse gradients count, but are not clipped."""
-        update.install()
-        if self.accelerator.scaler is not None:
-            for optimizer in update.step_sizes:
-                self.accelerator.scaler.unscale_(optimizer)
-        sparse = [gradient._values() for gradient in update.gradients.values() if gradient.is_sparse]
-        dense = {parameter: gradient for parameter, gradient in update.gradients.items() if not gradient.is_sparse}
-        norm = nn.utils.get_total_norm(list(dense.values()))
-        if self.train.clip_norm:
-            nn.utils.clip_grads_with_norm_(list(dense), self.train.clip_norm, norm)
-        update.clear()
+    def _clip(self, update: Update) -> Tensor:
+        """Clip dense gradients; return the norm of all gradients before clipping, sparse ones included."""
+        with update.in_place():
+            if self.accelerator.scaler is not None:
+                for optimizer in update.step_sizes:
+                    self.accelerator.scaler.unscale_(optimizer)
+            reached = [parameter for parameter in self.parameters if parameter.grad is not None]
+            # `values()` would need the sum of equal rows first, which is another norm.
+            sparse = [parameter.grad._values() for parameter in reached if parameter.grad.is_sparse]
+            dense = [parameter for parameter in reached if not parameter.grad.is_sparse]
+            norm = nn.utils.get_total_norm([parameter.grad for parameter in dense])
+            if self.train.clip_norm:
+                nn.utils.clip_grads_with_norm_(dense, self.train.clip_norm, norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return torch.stack([norm, *(values.norm() for values in sparse)]).norm()
 
-    def _make(self, update: Update, skip: Tensor, keep: bool = False) -> None:
-        update.install()
-        for optimizer in update.step_sizes:
-            if keep:
-                self.undo.keep(optimizer)
-            if not self.decides_on_host:
-                step_unless(skip, optimizer)
-            elif not skip:
-                optimizer.step()
-        update.clear()
-
     def _spikes(self, total: Tensor) -> Tensor:
-        """Whether a loss lies beyond the robust threshold."""
+        """Whether `total` exceeds the median of accepted losses by `spike_threshold` robust standard deviations."""
         median = self.history.nanmedian()
         deviation = (self.history - median).abs().nanmedian() * DEVIATION
         limit = median + self.train.spike_threshold * deviation
@@ -176,8 +162,8 @@ class Updates:
 
 
 def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
-    """Step, but leave all as it is where `skip` (bool, a scalar on the device) holds, and don't wait for the device."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's own way, of its fused optimizers
+    """Step, or leave everything as it is if `skip` (bool, a scalar on the device) holds; never wait for the device."""
+    if optimizer.defaults.get("fused"):  # fused optimizers read these two, as torch.amp.GradScaler sets them
         optimizer.grad_scale, optimizer.found_inf = torch.ones((), device=skip.device), skip.float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
@@ -186,26 +172,26 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
         before = {tensor: tensor.clone() for tensor in _tensors(optimizer)}
         optimizer.step()
         for tensor in _tensors(optimizer):
-            # State that this very step began would have begun at zero.
+            # State that this step created counts as zero before it.
             tensor.copy_(torch.where(skip, before.get(tensor, torch.zeros_like(tensor)), tensor))
 
 
 class Undo:
-    """What the updates of a step have moved, as it was before the first of them."""
+    """Parameters and optimizer state from before the first update of a step, for those that its updates move."""
 
     def __init__(self):
         self.before: dict[nn.Parameter, tuple[Optimizer, Tensor, dict[str, Any]]] = {}
 
     def keep(self, optimizer: Optimizer) -> None:
-        """Copy what the optimizer is about to move, unless that was done."""
+        """Copy what the optimizer is about to move, unless it was copied before."""
         for parameter in _moving(optimizer):
             if parameter not in self.before:
                 state = {key: _copy(value) for key, value in optimizer.state.get(parameter, {}).items()}
                 self.before[parameter] = optimizer, parameter.detach().clone(), state
 
     @torch.no_grad()
-    def where(self, skip: Tensor, on_host: bool) -> None:
-        """Put all of it back if `skip` (bool, a scalar on the device) holds, and forget it."""
+    def restore_if(self, skip: Tensor, on_host: bool) -> None:
+        """Restore everything if `skip` (bool, a scalar on the device) holds, and drop the copies."""
         for parameter, (optimizer, value, state) in self.before.items():
             if not on_host:
                 parameter.copy_(torch.where(skip, value, parameter))

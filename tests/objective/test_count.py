@@ -67,12 +67,12 @@ def test_costs_are_those_of_a_step(head, kind, momentum):
         windows_BW = torch.randint(V, (2, objective.window_length), generator=torch.Generator().manual_seed(0))
         route.backward(objective(windows_BW, 0.0), 1.0, lambda loss, **options: loss.backward(**options))
         updates = route.updates(0.0)
-        gradients[name] = sum(gradient.numel() for update in updates for gradient in update.gradients.values())
+        gradients[name] = 0
         for update in updates:
-            update.install()
-            for optimizer in update.step_sizes:
-                optimizer.step()
-            update.clear()
+            with update.in_place():
+                gradients[name] += sum(p.grad.numel() for p in objective.parameters() if p.grad is not None)
+                for optimizer in update.step_sizes:
+                    optimizer.step()
         kept = [values for optimizer in route.optimizers for values in optimizer.state.values()]
         tensors = [value for values in kept for value in values.values() if isinstance(value, Tensor)]
         state[name] = sum(tensor.numel() for tensor in tensors if tensor.ndim)

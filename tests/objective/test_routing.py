@@ -56,15 +56,15 @@ def take_step(route: Joint, windows_BW: Tensor, progress: float = 0.0, parts: in
             report = route.objective(part_BW, progress, layers)
             route.backward(report, 1 / parts, lambda loss, **options: loss.backward(**options))
         for update in route.updates(progress):
-            update.install()
             for optimizer, step_size in update.step_sizes.items():
                 rates = [group["lr"] for group in optimizer.param_groups]
                 for group in optimizer.param_groups:
                     group["lr"] *= step_size
-                optimizer.step()
+                with update.in_place():
+                    optimizer.step()
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate
-            update.clear()
+        route.objective.zero_grad()
     assert all(parameter.grad is None for parameter in route.objective.parameters())
 
 

@@ -85,7 +85,7 @@ def test_settings_of_the_process_are_put_back():
     before = torch.get_float32_matmul_precision()
     with (
         pytest.raises(RuntimeError),
-        hardware.torch_settings(TrainConfig(matmul_precision="medium", deterministic=True)),
+        hardware.torch_settings(Config(train=TrainConfig(matmul_precision="medium", deterministic=True))),
     ):
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.are_deterministic_algorithms_enabled()

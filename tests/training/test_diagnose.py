@@ -16,7 +16,6 @@ from pytest import approx
 from safetensors.torch import load_file
 from torch import nn
 
-import charlm
 from charlm.config import AuxConfig, Config, HedgeConfig, LayersConfig, ModelConfig, TrainConfig
 from charlm.inference.evaluation import bits_per, negative_log_likelihoods
 from charlm.objective.build import build_objective
@@ -239,7 +238,7 @@ def test_windows_lie_evenly():
 
 
 def train(folder: Path, *flags: str) -> Run:
-    return Run(charlm.train(charlm.load_config(overrides=[*FLAGS, *flags, f"--run.dir={folder}"])))
+    return Run(train(*FLAGS, *flags, f"--run.dir={folder}"))
 
 
 def diagnosed(run: Run) -> dict[int, dict]:

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import charlm
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
 from launched import train_with_two_processes
-from tiny import TINY
+from tiny import TINY, losses, train, training_rows
 
 STEPS = 100
 FLAGS = [
@@ -58,10 +57,8 @@ def two_processes(tmp_path_factory, text_corpus_flags):
 def test_two_processes_learn_what_one_does(name, two_processes, tmp_path, text_corpus_flags):
     """Guards against wrong scaling of the loss by processes or micro-batches, a reducer that trips over silent heads or
     goes on moving them, and windows that depend on the number of processes."""
-    alone = charlm.train(charlm.load_config(overrides=flags_of(name, tmp_path, text_corpus_flags)))
-    rows_alone, rows_two = (
-        [row for row in Run.open(path).metrics() if "terms" in row] for path in (alone, two_processes / name)
-    )
+    alone = train(*flags_of(name, tmp_path, text_corpus_flags))
+    rows_alone, rows_two = (training_rows(path) for path in (alone, two_processes / name))
     assert [row["step"] for row in rows_two] == list(range(1, STEPS + 1))
     for one, two in zip(rows_alone, rows_two, strict=True):
         assert one["terms"].keys() == two["terms"].keys()
@@ -80,9 +77,8 @@ def test_two_processes_learn_what_one_does(name, two_processes, tmp_path, text_c
 def test_a_run_of_one_process_goes_on_with_two(tmp_path, text_corpus_flags):
     """Guards against a checkpoint that only the processes that wrote it can continue."""
     flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
-    whole = charlm.train(charlm.load_config(overrides=[*flags, f"--run.dir={tmp_path / 'whole'}"]))
+    whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
     shutil.copytree(whole, tmp_path / "moved")
     moved = [*flags, f"--run.dir={tmp_path / 'moved'}", "--run.resume_from=20"]
     train_with_two_processes(tmp_path / "plan.json", [moved])
-    rows, moved = ([row for row in Run.open(path).metrics() if "terms" in row] for path in (whole, tmp_path / "moved"))
-    assert [row["loss"] for row in moved] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
+    assert losses(tmp_path / "moved") == pytest.approx(losses(whole), rel=1e-5)

@@ -1,4 +1,4 @@
-"""What ends a run from outside: memory and lost processes, as errors for people and as a search."""
+"""Memory that is used up and lost processes: messages for people, and the search for a micro-batch that fits."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from accelerate import Accelerator
 
 from charlm.config import AuxConfig, Config, ModelConfig, TrainConfig, UserError
 from charlm.objective.build import build_objective
-from charlm.training.errors import explained, find_micro_batch_size, largest_micro_batch
+from charlm.training.errors import explained
+from charlm.training.gradients import find_micro_batch_size
 
 
 def test_memory_that_is_used_up_names_the_flags_to_turn():
@@ -34,33 +35,8 @@ def test_a_lost_process_is_said_in_words_and_other_errors_are_left_alone():
         torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 
-@pytest.mark.parametrize("upper", [1, 2, 7, 16, 33])
-def test_the_largest_micro_batch_is_found(upper):
-    """Guards against an off-by-one at either end, and a search that tries as often as there are sizes."""
-    for capacity in range(1, upper + 3):
-        tried = []
-
-        def try_step(windows, capacity=capacity, tried=tried):
-            tried.append(windows)
-            if windows > capacity:
-                raise torch.OutOfMemoryError("out of memory")
-
-        assert largest_micro_batch(try_step, upper) == min(capacity, upper)
-        assert len(tried) == len(set(tried)) <= 2 * upper.bit_length() + 1
-        assert max(tried) <= upper
-
-
-def test_the_search_follows_what_the_processes_agree_on_and_hides_no_other_error():
-    """Guards against processes that end with different micro-batches, and a bug that is taken for a full memory."""
-    tried = []
-    assert largest_micro_batch(tried.append, 16, agree=lambda fits: fits and tried[-1] <= 5) == 5
-    with pytest.raises(RuntimeError, match="a bug"):
-        largest_micro_batch(lambda windows: (_ for _ in ()).throw(RuntimeError("a bug")), 4)
-    with pytest.raises(UserError, match="not one window fits"):
-        largest_micro_batch(lambda windows: None, 4, agree=lambda fits: False)
-
-
-def test_the_search_tries_the_objective_and_leaves_no_trace(monkeypatch):
+@pytest.mark.parametrize(("capacity", "found"), [(16, 16), (3, 3), (1, 1), (0, None)])
+def test_the_search_finds_what_fits_and_leaves_no_trace(capacity, found, monkeypatch):
     """Guards against gradients, weights or random numbers that the search left behind: runs would part from those
     with a size given by hand."""
     config = Config(
@@ -71,15 +47,27 @@ def test_the_search_tries_the_objective_and_leaves_no_trace(monkeypatch):
     forward = objective.forward
 
     def with_little_memory(windows_BW, progress):
-        if len(windows_BW) > 3:
+        if len(windows_BW) > capacity:
             raise torch.OutOfMemoryError("out of memory")
         return forward(windows_BW, progress)
 
     monkeypatch.setattr(objective, "forward", with_little_memory)
     torch.manual_seed(0)
-    assert find_micro_batch_size(objective, Accelerator(cpu=True), upper=16) == 3
+    if found:
+        assert find_micro_batch_size(objective, Accelerator(cpu=True), upper=16) == found
+    else:
+        with pytest.raises(UserError, match="not one window fits"):
+            find_micro_batch_size(objective, Accelerator(cpu=True), upper=16)
     after = torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(after, torch.rand(3))
     assert all(parameter.grad is None for parameter in objective.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in objective.state_dict().items())
+
+
+def test_the_search_hides_no_other_error(monkeypatch):
+    """Guards against a bug that is taken for a full memory."""
+    objective = build_objective(Config(model=ModelConfig(num_layers=2, num_heads=2, d_model=16, d_ff=32)), 11)
+    monkeypatch.setattr(objective, "forward", lambda windows_BW, progress: torch.zeros(2, 3) @ torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        find_micro_batch_size(objective, Accelerator(cpu=True), upper=4)

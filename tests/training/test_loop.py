@@ -15,7 +15,7 @@ from charlm.data.windows import training_windows
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.runs.folder import Run
-from tiny import SCRIPTS, TINY
+from tiny import SCRIPTS, TINY, train, training_rows
 
 CONFIGS = SCRIPTS.parent / "configs"
 FLAGS = [
@@ -38,10 +38,8 @@ def test_every_combination_of_the_losses_trains(positions, layers, targets, tmp_
         f"--aux.layers.enabled={layers}",
         f"--aux.targets.enabled={targets}",
     ]
-    run = charlm.train(
-        charlm.load_config(overrides=[*FLAGS, *text_corpus_flags, *switches, f"--run.dir={tmp_path / 'run'}"])
-    )
-    rows = [row for row in Run.open(run).metrics() if "terms" in row]
+    run = train(*FLAGS, *text_corpus_flags, *switches, f"--run.dir={tmp_path / 'run'}")
+    rows = training_rows(run)
     names = list(rows[0]["terms"])
     assert all(name.endswith("all" if positions == "true" else "last") for name in names)
     assert any(name.startswith("layer1/") for name in names) == (layers == "true")
@@ -102,7 +100,7 @@ def test_windows_grow_to_the_full_context(tmp_path, text_corpus_flags, monkeypat
     )
     growing = ["--train.steps=5", "--train.context_divisor=4", "--train.full_context_from=0.6"]
     flags = [*FLAGS, *text_corpus_flags, *growing, "--train.micro_batch_size=2", f"--run.dir={tmp_path / 'run'}"]
-    charlm.train(charlm.load_config(overrides=flags))
+    train(*flags)
     assert shapes == [(8, 4 + 2)] * 2 * 3 + [(2, 16 + 2)] * 2 * 2
 
 
@@ -159,7 +157,5 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     """Guards against a half-made run folder that is in the way of the corrected command."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(UserError, match=message):
-        charlm.train(
-            charlm.load_config(overrides=[*FLAGS, *text_corpus_flags, *flags, f"--run.dir={tmp_path / 'run'}"])
-        )
+        train(*FLAGS, *text_corpus_flags, *flags, f"--run.dir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()

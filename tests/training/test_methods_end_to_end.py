@@ -4,12 +4,10 @@ from pathlib import Path
 
 import pytest
 
-import charlm
 from charlm.config.load import settings_of
 from charlm.config.wording import written
-from charlm.runs.folder import Run
 from launched import train_with_two_processes
-from tiny import TINY
+from tiny import TINY, train, training_rows
 
 PRESETS = sorted((Path(__file__).resolve().parents[2] / "configs" / "methods").glob("*.yaml"))
 STEPS = 20
@@ -42,10 +40,8 @@ def two_processes(tmp_path_factory, text_corpus_flags) -> Path:
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_learns_alike_on_one_process_and_on_two(preset, two_processes, tmp_path, text_corpus_flags):
     """Guards against a preset that only its table can bear: rows that no route, head or process can train."""
-    alone = charlm.train(charlm.load_config(overrides=flags_of(preset, tmp_path, text_corpus_flags)))
-    one, two = (
-        [row for row in Run.open(path).metrics() if "terms" in row] for path in (alone, two_processes / preset.stem)
-    )
+    alone = train(*flags_of(preset, tmp_path, text_corpus_flags))
+    one, two = (training_rows(path) for path in (alone, two_processes / preset.stem))
     assert len(one) == STEPS
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
     first, last = (row["terms"]["layer6/offset1/all"]["loss"] for row in (one[0], one[-1]))

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 import charlm
 from charlm.config import UserError
 from charlm.runs.folder import Run
-from charlm.training import update as guard
+from charlm.training import gradients
 from launched import train_with_two_processes
 from storage import manifest_for
-from tiny import TINY
+from tiny import TINY, losses, train
 
 STEPS = 12
 FLAGS = [
@@ -44,10 +44,6 @@ SETTINGS = {
 }
 
 
-def train(*flags: str) -> Path:
-    return charlm.train(charlm.load_config(overrides=flags))
-
-
 def folder_of(run: Path, step: int = STEPS) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
@@ -55,10 +51,6 @@ def folder_of(run: Path, step: int = STEPS) -> Path:
 def files(run: Path, step: int = STEPS) -> tuple[bytes, bytes]:
     folder = folder_of(run, step)
     return (folder / "model.safetensors").read_bytes(), (folder / "optimizer.safetensors").read_bytes()
-
-
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in Run.open(run).metrics() if "terms" in row]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +115,7 @@ def test_the_way_belongs_to_what_is_trained(multiway):
 @pytest.mark.parametrize("way", ["pairwise", "multiway"])
 def test_a_step_whose_last_loss_is_not_finite_leaves_nothing_behind(way, tmp_path, text_corpus_flags, monkeypatch):
     """Guards against the updates for the losses before it, which a run would keep and a resumed one not know of."""
-    plain, calls = guard.weighted_losses, iter(range(1000))
+    plain, calls = gradients.weighted_losses, iter(range(1000))
     broken = {"pairwise": 3 + 2, "multiway": 1}[way]  # the third pass of the second step; the second step
 
     def breaking(reports):
@@ -132,7 +124,7 @@ def test_a_step_whose_last_loss_is_not_finite_leaves_nothing_behind(way, tmp_pat
             found.row[-1], found.row[0] = float("nan"), float("nan")
         return found
 
-    monkeypatch.setattr("charlm.training.loop.weighted_losses", breaking)
+    monkeypatch.setattr("charlm.training.gradients.weighted_losses", breaking)
     flags = [*FLAGS, *text_corpus_flags, *WAYS[way], "--aux.layers.schedule=constant", "--train.steps=3"]
     flags += ["--train.valid_every=1"]
     run = train(*flags, f"--run.dir={tmp_path / 'run'}", "--aux.targets.enabled=false")

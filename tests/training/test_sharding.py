@@ -20,7 +20,7 @@ from charlm.runs.folder import Run
 from charlm.training.sharding import shard, wants_shards
 from charlm.training.update import step_unless
 from launched import TORCHRUN, launch, train_with_two_processes
-from tiny import SCRIPTS, TINY
+from tiny import SCRIPTS, TINY, losses, train, training_rows
 
 STEPS = 80
 FLAGS = (
@@ -58,10 +58,6 @@ ACCELERATE += (LAUNCH_FILES / "cpu_2_processes.yaml",)
 LAUNCHER = ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
 
 
-def training_rows(run) -> list[dict]:
-    return [row for row in Run.open(run).metrics() if "terms" in row]
-
-
 def tensors(run, step: int, name: str) -> dict[str, torch.Tensor]:
     return load_file(find_checkpoint(Run.open(run), step).path / f"{name}.safetensors")
 
@@ -82,7 +78,7 @@ def test_shards_learn_what_one_process_does(name, sharded, tmp_path, text_corpus
     """Guards against gradients that are scaled or reduced wrongly, norms of gradients taken of one shard only, silent
     heads that move, validation that reads a shard for the whole, and checkpoints of another format."""
     flags = [*FLAGS, *SETTINGS[name], *text_corpus_flags, f"--run.dir={tmp_path / name}"]
-    alone = charlm.train(charlm.load_config(overrides=flags))
+    alone = train(*flags)
     rows_alone, rows_sharded = training_rows(alone), training_rows(sharded / name)
     assert [row["step"] for row in rows_sharded] == list(range(1, STEPS + 1))
     assert [row["loss"] for row in rows_sharded] == pytest.approx([row["loss"] for row in rows_alone], rel=1e-5)
@@ -115,17 +111,16 @@ def test_other_optimizers_know_shards(optimizer, tmp_path, text_corpus_flags):
     flags = [*FLAGS, f"--train.optimizer={optimizer}", "--train.learning_rate=0.003", *text_corpus_flags]
     flags += ["--train.steps=40"]
     train_with_two_processes(tmp_path / "plan.json", [[*flags, f"--run.dir={tmp_path / 'two'}"]])
-    alone = charlm.train(charlm.load_config(overrides=[*flags, f"--run.dir={tmp_path / 'one'}"]))
-    losses = [[row["loss"] for row in training_rows(run)] for run in (alone, tmp_path / "two")]
+    alone = train(*flags, f"--run.dir={tmp_path / 'one'}")
     # Muon orthogonalises in bf16, which the order of additions moves.
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3 if optimizer == "muon" else 1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=1e-3 if optimizer == "muon" else 1e-5)
 
 
 @pytest.mark.slow
 def test_a_run_moves_from_one_process_to_shards_to_replicas_and_back(tmp_path, text_corpus_flags):
     """Guards against a checkpoint that only the kind of processes that wrote it can continue."""
     flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
-    whole = charlm.train(charlm.load_config(overrides=[*flags, f"--run.dir={tmp_path / 'whole'}"]))
+    whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
     shutil.copytree(whole, tmp_path / "moved")
     moved = [*flags, f"--run.dir={tmp_path / 'moved'}"]
     said = train_with_two_processes(
@@ -133,10 +128,9 @@ def test_a_run_moves_from_one_process_to_shards_to_replicas_and_back(tmp_path, t
         [[*moved, "--run.resume_from=20"], [*moved, "--run.resume_from=40", "--train.sharding=no"]],
     )
     assert said.count("sharded by FSDP2") == 1
-    charlm.train(charlm.load_config(overrides=[*moved, "--run.resume_from=60"]))
-    losses = [[row["loss"] for row in training_rows(run)] for run in (whole, tmp_path / "moved")]
-    assert len(losses[1]) == STEPS
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    train(*moved, "--run.resume_from=60")
+    assert len(losses(tmp_path / "moved")) == STEPS
+    assert losses(tmp_path / "moved") == pytest.approx(losses(whole), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -152,7 +146,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkp
     assert "[rank0]: Traceback" not in died.stderr
     assert died.stderr.count("error: another process of this run has ended") == 1
     assert (tmp_path / "run" / "checkpoints" / "last").read_text() == "step-00000040\n"
-    charlm.train(charlm.load_config(overrides=[*flags, "--run.resume=true"]))
+    train(*flags, "--run.resume=true")
     assert [row["step"] for row in training_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
@@ -177,7 +171,7 @@ def test_a_launcher_that_restarts_processes_goes_back_to_a_chosen_step_once(tmp_
     """Guards against attempts that each go back to run.resume_from and remove what the one before has learned."""
     flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
     flags += ["--train.sharding=no", f"--run.dir={tmp_path / 'run'}"]
-    charlm.train(charlm.load_config(overrides=flags))
+    train(*flags)
     done = launch([*TORCHRUN, "--max_restarts=1", DYING, *flags, "--run.resume_from=20"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("resumed at step 20\n") == done.stderr.count("resumed at step 40\n") == 1

@@ -12,10 +12,11 @@ import charlm
 from charlm.config import TrainConfig, UserError
 from charlm.objective.routes.routing import Update
 from charlm.runs.folder import Run
-from charlm.training import update as guard
+from charlm.training import gradients
+from charlm.training.gradients import Losses
 from charlm.training.optimizers import build_optimizers
-from charlm.training.update import Losses, Updates, step_unless
-from tiny import TINY
+from charlm.training.update import ENOUGH, Updates, step_unless
+from tiny import TINY, train
 
 
 class Net(nn.Module):
@@ -66,13 +67,8 @@ def test_a_step_skipped_on_the_device_never_happened(kind, first):
 
 
 def updates_of(optimizers: list, accepted: tuple = (), **options) -> Updates:
-    return Updates(TrainConfig(**options), Accelerator(cpu=True), optimizers, accepted)
-
-
-def update_of(model: nn.Module, optimizers: list) -> Update:
-    """The update that the gradients of the model ask for."""
-    gradients = {parameter: parameter.grad for parameter in model.parameters() if parameter.grad is not None}
-    return Update(gradients, dict.fromkeys(optimizers, 1.0))
+    parameters = {p: None for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return Updates(TrainConfig(**options), Accelerator(cpu=True), parameters, optimizers, accepted)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
@@ -83,14 +79,16 @@ def test_what_is_not_finite_moves_nothing(where, clip_norm):
     optimizers = build_optimizers(TrainConfig(optimizer="muon"), model)
     updates = updates_of(optimizers, clip_norm=clip_norm)
     model.loss().backward()
-    updates.apply(0, Losses(("a",), torch.tensor([1.0, 1.0])), [update_of(model, optimizers)])
+    updates.apply(0, Losses(("a",), torch.tensor([1.0, 1.0])), [Update(dict.fromkeys(optimizers, 1.0))])
     before = state_of(model, optimizers)
     model.loss().backward()
     broken = {"gradient": model.head.weight.grad, "table": model.embedding.weight.grad._values()}
     if where in broken:
         broken[where][0, 0] = float("inf")
     updates.apply(
-        1, Losses(("a",), torch.tensor([float("nan") if where == "loss" else 1.0, 1.0])), [update_of(model, optimizers)]
+        1,
+        Losses(("a",), torch.tensor([float("nan") if where == "loss" else 1.0, 1.0])),
+        [Update(dict.fromkeys(optimizers, 1.0))],
     )
     assert_same(state_of(model, optimizers), before)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -98,7 +96,7 @@ def test_what_is_not_finite_moves_nothing(where, clip_norm):
     assert (made.step, made.skipped) == (1, None)
     assert (skipped.step, skipped.skipped) == (2, "the gradient is not finite")
     model.loss().backward()
-    updates.apply(2, Losses(("a",), torch.tensor([1.0, 1.0])), [update_of(model, optimizers)])
+    updates.apply(2, Losses(("a",), torch.tensor([1.0, 1.0])), [Update(dict.fromkeys(optimizers, 1.0))])
     assert not model.head.weight.equal(before[0]["head.weight"])
 
 
@@ -117,7 +115,7 @@ def test_fp16_scales_back_once_for_all_optimizers():
             (scaler.scale(loss) if updates is scaled else loss).backward()
             if broken:
                 model.head.weight.grad[0, 0] = float("inf")
-            updates.apply(step, Losses(("a",), torch.tensor([1.0, 1.0])), [update_of(model, own)])
+            updates.apply(step, Losses(("a",), torch.tensor([1.0, 1.0])), [Update(dict.fromkeys(own, 1.0))])
         scales.append(scaler.get_scale())
     assert scales == [4.0, 8.0, 4.0, 4.0]
     torch.testing.assert_close(dict(models[1].named_parameters()), dict(models[0].named_parameters()))
@@ -133,7 +131,7 @@ def test_the_term_that_broke_is_named():
     updates.apply(
         6,
         Losses(("layer1/offset1/all", "layer2/offset1/all"), torch.tensor([float("inf"), 2, torch.inf])),
-        [update_of(model, optimizers)],
+        [Update(dict.fromkeys(optimizers, 1.0))],
     )
     (report,) = updates.read()
     assert report.skipped == "the loss of layer2/offset1/all is inf"
@@ -150,7 +148,7 @@ def test_a_loss_that_leaps_is_skipped():
     kept = []
     for step, loss in enumerate([median + 3.99 * deviation, 9.0, 9.0, 9.0, median]):
         model.loss().backward()
-        updates.apply(step, Losses(("a",), torch.tensor([loss, loss])), [update_of(model, optimizers)])
+        updates.apply(step, Losses(("a",), torch.tensor([loss, loss])), [Update(dict.fromkeys(optimizers, 1.0))])
         kept.append(len(updates.accepted_losses()))
     assert kept == [41, 41, 41, 41, 42]
     assert [report.step for report in updates.read() if report.skipped] == [2, 3, 4]
@@ -159,12 +157,12 @@ def test_a_loss_that_leaps_is_skipped():
 def test_few_losses_judge_nothing():
     """Guards against a run whose first noisy losses are skipped for want of others to compare with."""
     model = Net()
-    losses = [1.0] * (guard.ENOUGH - 1)
+    losses = [1.0] * (ENOUGH - 1)
     optimizers = build_optimizers(TrainConfig(), model)
     updates = updates_of(optimizers, tuple(losses), spike_threshold=1.0)
     for step, skipped in enumerate([False, True]):
         model.loss().backward()
-        updates.apply(step, Losses(("a",), torch.tensor([5.0, 5.0])), [update_of(model, optimizers)])
+        updates.apply(step, Losses(("a",), torch.tensor([5.0, 5.0])), [Update(dict.fromkeys(optimizers, 1.0))])
         assert bool(updates.unread[-1][2]) == skipped
 
 
@@ -188,7 +186,7 @@ def test_a_step_of_several_passes_is_made_whole_or_not_at_all(broken_pass, kind,
             for number in range(3):
                 model.loss(float("nan") if broken and number == broken_pass else 1.0 + number).backward()
                 losses = Losses((f"layer{number}",), torch.tensor([1.0, 1.0]))
-                updates.apply(step, losses, [update_of(model, optimizers)], last=number == 2)
+                updates.apply(step, losses, [Update(dict.fromkeys(optimizers, 1.0))], last=number == 2)
         assert [report.step for report in updates.read() if report.skipped] == ([1, 3] if model is skipping else [])
         assert updates.unread == []
         if model is skipping:
@@ -204,7 +202,7 @@ def test_the_losses_of_passes_make_one_report():
     for number in range(3):
         model.loss().backward()
         losses = Losses((f"layer{number}",), torch.tensor([2.0**number, 10.0 + number]))
-        updates.apply(4, losses, [update_of(model, optimizers)], last=number == 2)
+        updates.apply(4, losses, [Update(dict.fromkeys(optimizers, 1.0))], last=number == 2)
     (report,) = updates.read()
     assert (report.step, report.loss, report.skipped) == (5, 7.0, None)
     assert report.parts == {"layer0": 10.0, "layer1": 11.0, "layer2": 12.0}
@@ -218,7 +216,7 @@ def test_each_update_is_clipped_by_its_own_norm():
     before = model.weight.item()
     gradients = [torch.tensor([[0.5]]), torch.tensor([[100.0]])]
     two = [
-        Update({model.weight: gradient}, {optimizer: 1.0})
+        Update({optimizer: 1.0}, {model.weight: gradient})
         for gradient, optimizer in zip(gradients, optimizers, strict=True)
     ]
     updates.apply(0, Losses(("a",), torch.tensor([1.0, 1.0])), two)
@@ -230,10 +228,14 @@ def test_the_weights_adapt_to_updates_that_were_made():
     model = Net()
     optimizers = build_optimizers(TrainConfig(), model)
     told = []
-    updates = Updates(TrainConfig(), Accelerator(cpu=True), optimizers, (), lambda *heard: told.append(heard))
+    updates = Updates(
+        TrainConfig(), Accelerator(cpu=True), model.parameters(), optimizers, (), lambda *heard: told.append(heard)
+    )
     for step, total in enumerate([3.0, float("nan")]):
         model.loss().backward()
-        updates.apply(step, Losses(("a", "b"), torch.tensor([total, 1.0, 2.0])), [update_of(model, optimizers)])
+        updates.apply(
+            step, Losses(("a", "b"), torch.tensor([total, 1.0, 2.0])), [Update(dict.fromkeys(optimizers, 1.0))]
+        )
     assert [parts for parts, _ in told] == [{"a": 1.0, "b": 2.0}] * 2
     assert [bool(skipped) for _, skipped in told] == [False, True]
 
@@ -243,7 +245,7 @@ def break_steps(monkeypatch):
     """Make the loss of some steps nan."""
 
     def breaking(steps: range) -> None:
-        plain = guard.weighted_losses
+        plain = gradients.weighted_losses
         count = iter(range(10_000))
 
         def broken(reports):
@@ -252,7 +254,7 @@ def break_steps(monkeypatch):
                 losses.row[:2] = float("nan")
             return losses
 
-        monkeypatch.setattr("charlm.training.loop.weighted_losses", broken)
+        monkeypatch.setattr("charlm.training.gradients.weighted_losses", broken)
 
     return breaking
 
@@ -264,7 +266,7 @@ def test_a_run_goes_on_after_a_bad_step(tmp_path, text_corpus_flags, break_steps
     """Guards against a bad step that stays unsaid, that ends the run, or that leaves NaN in metrics.jsonl."""
     break_steps(range(4, 6))
     flags = [*FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"]
-    rows = list(Run.open(charlm.train(charlm.load_config(overrides=flags))).metrics())
+    rows = list(Run.open(train(*flags)).metrics())
     skipped = [row for row in rows if "skipped" in row]
     assert [(row["step"], row["reason"]) for row in skipped] == [
         (5, "the loss of layer1/offset1/all is nan"),
@@ -284,11 +286,11 @@ def test_a_run_that_skips_without_end_stops_with_a_checkpoint_from_before(tmp_pa
         "--train.valid_every=9",
         "--train.keep_checkpoints=9",
     ]
-    charlm.train(charlm.load_config(overrides=whole))
+    train(*whole)
     break_steps(range(9, 1000))
     flags = [*FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}", "--train.max_skipped=5"]
     with pytest.raises(UserError, match=r"train.max_skipped=5: the last 6 updates were skipped"):
-        charlm.train(charlm.load_config(overrides=[*flags, "--train.valid_every=21"]))
+        train(*flags, "--train.valid_every=21")
     stopped, expected = (charlm.load(tmp_path / name, step) for name, step in (("run", "last"), ("whole", 9)))
     assert stopped.step == 9
     assert_same(stopped.transformer.state_dict(), expected.transformer.state_dict())

@@ -1,13 +1,15 @@
 """How the gradients of several losses reach the trunk.
 
-A loss here is that of one layer l: the weighted sum of its rows, or lambda_l times their weighted mean, where lambda_l
-is the sum of their weights at a step's progress. theta_l, the trunk up to layer l, are embeddings, position tables and
-blocks. All else is heads: the exits' norms, too, of which the last layer's is the transformer's final norm.
+Each layer l has one loss: the weighted sum of its rows, or lambda_l times their weighted mean, lambda_l being the sum
+of their weights at a step's progress. theta_l, the trunk up to layer l, consists of embeddings, position tables and
+blocks. All other parameters are heads, including the exits' norms; the last layer's is the transformer's final norm.
 
-Clipping and weight decay belong to an update: where a step has several, what is in more than one decays in each.
+Each update clips and decays weights by itself: with several updates per step, a shared parameter is decayed once per
+update.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,33 +22,35 @@ from charlm.objective.objective import LossReport, Objective
 from charlm.objective.terms import Term, active
 
 OptimizerFactory = Callable[[Sequence[nn.Parameter]], list[Optimizer]]
-"""Optimizers that together own the given parameters, each once."""
+"""Builds optimizers that together own each of the given parameters once."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What moves parameters once: gradients, and the optimizers that take them."""
+    """One move of parameters: the optimizers that make it, and the gradients that they take."""
 
-    gradients: dict[nn.Parameter, Tensor]
     step_sizes: dict[Optimizer, float]
-    """What each optimizer's learning rate is to be multiplied by."""
+    """Factor of each optimizer's learning rate."""
+    gradients: dict[nn.Parameter, Tensor] | None = None
+    """None: those in `.grad`."""
 
-    def install(self) -> None:
-        """Lay the gradients where optimizers look for them."""
-        for parameter, gradient in self.gradients.items():
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the update's gradients are in `.grad`."""
+        for parameter, gradient in (self.gradients or {}).items():
             parameter.grad = gradient
-
-    def clear(self) -> None:
-        """Take them away again."""
-        for parameter in self.gradients:
-            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter in self.gradients or ():
+                parameter.grad = None
 
 
 class Joint:
-    """One backward pass of the sum of all losses, and one update."""
+    """One backward pass of the sum of all losses, and one update. Gradients stay in `.grad`."""
 
     one_backward = True
-    """A forward pass has one backward pass, as DDP's reducer expects; otherwise the gradients are averaged by hand."""
+    """Whether a forward pass has one backward pass, as DDP's reducer expects. Otherwise `average` is called."""
 
     def __init__(self, objective: Objective, aux: AuxConfig, build: OptimizerFactory):
         self.objective, self.aux = objective, aux
@@ -54,37 +58,31 @@ class Joint:
         self.optimizers = self._build(build)
 
     def passes(self, progress: float) -> list[list[int] | None]:
-        """The layers whose losses each pass over a step's windows computes (None: all); updates follow each pass."""
+        """Layers whose losses each pass over a step's windows computes (None: all); updates follow each pass."""
         return [None]
 
     def backward(self, report: LossReport, factor: float, backward: Callable[..., None]) -> None:
-        """Add the gradient of a micro-batch, times `factor`, to what this pass has already.
+        """Add the gradient of a micro-batch, times `factor`, to that of the pass so far.
 
         Args:
-            backward: torch.autograd.backward of a scalar, or what stands in for it; takes its keywords.
+            backward: torch.autograd.backward of a scalar, or a function with the same keywords.
         """
         backward(report.total * factor)
 
     def updates(self, progress: float) -> list[Update]:
-        """The updates that follow a pass, in their order; the gradients are theirs from then on."""
-        return [Update(self._take_gradients(), dict.fromkeys(self.optimizers, 1.0))]
+        """Updates to make after a pass, in this order."""
+        return [Update(dict.fromkeys(self.optimizers, 1.0))]
 
     def _build(self, build: OptimizerFactory) -> list[Optimizer]:
         return build(self.parameters)
 
-    def _take_gradients(self) -> dict[nn.Parameter, Tensor]:
-        gradients = {parameter: parameter.grad for parameter in self.parameters if parameter.grad is not None}
-        for parameter in gradients:
-            parameter.grad = None
-        return gradients
-
 
 class Relay(Joint):
-    """The loss of layer l < L reaches its head and the layers l-k+1 to l, k = `aux.relay_layers`, and nothing below, as
-    if the states that layer l-k hands on were constant (the method that PSPNet contrasts itself with).
+    """The loss of layer l < L reaches its head and layers l-k+1 to l, k = `aux.relay_layers`, and nothing below, as if
+    the output of layer l-k were constant (the method that PSPNet compares itself with).
 
-    A layer's own position table is part of it. Embeddings, and a table at the input, learn from the last layer's loss,
-    which reaches everything, and from those of layers l <= k.
+    A layer includes its own position table. Embeddings, and a table at the input, learn from the last layer's loss,
+    which reaches everything, and from the losses of layers l <= k.
     """
 
     one_backward = False
@@ -102,10 +100,10 @@ class Relay(Joint):
 
 
 class Pairwise(Joint):
-    """For one loss after the other, from the lowest layer on: a forward pass to its layer, a backward pass, and an
-    update of theta_l and the layer's heads; the next loss sees them updated (AuxNet, "pair-wise").
+    """For each loss in turn, from the lowest layer up: a forward pass to its layer, a backward pass, and an update of
+    theta_l and the layer's heads; the next loss sees the updated parameters (AuxNet, "pair-wise").
 
-    A micro-batch has the same dropout noise in all these passes. All losses share one optimizer state.
+    A micro-batch has the same dropout noise in all passes. All losses share one optimizer state.
     """
 
     def passes(self, progress: float) -> list[list[int] | None]:
@@ -113,8 +111,8 @@ class Pairwise(Joint):
 
 
 class Multiway(Joint):
-    """One forward pass and the gradient of every loss by itself; then, from the lowest layer on, an update of theta_l
-    and the layer's heads for each, by optimizers that learn from no other loss (AuxNet, "multi-way").
+    """One forward pass and a separate gradient for every loss; then, from the lowest layer up, one update of theta_l
+    and the layer's heads per loss, by optimizers of its own (AuxNet, "multi-way").
 
     The trunk's gradient is that of lambda_l times the layer's mean loss. Under `aux.step_sizes` "auxnet" the trunk's
     learning rate is divided by the sum of lambda_j over the active layers j >= l, and the heads learn from the mean
@@ -137,9 +135,11 @@ class Multiway(Joint):
     def backward(self, report: LossReport, factor: float, backward: Callable[..., None]) -> None:
         highest = max(report.by_layer)
         for layer, loss in report.by_layer.items():
-            Update(self.gradients.get(layer, {}), {}).install()
-            backward(loss * factor, retain_graph=layer != highest)
-            self.gradients[layer] = self._take_gradients()
+            with Update({}, self.gradients.get(layer)).in_place():
+                backward(loss * factor, retain_graph=layer != highest)
+                self.gradients[layer] = {p: p.grad for p in self.parameters if p.grad is not None}
+                for parameter in self.gradients[layer]:
+                    parameter.grad = None
 
     def updates(self, progress: float) -> list[Update]:
         weights = loss_weights(self.objective.terms, progress)
@@ -151,7 +151,7 @@ class Multiway(Joint):
             for parameter in heads & gradients.keys():
                 gradients[parameter] /= weights[layer]
             step_sizes = dict.fromkeys(self.of_trunk[layer], sizes[layer]) | dict.fromkeys(self.of_heads[layer], 1.0)
-            updates.append(Update(gradients, step_sizes))
+            updates.append(Update(step_sizes, gradients))
         self.gradients = {}
         return updates
 
@@ -165,32 +165,30 @@ def one_backward(aux: AuxConfig) -> bool:
 
 
 def build_route(aux: AuxConfig, objective: Objective, build: OptimizerFactory) -> Joint:
-    """The way of `aux.route`, with its optimizers."""
+    """The route named by `aux.route`, with its optimizers."""
     return ROUTES[aux.route](objective, aux, build)
 
 
 def check_route(config: Config, precision: str | None = None, sharded: bool = False) -> None:
-    """Raise UserError if `aux.route` cannot be taken.
+    """Raise UserError if `aux.route` cannot be combined with the other options.
 
     Args:
-        precision: that the machine and its launcher made of train.mixed_precision; as configured by default.
-        sharded: whether parameters are in shards.
+        precision: the precision in use, where train.mixed_precision leaves the choice to the machine.
+        sharded: whether parameters are sharded.
     """
     aux, train = config.aux, config.train
     if aux.route == "joint":
         return
     complaints = {
-        "fp16 needs a scale for its gradients, which is found for one loss; use --train.mixed_precision=bf16 or fp32": (
+        "fp16 scales gradients by one factor for one loss; use --train.mixed_precision=bf16 or fp32": (
             (precision or train.mixed_precision) == "fp16"
         ),
         "FSDP2 gathers and frees shards for one backward pass per step; use --train.sharding=no": sharded,
-        "train.micro_batch_size=auto tries out a joint step, and this one needs other memory; give a number": (
+        "train.micro_batch_size=auto measures the memory of a joint step; give a number": (
             train.micro_batch_size == "auto"
         ),
-        "AuxNet's step sizes are made of weights that are known beforehand, and aux.hedge learns them; use "
-        "--aux.step_sizes=common, or another route": (
-            aux.route == "multiway" and aux.step_sizes == "auxnet" and aux.hedge.enabled
-        ),
+        "AuxNet's step sizes need fixed weights, and aux.hedge learns them; use --aux.step_sizes=common, or another "
+        "route": (aux.route == "multiway" and aux.step_sizes == "auxnet" and aux.hedge.enabled),
     }
     for complaint, holds in complaints.items():
         if holds:
@@ -198,7 +196,7 @@ def check_route(config: Config, precision: str | None = None, sharded: bool = Fa
 
 
 def loss_weights(terms: Sequence[Term], progress: float) -> dict[int, float]:
-    """lambda_l of every layer with an active row, from the lowest on."""
+    """lambda_l of every layer with an active row, from the lowest layer up."""
     weights: dict[int, float] = {}
     for term, weight in active(terms, progress):
         weights[term.layer] = weights.get(term.layer, 0.0) + weight
@@ -206,18 +204,18 @@ def loss_weights(terms: Sequence[Term], progress: float) -> dict[int, float]:
 
 
 def auxnet_step_sizes(weights: dict[int, float]) -> dict[int, float]:
-    """1 / sum of lambda_j over j >= l, for every layer l: lower layers are in more updates, and make smaller ones."""
+    """1 / sum of lambda_j over j >= l, for every layer l: lower layers get more updates, so each is smaller."""
     return {layer: 1.0 / sum(weights[above] for above in weights if above >= layer) for layer in weights}
 
 
 def blocked_layers(layers: Sequence[int], num_layers: int, depth: int) -> list[int]:
-    """Those whose loss does not reach the embeddings, if a loss is blocked `depth` layers below its head."""
+    """Layers whose loss does not reach the embeddings, if a loss is blocked `depth` layers below its head."""
     return [layer for layer in layers if depth < layer < num_layers]
 
 
 def trunk_parameters(transformer: CharTransformer, lowest: int, highest: int) -> list[nn.Parameter]:
-    """The parameters of layers `lowest` to `highest`, each with its position table; of the embeddings, too, if
-    `lowest` is 1 or less."""
+    """The parameters of layers `lowest` to `highest`, each with its position table; also the embeddings, if `lowest` is
+    1 or less."""
     layers = slice(max(lowest, 1) - 1, highest)
     modules: list[nn.Module] = [*transformer.blocks[layers]]
     if lowest <= 1:
@@ -228,6 +226,6 @@ def trunk_parameters(transformer: CharTransformer, lowest: int, highest: int) ->
 
 
 def head_parameters(objective: Objective) -> list[nn.Parameter]:
-    """All that is no part of the trunk."""
+    """All parameters outside the trunk."""
     trunk = set(trunk_parameters(objective.transformer, 1, objective.transformer.config.num_layers))
     return [parameter for parameter in objective.parameters() if parameter not in trunk]

@@ -1,0 +1,149 @@
+"""Losses and gradients of one optimizer step: its windows in micro-batches, forward and backward.
+
+Shapes: B windows of this process, W characters of a window.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size
+from torch import Tensor, nn
+
+from charlm.config import Config, UserError
+from charlm.data.windows import training_windows
+from charlm.objective.objective import LossReport, Objective
+from charlm.objective.routes.routing import Joint
+from charlm.training.errors import is_about_memory
+from charlm.training.sharding import no_sync
+
+RESERVE = 0.05
+"""Share of a GPU's memory that the search for a micro-batch leaves to fragmentation."""
+TRY_LESS = "CUDA out of memory."
+"""A message that accelerate's search takes for a lack of memory."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of one step in nats per symbol: this process's share; the sum over processes is the loss of the batch."""
+
+    names: tuple[str, ...]
+    """Names of the active terms."""
+    row: Tensor
+    """Total loss, then the loss of each active term."""
+
+    def __add__(self, other: "Losses") -> "Losses":
+        """The losses of two passes, which share no term."""
+        total = self.row[:1] + other.row[:1]
+        return Losses(self.names + other.names, torch.cat([total, self.row[1:], other.row[1:]]))
+
+
+def weighted_losses(reports: Sequence[tuple[float, LossReport]]) -> Losses:
+    """Sum the losses of micro-batches, weighted by their shares of the global batch."""
+    rows = [share * torch.stack([report.total.detach(), *report.parts.values()]) for share, report in reports]
+    return Losses(tuple(reports[0][1].parts), torch.stack(rows).sum(dim=0))
+
+
+def micro_batches(
+    config: Config,
+    micro_batch_size: int | None,
+    ids: np.ndarray,
+    accelerator: Accelerator,
+    objective: Objective,
+    step: int,
+) -> list[tuple[float, Tensor]]:
+    """This process's micro-batches of a step, each with its share of the global batch.
+
+    Args:
+        micro_batch_size: the most windows per micro-batch; None: all of this process.
+    """
+    train = config.train
+    divisor = train.context_divisor if step / train.steps < train.full_context_from else 1
+    windows = training_windows(
+        ids,
+        seed=train.seed,
+        step=step,
+        batch_size=train.batch_size * divisor,
+        window_length=max(1, config.model.context_length // divisor) + objective.longest_offset,
+    )
+    own = torch.from_numpy(np.array_split(windows, accelerator.num_processes)[accelerator.process_index])
+    parts = own.split((micro_batch_size or len(own)) * divisor)
+    return [(len(windows_BW) / len(windows), windows_BW) for windows_BW in parts]
+
+
+def accumulate_gradients(
+    config: Config,
+    accelerator: Accelerator,
+    model: nn.Module,
+    route: Joint,
+    step: int,
+    windows: list[tuple[float, Tensor]],
+    layers: list[int] | None,
+) -> Losses:
+    """Run forward and backward passes over `windows`, and return this process's share of the losses.
+
+    Gradients are averaged over processes later, so each micro-batch is weighted by its share of the global batch times
+    the number of processes.
+    """
+    train, reports = config.train, []
+    for index, (share, windows_BW) in enumerate(windows):
+        torch.manual_seed(noise_seed(train.seed, step, accelerator.process_index, index))
+        with nullcontext() if index == len(windows) - 1 else no_sync(accelerator, model):
+            report = model(windows_BW.to(accelerator.device, non_blocking=True), step / train.steps, layers)
+            route.backward(report, share * accelerator.num_processes, accelerator.backward)
+        reports.append((share, report))
+    return weighted_losses(reports)
+
+
+def noise_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
+    """Seed for dropout, different for every (step, rank, micro-batch), so that a resumed run repeats it."""
+    return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0])
+
+
+def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper: int) -> int:
+    """A micro-batch of up to `upper` windows that every process has the memory for, optimizer state included.
+
+    Tries the forward and backward pass of the first step, when most terms are active, in ever smaller micro-batches,
+    all processes together. Leaves parameters, gradients and random state as they were.
+
+    Raises:
+        UserError: not even one window fits.
+    """
+    device = accelerator.device
+
+    @find_executable_batch_size(starting_batch_size=upper)
+    def search(windows: int) -> int:
+        held, fits = [], True
+        try:
+            # Room for Adam's two moments, which do not exist yet, and for fragmentation.
+            held = [torch.empty_like(parameter) for parameter in objective.parameters() for _ in range(2)]
+            if device.type == "cuda":
+                total = torch.cuda.get_device_properties(device).total_memory
+                held.append(torch.empty(int(RESERVE * total), dtype=torch.uint8, device=device))
+            windows_BW = torch.zeros(windows, objective.window_length, dtype=torch.int64, device=device)
+            with accelerator.autocast():
+                objective(windows_BW, 0.0).total.backward()
+        except (MemoryError, RuntimeError) as error:
+            if not is_about_memory(error):
+                raise
+            fits = False
+        finally:
+            held.clear()
+            objective.zero_grad()
+        if accelerator.reduce(torch.tensor(int(fits), device=device)) < accelerator.num_processes:
+            raise torch.OutOfMemoryError(TRY_LESS)
+        return windows
+
+    with torch.random.fork_rng():
+        try:
+            return search()
+        except RuntimeError as error:
+            if "No executable batch size" not in str(error):
+                raise
+            raise UserError(
+                "train.micro_batch_size=auto: not one window fits into memory; use "
+                "--train.activation_checkpointing=true, or a smaller model"
+            ) from error
