@@ -10,17 +10,17 @@ from charlm.runs.snapshot import Snapshot
 
 
 class CheckpointWriter:
-    """Writes one snapshot after another in a thread of its own. One that the disk does not take is said, not raised."""
+    """Writes snapshots one by one in a thread. A failed write is reported, and the run continues."""
 
     def __init__(self, run: Run, keep: int, say: Callable[[str], None]):
-        """`keep`: how many of the newest checkpoints stay; `say` is called from the thread."""
+        """`keep`: number of newest checkpoints to keep; `say` is called from the thread."""
         self.run, self.keep, self.say = run, keep, say
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._written: Future[str | None] | None = None
-        """The newest write; its result is why it failed, or None."""
+        """Newest write; its result is the reason why it failed, or None."""
 
     def save(self, snapshot: Snapshot, best: bool) -> None:
-        """Begin to write, once the write before has ended. Nobody may change the snapshot any more."""
+        """Start to write, after the previous write has ended. The snapshot must not change any more."""
         self.wait()
         self._written = self._thread.submit(self._write, snapshot, best)
 
@@ -33,13 +33,13 @@ class CheckpointWriter:
         """Wait, and end the thread.
 
         Raises:
-            UserError: the newest snapshot could not be written, so that the run's end is lost.
+            UserError: the newest snapshot could not be written, so the end of the run is lost.
         """
         self._thread.shutdown()
         if self._written is not None and (complaint := self._written.result()):
             raise UserError(
                 f"{self.run.path}: the newest checkpoint is missing: {complaint}; "
-                "make room and go on from the one before with --run.resume=true"
+                "make room and continue from the previous one with --run.resume=true"
             )
 
     def _write(self, snapshot: Snapshot, best: bool) -> str | None:
@@ -48,6 +48,6 @@ class CheckpointWriter:
         except (OSError, UserError) as error:
             reason = getattr(error, "strerror", None) or error
             complaint = f"step {snapshot.state['step']:,}: checkpoint not written ({reason})"
-            self.say(f"{complaint}; the run goes on, the next try is at the next checkpoint")
+            self.say(f"{complaint}; the run goes on and tries again at the next checkpoint")
             return complaint
         return None

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: the rows of metrics.jsonl, the same to trackers, and a live progress line."""
+"""Logging of a run: rows of metrics.jsonl, the same rows to trackers, and a live progress line."""
 
 import math
 import sys
@@ -18,7 +18,7 @@ from charlm.training.trackers import numbers, start_trackers
 
 
 class Tracker:
-    """Writes metrics and shows progress; on any process but the main one it does nothing.
+    """Writes metrics and shows progress; does nothing on any process but the main one.
 
     In a terminal one line is redrawn in place; elsewhere only validations are printed, so that logs stay short.
     """
@@ -34,8 +34,11 @@ class Tracker:
         bits_per_nat: float,
         main: bool,
     ):
-        """`seconds`: what the run took before it was resumed; `bits_per_nat`: from nats per symbol to the bits per
-        character that are shown.
+        """
+        Args:
+            step: completed steps.
+            seconds: duration of the run before it was resumed.
+            bits_per_nat: factor from nats per symbol to bits per character.
 
         Raises:
             UserError: one of run.tracker did not start.
@@ -48,14 +51,14 @@ class Tracker:
         self.began = time.perf_counter()
         self.started = self.began - seconds
         self.paused_seconds = 0.0
-        """Of this process: what validations, checkpoints and diagnostics took."""
+        """Time this process has spent on validations, checkpoints and diagnostics."""
         self.first_step = step
         self.cadences = {
             "validating": config.train.valid_every,
             "diagnosing": config.train.diagnose_every,
         }
         self.newest_pauses: dict[str, float] = {}
-        """What the newest of each kind took, in seconds. To begin to save takes next to nothing."""
+        """Seconds that the newest pause of each kind took. Saving is left out: it takes next to no time to begin."""
         self.time_left = "?"
         self.logged_step, self.logged_time = step, time.perf_counter()
         self.lost_rows = 0
@@ -69,11 +72,11 @@ class Tracker:
 
     @property
     def seconds(self) -> float:
-        """What the run has taken, in seconds, those before a resumption included."""
+        """Duration of the run in seconds, including the time before it was resumed."""
         return time.perf_counter() - self.started
 
     def seconds_left(self, step: int) -> float:
-        """When `step` is logged: at the speed of training so far, with what validations and the like took last."""
+        """Estimate of the time left after `step`, from the mean speed so far and the newest pause of each kind."""
         trained = time.perf_counter() - self.began - self.paused_seconds
         left = (self.total_steps - step) * trained / max(1, step - self.first_step)
         for doing, seconds in self.newest_pauses.items():
@@ -83,7 +86,7 @@ class Tracker:
 
     @contextmanager
     def speed_paused(self, doing: str) -> Iterator[None]:
-        """What happens inside does not count towards the characters per second; the progress line says `doing`."""
+        """Time spent inside does not count towards the characters per second; the progress line says `doing`."""
         began = time.perf_counter()
         with self.showing(doing):
             yield
@@ -95,7 +98,7 @@ class Tracker:
 
     @contextmanager
     def showing(self, doing: str) -> Iterator[None]:
-        """The progress line says what is being done in place of training."""
+        """Inside, the progress line says `doing`."""
         self.bar.bar_format = self._layout("{postfix}")
         self.bar.set_postfix_str(doing)
         try:
@@ -112,14 +115,14 @@ class Tracker:
         parts: dict[str, float],
         hedge_weights: dict[int, float] | None = None,
     ) -> None:
-        """One training row: the losses, in nats per symbol, of the update that completed `step`, and the weights that
-        aux.hedge gives the layers after it."""
+        """Record a training row: the losses of the update that completed `step`, in nats per symbol, and the weights
+        that aux.hedge gives the layers after it."""
         if not self.main:
             return
         now = time.perf_counter()
         speed = (step - self.logged_step) * self.symbols_per_step / (now - self.logged_time)
         self.logged_step, self.logged_time = step, now
-        # The update was weighed at the progress before it.
+        # The update used the weights of the progress before it.
         weights = {term.name: weight for term, weight in active(self.terms, (step - 1) / self.total_steps)}
         main_loss = next((parts[name] for name in self.main_names if name in parts), None)
         bits = None if main_loss is None else main_loss * self.bits_per_nat
@@ -137,7 +140,7 @@ class Tracker:
         if hedge_weights is not None:
             row["hedge"] = {f"layer{layer}": weight for layer, weight in hedge_weights.items()}
         self._record(row)
-        shown_bits = "" if bits is None else f" {bits:.3f} bpc"  # all of it fits into 80 columns
+        shown_bits = "" if bits is None else f" {bits:.3f} bpc"  # the line fits into 80 columns
         terms = f"{len(parts)} term" + ("s" if len(parts) > 1 else "")
         shown_speed = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
         self._show_left(self.seconds_left(step))
@@ -148,14 +151,14 @@ class Tracker:
         self.bar.update(step - self.bar.n)
 
     def log_skipped(self, step: int, reason: str) -> None:
-        """One row for an update that was not made."""
+        """Record a skipped update."""
         if not self.main:
             return
         self._record({"step": step, "progress": step / self.total_steps, "skipped": 1, "reason": reason})
         self.say(f"step {step}: update skipped, {reason}")
 
     def log_validation(self, step: int, bits_per_character: float, bits_per_byte: float, best: bool) -> None:
-        """One validation row."""
+        """Record a validation."""
         if not self.main:
             return
         self._record(
@@ -169,7 +172,7 @@ class Tracker:
         self.say(f"step {step}: valid {bits_per_character:.4f} bits per character{' (best so far)' if best else ''}")
 
     def log_diagnostics(self, step: int, diagnostics: dict[str, Any]) -> None:
-        """One row of `charlm.training.diagnose.diagnose`."""
+        """Record the result of `charlm.training.diagnose.diagnose`."""
         if self.main:
             self._record({"step": step, "progress": step / self.total_steps, "diagnostics": diagnostics})
 
@@ -179,7 +182,7 @@ class Tracker:
             tqdm.write(fitted(line), file=sys.stderr)
 
     def conclude(self, best_step: int | None, best_bits: float | None) -> None:
-        """Say what was reached, and what this process took for it."""
+        """Print the best score and the time this process took."""
         self._show_left(0.0)
         if best_bits is not None:
             self.say(
@@ -190,7 +193,7 @@ class Tracker:
         self.say(f"time: {tqdm.format_interval(took)}, {aside:.0%} of it for validations, checkpoints and diagnostics")
 
     def close(self) -> None:
-        """Leave the trackers and the terminal in order."""
+        """Finish the trackers and close the progress line."""
         for tracker in self.trackers:
             self._keeping_on(tracker.name, tracker.finish)
         self.bar.close()
@@ -200,7 +203,7 @@ class Tracker:
         self.bar.bar_format = self._layout("{desc}")
 
     def _layout(self, rest: str) -> str:
-        """What the progress line consists of; tqdm's own time left would leap with every validation."""
+        """Format of the progress line. It has a time left of its own: tqdm's would jump with every validation."""
         return f"{{n}}/{{total}} {self.time_left} left{rest}"
 
     def _record(self, row: dict[str, Any]) -> None:
@@ -217,10 +220,10 @@ class Tracker:
         ]
 
     def _keeping_on(self, name: str, call: Callable[..., None], *arguments: Any, **options: Any) -> bool:
-        """Whether a tracker took the call: one that fails must not end the run, which has metrics.jsonl."""
+        """Whether the call succeeded. A tracker that fails does not end the run: metrics.jsonl has everything."""
         try:
             call(*arguments, **options)
         except Exception as error:
-            self.say(f"run.tracker={name} failed and gets no more from here on: {error!r}")
+            self.say(f"run.tracker={name} failed and is no longer used: {error!r}")
             return False
         return True

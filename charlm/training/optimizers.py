@@ -11,10 +11,10 @@ from charlm.config import TrainConfig, steps_of
 
 
 def learning_rate_factor(train: TrainConfig, step: int) -> float:
-    """The share of the peak learning rate that the update after `step` completed steps takes.
+    """Factor of the peak learning rate for the update after `step` completed steps.
 
-    A line from 1/w to 1 over the w steps of the warm-up; then 1 (constant), or a cosine or line that starts at 1 and
-    would reach `final_lr` at step `train.steps`.
+    Linear from 1/w to 1 over the w steps of the warm-up; then constant, or a cosine or line from 1 to `final_lr` at
+    step `train.steps`.
     """
     warmup = steps_of(train.warmup, train.steps)
     if step < warmup:
@@ -34,10 +34,10 @@ def set_learning_rates(step_sizes: Mapping[Optimizer, float], factor: float) -> 
 def build_optimizers(
     train: TrainConfig, model: nn.Module, only: Collection[nn.Parameter] | None = None
 ) -> list[Optimizer]:
-    """The optimizers that together own every parameter of `model` once, or of `only` those that are given.
+    """Optimizers that together own every parameter of `model` once, or every parameter in `only`.
 
-    Decay applies to matrices only: not to biases, norms, embeddings and position tables. All of them skip a parameter
-    without a gradient altogether, so a head that falls silent stops moving; of n-gram tables they skip rows.
+    Weight decay applies to matrices only, not to biases, norms, embeddings and position tables. Optimizers skip
+    parameters without a gradient, so a silent head stops moving; in n-gram tables they skip rows.
     """
     wanted = set(model.parameters() if only is None else only)
     sparse = [parameter for parameter in sparse_parameters(model) if parameter in wanted]
@@ -68,7 +68,7 @@ def build_optimizers(
 
 
 def sparse_parameters(model: nn.Module) -> dict[nn.Parameter, None]:
-    """The parameters whose gradients are sparse, in their order."""
+    """Parameters with sparse gradients, in the order of the model."""
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding) and module.sparse)
     return dict.fromkeys(embedding.weight for embedding in embeddings)
 

@@ -1,4 +1,4 @@
-"""Going on with a run that stopped: what may have changed since."""
+"""Checks whether a run can be resumed with another config or corpus."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,10 @@ from charlm.objective.terms import Term
 
 
 def check_resumable(old: Config, new: Config) -> list[str]:
-    """The accepted changes from `old` to `new`, as lines to print.
+    """Lines to print about the changes from `old` to `new`.
 
     Raises:
-        UserError: an option changed that may not; the message names every one of them.
+        UserError: options changed that may not; the message names all of them.
     """
     changed = differences(old, new)
     lines = {name: f"{name}: {before} -> {after}" for name, (before, after) in changed.items()}
@@ -26,7 +26,7 @@ def check_resumable(old: Config, new: Config) -> list[str]:
 
 
 def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise UserError if the text or its vocabulary is not the one that the run was trained on."""
+    """Raise UserError if text or vocabulary differ from those that the run was trained on."""
     if recorded["sha256"] != current["sha256"]:
         raise UserError(
             f"the run was trained on another corpus: sha256 was {recorded['sha256']}, now {current['sha256']}; "
@@ -40,7 +40,7 @@ def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None
 
 
 def rescaled_rows(terms: Sequence[Term], step: int, old_steps: int, new_steps: int) -> list[str]:
-    """What another number of total steps does to the table at `step`, as lines to print: progress is a share of it."""
+    """Lines to print about terms that become active or silent at `step` because train.steps changed."""
     before, after = (
         {term.name for term in terms if term.weight.at_next_turn(step / steps) > 0.0}
         for steps in (old_steps, new_steps)

@@ -1,10 +1,9 @@
-"""How a run begins or goes on: what is checked, its folder, its state, and its first lines."""
+"""Start or resumption of a run: checks, the run's folder and state, and the first lines of output."""
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from math import inf
 
 import psutil
 import torch
@@ -30,7 +29,7 @@ from charlm.training.sharding import is_sharded, wants_shards
 
 @dataclass
 class TrainState:
-    """All that a run remembers beside parameters and optimizer state: windows and dropout follow from (seed, step)."""
+    """State of a run beside parameters and optimizer state. Windows and dropout follow from (seed, step)."""
 
     step: int = 0
     """Completed optimizer steps."""
@@ -39,23 +38,23 @@ class TrainState:
     best_bits: float | None = None
     """Validation bits per character of the best checkpoint; None before the first validation."""
     validated_step: int = 0
-    """The newest that was validated: a stop can come between a step and its validation."""
+    """Newest validated step; a run can stop between a step and its validation."""
     updated_step: int = 0
-    """The newest whose update was not skipped, as far as the losses were read."""
+    """Newest step whose update was not skipped, as far as the losses have been read."""
     accepted_losses: list[float] = field(default_factory=list)
-    """What train.spike_threshold judges by."""
+    """Losses that train.spike_threshold compares with."""
     processes: int | None = None
-    """That the run was on last."""
+    """Number of processes the run last used."""
     threads: int | None = None
-    """That each of them had last; None on a GPU, where their number makes no difference."""
+    """Number of threads per process the run last used; None on a GPU, where it makes no difference."""
     precision: str | None = None
-    """That it had last: train.mixed_precision=auto is another one on another machine."""
+    """Precision the run last used; train.mixed_precision=auto depends on the machine."""
     valid_symbols: int | None = None
-    """That `best_bits` was scored on."""
+    """Number of symbols that `best_bits` was scored on."""
 
 
 def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator) -> None:
-    """Raise UserError if a split holds no window, a process would have none, or the precision rules an option out."""
+    """Raise UserError if a split or process has no window, or an option cannot be used on this machine."""
     num_processes = accelerator.num_processes
     check_route(config, accelerator.mixed_precision, sharded=num_processes > 1 and wants_shards(config.train))
     for name, split in corpus.splits.items():
@@ -87,18 +86,18 @@ def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator
 def open_run(
     config: Config, corpus: Corpus, accelerator: Accelerator, objective: Objective, optimizers: Sequence[Optimizer]
 ) -> Iterator[tuple[Run, TrainState, list[str]]]:
-    """A new run, or one to continue: its folder, its state, and what there is to say about it.
+    """Create a run or open one to continue. Yields its folder, its state, and lines to print.
 
-    While the context is open, no other launch can train into the folder.
+    While the context is open, no other process can train into the folder.
 
     Raises:
-        UserError: the folder holds something else, what it holds cannot be continued so, or it is in use.
+        UserError: the folder holds something else, is in use, or holds a run that cannot be continued with this config.
     """
     main, run = accelerator.is_main_process, Run(config.run.dir)
     resumes = check_folder(config.run)
     with run.refused_unless("read"):
         config, news = _without_repetition(config)
-    accelerator.wait_for_everyone()  # all have seen the folder as it was
+    accelerator.wait_for_everyone()  # all processes have seen the folder as it was
     with run.lock() if main else nullcontext():
         accelerator.wait_for_everyone()
         state, checkpoint = TrainState(), None
@@ -117,7 +116,7 @@ def open_run(
                 run.checkpoints_path.mkdir(exist_ok=True)
                 chosen = config.run.resume_from is not None
                 news += rewind(run, checkpoint, discard=chosen) if checkpoint else run.forget_metrics_after(0)
-                # What continues this command later means the newest checkpoint, and not the one it began with.
+                # Repeating this command later continues from the newest checkpoint, not from the chosen one again.
                 write_whole(run.config_path, to_yaml(config.replace(run=config.run.replace(resume_from=None))))
         accelerator.wait_for_everyone()
         state.processes, state.threads = accelerator.num_processes, _threads(accelerator)
@@ -129,7 +128,7 @@ def open_run(
 
 
 def _where_to_continue(run: Run, config: Config, corpus: Corpus) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint, None if the run stopped before its first, and what there is to say."""
+    """The checkpoint to continue from (None if the run stopped before its first one), and lines to print."""
     news = check_resumable(run.config(), config)
     check_same_corpus(run.provenance()["corpus"], corpus.to_dict())
     if config.run.resume_from is not None:
@@ -154,7 +153,7 @@ def _continue_from(
     objective: Objective,
     optimizers: Sequence[Optimizer],
 ) -> tuple[TrainState, list[str]]:
-    """The state of the checkpoint, with everything put back, and what is otherwise than it was."""
+    """Restore model, optimizers and scaler; return the state of the checkpoint, and lines on what changed."""
     checkpoint.check_tensors(
         objective.state_dict(), [owned_parameters(objective, optimizer).keys() for optimizer in optimizers]
     )
@@ -170,7 +169,7 @@ def _continue_from(
     news = []
     if old.train.steps != new.train.steps:
         before, now = (state.step / steps for steps in (old.train.steps, new.train.steps))
-        news.append(f"schedules go by step / train.steps and so stretch: {before:.3f} is now {now:.3f}")
+        news.append(f"train.steps changed: progress at this step was {before:.3f} and is now {now:.3f}")
     news += rescaled_rows(objective.terms, state.step, old.train.steps, new.train.steps)
     for name, before, now in (
         ("processes", state.processes, accelerator.num_processes),
@@ -178,9 +177,7 @@ def _continue_from(
         ("precision", state.precision, accelerator.mixed_precision),
     ):
         if None not in (before, now) and before != now:
-            news.append(f"{name}: {before} -> {now}, which rounds otherwise from here on")
-    if state.best_bits == inf:  # as earlier versions wrote, before the first validation
-        state.best_bits = None
+            news.append(f"{name}: {before} -> {now}; results may differ in rounding from here")
     scored = state.valid_symbols or old.train.valid_symbols
     if state.best_bits is not None and scored != new.train.valid_symbols:
         state.best_bits = None
@@ -193,7 +190,7 @@ def _threads(accelerator: Accelerator) -> int | None:
 
 
 def check_agreed(run: Run, step: int, accelerator: Accelerator) -> None:
-    """Raise UserError unless every process, each of which has read the folder on its own, goes on from `step`."""
+    """Raise UserError unless all processes, each of which has read the folder, continue from the same step."""
     if accelerator.num_processes == 1:
         return
     bounds = torch.tensor([-step, step], device=accelerator.device)
@@ -201,34 +198,36 @@ def check_agreed(run: Run, step: int, accelerator: Accelerator) -> None:
     lowest, highest = -int(bounds[0]), int(bounds[1])
     if lowest != highest:
         raise UserError(
-            f"{run.path}: the processes would go on from different steps, {lowest} to {highest}; see to it that all "
+            f"{run.path}: the processes would continue from different steps, {lowest} to {highest}; make sure that all "
             "machines can read the same checkpoints, and start again"
         )
 
 
 def check_folder(config: RunConfig) -> bool:
-    """Whether the run in the folder is to be continued. UserError if it can't, or no new one can begin there."""
+    """Whether to continue the run in the folder: if the options say so, or leave it open and there is one.
+
+    After a restart by the launcher (`--max_restarts`), processes continue the run that the launcher began, never an
+    older one.
+
+    Raises:
+        UserError: there is no run to continue, or something is in the way of a new one.
+    """
     run = Run(config.dir)
     with run.refused_unless("read"):
-        if not goes_on(config):
-            run.check_absent()
-            return False
-        Run.open(run.path)
-        return True
-
-
-def goes_on(run: RunConfig) -> bool:
-    """Whether to continue a run: as told, or one that is there if that was left open.
-
-    A launcher that starts its processes again (`--max_restarts`) means the run that it began, and no older one.
-    """
-    if run.resume or run.resume_from is not None or _begun_by_this_launcher(run):
-        return True
-    return run.auto_resume and Run(run.dir).config_path.exists()
+        if (
+            config.resume
+            or config.resume_from is not None
+            or _begun_by_this_launcher(config)
+            or (config.auto_resume and run.config_path.exists())
+        ):
+            Run.open(run.path)
+            return True
+        run.check_absent()
+        return False
 
 
 def _begun_by_this_launcher(run: RunConfig) -> bool:
-    """Whether a launcher has started its processes again, and those before had begun the run, or gone on with it."""
+    """Whether a launcher has restarted its processes after earlier ones had begun or continued the run."""
     begun = Run(run.dir).config_path
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not begun.exists():
         return False
@@ -236,19 +235,19 @@ def _begun_by_this_launcher(run: RunConfig) -> bool:
 
 
 def _without_repetition(config: Config) -> tuple[Config, list[str]]:
-    """The config, with no run.resume_from if its command is started again: what came after would be lost each time."""
+    """Drop run.resume_from after a restart, which would discard the steps after that checkpoint each time."""
     chosen = config.run.resume_from
     again = _begun_by_this_launcher(config.run) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     if chosen is None or not again:
         return config, []
     newest = config.replace(run=config.run.replace(resume=True, resume_from=None))
-    return newest, [f"run.resume_from={chosen}: ignored by a restart, which goes on from the newest checkpoint"]
+    return newest, [f"run.resume_from={chosen}: ignored after a restart; continues from the newest checkpoint"]
 
 
 def describe(
     config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator, precision_reason: str
 ) -> list[str]:
-    """The first lines of a run: what will be done, on what, how and why so."""
+    """First lines of output: size of the run, corpus, device and precision."""
     parameters = sum(parameter.numel() for parameter in objective.parameters())
     device = f"{accelerator.num_processes} x {accelerator.device.type}"
     if (threads := _threads(accelerator)) is not None:

@@ -1,4 +1,4 @@
-"""Stopping on request: signals, a limit of time, a launcher that died. All processes stop after the same step."""
+"""Stops on request: a signal, a time limit, a dead launcher. All processes stop after the same step."""
 
 import os
 import signal
@@ -19,19 +19,19 @@ from charlm.training.device import PATIENCE
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REASONS = (*(number.name for number in SIGNALS), "run.max_time is over", "the launcher is gone")
 SAME_REQUEST = 1.0
-"""Seconds in which further signals count as the first: Ctrl-C reaches a process from the terminal, and again from its
+"""Seconds within which further signals count as the same: Ctrl-C arrives from the terminal and again from the
 launcher."""
 
 
 class StopRequests:
-    """What asks a run to stop, for as long as the context is open.
+    """Collects requests to stop while the context is open.
 
-    A request is remembered until `agreed` or `check` is called, but inside of `interrupting`. A second signal ends the
-    process at once, whatever it is doing.
+    A request is kept until `agreed` or `check`; inside `interrupting` it raises at once. A second signal ends the
+    process immediately.
     """
 
     def __init__(self, max_seconds: float | None = None):
-        """`max_seconds`: since the process began, so that what came before training counts against a queue's limit."""
+        """`max_seconds`: counted from the start of the process, as the time limits of job queues are."""
         self.max_seconds = max_seconds
         self.reason: str | None = None
         self._began = psutil.Process().create_time()
@@ -41,7 +41,7 @@ class StopRequests:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequests":
-        if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
             watched, self._told = os.pipe()
             os.set_blocking(self._told, False)
             self._told_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
@@ -61,7 +61,7 @@ class StopRequests:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """A signal ends what is done inside where it is, because nothing could be lost; `check` must follow."""
+        """Inside, a signal interrupts at once, because there is nothing to save; call `check` after it."""
         self._interrupts = True
         try:
             yield
@@ -71,17 +71,17 @@ class StopRequests:
             self._interrupts = False
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop. Every process calls it at the same point, and all get one answer."""
+        """Whether any process was asked to stop. All processes call it at the same point and get the same answer."""
         if self.reason is None and self.max_seconds is not None and time.time() - self._began >= self.max_seconds:
             self.reason = "run.max_time is over"
         if self.reason is None and self._launcher not in (None, os.getppid()):
             self.reason = "the launcher is gone"
         if dist.is_initialized() and dist.get_world_size() > 1:
-            if self._group is None:  # over the network of the hosts: no device need be waited for
+            if self._group is None:  # gloo, so that no GPU is waited for
                 self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
             code = torch.tensor(REASONS.index(self.reason) + 1 if self.reason else 0)
             dist.all_reduce(code, dist.ReduceOp.MAX, group=self._group)
-            if not code:  # a signal that came meanwhile is for the next time, when the others hear of it, too
+            if not code:  # a signal that came meanwhile counts next time, when the others learn of it, too
                 return False
             self.reason = REASONS[code.item() - 1]
         return self.reason is not None
@@ -98,7 +98,7 @@ class StopRequests:
 
 
 def _exit_at_the_second(watched: int) -> None:
-    """Read signals as they come, also while the main thread waits in a library and no handler of Python's can run."""
+    """Read signals as they arrive, even while the main thread is in a library and Python's handlers cannot run."""
     first = None
     main = os.environ.get("RANK", "0") == "0"
     with os.fdopen(watched, "rb", buffering=0) as numbers:
@@ -112,5 +112,5 @@ def _exit_at_the_second(watched: int) -> None:
 
 
 def _launched() -> bool:
-    """Whether this process is a launcher's child: accelerate's or torchrun's."""
+    """Whether accelerate's launcher or torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ

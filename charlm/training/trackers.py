@@ -1,9 +1,9 @@
-"""accelerate's experiment trackers, fed with the numbers of metrics.jsonl.
+"""accelerate's experiment trackers, which log the numbers of metrics.jsonl.
 
-tensorboard, wandb, dvclive and swanlab write into RUN/trackers; the others go where they are configured to go. A
-resumed run continues its record in tensorboard, wandb, dvclive, swanlab, trackio and comet_ml, and starts another of
-the same name elsewhere. accelerate's own `init_trackers` and `end_training` are not used: the latter ends the process
-group, which a second run of the process needs.
+tensorboard, wandb, dvclive and swanlab write into RUN/trackers; the others write where they are configured to. A
+resumed run continues its record in tensorboard, wandb, dvclive, swanlab, trackio and comet_ml; other trackers start a
+new record of the same name. accelerate's `init_trackers` gives all trackers one project name, which tensorboard takes
+for a folder, and `end_training` destroys the process group, which a second run in the same process needs.
 """
 
 import shutil
@@ -19,7 +19,7 @@ from charlm.config.wording import written
 from charlm.runs.folder import Run
 
 PACKAGES = {"aim": "'aim<4'", "comet_ml": "comet-ml"}
-"""What pip calls a tracker, where that is not its own name."""
+"""pip's name of a tracker, where it differs."""
 
 
 def check_installed(names: Sequence[str]) -> None:
@@ -31,10 +31,10 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
-    """The trackers of a run that has completed `step` steps, each with the run's options recorded.
+    """Start the trackers of a run that has completed `step` steps, and record the run's options.
 
     Raises:
-        UserError: one did not start. The folder of a run that has nothing to resume from is gone then.
+        UserError: one did not start. The folder of a run without checkpoints is removed.
     """
     trackers: list[GeneralTracker] = []
     try:
@@ -43,20 +43,20 @@ def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
             tracker.start()
             trackers.append(tracker)
             tracker.store_init_configuration(_options(config))
-    except Exception as error:  # of any kind: no login, no server, a folder of another version
+    except Exception as error:  # any kind: no login, no server, a folder of another version
         for tracker in trackers:
             tracker.finish()
         if not any(run.checkpoints_path.iterdir()):
-            shutil.rmtree(run.path)  # or it would be in the way of the corrected command
+            shutil.rmtree(run.path)  # otherwise it would block the corrected command
         raise UserError(f"run.tracker={name}: did not start: {error}; mend that, or leave it out") from error
     return trackers
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
-    """A row of metrics.jsonl by path, `terms/layer3/offset1/all/loss`, without its step and what is no number.
+    """The numbers of a row of metrics.jsonl by path, such as `terms/layer3/offset1/all/loss`, without its step.
 
-    All of a validation stands beneath `valid/`: a tracker keeps one value for each name and step. A row of diagnostics
-    gives no more than these, as the training row of its step has its progress.
+    A tracker keeps one value per name and step. So everything in a validation row gets the prefix `valid/`, and a row
+    of diagnostics yields its diagnostics only: the training row of the same step has the progress.
     """
     if "valid" in row:
         row = {"valid": {name: value for name, value in row.items() if name not in ("step", "valid")} | row["valid"]}
@@ -68,7 +68,7 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _options(config: Config) -> dict[str, bool | int | float | str]:
-    """Every option by its dotted name; what is no scalar, as it is written in a config file."""
+    """Every option by its dotted name; values other than scalars as in a config file."""
     options = flatten(config.model_dump(), ".")
     return {name: value if isinstance(value, (int, float, str)) else written(value) for name, value in options.items()}
 
@@ -83,18 +83,18 @@ def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:
         "mlflow": {"run_name": title},
         "swanlab": {"log_dir": str(folder / "swanlab"), "name": title, "id": key, "resume": "allow"},
         "tensorboard": {"purge_step": step + 1 if resumed else None},
-        "trackio": {"name": f"{title}-{key[:8]}", "resume": "allow"},  # which it resumes by name
+        "trackio": {"name": f"{title}-{key[:8]}", "resume": "allow"},  # resumed by name
         "wandb": {"dir": str(folder), "name": title, "id": key, "resume": "allow"},
     }.get(name, {})
-    if name == "tensorboard":  # its writer makes a folder of what accelerate takes for a project
+    if name == "tensorboard":  # accelerate's project name is a folder here
         return LOGGER_TYPE_TO_CLASS[name]("tensorboard", folder, **options)
-    if name == "aim":  # which finds the nearest .aim by itself, unless accelerate names the working folder
+    if name == "aim":  # finds the nearest .aim by itself, unless given a folder
         return LOGGER_TYPE_TO_CLASS[name](title, None, experiment=config.run.project)
     return LOGGER_TYPE_TO_CLASS[name](config.run.project, **options)
 
 
 def _key(folder: Path) -> str:
-    """The run's own name among all of a tracker's, kept for its resumption."""
+    """The run's unique name in a tracker, kept for its resumption."""
     path = folder / "key"
     if not path.exists():
         folder.mkdir(exist_ok=True)

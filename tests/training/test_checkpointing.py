@@ -6,14 +6,13 @@ import threading
 
 import pytest
 
-import charlm
 from charlm.config import UserError
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
 from charlm.training import checkpointing
 from charlm.training.checkpointing import CheckpointWriter
 from storage import make_run, number_of, snapshot_of, steps
-from tiny import TINY
+from tiny import TINY, train
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on(run, monkeypatch):
     assert steps(run) == [500, 2500]
     assert said == [
         f"step {step}: checkpoint not written (No space left on device); "
-        "the run goes on, the next try is at the next checkpoint"
+        "the run goes on and tries again at the next checkpoint"
         for step in ("1,000", "2,000")
     ]
 
@@ -122,13 +121,13 @@ def test_a_run_goes_on_while_its_disk_is_full(also_at_the_end, tmp_path, text_co
     monkeypatch.setattr(checkpointing, "save_checkpoint", failing_at(*full))
     if also_at_the_end:
         with pytest.raises(UserError, match="the newest checkpoint is missing: step 20"):
-            charlm.train(charlm.load_config(overrides=flags))
+            train(*flags)
     else:
-        charlm.train(charlm.load_config(overrides=flags))
+        train(*flags)
     assert steps(Run(tmp_path / "run")) == ([5, 15] if also_at_the_end else [5, 20])
     said = capfd.readouterr().err
     assert "step 10: checkpoint not written (No space left on device); the run goes on" in said
     monkeypatch.undo()
     if also_at_the_end:
-        charlm.train(charlm.load_config(overrides=[*flags, "--run.resume=true"]))
+        train(*flags, "--run.resume=true")
         assert steps(Run(tmp_path / "run"))[-1] == 20

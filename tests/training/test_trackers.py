@@ -215,7 +215,7 @@ def train_apart(run: Path, *flags: str) -> Path:
     command = [sys.executable, SCRIPTS / "train.py", *FLAGS, *flags, f"--run.dir={run}"]
     ended = subprocess.run(command, cwd=run.parent, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert "failed and gets no more" not in ended.stderr
+    assert "failed and is no longer used" not in ended.stderr
     return run
 
 
@@ -338,7 +338,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(fails, fakes, tmp_path, text_
     failing, sound = (fake.calls for fake in fakes.made)
     assert sound == ["start", *steps, "finish"]
     assert failing == ["start", 2, 4, 5, 6, 8] if fails == 8 else sound
-    assert f"run.tracker=mlflow failed and gets no more from here on: OSError('no server for {fails}')" in (
+    assert f"run.tracker=mlflow failed and is no longer used: OSError('no server for {fails}')" in (
         capsys.readouterr().err
     )
 
