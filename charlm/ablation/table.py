@@ -133,17 +133,17 @@ class Row:
 
 def protocols(runs: Iterable[VariantRun]) -> list[str]:
     """What the scores measure: one line if it is the same for all rows, else one for each protocol."""
-    names: dict[str, dict[str, None]] = {}
+    rows: dict[str, list[str]] = {}
     for run in runs:
         train, context = run.config.train, run.config.model.context_length
         protocol = (
             f"first {train.valid_symbols:,} symbols of the valid split of {run.config.data.corpus}, context {context}, "
             f"stride {max(1, context // 2)}; after {train.steps:,} steps of {train.batch_size * context:,} characters"
         )
-        names.setdefault(protocol, {})[run.variant.name] = None
-    if len(names) == 1:
-        return [f"Scored on the {protocol}." for protocol in names]
-    return [f"{', '.join(rows)}: scored on the {protocol}." for protocol, rows in names.items()]
+        rows.setdefault(protocol, []).append(run.variant.name)
+    if len(rows) == 1:
+        return [f"Scored on the {protocol}." for protocol in rows]
+    return [f"{', '.join(dict.fromkeys(names))}: scored on the {protocol}." for protocol, names in rows.items()]
 
 
 def to_markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
@@ -196,6 +196,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
 
     shown = [row for row in rows if row.results]
     left, right = _limits(shown)
+    beside = {"xycoords": ("axes fraction", "data"), "xytext": (6, 0), "textcoords": "offset points", "va": "center"}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.26 * len(shown)), layout="constrained")
         axes = figure.subplots()
@@ -206,11 +207,8 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
             marker = {"marker": ">" if beyond else "|", "markersize": 6 if beyond else 12, "markeredgewidth": 2}
             axes.plot([min(row.mean, right)], [place], linestyle="", color=VALID, **marker)
             star = "*" if row.verdict in ("better", "worse") else ""
-            label, where = (
-                f"{row.mean:.3f}" + _cell(row.delta, "+.3f", before="  ", unit=star),
-                ("axes fraction", "data"),
-            )
-            axes.annotate(label, (1, place), xycoords=where, xytext=(6, 0), textcoords="offset points", va="center")
+            label = f"{row.mean:.3f}" + _cell(row.delta, "+.3f", before="  ", unit=star)
+            axes.annotate(label, (1, place), **beside)
         if rows[0].results:
             axes.axvline(rows[0].mean, color=GREY, linewidth=0.8, linestyle="--")
         axes.set_xlim(left, right + 0.02 * (right - left))
