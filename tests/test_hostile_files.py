@@ -25,9 +25,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from charlm.config import Config, ConfigError, DataConfig, UserError
+from charlm.config import Config, ConfigError, UserError
 from charlm.config.load import load_config, to_yaml
-from charlm.data import corpus as corpora
 from charlm.data.sources import PUBLISHED
 from charlm.files import read_json
 from charlm.objective.build import build_objective
@@ -138,9 +137,7 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
     "zip with ..": (lambda: zipped(("../enwik8", TEXT), ("../../hurt", TEXT)), [MEMBER]),
     "zip with an absolute name": (lambda: zipped(("/tmp/enwik8", TEXT)), [MEMBER]),
     "zip with a link": (link_member, ["has 13 bytes"]),
-    "zip with the wrong member": (lambda: zipped(("enwik9", TEXT)), [MEMBER]),
     "zip with a folder": (lambda: zipped(("enwik8/", b"")), [MEMBER]),
-    "zip with nothing": (zipped, [MEMBER]),
     "zip with several, another text last": (
         lambda: zipped(("README", b"read me"), ("enwik8", bytes(len(TEXT)))),
         ["has sha256"],
@@ -156,13 +153,8 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
     "gz, truncated": (lambda: gzip.compress(TEXT)[:-9], [UNREADABLE, "end-of-stream"]),
     "gz, bad checksum": (lambda: flipped(gzip.compress(TEXT), -5), [UNREADABLE, "CRC check failed"]),
     "gz with rubbish behind": (lambda: gzip.compress(TEXT) + b"rubbish", [UNREADABLE, "Not a gzipped file"]),
-    "gz of another text": (lambda: gzip.compress(TEXT[::-1]), ["has sha256"]),
     "xz, truncated": (lambda: lzma.compress(TEXT)[:-9], [UNREADABLE, "end-of-stream"]),
     "xz, damaged": (lambda: flipped(lzma.compress(TEXT), 40), [UNREADABLE]),
-    "xz of too long a text": (lambda: lzma.compress(TEXT + b"!"), ["more than 1,920 bytes"]),
-    "nothing": (bytes, ["has 0 bytes"]),
-    "too short": (lambda: TEXT[:-1], ["has 1,919 bytes"]),
-    "a bit flipped": (lambda: flipped(TEXT, 99), ["has sha256"]),
 }
 
 
@@ -248,9 +240,7 @@ FILE = ["--data.corpus=file", "--data.path=hostile"]
 HUB = ["--data.corpus=hub", "--data.hub_id=./hostile"]
 TEXTS: dict[str, tuple[list[str], Callable[[Path], object], list[str]]] = {
     "a pipe": (FILE, lambda place: os.mkfifo(place / "hostile"), ["neither a file nor a folder"]),
-    "a device": (FILE, lambda place: (place / "hostile").symlink_to("/dev/zero"), ["/dev/zero", "neither a file"]),
     "a link to itself": (FILE, lambda place: (place / "hostile").symlink_to("hostile"), ["cannot read", "symbolic"]),
-    "a link to nothing": (FILE, lambda place: (place / "hostile").symlink_to("nothing"), ["nothing", "cannot read"]),
     "a folder of links in circles": (
         FILE,
         hostile_folder(lambda folder: [(folder / name).symlink_to(folder) for name in "ab"]),
@@ -258,16 +248,6 @@ TEXTS: dict[str, tuple[list[str], Callable[[Path], object], list[str]]] = {
     ),
     "a folder of pipes": (FILE, hostile_folder(lambda folder: os.mkfifo(folder / "pipe")), ["there is no text"]),
     "a terabyte": (FILE, lambda place: sparse(place / "hostile"), ["bytes free", "1,099,511,627,776"]),
-    "a pipe for enwik8": (
-        ["--data.corpus=enwik8", "--data.path=hostile"],
-        lambda place: os.mkfifo(place / "hostile"),
-        ["not a file; give a copy of enwik8"],
-    ),
-    "a folder for enwik8": (
-        ["--data.corpus=enwik8", "--data.path=hostile"],
-        lambda place: (place / "hostile").mkdir(),
-        ["not a file; give a copy of enwik8"],
-    ),
     "Latin-1 where characters are asked for": (
         [*FILE, "--data.vocabulary=characters"],
         write("hostile", "café ".encode("latin-1") * 200),
@@ -397,34 +377,9 @@ RUNS: dict[str, tuple[tuple[str, list[str]], Callable[[Path], object], list[str]
     "provenance without a corpus": (EVALUATE, changed("provenance.json", lambda _: b"{}"), ["names no corpus"]),
     "provenance, truncated": (GENERATE, changed("provenance.json", lambda text: text[:99]), ["provenance.json"]),
     "vocabulary of nothing": (EVALUATE, vocabulary(None), ["run", "vocabulary"]),
-    "vocabulary of another kind": (EVALUATE, vocabulary({"name": "hurt"}), ["run", "vocabulary"]),
-    "parameters, one bit": (EVALUATE, changed(f"{LAST}/model.safetensors", lambda it: flipped(it, 999)), ["model"]),
-    "parameters, truncated": (GENERATE, changed(f"{LAST}/model.safetensors", lambda it: it[:-9]), ["model.saf"]),
-    "parameters missing": (EVALUATE, lambda run: (run / LAST / "model.safetensors").unlink(), ["is missing"]),
-    "parameters of another name": (
-        EVALUATE,
-        lambda run: (run / LAST / "model.safetensors").rename(run / LAST / "model.pt"),
-        ["model.safetensors", "is missing"],
-    ),
     "parameters behind a link": (EVALUATE, elsewhere(f"{LAST}/model.safetensors"), ["model.safetensors", "a link"]),
-    "parameters that are a pipe": (
-        EVALUATE,
-        replaced(f"{LAST}/model.safetensors", os.mkfifo),
-        ["model.safetensors", "no file at all"],
-    ),
-    "a file too many": (EVALUATE, lambda run: (run / LAST / "hurt.pt").touch(), ["hurt.pt", "is in the way"]),
-    "state of 100,000 lists": (EVALUATE, changed(f"{LAST}/state.json", lambda _: DEEP_JSON), ["state.json"]),
-    "state missing": (RESUME_FROM, lambda run: (run / LAST / "state.json").unlink(), ["state.json", "missing"]),
     "manifest that leads out": (EVALUATE, manifest(**OUTSIDE), ["manifest.json", "its own SHA-256"]),
-    "manifest with an absolute name": (EVALUATE, manifest(**{"/etc/hostname": {}}), ["manifest.json"]),
-    "manifest of 100,000 lists": (EVALUATE, changed(f"{LAST}/manifest.json", lambda _: DEEP_JSON), ["manifest.json"]),
-    "manifest of NaN": (EVALUATE, changed(f"{LAST}/manifest.json", lambda _: b"NaN"), ["manifest.json"]),
     "optimizer, truncated": (RESUME_FROM, changed(f"{LAST}/optimizer.safetensors", lambda it: it[:-1]), ["optimizer"]),
-    "checkpoint behind a link": (
-        RESUME_FROM,
-        lambda run: ((run / LAST).rename(run.parent / "moved"), (run / LAST).symlink_to(run.parent / "moved")),
-        [LAST, "is no folder"],
-    ),
     "pointer that leads out": (
         EVALUATE,
         lambda run: [(run / "checkpoints" / name).write_text("../../moved\n") for name in ("best", "last")],
@@ -461,38 +416,6 @@ def test_a_model_larger_than_the_machine_is_refused(case, inside):
     if case != "num_layers":
         with torch.device("meta"):
             build_objective(config, 256)  # which only counts
-
-
-CACHES: dict[str, Callable[[Path], object]] = {
-    "ids, one bit": changed("ids.bin", lambda ids: flipped(ids, 99)),
-    "ids, truncated": changed("ids.bin", lambda ids: ids[:-1]),
-    "ids, longer": changed("ids.bin", lambda ids: ids + b"!"),
-    "ids that are a pipe": replaced("ids.bin", os.mkfifo),
-    "ids behind a link": elsewhere("ids.bin"),
-    "ids missing": lambda folder: (folder / "ids.bin").unlink(),
-    "record, truncated": changed("corpus.json", lambda text: text[:-9]),
-    "record of 100,000 lists": changed("corpus.json", lambda _: DEEP_JSON),
-    "record that is a list": changed("corpus.json", lambda _: b"[1, 2]"),
-    "record of a terabyte": replaced("corpus.json", sparse),
-    "record that is a pipe": replaced("corpus.json", os.mkfifo),
-    "negative sizes": changed("corpus.json", lambda text: text.replace(b'"characters": 1', b'"characters": -1')),
-    "sizes of NaN": changed("corpus.json", lambda text: text.replace(b'"characters": 1', b'"characters": NaN, "x": 1')),
-    "a type of objects": changed("corpus.json", lambda text: text.replace(b'"uint8"', b'"object"')),
-}
-
-
-@pytest.mark.parametrize("case", CACHES)
-def test_a_damaged_cache_is_prepared_anew(case, tmp_path):
-    """Guards against training on what is no longer the text, and against a cache that hangs or ends every run."""
-    (tmp_path / "text.txt").write_bytes(TEXT)
-    config = DataConfig(corpus="file", path=tmp_path / "text.txt", cache_dir=tmp_path / "cache")
-    sound = corpora.load_corpus(config, show_progress=False).to_dict()
-    [folder] = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    CACHES[case](folder)
-    assert corpora.load_corpus(config, show_progress=False).to_dict() == sound
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert all(path.is_file() and not path.is_symlink() for path in folder.iterdir())
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)

@@ -193,33 +193,60 @@ def test_other_fractions_and_files_do_not_share_a_folder(file_config, tmp_path):
     assert len(left_in(file_config.cache_dir)) == 3
 
 
-def damage_json(folder: Path, **changes) -> None:
-    path = folder / "corpus.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def record(**changes):
+    """Change entries of corpus.json."""
+
+    def change(folder: Path) -> None:
+        path = folder / "corpus.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: (folder / "ids.bin").unlink(),
-        lambda folder: (folder / "ids.bin").write_bytes(b""),
-        lambda folder: (folder / "ids.bin").write_bytes(TEXT[:-1]),
-        lambda folder: (folder / "ids.bin").write_bytes(TEXT + b"?"),
-        lambda folder: (folder / "corpus.json").unlink(),
-        lambda folder: (folder / "corpus.json").write_text(""),
-        lambda folder: (folder / "corpus.json").write_text("[1]"),
-        lambda folder: (folder / "corpus.json").write_bytes(b"\xff"),
-        lambda folder: damage_json(folder, splits=[]),
-        lambda folder: damage_json(folder, splits={"train": 900}),
-        lambda folder: damage_json(folder, splits={name: {"symbols": 300} for name in module.SPLITS}),
-        lambda folder: damage_json(folder, vocabulary={"name": "words"}),
-        lambda folder: damage_json(folder, dtype="words"),
-        lambda folder: damage_json(folder, dtype="uint16"),
-        lambda folder: damage_json(folder, format=0),
-    ],
-)
+def written(name: str, content: bytes):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def replaced(name: str, put):
+    """`put` something in the place of a file."""
+
+    def change(folder: Path) -> None:
+        (folder / name).rename(folder.parent / "moved")
+        put(folder / name)
+
+    return change
+
+
+DAMAGE = {
+    "ids missing": lambda folder: (folder / "ids.bin").unlink(),
+    "ids empty": written("ids.bin", b""),
+    "ids, one bit": written("ids.bin", TEXT[:-1] + b"\x0b"),
+    "ids, truncated": written("ids.bin", TEXT[:-1]),
+    "ids, longer": written("ids.bin", TEXT + b"?"),
+    "ids that are a pipe": replaced("ids.bin", os.mkfifo),
+    "ids behind a link": replaced("ids.bin", lambda path: path.symlink_to("../moved")),
+    "record missing": lambda folder: (folder / "corpus.json").unlink(),
+    "record empty": written("corpus.json", b""),
+    "record that is a list": written("corpus.json", b"[1]"),
+    "record that is no text": written("corpus.json", b"\xff"),
+    "record of 100,000 lists": written("corpus.json", b"[" * 100_000),
+    "record of a terabyte": lambda folder: os.truncate(folder / "corpus.json", 1 << 40),
+    "record that is a pipe": replaced("corpus.json", os.mkfifo),
+    "no splits": record(splits=[]),
+    "splits that are numbers": record(splits={"train": 900}),
+    "splits without characters": record(splits={name: {"symbols": 300} for name in module.SPLITS}),
+    "negative sizes": record(splits={key: {"symbols": 300, "characters": -1, "bytes": 300} for key in module.SPLITS}),
+    "unknown vocabulary": record(vocabulary={"name": "words"}),
+    "a type that is none": record(dtype="words"),
+    "a type of objects": record(dtype="object"),
+    "another type": record(dtype="uint16"),
+    "another format": record(format=0),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_cache_is_prepared_anew(file_config, damage):
-    """Guards against a crash, or worse a wrong text, for ever after a disk has failed once."""
+    """Guards against a crash, a hang, or worse a wrong text, for ever after a disk has failed once."""
     expected = load_corpus(file_config).to_dict()
     [name] = left_in(file_config.cache_dir)
     record = (file_config.cache_dir / name / "corpus.json").read_text()
