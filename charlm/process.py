@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -40,3 +41,12 @@ def peak_memory() -> int:
 def physical_memory() -> int:
     """The machine's memory, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def processor_name() -> str:
+    """Name of the processor if the system tells it, else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from charlm.config import Config, UserError
 from charlm.config.load import load_config, to_yaml
 from charlm.files import read_json, write_whole
+from charlm.process import processor_name
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
 UNFINISHED = {"checkpoints", "provenance.json", ".provenance.json.tmp", ".config.yaml.tmp", ".lock"}
@@ -185,17 +186,8 @@ def _environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "git_commit": _git_commit(),
         "command": sys.argv,
-        "machine": {"processor": _processor(), "cores": os.cpu_count()},
+        "machine": {"processor": processor_name(), "cores": os.cpu_count()},
     }
-
-
-def _processor() -> str:
-    """Name of the processor if the system tells it, else its architecture."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _git_commit() -> str | None:

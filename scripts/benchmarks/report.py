@@ -5,7 +5,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from benchmarks.results import RaceResult, drafts_table, mebibytes, middle_half,
 from benchmarks.setups import ALL_LOSSES, ALLOCATOR, CHECKPOINTED, MAIN_LOSS
 from benchmarks.suites import BenchmarkResult, Point, Settings
 from charlm.markdown import markdown_table
-from charlm.process import physical_memory
+from charlm.process import physical_memory, processor_name
 
 PACKAGES = ("torch", "accelerate", "x-transformers", "transformers")
 
@@ -54,14 +53,9 @@ def protocol(settings: Settings, result: BenchmarkResult) -> dict[str, Any]:
 
 def machine(device: str) -> str:
     """The machine in words: processor, cores, memory, GPU."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     words = (
-        f"{model}, {cores} cores, {platform.system()}, Python {platform.python_version()}, "
+        f"{processor_name()}, {cores} cores, {platform.system()}, Python {platform.python_version()}, "
         f"{physical_memory() / 2**30:.0f} GiB of memory"
     )
     if device == "cuda":

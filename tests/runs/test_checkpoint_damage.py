@@ -107,9 +107,6 @@ OUTSIDE = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b93
 DAMAGED = {
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), [MANIFEST, "missing"]),
     "an empty manifest": (text(MANIFEST, ""), [MANIFEST, "JSON"]),
-    "a manifest that is a list": (text(MANIFEST, "[]"), [MANIFEST, "damaged"]),
-    "a manifest that is null": (text(MANIFEST, "null"), [MANIFEST, "damaged"]),
-    "a manifest of nothing": (text(MANIFEST, "{}\n"), [MANIFEST, "damaged"]),
     "a manifest nested deeply": (text(MANIFEST, "[" * 100_000), [MANIFEST, "nested too deeply"]),
     "an entry nested deeply": (
         manifest(lambda record: record.update({STATE: json.loads("[" * 500 + "]" * 500)})),
@@ -118,26 +115,17 @@ DAMAGED = {
     "a manifest with an enormous number": (text(MANIFEST, "9" * 100_000), [MANIFEST, "JSON"]),
     "a manifest of megabytes": (text(MANIFEST, "[" + "0," * 2**20 + "0]"), [MANIFEST, "more than 1,048,576 bytes"]),
     "a manifest that is no text": (raw(MANIFEST, b"\x80\x04\x95"), [MANIFEST, "JSON"]),
-    "a manifest that says NaN": (text(MANIFEST, "NaN"), [MANIFEST, "damaged"]),
     "a manifest that names a file outside": (
         manifest(lambda record: record.update({"../../../outside": OUTSIDE})),
         [MANIFEST, "damaged"],
     ),
-    "a manifest that names an absolute path": (
-        manifest(lambda record: record.update({"/etc/hostname": OUTSIDE})),
-        [MANIFEST, "damaged"],
-    ),
-    "a manifest without the optimizer": (manifest(lambda record: record.pop(OPTIMIZER)), [MANIFEST, "damaged"]),
     "a manifest of an absurd size": (
         manifest(lambda record: record[MODEL].update(bytes=10**18)),
         [MANIFEST, "damaged"],
     ),
-    "a manifest whose size is text": (manifest(lambda record: record[MODEL].update(bytes="9")), [MANIFEST, "damaged"]),
     "an extra file": (text("model.bin", "x"), ["model.bin", "no checkpoint has such a file"]),
-    "an extra folder": (lambda folder: (folder / "more").mkdir(), ["more", "no checkpoint has such a file"]),
     "linked parameters": (linked(MODEL), [MODEL, "a link"]),
     "a linked manifest": (linked(MANIFEST), [MANIFEST, "a link"]),
-    "a link to nowhere": (replaced(STATE, lambda path: path.symlink_to("nowhere")), [STATE, "a link"]),
     "a folder in place of a file": (replaced(OPTIMIZER, Path.mkdir), [OPTIMIZER, "no file at all"]),
     "a pipe that never ends": (replaced(MODEL, os.mkfifo), [MODEL, "no file at all"]),
     "a pickle": (raw(MODEL, b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."), [MODEL, "does not match"]),
@@ -146,8 +134,6 @@ DAMAGED = {
 }
 FORGED = {
     "a pickle, forged": (raw(MODEL, b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."), [MODEL]),
-    "an archive": (raw(MODEL, b"PK\x03\x04" + bytes(100)), [MODEL]),
-    "parameters of no bytes": (raw(MODEL, b""), [MODEL]),
     "a header said to be huge": (raw(MODEL, tensor_file(b"{}", header_bytes=2**63)), [MODEL, "bytes, more than any"]),
     "a header of 17 MB": (raw(MODEL, tensor_file(b"{" + b" " * 17_000_000 + b"}")), [MODEL, "bytes, more than any"]),
     "a header past the end": (raw(MODEL, tensor_file(b"{}", header_bytes=1000)), [MODEL]),
@@ -168,7 +154,6 @@ FORGED = {
         [MODEL, "transformer.embedding.weight", "F32 []"],
     ),
     "state of no parameter": (tensors(OPTIMIZER, nobody__exp_avg=torch.zeros(1)), [OPTIMIZER, "nobody.exp_avg"]),
-    "state without a name": (tensors(OPTIMIZER, exp_avg=torch.zeros(1)), [OPTIMIZER, "exp_avg", "no parameter"]),
     "state of a wrong shape": (
         tensors(OPTIMIZER, **{f"{WEIGHT}.exp_avg": torch.zeros(3)}),
         [OPTIMIZER, f"{WEIGHT}.exp_avg", "F32 [3]"],
@@ -178,10 +163,7 @@ FORGED = {
         [OPTIMIZER, f"{WEIGHT}.exp_avg", "F16"],
     ),
     "optimizer state that is a pickle": (raw(OPTIMIZER, b"\x80\x04."), [OPTIMIZER]),
-    "a state that is a list": (text(STATE, "[1]"), [STATE, "its step is not"]),
-    "a state without a step": (text(STATE, "{}"), [STATE, "its step is not"]),
     "a state of another step": (text(STATE, '{"step": 2}'), [STATE, "its step is not"]),
-    "a step that is text": (text(STATE, '{"step": "1"}'), [STATE, "its step is not"]),
     "a step that is true": (text(STATE, '{"step": true}'), [STATE, "its step is not"]),
     "a state nested deeply": (text(STATE, '{"step": 1, "a": ' + "[" * 100_000), [STATE, "nested too deeply"]),
     "a state with an enormous number": (text(STATE, '{"step": ' + "9" * 100_000 + "}"), [STATE, "JSON"]),

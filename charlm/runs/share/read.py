@@ -5,8 +5,8 @@ FOLDER/model.safetensors    parameters of transformer and heads, by name
 FOLDER/vocabulary.json      the vocabulary; for sentencepiece, the library's model in base64
 FOLDER/README.md            a model card: what it is, its scores with their protocols, how to use it
 
-Such a folder may come from a stranger. Loading never runs code and ignores any path in the files. All files are
-size-limited or checked against config.json before they are read whole.
+Such a folder may come from a stranger. Loading never runs code, refuses any path in the files, and checks sizes before
+it reads.
 """
 
 import re
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from charlm.config import Config, DataConfig, RunConfig, UserError
 from charlm.config.errors import first_line
@@ -61,13 +61,6 @@ class ModelRecord(BaseModel, strict=True):
     scores: list[dict[str, Any]]
     trained_with: str
 
-    @field_validator("hedge_weights")
-    @classmethod
-    def _not_all_zero(cls, weights: dict[str, float] | None) -> dict[str, float] | None:
-        if weights is not None and not any(weights.values()):
-            raise ValueError("must not all be 0")
-        return weights
-
 
 def is_exported(folder: Path) -> bool:
     """Whether a folder looks like an exported model rather than a run."""
@@ -96,7 +89,7 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
     check_model(folder / TENSORS, model.state_dict(), CONFIG)
     model.load_state_dict(load_tensors(folder / TENSORS), assign=True)
     model.to(device).eval()
-    weights = record.hedge_weights
+    weights = record.hedge_weights and {int(layer): weight for layer, weight in record.hedge_weights.items()}
     return TrainedModel(
         config=config,
         transformer=model["transformer"],
@@ -106,7 +99,7 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
         step=record.step,
         corpus=record.corpus.model_dump() | {"vocabulary": vocabulary_record},
         device=device,
-        hedge_weights=None if weights is None else {int(layer): weight for layer, weight in weights.items()},
+        hedge_weights=weights,
         scores=tuple(record.scores),
         options=record.trained_with,
     )
@@ -140,8 +133,9 @@ def _check_heads(record: ModelRecord, num_layers: int) -> None:
     if [num_layers, 1] not in pairs:
         raise UserError(f"heads: layer {num_layers}, the last, has none for the next symbol")
     exits = {str(layer) for layer, offset in pairs if offset == 1}
-    if record.hedge_weights is not None and not record.hedge_weights.keys() <= exits:
-        raise UserError("hedge_weights: must name layers that have a head for the next symbol")
+    weights = record.hedge_weights
+    if weights is not None and not (weights.keys() <= exits and any(weights.values())):
+        raise UserError("hedge_weights: must name layers that have a head for the next symbol, and not be all 0")
 
 
 def portable(config: Config) -> Config:
