@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -15,18 +15,8 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from charlm.config import Config, DataConfig, Section, Stopped, UserError
-from charlm.config.load import (
-    OPTIONS,
-    RENAMED,
-    SECTIONS,
-    did_you_mean,
-    options_of,
-    resolve,
-    sections_of,
-    settings_of,
-    validate,
-)
-from charlm.config.wording import in_words, shown, words_of
+from charlm.config.load import OPTIONS, RENAMED, SECTIONS, Setting, options_of, sections_of, settings_of, validate
+from charlm.config.wording import did_you_mean, in_words, shown, words_of
 from charlm.terminal import filled, fitted, is_main_process
 
 S = TypeVar("S", bound=Section)
@@ -87,40 +77,87 @@ def parse(kind: type[S], argv: Sequence[str] | None = None) -> S:
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
         import argcomplete
 
-        argcomplete.autocomplete(_parser(kind, described=True))
+        argcomplete.autocomplete(_Parser(kind, describes=True))
     has_config, wants_help = issubclass(kind, WithConfig), not {"-h", "--help"}.isdisjoint(argv)
-    if wants_help and not has_config:
-        _show_help(kind)
-    given = _parser(kind).read([token for token in argv if token not in ("-h", "--help")])
-    if not has_config:
-        return validate(kind, given)
-    flags = {name: given.pop(name) for name in [*OPTIONS, *RENAMED] if name in given}
-    settings = settings_of(given.get("config_files", ()), flags)
-    for name, setting in settings.items():
-        if name != setting.name and is_main_process():
-            print(f"{setting.name} is now called {name}", file=sys.stderr)
-    config = resolve(settings)
+    given, config = {}, {}
+    if has_config or not wants_help:
+        given = _Parser(kind).read([token for token in argv if token not in ("-h", "--help")])
+    if has_config:
+        flags = {name: given.pop(name) for name in [*OPTIONS, *RENAMED] if name in given}
+        settings = settings_of(given.get("config_files", ()), flags)
+        for name, setting in settings.items():
+            if name != setting.name and is_main_process():
+                print(f"{setting.name} is now called {name}", file=sys.stderr)
+        config = {"config": validate(Config, settings), "flags": flags}
     if wants_help:
-        _show_help(kind, {name: reduce(getattr, name.split("."), config) for name in OPTIONS})
-    return validate(kind, given).replace(config=config, flags=flags)
+        _Parser(kind, config.get("config"), describes=True).print_help()
+        sys.exit(0)
+    return validate(kind, {name: Setting(value) for name, value in given.items()}).replace(**config)
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, raising UserError where it would print its usage and exit, with dashes and underscores alike."""
+    """argparse for a script's options, and for those of `Config` if it is a `WithConfig`.
 
-    def __init__(self, **options: Any):
-        super().__init__(**options, allow_abbrev=False, formatter_class=_Layout)
+    It takes dashes and underscores alike, and raises UserError where argparse would print its usage and exit.
+
+    Args:
+        kind: the script's options.
+        config: the values to show as defaults in help.
+        describes: whether to say what may be written for each option, for help and completion.
+    """
+
+    def __init__(self, kind: type[Section], config: Config | None = None, *, describes: bool = False):
+        own = {name: info for name, info in options_of(kind).items() if not re.match(r"flags$|config\.", name)}
+        has_config = issubclass(kind, WithConfig)
+        words = ["%(prog)s", *["[--config FILE ...]", "[--section.option=VALUE ...]"] * has_config]
+        words += [info.metadata[0].how["metavar"] for info in own.values() if _is_positional(info)]
+        super().__init__(
+            usage=" ".join([*words, "[options]"]),
+            description=filled(inspect.cleandoc(kind.__doc__)),
+            formatter_class=_Layout,
+            allow_abbrev=False,
+        )
         self.spellings: dict[str, str] = {}
+        schemas = _schemas(kind) if describes else {}
+        for name, info in own.items():
+            value = None if info.is_required() else info.get_default(call_default_factory=True)
+            default = "" if value in (None, False, ()) else f" (default: {shown(value)})"
+            self._add(self, f"--{name.replace('_', '-')}", name, info, schemas.get(name), default)
+        if not has_config:
+            return
+        schemas = _schemas(Config) if describes else {}
+        groups = {
+            name: self.add_argument_group(name, filled(inspect.cleandoc(section.__doc__)))
+            for name, section in SECTIONS.items()
+            if name
+        }
+        for name, info in OPTIONS.items():
+            default = f" (default: {shown(reduce(getattr, name.split('.'), config))})" if config else ""
+            self._add(groups[name.rpartition(".")[0]], f"--{name}", name, info, schemas.get(name), default)
+        for former in RENAMED:
+            self.add_argument(f"--{former}", dest=former, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            self.spellings[f"--{former}".replace("_", "-")] = f"--{former}"
 
-    def add(self, group: Any, *names: str, **how: Any) -> argparse.Action:
-        """Add an option to a group of this parser."""
-        action = group.add_argument(*names, default=argparse.SUPPRESS, **how)
-        self.spellings |= {name.replace("_", "-"): name for name in action.option_strings}
-        return action
+    def _add(self, group: Any, name: str, dest: str, info: FieldInfo, schema: Any, default: str) -> None:
+        flag = next((mark for mark in info.metadata if isinstance(mark, Flag)), Flag())
+        text, how, is_own = " ".join(info.description.split()), dict(flag.how), group is self
+        if not _is_positional(info):
+            how |= {"dest": dest, "required": info.is_required()}
+        if info.annotation is bool and is_own:
+            how["action"] = argparse.BooleanOptionalAction if info.default else "store_true"
+        elif schema is not None:
+            metavar = in_words(schema)
+            if len(metavar) > LONGEST_METAVAR:
+                text, metavar = f"One of {', '.join(words_of(schema))}. {text}", "word"
+            how.setdefault("metavar", metavar.removesuffix(" or null") if is_own else metavar)
+        how["help"] = f"{text}{default}".replace("%", "%%")
+        action = group.add_argument(*flag.names or (name,), default=argparse.SUPPRESS, **how)
+        self.spellings |= {spelling.replace("_", "-"): spelling for spelling in action.option_strings}
+        if schema is not None and (words := words_of(schema)):
+            action.completer = lambda **_: words  # for argcomplete
 
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
         """The options that `argv` sets, as text."""
-
         return vars(self.parse_args([re.sub(r"^--[^=]+", self._spelt, token) for token in argv]))
 
     def _spelt(self, name: re.Match) -> str:
@@ -132,7 +169,7 @@ class _Parser(argparse.ArgumentParser):
         option = re.search(r"--([^=\s:,/]+)", message)
         if message.startswith("unrecognized arguments: "):
             word = message.split()[2]
-            message += did_you_mean(word.partition("=")[0], self.spellings.values())
+            message += did_you_mean(word, self.spellings.values())
             if word.endswith((".yaml", ".yml")):
                 message += f"; a file of options is given as --config {word}"
         raise UserError(message, option and option[1].replace("-", "_"))
@@ -143,70 +180,8 @@ class _Layout(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=8)
 
 
-def _show_help(kind: type[Section], values: Mapping[str, Any] = {}) -> NoReturn:
-    _parser(kind, described=True, values=values).print_help()
-    sys.exit(0)
-
-
-def _parser(kind: type[Section], *, described: bool = False, values: Mapping[str, Any] = {}) -> _Parser:
-    """The parser of a script's options, and of those of `Config` for a `WithConfig`.
-
-    Args:
-        kind: the script's options.
-        described: whether to say what may be written for each option, for help and completion.
-        values: of the configuration's options, to be shown as defaults.
-    """
-    has_config = issubclass(kind, WithConfig)
-    own = {name: info for name, info in options_of(kind).items() if not re.match(r"flags$|config\.", name)}
-    words = ["[--config FILE ...]", "[--section.option=VALUE ...]"] if has_config else []
-    words += [flag.how["metavar"] for flag in map(_flag_of, own.values()) if not _is_named(flag)]
-    parser = _Parser(description=_filled_doc(kind), usage=" ".join(["%(prog)s", *words, "[options]"]))
-    schemas = _schemas(kind) if described else {}
-    for name, info in own.items():
-        _add(parser, parser, f"--{name.replace('_', '-')}", name, info, schemas.get(name), _default(info))
-    if has_config:
-        schemas = _schemas(Config) if described else {}
-        groups = {name: parser.add_argument_group(name, _filled_doc(SECTIONS[name])) for name in SECTIONS if name}
-        for name, info in OPTIONS.items():
-            group = groups[name.rpartition(".")[0]]
-            _add(parser, group, f"--{name}", name, info, schemas.get(name), values.get(name), has_value=True)
-        for name in RENAMED:
-            parser.add(parser, f"--{name}", dest=name, help=argparse.SUPPRESS)
-    return parser
-
-
-def _add(
-    parser: _Parser, group: Any, name: str, dest: str, info: FieldInfo, schema: Any, value: Any, has_value: bool = False
-) -> None:
-    flag = _flag_of(info)
-    names, how = flag.names or (name,), dict(flag.how)
-    if _is_named(flag):
-        how |= {"dest": dest, "required": info.is_required()}
-    text = " ".join(info.description.split())
-    if info.annotation is bool and not has_value:
-        how["action"] = argparse.BooleanOptionalAction if info.default else "store_true"
-    elif schema is not None:
-        written = in_words(schema)
-        if len(written) > LONGEST_METAVAR:
-            text, written = f"One of {', '.join(words_of(schema))}. {text}", "word"
-        how.setdefault("metavar", written if has_value else written.removesuffix(" or null"))
-    default = "" if not has_value and value in (None, False, ()) else f" (default: {shown(value)})"
-    how["help"] = f"{text}{default}".replace("%", "%%")
-    action = parser.add(group, *names, **how)
-    if schema is not None and (words := words_of(schema)):
-        action.completer = lambda **_: words  # for argcomplete
-
-
-def _flag_of(info: FieldInfo) -> Flag:
-    return next((mark for mark in info.metadata if isinstance(mark, Flag)), Flag())
-
-
-def _is_named(flag: Flag) -> bool:
-    return not flag.names or flag.names[0].startswith("-")
-
-
-def _default(info: FieldInfo) -> Any:
-    return None if info.is_required() else info.get_default(call_default_factory=True)
+def _is_positional(info: FieldInfo) -> bool:
+    return any(isinstance(mark, Flag) and not mark.names[0].startswith("-") for mark in info.metadata)
 
 
 def _schemas(kind: type[Section]) -> dict[str, Any]:
@@ -216,10 +191,6 @@ def _schemas(kind: type[Section]) -> dict[str, Any]:
         for section, part in sections_of(kind).items()
         for name, schema in part.model_json_schema()["properties"].items()
     }
-
-
-def _filled_doc(kind: type[Section]) -> str:
-    return filled(inspect.cleandoc(kind.__doc__))
 
 
 def script(main: Callable[[], None]) -> NoReturn:

@@ -4,12 +4,10 @@ What is read stays text until the type of its option makes it a number, a path o
 `no` is false and `1e-3` is text, play no part, and files and flags are read alike.
 """
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -17,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from charlm.config import Config, UserError
 from charlm.config.types import NULLS, Formerly, Lines, Section, read_yaml
-from charlm.config.wording import config_error, shown
+from charlm.config.wording import config_error, did_you_mean, shown
 
 S = TypeVar("S", bound=Section)
 RESET = "reset"
@@ -37,19 +35,15 @@ def sections_of(kind: type[Section], name: str = "") -> dict[str, type[Section]]
 @cache
 def options_of(kind: type[Section]) -> dict[str, FieldInfo]:
     """The fields of a section and of those inside of it, by dotted name."""
-    sections = sections_of(kind)
-    named = {f"{section}.{name}".lstrip("."): info for section in sections for name, info in _fields(sections[section])}
-    return {name: info for name, info in named.items() if name not in sections}
+    found, sections = {}, sections_of(kind)
+    for section, part in sections.items():
+        found |= {f"{section}.{name}".lstrip("."): info for name, info in part.model_fields.items()}
+    return {name: info for name, info in found.items() if name not in sections}
 
 
-def _fields(kind: type[Section]) -> Iterable[tuple[str, FieldInfo]]:
-    return kind.model_fields.items()
-
-
-SECTIONS = sections_of(Config)
-OPTIONS = options_of(Config)
+SECTIONS, OPTIONS = sections_of(Config), options_of(Config)
 RENAMED = {
-    name.rpartition(".")[0] + f".{mark.name}": name
+    f"{name.rpartition('.')[0]}.{mark.name}": name
     for name, info in OPTIONS.items()
     for mark in info.metadata
     if isinstance(mark, Formerly)
@@ -57,15 +51,12 @@ RENAMED = {
 """Former names of options, and the present ones."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """The value of an option before it is checked."""
+class Setting(NamedTuple):
+    """The value of an option before it is checked, the file and line that set it, and the name used there."""
 
     value: Any
-    place: str
-    """The file and line that set it; "" for a flag."""
-    name: str
-    """The option's name as it was given, which may be a former one."""
+    place: str = ""
+    name: str = ""
 
 
 def load_config(
@@ -79,54 +70,42 @@ def load_config(
             `{"train": {"steps": 60}}`.
 
     Raises:
-        UserError: missing or unreadable file, unknown name (similar ones are named).
-        ConfigError: values that cannot work; all of them are named.
+        UserError: missing or unreadable file.
+        ConfigError: unknown names (similar ones are named) and values that cannot work, all in one message.
     """
     if not isinstance(overrides, Mapping):
         overrides = dict(flag.removeprefix("--").split("=", 1) if "=" in flag else (flag, "") for flag in overrides)
-    return resolve(settings_of([files] if isinstance(files, (str, Path)) else files, overrides))
+    return validate(Config, settings_of([files] if isinstance(files, (str, Path)) else files, overrides))
 
 
 def settings_of(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> dict[str, Setting]:
     """What YAML files and overrides set, by the options' names."""
     settings: dict[str, Setting] = {}
     for file in map(Path, files):
-        found = dict(_settings(_mapping_in(file), str(file)))
-        for section in [name.removesuffix(f".{RESET}") for name in found if name.endswith(f".{RESET}")]:
-            is_reset = shown(found.pop(f"{section}.{RESET}").value)
-            if is_reset not in ("true", "false"):
-                raise UserError(f"{file}: {section}.{RESET}={is_reset}: should be true or false")
-            if is_reset == "true":
-                settings = {name: one for name, one in settings.items() if not name.startswith(f"{section}.")}
+        found = dict(_settings(_read(file), str(file)))
+        for name in [name for name in found if name.endswith(f".{RESET}")]:
+            if (is_reset := found.pop(name).value) not in ("true", "false"):
+                raise UserError(f"{file}: {name}={shown(is_reset)}: should be true or false", name)
+            section = name.removesuffix(RESET) if is_reset == "true" else None
+            settings = {name: one for name, one in settings.items() if not section or not name.startswith(section)}
         settings |= found
     return settings | dict(_settings(overrides, ""))
 
 
-def resolve(settings: Mapping[str, Setting]) -> Config:
-    """The configuration that settings make. Raises UserError for unknown names, ConfigError for values."""
-    unknown = [name for name in settings if name not in OPTIONS]
-    if unknown:
-        raise UserError("\n".join(_unknown(name, settings[name].place) for name in unknown), unknown[0])
-    return validate(
-        Config,
-        {name: setting.value for name, setting in settings.items()},
-        {name: setting.place for name, setting in settings.items()},
-    )
-
-
-def validate(kind: type[S], values: Mapping[str, Any], places: Mapping[str, str] = {}) -> S:
-    """A `kind` of values by dotted name. Raises ConfigError, with the places that set what is wrong."""
+def validate(kind: type[S], settings: Mapping[str, Setting]) -> S:
+    """A `kind` of settings by dotted name. Raises ConfigError, with the places that set what is wrong."""
     tree: dict[str, Any] = {}
-    for name, value in values.items():
-        *sections, option = name.split(".")
-        section = tree
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[option] = value
+    for name, setting in settings.items():
+        section = max((one for one in sections_of(kind) if not one or name.startswith(f"{one}.")), key=len)
+        node = tree
+        for part in filter(None, section.split(".")):
+            node = node.setdefault(part, {})
+        node[name.removeprefix(section).lstrip(".")] = setting.value
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise config_error(kind, error, lambda name: places.get(name, "")) from None
+        places = {name: setting.place for name, setting in settings.items()}
+        raise config_error(kind, error, places, [*options_of(kind), *sections_of(kind)]) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -137,12 +116,6 @@ def to_yaml(config: Config) -> str:
 def as_yaml(tree: Mapping[str, Any]) -> str:
     """Options, or some of them, as YAML."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The end of a complaint about an unknown name: similar ones, if there are any."""
-    found = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=2, cutoff=0.7)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -159,7 +132,7 @@ def _path_as_text(dumper: yaml.SafeDumper, path: PurePath) -> yaml.ScalarNode:
 _Dumper.add_multi_representer(PurePath, _path_as_text)
 
 
-def _mapping_in(file: Path) -> Mapping[str, Any]:
+def _read(file: Path) -> Mapping[str, Any]:
     try:
         tree = read_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -170,8 +143,7 @@ def _mapping_in(file: Path) -> Mapping[str, Any]:
         raise UserError(f"{file}{line}: is not valid YAML: {error.problem or error.context}") from None
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"config file {file} cannot be read as UTF-8 text: {error}") from None
-    if tree in (None, *NULLS):
-        return {}
+    tree = {} if tree in (None, *NULLS) else tree
     if not isinstance(tree, dict):
         raise UserError(f"{file}: must hold `name: value` lines, not {shown(tree)}")
     return tree
@@ -182,21 +154,9 @@ def _settings(tree: Mapping[str, Any], source: str, section: str = "") -> Iterat
     for key, value in tree.items():
         name = f"{section}.{key}".lstrip(".").replace("-", "_")
         place = f"{source}, line {tree.lines[key]}" if isinstance(tree, Lines) else source
-        is_empty = (isinstance(value, str) and value.lower() in NULLS) or value is None
-        if name in SECTIONS and isinstance(value, Mapping):
-            yield from _settings(value, source, name)
-        elif name not in SECTIONS:
+        if name not in SECTIONS:
             yield RENAMED.get(name, name), Setting(value, place, name)
-        elif not is_empty:
-            raise UserError(
-                f"{name}={shown(value)}: is a section; it holds `name: value` lines{_set_in(name, place)}", name
-            )
-
-
-def _unknown(name: str, place: str) -> str:
-    choices = [other for other in [*OPTIONS, *SECTIONS] if other and not name.startswith(f"{other}.")]
-    return f"{name}: is no option{did_you_mean(name, choices)}{_set_in(name, place)}"
-
-
-def _set_in(name: str, place: str) -> str:
-    return f"\n  {name} is set in {place}" if place else ""
+        elif isinstance(value, Mapping):
+            yield from _settings(value, source, name)
+        elif value is not None and str(value).lower() not in NULLS:
+            raise UserError(f"{place}: {name}={shown(value)}: is a section, which holds `name: value` lines", name)

@@ -1,7 +1,8 @@
 """Options in words: what may be written for one, and what is wrong with a value."""
 
+import difflib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -81,41 +82,40 @@ def members_of(annotation: Any) -> tuple[Any, ...]:
 
 
 def config_error(
-    kind: type[BaseModel], error: ValidationError, place_of: Callable[[str], str] = lambda name: ""
+    kind: type[BaseModel], error: ValidationError, places: Mapping[str, str] = {}, options: Iterable[str] = ()
 ) -> ConfigError:
     """All that is wrong with the values of a `kind`, in one message.
 
     Args:
         kind: the model that was validated.
         error: what pydantic found.
-        place_of: the file and line that set an option, "" if none did.
+        places: the file and line that set each option.
+        options: names to look for similar ones of an unknown name in.
     """
-    complaints: dict[tuple[str, str], list[str]] = {}
-    options: list[str] = []
-    for option, place, text, others in _mistakes(kind, error):
-        places = [f"\n  {name} is set in {found}" for name in (option, *others) if (found := place_of(name))]
-        complaints.setdefault((place, "".join(places)), []).append(text)
-        options.append(option)
-    lines = [f"{place}: {', or '.join(texts)}{places}" for (place, places), texts in complaints.items()]
-    return ConfigError("\n".join(lines), options[0])
+    lines: dict[tuple[str, str], list[str]] = {}
+    names = []
+    for name, part, text, others in _mistakes(kind, error):
+        if text == MESSAGES["extra_forbidden"] and name == part:
+            text += did_you_mean(name, options)
+        set_in = [f"\n  {one} is set in {places[one]}" for one in (name, *others) if places.get(one)]
+        lines.setdefault((part, "".join(set_in)), []).append(text)
+        names.append(name)
+    message = "\n".join(f"{part}: {', or '.join(texts)}{set_in}" for (part, set_in), texts in lines.items())
+    return ConfigError(message, names[0])
 
 
 def _mistakes(kind: type[BaseModel], error: ValidationError) -> Iterator[tuple[str, str, str, list[str]]]:
-    """Of each: the option, the place in its value with what stands there, what is wrong, and other options at fault."""
+    """Of each: the option, the part of it that is wrong with its value, what is wrong, and other options at fault."""
     for part in error.errors(include_url=False):
-        mistake, location = part.get("ctx", {}).get("error"), part["loc"]
-        if isinstance(mistake, Mistake):
-            location += tuple(mistake.option.split("."))
+        location, value, others = part["loc"], part["input"], []
+        if isinstance(mistake := part.get("ctx", {}).get("error"), Mistake):
+            section = "".join(f"{key}." for key in location)
+            location, value = (*location, *mistake.option.split(".")), mistake.value
+            others = [f"{section}{name}" for name in mistake.others]
         path, inside = _split(kind, location)
         text = MESSAGES.get(part["type"], part["msg"].removeprefix("Value error, ").removeprefix("Input "))
-        value, others = part["input"], []
-        if isinstance(mistake, Mistake):
-            section = [str(key) for key in part["loc"]]
-            value, others = mistake.value, [".".join([*section, name]) for name in mistake.others]
-        option = ".".join(path)
-        place = ".".join([option, *inside])
         shown_value = "" if part["type"] in ("missing", "extra_forbidden") else f"={shown(value)}"
-        yield option, f"{place}{shown_value}", text, others
+        yield ".".join(path), ".".join([*path, *inside]) + shown_value, text, others
 
 
 def _split(kind: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
@@ -127,6 +127,12 @@ def _split(kind: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list
         kind = kind.model_fields[path[-1]].annotation if path[-1] in kind.model_fields else None
     is_union = len([member for member in members_of(kind) if member is not NoneType]) > 1
     return path, inside[1:] if is_union else inside  # of a union pydantic names the member first
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a complaint about an unknown name: similar ones, if there are any."""
+    found = difflib.get_close_matches(name, list(dict.fromkeys(names)), n=2, cutoff=0.7)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def written(value: Any) -> str:
