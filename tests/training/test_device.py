@@ -40,7 +40,7 @@ def test_fp16_on_a_cpu_is_refused(asked_by, monkeypatch):
     """Guards against accelerate's silent fp32."""
     if asked_by == "launcher":
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(UserError, match="mixed_precision=fp16: not available on a CPU; use bf16 or no"):
+    with pytest.raises(UserError, match="mixed_precision=fp16: not available on a CPU; use bf16 or fp32"):
         hardware.choose_precision(TrainConfig(mixed_precision="fp16" if asked_by == "config" else "auto"))
 
 

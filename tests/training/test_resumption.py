@@ -277,7 +277,7 @@ def test_a_restart_goes_back_to_a_chosen_step_only_once(case, whole_run, tmp_pat
 
 def test_a_chosen_step_is_not_for_a_queue():
     """Guards against a command that goes back to the same step whenever a queue starts it."""
-    with pytest.raises(UserError, match=r"run.resume_from=5: would go back .*; not with run.auto_resume"):
+    with pytest.raises(UserError, match=r"run.resume_from=5: goes back .*auto_resume"):
         charlm.load_config(overrides=["--run.resume_from=5", "--run.auto_resume=true"])
 
 
