@@ -176,6 +176,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Layout(argparse.RawDescriptionHelpFormatter):
+    """Texts begin below their option, and leave the docstrings' lines as they are filled."""
+
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=8)
 
