@@ -22,8 +22,6 @@ from charlm.terminal import filled, fitted, is_main_process
 S = TypeVar("S", bound=Section)
 PATIENCE = 10.0
 """Seconds that a process waits for the first one's message before it prints its own."""
-
-
 LONGEST_METAVAR = 55
 """A longer list of words stands in the text of --help, where it can be broken."""
 

@@ -34,7 +34,6 @@ def place(tmp_path_factory) -> Path:
         pyarrow.parquet.write_table(pyarrow.table({"body": words}), folder / name / "train-0.parquet")
     (folder / "scripted" / "scripted.py").write_text("raise SystemExit('the script was run')")
     (folder / "no_run").mkdir()
-    (folder / "broken.yaml").write_text("model: {d_model: 16")
     (folder / "typo.yaml").write_text("model:\n  num_layer: 3\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -66,12 +65,6 @@ CASES = {
         "train",
         ["--data.corpus=file", "--data.path=nowhere.txt"],
         ["data.path=", "nowhere.txt (No such file", "give a file or folder"],
-    ),
-    "no path": ("prepare", ["--data.corpus=file"], ["data.corpus=file", "--data.path"]),
-    "option that the corpus ignores": (
-        "prepare",
-        ["--data.corpus=python-stdlib", "--data.path=text.txt"],
-        ["data.path=text.txt", "corpus=python-stdlib has no use for it", "--data.corpus=enwik8 or text8 or file"],
     ),
     "wrong checksum": (
         "prepare",
@@ -158,13 +151,6 @@ CASES = {
     ),
     "evaluating what is no run": ("evaluate", ["no_run"], ["no_run is not a run"]),
     "generating from what is no run": ("generate", ["nowhere", "--prompt=a"], ["nowhere is not a run"]),
-    "evaluating a checkpoint that is not there": ("evaluate", ["run", "--checkpoint=77"], ["no checkpoint", "77"]),
-    "stride out of range": ("evaluate", ["run", "--stride=17"], ["stride=17", "context of 16"]),
-    "limit out of range": ("evaluate", ["run", "--limit=0"], ["limit=0", "at least 1"]),
-    "fp16 evaluation on a CPU": ("evaluate", ["run", "--precision=fp16"], ["precision=fp16", "bf16"]),
-    "empty prompt": ("generate", ["run", "--prompt="], ["prompt", "has 0 symbols"]),
-    "prompt too long": ("generate", ["run", f"--prompt={'a' * 17}"], ["prompt", "17", "16"]),
-    "temperature out of range": ("generate", ["run", "--prompt=a", "--temperature=-1"], ["temperature=-1"]),
 }
 
 

@@ -245,7 +245,7 @@ class HedgeConfig(Section):
     beta: Share = 0.99
     """The discount. The lower it is, the faster a layer with a high loss loses weight."""
     smoothing: BelowOne = 0.2
-    """The sum of the lowest weights that the layers can have."""
+    """Share of the weight that is spread evenly as a floor: no alpha falls below smoothing / L'."""
 
 
 class TaskConfig(Clock):

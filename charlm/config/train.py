@@ -62,7 +62,8 @@ class TrainConfig(Section):
     """Also skip an update if its loss is more than this many robust standard deviations (1.4826 times the median
     absolute deviation) above the median of the last 128 losses; 0 never does."""
     mixed_precision: Annotated[Precision | Literal["auto"], Mark.MAY_CHANGE] = "auto"
-    """Precision of training. auto takes the launcher's setting; without a launcher, bf16 if the hardware has it."""
+    """Precision of training. auto takes the launcher's setting; without a launcher, bf16 if the hardware has it. `no`,
+    accelerate's word for fp32, is understood, too."""
     matmul_precision: Annotated[Literal["highest", "high", "medium"], Mark.MAY_CHANGE] = "medium"
     """Precision of fp32 matrix products in training, as in torch.set_float32_matmul_precision. On a CPU without AMX,
     medium stays fp32 and is faster."""

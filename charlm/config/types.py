@@ -136,4 +136,4 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(_precision)]
-"""Of matrix products. `no`, accelerate's word for fp32, is understood as well."""
+"""Precision of matrix products. `no`, accelerate's word for fp32, is understood as well."""
