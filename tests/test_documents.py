@@ -197,8 +197,9 @@ def test_the_rows_in_the_readme() -> None:
 
 
 def test_links() -> None:
-    """Guards against links to pages and headings, and names of files, that no longer exist."""
+    """Guards against links to pages and headings, and names of files and functions, that no longer exist."""
     for document in DOCUMENTS:
+        assert all(hasattr(charlm, name) for name in re.findall(r"charlm\.(\w+)\(", document.read_text("utf-8")))
         for file in re.findall(r"`((?:charlm|configs|scripts|tests)/[\w/]+(?:\.\w+)?)`", document.read_text("utf-8")):
             assert (ROOT / file).exists(), f"{document.name}: {file}"
         for file, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", document.read_text("utf-8")):
