@@ -1,4 +1,4 @@
-"""What all tests share: tiny models whose every parameter matters, and the corpora to score them on."""
+"""Fixtures for all tests: tiny models whose every parameter matters, and corpora to score them on."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Programs under launchers, on two CPU processes."""
+"""Starts programs under launchers, on two CPU processes."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def launch(command: Sequence[str | Path], **environment: str) -> subprocess.Comp
 
 
 def train_with_two_processes(plan: Path, runs: Sequence[Sequence[str]]) -> str:
-    """Make `runs`, lists of flags, one after the other on two processes; what they said. `plan` is a file to write."""
+    """The stderr of training `runs`, lists of flags, in turn on two processes. `plan` is a file to write."""
     plan.write_text(json.dumps([list(flags) for flags in runs]))
     done = launch([*TORCHRUN, Path(__file__).parent / "training" / "train_many.py", plan])
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: a run, snapshots that tell themselves apart, and what lies on disk."""
+"""Helpers for tests of checkpoints: a run, snapshots that can be told apart, and the files on disk."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def save(run: Run, step: int, number: float | None = None, *, best: bool = False
 
 
 def number_of(checkpoint: Checkpoint) -> float:
-    """The number that all of a checkpoint holds."""
+    """The number that every tensor of a checkpoint holds."""
     snapshot = checkpoint.snapshot()
     tensors = [*snapshot.model.values(), *snapshot.optimizer.values()]
     (number,) = {float(value) for tensor in tensors for value in tensor.flatten()}
@@ -44,17 +44,17 @@ def steps(run: Run) -> list[int]:
 
 
 def names(run: Run) -> set[str]:
-    """All that lies among the checkpoints, hidden or not."""
+    """The names in the folder of checkpoints, hidden ones included."""
     return {path.name for path in run.checkpoints_path.iterdir()}
 
 
 def content(folder: Path) -> dict[str, bytes | None]:
-    """All that lies below a folder: files with what they hold, folders with None."""
+    """Everything below a folder: files with their content, folders with None."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def manifest_for(folder: Path) -> str:
-    """The manifest that belongs to the files of a folder, as someone would write it who changed them on purpose."""
+    """A manifest that fits the files of a folder, as someone who tampers with them would write it."""
     entries = {name: _entry((folder / name).read_bytes()) for name in FILES}
     entries["manifest.json"] = _entry((json.dumps(entries, indent=2) + "\n").encode())
     return json.dumps(entries, indent=2) + "\n"

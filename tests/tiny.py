@@ -1,4 +1,4 @@
-"""What tests of whole runs share: a run that is over in a moment, and the scripts as a user calls them."""
+"""Helpers for tests of whole runs: flags of a run that takes a moment, and the scripts as a user calls them."""
 
 import json
 import runpy
@@ -20,7 +20,7 @@ TINY = (
     "--train.mixed_precision=no",
     "--train.valid_symbols=100",
 )
-"""Flags for scripts/train.py. A test adds its own behind them: the later win."""
+"""Flags for scripts/train.py. Tests append their own, since later flags win."""
 
 
 def train(*flags: str) -> Path:
@@ -42,7 +42,7 @@ def losses(run: Path) -> list[float]:
 
 
 def history(run: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl, but for what no two runs have alike: the clock's readings, and memory."""
+    """The rows of a run's metrics.jsonl, without time and memory, which differ between any two runs."""
     measured = {"seconds", "characters_per_second", "memory"}
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in row.items() if key not in measured} for row in rows]

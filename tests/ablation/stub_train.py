@@ -1,4 +1,4 @@
-"""A training script without training: python stub_train.py --config FILE. What it does hangs on its learning rate."""
+"""In place of scripts/train.py: python stub_train.py --config FILE. The learning rate chooses how it behaves."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def row(step: int, **more: object) -> None:
 if train["learning_rate"] == 0.666:
     print("Traceback\nerror: train.learning_rate=0.666: number of the beast\nsecond line\n")
     sys.exit(2)
-if train["learning_rate"] == 0.25 and attempt == 1:  # waits to be told to stop, once
+if train["learning_rate"] == 0.25 and attempt == 1:  # waits for SIGTERM, the first time
     saved = []
     signal.signal(signal.SIGTERM, lambda *_: saved.append(1))
     row(1, characters_per_second=100.0)

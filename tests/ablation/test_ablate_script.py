@@ -1,4 +1,4 @@
-"""scripts/ablate.py as a user types it."""
+"""scripts/ablate.py on the command line."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def test_bad_input(place, capfd, arguments: list[str], parts: list[str]) -> None
 
 @pytest.mark.slow
 def test_real_runs(place, capfd) -> None:
-    """Guards against a script that doesn't fit the one that trains: its options, files, messages and codes."""
+    """Guards against a script that does not match scripts/train.py: its options, files, messages and exit codes."""
     (place / "text.txt").write_text(" ".join(map(str, range(2000))))
     (place / "base.yaml").write_text("data: {corpus: file, path: text.txt}\nrun: {dir: out}\n")
     for name, text in {"one": "aux: {layers: {enabled: false}}", "two": "train: {mixed_precision: fp16}"}.items():

@@ -1,4 +1,4 @@
-"""Making the runs, with a stub in place of training: what is skipped, resumed, stopped, refused, and what fails."""
+"""The runner, with a stub in place of training: runs that are skipped, resumed, stopped, refused, and that fail."""
 
 import io
 import json
@@ -110,7 +110,7 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(runs_of, train) -> None
 
 
 def test_another_configuration_is_refused(runs_of, train, tmp_path) -> None:
-    """Guards against a table of runs that were not trained alike; what does not touch the result may change."""
+    """Guards against a table of runs that were not trained alike. Options that do not affect the result may change."""
     rows = rates(0.1)
     train(runs_of(rows))
     moved = runs_of(rows, 1, "--train.keep_checkpoints=5", "--run.max_time=5h", "--data.path=elsewhere")
@@ -124,7 +124,7 @@ def test_another_configuration_is_refused(runs_of, train, tmp_path) -> None:
 
 
 def test_two_at_the_same_runs(runs_of, train, tmp_path) -> None:
-    """Guards against two commands that train into the same folders."""
+    """Guards against two commands that train in the same folders."""
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".lock"), pytest.raises(UserError, match="another process trains runs in it"):
         train(runs_of(rates(0.1)))

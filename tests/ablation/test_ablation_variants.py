@@ -1,4 +1,4 @@
-"""Rows and the runs they make: what each changes, in which order, and what is refused."""
+"""Variants and their runs: what each changes, in which order they run, and which input is refused."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ FLAGS = {"run.dir": "out", "train.seed": "5", "model.num_layers": "4"}
 
 
 def changes(config: Config, base: Config) -> dict[str, object]:
-    """What a run's config has otherwise than the base, apart from where it lives."""
+    """The options in which a run's config differs from the base, without those of `run`."""
     before, now = flatten(base.model_dump(), "."), flatten(config.model_dump(), ".")
     return {name: value for name, value in now.items() if before[name] != value and not name.startswith("run.")}
 
 
 def test_the_papers_rows() -> None:
-    """Guards against a row that changes something else than its name says, or stands beside another's figure."""
+    """Guards against a row that changes something other than its name says, or has another row's figure."""
     base = load_config(overrides=FLAGS)
     runs = plan(paper_variants(base), [], FLAGS, seeds=1)
     assert {run.variant.name: changes(run.config, base) for run in runs} == {
@@ -33,7 +33,7 @@ def test_the_papers_rows() -> None:
 
 
 def test_sgd_takes_steps_as_long_as_the_bases_momentum() -> None:
-    """Guards against a row of SGD that is a hundred times slower than what it stands in for."""
+    """Guards against an SGD row that learns a hundred times slower than the momentum it replaces."""
     base = Config(train=TrainConfig(optimizer="sgd", momentum=0.9, learning_rate=0.02))
     assert "--train.learning_rate=0.2" in paper_variants(base)[-1].flags
 

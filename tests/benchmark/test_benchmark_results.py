@@ -1,4 +1,4 @@
-"""From seconds to figures, on seconds made up by hand."""
+"""Figures of a benchmark, by hand arithmetic on made-up seconds."""
 
 import json
 
@@ -88,7 +88,7 @@ def test_tf32_is_no_limit_of_fp32_on_a_gpu(result: RaceResult) -> None:
 
 
 def test_document_of_a_race(result: RaceResult) -> None:
-    """Guards against a key of the published document that has gone, and against what JSON cannot hold."""
+    """Guards against a lost key of the published document, and values that JSON cannot hold."""
     found = json.loads(json.dumps(document(SETTINGS, BenchmarkResult(races=[result], missing=["x is not installed"]))))
     assert found["ratio_to_fastest_tuned_peer"] == pytest.approx(2.0)
     assert found["model_flops_utilisation"] == pytest.approx(0.5)

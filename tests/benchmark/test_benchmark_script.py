@@ -1,4 +1,4 @@
-"""scripts/benchmark.py, as a user types it wrongly."""
+"""Mistakes on the command line of scripts/benchmark.py."""
 
 from pathlib import Path
 
