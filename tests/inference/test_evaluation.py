@@ -53,22 +53,6 @@ def test_a_uniform_model_scores_exactly_eight_bits(build_model, build_corpus, st
     assert score.standard_error == pytest.approx(0, abs=1e-12)
 
 
-def test_stride_one_equals_brute_force(build_model, build_corpus):
-    """Guards against anything between the model and the figure that is not the paper's evaluation."""
-    trained, ids = build_model(), letters(50)
-    costs = []
-    for target in range(50):
-        context = torch.from_numpy(ids[max(0, target - 8) : target].astype(np.int64))[None]
-        if target == 0:
-            costs.append(math.log2(256))
-            continue
-        with torch.no_grad():
-            logits = trained.heads(trained.transformer(context)[2], 2)[0, -1, 0].double()
-        costs.append(-math.log2(logits.softmax(0)[int(ids[target])]))
-    score = bits_per_character(trained, build_corpus(ids.tobytes()), stride=1)
-    assert score.bits_per_character == pytest.approx(sum(costs) / 50, abs=1e-6)
-
-
 def test_only_what_is_scored_is_computed(build_model):
     """Guards against a highest layer and logits for positions that are not scored, and against windows that are cut
     where one scores more."""
@@ -83,13 +67,14 @@ def test_only_what_is_scored_is_computed(build_model):
 
 @pytest.mark.parametrize("setting", range(20))
 def test_each_symbol_is_scored_once_from_the_right_context(build_model, build_corpus, setting):
-    """Guards against symbols that are skipped, scored twice or from a wrong context, at any length, context, stride,
-    batch size and limit."""
+    """Guards against symbols that are skipped, scored twice or from a wrong context, averages of per-batch averages,
+    and windows lost at the end of the last batch; at any length, context, stride, batch size and limit."""
     random = np.random.default_rng(setting)
     context_length = int(random.integers(1, 13))
     trained = build_model(context_length=context_length)
     ids = letters(int(random.integers(1, 61)), seed=setting)
-    stride, batch_size = int(random.integers(1, context_length + 1)), int(random.integers(1, 8))
+    stride = 1 if setting % 4 == 0 else int(random.integers(1, context_length + 1))
+    batch_size = (None, 1000, *range(1, 7))[random.integers(8)]
     limit = int(random.integers(1, 71)) if setting % 2 else None
     layer = int(random.integers(1, 3))
 
@@ -111,16 +96,6 @@ def test_the_first_symbol_costs_the_logarithm_of_the_vocabulary(build_model):
     trained = build_model()
     nats = negative_log_likelihoods(trained.transformer, trained.heads, letters(1), stride=4)
     assert nats[2].tolist() == [math.log(256)]
-
-
-def test_other_batch_sizes_give_the_same_figure(build_model, build_corpus):
-    """Guards against averages of per-batch averages, and against windows lost at the end of the last batch."""
-    trained, corpus = build_model(), build_corpus(letters(333).tobytes())
-    figures = [
-        bits_per_character(trained, corpus, stride=3, batch_size=batch_size).bits_per_character
-        for batch_size in (None, 1, 2, 7, 1000)
-    ]
-    np.testing.assert_allclose(figures, figures[0], rtol=0, atol=1e-6)
 
 
 def test_a_text_in_several_bytes_per_character(build_model, build_corpus):
@@ -159,12 +134,6 @@ def test_a_mixture_equals_brute_force(build_model, build_corpus):
     assert alone.layers == score.layers
     nats = {1: np.log([2.0, 4.0]), 2: np.log([8.0, 1.0])}
     np.testing.assert_allclose(mixture_nats(nats, {1: 1.0, 2: 1.0}), -np.log([(1 / 2 + 1 / 8) / 2, (1 / 4 + 1) / 2]))
-
-
-def test_a_mixture_without_weights_is_refused(build_model, build_corpus):
-    """Guards against the last layer's score under the name of a mixture."""
-    with pytest.raises(UserError, match=r"mixture=hedge: the model has no weights .* --aux.hedge.enabled=true"):
-        bits_per_character(build_model(), build_corpus(b"some text"), mixture="hedge")
 
 
 def test_standard_error_by_hand():
@@ -214,27 +183,26 @@ def test_bf16_is_close_to_fp32_but_not_equal(build_model, build_corpus):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stride": 9}, "stride=9: must lie between 1 and"),
-        ({"stride": 0}, "stride=0: must lie between 1 and"),
-        ({"limit": 0}, "limit=0: must be at least 1"),
-        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
-        ({"precision": "fp16"}, "precision=fp16: needs a GPU; on a CPU use bf16 or fp32"),
-        ({"precision": "int8"}, "precision=int8: must be one of fp32, bf16, fp16"),
-        ({"split": "dev"}, "split=dev: must be one of test"),
+        ({"stride": 9}, "stride=9"),
+        ({"stride": 0}, "stride=0"),
+        ({"limit": 0}, "limit=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"precision": "fp16"}, "precision=fp16"),
+        ({"precision": "int8"}, "precision=int8"),
+        ({"split": "dev"}, "split=dev"),
+        ({"mixture": "hedge"}, "mixture=hedge"),
     ],
 )
 def test_bad_options_are_refused(build_model, build_corpus, options, message):
-    """Guards against a figure under a protocol that nobody asked for."""
+    """Guards against a figure under a protocol that nobody asked for, or the last layer's called a mixture's."""
     with pytest.raises(UserError, match=message):
         bits_per_character(build_model(), build_corpus(b"some text"), **options)
 
 
 def test_another_corpus_is_refused(build_model, build_corpus):
     """Guards against a score on text that was not the run's, under the run's name."""
-    trained = build_model()
-    trained.corpus["sha256"] = "def"
     with pytest.raises(UserError, match="trained on letters"):
-        bits_per_character(trained, build_corpus(b"some text"))
+        bits_per_character(build_model(), replace(build_corpus(b"some text"), sha256="def"))
 
 
 def test_a_text_in_which_no_character_begins_is_refused(build_model, build_corpus):

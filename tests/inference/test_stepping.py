@@ -4,31 +4,39 @@ import gc
 import weakref
 from dataclasses import replace
 from itertools import product
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 
-from charlm.config import LayersConfig
+from charlm.config import LayersConfig, ModelConfig
 from charlm.inference.generation import generate
 from charlm.inference.stepping import _Linear, stepping
 from charlm.model.cache import KVCache
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 
-SETTINGS = [
-    *product(("per_layer", "input", "rotary"), ("pre", "post"), ("relu",), ((),)),
-    ("rotary", "pre", "relu_squared", (2, 3)),
-    ("input", "post", "gelu", (3,)),
-]
+HINTS = get_type_hints(ModelConfig)
+CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hint) is Literal}
+"""Every option of the architecture that is a choice between names, with all of them."""
+VARIANTS = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
+SIZES = {"d_model": 12, "d_ff": 20, "num_heads": 2, "num_layers": 3, "context_length": 22, "ngram_buckets": 64}
+DROPOUT = {"attention_dropout", "activation_dropout", "residual_dropout"}
 
 
-@pytest.mark.parametrize(("positions", "norm", "activation", "ngrams"), SETTINGS, ids=str)
-@pytest.mark.parametrize("layer", [2, 3])
-def test_steps_compute_what_the_network_computes(build_model, positions, norm, activation, ngrams, layer):
+def test_every_option_of_the_architecture_is_compared():
+    """Guards against an option of ModelConfig that the short way ignores. Whoever adds one that is a choice between
+    names has it compared below at once; any other must be implemented in stepping.py and given a value here."""
+    options = set(vars(ModelConfig()))
+    assert options == {*CHOICES, *SIZES, *DROPOUT, "ngrams", "ngram_width"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(variant.values()))
+@pytest.mark.parametrize(("ngrams", "layer"), [((), 3), ((2, 3), 2)], ids=str)
+def test_steps_compute_what_the_network_computes(build_model, variant, ngrams, layer):
     """Guards against a part that is left out, exchanged or applied at another position or layer, a mask of other
-    positions, widths that do not divide into bags, and buffers that another pass could not go on with."""
-    options = {"d_model": 12, "d_ff": 20, "num_layers": 3, "context_length": 22, "ngrams": ngrams, "ngram_buckets": 64}
-    trained = build_model(position_encoding=positions, norm=norm, activation=activation, **options)
+    positions, widths that do not divide into bags, and buffers that another pass could not continue with."""
+    trained = build_model(**SIZES, **variant, ngrams=ngrams, ngram_width=7)
     swift = stepping(trained).transformer
     caches = [KVCache(trained.config.model, 1, trained.device) for _ in range(2)]
     ids = torch.randint(256, (1, 22), generator=torch.Generator().manual_seed(1))
