@@ -397,16 +397,3 @@ def test_the_layout_of_the_file(coded):
     decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(data[start + 4 : -8], "<u4"))
     first = decoder.decode(FAMILY, np.full((2, 256), 1 / 256))
     assert bytes(first.tolist()) == b"st"  # of "some " and "text"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["source", "another script", "random"])
-def test_files_of_other_kinds(coded, kind):
-    """Guards against content that the model never saw: it costs bytes, but none is lost."""
-    data = {
-        "source": Path(coder.__file__).read_bytes(),
-        "another script": "Съешь же ещё этих мягких французских булок. ".encode() * 100,
-        "random": np.random.default_rng(0).bytes(10_000),
-    }[kind]
-    trained, path = coded(data, streams=64)
-    assert decoded(trained, path) == data
