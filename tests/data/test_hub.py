@@ -2,15 +2,10 @@
 
 import hashlib
 import json
-import os
 import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs
 
 import pyarrow
 import pyarrow.parquet
@@ -21,6 +16,7 @@ from charlm.config import ConfigError, DataConfig, UserError
 from charlm.data import sources
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.sources import HUB_IDS, PUBLISHED, find_source
+from fake_hub import FakeHub, fake_hub
 from tiny import SCRIPTS, TINY
 
 DOCUMENTS = [f"document {number} é" for number in range(100)]
@@ -218,97 +214,18 @@ def test_text8_comes_from_its_mirror_where_its_own_address_fails(tmp_path, serve
 
 
 @pytest.fixture
-def hub(tmp_path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """`hub([script, *arguments], ...)` runs each scripts/SCRIPT.py, in one process, with the stand-in as its hub; a
-    form feed ends the output of each. `hub.files` are its datasets, and `hub.answered` what it was asked for."""
-    (tmp_path / "script.py").write_text("raise SystemExit('the script was run')")
-    files = {
-        "owner/plain": {"train.parquet": write_split(tmp_path / "plain" / "train.parquet", DOCUMENTS)},
-        "owner/script": {"script.py": tmp_path / "script.py"},
-    }
-    commit = "0" * 39 + "1"
-    answered = []
+def hub(tmp_path) -> Iterator[FakeHub]:
+    """A hub with two datasets, of which one needs a script."""
+    with fake_hub(tmp_path) as hub:
+        plain = write_split(tmp_path / "plain" / "train.parquet", DOCUMENTS)
+        hub.files["owner/plain"] = {"train.parquet": plain.read_bytes()}
+        hub.files["owner/script"] = {"script.py": b"raise SystemExit('the script was run')"}
+        yield hub
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            answered.append(self.path)
-            path = self.path.partition("?")[0]
-            dataset = next((name for name in files if f"datasets/{name}" in path), None)
-            if dataset is None:
-                return self.answer({}, status=404, error="RepoNotFound")
-            if "/resolve/" in path:
-                file = files[dataset].get(path.partition("/resolve/")[2].partition("/")[2])
-                if file is None:
-                    return self.answer({}, status=404, error="EntryNotFound")
-                return self.finish_with(file.read_bytes())
-            if "/tree/" in path:
-                folder = path.partition("/tree/")[2].partition("/")[2]
-                below = [entry for entry in entries(dataset) if entry["path"].startswith(folder)]
-                return self.answer(below) if below else self.answer({}, status=404, error="EntryNotFound")
-            siblings = [{"rfilename": name} for name in files[dataset]]
-            return self.answer({"id": dataset, "sha": commit, "siblings": siblings, "tags": [], "private": False})
 
-        do_HEAD = do_GET
-
-        def do_POST(self):
-            asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
-            dataset = next(name for name in files if name in self.path)
-            self.answer([entry for entry in entries(dataset) if entry["path"] in asked])
-
-        def answer(self, content, status: int = 200, error: str = "") -> None:
-            self.finish_with(json.dumps(content).encode(), status, error)
-
-        def finish_with(self, body: bytes, status: int = 200, error: str = "") -> None:
-            self.send_response(status)
-            self.send_header("X-Repo-Commit", commit)
-            self.send_header(*(("X-Error-Code", error) if error else ("ETag", f'"{hashlib.md5(body).hexdigest()}"')))
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    def entries(dataset: str) -> list[dict]:
-        return [
-            {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0"}
-            for name, file in files[dataset].items()
-        ] + [
-            {"type": "directory", "path": folder, "oid": "0"}
-            for folder in {str(Path(name).parent) for name in files[dataset]} - {"."}
-        ]
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-
-    def run(*commands: list[str], first: str = "", **environment: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-c", f"{first}\n{DRIVER}", json.dumps(commands)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env=os.environ
-            | {
-                "PYTHONPATH": str(SCRIPTS.parent),
-                "HF_ENDPOINT": run.url,
-                "HF_HOME": str(tmp_path / "hf"),
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-                "HF_HUB_DISABLE_XET": "1",
-                "CHARLM_CACHE": str(tmp_path / "cache"),
-                "ACCELERATE_USE_CPU": "true",
-                "OMP_NUM_THREADS": "1",
-                "no_proxy": "127.0.0.1",
-            }
-            | environment,
-        )
-
-    run.url, run.files, run.answered = f"http://127.0.0.1:{server.server_port}", files, answered
-    yield run
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def scripts(hub: FakeHub, *commands: list[str], first: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """Run each scripts/SCRIPT.py of [script, *arguments], in one process; a form feed ends the output of each."""
+    return hub.run(f"{first}\n{DRIVER}", json.dumps(commands), **environment)
 
 
 def test_from_the_hub_to_generated_text(hub, tmp_path):
@@ -316,11 +233,12 @@ def test_from_the_hub_to_generated_text(hub, tmp_path):
     vocabularies, or is needed again once it is prepared."""
     data = ["--data.corpus=hub", "--data.hub_id=owner/plain", "--data.hub_revision=v1"]
     flags = {name: [*data, f"--data.vocabulary={name}"] for name in ("bytes", "characters", "sentencepiece")}
-    prepared = hub(*(["prepare", *flags[name]] for name in flags))
+    prepared = scripts(hub, *(["prepare", *flags[name]] for name in flags))
     assert prepared.returncode == 0, prepared.stderr
     assert prepared.stdout.count("hub from owner/plain@v1") == 3
     hub.answered.clear()
-    used = hub(
+    used = scripts(
+        hub,
         *(["train", *TINY, *flags[name], f"--run.dir={name}"] for name in flags),
         *(["evaluate", name, "--json"] for name in flags),
         *(["generate", name, "--prompt=doc", "--length=50"] for name in flags),
@@ -339,7 +257,7 @@ def test_from_the_hub_to_generated_text(hub, tmp_path):
             assert len(written) == 3 + 50 + 1 and set(written) <= set(text)
     assert hub.answered == []
     # Another separator is another text; offline, the library's own cache has the documents.
-    again = hub(["prepare", *data, "--data.separator=|"], HF_HUB_OFFLINE="1")
+    again = scripts(hub, ["prepare", *data, "--data.separator=|"], HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert hub.answered == []
     options = {"hub_id": "owner/plain", "hub_revision": "v1", "separator": "|"}
@@ -353,7 +271,7 @@ def test_text8_comes_from_the_hub_where_its_own_address_fails(hub, tmp_path):
     parts = {"train": text[:400], "validation": text[400:420], "test": text[420:]}
     for split, part in parts.items():
         file = f"data/{split}-00000-of-00001.parquet"
-        hub.files.setdefault("afmck/text8", {})[file] = write_split(tmp_path / "text8" / file, [part])
+        hub.files.setdefault("afmck/text8", {})[file] = write_split(tmp_path / "text8" / file, [part]).read_bytes()
     card = {
         "dataset_info": {
             "features": [{"name": "text", "dtype": "string"}],
@@ -366,8 +284,7 @@ def test_text8_comes_from_the_hub_where_its_own_address_fails(hub, tmp_path):
             }
         ],
     }
-    hub.files["afmck/text8"]["README.md"] = tmp_path / "README.md"
-    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+    hub.files["afmck/text8"]["README.md"] = f"---\n{yaml.safe_dump(card)}---\n".encode()
     little = {
         "url": f"{hub.url}/dc/text8.zip",
         "size": len(text),
@@ -379,7 +296,7 @@ def test_text8_comes_from_the_hub_where_its_own_address_fails(hub, tmp_path):
         f"PUBLISHED['text8'] = replace(PUBLISHED['text8'], **{little!r})"
     )
     prepare = ["prepare", "--data.corpus=text8", "--data.vocabulary=characters"]
-    done = hub(prepare, first=first)
+    done = scripts(hub, prepare, first=first)
     assert done.returncode == 0, done.stderr
     assert "train: 400 symbols" in done.stdout
     assert hub.answered[0] == "/dc/text8.zip"
@@ -408,7 +325,9 @@ NO_NETWORK = ["cannot be fetched", "--data.hub_id=FOLDER", "HF_HOME"]
 def test_a_dataset_that_cannot_be_had(hub, tmp_path, hub_id, environment, parts):
     """Guards against tracebacks, other exit codes than 2, and debris: the hub has no such dataset, or only its script;
     the library is told that there is no network, or finds that out."""
-    done = hub(["prepare", "--data.corpus=hub", f"--data.hub_id={hub_id}"], first=WITHOUT_PAUSES, **environment)
+    done = scripts(
+        hub, ["prepare", "--data.corpus=hub", f"--data.hub_id={hub_id}"], first=WITHOUT_PAUSES, **environment
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1
