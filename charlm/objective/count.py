@@ -13,7 +13,7 @@ from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.objective import Objective
 from charlm.objective.routes.routing import blocked_layers, trunk_parameters
-from charlm.objective.terms import Term, active
+from charlm.objective.terms import Term, active_by_layer
 from charlm.process import physical_memory
 
 
@@ -68,7 +68,8 @@ def training_flops(transformer: CharTransformer, heads: Heads, active_terms: Seq
     """
     config, depth = transformer.config, max(term.layer for term in active_terms)
     parameters = float(_trunk_parameters(transformer, depth))
-    for layer, rows in _by_layer(term for term in active_terms if term.task is None).items():
+    for layer in {term.layer for term in active_terms if term.task is None}:
+        rows = [term for term in active_terms if term.layer == layer and term.task is None]
         products = 2 / 3 if heads.frozen and layer < config.num_layers else 1  # none for the head's own gradient
         parameters += products * _head_parameters(heads, rows, config.context_length) / rows[0].weight.period
     return dense_flops(parameters, depth, config.d_model, config.context_length)
@@ -121,8 +122,8 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
     each parameter once; pairwise copies once, with its state, what all losses but the last move.
     """
     aux, transformer, model = config.aux, objective.transformer, config.model
-    rows = _by_layer(term for term, _ in active(objective.terms, 0.0))
-    losses = sorted(rows)
+    rows = {layer: [term for term, _ in own] for layer, own in active_by_layer(objective.terms, 0.0).items()}
+    losses = list(rows)
     blocked = blocked_layers(losses, model.num_layers, aux.relay_layers)
     relayed = max((layer for layer in losses if layer not in blocked), default=0) + aux.relay_layers * len(blocked)
     once, each = losses[-1], sum(losses)
@@ -147,13 +148,6 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
         optimizer_state=sum(map(state_of, repeated)) - sum(map(state_of, everything)),
         copies=_size(moved) + sum(map(state_of, moved)),
     )
-
-
-def _by_layer(terms: Iterable[Term]) -> dict[int, list[Term]]:
-    rows: dict[int, list[Term]] = {}
-    for term in terms:
-        rows.setdefault(term.layer, []).append(term)
-    return rows
 
 
 def _head_parameters(heads: Heads, rows: Sequence[Term], context_length: int) -> float:

@@ -15,7 +15,7 @@ from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.cross_entropy import linear_cross_entropy
 from charlm.objective.hedge import Hedge
-from charlm.objective.terms import Term, active
+from charlm.objective.terms import Term, active_by_layer
 
 
 class LossReport(NamedTuple):
@@ -114,13 +114,11 @@ class Objective(nn.Module):
 
     def _active_rows(self, progress: float, layers: Collection[int] | None) -> dict[int, list[tuple[Term, float]]]:
         """The active rows with their weights, by layer from the lowest on."""
-        rows: dict[int, list[tuple[Term, float]]] = {}
-        for term, weight in active(self.terms, progress):
-            if layers is None or term.layer in layers:
-                rows.setdefault(term.layer, []).append((term, weight))
-        if not rows:
+        rows = active_by_layer(self.terms, progress)
+        wanted = rows if layers is None else {layer: rows[layer] for layer in rows if layer in layers}
+        if not wanted:
             raise ValueError(f"no row of the table weighs anything at progress {progress}")
-        return dict(sorted(rows.items()))
+        return wanted
 
     def _losses(
         self, hidden_states: Mapping[int, Tensor], windows_BW: Tensor, rows: Mapping[int, list[tuple[Term, float]]]

@@ -205,6 +205,13 @@ def _averaged(weights: dict[int, Schedule], weighted: bool) -> dict[int, Schedul
 def active(terms: Sequence[Term], progress: float) -> Iterator[tuple[Term, float]]:
     """The rows whose weight is not zero at `progress`, with their weights."""
     for term in terms:
-        weight = term.weight(progress)
-        if weight != 0.0:
+        if weight := term.weight(progress):
             yield term, weight
+
+
+def active_by_layer(terms: Sequence[Term], progress: float) -> dict[int, list[tuple[Term, float]]]:
+    """The same rows by layer, from the lowest on."""
+    rows: dict[int, list[tuple[Term, float]]] = {}
+    for term, weight in active(terms, progress):
+        rows.setdefault(term.layer, []).append((term, weight))
+    return dict(sorted(rows.items()))
