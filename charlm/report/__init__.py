@@ -1,1 +1,1 @@
-"""What a config stands for and what a run looks like: figures in numbers, text and pictures."""
+"""Runs and configs as people read them: figures, the page of runs, `explain`, the reference of options."""

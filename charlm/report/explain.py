@@ -1,4 +1,4 @@
-"""What a config stands for: its table of terms, parameters and FLOPs, before anything is trained.
+"""A config explained before anything is trained: its table of terms, parameters and FLOPs.
 
 Shapes: T positions, D d_model, V vocabulary, L layers.
 """
@@ -24,24 +24,23 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found out. `to_dict` is for programs, `to_text` for people."""
+    """The result of `explain`; `to_dict` is for programs, `to_text` for people."""
 
     config: Config
     vocabulary_size: int
     vocabulary_is_known: bool
-    """False where it depends on a corpus that is not prepared yet: then the size is that of bytes."""
+    """False if it depends on a corpus that is not prepared yet; the size is then that of bytes."""
     terms: tuple[Term, ...]
     """The table, ordered by layer, offset and positions; tasks of the user's own come last."""
     parameters: dict[str, int]
-    """training: the transformer, every head of the table and the tasks; inference: the transformer and the one head it
-    keeps."""
+    """training: the transformer, all heads and the user's tasks; inference: the transformer and the head it keeps."""
     flops_per_character: dict[str, int]
-    """training_start, training_end and inference; see `training_flops` and `inference_flops`. Of the joint route."""
+    """training_start, training_end (both of the joint route) and inference; see `training_flops`."""
     route_cost: RouteCost
 
     def to_dict(self) -> dict:
-        """JSON-able. `terms[].weights` are pairs [progress, weight], in a rotation the weight at the next turn; at
-        progress 1 the limit from the left. What aux.hedge makes of them is known only afterwards.
+        """For JSON. `terms[].weights` are pairs [progress, weight]: in a rotation the weight at the next turn, at
+        progress 1 the limit from the left. aux.hedge multiplies them by weights that it learns.
         """
         aux, train, context_length = self.config.aux, self.config.train, self.config.model.context_length
         return {
@@ -73,7 +72,8 @@ class Explanation:
         }
 
     def to_text(self, width: int = 80) -> str:
-        """The figures, then a line per term: its weight at the start, where it stops, and a drawing `width` wide."""
+        """Sizes and costs, then a line per term: its weight at the start, the step at which it stops, and a strip of
+        its weight over training. Lines are `width` characters long."""
         return "\n".join([*_summary(self), "", *_table(self.terms, self.config.train.steps, width)])
 
 
@@ -116,7 +116,7 @@ def explain(config: Config) -> Explanation:
 def stops_at_step(weight: Schedule, steps: int) -> int | None:
     """The first optimizer step of a run of `steps` from which `weight` stays zero; None if it never does.
 
-    Step s runs at progress s / steps, and the division is the training loop's own: no rounding can part the two.
+    Step s runs at progress s / steps: the same division as in the training loop, and so the same rounding.
     """
     if weight.stops_at is None:
         return None
@@ -152,7 +152,7 @@ def _summary(explanation: Explanation) -> list[str]:
 
 
 def _methods(explanation: Explanation) -> list[str]:
-    """A line for each thing that the rows do not tell, where it is not the default."""
+    """A line for each setting that the table does not show and that is not the default."""
     aux, model = explanation.config.aux, explanation.config.model
     layers, intermediate = aux.layers, aux.layers.intermediate(model.num_layers)
     heads = {
@@ -179,7 +179,7 @@ def _methods(explanation: Explanation) -> list[str]:
 
 
 def _route(explanation: Explanation) -> list[str]:
-    """What the gradients' route is and costs, beside the joint one."""
+    """The gradients' route, and its cost relative to the joint route."""
     aux, cost = explanation.config.aux, explanation.route_cost
     how = {
         "relay": f"relay, down to {aux.relay_layers} layer{'s' if aux.relay_layers > 1 else ''} below each head",
@@ -197,7 +197,7 @@ def _route(explanation: Explanation) -> list[str]:
 
 
 def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
-    """The rows under their header, in columns as wide as their content; the strips take what is left of `width`."""
+    """The table in columns as wide as their content; the strips take the rest of `width`."""
     stops = [stops_at_step(term.weight, steps) for term in terms]
     columns = [
         ["term", *(term.name for term in terms)],
@@ -215,7 +215,7 @@ def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
 
 
 def _strips(terms: tuple[Term, ...], cells: int) -> list[str]:
-    """One strip of `cells` blocks per term, each cell the weight at its start against the highest of the table."""
+    """One strip of `cells` blocks per term: the weight at the beginning of each cell, relative to the highest."""
     weights = [[term.weight.at_next_turn(cell / cells) for cell in range(cells)] for term in terms]
     highest = max(map(max, weights))
     return ["".join(_block(weight / highest) for weight in row) for row in weights]

@@ -66,7 +66,7 @@ class Metrics:
     @property
     def has_bits(self) -> bool:
         """Whether any bits per character are on record."""
-        return self.best is not None or bool(np.isfinite(self.of_training("bits_per_character")[1]).any())
+        return any(np.isfinite(bits).any() for _, bits in (self.of_training("bits_per_character"), self.validation()))
 
     def corpus_split(self, split: str) -> dict[str, Any]:
         """The recorded sizes of a split."""

@@ -57,7 +57,6 @@ _WITH_GRID = STYLE | {"axes.grid": True, "axes.grid.axis": "y"}
 class Style:
     """How figures look in one place."""
 
-    name: str
     rc: dict[str, Any]
     width: float
     """Inches."""
@@ -72,11 +71,11 @@ class Style:
         return self is PICTURE
 
 
-PICTURE = Style("picture", _WITH_GRID, WIDTH, 2.3, 2)
+PICTURE = Style(_WITH_GRID, WIDTH, 2.3, 2)
 _PAGE = _WITH_GRID | {"font.size": 12, "axes.titleweight": "bold"}
-WINDOW = Style("window", _PAGE, 1080 / 72, 270 / 72, 3)
+WINDOW = Style(_PAGE, 1080 / 72, 270 / 72, 3)
 """In the page 72 CSS pixels are an inch: an SVG shown at its own size has one pixel per point."""
-PHONE = Style("phone", _PAGE, 358 / 72, 220 / 72, 1)
+PHONE = Style(_PAGE, 358 / 72, 220 / 72, 1)
 
 
 @contextmanager

@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from xml.etree import ElementTree
 
 from charlm.report.style import GREY, GRID, INK, PHONE, SERIES, WINDOW, Style, layer_colours
@@ -15,16 +14,12 @@ if TYPE_CHECKING:
 SERIES_DARK = ("#4aa8e0", "#ff8a3d", "#2fc79a", "#e59ac6", "#e6c14b", "#9ad4f5", "#b894d6", "#c9a96b")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the page."""
+class Picture(NamedTuple):
+    """A figure of the page: its id, and SVGs for a window and for a phone."""
 
     name: str
-    """Its id in the page."""
     wide: str
-    """SVG for a window."""
     narrow: str
-    """SVG for a phone."""
 
 
 def picture(name: str, label: str, draw: Callable[[Style], "Figure | None"], run: str = "") -> Picture | None:
@@ -38,7 +33,7 @@ def picture(name: str, label: str, draw: Callable[[Style], "Figure | None"], run
 
     drawn = []
     for style in (WINDOW, PHONE):
-        with matplotlib.rc_context({"svg.hashsalt": f"{name}-{style.name}-{run}", "svg.fonttype": "none"}):
+        with matplotlib.rc_context({"svg.hashsalt": f"{name}-{style.width}-{run}", "svg.fonttype": "none"}):
             figure = draw(style)
             if figure is None:
                 return None
