@@ -25,7 +25,7 @@ from charlm.runs.folder import Run
 from charlm.training.diagnose import bits_per_head, diagnose, gradient_figures, spread_windows
 from charlm.training.trackers import numbers
 from launched import train_with_two_processes
-from tiny import TINY, history
+from tiny import TINY, history, train
 
 V = 7
 LASTING = LayersConfig(schedule="constant")
@@ -237,7 +237,7 @@ def test_windows_lie_evenly():
     assert spread_windows(np.arange(5), 2, 5).tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
-def train(folder: Path, *flags: str) -> Run:
+def record(folder: Path, *flags: str) -> Run:
     return Run(train(*FLAGS, *flags, f"--run.dir={folder}"))
 
 
@@ -265,8 +265,8 @@ def test_training_is_the_same_with_and_without(tmp_path, text_corpus_flags, monk
     """Guards against diagnostics that change what is trained; and a run whose rows or trackers lack them."""
     flags = [*text_corpus_flags, "--train.micro_batch_size=3", "--train.activation_checkpointing=true"]
     flags += ["--aux.hedge.enabled=true"]
-    run = train(tmp_path / "with", *flags, "--train.diagnose_every=3")
-    assert_same_training(run, train(tmp_path / "without", *flags))
+    run = record(tmp_path / "with", *flags, "--train.diagnose_every=3")
+    assert_same_training(run, record(tmp_path / "without", *flags))
     found = diagnosed(run)
     assert list(found) == [3, 6, 8]
     weights = [row["hedge"] for row in run.metrics() if "loss" in row]
