@@ -56,10 +56,10 @@ class Options(Section):
 def main() -> None:
     options = cli.parse(Options)
     from charlm.compression import report as compression  # not before --help and mistakes were answered
-    from charlm.report import figures
+    from charlm.report.style import check_suffix
 
     if options.picture is not None:
-        figures.check_suffix(options.picture)
+        check_suffix(options.picture)
     keep_freed_memory()
     trained = charlm.load(options.run, options.checkpoint)
     compressed = charlm.compress(
