@@ -29,11 +29,11 @@ class Options(cli.WithConfig):
     """Runs of each row. Their seeds count up from train.seed."""
     jobs: Count = 1
     """Runs at the same time; they share the cores of the processor. On a CPU one run per core is fastest."""
-    row: Annotated[tuple[str, ...], cli.Flag("--row", action="append")] = ()
+    row: Annotated[tuple[str, ...], cli.Flag("--row", action="append", metavar="NAME: FLAGS")] = ()
     """A row: 'name: --section.field=value ...'. May be given several times."""
-    sweep: Annotated[tuple[str, ...], cli.Flag("--sweep", action="append")] = ()
+    sweep: Annotated[tuple[str, ...], cli.Flag("--sweep", action="append", metavar="OPTION=VALUE,VALUE")] = ()
     """A row for every value: section.field=value,value. Several sweeps make a row for every combination."""
-    methods: Annotated[tuple[str, ...], cli.Flag("--methods", nargs="+")] = ()
+    methods: Annotated[tuple[str, ...], cli.Flag("--methods", nargs="+", metavar="FILE")] = ()
     """A row for each of these YAML files of options; a folder stands for the YAML files in it."""
 
 
@@ -56,15 +56,15 @@ def main() -> None:
         threads=max(1, num_cores() // options.jobs),
         after_each=lambda: write_tables(rows, runs, folder),
     )
-    outcome = runner.run(runs, folder)
+    runner.run(runs, folder)
     table = write_tables(rows, runs, folder)
     print((folder / "table.md").read_text(), end="")
-    if outcome.done:
+    if runner.done:
         print(f"table: {folder / 'table.md'}, table.csv, {draw(table, folder / 'table.png').name}", file=sys.stderr)
-    if outcome.stopped:
-        raise Stopped(f"stopped with {outcome.done} of {outcome.total} runs done; the same command continues")
-    if outcome.failed:
-        raise UserError(f"{outcome.failed} of {outcome.total} runs failed; the same command tries them again")
+    if runner.signals:
+        raise Stopped(f"stopped with {runner.done} of {len(runs)} runs done; the same command continues")
+    if runner.failed:
+        raise UserError(f"{len(runner.failed)} of {len(runs)} runs failed; the same command tries them again")
 
 
 def num_cores() -> int:

@@ -1,6 +1,6 @@
 """YAML and flags say the same things in the same words; what was saved is what is read."""
 
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from charlm.config import (
     Config,
     DataConfig,
     LayersConfig,
+    Mark,
     ModelConfig,
     PositionsConfig,
     RunConfig,
@@ -22,7 +23,7 @@ from charlm.config import (
     TrainConfig,
     UserError,
     differences,
-    may_change,
+    has_mark,
 )
 from charlm.config.load import OPTIONS, load_config, to_yaml
 
@@ -260,6 +261,7 @@ def test_a_former_name_is_answered_with_one_line(folder: Path, capsys: pytest.Ca
 
 def test_what_a_resumed_run_may_change() -> None:
     """Guards against an option that is resumed into a run that was trained with another."""
+    may_change = partial(has_mark, mark=Mark.MAY_CHANGE)
     assert {name for name in OPTIONS if may_change(name) and not name.startswith("run.")} == {
         *("data.path", "data.cache_dir", "data.hub_id", "train.steps", "train.micro_batch_size", "train.compile"),
         *("train.mixed_precision", "train.matmul_precision", "train.attention", "train.cross_entropy"),

@@ -9,23 +9,20 @@ from typing import Any
 
 from charlm.ablation.table import Result, Row, protocols, to_csv, to_markdown
 from charlm.ablation.variants import Variant, VariantRun
-from charlm.config import UserError, differences
+from charlm.config import Mark, UserError, differences, has_mark
 from charlm.files import read_json, write_whole
 from charlm.runs.folder import Run
 
-NO_MATTER = {"data.path", "data.cache_dir", "data.hub_id", "train.checkpoint_every", "train.keep_checkpoints"}
-"""Options outside `run` that do not change the result."""
-
 
 def check_unchanged(runs: Iterable[VariantRun]) -> None:
-    """Raise UserError for a run in its folder whose options differ from the present ones."""
+    """Raise UserError if a run was begun with other options, apart from those that do not affect its result."""
     for planned in runs:
         run = Run(planned.folder)
         if run.config_path.exists():
             changed = [
                 f"{name}: {before} -> {now}"
                 for name, (before, now) in differences(run.config(), planned.config).items()
-                if not name.startswith("run.") and name not in NO_MATTER
+                if not has_mark(name, Mark.NO_EFFECT)
             ]
             if changed:
                 raise UserError(
@@ -37,8 +34,6 @@ def check_unchanged(runs: Iterable[VariantRun]) -> None:
 def read_result(run: VariantRun) -> Result | None:
     """The result of a finished run; None if it has not finished, or diverged."""
     folder, train = Run(run.folder), run.config.train
-    if not folder.config_path.exists():
-        return None
     rows = list(folder.metrics())
     scores = [row["valid"] for row in rows if "valid" in row and row["step"] == train.steps]
     if not scores or not math.isfinite(scores[-1]["bits_per_character"]):
@@ -48,8 +43,8 @@ def read_result(run: VariantRun) -> Result | None:
         bits_per_character=scores[-1]["bits_per_character"],
         bits_per_byte=scores[-1]["bits_per_byte"],
         seconds_per_step=seconds_per_step(rows, train.batch_size * run.config.model.context_length),
-        cpu_seconds=costs.get("cpu_seconds"),
-        peak_memory=costs.get("peak_memory"),
+        cpu_seconds=costs["cpu_seconds"],
+        peak_memory=costs["peak_memory"],
     )
 
 
@@ -78,17 +73,17 @@ def fraction_done(run: VariantRun) -> float:
 
 
 def read_costs(run: VariantRun) -> dict[str, Any]:
-    """What `write_costs` wrote: peak_memory in bytes, cpu_seconds, failure."""
+    """What `add_costs` wrote: peak_memory in bytes, cpu_seconds, failure."""
     path = run.beside(".json")
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if path.exists() else {"peak_memory": None, "cpu_seconds": None, "failure": None}
 
 
-def write_costs(run: VariantRun, *, peak_memory: int, cpu_seconds: float, failure: str | None) -> None:
-    """Record what a run's process took, on top of earlier processes of the run, and why it failed if it did."""
+def add_costs(run: VariantRun, *, peak_memory: int, cpu_seconds: float, failure: str | None) -> None:
+    """Record what a process of the run took, on top of earlier ones, and why it failed if it did."""
     old = read_costs(run)
     costs = {
-        "peak_memory": max(peak_memory, old.get("peak_memory") or 0),
-        "cpu_seconds": cpu_seconds + (old.get("cpu_seconds") or 0.0),
+        "peak_memory": max(peak_memory, old["peak_memory"] or 0),
+        "cpu_seconds": cpu_seconds + (old["cpu_seconds"] or 0.0),
         "failure": failure,
     }
     write_whole(run.beside(".json"), json.dumps(costs) + "\n")
@@ -103,7 +98,7 @@ def read_rows(variants: Sequence[Variant], runs: Sequence[VariantRun]) -> list[R
             if run.variant == variant:
                 if (result := read_result(run)) is not None:
                     results[run.seed] = result
-                elif failure := read_costs(run).get("failure"):
+                elif failure := read_costs(run)["failure"]:
                     failures.append(f"{run}: {failure}")
         rows.append(Row(variant, results, rows[0] if rows else None, failures))
     return rows

@@ -10,44 +10,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from charlm.ablation.results import check_unchanged, fraction_done, read_result, write_costs
+from charlm.ablation.results import add_costs, check_unchanged, fraction_done, read_result
 from charlm.ablation.variants import VariantRun
-from charlm.config import UserError
 from charlm.config.load import to_yaml
 from charlm.files import write_whole
 from charlm.process import RSS_UNIT
+from charlm.runs.folder import Run
 from charlm.terminal import fitted
 
 POLL_SECONDS, REDRAW_SECONDS = 0.2, 2.0
 LONGEST_MESSAGE = 300
+BAR = {"bar_format": "{desc}, {remaining} left{postfix}", "smoothing": 0, "disable": None, "leave": False}
 SAME_REQUEST = 1.0
 """Further signals within so many seconds belong to the same request to stop."""
 STOPPED = (0, -signal.SIGTERM, -signal.SIGKILL)
 """Exit codes of a run that was told to stop: it saved, had not begun, or was killed."""
 
 
-@dataclass
-class Child:
+class Child(NamedTuple):
     """The process of a run."""
 
     run: VariantRun
     process: subprocess.Popen
     log_start: int
     """Where its output begins in the log, which earlier processes of the run may have begun."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Numbers of runs in all, finished, and failed this time; and whether a signal stopped the rest."""
-
-    total: int
-    done: int
-    failed: int
-    stopped: bool
 
 
 @dataclass
@@ -62,11 +52,13 @@ class Runner:
     """Called after each process."""
     children: list[Child] = field(default_factory=list)
     done: int = 0
+    """Number of runs that have finished, now or earlier."""
     failed: list[VariantRun] = field(default_factory=list)
     signals: int = 0
+    """Number of requests to stop."""
     signalled_at: float = float("-inf")
 
-    def run(self, runs: Sequence[VariantRun], folder: Path) -> Outcome:
+    def run(self, runs: Sequence[VariantRun], folder: Path) -> None:
         """Train the unfinished ones of `runs`, in order, until all have ended or SIGINT, SIGTERM or SIGHUP arrives.
 
         The first signal makes the current runs write a checkpoint and stop; the second kills them.
@@ -76,23 +68,19 @@ class Runner:
                 been trained then.
         """
         check_unchanged(runs)
-        with _locked(folder), self._signals_caught():
+        with Run(folder).lock(), self._signals_caught():
             waiting = [run for run in runs if read_result(run) is None]
             self.done = len(runs) - len(waiting)
             threads = os.environ.get("OMP_NUM_THREADS", self.threads)
             _say(f"{folder}: {len(runs)} runs, {self.done} finished; {self.at_once} at once, {threads} threads each")
             try:
-                made, layout = sum(map(fraction_done, runs)), "{desc}, {remaining} left{postfix}"
-                with tqdm(
-                    total=len(runs), initial=made, bar_format=layout, smoothing=0, disable=None, leave=False
-                ) as bar:
+                with tqdm(total=len(runs), initial=sum(map(fraction_done, runs)), **BAR) as bar:
                     self._train(waiting, runs, bar)
             finally:  # also after an error
                 for child in self.children:
                     child.process.terminate()
                 for child in self.children:
                     child.process.wait()
-        return Outcome(len(runs), self.done, len(self.failed), self.signals > 0)
 
     def _train(self, waiting: list[VariantRun], runs: Sequence[VariantRun], bar: tqdm) -> None:
         drawn, told = 0.0, 0
@@ -108,10 +96,11 @@ class Runner:
                 if pid:
                     child.process.returncode = os.waitstatus_to_exitcode(status)
                     self.children.remove(child)
-                    failure = self._note_end(child, len(runs))
-                    cpu_seconds = usage.ru_utime + usage.ru_stime
-                    write_costs(
-                        child.run, peak_memory=usage.ru_maxrss * RSS_UNIT, cpu_seconds=cpu_seconds, failure=failure
+                    add_costs(
+                        child.run,
+                        peak_memory=usage.ru_maxrss * RSS_UNIT,
+                        cpu_seconds=usage.ru_utime + usage.ru_stime,
+                        failure=self._note_end(child, len(runs)),
                     )
                     self.after_each()
             if time.monotonic() - drawn > REDRAW_SECONDS:
@@ -155,9 +144,8 @@ class Runner:
 
     @contextmanager
     def _signals_caught(self) -> Iterator[None]:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
-            numbers.append(signal.SIGHUP)
+        hangup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is signal.SIG_DFL)  # nohup ignores it
+        numbers = [signal.SIGINT, signal.SIGTERM, *hangup]
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
@@ -169,18 +157,6 @@ class Runner:
         now = time.monotonic()
         if now - self.signalled_at > SAME_REQUEST:
             self.signals, self.signalled_at = self.signals + 1, now
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"run.dir={folder}: another process trains runs in it; wait for its end") from None
-    except FileExistsError:
-        raise UserError(f"run.dir={folder}: is a file; choose another --run.dir") from None
 
 
 def _say(line: str) -> None:

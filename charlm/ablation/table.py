@@ -39,35 +39,23 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table."""
+    """A row of the table, compared with the reference seed by seed."""
 
     variant: Variant
     results: Mapping[int, Result]
-    """By seed."""
+    """The result of each seed whose run has finished."""
     reference: "Row | None" = None
     """The row to compare with; None for the first row, which is the others' reference."""
     failures: Sequence[str] = ()
     """Messages of the runs that failed."""
 
-    def values(self, name: str) -> list[Any]:
-        """A field of the results, for the seeds that have it."""
-        return [value for result in self.results.values() if (value := getattr(result, name)) is not None]
-
-    def median(self, name: str) -> float | None:
-        return statistics.median(values) if (values := self.values(name)) else None
-
     @property
     def scores(self) -> list[float]:
-        return self.values("bits_per_character")
+        return self._each("bits_per_character")
 
     @property
     def mean(self) -> float | None:
         return _mean(self.scores)
-
-    @property
-    def deviation(self) -> float | None:
-        """The sample standard deviation over seeds."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
     @property
     def deltas(self) -> list[float]:
@@ -100,35 +88,29 @@ class Row:
             return "within noise"
         return "better" if self.delta < 0 else "worse"
 
-    @property
-    def peak_memory(self) -> int | None:
-        return max(self.values("peak_memory"), default=None)
-
-    @property
-    def paper_delta(self) -> float | None:
-        """The paper's difference between the two rows."""
-        if self.reference is None or self.variant.paper is None or self.reference.variant.paper is None:
-            return None
-        return self.variant.paper - self.reference.variant.paper
-
     def to_dict(self) -> dict[str, Any]:
         """The row's figures by their names in the CSV file."""
+        paper, reference = self.variant.paper, self.reference and self.reference.variant.paper
         return {
             "row": self.variant.name,
             "bits_per_character": self.mean,
-            "standard_deviation": self.deviation,
-            "bits_per_byte": _mean(self.values("bits_per_byte")),
+            "standard_deviation": statistics.stdev(self.scores) if len(self.scores) > 1 else None,
+            "bits_per_byte": _mean(self._each("bits_per_byte")),
             "delta": self.delta,
             "delta_95": self.margin,
             "verdict": self.verdict,
-            "seconds_per_step": self.median("seconds_per_step"),
-            "cpu_seconds": self.median("cpu_seconds"),
-            "peak_memory_bytes": self.peak_memory,
+            "seconds_per_step": _median(self._each("seconds_per_step")),
+            "cpu_seconds": _median(self._each("cpu_seconds")),
+            "peak_memory_bytes": max(self._each("peak_memory"), default=None),
             "seeds": len(self.results),
             "failed": len(self.failures),
-            "paper_bits_per_character": self.variant.paper,
-            "paper_delta": self.paper_delta,
+            "paper_bits_per_character": paper,
+            "paper_delta": None if paper is None or reference is None else paper - reference,
         }
+
+    def _each(self, name: str) -> list[Any]:
+        """A field of the results, for the seeds that have it."""
+        return [value for result in self.results.values() if (value := getattr(result, name)) is not None]
 
 
 def protocols(runs: Iterable[VariantRun]) -> list[str]:
@@ -148,24 +130,29 @@ def protocols(runs: Iterable[VariantRun]) -> list[str]:
 
 def to_markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     """The notes, the table, how to read it, and what failed."""
-    columns = {
-        "row": [row.variant.name for row in rows],
-        "bits per character": [_with_spread(row.mean, row.deviation, "") for row in rows],
-        "Δ": [_with_spread(row.delta, row.margin, "+") for row in rows],
-        "verdict": [row.verdict for row in rows],
-        "ms per step": [_cell(row.median("seconds_per_step"), ".1f", scale=1000) for row in rows],
-        "CPU s": [_cell(row.median("cpu_seconds"), ",.0f") for row in rows],
-        "peak memory": [_cell(row.peak_memory, ",.0f", scale=2**-20, unit=" MiB") for row in rows],
-        "seeds": [str(len(row.results)) for row in rows],
-    }
-    if any(row.variant.paper is not None for row in rows):
-        columns["paper: T64, text8 dev"] = [_cell(row.variant.paper, ".3f") for row in rows]
-        columns["paper's Δ"] = [_cell(row.paper_delta, "+.3f") for row in rows]
-    table = markdown_table(list(columns), list(zip(*columns.values(), strict=True)))
+    cells = [_cells(row.to_dict()) for row in rows]
+    columns = [name for name in cells[0] if "paper" not in name or any(row[name] for row in cells)]
+    table = markdown_table(columns, [[row[name] for name in columns] for row in cells])
     text = [*notes, "", table, "", HOW_TO_READ.format(reference=rows[0].variant.name)]
     failures = [f"- {failure}" for row in rows for failure in row.failures]
     text += ["", "Failed:", "", *failures] if failures else []
     return "\n".join(text).strip() + "\n"
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "row": row["row"],
+        "bits per character": _cell(row["bits_per_character"], ".4f")
+        + _cell(row["standard_deviation"], ".4f", before=" ± "),
+        "Δ": _cell(row["delta"], "+.4f") + _cell(row["delta_95"], ".4f", before=" ± "),
+        "verdict": row["verdict"],
+        "ms per step": _cell(row["seconds_per_step"], ".1f", scale=1000),
+        "CPU s": _cell(row["cpu_seconds"], ",.0f"),
+        "peak memory": _cell(row["peak_memory_bytes"], ",.0f", scale=2**-20, unit=" MiB"),
+        "seeds": str(row["seeds"]),
+        "paper: T64, text8 dev": _cell(row["paper_bits_per_character"], ".3f"),
+        "paper's Δ": _cell(row["paper_delta"], "+.3f"),
+    }
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -235,9 +222,9 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
 def _cell(value: float | None, spec: str, *, scale: float = 1, before: str = "", unit: str = "") -> str:
     return "" if value is None else f"{before}{value * scale:{spec}}{unit}"
-
-
-def _with_spread(value: float | None, spread: float | None, sign: str) -> str:
-    return _cell(value, f"{sign}.4f") + _cell(spread, ".4f", before=" ± ")

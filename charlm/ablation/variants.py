@@ -13,7 +13,6 @@ from charlm.config.load import load_config
 
 PAPER_SGD_RATE = 0.3
 """Learning rate of plain SGD whose steps are as long as the paper's with momentum: 0.003 / (1 - 0.99)."""
-ROW_SYNTAX = "give it as 'name: --section.field=value ...'"
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,8 @@ def paper_variants(base: Config) -> list[Variant]:
 
     "SGD in place of momentum" takes the base's learning rate over 1 minus its momentum, so that steps stay as long.
     """
-    train, sgd_rate = base.train, PAPER_SGD_RATE
-    if train.optimizer == "sgd":
-        sgd_rate = train.learning_rate / (1 - train.momentum)
+    train = base.train
+    sgd_rate = train.learning_rate / (1 - train.momentum) if train.optimizer == "sgd" else PAPER_SGD_RATE
     sgd = ("--train.optimizer=sgd", "--train.momentum=0", f"--train.learning_rate={sgd_rate:.6g}")
     return [
         Variant("full", paper=1.062),
@@ -85,7 +83,7 @@ def parse_row(text: str) -> Variant:
     except ValueError as error:
         raise UserError(f"row {text!r}: {error}") from None
     if not (name.strip() if has_name else flags) or not all(re.match(r"--[\w.-]+=", flag) for flag in flags):
-        raise UserError(f"row {text!r}: {ROW_SYNTAX}")
+        raise UserError(f"row {text!r}: give it as 'name: --section.field=value ...'")
     return Variant(name.strip() or " ".join(flag[2:] for flag in flags), flags=tuple(flags))
 
 
@@ -95,14 +93,19 @@ def parse_sweeps(sweeps: Sequence[str]) -> list[Variant]:
     Raises:
         UserError: a sweep has no values, or an option has two sweeps.
     """
-    if not sweeps:
-        return []
-    axes = [_parse_sweep(sweep) for sweep in sweeps]
-    if len({name for name, _ in axes}) < len(axes):
-        raise UserError(f"sweep={' '.join(sweeps)}: an option is swept twice; give all its values to one sweep")
+    axes: dict[str, list[str]] = {}
+    for sweep in sweeps:
+        name, _, text = sweep.removeprefix("--").partition("=")
+        values = re.split(r",(?![^\[{]*[\]}])", text)  # commas inside brackets belong to a value
+        if not name or not all(value.strip() for value in values):
+            raise UserError(f"sweep={sweep}: give it as section.field=value,value,...")
+        if name in axes:
+            raise UserError(f"sweep={sweep}: an option is swept twice; give all its values to one sweep")
+        axes[name] = [f"{name}={value.strip()}" for value in values]
     return [
         Variant(" ".join(changes), flags=tuple(f"--{change}" for change in changes))
-        for changes in itertools.product(*([f"{name}={value}" for value in values] for name, values in axes))
+        for changes in itertools.product(*axes.values())
+        if changes
     ]
 
 
@@ -131,15 +134,23 @@ def plan(variants: Sequence[Variant], files: Sequence[Path], flags: Mapping[str,
         UserError: a configuration cannot work (the message names the row), or two rows would share a folder.
     """
     base = load_config(files, flags)
-    folders: dict[str, str] = {}
-    for variant in variants:
-        if not variant.folder or variant.folder in folders:
-            taken = f" of row {folders[variant.folder]!r}" if variant.folder else ""
-            raise UserError(f"row {variant.name!r}: its folder would be {variant.folder!r}{taken}; choose another name")
-        folders[variant.folder] = variant.name
+    folders = [variant.folder for variant in variants]
+    for variant, folder in zip(variants, folders, strict=True):
+        if not folder or folders.count(folder) > 1:
+            shared = " like another row's" if folder else ""
+            raise UserError(f"row {variant.name!r}: its folder would be {folder!r}{shared}; choose another name")
     configs = [_config_of(variant, files, flags) for variant in variants]
+    # Without a report: its time would count.
+    own = {"resume": False, "resume_from": None, "auto_resume": True, "report": False}
     return [
-        _make_run(variant, seed, config, base.run.dir)
+        VariantRun(
+            variant,
+            seed,
+            config.replace(
+                train=config.train.replace(seed=seed),
+                run=config.run.replace(dir=base.run.dir / variant.folder / f"seed-{seed}", **own),
+            ),
+        )
         for seed in range(base.train.seed, base.train.seed + seeds)
         for variant, config in zip(variants, configs, strict=True)
     ]
@@ -154,23 +165,3 @@ def _config_of(variant: Variant, files: Sequence[Path], flags: Mapping[str, Any]
         return load_config([*files, *variant.files], {**flags, **changes})
     except UserError as error:
         raise type(error)(f"row {variant.name!r}: {error}", error.option) from None
-
-
-def _make_run(variant: Variant, seed: int, config: Config, folder: Path) -> VariantRun:
-    run = config.run.replace(
-        dir=folder / variant.folder / f"seed-{seed}",
-        resume=False,
-        resume_from=None,
-        auto_resume=True,
-        report=False,  # its time would count
-    )
-    return VariantRun(variant, seed, config.replace(train=config.train.replace(seed=seed), run=run))
-
-
-def _parse_sweep(sweep: str) -> tuple[str, list[str]]:
-    """The option and its values; commas inside brackets belong to a value."""
-    name, _, text = sweep.removeprefix("--").partition("=")
-    values = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", text)]
-    if not name or not all(values):
-        raise UserError(f"sweep={sweep}: give it as section.field=value,value,...")
-    return name, values

@@ -38,6 +38,7 @@ __all__ = [
     "Depth",
     "HedgeConfig",
     "LayersConfig",
+    "Mark",
     "ModelConfig",
     "PositionsConfig",
     "Precision",
@@ -52,8 +53,8 @@ __all__ = [
     "UserError",
     "differences",
     "flatten",
+    "has_mark",
     "layer_at",
-    "may_change",
     "steps_of",
 ]
 
@@ -65,7 +66,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     aux: AuxConfig = AuxConfig()
     train: TrainConfig = TrainConfig()
-    run: Annotated[RunConfig, Mark.MAY_CHANGE] = RunConfig()
+    run: Annotated[RunConfig, Mark.MAY_CHANGE, Mark.NO_EFFECT] = RunConfig()
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
@@ -104,14 +105,14 @@ def differences(a: Section, b: Section) -> dict[str, tuple[Any, Any]]:
     return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 
-def may_change(name: str) -> bool:
-    """Whether a resumed run may set an option anew: `Mark.MAY_CHANGE` stands at it, or at its section."""
+def has_mark(name: str, mark: Mark) -> bool:
+    """Whether `mark` stands at an option, or at its section."""
     kind: Any = Config
     for part in name.split("."):
         field = getattr(kind, "model_fields", {}).get(part)
         if field is None:
             return False
-        if Mark.MAY_CHANGE in field.metadata:
+        if mark in field.metadata:
             return True
         kind = field.annotation
     return False

@@ -30,16 +30,16 @@ class DataConfig(Section):
     corpus: CorpusName = "enwik8"
     """enwik8 and text8 are downloaded once and verified; file reads data.path; hub reads data.hub_id; lm1b is a
     dataset of the hub, too; python-stdlib needs no network."""
-    path: Annotated[Path | None, Mark.MAY_CHANGE] = None
+    path: Annotated[Path | None, Mark.MAY_CHANGE, Mark.NO_EFFECT] = None
     """A local copy of enwik8 or text8 (raw, .zip, .gz, .xz), or the file or folder for corpus=file."""
-    cache_dir: Annotated[Path, Mark.MAY_CHANGE] = Field(default_factory=_default_cache)
+    cache_dir: Annotated[Path, Mark.MAY_CHANGE, Mark.NO_EFFECT] = Field(default_factory=_default_cache)
     """Folder for prepared corpora. The environment variable CHARLM_CACHE changes the default."""
     vocabulary: Literal["bytes", "characters", "sentencepiece"] = "bytes"
     """How text becomes ids. bytes: always 256 symbols. characters: those of the training split; the other splits must
     not have more. sentencepiece: the common characters of the training split; the others are spelt in bytes."""
     character_coverage: Annotated[float, Field(ge=0.98, le=1)] = 0.9995
     """Share of the training split that the characters of vocabulary=sentencepiece cover."""
-    hub_id: Annotated[str | None, Mark.MAY_CHANGE] = None
+    hub_id: Annotated[str | None, Mark.MAY_CHANGE, Mark.NO_EFFECT] = None
     """The dataset for corpus=hub: OWNER/NAME, or a local folder of parquet files. For lm1b: another copy of it."""
     hub_config: str | None = None
     """The dataset's configuration, if it has several."""

@@ -89,11 +89,11 @@ class TrainConfig(Section):
     """Cadence of rows in metrics.jsonl."""
     valid_every: Annotated[Positive, Mark.MAY_CHANGE] = 0.05
     """Cadence of validation, and of the checkpoint that goes with it."""
-    checkpoint_every: Annotated[NonNegative, Mark.MAY_CHANGE] = 0.0
+    checkpoint_every: Annotated[NonNegative, Mark.MAY_CHANGE, Mark.NO_EFFECT] = 0.0
     """Cadence of further checkpoints between validations; 0 writes none."""
     valid_symbols: Annotated[Count, Mark.MAY_CHANGE] = 200_000
     """Number of symbols to validate on, from the start of the validation split."""
-    keep_checkpoints: Annotated[Count, Mark.MAY_CHANGE] = 2
+    keep_checkpoints: Annotated[Count, Mark.MAY_CHANGE, Mark.NO_EFFECT] = 2
     """Number of newest checkpoints to keep, beside the best."""
     diagnose_every: Annotated[NonNegative, Mark.MAY_CHANGE] = 0.0
     """Cadence of `diagnostics` rows in metrics.jsonl: bits per character of every head, and the gradients that reach

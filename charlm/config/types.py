@@ -21,6 +21,7 @@ class Mark(Enum):
     """What an option says about itself; stands in the `Annotated` of its type."""
 
     MAY_CHANGE = "a resumed run may set the option anew"
+    NO_EFFECT = "the option does not affect what a run learns"
 
 
 @dataclass(frozen=True)

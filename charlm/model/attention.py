@@ -80,9 +80,9 @@ def attends_in_blocks(backend: AttentionBackend, device_type: str) -> bool:
 class Attention(nn.Module):
     """Causal multi-head self-attention.
 
-    With `backend` "sdpa" it uses torch's `scaled_dot_product_attention`, with "blocks" `BlockwiseAttention`, except for
-    dropout and single queries, which that cannot do. "auto" means blocks on a CPU and sdpa elsewhere. Few queries of
-    many texts use `attend_by_text` on a CPU.
+    `backend` "sdpa" uses torch's `scaled_dot_product_attention`. "blocks" uses `BlockwiseAttention`, which has no
+    dropout and needs more than one query; else it uses sdpa. "auto" means blocks on a CPU and sdpa elsewhere. A few
+    queries of many texts use `attend_by_text` on a CPU.
     """
 
     def __init__(self, config: ModelConfig, backend: AttentionBackend):

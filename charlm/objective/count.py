@@ -48,9 +48,9 @@ def check_memory(config: ModelConfig, vocabulary_size: int) -> None:
 
 
 def dense_flops(parameters: float, depth: int, d_model: int, context_length: int) -> int:
-    """FLOPs per character of a training step of `depth` layers whose matrix products have so many `parameters`:
+    """FLOPs per character of a training step: 6 * parameters + 12 * depth * D * T.
 
-        6 * parameters + 12 * depth * D * T
+    `parameters` is the number of elements of all matrices that multiply a state, `depth` the number of layers.
 
     A matrix product costs 2 operations per parameter forward and 4 backward. Attention makes two products of 2 * D * T
     per layer and position, counted in full although half of it is masked.

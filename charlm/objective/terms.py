@@ -51,7 +51,7 @@ class Term:
     positions: Literal["all", "last"]
     weight: Schedule
     hinge: float = 0.0
-    """Only the part of the loss above so many nats counts."""
+    """Threshold in nats: only the part of the loss above it counts."""
     task: str | None = None
     """Name of the user's own task, if the row belongs to one."""
 

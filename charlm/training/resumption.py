@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from charlm.config import Config, UserError, differences, may_change
+from charlm.config import Config, Mark, UserError, differences, has_mark
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.objective.terms import Term
 
@@ -16,7 +16,7 @@ def check_resumable(old: Config, new: Config) -> list[str]:
     """
     changed = differences(old, new)
     lines = {name: f"{name}: {before} -> {after}" for name, (before, after) in changed.items()}
-    refused = [name for name in changed if not may_change(name)]
+    refused = [name for name in changed if not has_mark(name, Mark.MAY_CHANGE)]
     if refused:
         text = "; ".join(lines[name] for name in refused)
         raise UserError(

@@ -39,7 +39,7 @@ class Setup:
     precision: Dtype
     """bf16 means autocast."""
     matmul_precision: Literal["highest", "medium"] = "highest"
-    """Of a peer's fp32 matrix products; charlm chooses its own."""
+    """Precision of a peer's fp32 matrix products. charlm chooses its own."""
     tuned: bool = False
     """Use every public setting of the library that makes it faster, fused AdamW, and `ALLOCATOR`."""
     compile: bool = False

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from charlm.config import Config, flatten
+from charlm.config import Config, Mark, flatten, has_mark
 from charlm.config import differences as differences_of
 from charlm.config.wording import written
 from charlm.data.windows import default_stride
@@ -16,8 +16,6 @@ from charlm.report.page.probe import Probe
 from charlm.report.style import engineering
 
 NONE = "-"
-PLACES = ("run.dir", "run.resume", "run.resume_from", "run.auto_resume", "run.report", "data.cache_dir")
-"""Options that make no difference to what a run learns."""
 
 
 def results(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> tuple[list[str], list[list[str]]]:
@@ -128,10 +126,11 @@ def mismatch(runs: Sequence[Metrics]) -> tuple[str, list[tuple[str, list[str]]]]
 
 
 def differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
-    """The options that differ between configs, with the value of each; without places on disk."""
+    """The options that differ between configs and affect what a run learns, with the value of each."""
     first, *others = configs
     columns = [flatten(config.model_dump(), ".") for config in configs]
-    names = dict.fromkeys(name for other in others for name in differences_of(first, other) if name not in PLACES)
+    names = dict.fromkeys(name for other in others for name in differences_of(first, other))
+    names = [name for name in names if not has_mark(name, Mark.NO_EFFECT)]
     return [(name, [written(column[name]) if name in column else NONE for column in columns]) for name in names]
 
 
