@@ -1,29 +1,26 @@
 """What the scripts share: arguments in, errors for people out. Imports nothing heavy: --help answers at once."""
 
 import argparse
-import inspect
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from charlm.config import Config, DataConfig, Section, Stopped, UserError
-from charlm.config.load import OPTIONS, RENAMED, SECTIONS, Setting, options_of, sections_of, settings_of, validate
-from charlm.config.wording import did_you_mean, in_words, shown, words_of
-from charlm.terminal import filled, fitted, is_main_process
+from charlm.config.load import OPTIONS, RENAMED, S, Setting, settings_of, validate
+from charlm.config.types import sections_of
+from charlm.config.wording import did_you_mean, in_words, shown
+from charlm.terminal import fitted, is_main_process
 
-S = TypeVar("S", bound=Section)
 PATIENCE = 10.0
 """Seconds that a process waits for the first one's message before it prints its own."""
-LONGEST_METAVAR = 55
-"""A longer list of words stands in the text of --help, where it can be broken."""
 
 
 class Flag:
@@ -63,134 +60,107 @@ class MovedCorpus(Section):
 def parse(kind: type[S], argv: Sequence[str] | None = None) -> S:
     """The options of a script, from the command line; `--help` prints the fields' docstrings and exits.
 
-    Scripts' own options are shown with dashes (`--top-k`), those of the configuration with underscores
-    (`--model.num_layers`); both are understood everywhere. A bool of a script is a bare flag (`--json`), one of the
-    configuration takes a value.
+    Dashes and underscores are alike. A bool of a script is a bare flag (`--json`), one of the configuration takes a
+    value. Help shows the values of the `--config` files as defaults.
 
     Raises:
         UserError: unknown option (similar ones are named), missing value or file.
         ConfigError: values that cannot work.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser, has_config = _Parser(kind), issubclass(kind, WithConfig)
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
         import argcomplete
 
-        argcomplete.autocomplete(_Parser(kind, describes=True))
-    has_config, wants_help = issubclass(kind, WithConfig), not {"-h", "--help"}.isdisjoint(argv)
-    given, config = {}, {}
-    if has_config or not wants_help:
-        given = _Parser(kind).read([token for token in argv if token not in ("-h", "--help")])
+        argcomplete.autocomplete(parser)
+    words = [_spelt(word) if word.startswith("--") else word for word in argv if word not in ("-h", "--help")]
+    wants_help = len(words) < len(argv)
+    given = parser.read(words) if has_config or not wants_help else {}
+    parsed: dict[str, Any] = {}
     if has_config:
-        flags = {name: given.pop(name) for name in [*OPTIONS, *RENAMED] if name in given}
+        flags = {name: given.pop(name) for name in list(given) if "." in name}
         settings = settings_of(given.get("config_files", ()), flags)
         for name, setting in settings.items():
             if name != setting.name and is_main_process():
                 print(f"{setting.name} is now called {name}", file=sys.stderr)
-        config = {"config": validate(Config, settings), "flags": flags}
+        parsed = {"config": validate(Config, settings), "flags": flags}
     if wants_help:
-        _Parser(kind, config.get("config"), describes=True).print_help()
+        defaults = {name: info.default for name, info in kind.model_fields.items() if not info.is_required()}
+        if has_config:
+            defaults |= {name: reduce(getattr, name.split("."), parsed["config"]) for name in OPTIONS}
+        parser.set_defaults(**{name: shown(value) for name, value in defaults.items() if value or "." in name})
+        parser.print_help()
         sys.exit(0)
-    return validate(kind, {name: Setting(value) for name, value in given.items()}).replace(**config)
+    return validate(kind, {name: Setting(value) for name, value in given.items()}).replace(**parsed)
+
+
+def _spelt(flag: str) -> str:
+    """A flag as help has it: with underscores if it belongs to a section, else with dashes."""
+    name, *value = flag.split("=", 1)
+    name = "--" + name[2:].replace("-", "_") if "." in name else name.replace("_", "-")
+    return "=".join([name, *value])
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse for a script's options, and for those of `Config` if it is a `WithConfig`.
 
-    It takes dashes and underscores alike, and raises UserError where argparse would print its usage and exit.
-
-    Args:
-        kind: the script's options.
-        config: the values to show as defaults in help.
-        describes: whether to say what may be written for each option, for help and completion.
+    It raises UserError where argparse would print its usage and exit.
     """
 
-    def __init__(self, kind: type[Section], config: Config | None = None, *, describes: bool = False):
-        own = {name: info for name, info in options_of(kind).items() if not re.match(r"flags$|config\.", name)}
+    def __init__(self, kind: type[Section]):
         has_config = issubclass(kind, WithConfig)
-        words = ["%(prog)s", *["[--config FILE ...]", "[--section.option=VALUE ...]"] * has_config]
-        words += [info.metadata[0].how["metavar"] for info in own.values() if _is_positional(info)]
         super().__init__(
-            usage=" ".join([*words, "[options]"]),
-            description=filled(inspect.cleandoc(kind.__doc__)),
-            formatter_class=_Layout,
+            usage="%(prog)s [--config FILE ...] [--section.option=VALUE ...] [options]" if has_config else None,
+            description=kind.__doc__,
+            formatter_class=partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=8),
             allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
         )
-        self.spellings: dict[str, str] = {}
-        schemas = _schemas(kind) if describes else {}
-        for name, info in own.items():
-            value = None if info.is_required() else info.get_default(call_default_factory=True)
-            default = "" if value in (None, False, ()) else f" (default: {shown(value)})"
-            self._add(self, f"--{name.replace('_', '-')}", name, info, schemas.get(name), default)
-        if not has_config:
-            return
-        schemas = _schemas(Config) if describes else {}
-        groups = {
-            name: self.add_argument_group(name, filled(inspect.cleandoc(section.__doc__)))
-            for name, section in SECTIONS.items()
-            if name
-        }
-        for name, info in OPTIONS.items():
-            default = f" (default: {shown(reduce(getattr, name.split('.'), config))})" if config else ""
-            self._add(groups[name.rpartition(".")[0]], f"--{name}", name, info, schemas.get(name), default)
-        for former in RENAMED:
-            self.add_argument(f"--{former}", dest=former, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-            self.spellings[f"--{former}".replace("_", "-")] = f"--{former}"
+        self.flags: list[str] = []
+        for name, part in sections_of(kind).items():
+            section = name.removeprefix("config").lstrip(".")
+            group = self.add_argument_group(section, part.__doc__) if section else self
+            schemas = part.model_json_schema()["properties"]
+            for option, info in part.model_fields.items():
+                if info.description:  # sections have none
+                    is_own = not name.startswith("config")
+                    self._add(group, f"{section}.{option}".lstrip("."), info, in_words(schemas[option]), is_own)
+        for former in RENAMED if has_config else ():
+            self.flags += self.add_argument(f"--{former}", help=argparse.SUPPRESS).option_strings
 
-    def _add(self, group: Any, name: str, dest: str, info: FieldInfo, schema: Any, default: str) -> None:
+    def _add(self, group: Any, dest: str, info: FieldInfo, kinds: str, is_own: bool) -> None:
         flag = next((mark for mark in info.metadata if isinstance(mark, Flag)), Flag())
-        text, how, is_own = " ".join(info.description.split()), dict(flag.how), group is self
-        if not _is_positional(info):
-            how |= {"dest": dest, "required": info.is_required()}
+        names = flag.names or (_spelt(f"--{dest}"),)
+        text, metavar = " ".join(info.description.split()), kinds.removesuffix(" | null") if is_own else kinds
+        if flag.how:  # a list that is given item by item
+            metavar = metavar.removeprefix("[").removesuffix(", ...]")
+        if len(metavar) > 55:  # in the text it can be broken
+            text, metavar = f"{metavar}. {text}", "WORD"
+        how = {"metavar": metavar, "help": text.replace("%", "%%")} | flag.how
         if info.annotation is bool and is_own:
+            del how["metavar"]
             how["action"] = argparse.BooleanOptionalAction if info.default else "store_true"
-        elif schema is not None:
-            metavar = in_words(schema)
-            if len(metavar) > LONGEST_METAVAR:
-                text, metavar = f"One of {', '.join(words_of(schema))}. {text}", "word"
-            how.setdefault("metavar", metavar.removesuffix(" or null") if is_own else metavar)
-        how["help"] = f"{text}{default}".replace("%", "%%")
-        action = group.add_argument(*flag.names or (name,), default=argparse.SUPPRESS, **how)
-        self.spellings |= {spelling.replace("_", "-"): spelling for spelling in action.option_strings}
-        if schema is not None and (words := words_of(schema)):
+        if names[0].startswith("-"):
+            how |= {"dest": dest, "required": info.is_required()}
+        action = group.add_argument(*names, **how)
+        self.flags += action.option_strings
+        if words := re.findall(r"\b(?!null)[a-z][\w-]*", kinds):
             action.completer = lambda **_: words  # for argcomplete
 
-    def read(self, argv: Sequence[str]) -> dict[str, Any]:
-        """The options that `argv` sets, as text."""
-        return vars(self.parse_args([re.sub(r"^--[^=]+", self._spelt, token) for token in argv]))
-
-    def _spelt(self, name: re.Match) -> str:
-        if (spelling := self.spellings.get(name[0].replace("_", "-"))) is None:  # even if a required one is missing
-            self.error(f"unrecognized arguments: {name[0]}")
-        return spelling
+    def read(self, words: Sequence[str]) -> dict[str, Any]:
+        """The options that `words` set, as text."""
+        for word in words:  # argparse would complain of a missing option first
+            if re.match("--.", word) and word.partition("=")[0] not in self.flags:
+                self.error(f"unrecognized arguments: {word}")
+        return vars(self.parse_args(words))
 
     def error(self, message: str) -> NoReturn:
         option = re.search(r"--([^=\s:,/]+)", message)
-        if message.startswith("unrecognized arguments: "):
-            word = message.split()[2]
-            message += did_you_mean(word, self.spellings.values())
-            if word.endswith((".yaml", ".yml")):
-                message += f"; a file of options is given as --config {word}"
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            message += did_you_mean(unknown[1], self.flags)
+            if unknown[1].endswith((".yaml", ".yml")):
+                message += f"; a file of options is given as --config {unknown[1]}"
         raise UserError(message, option and option[1].replace("-", "_"))
-
-
-class _Layout(argparse.RawDescriptionHelpFormatter):
-    """Texts begin below their option, and leave the docstrings' lines as they are filled."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=8)
-
-
-def _is_positional(info: FieldInfo) -> bool:
-    return any(isinstance(mark, Flag) and not mark.names[0].startswith("-") for mark in info.metadata)
-
-
-def _schemas(kind: type[Section]) -> dict[str, Any]:
-    """What the JSON schemas of a section and of those inside of it say of each option, by dotted name."""
-    return {
-        f"{section}.{name}".lstrip("."): schema
-        for section, part in sections_of(kind).items()
-        for name, schema in part.model_json_schema()["properties"].items()
-    }
 
 
 def script(main: Callable[[], None]) -> NoReturn:

@@ -1,8 +1,6 @@
 """Which process speaks to the user, and lines as wide as the terminal."""
 
 import os
-import re
-import shutil
 import sys
 import textwrap
 
@@ -23,13 +21,4 @@ def fitted(text: str) -> str:
     return "\n".join(
         "\n".join(textwrap.wrap(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
         for line in text.split("\n")
-    )
-
-
-def filled(text: str) -> str:
-    """A docstring as wide as the terminal; lines that begin with a word and a colon are a list."""
-    lines = re.sub(r"(?<!\n)\n(?!\n|\w+: )", " ", text).split("\n")
-    width = min(100, shutil.get_terminal_size().columns)
-    return "\n".join(
-        textwrap.fill(line, width, subsequent_indent="  " if re.match(r"\w+: ", line) else "") for line in lines
     )

@@ -21,12 +21,11 @@ Benchmark = Literal["train", "evaluate", "generate", "drafts", "auxiliary", "sca
 class Options(Section):
     """Measure charlm beside its peers, which take turns in one run.
 
-    train: training steps against x-transformers, transformers' GPT-2 and Llama, and torch's TransformerEncoder.
-    evaluate: sliding-window evaluation against a plain loop over the same model.
-    generate: cached generation against the peers that have a cache.
-    drafts: how much faster a trained run writes with drafts from extra heads and from exits.
-    auxiliary: the cost of intermediate layers and extra targets in time and memory, at several depths.
-    scaling: time per character and memory by context, depth and batch, with and without activation checkpointing.
+    train: training steps against x-transformers, transformers' GPT-2 and Llama, and torch's TransformerEncoder;
+    evaluate: sliding-window evaluation against a plain loop over the same model; generate: cached generation against
+    the peers that have a cache; drafts: how much faster a trained run writes with drafts from extra heads and from
+    exits; auxiliary: the cost of intermediate layers and extra targets in time and memory, at several depths; scaling:
+    time per character and memory by context, depth and batch, with and without activation checkpointing.
     """
 
     benchmark: Annotated[Benchmark, cli.Flag("benchmark", metavar="BENCHMARK")]

@@ -19,11 +19,7 @@ TRAIN = str(ROOT / "scripts/train.py")
 
 class Sample(Section):
     """Take a sample of which there is so much to say that it takes more than one line of a terminal, and
-    more than one line of source.
-
-    first: something that is said about the first of the things of which a list is made.
-    second: something else.
-    """
+    more than one line of source."""
 
     run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The run's folder."""
@@ -87,7 +83,7 @@ def test_options_of_a_script(words: str, expected: dict) -> None:
     [
         ("", None, ["RUN"]),
         ("x --top-q=3", "top_q", ["--top-q", "--top-k"]),
-        ("x --top-k=few", "top_k", ["top_k=few", "whole number"]),
+        ("x --top-k=few", "top_k", ["top_k=few", "integer"]),
         ("x --top-k=0", "top_k", ["top_k=0", "greater than or equal to 1"]),
         ("x --top-k", "top_k", ["expected one argument"]),
         ("x --split=tset", "split", ["split=tset", "'valid'"]),
@@ -129,36 +125,32 @@ def test_help_shows_the_files_values(small: Path, capsys, monkeypatch) -> None:
     lines = help_of(Show, *words, columns=80, monkeypatch=monkeypatch, capsys=capsys)
     assert "Show a configuration." in lines
     for option, default in [
-        ("--model.num_layers whole number in [1, 10000]", "(default: 3)"),
-        ("--train.steps whole number >= 1", "(default: 5)"),
-        ("--train.batch_size whole number >= 1", "(default: 3)"),
-        ("--train.mixed_precision fp32|bf16|fp16 or auto", "(default: fp32)"),
-        ("--train.micro_batch_size whole number >= 1 or auto or null", "(default: null)"),
-        ("--train.adam_betas [number in [0, 1), number in [0, 1)]", "(default: [0.9, 0.99])"),
-        ("--aux.layers.at [layer, ...] or null", "(default: null)"),
-        ("--data.separator text", "(default: \\n)"),
-        ("--run.resume true|false", "(default: false)"),
+        ("--model.num_layers INTEGER >= 1, <= 10000", "(default: 3)"),
+        ("--train.steps INTEGER >= 1", "(default: 5)"),
+        ("--train.batch_size INTEGER >= 1", "(default: 3)"),
+        ("--train.mixed_precision fp32 | bf16 | fp16 | auto", "(default: fp32)"),
+        ("--train.micro_batch_size INTEGER >= 1 | auto | null", "(default: null)"),
+        ("--train.adam_betas [NUMBER >= 0, < 1, NUMBER >= 0, < 1]", "(default: [0.9, 0.99])"),
+        ("--aux.layers.at [LAYER, ...] | null", "(default: null)"),
+        ("--data.separator TEXT", "(default: \\n)"),
+        ("--run.resume true | false", "(default: false)"),
     ]:
         below = " ".join(lines[lines.index(f"  {option}") + 1 :])
         assert default in re.sub(r"\s+", " ", below.partition(" --")[0]), option
 
 
 def test_help_is_laid_out(capsys, monkeypatch) -> None:
-    """Guards against sentences that are cut where a line of source ends, lists that are run together, lines wider
-    than the terminal, and names with underscores where every document writes dashes."""
-    usage, _, *lines = help_of(Sample, columns=60, monkeypatch=monkeypatch, capsys=capsys)
-    assert usage.split()[-2:] == ["RUN", "[options]"]
-    assert lines[:7] == [
-        "Take a sample of which there is so much to say that it takes",
-        "more than one line of a terminal, and more than one line of",
-        "source.",
-        "",
-        "first: something that is said about the first of the things",
-        "  of which a list is made.",
-        "second: something else.",
-    ]
-    assert lines[lines.index("  --top-k whole number >= 1") + 1].strip() == "Most likely symbols (100%)."
-    assert {"  --all-layers", "  --verify, --no-verify", "  --data.cache-dir path"} < set(lines)
+    """Guards against sentences that are cut where a line of source ends, lines wider than the terminal, and names with
+    underscores where every document writes dashes."""
+    lines = help_of(Sample, columns=60, monkeypatch=monkeypatch, capsys=capsys)
+    assert " ".join(Sample.__doc__.split()) in " ".join(lines)
+    assert lines[lines.index("  --top-k INTEGER >= 1") + 1].strip() == "Most likely symbols (100%)."
+    assert {
+        "  --all-layers",
+        "  --verify, --no-verify",
+        "  --data.cache_dir PATH",
+        "  --methods TEXT [TEXT ...]",
+    } < set(lines)
     assert max(map(len, lines)) <= 60
 
 

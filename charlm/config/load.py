@@ -5,49 +5,18 @@ What is read stays text until the type of its option makes it a number, a path o
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
-from charlm.config import Config, UserError
-from charlm.config.types import NULLS, Formerly, Lines, Section, read_yaml
-from charlm.config.wording import config_error, did_you_mean, shown
+from charlm.config import Config, Section, UserError
+from charlm.config.types import NULLS, Lines, options_of, read_yaml, sections_of
+from charlm.config.wording import did_you_mean, shown
 
 S = TypeVar("S", bound=Section)
-RESET = "reset"
-"""A key of any section of a YAML file: `reset: true` drops what earlier files set in the section."""
-
-
-@cache
-def sections_of(kind: type[Section], name: str = "") -> dict[str, type[Section]]:
-    """A section and those inside of it, by dotted name; its own is ""."""
-    found = {name: kind}
-    for field, info in kind.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            found |= sections_of(info.annotation, f"{name}.{field}".lstrip("."))
-    return found
-
-
-@cache
-def options_of(kind: type[Section]) -> dict[str, FieldInfo]:
-    """The fields of a section and of those inside of it, by dotted name."""
-    found, sections = {}, sections_of(kind)
-    for section, part in sections.items():
-        found |= {f"{section}.{name}".lstrip("."): info for name, info in part.model_fields.items()}
-    return {name: info for name, info in found.items() if name not in sections}
-
-
 SECTIONS, OPTIONS = sections_of(Config), options_of(Config)
-RENAMED = {
-    f"{name.rpartition('.')[0]}.{mark.name}": name
-    for name, info in OPTIONS.items()
-    for mark in info.metadata
-    if isinstance(mark, Formerly)
-}
+RENAMED = {"model.positions": "model.position_encoding"}
 """Former names of options, and the present ones."""
 
 
@@ -79,15 +48,16 @@ def load_config(
 
 
 def settings_of(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> dict[str, Setting]:
-    """What YAML files and overrides set, by the options' names."""
+    """What YAML files and overrides set, by the options' names.
+
+    `reset: true` in a section of a file drops what earlier files set in it.
+    """
     settings: dict[str, Setting] = {}
     for file in map(Path, files):
         found = dict(_settings(_read(file), str(file)))
-        for name in [name for name in found if name.endswith(f".{RESET}")]:
-            if (is_reset := found.pop(name).value) not in ("true", "false"):
-                raise UserError(f"{file}: {name}={shown(is_reset)}: should be true or false", name)
-            section = name.removesuffix(RESET) if is_reset == "true" else None
-            settings = {name: one for name, one in settings.items() if not section or not name.startswith(section)}
+        for name in [name for name, (value, *_) in found.items() if name.endswith(".reset") and value == "true"]:
+            del found[name]
+            settings = {one: set_ for one, set_ in settings.items() if not one.startswith(name.removesuffix("reset"))}
         settings |= found
     return settings | dict(_settings(overrides, ""))
 
@@ -96,33 +66,24 @@ def validate(kind: type[S], settings: Mapping[str, Setting]) -> S:
     """A `kind` of settings by dotted name. Raises ConfigError, with the places that set what is wrong."""
     tree: dict[str, Any] = {}
     for name, setting in settings.items():
-        section = max((one for one in sections_of(kind) if not one or name.startswith(f"{one}.")), key=len)
+        section, _, option = name.rpartition(".")
+        if section not in sections_of(kind):
+            section, option = "", name
         node = tree
-        for part in filter(None, section.split(".")):
+        for part in section.split(".") if section else ():
             node = node.setdefault(part, {})
-        node[name.removeprefix(section).lstrip(".")] = setting.value
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        places = {name: setting.place for name, setting in settings.items()}
-        raise config_error(kind, error, places, [*options_of(kind), *sections_of(kind)]) from None
+        node[option] = setting.value
+    return kind.read(tree, {name: setting.place for name, setting in settings.items()})
 
 
-def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML; `load_config` of a file that holds it returns an equal one."""
-    return as_yaml(config.model_dump())
-
-
-def as_yaml(tree: Mapping[str, Any]) -> str:
-    """Options, or some of them, as YAML."""
+def to_yaml(options: Config | Mapping[str, Any]) -> str:
+    """Options as YAML. `load_config` of a file that holds a whole configuration returns an equal one."""
+    tree = options if isinstance(options, Mapping) else options.model_dump()
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
     """Writes paths, too."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def _path_as_text(dumper: yaml.SafeDumper, path: PurePath) -> yaml.ScalarNode:

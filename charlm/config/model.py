@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from charlm.config.types import BelowOne, Count, Formerly, Section, Whole
+from charlm.config.types import BelowOne, Count, Section, Whole
 
 
 class ModelConfig(Section):
@@ -20,7 +20,7 @@ class ModelConfig(Section):
     """Width of the feed-forward layer."""
     context_length: Count = 512
     """The most characters that a prediction can look back on, T."""
-    position_encoding: Annotated[Literal["per_layer", "input", "rotary"], Formerly("positions")] = "per_layer"
+    position_encoding: Literal["per_layer", "input", "rotary"] = "per_layer"
     """per_layer: a learned table is added to the input of every layer (the paper). input: to the input of the first
     layer only. rotary: queries and keys are rotated (Su et al. 2021)."""
     ngrams: tuple[Annotated[int, Field(ge=2, le=64), Whole], ...] = ()

@@ -1,20 +1,32 @@
 """What options share: a frozen pydantic model that knows no other names, numbers with their limits, and marks."""
 
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
 from enum import Enum
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
-from charlm.config.errors import Mistake
-from charlm.config.wording import config_error, members_of
+from charlm.config.errors import ConfigError, Mistake
+from charlm.config.wording import did_you_mean, shown
 
 NULLS = ("null", "none", "~", "")
+MESSAGES = {
+    "missing": "is missing",
+    "extra_forbidden": "is no option",
+    "tuple_type": "should be a list",
+    "dict_type": "should be a mapping",
+    "bool_parsing": "should be true or false",
+}
+"""What is said in place of pydantic's own message for its type of error."""
+UNION_MEMBER = re.compile(r"int|list|mapping|.*\[.*\]")
+"""Parts of an error's location that are no keys: pydantic's names for the members of a union."""
 
 
 class Mark(Enum):
@@ -24,33 +36,24 @@ class Mark(Enum):
     NO_EFFECT = "the option does not affect what a run learns"
 
 
-@dataclass(frozen=True)
-class Formerly:
-    """The name that an option had in older versions; it is still understood."""
-
-    name: str
-
-
-class _RaisesConfigError(type(BaseModel)):
-    """The class of sections: building one from wrong values raises ConfigError in place of pydantic's error."""
-
-    def __call__(cls, *args: Any, **values: Any) -> Any:
-        try:
-            return super().__call__(*args, **values)
-        except ValidationError as error:
-            raise config_error(cls, error) from None
-
-
-class Section(BaseModel, metaclass=_RaisesConfigError):
+class Section(BaseModel):
     """A group of options. Help and docs/configuration.md print the docstrings of its fields."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
     )
 
+    @classmethod
+    def read(cls, values: Mapping[str, Any], places: Mapping[str, str] = {}) -> Self:
+        """A section of these values. Raises ConfigError; `places` has the file and line that set an option."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _config_error(cls, error, places) from None
+
     def replace(self, **changes: Any) -> Self:
         """A copy with `changes`. Raises ConfigError for values that cannot work."""
-        return type(self)(**dict(self) | changes)
+        return type(self).read(dict(self) | changes)
 
     def mistake(self, option: str, text: str, *others: str) -> Mistake:
         """The error to raise for the value of `option`; `others` are options that the text names, too."""
@@ -60,13 +63,13 @@ class Section(BaseModel, metaclass=_RaisesConfigError):
     @classmethod
     def _read_text(cls, value: Any, info: ValidationInfo) -> Any:
         """What the text of a flag or of a YAML file stands for: null, a list, a mapping, else itself."""
-        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        kinds = parts_of(cls.model_fields[info.field_name].annotation)
         if isinstance(value, str):
             if NoneType in kinds and value.strip().lower() in NULLS:
                 return None
             if Path in kinds and (not value or b"\0" in os.fsencode(value)):
                 raise ValueError("should be a path")
-            if {tuple, dict} & kinds and value.lstrip()[:1] in ("[", "{"):
+            if (tuple in kinds or dict in kinds) and value.lstrip()[:1] in ("[", "{"):
                 return _from_yaml(value)
         if tuple in kinds and isinstance(value, (str, int, float)):  # a list may go without its brackets
             return [item.strip() for item in value.split(",")] if isinstance(value, str) else [value]
@@ -74,9 +77,54 @@ class Section(BaseModel, metaclass=_RaisesConfigError):
 
 
 @cache
-def _kinds(annotation: Any) -> set[Any]:
-    """The types of a field, with tuple and dict for those of any content."""
-    return {get_origin(member) or member for member in members_of(annotation)}
+def parts_of(annotation: Any) -> list[Any]:
+    """The types that a type is made of: of `tuple[int, ...] | None`, tuple and int and NoneType among others."""
+    return [get_origin(annotation) or annotation, *(part for one in get_args(annotation) for part in parts_of(one))]
+
+
+@cache
+def sections_of(kind: type[Section], name: str = "") -> dict[str, type[Section]]:
+    """A section and those inside of it, by dotted name; its own is ""."""
+    found = {name: kind}
+    for field, info in kind.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            found |= sections_of(info.annotation, f"{name}.{field}".lstrip("."))
+    return found
+
+
+@cache
+def options_of(kind: type[Section]) -> dict[str, FieldInfo]:
+    """The fields of a section and of those inside of it, by dotted name."""
+    sections = sections_of(kind)
+    fields = {
+        f"{section}.{name}".lstrip("."): info
+        for section, part in sections.items()
+        for name, info in part.model_fields.items()
+    }
+    return {name: info for name, info in fields.items() if name not in sections}
+
+
+def _config_error(kind: type[Section], error: ValidationError, places: Mapping[str, str]) -> ConfigError:
+    """All that is wrong with the values of a `kind`, in one message."""
+    options, names = options_of(kind), []
+    lines: dict[tuple[str, str], list[str]] = {}
+    for part in error.errors(include_url=False):
+        location, value, others = part["loc"], part["input"], []
+        if isinstance(mistake := part.get("ctx", {}).get("error"), Mistake):
+            others = [".".join(map(str, [*location, other])) for other in mistake.others]
+            location, value = (*location, mistake.option), mistake.value
+        place = ".".join(str(key) for key in location if not UNION_MEMBER.fullmatch(str(key)))
+        names.append(next((option for option in options if f"{place}.".startswith(f"{option}.")), place))
+        text = part["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to")[0]
+        text = MESSAGES.get(part["type"], text)
+        if part["type"] not in ("missing", "extra_forbidden"):
+            place += f"={shown(value)}"
+        elif names[-1] not in options:
+            text += did_you_mean(place, [*options, *sections_of(kind)])
+        set_in = [f"\n  {name} is set in {places[name]}" for name in (names[-1], *others) if places.get(name)]
+        lines.setdefault((place, "".join(set_in)), []).append(text)
+    message = "\n".join(f"{place}: {', or '.join(texts)}{set_in}" for (place, set_in), texts in lines.items())
+    return ConfigError(message, names[0])
 
 
 def _from_yaml(text: str) -> Any:
@@ -113,7 +161,7 @@ class TextLoader(yaml.BaseLoader):
 def _whole(value: Any) -> Any:
     """1e6 is a whole number as text, too; true is none."""
     if isinstance(value, bool):
-        raise ValueError("should be a whole number")
+        raise ValueError("should be a valid integer")
     if isinstance(value, str) and "e" in value.lower():
         try:
             number = float(value)

@@ -178,7 +178,7 @@ def test_a_folder_that_is_not_there_is_refused(config):
 def test_options_that_cannot_work_are_refused(options, option):
     """Guards against a hub without a dataset, and a split that is trained and scored on."""
     with pytest.raises(ConfigError) as error:
-        DataConfig(corpus="hub", **options)
+        DataConfig().replace(corpus="hub", **options)
     assert error.value.option == option
 
 

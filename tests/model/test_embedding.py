@@ -46,4 +46,4 @@ def test_only_the_last_positions_are_embedded():
 def test_impossible_lengths_are_refused(ngrams):
     """A table of single characters beside the embedding of characters, or the same one twice."""
     with pytest.raises(ConfigError, match=r"ngrams"):
-        small(ngrams=ngrams)
+        ModelConfig().replace(ngrams=ngrams)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from charlm.config.load import as_yaml
+from charlm.config.load import to_yaml
 from charlm.runs.trained import TrainedModel
 
 CARD = """\
@@ -68,7 +68,7 @@ def trained_with(trained: TrainedModel) -> str:
     """YAML of the options of model, objective and training that differ from the defaults."""
     if trained.options is not None:
         return trained.options
-    return as_yaml(trained.config.model_dump(include={"model", "aux", "train"}, exclude_defaults=True))
+    return to_yaml(trained.config.model_dump(include={"model", "aux", "train"}, exclude_defaults=True))
 
 
 def _figure(score: dict[str, Any]) -> str:
