@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.peers import autocast, build_peer
-from benchmarks.setups import Trial
+from benchmarks.setups import DRAFT_FACTS, Trial
 from benchmarks.shapes import charlm_config, text_config
 from benchmarks.timing import Timer
 from charlm.data.corpus import load_corpus
@@ -49,17 +49,8 @@ def evaluate_charlm(trial: Trial, timer: Timer) -> None:
     trained = untrained_model(trial)
     timer.ready(**_evaluation_facts(trial, trained))
     limit = trial.shape.context_length + 1 + (trial.windows - 1) * trial.stride
-    timer.repeat(
-        lambda: bits_per_character(
-            trained,
-            corpus,
-            split="train",
-            stride=trial.stride,
-            limit=limit,
-            precision=trial.setup.precision,
-            show_progress=False,
-        )
-    )
+    options = {"split": "train", "stride": trial.stride, "limit": limit, "precision": trial.setup.precision}
+    timer.repeat(lambda: bits_per_character(trained, corpus, **options, show_progress=False))
 
 
 def evaluate_plainly(trial: Trial, timer: Timer) -> None:
@@ -107,7 +98,7 @@ def generate_charlm(trial: Trial, timer: Timer) -> None:
     timer.start()
     trained = untrained_model(trial)
     prompts = [row.tobytes() for row in _prompts(trial)]
-    timer.ready(parameters=num_parameters(trained.transformer, trained.heads), **_writing_facts(trial))
+    timer.ready(**_writing_facts(trial, trained.transformer, trained.heads))
     timer.repeat(lambda: generate(trained, prompts, length=trial.length, seed=trial.seed))
 
 
@@ -123,30 +114,16 @@ def generate_with_drafts(trial: Trial, timer: Timer) -> None:
     starts = np.linspace(0, len(ids) - half, trial.prompts, dtype=np.int64)
     prompts = [trained.vocabulary.decode(ids[start : start + half]) for start in starts]
 
+    options = {"length": trial.length, "temperature": trial.temperature, "seed": trial.seed, "draft": trial.setup.draft}
+
     def write(statistics: DraftStatistics | None = None) -> None:
         for prompt in prompts:
-            generate(
-                trained,
-                prompt,
-                length=trial.length,
-                temperature=trial.temperature,
-                seed=trial.seed,
-                draft=trial.setup.draft,
-                statistics=statistics,
-            )
+            generate(trained, prompt, statistics=statistics, **options)
 
     statistics = DraftStatistics()
     write(statistics)
-    drafted = {
-        "num_draft_tokens": statistics.num_draft_tokens,
-        "acceptance_rate": statistics.acceptance_rate,
-        "characters_per_pass": statistics.characters_per_pass,
-    }
-    timer.ready(
-        parameters=num_parameters(trained.transformer, trained.heads),
-        **_writing_facts(trial),
-        **(drafted if trial.setup.draft is not None else {}),
-    )
+    drafted = {name: getattr(statistics, name) for name in DRAFT_FACTS if trial.setup.draft is not None}
+    timer.ready(**_writing_facts(trial, trained.transformer, trained.heads), **drafted)
     timer.repeat(write)
 
 
@@ -158,24 +135,15 @@ def generate_peer(trial: Trial, timer: Timer) -> None:
     timer.start()
     model, _ = build_peer(setup, trial.shape)
     model.to(trial.device).eval()
-    timer.ready(parameters=num_parameters(model), **_writing_facts(trial))
+    timer.ready(**_writing_facts(trial, model))
     if setup.library == "x-transformers":
-        timer.repeat(
-            lambda: model.generate(
-                prompts_BT, trial.length, temperature=1.0, cache_kv=True, filter_logits_fn=lambda logits: logits
-            )
-        )
+        options = {"temperature": 1.0, "cache_kv": True, "filter_logits_fn": lambda logits: logits}
+        timer.repeat(lambda: model.generate(prompts_BT, trial.length, **options))
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "use_cache": True}
     if setup.compile:
         options["cache_implementation"] = "static"  # transformers compiles the decoding step by itself
-    timer.repeat(
-        lambda: model.generate(
-            prompts_BT,
-            attention_mask=torch.ones_like(prompts_BT),
-            max_new_tokens=trial.length,
-            **options,
-        )
-    )
+    mask_BT = torch.ones_like(prompts_BT)
+    timer.repeat(lambda: model.generate(prompts_BT, attention_mask=mask_BT, max_new_tokens=trial.length, **options))
 
 
 def _prompts(trial: Trial) -> np.ndarray:
@@ -185,5 +153,5 @@ def _prompts(trial: Trial) -> np.ndarray:
     return np.asarray(ids[: trial.prompts * half]).reshape(trial.prompts, half).astype(np.uint8)
 
 
-def _writing_facts(trial: Trial) -> dict[str, int]:
-    return {"characters_per_step": trial.prompts * trial.length}
+def _writing_facts(trial: Trial, *modules: torch.nn.Module) -> dict[str, int]:
+    return {"parameters": num_parameters(*modules), "characters_per_step": trial.prompts * trial.length}

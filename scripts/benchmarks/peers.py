@@ -16,6 +16,14 @@ from torch import Tensor, nn
 from benchmarks.setups import Setup, Trial
 from benchmarks.shapes import VOCABULARY, Shape
 
+TRANSFORMERS = {
+    "vocab_size": VOCABULARY,
+    "attn_implementation": "sdpa",
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+"""Options of both models of transformers."""
 Loss = Callable[[Tensor], Tensor]
 """Maps windows_BW to the mean loss of the next character over all positions."""
 
@@ -56,7 +64,6 @@ def gpt2(setup: Setup, shape: Shape) -> tuple[nn.Module, Loss]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=VOCABULARY,
         n_positions=shape.context_length,
         n_embd=shape.d_model,
         n_layer=shape.num_layers,
@@ -66,10 +73,7 @@ def gpt2(setup: Setup, shape: Shape) -> tuple[nn.Module, Loss]:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         activation_function="gelu_pytorch_tanh" if setup.tuned else "gelu_new",
-        attn_implementation="sdpa",
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=0,
+        **TRANSFORMERS,
     )
     return _transformers(GPT2LMHeadModel(config), setup)
 
@@ -79,16 +83,12 @@ def llama(setup: Setup, shape: Shape) -> tuple[nn.Module, Loss]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
         max_position_embeddings=shape.context_length,
         hidden_size=shape.d_model,
         num_hidden_layers=shape.num_layers,
         num_attention_heads=shape.num_heads,
         intermediate_size=gated_d_ff(shape.d_ff),
-        attn_implementation="sdpa",
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=0,
+        **TRANSFORMERS,
     )
     return _transformers(LlamaForCausalLM(config), setup)
 
@@ -103,9 +103,9 @@ def _transformers(model: nn.Module, setup: Setup) -> tuple[nn.Module, Loss]:
         ids_BT = windows_BW[:, :-1]
         return model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss  # its Trainer uses no cache either
 
-    return model, next_character_loss(lambda ids_BT: model(input_ids=ids_BT, use_cache=False).logits) if (
-        setup.tuned
-    ) else own_loss
+    if not setup.tuned:
+        return model, own_loss
+    return model, next_character_loss(lambda ids_BT: model(input_ids=ids_BT, use_cache=False).logits)
 
 
 class TorchEncoder(nn.Module):

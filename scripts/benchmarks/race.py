@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from benchmarks.setups import Setup, Trial
+from benchmarks.setups import ALLOCATOR, Setup, Trial
 from charlm.config import UserError
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -66,46 +66,22 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.printed,
-            env=os.environ | {"PYTHONPATH": path} | trial.setup.environment(trial.device),
+            env=os.environ | {"PYTHONPATH": path} | (ALLOCATOR[trial.device] if trial.setup.tuned else {}),
         )
-        with contextlib.suppress(WorkerError):  # a worker that has died is reported by `receive`
-            self.send(TypeAdapter(Trial).dump_json(trial))
+        self.send(TypeAdapter(Trial).dump_json(trial))
 
     def send(self, message: bytes) -> None:
-        """
-        Raises:
-            WorkerError: the worker has died.
-        """
-        try:
+        """Send a line."""
+        with contextlib.suppress(BrokenPipeError):  # `receive` tells why the worker has died
             self.process.stdin.write(message + b"\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            raise WorkerError(self._last_line()) from None
 
     def receive(self) -> dict[str, Any]:
-        """
-        Raises:
-            WorkerError: the worker has died.
-        """
+        """The worker's next reply. Raises WorkerError if the worker has died."""
         try:
             return json.loads(self.process.stdout.readline())
         except ValueError:
             raise WorkerError(self._last_line()) from None
-
-    def take_turn(self, result: TrialResult, *, timed: bool) -> None:
-        """Do one turn and add it to the result.
-
-        Raises:
-            WorkerError: the worker has died.
-        """
-        started = time.perf_counter()
-        self.send(b'"turn"')
-        reply = self.receive()
-        if timed:
-            result.seconds.append(reply["seconds"])
-        else:
-            result.first_turn = time.perf_counter() - started
-        result.peak_memory = max(result.peak_memory, reply["peak_memory"])
 
     def close(self) -> None:
         """End the process, which may have ended already."""
@@ -123,42 +99,45 @@ class Worker:
 
 
 def race(trials: Sequence[Trial], rounds: int, say: Callable[[str], None], bar: tqdm) -> list[TrialResult]:
-    """Let trials take turns: one untimed, then `rounds` timed, in alternating order so that none always follows the
-    same. A peer that fails (out of memory, say) is left out with a line. `bar` advances by `rounds` + 2 per trial.
+    """Let trials take turns: one untimed, then `rounds` timed.
 
-    Raises:
-        UserError: charlm failed.
+    The order alternates, so that none always follows the same. A peer that fails (out of memory, say) is left out with
+    a line; UserError if charlm fails. `bar` advances by `rounds` + 2 per trial.
     """
     workers: dict[str, Worker] = {}
     results: dict[str, TrialResult] = {}
 
-    def attempt(name: str, action: Callable[[Worker], None]) -> None:
-        """Do it, or leave the trial out."""
+    def reply_of(name: str) -> dict[str, Any] | None:
+        """The worker's reply; None if it has died and is left out."""
+        bar.update()
         try:
-            action(workers[name])
+            return workers[name].receive()
         except WorkerError as error:
             if workers[name].trial.setup.library == "charlm":
                 raise UserError(f"{name} failed: {error}") from error
             say(f"{name} failed and is left out: {error}")
             workers.pop(name).close()
             results.pop(name, None)
-        bar.update()
-
-    def build(worker: Worker) -> None:
-        results[worker.trial.setup.name] = TrialResult(worker.trial.setup, worker.receive(), worker.trial.steps)
-
-    def turn(worker: Worker, timed: bool) -> None:
-        worker.take_turn(results[worker.trial.setup.name], timed=timed)
+            return None
 
     try:
         for first in range(0, len(trials), STARTING_AT_ONCE):
             started = {trial.setup.name: Worker(trial) for trial in trials[first : first + STARTING_AT_ONCE]}
             workers |= started
-            for name in started:
-                attempt(name, build)
+            for name, worker in started.items():
+                if facts := reply_of(name):
+                    results[name] = TrialResult(worker.trial.setup, facts, worker.trial.steps)
         for number in range(rounds + 1):
             for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
-                attempt(name, lambda worker, timed=number > 0: turn(worker, timed))
+                before = time.perf_counter()
+                workers[name].send(b'"turn"')
+                if reply := reply_of(name):
+                    result = results[name]
+                    result.peak_memory = max(result.peak_memory, reply["peak_memory"])
+                    if number > 0:
+                        result.seconds.append(reply["seconds"])
+                    else:
+                        result.first_turn = time.perf_counter() - before
     finally:
         for worker in workers.values():
             worker.close()

@@ -40,7 +40,7 @@ def protocol(settings: Settings, result: BenchmarkResult) -> dict[str, Any]:
         "precision": settings.precision,
         "device": settings.device,
         "threads": first.facts["threads"],
-        "rounds": settings.num_rounds,
+        "rounds": settings.rounds,
         "timed_steps_per_round": first.steps,
         "compile": settings.compile,
         "optimizer": "AdamW",
@@ -110,23 +110,21 @@ def to_markdown(settings: Settings, result: BenchmarkResult) -> str:
 
 def auxiliary_table(points: Sequence[Point]) -> str:
     """The cost of intermediate layers and extra targets; all positions predict with and without them."""
-    header = ["layers", "step time, on / off", "middle half", "arithmetic alone", "peak memory, on / off", "on", "off"]
     rows = []
     for point in points:
-        found = point_dict(point)
-        ratio = found["auxiliary_step_time_ratio"]
-        rows.append(
-            [
-                str(point.value),
-                f"{ratio['median']:.3f}",
-                middle_half(ratio, ".3f"),
-                f"{found['auxiliary_arithmetic_ratio']:.3f}",
-                f"{found['auxiliary_peak_memory_ratio']:.3f}",
-                mebibytes(found["peak_memory_bytes"]),
-                mebibytes(point.trials[MAIN_LOSS].peak_memory),
-            ]
-        )
+        found, off = point_dict(point), mebibytes(point.trials[MAIN_LOSS].peak_memory)
+        time, arithmetic, memory = auxiliary_ratios(found)
+        quartiles = middle_half(found["auxiliary_step_time_ratio"], ".3f")
+        rows.append([str(point.value), time, quartiles, arithmetic, memory, mebibytes(found["peak_memory_bytes"]), off])
+    header = ["layers", "step time, on / off", "middle half", "arithmetic alone", "peak memory, on / off", "on", "off"]
     return f"**Auxiliary losses on against off** ({points[0].shape.in_words()})\n\n{markdown_table(header, rows)}"
+
+
+def auxiliary_ratios(found: dict[str, Any]) -> list[str]:
+    """Time, arithmetic and memory of a step with auxiliary losses over those without."""
+    time = found["auxiliary_step_time_ratio"]["median"]
+    ratios = time, found["auxiliary_arithmetic_ratio"], found["auxiliary_peak_memory_ratio"]
+    return [f"{ratio:.3f}" for ratio in ratios]
 
 
 def scaling_table(points: Sequence[Point]) -> str:
@@ -150,9 +148,7 @@ def scaling_table(points: Sequence[Point]) -> str:
             mebibytes(found["peak_memory_bytes"]),
             mebibytes(found["checkpointed_peak_memory_bytes"]),
             f"{found['checkpointed_step_time_ratio']:.2f}",
-            f"{found['auxiliary_step_time_ratio']['median']:.3f}",
-            f"{found['auxiliary_arithmetic_ratio']:.3f}",
-            f"{found['auxiliary_peak_memory_ratio']:.3f}",
+            *auxiliary_ratios(found),
         ]
         for point, found in zip(points, map(point_dict, points), strict=True)
     ]

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.race import TrialResult
-from benchmarks.setups import AS_IT_COMES
+from benchmarks.setups import AS_IT_COMES, DRAFT_FACTS
 from charlm.markdown import markdown_table
 
 PRODUCT = "matrix product"
-DRAFT_FACTS = ("num_draft_tokens", "acceptance_rate", "characters_per_pass")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -22,6 +22,7 @@ AS_IT_COMES, TUNED, COMPILED, TUNED_MEDIUM = "as it comes", "tuned", "tuned, com
 ALL_LOSSES, MAIN_LOSS, CHECKPOINTED = "all losses", "main loss alone", "all losses, checkpointed"
 CHARLM_COMPILED = "all losses, compiled"
 PLAIN = "no drafts"
+DRAFT_FACTS = ("num_draft_tokens", "acceptance_rate", "characters_per_pass")
 ALLOCATOR = {
     "cpu": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)},
     "cuda": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
@@ -51,10 +52,6 @@ class Setup:
     @property
     def name(self) -> str:
         return f"{self.library}, {self.label}"
-
-    def environment(self, device: str) -> dict[str, str]:
-        """Environment variables for its process."""
-        return ALLOCATOR[device] if self.tuned else {}
 
 
 @dataclass(frozen=True, kw_only=True)

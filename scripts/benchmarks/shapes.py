@@ -18,6 +18,7 @@ from charlm.config import (
 )
 
 VOCABULARY = 256
+DIMENSIONS = ("num_layers", "d_model", "num_heads", "d_ff", "context_length")
 ENDLESS = 10**9
 """Steps of a training run, which the benchmark ends early. At its start every row of the table is active."""
 
@@ -72,8 +73,7 @@ def shape_of(run: Path) -> Shape:
     from charlm.runs.folder import Run
 
     config = Run.open(run).config()
-    names = ("num_layers", "d_model", "num_heads", "d_ff", "context_length")
-    dimensions = {name: getattr(config.model, name) for name in names}
+    dimensions = {name: getattr(config.model, name) for name in DIMENSIONS}
     return Shape(name=run.name, batch_size=config.train.batch_size, **dimensions)
 
 
@@ -98,13 +98,7 @@ def charlm_config(
     """
     return Config(
         data=text_config(text),
-        model=ModelConfig(
-            num_layers=shape.num_layers,
-            num_heads=shape.num_heads,
-            d_model=shape.d_model,
-            d_ff=shape.d_ff,
-            context_length=shape.context_length,
-        ),
+        model=ModelConfig(**{name: getattr(shape, name) for name in DIMENSIONS}),
         aux=AuxConfig(
             layers=LayersConfig(enabled=auxiliary, schedule="constant"), targets=TargetsConfig(enabled=auxiliary)
         ),

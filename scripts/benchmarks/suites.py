@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,7 +16,6 @@ from benchmarks.setups import (
     CHECKPOINTED,
     MAIN_LOSS,
     Setup,
-    Task,
     Trial,
     charlm,
     drafts_lineup,
@@ -49,22 +49,14 @@ class Settings:
     device: str
     precision: str
     """fp32 or bf16, of charlm and of tuned peers."""
-    rounds: int | None = None
-    steps: int | None = None
+    rounds: int
+    steps: int
     threads: int | None = None
     compile: bool = False
     peers: tuple[str, ...] = ()
     """Peers to measure; empty for all."""
     run: Path | None = None
     """drafts: the trained run."""
-
-    @property
-    def num_rounds(self) -> int:
-        return self.rounds or ROUNDS[self.benchmark]
-
-    @property
-    def num_steps(self) -> int:
-        return self.steps or STEPS[self.device]
 
 
 @dataclass(frozen=True)
@@ -108,17 +100,17 @@ def run(settings: Settings, say: Say) -> BenchmarkResult:
         plan = build_plan(settings, peers, text)
         products = product_trials(settings) if plan[0][1][0].task == "train" else []
         say(in_words(settings, plan))
-        turns = (settings.num_rounds + 2) * sum(len(trials) + len(products) for _, trials in plan)
+        turns = (settings.rounds + 2) * sum(len(trials) + len(products) for _, trials in plan)
         with tqdm(total=turns, unit="turn", disable=None, leave=False) as bar:
-            races = []
+            results = []
             for title, trials in plan:
-                results = race([*trials, *products], settings.num_rounds, say, bar)
-                limits = [result for result in results if result.setup.library == PRODUCT]
-                others = [result for result in results if result not in limits]
-                races.append(RaceResult(title, others, limits, settings.device))
+                measured = race([*trials, *products], settings.rounds, say, bar)
+                limits = [result for result in measured if result.setup.library == PRODUCT]
+                others = [result for result in measured if result not in limits]
+                results.append(RaceResult(title, others, limits, settings.device))
     if settings.benchmark in ("auxiliary", "scaling"):
-        return BenchmarkResult(points=points_of(plan, races), missing=missing)
-    return BenchmarkResult(races=races, missing=missing)
+        return BenchmarkResult(points=points_of(plan, results), missing=missing)
+    return BenchmarkResult(races=results, missing=missing)
 
 
 def check(settings: Settings) -> None:
@@ -148,70 +140,68 @@ def text_file() -> Iterator[Path]:
 def build_plan(settings: Settings, peers: Sequence[str], text: Path) -> Plan:
     """All races of a benchmark."""
 
-    def trials(setups: Sequence[Setup], task: Task, shape: Shape = settings.shape, **options) -> list[Trial]:
-        is_training = task == "train"
-        return [
-            Trial(
-                task=task,
-                setup=setup,
-                shape=shape,
-                text=text,
-                device=settings.device,
-                threads=settings.threads,
-                warmup=settings.num_steps if is_training and settings.device == "cuda" else 1,
-                steps=settings.num_steps if is_training else 1,
-                **options,
-            )
-            for setup in setups
-        ]
+    def trial(setup: Setup, **options: Any) -> Trial:
+        is_training = options["task"] == "train"
+        shared = {
+            "shape": settings.shape,
+            "text": text,
+            "device": settings.device,
+            "threads": settings.threads,
+            "warmup": settings.steps if is_training and settings.device == "cuda" else 1,
+            "steps": settings.steps if is_training else 1,
+        }
+        return Trial(setup=setup, **(shared | options))
 
-    shape, precision = settings.shape, settings.precision
-    if settings.benchmark == "train":
-        lineup = training_lineup(precision, settings.compile, peers)
-        return [(f"Training, shape {shape.name}: {shape.in_words()}", trials(lineup, "train"))]
-    if settings.benchmark == "evaluate":
-        windows = WINDOWS[settings.device]
-        return [
-            (f"Evaluation at stride {stride}, shape {shape.name}, {precision}", trials(
-                evaluation_lineup(precision), "evaluate", stride=stride, windows=windows
-            ))
-            for stride in STRIDES
-            if stride <= shape.context_length
-        ]  # fmt: skip
-    if settings.benchmark == "generate":
-        lineup, length = generation_lineup(settings.compile, peers), min(128, shape.context_length // 2)
-        return [
-            (f"Generation, {prompts} prompt{'s' * (prompts > 1)}, shape {shape.name}, fp32", trials(
-                lineup, "generate", prompts=prompts, length=length
-            ))
-            for prompts in PROMPTS
-        ]  # fmt: skip
-    if settings.benchmark == "drafts":
+    return [(title, [trial(setup, **options) for setup in setups]) for title, setups, options in races(settings, peers)]
+
+
+def races(settings: Settings, peers: Sequence[str]) -> Iterator[tuple[str, list[Setup], dict[str, Any]]]:
+    """The title, the contestants and the trials' other options of each race."""
+    benchmark, shape, precision = settings.benchmark, settings.shape, settings.precision
+    if benchmark == "train":
+        contestants = training_lineup(precision, settings.compile, peers)
+        yield f"Training, shape {shape.name}: {shape.in_words()}", contestants, {"task": "train"}
+    elif benchmark == "evaluate":
+        for stride in [stride for stride in STRIDES if stride <= shape.context_length]:
+            options = {"task": "evaluate", "stride": stride, "windows": WINDOWS[settings.device]}
+            yield (
+                f"Evaluation at stride {stride}, shape {shape.name}, {precision}",
+                evaluation_lineup(precision),
+                options,
+            )
+    elif benchmark == "generate":
+        contestants = generation_lineup(settings.compile, peers)
+        for prompts in PROMPTS:
+            options = {"task": "generate", "prompts": prompts, "length": min(128, shape.context_length // 2)}
+            yield f"Generation, {prompts} prompt{'s' * (prompts > 1)}, shape {shape.name}, fp32", contestants, options
+    elif benchmark == "drafts":
         from charlm.runs.load import load
 
         heads = load(settings.run, device="cpu").heads
-        lineup = drafts_lineup(heads.pairs, heads.layers[-1])
-        texts = {"run": settings.run, "prompts": DRAFT_PROMPTS, "length": shape.context_length}
-        return [
-            (f"Drafts, {f'temperature {temperature:g}' if temperature else 'greedy'}", trials(
-                lineup, "drafts", temperature=temperature, **texts
-            ))
-            for temperature in TEMPERATURES
-        ]  # fmt: skip
-    pair = [charlm(precision), charlm(precision, MAIN_LOSS)]
-    if settings.benchmark == "auxiliary":
-        depths = sorted({shape.num_layers, *AUXILIARY_DEPTHS})
-        return [(f"depth {depth}", trials(pair, "train", replace(shape, num_layers=depth))) for depth in depths]
-    checkpointed = [charlm(precision, CHECKPOINTED)]  # in a race of its own: 64 layers of P fit into 24 GB only twice
-    return [
-        (f"{axis} {value}", trials(lineup, "train", point))
-        for axis, value, point in axis_points(shape, settings.device)
-        for lineup in (pair, checkpointed)
-    ]
+        contestants = drafts_lineup(heads.pairs, heads.layers[-1])
+        for temperature in TEMPERATURES:
+            options = {"task": "drafts", "run": settings.run, "prompts": DRAFT_PROMPTS, "length": shape.context_length}
+            how = f"temperature {temperature:g}" if temperature else "greedy"
+            yield f"Drafts, {how}", contestants, options | {"temperature": temperature}
+    else:
+        pair = [charlm(precision), charlm(precision, MAIN_LOSS)]
+        checkpointed = [
+            charlm(precision, CHECKPOINTED)
+        ]  # in a race of its own: 64 layers of P fit into 24 GB only twice
+        for axis, value, point in axis_points(benchmark, shape, settings.device):
+            for contestants in [pair] if benchmark == "auxiliary" else [pair, checkpointed]:
+                yield f"{axis} {value}", contestants, {"task": "train", "shape": point}
 
 
-def axis_points(shape: Shape, device: str) -> Iterator[tuple[str, int, Shape]]:
-    """The points of `scaling`. A longer context has a smaller batch, so that a step keeps its number of characters."""
+def axis_points(benchmark: str, shape: Shape, device: str) -> Iterator[tuple[str, int, Shape]]:
+    """The points of `auxiliary` or `scaling`.
+
+    A longer context has a smaller batch, so that a step keeps its number of characters.
+    """
+    if benchmark == "auxiliary":
+        for depth in sorted({shape.num_layers, *AUXILIARY_DEPTHS}):
+            yield "depth", depth, replace(shape, num_layers=depth)
+        return
     for context in CONTEXTS:
         batch = max(1, shape.characters // context)
         yield "context", context, replace(shape, context_length=context, batch_size=batch)
@@ -244,15 +234,15 @@ def in_words(settings: Settings, plan: Plan) -> str:
     contestants = sum(len(trials) for _, trials in plan)
     races = f"{len(plan)} races" if len(plan) > 1 else "one race"
     return (
-        f"{races}, {contestants} contestants in turn, {settings.num_rounds} rounds of "
+        f"{races}, {contestants} contestants in turn, {settings.rounds} rounds of "
         f"{plan[0][1][0].steps} timed steps; {settings.shape.in_words()}; {settings.device}"
     )
 
 
-def points_of(plan: Plan, races: list[RaceResult]) -> list[Point]:
+def points_of(plan: Plan, results: list[RaceResult]) -> list[Point]:
     """One point for the races of each title."""
     points: dict[str, Point] = {}
-    for (title, trials), result in zip(plan, races, strict=True):
+    for (title, trials), result in zip(plan, results, strict=True):
         axis, value = title.split()
         point = points.setdefault(title, Point(axis, int(value), trials[0].shape, {}, {}))
         for trial in result.trials:

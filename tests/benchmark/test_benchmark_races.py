@@ -195,6 +195,7 @@ def test_plans() -> None:
     assert sizes("train", compile=True) == [3 + 4 * 3]
     assert sizes("generate") == [1 + 3 * 3] * 2
     assert sizes("scaling") == [2, 1] * (5 + 4 + 4)
+    assert sizes("evaluate") == [3]
     [(_, training)] = build_plan(settings("train", precision="bf16"), peers, Path())
     assert {trial.setup.precision for trial in training if trial.setup.label == "as it comes"} == {"fp32"}
     assert {trial.setup.precision for trial in training if trial.setup.tuned} == {"bf16"}

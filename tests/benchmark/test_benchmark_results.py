@@ -5,7 +5,7 @@ import json
 import pytest
 from benchmarks.race import TrialResult
 from benchmarks.report import document, point_dict, scaling_table, to_markdown
-from benchmarks.results import RaceResult, spread
+from benchmarks.results import RaceResult
 from benchmarks.setups import AS_IT_COMES, TUNED, Setup, charlm
 from benchmarks.shapes import named_shape
 from benchmarks.suites import BenchmarkResult, Point, Settings
@@ -51,19 +51,9 @@ def result() -> RaceResult:
     )
 
 
-def test_spread_by_hand() -> None:
-    """Guards against quartiles of another kind, and a crash on a single round."""
-    assert spread([1, 2, 3, 4, 9]) == {"median": 3.0, "lower_quartile": 2.0, "upper_quartile": 4.0}
-    assert spread([5.0]) == {"median": 5.0, "lower_quartile": 5.0, "upper_quartile": 5.0}
-
-
-def test_rate_counts_every_timed_step(result: RaceResult) -> None:
-    """Guards against dividing by the seconds of one step."""
-    assert result.own.rates() == [60.0, 30.0, 15.0]
-
-
 def test_ratios_are_taken_within_a_round(result: RaceResult) -> None:
     """Guards against a ratio of medians, which a machine that slows down by four in between would bend."""
+    assert result.own.rates() == [60.0, 30.0, 15.0]  # of 2 steps of 30 characters
     headline = result.headline()
     # Rounds: 2 / 1, 3 / 2, 8 / 4; the ratio of the medians would be 1.5.
     assert headline["ratio_to_fastest_tuned_peer"] == pytest.approx(2.0)
@@ -79,10 +69,7 @@ def test_utilisation_by_hand(result: RaceResult) -> None:
     # In fp32 the faster product of each round is the limit: 50 of 200, 25 of 100 and 12.5 of 25.
     slow = result.utilisation(result.trials[2])
     assert [slow["lower_quartile"], slow["median"], slow["upper_quartile"]] == pytest.approx([0.25, 0.25, 0.375])
-
-
-def test_tf32_is_no_limit_of_fp32_on_a_gpu(result: RaceResult) -> None:
-    """Guards against measuring a peer as it comes, in fp32, against TF32 that it did not switch on."""
+    # On a GPU the faster one is TF32, which a peer as it comes does not switch on.
     on_gpu = RaceResult("Training", result.trials, result.products, "cuda")
     assert on_gpu.product_rates(result.trials[2]) == [100.0, 50.0, 25.0]
 
@@ -108,15 +95,11 @@ def test_table_of_a_race(result: RaceResult) -> None:
     assert [row[-1] for row in rows] == ["", "0.90", "2.00", "2.50", "3.00", "4.00"]
 
 
-def test_compiled_or_not_is_charlms_own_choice_too(result: RaceResult) -> None:
-    """Guards against measuring compiled peers against charlm's slower line."""
+def test_other_lineups(result: RaceResult) -> None:
+    """Guards against measuring compiled peers against charlm's slower line, and a crash where no peer is installed."""
     compiled = entry(charlm("bf16", "all losses, compiled"), [0.5, 1.0, 2.0])
     both = RaceResult("Training", [*result.trials, compiled], result.products)
     assert both.headline()["ratio_to_fastest_tuned_peer"] == pytest.approx(4.0)
-
-
-def test_a_race_without_peers(result: RaceResult) -> None:
-    """Guards against a crash where no peer is installed."""
     alone = RaceResult("Training", result.trials[:2], result.products)
     assert alone.headline()["ratio_to_fastest_tuned_peer"] is None
     assert "charlm" in alone.to_markdown()

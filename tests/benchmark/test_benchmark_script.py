@@ -12,7 +12,6 @@ from tiny import run_script
     [
         (["race"], "benchmark=race"),
         (["train", "--rounds=0"], "rounds=0"),
-        (["train", "--steps=-1"], "steps=-1"),
         (["train", "--shape=D"], "shape=D"),
         (["train", "--peers=nanoGPT"], "peers=nanoGPT"),
         (["generate", "--precision=bf16"], "precision=bf16"),

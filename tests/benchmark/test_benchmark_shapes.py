@@ -8,7 +8,6 @@ from benchmarks.peers import build_peer, gated_d_ff, matrix_parameters
 from benchmarks.setups import Setup
 from benchmarks.shapes import Shape, charlm_config, named_shape
 
-from charlm.config import UserError
 from charlm.objective.count import num_parameters
 from charlm.report.explain import explain
 
@@ -33,14 +32,6 @@ def test_charlm_runs_the_whole_table(name: str, auxiliary: bool, flop: int, targ
     assert explanation.flops_per_character["training_start"] == flop
     assert len(explanation.terms) == targets * exits
     assert {term.positions for term in explanation.terms} == {"all"}
-
-
-def test_shape_d_needs_a_gpu() -> None:
-    """Guards against a run that no laptop could hold."""
-    with pytest.raises(UserError, match="shape=D: needs a GPU"):
-        named_shape("D", gpu=False)
-    assert named_shape("D", gpu=True).num_layers == 64
-    assert (named_shape("P", gpu=True).batch_size, named_shape("P", gpu=False).batch_size) == (64, 2)
 
 
 @pytest.mark.parametrize(
