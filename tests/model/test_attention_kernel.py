@@ -100,18 +100,10 @@ def test_many_texts_side_by_side_are_read_as_each_alone(randomise, request, leng
     ("head_size", "length"),
     [(8, 1), *((size, block_length(size) + more) for size in (8, 128) for more in (-1, 0, 1)), (8, 256), (8, 273)],
 )
-def test_blockwise_attention_equals_the_fused_kernel(head_size, length):
-    """A block that sees the future, misses the last keys, or adds its gradient to the wrong ones; a scale left out."""
-    compare_with_the_fused_kernel(length, head_size, torch.float64, tolerance=1e-10)
-
-
-def test_blockwise_attention_in_bf16_is_as_close_as_bf16_allows():
-    """Scores or gradients that lose more than the rounding of their inputs: a reduction in bf16, a wrong scale."""
-    compare_with_the_fused_kernel(200, 16, torch.bfloat16, tolerance=0.01)
-
-
-def compare_with_the_fused_kernel(length: int, head_size: int, dtype: torch.dtype, tolerance: float) -> None:
-    """The result and the three gradients, against the kernel in float64 on the same numbers."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.bfloat16, 0.01)])
+def test_blockwise_attention_equals_the_fused_kernel(head_size, length, dtype, tolerance):
+    """A block that sees the future, misses the last keys, or adds its gradient to the wrong ones; a scale left out; a
+    sum rounded to bf16."""
     *states_BHTC, grad_BHTC = torch.randn(4, 2, 3, length, head_size, dtype=dtype)
     results = []
     for function, precision in (

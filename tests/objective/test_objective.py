@@ -77,8 +77,6 @@ FADING = PositionsConfig(schedule="linear")
         (AuxConfig(), 0.0, 2.25 + 2.25 / 2 + 1.75 + 2.125 / 2),
         (AuxConfig(), 0.25, 1.75 + 2.125 / 2),
         (AuxConfig(reduction="mean"), 0.0, (2.25 + 2.25 / 2 + 1.75 + 2.125 / 2) / 2),
-        (AuxConfig(reduction="mean"), 0.25, 1.75 + 2.125 / 2),
-        (AuxConfig(targets=TargetsConfig(enabled=False)), 0.0, 2.25 + 1.75),
         (AuxConfig(layers=LayersConfig(enabled=False)), 0.0, 1.75 + 2.125 / 2),
         (AuxConfig(positions=PositionsConfig(enabled=False)), 0.0, 3.0 + 2.5 / 2 + 2.0 + 2.0 / 2),
         # While positions decay: at 1/4 of the run, 3/4 of a loss at all positions and 1/4 at the last.
@@ -87,7 +85,6 @@ FADING = PositionsConfig(schedule="linear")
             0.25,
             3 / 4 * (2.25 + 2.25 / 2 + 1.75 + 2.125 / 2) + 1 / 4 * (3.0 + 2.5 / 2 + 2.0 + 2.0 / 2),
         ),
-        (AuxConfig(positions=FADING), 0.25, 3 / 4 * (1.75 + 2.125 / 2) + 1 / 4 * (2.0 + 2.0 / 2)),
         (
             AuxConfig(positions=FADING, layers=LASTING, reduction="mean"),
             0.5,
@@ -120,7 +117,6 @@ def some_windows(objective: Objective, seed: int = 0) -> Tensor:
     [
         (AuxConfig(), 0.0, 4, [(1, [1, 2], 6), (2, [1, 2], 6), (3, [1, 2], 6), (4, [1, 2], 6)]),
         (AuxConfig(), 0.125, 4, [(2, [1, 2], 6), (3, [1, 2], 6), (4, [1, 2], 6)]),
-        (AuxConfig(), 0.5, 4, [(4, [1, 2], 6)]),
         (AuxConfig(targets=TargetsConfig(schedule="cutoff", end=0.4)), 0.4, 4, [(4, [1], 6)]),
         (AuxConfig(positions=PositionsConfig(schedule="cutoff", end=0.5)), 0.5, 4, [(4, [1, 2], 1)]),
         (AuxConfig(positions=FADING, layers=LayersConfig(enabled=False)), 0.5, 4, [(4, [1, 2], 6)]),
@@ -257,18 +253,6 @@ def test_layers_apart_by_hand(layers):
     assert list(report.parts) == [term.name for term in objective.terms if term.layer in wanted]
 
 
-def test_losses_of_states_at_hand_are_those_of_the_windows(randomise):
-    """Losses computed from hidden states that part from those of a forward pass, or rows of layers not handed in."""
-    objective = real_objective(randomise, AuxConfig(positions=FADING, layers=LASTING))
-    windows_BW = some_windows(objective)
-    hidden_states = objective.transformer(windows_BW[:, :6], [1, 3, 4])
-    report, expected = objective.losses(hidden_states, windows_BW, 0.25), objective(windows_BW, 0.25, [1, 3, 4])
-    assert report.parts == expected.parts
-    assert torch.equal(report.total, expected.total)
-    with pytest.raises(ValueError, match="no row"):
-        real_objective(randomise, AuxConfig()).losses({1: hidden_states[1]}, windows_BW, 0.125)
-
-
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_hinge_of_an_intermediate_layer_by_hand(backend):
     """A hinge on a layer's mean, on the last layer too, or in the losses that are logged."""
@@ -283,17 +267,6 @@ def test_hinge_of_an_intermediate_layer_by_hand(backend):
     mixed = (replace(objective.terms[0], hinge=0.5), replace(objective.terms[0], positions="last"))
     with pytest.raises(ValueError, match="one hinge"):
         Objective(objective.transformer, objective.heads, mixed)
-
-
-def test_a_hinge_does_not_depend_on_micro_batches(randomise):
-    """Thresholds of means: a batch whose halves stand above and below them would count otherwise when it is cut."""
-    objective = real_objective(randomise, AuxConfig(layers=LASTING))
-    objective.terms = tuple(replace(term, hinge=1.5 if term.layer < 4 else 0.0) for term in objective.terms)
-    windows_BW = some_windows(objective).repeat(2, 1)
-    whole = objective(windows_BW, 0.0)
-    parts = [objective(windows_BW[cut], 0.0) for cut in (slice(0, 2), slice(2, 6))]
-    expected = parts[0].total * (2 / 6) + parts[1].total * (4 / 6)
-    torch.testing.assert_close(whole.total, expected)
 
 
 class ReadsStates(nn.Module):

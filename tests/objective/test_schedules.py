@@ -1,16 +1,11 @@
-"""Schedules: exact numbers, exact switching steps, and what holds for all of them."""
+"""Schedules: exact weights, and exact steps at which they switch and end."""
 
 import math
 from fractions import Fraction
-from itertools import pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from charlm.objective.schedules import (
-    DECAYS,
-    Schedule,
     constant,
     cosine,
     cutoff,
@@ -32,31 +27,24 @@ PROGRESSES = [0.0, 0.1, 0.25, 0.375, 0.5, 0.625, 0.75, 0.9]
         (constant(0.5), [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
         (linear(), [1.0, 0.9, 0.75, 0.625, 0.5, 0.375, 0.25, 0.1]),
         (linear(0.25, 0.75), [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
-        (linear(0.5, 0.5), [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
         (linear(0.0, 0.0), [0.0] * 8),
         (
             cosine(0.0, 0.75),
             [1.0, (1 + math.cos(math.pi * 2 / 15)) / 2, 0.75, 0.5, 0.25, (2 - math.sqrt(3)) / 4, 0.0, 0.0],
         ),
-        (cosine(0.25, 0.75), [1.0, 1.0, 1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0.0, 0.0]),
         (cutoff(0.25, 0.75), [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]),
         (cutoff(0.25, 0.75, Fraction(1, 4)), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
         (cutoff(0.1, 0.1), [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
-        (staggered(1, 2), [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
         (staggered(3, 4), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
         (staggered(2, 4, 0.5, 1.0), [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]),
         (linear(0.25, 0.75) * constant(0.5), [0.5, 0.5, 0.5, 0.375, 0.25, 0.125, 0.0, 0.0]),
-        (linear(0.25, 0.75) * linear(), [1.0, 0.9, 0.75, 0.46875, 0.25, 0.09375, 0.0, 0.0]),
         (linear(0.25, 0.75).complement(), [0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]),
         (cutoff(0.0, 0.5).complement(), [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]),
         (gradual(3, 4), [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),  # from (4 - 3) / 8 on
-        (gradual(1, 4), [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
         (gradual(2, 4, 0.5, 1.0), [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]),
         (growing(2, 4), [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),  # from 1/4, 2/4 and 3/4 on
-        (growing(3, 4), [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]),
         (growing(4, 4, 0.5, 1.0), [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]),
         (shrinking(4, 4), [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),  # until 1/4, 2/4 and 3/4
-        (shrinking(3, 4), [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
         (shrinking(2, 4, 0.0, 0.5), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
         (staged([1.0, 0.25, 0.0], [0.25, 0.625, 1.0]), [1.0, 1.0, 0.25, 0.25, 0.25, 0.0, 0.0, 0.0]),
         (staged([1.0, 0.5], [0.5, 1.0], 0.5, 1.0), [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5]),
@@ -106,78 +94,34 @@ def test_switches_are_at_the_exact_step(total, start, end):
     ("schedule", "stops_at", "limit"),
     [
         (constant(1.0), None, 1.0),
-        (constant(0.25), None, 0.25),
         (constant(0.0), 0.0, 0.0),
         (constant(1.0).complement(), 0.0, 0.0),
         (linear(), None, 0.0),
-        (cosine(), None, 0.0),
-        (cutoff(), None, 1.0),
         (cutoff(0.0, 0.0), 0.0, 0.0),
         (cutoff(0.2, 0.6), 0.6, 0.0),
-        (linear(0.2, 0.6), 0.6, 0.0),
         (cosine(0.2, 0.6), 0.6, 0.0),
         (linear(0.5, 1.0), None, 0.0),
         (linear(0.2, 0.6).complement(), None, 1.0),
-        (linear().complement(), None, 1.0),
         (staggered(3, 4), 0.375, 0.0),
-        (staggered(1, 4, 0.1, 0.9), 0.2, 0.0),
-        (staggered(1, 2) * linear(0.0, 0.2), 0.2, 0.0),
         (staggered(1, 2) * linear(0.5, 0.9), 0.25, 0.0),
         (staggered(1, 2) * constant(0.0), 0.0, 0.0),
         (cutoff(0.0, 0.3).complement() * cutoff(0.0, 0.5), 0.5, 0.0),
         (cutoff(0.0, 0.3).complement() * cutoff(0.0, 0.3), 0.0, 0.0),
         (linear() * linear().complement(), None, 0.0),
-        (gradual(1, 4), None, 1.0),
-        (gradual(1, 4, 1.0, 1.0), 0.0, 0.0),
         (gradual(3, 4, 0.2, 1.0) * cutoff(0.0, 0.3), 0.0, 0.0),
         (gradual(3, 4, 0.2, 1.0) * cutoff(0.0, 0.31), 0.31, 0.0),
-        (growing(4, 4), None, 1.0),
-        (shrinking(4, 4), 0.25, 0.0),
         (shrinking(2, 3, 0.1, 0.7), 0.5, 0.0),
         (staged([0.0, 1.0, 0.0], [0.3, 0.6, 1.0]), 0.6, 0.0),
         (staged([1.0, 0.0, 0.0], [0.3, 0.6, 1.0], passage="linear"), 0.3, 0.0),
         (staged([0.0, 0.0, 1.0], [0.3, 0.6, 1.0], passage="linear"), None, 1.0),
-        (staged([0.0, 0.0], [0.3, 1.0]), 0.0, 0.0),
         (staged([0.0, 0.5], [0.3, 1.0], 0.5, 0.5), None, 0.5),
-        (rotational(3, 4, 100), None, 1.0),
         (rotational(3, 4, 100) * cutoff(0.0, 0.5), 0.5, 0.0),
-        (constant(0.0) * rotational(0, 4, 100), 0.0, 0.0),
     ],
 )
 def test_end_of_a_schedule(schedule, stops_at, limit):
     """A row listed that never weighs anything, or one dropped that does; an end that is off by an interval."""
     assert schedule.stops_at == stops_at
     assert schedule.limit == limit
-
-
-DECIMALS = st.integers(0, 1000).map(lambda thousandths: thousandths / 1000)
-SPANS = st.tuples(DECIMALS, DECIMALS).map(sorted)
-
-
-@st.composite
-def decays(draw) -> Schedule:
-    """Any schedule of a config that falls: one of the named ones or a layer's, or a product of two."""
-    start, end = draw(SPANS)
-    num_layers = draw(st.integers(2, 64))
-    layer = draw(st.integers(1, num_layers - 1))
-    one = draw(
-        st.sampled_from([*(decay(start, end) for decay in DECAYS.values()), staggered(layer, num_layers, start, end)])
-    )
-    return one * draw(decays()) if draw(st.booleans()) else one
-
-
-@given(decays(), st.lists(st.floats(0.0, 1.0, exclude_max=True), min_size=2, max_size=20).map(sorted))
-def test_decays_fall_from_1_to_0(schedule, progresses):
-    """A weight outside [0, 1], one that rises again, or that comes back after `stops_at`."""
-    weights = [schedule(progress) for progress in progresses]
-    assert all(0.0 <= weight <= 1.0 for weight in weights)
-    assert all(later <= earlier + 1e-15 for earlier, later in pairwise(weights))
-    complements = [schedule.complement()(progress) for progress in progresses]
-    assert all(
-        weight + other == pytest.approx(1.0, abs=1e-15) for weight, other in zip(weights, complements, strict=True)
-    )
-    if schedule.stops_at is not None:
-        assert all(weight == 0.0 for p, weight in zip(progresses, weights, strict=True) if p >= schedule.stops_at)
 
 
 @pytest.mark.parametrize("steps", [7, 60, 1000, 999_983, 8_000_000])
