@@ -63,13 +63,7 @@ def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -
 
 def fraction_done(run: VariantRun) -> float:
     """The share of a run's steps that its metrics show, from 0 to 1."""
-    try:
-        with Run(run.folder).metrics_path.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 2**16))
-            lines = file.read().split(b"\n")[:-1]  # a last line without newline is still being written
-        return min(1.0, json.loads(lines[-1])["step"] / run.config.train.steps)
-    except (OSError, ValueError, IndexError, KeyError, TypeError):
-        return 0.0
+    return max((row["step"] for row in Run(run.folder).metrics()), default=0) / run.config.train.steps
 
 
 def read_costs(run: VariantRun) -> dict[str, Any]:
