@@ -12,71 +12,49 @@ from charlm.config.load import load_config
 ROOT = Path(__file__).resolve().parents[1]
 
 OUT_OF_RANGE = {
-    "0": (
-        "data.valid_fraction model.num_layers model.d_model model.d_ff model.context_length aux.layers.every "
-        "aux.layers.total aux.layers.rotation aux.layers.tower_width aux.relay_layers aux.targets.num_targets "
-        "train.steps train.batch_size train.micro_batch_size train.learning_rate train.log_every "
-        "train.valid_symbols train.keep_checkpoints train.max_skipped"
-    ),
-    "nan": (
-        "data.valid_fraction model.residual_dropout aux.layers.hinge train.learning_rate train.clip_norm "
-        "train.spike_threshold"
-    ),
-    "1": (
-        "data.test_fraction model.attention_dropout aux.layers.tower_dropout aux.hedge.beta "
-        "aux.hedge.smoothing train.momentum"
-    ),
-    "file": "data.corpus",
-    "-1": (
-        "model.num_heads aux.layers.weight aux.layers.gamma train.warmup train.valid_every "
-        "train.checkpoint_every train.diagnose_every train.seed run.resume_from"
-    ),
-    "513": "model.d_model",
-    "-0.1": "model.activation_dropout train.weight_decay",
-    "-0.5": "aux.positions.start",
-    "1.5": "aux.positions.end",
-    "[3, 3]": "aux.layers.at",
-    "[3, 13]": "aux.layers.at",
-    "[0]": "aux.layers.at",
-    "[1/3, 0.5, 1.5]": "aux.layers.at",
-    "[4/3]": "aux.layers.at",
-    "[0/3]": "aux.layers.at",
-    "[1/0]": "aux.layers.at",
-    "[0.0]": "aux.layers.at",
-    "[nan]": "aux.layers.at",
-    "[1/3, 1/3]": "aux.layers.at",
-    "[1, 2]": "aux.layers.weights",
-    "[]": "aux.layers.weights",
-    "{4: -1}": "aux.layers.weights",
-    "{4: inf}": "aux.layers.weights",
-    "{13: 1}": "aux.layers.weights",
-    "{2/1: 1}": "aux.layers.weights",
-    "{4: 1, 1/3: 1}": "aux.layers.weights",
-    "{12: 1}": "aux.layers.weights",
-    "stages": "aux.layers.schedule aux.targets.schedule",
-    "[{until: 0.5, weights: [1]}]": "aux.layers.stages",
-    "[{until: 0.5, weights: [1]}, {until: 0.5, weights: [1]}, {weights: [1]}]": "aux.layers.stages",
-    "[{until: 0, weights: [1]}, {weights: [1]}]": "aux.layers.stages",
-    "[{weights: []}]": "aux.layers.stages",
-    "[{weights: [-1]}]": "aux.layers.stages",
-    "[{weights: [1, 1, 1]}]": "aux.targets.stages",
-    "{order: -1}": "aux.tasks",
-    "{order: {weight: 1, layer: 13}}": "aux.tasks",
-    "{order: {weight: 1, layer: 3/2}}": "aux.tasks",
-    "{order: {weight: 1, start: 0.5, end: 0.2}}": "aux.tasks",
-    "{a/b: 1}": "aux.tasks",
-    "inf": "aux.targets.weight train.learning_rate",
-    "2": "train.final_lr",
-    "[0.9, 1]": "train.adam_betas",
-    str(2**63): "train.seed",
-    "soon": "run.max_time",
-    "[wandb, wandb]": "run.tracker",
+    "data.valid_fraction": "0 | nan",
+    "data.test_fraction model.attention_dropout aux.layers.tower_dropout aux.hedge.beta train.momentum": "1",
+    "data.corpus": "file",
+    "model.num_layers model.d_ff model.context_length aux.layers.every aux.layers.rotation aux.relay_layers": "0",
+    "aux.layers.tower_width aux.targets.num_targets aux.layers.total train.steps train.batch_size": "0",
+    "train.micro_batch_size train.log_every train.valid_symbols train.keep_checkpoints train.max_skipped": "0",
+    "model.d_model": "0 | 513",
+    "model.residual_dropout train.spike_threshold": "nan",
+    "model.num_heads aux.layers.weight aux.layers.gamma train.warmup train.valid_every": "-1",
+    "train.checkpoint_every train.diagnose_every run.resume_from": "-1",
+    "model.activation_dropout train.weight_decay": "-0.1",
+    "aux.positions.start": "-0.5",
+    "aux.positions.end": "1.5",
+    "aux.layers.at": "[3, 3] | [3, 13] | [0] | [1/3, 0.5, 1.5] | [4/3] | [0/3] | [1/0] | [0.0] | [nan] | [1/3, 1/3]",
+    "aux.layers.weights": "[1, 2] | [] | {4: -1} | {4: inf} | {13: 1} | {2/1: 1} | {4: 1, 1/3: 1} | {12: 1}",
+    "aux.layers.schedule aux.targets.schedule": "stages",
+    "aux.layers.stages": """[{until: 0.5, weights: [1]}] | [{until: 0, weights: [1]}, {weights: [1]}]
+        | [{until: 0.5, weights: [1]}, {until: 0.5, weights: [1]}, {weights: [1]}] | [{weights: []}]
+        | [{weights: [-1]}]""",
+    "aux.layers.hinge train.clip_norm": "nan",
+    "aux.targets.stages": "[{weights: [1, 1, 1]}]",
+    "aux.targets.weight": "inf",
+    "aux.hedge.smoothing": "1",
+    "aux.tasks": """{order: -1} | {order: {weight: 1, layer: 13}} | {order: {weight: 1, layer: 3/2}} | {a/b: 1}
+        | {order: {weight: 1, start: 0.5, end: 0.2}}""",
+    "train.learning_rate": "0 | nan | inf",
+    "train.final_lr": "2",
+    "train.adam_betas": "[0.9, 1]",
+    "train.seed": f"-1 | {2**63}",
+    "run.max_time": "soon",
+    "run.tracker": "[wandb, wandb]",
 }
-"""Values, and the options that refuse them."""
+"""Options, and the values that each of them refuses."""
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for value, names in OUT_OF_RANGE.items() for name in names.split()]
+    ("name", "value"),
+    [
+        (name, value.strip())
+        for names, values in OUT_OF_RANGE.items()
+        for name in names.split()
+        for value in values.split("|")
+    ],
 )
 def test_value_out_of_range(name: str, value: str) -> None:
     """Guards against a check that is missing, names another option, or lets nan through."""

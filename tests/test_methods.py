@@ -29,36 +29,16 @@ WEIGHTS = {
     "hedge": {6: {3: 1}, 12: {3: 1, 6: 1, 9: 1}, 64: dict.fromkeys(range(3, 64, 3), 1)},
 }
 """What the intermediate layers of models of 6, 12 and 64 layers weigh at the start, worked out by hand."""
-ANOTHER_BASE = [
-    "--aux.layers.enabled=false",
-    "--aux.layers.schedule=stages",
-    "--aux.layers.stages=[{weights: 0.7}]",
-    "--aux.layers.start=0.2",
-    "--aux.layers.end=0.3",
-    "--aux.layers.every=2",
-    "--aux.layers.weights={1: 5}",
-    "--aux.layers.weight=0.1",
-    "--aux.layers.total=9",
-    "--aux.layers.gamma=7",
-    "--aux.layers.rotation=2",
-    "--aux.layers.head=tower",
-    "--aux.layers.tower_width=3",
-    "--aux.layers.tower_dropout=0.9",
-    "--aux.layers.hinge=3",
-    "--aux.targets.enabled=true",
-    "--aux.targets.schedule=growing",
-    "--aux.targets.start=0.1",
-    "--aux.targets.end=0.8",
-    "--aux.targets.num_targets=3",
-    "--aux.targets.weight=0.3",
-    "--aux.targets.layers=last",
-    "--aux.hedge.enabled=true",
-    "--aux.hedge.beta=0.5",
-    "--aux.hedge.smoothing=0.5",
-    "--aux.reduction=mean",
-    "--aux.main_weight=0.5",
-    "--aux.route=relay",
-]
+ANOTHER_BASE = """
+aux:
+  layers: {enabled: false, schedule: stages, stages: [{weights: 0.7}], start: 0.2, end: 0.3, every: 2, weights: {1: 5},
+    weight: 0.1, total: 9, gamma: 7, rotation: 2, head: tower, tower_width: 3, tower_dropout: 0.9, hinge: 3}
+  targets: {enabled: true, schedule: growing, start: 0.1, end: 0.8, num_targets: 3, weight: 0.3, layers: last}
+  hedge: {enabled: true, beta: 0.5, smoothing: 0.5}
+  reduction: mean
+  main_weight: 0.5
+  route: relay
+"""
 """A base config that says something else than any preset wherever it can."""
 
 
@@ -151,7 +131,7 @@ def test_multi_token(num_layers: int) -> None:
 def test_a_preset_overrules_any_base(name: str, tmp_path: Path) -> None:
     """Guards against a method that is another one on a base config that sets what the preset forgot."""
     base = tmp_path / "base.yaml"
-    base.write_text("".join(f"{flag[2:].replace('=', ': ', 1)}\n" for flag in ANOTHER_BASE))
+    base.write_text(ANOTHER_BASE)
     expected, config = alone(name), load_config([base, FOLDER / f"{name}.yaml"], ["--train.steps=100"])
     for step in range(0, 100, 9):
         assert rows(config, step / 100) == rows(expected, step / 100)
@@ -159,11 +139,7 @@ def test_a_preset_overrules_any_base(name: str, tmp_path: Path) -> None:
     assert config.aux.hedge.enabled == expected.aux.hedge.enabled
     if expected.aux.hedge.enabled:
         assert config.aux.hedge == expected.aux.hedge
-    if expected.aux.layers.enabled:
-        assert (config.aux.layers.head, config.aux.layers.hinge) == (
-            expected.aux.layers.head,
-            expected.aux.layers.hinge,
-        )
-    if expected.aux.layers.head == "tower":
-        for option in ("tower_width", "tower_dropout"):
-            assert getattr(config.aux.layers, option) == getattr(expected.aux.layers, option)
+    options = ["head", "hinge"] if expected.aux.layers.enabled else []
+    options += ["tower_width", "tower_dropout"] if expected.aux.layers.head == "tower" else []
+    for option in options:
+        assert getattr(config.aux.layers, option) == getattr(expected.aux.layers, option)

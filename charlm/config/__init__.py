@@ -107,12 +107,6 @@ def differences(a: Section, b: Section) -> dict[str, tuple[Any, Any]]:
 
 def has_mark(name: str, mark: Mark) -> bool:
     """Whether `mark` stands at an option, or at its section."""
-    kind: Any = Config
-    for part in name.split("."):
-        field = getattr(kind, "model_fields", {}).get(part)
-        if field is None:
-            return False
-        if mark in field.metadata:
-            return True
-        kind = field.annotation
-    return False
+    section, _, option = name.partition(".")
+    field = Config.model_fields[section]
+    return mark in (*field.metadata, *field.annotation.model_fields.get(option, field).metadata)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from charlm.config import Config, Section, UserError
-from charlm.config.types import NULLS, Lines, options_of, read_yaml, sections_of
+from charlm.config.types import NULLS, Lines, TextLoader, options_of, sections_of
 from charlm.config.wording import did_you_mean, shown
 
 S = TypeVar("S", bound=Section)
@@ -95,7 +95,7 @@ _Dumper.add_multi_representer(PurePath, _path_as_text)
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        tree = read_yaml(file.read_text(encoding="utf-8"))
+        tree = TextLoader(file.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         hint = did_you_mean(str(file), map(str, file.parent.glob("*.yaml")))
         raise UserError(f"config file {file} does not exist{hint}") from None

@@ -1,6 +1,7 @@
 """The auxiliary losses."""
 
 import re
+from contextlib import suppress
 from fractions import Fraction
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
@@ -18,13 +19,11 @@ def _depth(value: Any) -> int | float | str:
     text = value if isinstance(value, str) else repr(value)
     if re.fullmatch(r"[0-9]{1,9}", text):
         return int(text)
-    if re.fullmatch(r"[0-9]{1,9}/[1-9][0-9]{0,8}", text) and 0 < Fraction(text) <= 1:
-        return text
-    try:
+    with suppress(ValueError, ZeroDivisionError):
+        if re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text) and 0 < Fraction(text) <= 1:
+            return text
         if 0 < float(text) <= 1:
             return float(text)
-    except ValueError:
-        pass
     raise ValueError("is neither a layer's number nor a fraction of the depth in (0, 1], such as 1/3 or 0.5")
 
 
@@ -86,12 +85,6 @@ class Stage(Section):
     until: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Reading of the schedule's clock at the end of the stage. The last stage ends at 1."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.weights:
-            raise self.mistake("weights", "should have at least one weight")
-        return self
-
 
 class StagedLossConfig(AuxLossConfig):
     """An auxiliary loss whose weights may be a table of stages."""
@@ -106,6 +99,8 @@ class StagedLossConfig(AuxLossConfig):
     def _check_stages(self) -> Self:
         if self.schedule == "stages" and not self.stages:
             raise self.mistake("schedule", "needs stages", "stages")
+        if not all(stage.weights for stage in self.stages):
+            raise self.mistake("stages", "every stage should have at least one weight")
         ends = [0.0, *(stage.until for stage in self.stages)]
         if self.stages and not (ends[-1] == 1 and all(earlier < later for earlier, later in pairwise(ends))):
             raise self.mistake("stages", "until must rise to 1 at the end")

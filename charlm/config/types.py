@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -129,14 +130,9 @@ def _config_error(kind: type[Section], error: ValidationError, places: Mapping[s
 
 def _from_yaml(text: str) -> Any:
     try:
-        return read_yaml(text)
+        return TextLoader(text).get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"is not valid YAML: {getattr(error, 'problem', None) or 'nested too deeply'}") from None
-
-
-def read_yaml(text: str) -> Any:
-    """The text, lists and mappings of a YAML document. Raises YAMLError, or RecursionError."""
-    return TextLoader(text).get_single_data()
 
 
 class Lines(dict):
@@ -162,17 +158,10 @@ def _whole(value: Any) -> Any:
     """1e6 is a whole number as text, too; true is none."""
     if isinstance(value, bool):
         raise ValueError("should be a valid integer")
-    if isinstance(value, str) and "e" in value.lower():
-        try:
-            number = float(value)
-        except ValueError:
-            return value
-        return int(number) if number.is_integer() else value
+    with suppress(ValueError):
+        if isinstance(value, str) and "e" in value.lower() and float(value).is_integer():
+            return int(float(value))
     return value
-
-
-def _precision(value: Any) -> Any:
-    return "fp32" if value == "no" else value
 
 
 # Limits come before the function: behind it the JSON schema, which help is made from, would lack them.
@@ -184,5 +173,5 @@ NonNegative = Annotated[float, Field(ge=0)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Precision = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(_precision)]
+Precision = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(lambda word: "fp32" if word == "no" else word)]
 """Precision of matrix products. `no`, accelerate's word for fp32, is understood as well."""
