@@ -349,9 +349,9 @@ PAPER = """
 data.vocabulary=bytes model.num_heads=2 model.d_model=512 model.d_ff=2048 model.context_length=512
 model.position_encoding=per_layer model.ngrams=[] model.activation=relu model.residual_dropout=0
 aux.positions.enabled=true aux.positions.schedule=constant aux.layers.enabled=true aux.layers.every=1
-aux.layers.weight=1 aux.layers.schedule=staggered aux.layers.start=0 aux.layers.end=1 aux.layers.at=null aux.layers.weights=null
-aux.targets.enabled=true aux.targets.num_targets=2 aux.targets.weight=0.5 aux.targets.schedule=constant
-aux.hedge.enabled=false aux.reduction=sum aux.main_weight=1 aux.route=joint
+aux.layers.weight=1 aux.layers.schedule=staggered aux.layers.start=0 aux.layers.end=1 aux.layers.at=null
+aux.layers.weights=null aux.targets.enabled=true aux.targets.num_targets=2 aux.targets.weight=0.5
+aux.targets.schedule=constant aux.hedge.enabled=false aux.reduction=sum aux.main_weight=1 aux.route=joint
 train.batch_size=16 train.optimizer=sgd train.momentum=0.99 train.learning_rate=0.003 train.lr_schedule=constant
 train.warmup=0 train.weight_decay=0 train.clip_norm=0 train.valid_every=10_000
 """

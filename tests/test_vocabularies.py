@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import charlm
-from charlm.config import UserError
+from charlm.config import Config, UserError
 from charlm.data.corpus import load_corpus
 from charlm.data.vocabulary import CharacterVocabulary
 from charlm.objective.build import build_objective
@@ -73,6 +74,13 @@ def test_prepare_train_evaluate_generate(kind, vocabulary, script, tmp_path):
     assert written == f"{prompt}{charlm.generate(trained, prompt, length=12)}\n"
 
 
+def config_on(folder: Path, vocabulary: str, *flags: str) -> Config:
+    """A tiny run in a folder, on its text.txt."""
+    data = ["--data.corpus=file", f"--data.path={folder / 'text.txt'}", f"--data.cache_dir={folder / 'cache'}"]
+    data += [f"--data.vocabulary={vocabulary}", f"--run.dir={folder / 'run'}"]
+    return charlm.load_config(overrides=[*TINY, *data, *flags])
+
+
 # Two lines of 12 characters and 22 bytes. Sentencepiece: the unknown piece, 256 bytes and 9 characters; not the tab,
 # which is spelled in one byte, nor U+2581, which is spelled in three.
 @pytest.mark.parametrize(
@@ -84,17 +92,7 @@ def test_bits_per_byte_of_a_uniform_model(vocabulary, num_symbols, size, tmp_pat
     line = "né 世界 a\u2581🎉\t\r\n"  # 1 2 1 3 3 1 1 3 4 1 1 1 bytes
     assert (len(line), len(line.encode()), len(set(line))) == (12, 22, 11)
     (tmp_path / "text.txt").write_bytes((line * 20).encode())
-    flags = [
-        *TINY,
-        "--data.corpus=file",
-        f"--data.path={tmp_path / 'text.txt'}",
-        f"--data.cache_dir={tmp_path / 'cache'}",
-        f"--data.vocabulary={vocabulary}",
-        "--data.character_coverage=1",
-        "--data.test_fraction=0.1",
-        f"--run.dir={tmp_path / 'run'}",
-    ]
-    config = charlm.load_config(overrides=flags)
+    config = config_on(tmp_path, vocabulary, "--data.character_coverage=1", "--data.test_fraction=0.1")
     corpus = load_corpus(config.data, show_progress=False)
     assert (corpus.vocabulary.size, corpus.splits["test"].symbols) == (size, num_symbols)
     objective = build_objective(config, size)
@@ -111,9 +109,7 @@ def test_bits_per_byte_of_a_uniform_model(vocabulary, num_symbols, size, tmp_pat
 def run(tmp_path) -> Run:
     """A run on two letters and a space, as training leaves it."""
     (tmp_path / "text.txt").write_text("ab ba " * 100)
-    flags = ["--data.corpus=file", f"--data.path={tmp_path / 'text.txt'}", f"--data.cache_dir={tmp_path / 'cache'}"]
-    flags += ["--data.vocabulary=characters", f"--run.dir={tmp_path / 'run'}"]
-    config = charlm.load_config(overrides=[*TINY, *flags])
+    config = config_on(tmp_path, "characters")
     run = Run.create(config, load_corpus(config.data, show_progress=False).to_dict())
     save_checkpoint(run, take_snapshot(build_objective(config, 3), [], {"step": 1}), best=True, keep=1)
     return run
@@ -172,9 +168,7 @@ def test_symbols_of_other_types_train(tmp_path):
     """Guards against windows of uint16 or uint32 ids that torch cannot read."""
     text = "".join(chr(0x4E00 + number) for number in range(400)) * 5
     (tmp_path / "text.txt").write_text(text)
-    flags = ["--data.corpus=file", f"--data.path={tmp_path / 'text.txt'}", f"--data.cache_dir={tmp_path / 'cache'}"]
-    flags += ["--data.vocabulary=characters", f"--run.dir={tmp_path / 'run'}"]
-    config = charlm.load_config(overrides=[*TINY, *flags])
+    config = config_on(tmp_path, "characters")
     assert load_corpus(config.data, show_progress=False).splits["train"].ids.dtype == np.uint16
     trained = charlm.load(charlm.train(config), "last")
     assert trained.vocabulary.size == 400
