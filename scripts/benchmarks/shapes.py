@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from charlm.config import (
     AuxConfig,
@@ -10,7 +11,6 @@ from charlm.config import (
     DataConfig,
     LayersConfig,
     ModelConfig,
-    Precision,
     RunConfig,
     TargetsConfig,
     TrainConfig,
@@ -82,16 +82,8 @@ def text_config(text: Path) -> DataConfig:
     return DataConfig(corpus="file", path=text, cache_dir=text.parent / "cache")
 
 
-def charlm_config(
-    shape: Shape,
-    text: Path,
-    *,
-    mixed_precision: Precision,
-    auxiliary: bool = True,
-    compile: bool = False,
-    activation_checkpointing: bool = False,
-) -> Config:
-    """charlm's defaults at this shape, with AdamW.
+def charlm_config(shape: Shape, text: Path, *, auxiliary: bool = True, **train: Any) -> Config:
+    """charlm's defaults at this shape, with AdamW and the given options of training.
 
     With `auxiliary` all rows of the table are active: two targets at every layer. Without it only the next character is
     predicted, at all positions, as the peers do.
@@ -106,11 +98,9 @@ def charlm_config(
             steps=ENDLESS,
             batch_size=shape.batch_size,
             optimizer="adamw",
-            mixed_precision=mixed_precision,
-            compile="yes" if compile else "no",
-            activation_checkpointing=activation_checkpointing,
             log_every=100,
             valid_every=ENDLESS,
+            **train,
         ),
         run=RunConfig(dir=text.parent / f"run-{os.getpid()}"),
     )

@@ -26,9 +26,9 @@ def train_charlm(trial: Trial, timer: Timer) -> None:
     config = charlm_config(
         trial.shape,
         trial.text,
-        mixed_precision="bf16" if trial.setup.precision == "bf16" else "fp32",
         auxiliary=trial.setup.auxiliary,
-        compile=trial.setup.compile,
+        mixed_precision=trial.setup.precision,
+        compile="yes" if trial.setup.compile else "no",
         activation_checkpointing=trial.setup.activation_checkpointing,
     )
     explanation = explain(config)
