@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,3 +63,25 @@ def manifest_for(folder: Path) -> str:
 
 def _entry(content: bytes) -> dict:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+# Damage to a folder, for tables of cases.
+
+
+def written(name: str, content: bytes | str) -> Callable[[Path], object]:
+    """Another content of a file."""
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def replaced(name: str, put: Callable[[Path], object]) -> Callable[[Path], object]:
+    """`put` makes something in the place of a file."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        put(folder / name)
+
+    return change
+
+
+def missing(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()

@@ -142,11 +142,9 @@ def _open(folder: Path, source: Source) -> Corpus:
     if record["format"] != FORMAT or source.fingerprint not in (None, record["fingerprint"]):
         raise ValueError("made by another version, or from another text")
     vocabulary = vocabulary_from_dict(record["vocabulary"])
-    if record["dtype"] != id_type(vocabulary.size).name:
-        raise ValueError(f"ids of type {record['dtype']} for {vocabulary.size} symbols")
     if ids_path.is_symlink() or not ids_path.is_file() or sha256_of(ids_path) != record["ids_sha256"]:
         raise ValueError("ids.bin is damaged")
-    ids = np.memmap(ids_path, dtype=record["dtype"], mode="r")
+    ids = np.memmap(ids_path, dtype=id_type(vocabulary.size), mode="r")
     splits, start = {}, 0
     for name in SPLITS:
         sizes = record["splits"][name]

@@ -97,8 +97,7 @@ def find_source(config: DataConfig, cache_dir: Path, show_progress: bool) -> Sou
         UserError: data.path or a folder of data.hub_id does not exist, cannot be read, or is of the wrong kind.
     """
     if config.corpus in PUBLISHED:
-        published = PUBLISHED[config.corpus]
-        return _local_copy(config, published) if config.path else _fetched(config, published, cache_dir, show_progress)
+        return _published(config, PUBLISHED[config.corpus], cache_dir / f"{config.corpus}.download", show_progress)
     if config.corpus == "python-stdlib":
         origin, option = f"Python {platform.python_version()}, standard library", "data.corpus=python-stdlib"
         return _files(config, Path(sysconfig.get_path("stdlib")), origin, option, suffix=".py", skip=NOT_LIBRARY)
@@ -110,28 +109,39 @@ def find_source(config: DataConfig, cache_dir: Path, show_progress: bool) -> Sou
     return _dataset(config, config.hub_id or HUB_IDS[config.corpus], cache_dir, show_progress)
 
 
-def _fetched(config: DataConfig, published: Published, cache_dir: Path, show_progress: bool) -> Source:
-    option = f"data.corpus={config.corpus}"
-
-    def chunks() -> Generator[bytes]:
-        folder = cache_dir / f"{config.corpus}.download"
-        try:
-            archive = _download(published, folder, show_progress)
-        except UserError as error:
-            yield from _verified(_mirrored(published, option, show_progress, error), published, option)
-        else:
-            yield from _verified(_unpacked(archive, published.member, option), published, option)
-        shutil.rmtree(folder, ignore_errors=True)
-
+def _published(config: DataConfig, published: Published, downloads: Path, show_progress: bool) -> Source:
+    """A published text, from the user's own copy if there is one."""
+    if config.path is None:
+        option, origin, fingerprint = f"data.corpus={config.corpus}", published.url, None
+        text = partial(_fetched, published, downloads, option, show_progress)
+    else:
+        path = absolute(config.path)
+        option, origin = f"data.path={path}", str(path)
+        with _reading(option):
+            fingerprint = _fingerprint([path])
+        if not path.is_file():
+            raise UserError(f"{option}: not a file; give a copy of {published.member}, raw or as .zip, .gz or .xz")
+        text = partial(_unpacked, path, published.member, option)
     return Source(
         key=config.corpus,
-        origin=published.url,
+        origin=origin,
         option=option,
-        fingerprint=None,
-        chunks=chunks,
+        fingerprint=fingerprint,
+        chunks=lambda: _verified(text(), published, option),
         split_sizes=published.split_sizes,
         size=published.size,
     )
+
+
+def _fetched(published: Published, downloads: Path, option: str, show_progress: bool) -> Generator[bytes]:
+    """The text of the downloaded archive, which is removed after the last byte; of the mirror if that fails."""
+    try:
+        archive = _download(published, downloads, show_progress)
+    except UserError as error:
+        yield from _mirrored(published, option, show_progress, error)
+    else:
+        yield from _unpacked(archive, published.member, option)
+    shutil.rmtree(downloads, ignore_errors=True)
 
 
 def _download(published: Published, folder: Path, show_progress: bool) -> Path:
@@ -175,24 +185,6 @@ def _mirrored(published: Published, option: str, show_progress: bool, why: UserE
             yield from documents(splits, split, "text", "", option)
     except UserError as error:
         raise UserError(f"{why}\nIts mirror fails, too: {error}") from error
-
-
-def _local_copy(config: DataConfig, published: Published) -> Source:
-    path = absolute(config.path)
-    option = f"data.path={path}"
-    with _reading(option):
-        fingerprint = _fingerprint([path])
-    if not path.is_file():
-        raise UserError(f"{option}: not a file; give a copy of {published.member}, raw or as .zip, .gz or .xz")
-    return Source(
-        key=config.corpus,
-        origin=str(path),
-        option=option,
-        fingerprint=fingerprint,
-        chunks=lambda: _verified(_unpacked(path, published.member, option), published, option),
-        split_sizes=published.split_sizes,
-        size=published.size,
-    )
 
 
 def _files(

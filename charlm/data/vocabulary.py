@@ -114,11 +114,6 @@ class CharacterVocabulary(Vocabulary):
 
     characters: str
 
-    @classmethod
-    def train(cls, counts: np.ndarray) -> "CharacterVocabulary":
-        """All characters of a text; `counts` holds the frequency of each code point."""
-        return cls("".join(map(chr, np.flatnonzero(counts))))
-
     @cached_property
     def symbols(self) -> tuple[bytes, ...]:
         return tuple(map(str.encode, self.characters))
@@ -240,7 +235,7 @@ def train_vocabulary(config: DataConfig, utf8: bool, texts: Iterable[bytes]) -> 
         found = np.bincount(_code_points(text))
         counts[: len(found)] += found
     if config.vocabulary == CharacterVocabulary.name:
-        return CharacterVocabulary.train(counts)
+        return CharacterVocabulary("".join(map(chr, np.flatnonzero(counts))))
     return SentencePieceVocabulary.train(counts, config.character_coverage)
 
 
@@ -267,11 +262,7 @@ def vocabulary_from_dict(record: dict[str, Any]) -> Vocabulary:
 
 
 def id_type(size: int) -> np.dtype:
-    """The smallest unsigned type for the ids of a vocabulary of this size. Raises UserError beyond 32 bits."""
-    if size > 2**32:
-        raise UserError(
-            f"vocabulary of {size:,} symbols: ids have at most 32 bits; use one of at most {2**32:,} symbols"
-        )
+    """The smallest unsigned type for the ids of a vocabulary of this size."""
     return np.min_scalar_type(max(size - 1, 0))
 
 

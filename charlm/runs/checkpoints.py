@@ -34,7 +34,7 @@ from charlm.config import UserError
 from charlm.files import read_json, sha256_of, sync, write_whole
 from charlm.runs.folder import Run
 from charlm.runs.snapshot import Snapshot
-from charlm.runs.tensors import check_model, check_space, describe_tensors, load_tensors, opened, save_tensors, shown
+from charlm.runs.tensors import check_model, check_space, load_tensors, opened, save_tensors, shown
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)
@@ -80,25 +80,23 @@ class Checkpoint:
     def check_tensors(self, expected: Mapping[str, Tensor], owned: Iterable[Collection[str]] = ()) -> None:
         """Raise UserError, naming file and tensor, unless the tensors are those of a model with this `state_dict`.
 
-        Names, shapes and types are compared, and only headers are read. Optimizer state must be a scalar, or have the
+        Names, shapes and types are compared. Optimizer state must be a scalar, or have the
         shape and type of its parameter. `owned` holds, for each optimizer, its parameters by the names used for their
         state (see `owned_parameters`): each has either complete optimizer state or none (it never received a gradient),
         and there is no other state.
         """
-        wanted = check_model(self.path / MODEL, expected, "config.yaml")
+        check_model(self.path / MODEL, expected, "config.yaml and provenance.json")
         path, owned = self.path / OPTIMIZER, list(owned)
         owners = set().union(*owned)
         keys = defaultdict(set)
-        for name, described in describe_tensors(path).items():
+        for name, tensor in load_tensors(path).items():
             parameter, _, key = name.rpartition(".")
             keys[parameter].add(key)
-            described_parameter = wanted.get(parameter.rpartition("/")[2])  # behind the prefix of a loss
-            if described_parameter is None or (owned and parameter not in owners):
+            owner = expected.get(parameter.rpartition("/")[2])  # behind the prefix of a loss
+            if owner is None or (owned and parameter not in owners):
                 raise UserError(f"{path} has a tensor {name}, which belongs to no parameter")
-            if described[0] and described != described_parameter:
-                raise UserError(
-                    f"{path}: its tensor {name} is {shown(described)}, and its parameter {shown(described_parameter)}"
-                )
+            if tensor.ndim > 0 and shown(tensor) != shown(owner):
+                raise UserError(f"{path}: its tensor {name} is {shown(tensor)}, and its parameter {shown(owner)}")
         for parameters in owned:
             complete = set().union(*(keys[name] for name in parameters))
             for name in parameters:

@@ -46,12 +46,6 @@ def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> Train
     found.check_vocabulary(corpus.get("vocabulary"))
     vocabulary = vocabulary_from_dict(corpus.get("vocabulary"))
     tensors = found.tensors()
-    embedding = tensors.get("transformer.embedding.weight")
-    if embedding is not None and embedding.ndim > 0 and len(embedding) != vocabulary.size:
-        raise UserError(
-            f"{folder.provenance_path}: its vocabulary has {vocabulary.size} symbols, and the model {len(embedding)}; "
-            "restore that file"
-        )
     with torch.device("meta"):
         objective = build_objective(config, vocabulary.size, training=False)
     model = objective.state_dict()

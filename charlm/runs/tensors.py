@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,22 +18,6 @@ from charlm.files import sync
 MAX_HEADER_BYTES = 2**24
 SPARE_BYTES = 2**20
 """Free space needed beyond the tensors, for headers and small files."""
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""The names safetensors gives to the types of parameters and buffers."""
-
-Described = tuple[list[int], str | None]
-"""Shape and type of a tensor."""
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
@@ -58,20 +41,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, like: Path, metadata: d
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, on the CPU. Raises UserError if the file is damaged."""
+    """All tensors of a file by name, memory-mapped. Raises UserError if the file is damaged."""
     with opened(path):
         return load_file(path)
 
 
-def describe_tensors(path: Path) -> dict[str, Described]:
-    """Shape and type of every tensor of a file; only its header is read. Raises UserError if it is damaged."""
-    with opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        return {name: (tensor.get_shape(), tensor.get_dtype()) for name, tensor in slices.items()}
-
-
-def check_model(path: Path, expected: Mapping[str, Tensor], config: str) -> dict[str, Described]:
-    """Check that a file's tensors are those of a model with this `state_dict`; return their shapes and types.
+def check_model(path: Path, expected: Mapping[str, Tensor], config: str) -> dict[str, Tensor]:
+    """The tensors of a file, which must have the names, shapes and types of this `state_dict`.
 
     Args:
         config: name of the file that describes the model, for errors.
@@ -79,21 +55,18 @@ def check_model(path: Path, expected: Mapping[str, Tensor], config: str) -> dict
     Raises:
         UserError: the file has an extra tensor, lacks one, or has one of another shape or type.
     """
-    wanted: dict[str, Described] = {
-        name: (list(tensor.shape), DTYPES.get(tensor.dtype)) for name, tensor in expected.items()
-    }
-    found = describe_tensors(path)
-    for name in sorted(wanted.keys() | found.keys()):
+    found = load_tensors(path)
+    for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise UserError(f"{path} has no tensor {name}, which the model of {config} has")
-        if name not in wanted:
+        if name not in expected:
             raise UserError(f"{path} has a tensor {name}, which the model of {config} has not")
-        if found[name] != wanted[name]:
+        if shown(found[name]) != shown(expected[name]):
             raise UserError(
                 f"{path}: its tensor {name} is {shown(found[name])}, and that of the model of {config} "
-                f"{shown(wanted[name])}"
+                f"{shown(expected[name])}"
             )
-    return wanted
+    return found
 
 
 @contextmanager
@@ -110,7 +83,6 @@ def opened(path: Path) -> Iterator[safe_open]:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def shown(described: Described) -> str:
-    """For messages: `F32 [8, 8]`."""
-    shape, dtype = described
-    return f"{dtype} {shape}"
+def shown(tensor: Tensor) -> str:
+    """Type and shape of a tensor: `float32 [8, 8]`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

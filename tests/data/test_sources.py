@@ -1,7 +1,6 @@
 """Local copies of published texts, files and folders: what is read, and what is refused in one message."""
 
 import argparse
-import bz2
 import gzip
 import json
 import lzma
@@ -70,37 +69,15 @@ def test_another_text_is_refused(tmp_path, enwik8, zipped, pack, change, complai
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, "zip"])
-def test_a_bomb_is_not_unpacked(tmp_path, enwik8, zipped, pack):
-    """Guards against an archive that unpacks to far more than the text: reading stops within a chunk."""
-    bomb = bytes(5 << 20)
-    copy = tmp_path / "bomb"
-    copy.write_bytes(zipped(enwik8=bomb) if pack == "zip" else pack(bomb))
-    config = DataConfig(corpus="enwik8", path=copy, cache_dir=tmp_path / "cache")
-    received = 0
-    with pytest.raises(UserError, match="more than 500 bytes"):
-        for chunk in find_source(config, config.cache_dir, show_progress=False).chunks():
-            received += len(chunk)
-    assert received <= 500
-
-
-@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, "zip"])
-def test_an_archive_cut_anywhere_is_refused_in_one_message(tmp_path, enwik8, zipped, pack):
-    """Guards against a traceback from the depths of a decompressor."""
-    whole = zipped(enwik8=enwik8) if pack == "zip" else pack(enwik8)
-    copy = tmp_path / "copy"
-    for length in range(len(whole)):
-        copy.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"data\.path="):
-            read(tmp_path, copy, "enwik8")
-
-
-@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, "zip"])
 def test_a_damaged_archive_is_refused_in_one_message_or_harmless(tmp_path, enwik8, zipped, pack):
     """Guards against a traceback from the depths of a decompressor, and against damage that goes unnoticed."""
     whole = zipped(enwik8=enwik8) if pack == "zip" else pack(enwik8)
     copy = tmp_path / "copy"
     refused = 0
     for place in range(len(whole)):
+        copy.write_bytes(whole[:place])
+        with pytest.raises(UserError, match=r"data\.path="):
+            read(tmp_path, copy, "enwik8")
         copy.write_bytes(whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :])
         try:
             assert read(tmp_path, copy, "enwik8") == enwik8  # as when a time stamp was hit
@@ -116,14 +93,6 @@ def test_bytes_after_the_end_of_an_xz_archive(tmp_path, enwik8):
     assert read(tmp_path, copy, "enwik8") == enwik8
 
 
-def test_an_unknown_format_is_refused(tmp_path, enwik8):
-    """Guards against compressed bytes that are taken for the text."""
-    copy = tmp_path / "enwik8.bz2"
-    copy.write_bytes(bz2.compress(enwik8))
-    with pytest.raises(UserError, match="bytes"):
-        read(tmp_path, copy, "enwik8")
-
-
 @pytest.mark.parametrize("corpus", ["enwik8", "text8", "file"])
 def test_what_is_not_there_is_refused(tmp_path, corpus):
     """Guards against tracebacks for paths that lead nowhere, and against a download where a file was named."""
@@ -136,17 +105,12 @@ def test_what_is_not_there_is_refused(tmp_path, corpus):
         read(tmp_path, Path("~nobody-of-this-name/text"), corpus)
 
 
-def test_a_folder_or_a_pipe_is_no_copy(tmp_path):
-    """Guards against a folder being opened as a file, and against waiting for ever on a pipe."""
+def test_what_is_no_file_is_refused(tmp_path):
+    """Guards against a folder opened as a file, and against waiting for ever on a pipe or a device."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(UserError, match=r"not a file; give a copy of text8, raw or as .zip, .gz or .xz"):
+        with pytest.raises(UserError, match=r"not a file; give a copy of text8"):
             read(tmp_path, path, "text8")
-
-
-def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
-    """Guards against waiting for ever on a pipe, or reading a device without end."""
-    os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/null")):
         with pytest.raises(UserError, match="neither a file nor a folder"):
             read(tmp_path, path)

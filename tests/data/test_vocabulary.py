@@ -143,13 +143,6 @@ def test_ids_take_the_smallest_type(num_characters, dtype):
     assert ids.tolist() == list(range(num_characters))
 
 
-def test_a_vocabulary_larger_than_the_id_type_is_refused():
-    """Guards against ids that wrap around in 32 bits."""
-    assert id_type(2**32) == np.uint32
-    with pytest.raises(UserError, match="4,294,967,297 symbols: ids have at most 32 bits"):
-        id_type(2**32 + 1)
-
-
 def test_an_unknown_character_is_named_with_its_place():
     """Guards against a KeyError, and against an offset in characters where one in bytes is meant."""
     vocabulary = train("characters", "aé")

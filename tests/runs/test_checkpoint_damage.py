@@ -22,7 +22,7 @@ from charlm.runs.checkpoints import find_checkpoint, newest_whole_checkpoint, sa
 from charlm.runs.folder import Run
 from charlm.runs.load import load
 from charlm.runs.snapshot import Snapshot
-from storage import content, manifest_for
+from storage import content, manifest_for, missing, replaced, written
 
 WEIGHT = "transformer.blocks.0.attention.query.weight"
 
@@ -41,14 +41,6 @@ def sound_run(tmp_path_factory) -> Path:
     save_checkpoint(run, Snapshot(dict(model), optimizer, {"step": 1}), best=True, keep=1)
     assert load(run.path, device="cpu").step == 1
     return run.path
-
-
-def text(name: str, written: str):
-    return lambda folder: (folder / name).write_text(written)
-
-
-def raw(name: str, written: bytes):
-    return lambda folder: (folder / name).write_bytes(written)
 
 
 def tensors(name: str, **changes):
@@ -75,14 +67,6 @@ def linked(name: str):
     return change
 
 
-def replaced(name: str, make):
-    def change(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return change
-
-
 def manifest(change):
     """Change the manifest's own record."""
 
@@ -105,16 +89,16 @@ def one_tensor(**described) -> bytes:
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 OUTSIDE = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
 DAMAGED = {
-    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), [MANIFEST, "missing"]),
-    "an empty manifest": (text(MANIFEST, ""), [MANIFEST, "JSON"]),
-    "a manifest nested deeply": (text(MANIFEST, "[" * 100_000), [MANIFEST, "nested too deeply"]),
+    "no manifest": (missing(MANIFEST), [MANIFEST, "missing"]),
+    "an empty manifest": (written(MANIFEST, ""), [MANIFEST, "JSON"]),
+    "a manifest nested deeply": (written(MANIFEST, "[" * 100_000), [MANIFEST, "nested too deeply"]),
     "an entry nested deeply": (
         manifest(lambda record: record.update({STATE: json.loads("[" * 500 + "]" * 500)})),
         [MANIFEST, "damaged"],
     ),
-    "a manifest with an enormous number": (text(MANIFEST, "9" * 100_000), [MANIFEST, "JSON"]),
-    "a manifest of megabytes": (text(MANIFEST, "[" + "0," * 2**20 + "0]"), [MANIFEST, "more than 1,048,576 bytes"]),
-    "a manifest that is no text": (raw(MANIFEST, b"\x80\x04\x95"), [MANIFEST, "JSON"]),
+    "a manifest with an enormous number": (written(MANIFEST, "9" * 100_000), [MANIFEST, "JSON"]),
+    "a manifest of megabytes": (written(MANIFEST, "[" + "0," * 2**20 + "0]"), [MANIFEST, "more than 1,048,576 bytes"]),
+    "a manifest that is no text": (written(MANIFEST, b"\x80\x04\x95"), [MANIFEST, "JSON"]),
     "a manifest that names a file outside": (
         manifest(lambda record: record.update({"../../../outside": OUTSIDE})),
         [MANIFEST, "damaged"],
@@ -123,51 +107,60 @@ DAMAGED = {
         manifest(lambda record: record[MODEL].update(bytes=10**18)),
         [MANIFEST, "damaged"],
     ),
-    "an extra file": (text("model.bin", "x"), ["model.bin", "no checkpoint has such a file"]),
+    "an extra file": (written("model.bin", "x"), ["model.bin", "no checkpoint has such a file"]),
     "linked parameters": (linked(MODEL), [MODEL, "a link"]),
     "a linked manifest": (linked(MANIFEST), [MANIFEST, "a link"]),
     "a folder in place of a file": (replaced(OPTIMIZER, Path.mkdir), [OPTIMIZER, "no file at all"]),
     "a pipe that never ends": (replaced(MODEL, os.mkfifo), [MODEL, "no file at all"]),
-    "a pickle": (raw(MODEL, b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."), [MODEL, "does not match"]),
-    "no parameters": (lambda folder: (folder / MODEL).unlink(), [MODEL, "missing"]),
-    "state of another run": (text(STATE, '{"step": 1}'), [STATE, "does not match"]),
+    "a pickle": (written(MODEL, b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."), [MODEL, "does not match"]),
+    "no parameters": (missing(MODEL), [MODEL, "missing"]),
+    "state of another run": (written(STATE, '{"step": 1}'), [STATE, "does not match"]),
 }
 FORGED = {
-    "a pickle, forged": (raw(MODEL, b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."), [MODEL]),
-    "a header said to be huge": (raw(MODEL, tensor_file(b"{}", header_bytes=2**63)), [MODEL, "bytes, more than any"]),
-    "a header of 17 MB": (raw(MODEL, tensor_file(b"{" + b" " * 17_000_000 + b"}")), [MODEL, "bytes, more than any"]),
-    "a header past the end": (raw(MODEL, tensor_file(b"{}", header_bytes=1000)), [MODEL]),
-    "a header that is no JSON": (raw(MODEL, tensor_file(b"{a: 1}")), [MODEL]),
-    "a header nested deeply": (raw(MODEL, tensor_file(b'{"a":' * 10_000)), [MODEL]),
-    "a tensor past the end": (raw(MODEL, tensor_file(one_tensor(data_offsets=[0, 10**12]))), [MODEL]),
-    "a tensor that ends before it begins": (raw(MODEL, tensor_file(one_tensor(data_offsets=[4, 0]))), [MODEL]),
-    "a shape that overflows": (raw(MODEL, tensor_file(one_tensor(shape=[2**62, 2**62]), bytes(4))), [MODEL]),
-    "a type that is none": (raw(MODEL, tensor_file(one_tensor(dtype="PICKLE"), bytes(4))), [MODEL]),
-    "no tensors at all": (raw(MODEL, tensor_file(b"{}")), [MODEL, "has no tensor heads."]),
+    "a pickle, forged": (written(MODEL, b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."), [MODEL]),
+    "a header said to be huge": (
+        written(MODEL, tensor_file(b"{}", header_bytes=2**63)),
+        [MODEL, "more than any"],
+    ),
+    "a header of 17 MB": (
+        written(MODEL, tensor_file(b"{" + b" " * 17_000_000 + b"}")),
+        [MODEL, "more than any"],
+    ),
+    "a header past the end": (written(MODEL, tensor_file(b"{}", header_bytes=1000)), [MODEL]),
+    "a header that is no JSON": (written(MODEL, tensor_file(b"{a: 1}")), [MODEL]),
+    "a header nested deeply": (written(MODEL, tensor_file(b'{"a":' * 10_000)), [MODEL]),
+    "a tensor past the end": (written(MODEL, tensor_file(one_tensor(data_offsets=[0, 10**12]))), [MODEL]),
+    "a tensor that ends before it begins": (written(MODEL, tensor_file(one_tensor(data_offsets=[4, 0]))), [MODEL]),
+    "a shape that overflows": (written(MODEL, tensor_file(one_tensor(shape=[2**62, 2**62]), bytes(4))), [MODEL]),
+    "a type that is none": (written(MODEL, tensor_file(one_tensor(dtype="PICKLE"), bytes(4))), [MODEL]),
+    "no tensors at all": (written(MODEL, tensor_file(b"{}")), [MODEL, "has no tensor heads."]),
     "a missing tensor": (tensors(MODEL, **{WEIGHT: None}), [MODEL, f"has no tensor {WEIGHT}"]),
     "an extra tensor": (tensors(MODEL, virus=torch.zeros(1)), [MODEL, "has a tensor virus"]),
-    "a wrong shape": (tensors(MODEL, **{WEIGHT: torch.zeros(4, 16)}), [MODEL, WEIGHT, "F32 [4, 16]", "F32 [8, 8]"]),
-    "a wrong number of dimensions": (tensors(MODEL, **{WEIGHT: torch.zeros(64)}), [MODEL, WEIGHT, "F32 [64]"]),
-    "a wrong type": (tensors(MODEL, **{WEIGHT: torch.zeros(8, 8).double()}), [MODEL, WEIGHT, "F64", "F32"]),
+    "a wrong shape": (
+        tensors(MODEL, **{WEIGHT: torch.zeros(4, 16)}),
+        [MODEL, WEIGHT, "float32 [4, 16]", "float32 [8, 8]"],
+    ),
+    "a wrong number of dimensions": (tensors(MODEL, **{WEIGHT: torch.zeros(64)}), [MODEL, WEIGHT, "float32 [64]"]),
+    "a wrong type": (tensors(MODEL, **{WEIGHT: torch.zeros(8, 8).double()}), [MODEL, WEIGHT, "float64", "float32"]),
     "an embedding that is a number": (
         tensors(MODEL, transformer__embedding__weight=torch.tensor(1.0)),
-        [MODEL, "transformer.embedding.weight", "F32 []"],
+        [MODEL, "transformer.embedding.weight", "float32 []"],
     ),
     "state of no parameter": (tensors(OPTIMIZER, nobody__exp_avg=torch.zeros(1)), [OPTIMIZER, "nobody.exp_avg"]),
     "state of a wrong shape": (
         tensors(OPTIMIZER, **{f"{WEIGHT}.exp_avg": torch.zeros(3)}),
-        [OPTIMIZER, f"{WEIGHT}.exp_avg", "F32 [3]"],
+        [OPTIMIZER, f"{WEIGHT}.exp_avg", "float32 [3]"],
     ),
     "state of a wrong type": (
         tensors(OPTIMIZER, **{f"{WEIGHT}.exp_avg": torch.zeros(8, 8).half()}),
-        [OPTIMIZER, f"{WEIGHT}.exp_avg", "F16"],
+        [OPTIMIZER, f"{WEIGHT}.exp_avg", "float16"],
     ),
-    "optimizer state that is a pickle": (raw(OPTIMIZER, b"\x80\x04."), [OPTIMIZER]),
-    "a state of another step": (text(STATE, '{"step": 2}'), [STATE, "its step is not"]),
-    "a step that is true": (text(STATE, '{"step": true}'), [STATE, "its step is not"]),
-    "a state nested deeply": (text(STATE, '{"step": 1, "a": ' + "[" * 100_000), [STATE, "nested too deeply"]),
-    "a state with an enormous number": (text(STATE, '{"step": ' + "9" * 100_000 + "}"), [STATE, "JSON"]),
-    "a state of megabytes": (text(STATE, " " * 2**21), [STATE, "more than 1,048,576 bytes"]),
+    "optimizer state that is a pickle": (written(OPTIMIZER, b"\x80\x04."), [OPTIMIZER]),
+    "a state of another step": (written(STATE, '{"step": 2}'), [STATE, "its step is not"]),
+    "a step that is true": (written(STATE, '{"step": true}'), [STATE, "its step is not"]),
+    "a state nested deeply": (written(STATE, '{"step": 1, "a": ' + "[" * 100_000), [STATE, "nested too deeply"]),
+    "a state with an enormous number": (written(STATE, '{"step": ' + "9" * 100_000 + "}"), [STATE, "JSON"]),
+    "a state of megabytes": (written(STATE, " " * 2**21), [STATE, "more than 1,048,576 bytes"]),
 }
 
 

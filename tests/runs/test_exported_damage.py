@@ -9,34 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from charlm.config import Config, ModelConfig, UserError
-from charlm.data.vocabulary import ByteVocabulary, CharacterVocabulary
-from charlm.model.transformer import CharTransformer
-from charlm.objective.build import build_heads
+from charlm.config import UserError
+from charlm.data.vocabulary import CharacterVocabulary
 from charlm.runs.load import load
 from charlm.runs.share.export import save_model
-from charlm.runs.trained import TrainedModel
-from storage import content
+from storage import content, missing, replaced, written
 
 CONFIG, TENSORS, VOCABULARY = "config.json", "model.safetensors", "vocabulary.json"
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> Path:
+@pytest.fixture
+def sound(build_model, tmp_path) -> Path:
     """A folder that loads."""
-    config = Config(model=ModelConfig(num_layers=2, num_heads=2, d_model=8, d_ff=16, context_length=8))
-    transformer = CharTransformer(config.model, 256)
-    trained = TrainedModel(
-        config=config,
-        transformer=transformer,
-        heads=build_heads(config, 256, [(2, 1)], transformer),
-        vocabulary=ByteVocabulary(),
-        checkpoint="step-00000007",
-        step=7,
-        corpus={"name": "enwik8", "sha256": "abc", "splits": {}},
-        device=torch.device("cpu"),
-    )
-    return save_model(trained, tmp_path_factory.mktemp("sound") / "sound")
+    return save_model(build_model(), tmp_path / "sound")
 
 
 def changed(**entries):
@@ -55,29 +40,17 @@ def changed(**entries):
     return change
 
 
-def written(name: str, text: str | bytes):
-    return lambda folder: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-
-
-def replaced(name: str, make):
-    def change(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return change
-
-
 def extra_tensor(folder: Path) -> None:
     save_file(load_file(folder / TENSORS) | {"virus": torch.zeros(1)}, folder / TENSORS)
 
 
 CASES = {
-    "no tensors": (lambda folder: (folder / TENSORS).unlink(), ["has no model.safetensors"]),
-    "no vocabulary": (lambda folder: (folder / VOCABULARY).unlink(), ["has no vocabulary.json"]),
+    "no tensors": (missing(TENSORS), ["model.safetensors is missing"]),
+    "no vocabulary": (missing(VOCABULARY), ["vocabulary.json is missing"]),
     "a pipe that never ends": (replaced(TENSORS, os.mkfifo), [TENSORS, "no regular file"]),
     "a config that never ends": (
         replaced(CONFIG, lambda path: path.symlink_to("/dev/zero")),
-        [CONFIG, "is no regular file"],
+        [CONFIG, "no regular file"],
     ),
     "a config that is no JSON": (written(CONFIG, "{"), [CONFIG, "cannot be read as JSON"]),
     "a config of megabytes": (written(CONFIG, "[" + "0," * 2**20 + "0]"), [CONFIG, "more than 1,048,576 bytes"]),
@@ -98,25 +71,28 @@ CASES = {
         changed(options__data={"corpus": "hub", "hub_id": "/home/me"}),
         [CONFIG, "name a place on a machine"],
     ),
-    "a model larger than the file": (changed(options__model__d_model=4096), [TENSORS, "F32"]),
+    "a model larger than the file": (changed(options__model__d_model=4096), [TENSORS, "float32"]),
     "layers that are missing": (
-        changed(options__model__num_layers=3, heads__pairs=[[3, 1], [2, 1]]),
+        changed(options__model__num_layers=3, heads__pairs=[[3, 1], [2, 1], [1, 1]]),
         [TENSORS, "has no tensor"],
     ),
     "no head for the last layer": (changed(heads__pairs=[[1, 1]]), [CONFIG, "heads: layer 2"]),
     "a head of no layer": (changed(heads__pairs=[[3, 1], [2, 1]]), [CONFIG, "[3, 1] is no layer"]),
     "heads without end": (changed(heads__pairs=[[2, 10**9]]), [CONFIG, "is no layer"]),
     "heads that are none": (changed(heads__pairs=7), [CONFIG, "heads.pairs"]),
-    "a head more than there are tensors": (changed(heads__pairs=[[2, 1], [2, 2]]), [TENSORS, "no tensor heads"]),
+    "a head more than there are tensors": (
+        changed(heads__pairs=[[2, 1], [2, 2], [1, 1]]),
+        [TENSORS, "no tensor heads"],
+    ),
     "a tower that is text": (changed(heads__last_tower="yes"), [CONFIG, "heads.last_tower"]),
-    "a weight of no layer": (changed(hedge_weights={"1": 1.0}), [CONFIG, "hedge_weights: must name layers"]),
+    "a weight of no layer": (changed(hedge_weights={"3": 1.0}), [CONFIG, "hedge_weights: must name layers"]),
     "weights that are zero": (changed(hedge_weights={"2": 0.0}), [CONFIG, "hedge_weights", "0"]),
     "a step that is text": (changed(step="7"), [CONFIG, "step"]),
     "a corpus without a hash": (changed(corpus={"name": "x"}), [CONFIG, "corpus.sha256"]),
     "figures that are none": (changed(scores=[1]), [CONFIG, "scores.0"]),
     "another vocabulary": (
         written(VOCABULARY, json.dumps(CharacterVocabulary("ab").to_dict())),
-        [TENSORS, "its tensor heads.exits.layer2.offset1.bias is F32 [256]", "F32 [2]"],
+        [TENSORS, "its tensor heads.exits.layer1.offset1.bias is float32 [256]", "float32 [2]"],
     ),
     "a vocabulary that is none": (written(VOCABULARY, "[]"), [VOCABULARY, "not one that this version"]),
     "a damaged vocabulary": (

@@ -5,14 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from charlm.config import Config, ModelConfig
-from charlm.data.vocabulary import ByteVocabulary
-from charlm.model.transformer import CharTransformer
-from charlm.objective.build import build_heads
 from charlm.runs.share.export import save_model
-from charlm.runs.trained import TrainedModel
 from fake_hub import COMMIT, FakeHub, fake_hub
 
 
@@ -23,21 +17,10 @@ def hub(tmp_path) -> Iterator[FakeHub]:
 
 
 @pytest.fixture
-def folder(tmp_path, randomise) -> Path:
+def folder(build_model, tmp_path) -> Path:
     """An exported model."""
-    config = Config(model=ModelConfig(num_layers=2, num_heads=2, d_model=8, d_ff=16, context_length=8))
-    transformer = randomise(CharTransformer(config.model, 256))
-    trained = TrainedModel(
-        config=config,
-        transformer=transformer.eval(),
-        heads=randomise(build_heads(config, 256, [(1, 1), (2, 1)], transformer)).eval(),
-        vocabulary=ByteVocabulary(),
-        checkpoint="step-00000007",
-        step=7,
-        corpus={"name": "enwik8", "sha256": "abc", "splits": {}},
-        device=torch.device("cpu"),
-    )
-    return save_model(replace(trained, scores=({"bits_per_character": 1.5, "split": "test"},)), tmp_path / "exported")
+    trained = replace(build_model(), scores=({"bits_per_character": 1.5, "split": "test"},))
+    return save_model(trained, tmp_path / "exported")
 
 
 PUSH = """

@@ -10,7 +10,6 @@ it reads.
 """
 
 import re
-import stat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +21,7 @@ from charlm.config.errors import first_line
 from charlm.config.load import load_config
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.files import read_json
-from charlm.runs.tensors import check_model, load_tensors
+from charlm.runs.tensors import check_model
 from charlm.runs.trained import TrainedModel, empty_model
 
 CONFIG, TENSORS, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
@@ -74,10 +73,8 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
         UserError: a file is missing, damaged, or does not fit the others.
     """
     for name in FILES:
-        if not (folder / name).exists():
-            raise UserError(f"{folder} is no exported model: it has no {name}")
-        if not stat.S_ISREG((folder / name).stat().st_mode):
-            raise UserError(f"{folder / name} is no regular file")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is no exported model: {name} is missing or no regular file")
     record, config = _read_config(folder / CONFIG)
     vocabulary_record = read_json(folder / VOCABULARY)
     try:
@@ -86,8 +83,7 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
         raise UserError(f"{folder / VOCABULARY}: {str(error).partition(';')[0]}") from error
     pairs = sorted({(layer, offset) for layer, offset in record.heads.pairs})
     model = empty_model(config, vocabulary.size, pairs, record.heads.last_tower)
-    check_model(folder / TENSORS, model.state_dict(), CONFIG)
-    model.load_state_dict(load_tensors(folder / TENSORS), assign=True)
+    model.load_state_dict(check_model(folder / TENSORS, model.state_dict(), CONFIG), assign=True)
     model.to(device).eval()
     weights = record.hedge_weights and {int(layer): weight for layer, weight in record.hedge_weights.items()}
     return TrainedModel(
