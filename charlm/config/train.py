@@ -24,7 +24,7 @@ class TrainConfig(Section):
     """Windows per optimizer step, over all processes and accumulated micro-batches."""
     micro_batch_size: Annotated[Count | Literal["auto"] | None, Mark.MAY_CHANGE] = None
     """The most windows that one process holds at once; fewer means gradient accumulation. null: no accumulation. auto:
-    as many as fit into the memory of a GPU."""
+    about as many as fit into the memory of a GPU, found to within about a tenth."""
     context_divisor: Count = 1
     """Start with windows this many times shorter than model.context_length, and this many times more of them per step
     (Press et al. 2021, Shortformer, "staged training")."""

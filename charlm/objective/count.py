@@ -12,7 +12,7 @@ from charlm.config import Config, ConfigError, ModelConfig, TrainConfig
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.objective import Objective
-from charlm.objective.routes.routing import blocked_layers, trunk_parameters
+from charlm.objective.routes import blocked_layers, trunk_parameters
 from charlm.objective.terms import Term, active_by_layer
 from charlm.process import physical_memory
 

@@ -14,7 +14,7 @@ from charlm.data.corpus import prepared_corpus
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.objective.build import build_heads, build_objective
 from charlm.objective.count import RouteCost, inference_flops, num_parameters, route_cost, training_flops
-from charlm.objective.routes.routing import check_route
+from charlm.objective.routes import check_route
 from charlm.objective.schedules import Schedule
 from charlm.objective.terms import Term
 

@@ -15,7 +15,7 @@ from accelerate.utils import patch_environment
 
 from charlm.config import Config, TrainConfig, UserError
 from charlm.model.attention import attends_in_blocks
-from charlm.objective.routes.routing import one_backward
+from charlm.objective.routes import one_backward
 
 PATIENCE = timedelta(minutes=10)
 """How long processes wait for one that hangs. If one dies, the others end at once."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from charlm.config import Config, UserError
 from charlm.data.windows import training_windows
 from charlm.objective.objective import LossReport, Objective
-from charlm.objective.routes.routing import Joint
+from charlm.objective.routes import Joint
 from charlm.training.errors import is_about_memory
 from charlm.training.sharding import no_sync
 

@@ -53,10 +53,7 @@ class Tracker:
         self.paused_seconds = 0.0
         """Time this process has spent on validations, checkpoints and diagnostics."""
         self.first_step = step
-        self.cadences = {
-            "validating": config.train.valid_every,
-            "diagnosing": config.train.diagnose_every,
-        }
+        self.cadences = {"validating": config.train.valid_every, "diagnosing": config.train.diagnose_every}
         self.newest_pauses: dict[str, float] = {}
         """Seconds that the newest pause of each kind took. Saving is left out: it takes next to no time to begin."""
         self.time_left = "?"
@@ -67,8 +64,11 @@ class Tracker:
             initial=step,
             disable=None if main else True,
             dynamic_ncols=True,
-            bar_format=self._layout("{desc}"),
+            bar_format="{n}/{total} {desc}",
+            desc=f"{self.time_left} left",
         )
+        self.shown = ""
+        """What the progress line says after the time left."""
 
     @property
     def seconds(self) -> float:
@@ -88,24 +88,19 @@ class Tracker:
     def speed_paused(self, doing: str) -> Iterator[None]:
         """Time spent inside does not count towards the characters per second; the progress line says `doing`."""
         began = time.perf_counter()
-        with self.showing(doing):
+        shown = self.shown
+        self._show(f", {doing}")
+        self.bar.refresh()
+        try:
             yield
+        finally:
+            self._show(shown)
+            self.bar.refresh()
         took = time.perf_counter() - began
         self.logged_time += took
         self.paused_seconds += took
         if doing in self.cadences:
             self.newest_pauses[doing] = took
-
-    @contextmanager
-    def showing(self, doing: str) -> Iterator[None]:
-        """Inside, the progress line says `doing`."""
-        self.bar.bar_format = self._layout("{postfix}")
-        self.bar.set_postfix_str(doing)
-        try:
-            yield
-        finally:
-            self.bar.bar_format = self._layout("{desc}")
-            self.bar.refresh()
 
     def log_training(
         self,
@@ -127,8 +122,6 @@ class Tracker:
         main_loss = next((parts[name] for name in self.main_names if name in parts), None)
         bits = None if main_loss is None else main_loss * self.bits_per_nat
         row = {
-            "step": step,
-            "progress": step / self.total_steps,
             "loss": loss,
             "bits_per_character": bits,
             "learning_rate": learning_rate,
@@ -139,42 +132,28 @@ class Tracker:
         }
         if hedge_weights is not None:
             row["hedge"] = {f"layer{layer}": weight for layer, weight in hedge_weights.items()}
-        self._record(row)
+        self._record(step, row)
         shown_bits = "" if bits is None else f" {bits:.3f} bpc"  # the line fits into 80 columns
         terms = f"{len(parts)} term" + ("s" if len(parts) > 1 else "")
         shown_speed = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
-        self._show_left(self.seconds_left(step))
-        self.bar.set_description_str(
-            f" loss {loss:.4g}{shown_bits} lr {learning_rate:.1e} {terms} {shown_speed} ch/s",
-            refresh=False,
-        )
+        self.time_left = tqdm.format_interval(self.seconds_left(step))
+        self._show(f" loss {loss:.4g}{shown_bits} lr {learning_rate:.1e} {terms} {shown_speed} ch/s")
         self.bar.update(step - self.bar.n)
 
     def log_skipped(self, step: int, reason: str) -> None:
         """Record a skipped update."""
-        if not self.main:
-            return
-        self._record({"step": step, "progress": step / self.total_steps, "skipped": 1, "reason": reason})
+        self._record(step, {"skipped": 1, "reason": reason})
         self.say(f"step {step}: update skipped, {reason}")
 
     def log_validation(self, step: int, bits_per_character: float, bits_per_byte: float, best: bool) -> None:
         """Record a validation."""
-        if not self.main:
-            return
-        self._record(
-            {
-                "step": step,
-                "progress": step / self.total_steps,
-                "seconds": self.seconds,
-                "valid": {"bits_per_character": bits_per_character, "bits_per_byte": bits_per_byte},
-            }
-        )
+        valid = {"bits_per_character": bits_per_character, "bits_per_byte": bits_per_byte}
+        self._record(step, {"seconds": self.seconds, "valid": valid})
         self.say(f"step {step}: valid {bits_per_character:.4f} bits per character{' (best so far)' if best else ''}")
 
     def log_diagnostics(self, step: int, diagnostics: dict[str, Any]) -> None:
         """Record the result of `charlm.training.diagnose.diagnose`."""
-        if self.main:
-            self._record({"step": step, "progress": step / self.total_steps, "diagnostics": diagnostics})
+        self._record(step, {"diagnostics": diagnostics})
 
     def say(self, line: str) -> None:
         """Print a line above the progress line."""
@@ -183,7 +162,8 @@ class Tracker:
 
     def conclude(self, best_step: int | None, best_bits: float | None) -> None:
         """Print the best score and the time this process took."""
-        self._show_left(0.0)
+        self.time_left = tqdm.format_interval(0.0)
+        self._show(self.shown)
         if best_bits is not None:
             self.say(
                 f"best: {best_bits:.4f} bits per character on valid, at step {best_step:,} of {self.total_steps:,}"
@@ -198,25 +178,24 @@ class Tracker:
             self._keeping_on(tracker.name, tracker.finish)
         self.bar.close()
 
-    def _show_left(self, seconds: float) -> None:
-        self.time_left = tqdm.format_interval(seconds)
-        self.bar.bar_format = self._layout("{desc}")
+    def _show(self, rest: str) -> None:
+        """Put the time left and `rest` on the progress line. tqdm's own estimate would jump with every validation."""
+        self.shown = rest
+        self.bar.set_description_str(f"{self.time_left} left{rest}", refresh=False)
 
-    def _layout(self, rest: str) -> str:
-        """Format of the progress line. It has a time left of its own: tqdm's would jump with every validation."""
-        return f"{{n}}/{{total}} {self.time_left} left{rest}"
-
-    def _record(self, row: dict[str, Any]) -> None:
+    def _record(self, step: int, values: dict[str, Any]) -> None:
+        """Write a row on the main process."""
+        if not self.main:
+            return
+        row = {"step": step, "progress": step / self.total_steps} | values
         try:
             self.run.append_metrics(row)
         except OSError as error:
             if not self.lost_rows:
-                self.say(f"metrics.jsonl lacks rows from step {row['step']} on ({error.strerror}); the run goes on")
+                self.say(f"metrics.jsonl lacks rows from step {step} on ({error.strerror}); the run goes on")
             self.lost_rows += 1
         self.trackers = [
-            tracker
-            for tracker in self.trackers
-            if self._keeping_on(tracker.name, tracker.log, numbers(row), step=row["step"])
+            tracker for tracker in self.trackers if self._keeping_on(tracker.name, tracker.log, numbers(row), step=step)
         ]
 
     def _keeping_on(self, name: str, call: Callable[..., None], *arguments: Any, **options: Any) -> bool:

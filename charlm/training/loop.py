@@ -16,7 +16,7 @@ from charlm.data.corpus import Corpus, load_corpus
 from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
-from charlm.objective.routes.routing import Joint, build_route
+from charlm.objective.routes import Joint, build_route
 from charlm.objective.tasks import check_registered
 from charlm.runs.snapshot import take_snapshot
 from charlm.training.checkpointing import CheckpointWriter

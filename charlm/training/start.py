@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 import torch
@@ -11,19 +12,20 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
-from charlm.config import Config, RunConfig, UserError
+from charlm.config import Config, Mark, RunConfig, UserError, differences, has_mark
 from charlm.config.load import to_yaml
 from charlm.data.corpus import Corpus
+from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.files import write_whole
 from charlm.objective.count import route_cost
 from charlm.objective.objective import Objective
-from charlm.objective.routes.routing import check_route
+from charlm.objective.routes import check_route
+from charlm.objective.terms import Term
 from charlm.process import physical_memory
 from charlm.runs.checkpoints import Checkpoint, checkpoint_folders, find_checkpoint, newest_whole_checkpoint, rewind
 from charlm.runs.folder import Run
 from charlm.runs.snapshot import owned_parameters, restore
 from charlm.training.device import describe_attention, on_cpu
-from charlm.training.resumption import check_resumable, check_same_corpus, rescaled_rows
 from charlm.training.sharding import is_sharded, wants_shards
 
 
@@ -183,6 +185,51 @@ def _continue_from(
         state.best_bits = None
         news.append(f"train.valid_symbols was {scored}: scores cannot be compared, the next validation is the best")
     return state, news
+
+
+def check_resumable(old: Config, new: Config) -> list[str]:
+    """Lines to print about the changes from `old` to `new`.
+
+    Raises:
+        UserError: options changed that may not; the message names all of them.
+    """
+    changed = differences(old, new)
+    lines = {name: f"{name}: {before} -> {after}" for name, (before, after) in changed.items()}
+    refused = [name for name in changed if not has_mark(name, Mark.MAY_CHANGE)]
+    if refused:
+        text = "; ".join(lines[name] for name in refused)
+        raise UserError(
+            f"the run cannot be resumed with a changed {text}. Put it back, or start another --run.dir", refused[0]
+        )
+    return [line for name, line in lines.items() if not name.startswith("run.")]
+
+
+def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise UserError if text or vocabulary differ from those that the run was trained on."""
+    if recorded["sha256"] != current["sha256"]:
+        raise UserError(
+            f"the run was trained on another corpus: sha256 was {recorded['sha256']}, now {current['sha256']}; "
+            "point data.path or data.hub_id at the same text, or start another --run.dir"
+        )
+    if vocabulary_from_dict(recorded["vocabulary"]) != vocabulary_from_dict(current["vocabulary"]):
+        raise UserError(
+            "the run was trained with another vocabulary of this text; prepare it with the release of sentencepiece "
+            "that the run had, or start another --run.dir"
+        )
+
+
+def rescaled_rows(terms: Sequence[Term], step: int, old_steps: int, new_steps: int) -> list[str]:
+    """Lines to print about terms that become active or silent at `step` because train.steps changed."""
+    before, after = (
+        {term.name for term in terms if term.weight.at_next_turn(step / steps) > 0.0}
+        for steps in (old_steps, new_steps)
+    )
+    changes = (("waking", sorted(after - before)), ("falling silent", sorted(before - after)))
+    return [
+        f"at step {step} progress is now {step / new_steps:.3f}; {what}: {', '.join(names)}"
+        for what, names in changes
+        if names
+    ]
 
 
 def _threads(accelerator: Accelerator) -> int | None:

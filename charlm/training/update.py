@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
 
 from charlm.config import TrainConfig
-from charlm.objective.routes.routing import Update
+from charlm.objective.routes import Update
 from charlm.training.gradients import Losses
 
 HISTORY, ENOUGH = 128, 32
@@ -168,12 +168,10 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
         return
-    with torch.no_grad():
-        before = {tensor: tensor.clone() for tensor in _tensors(optimizer)}
-        optimizer.step()
-        for tensor in _tensors(optimizer):
-            # State that this step created counts as zero before it.
-            tensor.copy_(torch.where(skip, before.get(tensor, torch.zeros_like(tensor)), tensor))
+    undo = Undo()
+    undo.keep(optimizer)
+    optimizer.step()
+    undo.restore_if(skip, on_host=False)
 
 
 class Undo:
@@ -184,9 +182,12 @@ class Undo:
 
     def keep(self, optimizer: Optimizer) -> None:
         """Copy what the optimizer is about to move, unless it was copied before."""
-        for parameter in _moving(optimizer):
-            if parameter not in self.before:
-                state = {key: _copy(value) for key, value in optimizer.state.get(parameter, {}).items()}
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            if parameter.grad is not None and parameter not in self.before:
+                state = {
+                    key: value.clone() if isinstance(value, Tensor) else value
+                    for key, value in optimizer.state.get(parameter, {}).items()
+                }
                 self.before[parameter] = optimizer, parameter.detach().clone(), state
 
     @torch.no_grad()
@@ -195,6 +196,7 @@ class Undo:
         for parameter, (optimizer, value, state) in self.before.items():
             if not on_host:
                 parameter.copy_(torch.where(skip, value, parameter))
+                # State that the step created counts as zero before it.
                 for key, tensor in optimizer.state[parameter].items():
                     tensor.copy_(torch.where(skip, state.get(key, torch.zeros_like(tensor)), tensor))
             elif skip:
@@ -203,18 +205,6 @@ class Undo:
                 if state:
                     optimizer.state[parameter] = state
         self.before = {}
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _moving(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
-def _tensors(optimizer: Optimizer) -> list[Tensor]:
-    return _moving(optimizer) + [value for state in optimizer.state.values() for value in state.values()]
 
 
 def _why(total: float, parts: dict[str, float], spikes: bool) -> str:

@@ -10,7 +10,7 @@ from charlm.config import AuxConfig, Config, LayersConfig, ModelConfig, TargetsC
 from charlm.model.transformer import CharTransformer
 from charlm.objective.build import build_objective
 from charlm.objective.count import num_parameters, route_cost, transformer_parameters
-from charlm.objective.routes.routing import build_route
+from charlm.objective.routes import build_route
 from charlm.training.optimizers import build_optimizers
 
 V = 5

@@ -146,7 +146,7 @@ def test_the_progress_line(build_tracker, clock, capsys, monkeypatch):
         clock.now += 1.0
         tracker.log_training(step, 0.002, 2.5, parts(*losses))
         tracker.bar.refresh()
-    with tracker.showing("validating"):
+    with tracker.speed_paused("validating"):
         pass
     tracker.close()
     lines = [line.strip() for line in capsys.readouterr().err.replace("\r", "\n").splitlines()]

@@ -21,8 +21,7 @@ from charlm.config import AuxConfig, Config, LayersConfig, PositionsConfig, Targ
 from charlm.objective.terms import build_terms
 from charlm.runs import folder
 from charlm.runs.folder import Run
-from charlm.training.resumption import check_resumable, rescaled_rows
-from charlm.training.start import check_agreed
+from charlm.training.start import check_agreed, check_resumable, rescaled_rows
 from storage import manifest_for
 from tiny import SCRIPTS, TINY, history, train
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import charlm
 from charlm.config import TrainConfig, UserError
-from charlm.objective.routes.routing import Update
+from charlm.objective.routes import Update
 from charlm.runs.folder import Run
 from charlm.training import gradients
 from charlm.training.gradients import Losses

@@ -1,4 +1,4 @@
-"""How the gradients of several losses reach the trunk.
+"""Routes: ways in which the gradients of several losses reach the trunk (`aux.route`).
 
 Each layer l has one loss: the weighted sum of its rows, or lambda_l times their weighted mean, lambda_l being the sum
 of their weights at a step's progress. theta_l, the trunk up to layer l, consists of embeddings, position tables and
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from charlm.config import AuxConfig, Config, UserError
 from charlm.model.transformer import CharTransformer
 from charlm.objective.objective import LossReport, Objective
-from charlm.objective.terms import Term, active
+from charlm.objective.terms import Term, active_by_layer
 
 OptimizerFactory = Callable[[Sequence[nn.Parameter]], list[Optimizer]]
 """Builds optimizers that together own each of the given parameters once."""
@@ -197,10 +197,8 @@ def check_route(config: Config, precision: str | None = None, sharded: bool = Fa
 
 def loss_weights(terms: Sequence[Term], progress: float) -> dict[int, float]:
     """lambda_l of every layer with an active row, from the lowest layer up."""
-    weights: dict[int, float] = {}
-    for term, weight in active(terms, progress):
-        weights[term.layer] = weights.get(term.layer, 0.0) + weight
-    return dict(sorted(weights.items()))
+    rows = active_by_layer(terms, progress)
+    return {layer: sum(weight for _, weight in own) for layer, own in rows.items()}
 
 
 def auxnet_step_sizes(weights: dict[int, float]) -> dict[int, float]:

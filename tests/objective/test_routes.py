@@ -18,7 +18,7 @@ from charlm.config import (
 )
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
-from charlm.objective.routes.routing import (
+from charlm.objective.routes import (
     Joint,
     auxnet_step_sizes,
     build_route,

@@ -1,1 +1,0 @@
-"""Ways in which the gradients of several losses reach the trunk."""
