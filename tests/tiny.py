@@ -30,6 +30,15 @@ def train(*flags: str) -> Path:
     return charlm.train(charlm.load_config(overrides=flags))
 
 
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoint_bytes(run: Path, step: int) -> list[bytes]:
+    """Model and optimizer state of a checkpoint, as they are on disk."""
+    return [(checkpoint_folder(run, step) / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
+
+
 def training_rows(run: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl that record an update."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

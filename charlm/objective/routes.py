@@ -192,7 +192,7 @@ def check_route(config: Config, precision: str | None = None, sharded: bool = Fa
     }
     for complaint, holds in complaints.items():
         if holds:
-            raise UserError(f"aux.route={aux.route}: {complaint}")
+            raise UserError(f"aux.route={aux.route}: {complaint}", "aux.route")
 
 
 def loss_weights(terms: Sequence[Term], progress: float) -> dict[int, float]:

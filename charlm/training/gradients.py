@@ -3,6 +3,7 @@
 Shapes: B windows of this process, W characters of a window.
 """
 
+import gc
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import find_executable_batch_size
 from torch import Tensor, nn
 
 from charlm.config import Config, UserError
@@ -22,8 +22,6 @@ from charlm.training.sharding import no_sync
 
 RESERVE = 0.05
 """Share of a GPU's memory that the search for a micro-batch leaves to fragmentation."""
-TRY_LESS = "CUDA out of memory."
-"""A message that accelerate's search takes for a lack of memory."""
 
 
 @dataclass(frozen=True)
@@ -106,44 +104,45 @@ def noise_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
 def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper: int) -> int:
     """A micro-batch of up to `upper` windows that every process has the memory for, optimizer state included.
 
-    Tries the forward and backward pass of the first step, when most terms are active, in ever smaller micro-batches,
-    all processes together. Leaves parameters, gradients and random state as they were.
+    Tries the forward and backward pass of the first step, when most terms are active, in micro-batches that shrink by a
+    tenth, all processes together. Leaves parameters, gradients and random state as they were.
 
     Raises:
         UserError: not even one window fits.
     """
-    device = accelerator.device
-
-    @find_executable_batch_size(starting_batch_size=upper)
-    def search(windows: int) -> int:
-        held, fits = [], True
-        try:
-            # Room for Adam's two moments, which do not exist yet, and for fragmentation.
-            held = [torch.empty_like(parameter) for parameter in objective.parameters() for _ in range(2)]
-            if device.type == "cuda":
-                total = torch.cuda.get_device_properties(device).total_memory
-                held.append(torch.empty(int(RESERVE * total), dtype=torch.uint8, device=device))
-            windows_BW = torch.zeros(windows, objective.window_length, dtype=torch.int64, device=device)
-            with accelerator.autocast():
-                objective(windows_BW, 0.0).total.backward()
-        except (MemoryError, RuntimeError) as error:
-            if not is_about_memory(error):
-                raise
-            fits = False
-        finally:
-            held.clear()
-            objective.zero_grad()
-        if accelerator.reduce(torch.tensor(int(fits), device=device)) < accelerator.num_processes:
-            raise torch.OutOfMemoryError(TRY_LESS)
-        return windows
-
+    windows = upper
     with torch.random.fork_rng():
-        try:
-            return search()
-        except RuntimeError as error:
-            if "No executable batch size" not in str(error):
-                raise
-            raise UserError(
-                "train.micro_batch_size=auto: not one window fits into memory; use "
-                "--train.activation_checkpointing=true, or a smaller model"
-            ) from error
+        while windows > 0:
+            fits = torch.tensor(int(_fits(objective, accelerator, windows)), device=accelerator.device)
+            if accelerator.reduce(fits) == accelerator.num_processes:
+                return windows
+            gc.collect()
+            torch.cuda.empty_cache()
+            windows = int(windows * 0.9)
+    raise UserError(
+        "train.micro_batch_size=auto: not one window fits into memory; use --train.activation_checkpointing=true, or a "
+        "smaller model",
+        "train.micro_batch_size",
+    )
+
+
+def _fits(objective: Objective, accelerator: Accelerator, windows: int) -> bool:
+    """Whether this process has the memory for a micro-batch."""
+    device, held = accelerator.device, []
+    try:
+        # Room for Adam's two moments, which do not exist yet, and for fragmentation.
+        held = [torch.empty_like(parameter) for parameter in objective.parameters() for _ in range(2)]
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            held.append(torch.empty(int(RESERVE * total), dtype=torch.uint8, device=device))
+        windows_BW = torch.zeros(windows, objective.window_length, dtype=torch.int64, device=device)
+        with accelerator.autocast():
+            objective(windows_BW, 0.0).total.backward()
+    except (MemoryError, RuntimeError) as error:
+        if not is_about_memory(error):
+            raise
+        return False
+    finally:
+        held.clear()
+        objective.zero_grad()
+    return True

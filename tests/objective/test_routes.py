@@ -1,4 +1,4 @@
-"""The ways of gradients against updates written out by hand, with torch.autograd.grad and p -= lr * g."""
+"""The routes of gradients against updates written out by hand, with torch.autograd.grad and p -= lr * g."""
 
 from collections.abc import Callable
 
@@ -69,7 +69,7 @@ def take_step(route: Joint, windows_BW: Tensor, progress: float = 0.0, parts: in
 
 
 def gradients_of(loss: Tensor, objective: Objective) -> dict[str, Tensor]:
-    """Those that the loss has, by name."""
+    """The gradients of a loss by parameter name, of those that it reaches."""
     named = dict(objective.named_parameters())
     found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
     return {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
@@ -110,7 +110,7 @@ def multiway_by_hand(objective: Objective, windows_BW: Tensor) -> None:
 
 
 def relay_by_hand(objective: Objective, windows_BW: Tensor, depth: int) -> None:
-    """With a forward pass for each loss, in which the states below are cut off."""
+    """One forward pass for each loss, in which the states below are detached."""
     transformer = objective.transformer
     total = objective(windows_BW, 0.0).by_layer[3]
     for layer in (1, 2):
@@ -140,7 +140,7 @@ def aux_of(way: str, **options) -> AuxConfig:
 
 
 def assert_same_parameters(left: Objective, right: Objective, tolerance: float = 1e-6) -> None:
-    """By norms: the order of additions, which is each processor's own, moves single weights further."""
+    """Compare norms: the order of additions differs between processors and moves single weights further."""
     for (name, parameter), other in zip(left.named_parameters(), right.parameters(), strict=True):
         assert (parameter - other).norm() <= tolerance * (other.norm() + LR), name
 
@@ -148,8 +148,8 @@ def assert_same_parameters(left: Objective, right: Objective, tolerance: float =
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("way", BY_HAND)
 def test_updates_by_hand(way, norm, randomise):
-    """Guards against a loss that reaches what it must not, or not all that it must; a later loss of pairwise that sees
-    parameters from before the update; one of multiway that sees them after; step sizes of the wrong losses."""
+    """Guards against a loss that reaches too many or too few parameters; a later loss of pairwise that sees parameters
+    from before the update; one of multiway that sees them after; step sizes of the wrong losses."""
     routed, by_hand = (
         objective_of(randomise, aux_of(way), norm=norm, position_encoding="input" if norm == "pre" else "per_layer")
         for _ in range(2)
@@ -162,7 +162,7 @@ def test_updates_by_hand(way, norm, randomise):
 
 
 def test_multiway_with_one_step_size_is_joint(randomise):
-    """Guards against gradients that are lost, counted twice, or taken after an update: plain SGD must not tell."""
+    """Guards against gradients that are lost, counted twice, or taken after an update. Plain SGD makes the same step."""
     aux = aux_of("multiway", step_sizes="common")
     apart, together = (objective_of(randomise, aux) for _ in range(2))
     routes = build_route(aux, apart, sgd), build_route(aux_of("joint"), together, sgd)
@@ -173,8 +173,8 @@ def test_multiway_with_one_step_size_is_joint(randomise):
 
 
 @pytest.mark.parametrize("way", ["pairwise", "multiway", "relay-3"])
-def test_learned_weights_go_every_way(way, randomise):
-    """Guards against the weights of aux.hedge that reach one way's gradients and not another's."""
+def test_learned_weights_scale_the_gradients_of_every_route(way, randomise):
+    """Guards against a route that ignores the weights of aux.hedge."""
     hedged = {"hedge": HedgeConfig(enabled=True), "step_sizes": "common"}
     apart, together = (objective_of(randomise, aux_of(each, **hedged)) for each in (way, "joint"))
     for objective, each in ((apart, way), (together, "joint")):
@@ -260,8 +260,8 @@ def test_a_silent_loss_moves_nothing_and_has_no_state(way, randomise):
 
 @pytest.mark.parametrize("head", ["shared", "shared_frozen", "tower"])
 @pytest.mark.parametrize("way", ["pairwise", "multiway", "relay-1"])
-def test_other_heads_have_ways_too(way, head, randomise):
-    """Guards against a shared classifier that only the last loss moves, or that a frozen one does."""
+def test_routes_of_other_heads(way, head, randomise):
+    """Guards against a shared classifier that only the last loss moves, and a frozen one that moves."""
     route, _, depth = way.partition("-")
     aux = AuxConfig(
         layers=LayersConfig(schedule="constant", head=head), main_weight=0.0, route=route, relay_layers=int(depth or 1)
@@ -278,7 +278,7 @@ def test_other_heads_have_ways_too(way, head, randomise):
 
 @pytest.mark.parametrize("ngrams", [(), (2,)])
 @pytest.mark.parametrize("positions", ["per_layer", "input", "rotary"])
-def test_trunk_and_heads_are_all_there_is(positions, ngrams, randomise):
+def test_trunk_and_heads_hold_every_parameter_once(positions, ngrams, randomise):
     """Guards against a parameter that no loss reaches, or that counts twice; layers that are cut in the wrong place."""
     objective = objective_of(randomise, AuxConfig(layers=LAYERS), position_encoding=positions, ngrams=ngrams)
     layers = [trunk_parameters(objective.transformer, layer, layer) for layer in (1, 2, 3)]
@@ -305,20 +305,21 @@ def test_weights_and_step_sizes_by_hand(randomise):
 @pytest.mark.parametrize(
     ("aux", "train", "options", "message"),
     [
-        ({"route": "relay"}, {"mixed_precision": "fp16"}, {}, "aux.route=relay: fp16"),
-        ({"route": "multiway"}, {}, {"precision": "fp16"}, "aux.route=multiway: fp16"),
-        ({"route": "pairwise"}, {}, {"sharded": True}, "aux.route=pairwise: FSDP2"),
+        ({"route": "relay"}, {"mixed_precision": "fp16"}, {}, "fp16"),
+        ({"route": "multiway"}, {}, {"precision": "fp16"}, "fp16"),
+        ({"route": "pairwise"}, {}, {"sharded": True}, "FSDP2"),
         ({"route": "pairwise"}, {"micro_batch_size": "auto"}, {}, "micro_batch_size=auto"),
         ({"route": "multiway", "hedge": HedgeConfig(enabled=True)}, {}, {}, "aux.step_sizes=common"),
     ],
 )
-def test_what_cannot_be_combined_is_refused(aux, train, options, message):
-    """Guards against a run that fails at its first step, or learns something else than it says."""
-    with pytest.raises(UserError, match=message):
+def test_excluded_combinations_are_refused(aux, train, options, message):
+    """Guards against a run that fails at its first step, or minimises another loss than configured."""
+    with pytest.raises(UserError, match=message) as caught:
         check_route(Config(aux=AuxConfig(**aux), train=TrainConfig(**train)), **options)
+    assert caught.value.option == "aux.route"
 
 
-def test_what_can_be_combined_is_not_refused():
+def test_other_combinations_are_accepted():
     """Guards against refusals that are wider than their reason."""
     hedge = HedgeConfig(enabled=True)
     for route in ("joint", "relay", "pairwise"):

@@ -1,7 +1,6 @@
 """The launch files, through accelerate's own launcher."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import charlm
+import launched
 from tiny import SCRIPTS, TINY
 
 LAUNCH_FILES = SCRIPTS.parent / "configs" / "accelerate"
@@ -16,9 +16,9 @@ LAUNCH_FILES = SCRIPTS.parent / "configs" / "accelerate"
 
 def launch(launch_file: str, script: str, *arguments: str | Path) -> subprocess.CompletedProcess:
     """scripts/SCRIPT.py under `accelerate launch`, which must succeed."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
-    command += ["--config_file", LAUNCH_FILES / launch_file, SCRIPTS / f"{script}.py", *arguments]
-    done = subprocess.run(command, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0", "--config_file"]
+    command += [LAUNCH_FILES / launch_file, SCRIPTS / f"{script}.py", *arguments]
+    done = launched.launch(command)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

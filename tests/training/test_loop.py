@@ -90,7 +90,7 @@ def test_the_first_step_is_what_the_config_says(tmp_path, text_corpus_flags):
 
 
 def test_windows_grow_to_the_full_context(tmp_path, text_corpus_flags, monkeypatch):
-    """Short windows that stay or end at another step, or change how many characters a step sees."""
+    """Guards against short windows that stay or end at another step, or change how many characters a step sees."""
     shapes = []
     forward = Objective.forward
     monkeypatch.setattr(

@@ -35,7 +35,7 @@ from charlm.training.optimizers import build_optimizers, learning_rate_factor, s
     ],
 )
 def test_learning_rate_by_hand(options, factors):
-    """A first step at rate zero, a decay that counts from the wrong step, or a warm-up fraction read as steps."""
+    """Guards against a first step at rate zero, a decay from the wrong step on, or a warm-up fraction read as steps."""
     train = TrainConfig(**options)
     assert {step: learning_rate_factor(train, step) for step in factors} == pytest.approx(factors)
 
@@ -57,7 +57,7 @@ def apply(optimizers: list[Optimizer], model: nn.Linear, gradient: float) -> tup
 
 
 def test_adamw_by_hand():
-    """Betas or decay that do not reach the optimizer, a bias that decays, or a rate that is not scaled."""
+    """Guards against betas or decay that the optimizer lacks, a bias that decays, or a rate that is not scaled."""
     model = line()
     train = TrainConfig(learning_rate=0.1, weight_decay=0.5, adam_betas=(0.9, 0.99))
     optimizers = build_optimizers(train, model)
@@ -73,7 +73,7 @@ def test_adamw_by_hand():
 
 
 def test_momentum_sgd_by_hand():
-    """Momentum that is damped, Nesterov's, or of another value than configured (the paper's is 0.99)."""
+    """Guards against momentum that is damped, Nesterov's, or of another value than configured (the paper's is 0.99)."""
     model = line()
     train = TrainConfig(optimizer="sgd", learning_rate=0.1, momentum=0.75, weight_decay=0.5)
     optimizers = build_optimizers(train, model)
@@ -111,7 +111,7 @@ CLASSIFIERS = {f"heads.exits.layer{layer}.offset{offset}.weight" for layer in (1
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_every_parameter_is_owned_once_and_only_matrices_decay(optimizer, norm):
-    """A parameter that nothing trains, one stepped twice, or a bias, norm, embedding or table that decays."""
+    """Guards against a parameter that no optimizer or two of them own, and decay of anything but matrices."""
     objective = build_objective(norm, ngrams=(2, 3))
     names = {parameter: name for name, parameter in objective.named_parameters()}
     groups = [
@@ -127,7 +127,7 @@ def test_every_parameter_is_owned_once_and_only_matrices_decay(optimizer, norm):
 
 
 def test_muon_takes_the_hidden_matrices_and_only_them():
-    """Embeddings or classifiers orthogonalised, hidden matrices not, or stepped at AdamW's rate."""
+    """Guards against embeddings or classifiers orthogonalised, hidden matrices not, or stepped at AdamW's rate."""
     objective = build_objective()
     names = {parameter: name for name, parameter in objective.named_parameters()}
     train = TrainConfig(optimizer="muon", learning_rate=0.001, muon_learning_rate=0.02, muon_momentum=0.9)
@@ -155,7 +155,7 @@ def test_muon_takes_the_hidden_matrices_and_only_them():
 
 
 def test_only_the_ngram_rows_that_were_read_move():
-    """Tables trained densely, whose every row costs time at every step, or at another rate than their own."""
+    """Guards against tables trained densely, which costs time for every row, or at another rate than their own."""
     objective = build_objective(ngrams=(2,))
     (table,) = objective.transformer.ngram_embedding.tables
     sparse = build_optimizers(TrainConfig(learning_rate=0.5, ngram_learning_rate=0.125), objective)[-1]

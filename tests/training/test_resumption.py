@@ -1,4 +1,4 @@
-"""A run that stops and goes on must end where the run that never stopped ends."""
+"""A run that is stopped and resumed must end with the same bytes as one that never stopped."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ from charlm.runs import folder
 from charlm.runs.folder import Run
 from charlm.training.start import check_agreed, check_resumable, rescaled_rows
 from storage import manifest_for
-from tiny import SCRIPTS, TINY, history, train
+from tiny import SCRIPTS, TINY, checkpoint_bytes, checkpoint_folder, history, train
 
 STEPS = 24
 FLAGS = [
@@ -62,29 +62,28 @@ SETTINGS = {
 }
 
 
-def weights(run: Path, step: int = STEPS) -> tuple[bytes, bytes]:
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    return (folder / "model.safetensors").read_bytes(), (folder / "optimizer.safetensors").read_bytes()
+def assert_ended_like(run: Path, whole: Path) -> None:
+    assert checkpoint_bytes(run, STEPS) == checkpoint_bytes(whole, STEPS)
+    assert history(run) == history(whole)
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, text_corpus_flags):
-    """A run of fp32 that never stopped."""
+    """Flags and folder of a run in fp32 that never stopped."""
     flags = [*FLAGS, *text_corpus_flags, *SETTINGS["fp32"]]
     return flags, train(*flags, f"--run.dir={tmp_path_factory.mktemp('whole') / 'run'}")
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_resuming_at_any_step_ends_in_the_same_bytes(setting, tmp_path, text_corpus_flags):
-    """Guards against state that a checkpoint forgets: optimizer moments, dropout noise, best score, schedule."""
+    """Guards against state missing from checkpoints: optimizer moments, dropout noise, best score, schedule."""
     flags = [*FLAGS, *text_corpus_flags, *SETTINGS[setting]]
     whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
     for step in random.Random(setting).sample(range(1, STEPS), 4):
         resumed = tmp_path / f"from-{step}"
         shutil.copytree(whole, resumed)
         train(*flags, f"--run.dir={resumed}", f"--run.resume_from={step}")
-        assert weights(resumed) == weights(whole), f"resumed at {step}"
-        assert history(resumed) == history(whole), f"resumed at {step}"
+        assert_ended_like(resumed, whole)
         assert (resumed / "checkpoints" / "best").read_text() == (whole / "checkpoints" / "best").read_text()
 
 
@@ -102,19 +101,18 @@ def test_a_killed_process_resumes_to_the_same_bytes(tmp_path, whole_run):
     process.wait()
     assert not (killed / "checkpoints" / f"step-{STEPS:08d}").exists(), "killed too late to prove anything"
     train(*flags, f"--run.dir={killed}", "--run.resume=true")
-    assert weights(killed) == weights(whole)
-    assert history(killed) == history(whole)
+    assert_ended_like(killed, whole)
 
 
-def test_a_run_stopped_before_its_first_checkpoint_starts_anew(tmp_path, whole_run, capfd):
-    """Guards against a folder that can neither be resumed, for want of a checkpoint, nor be trained into."""
+@pytest.mark.parametrize("lost", [("step-*", "best", "last"), ("checkpoints",)])
+def test_a_run_without_checkpoints_starts_anew(lost, tmp_path, whole_run, capfd):
+    """Guards against a folder that can neither be resumed nor be trained into."""
     flags, whole = whole_run
     stopped = tmp_path / "stopped"
-    shutil.copytree(whole, stopped, ignore=shutil.ignore_patterns("step-*", "best", "last"))
+    shutil.copytree(whole, stopped, ignore=shutil.ignore_patterns(*lost))
     train(*flags, f"--run.dir={stopped}", "--run.resume=true")
     assert "stopped before its first checkpoint: starts anew" in capfd.readouterr().err
-    assert weights(stopped) == weights(whole)
-    assert history(stopped) == history(whole)
+    assert_ended_like(stopped, whole)
 
 
 def test_another_micro_batch_sees_the_same_characters(tmp_path, text_corpus_flags):
@@ -140,16 +138,17 @@ def test_another_micro_batch_sees_the_same_characters(tmp_path, text_corpus_flag
     ],
 )
 def test_resuming_with_a_changed_option_is_refused_by_name(flag, named, whole_run):
-    """Guards against a run that silently goes on as another experiment."""
+    """Guards against a run that silently continues as another experiment."""
     flags, whole = whole_run
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=named) as caught:
         train(*flags, flag, f"--run.dir={whole}", "--run.resume=true")
+    assert caught.value.option == named.partition(":")[0]
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
 def test_resuming_on_a_changed_text_is_refused(whole_run, tmp_path):
-    """Guards against going on with another text under the same path."""
+    """Guards against continuing with another text under the same path."""
     flags, whole = whole_run
     other = tmp_path / "other.txt"
     other.write_text("something else entirely. " * 2000)
@@ -176,7 +175,7 @@ def test_a_run_folder_that_exists_is_not_overwritten(whole_run, tmp_path):
         (["--run.resume=true", "--train.steps=5"], "train.steps=5: the checkpoint is past it, at step 24"),
     ],
 )
-def test_resuming_from_where_there_is_nothing_is_refused(flags, message, whole_run):
+def test_resuming_from_a_missing_or_later_checkpoint_is_refused(flags, message, whole_run):
     """Guards against starting over, or past the end, when asked to continue."""
     whole_flags, whole = whole_run
     with pytest.raises(UserError, match=message):
@@ -192,7 +191,7 @@ def test_resuming_where_there_is_no_run_is_refused(whole_run, tmp_path):
 
 
 def test_changed_length_is_recorded_and_said(whole_run, tmp_path, capfd):
-    """Guards against a config.yaml that no longer says what the run does, and schedules that stretch without a word."""
+    """Guards against a config.yaml that is out of date, and schedules that stretch without a line about it."""
     flags, whole = whole_run
     longer = tmp_path / "longer"
     shutil.copytree(whole, longer)
@@ -202,10 +201,6 @@ def test_changed_length_is_recorded_and_said(whole_run, tmp_path, capfd):
     said = capfd.readouterr().err
     assert f"train.steps changed: progress at this step was 1.000 and is now {STEPS / (STEPS + 4):.3f}\n" in said
     assert "finished before" not in said
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def forge_state(run: Path, step: int, **changes) -> None:
@@ -231,8 +226,8 @@ def stopped(whole_run, tmp_path) -> tuple[list[str], Path]:
 
 
 def test_a_run_goes_on_past_a_damaged_checkpoint(stopped, whole_run, capfd):
-    """Guards against a run that ends, or ends elsewhere, because its newest checkpoint rotted; what is left of that is
-    nobody's to remove."""
+    """Guards against a run that a damaged checkpoint ends, or that trains to another result; and against deleting the
+    damaged files, which someone may still need."""
     flags, run = stopped
     rotten = checkpoint_folder(run, 10) / "model.safetensors"
     content = bytearray(rotten.read_bytes())
@@ -243,8 +238,7 @@ def test_a_run_goes_on_past_a_damaged_checkpoint(stopped, whole_run, capfd):
     assert f"checkpoint of step 10 skipped: {rotten} is damaged" in said
     assert "resumed at step 9" in said
     assert (run / "checkpoints" / ".step-00000010.damaged" / rotten.name).read_bytes() == content
-    assert weights(run) == weights(whole_run[1])
-    assert history(run) == history(whole_run[1])
+    assert_ended_like(run, whole_run[1])
 
 
 RESTARTED = {
@@ -257,7 +251,7 @@ RESTARTED = {
 
 @pytest.mark.parametrize("case", RESTARTED)
 def test_a_restart_goes_back_to_a_chosen_step_only_once(case, whole_run, tmp_path, monkeypatch, capfd):
-    """Guards against attempts that each go back to run.resume_from and remove what the one before has learned."""
+    """Guards against restarts that each go back to run.resume_from and discard the steps made since."""
     flags, whole = whole_run
     environment, old, step = RESTARTED[case]
     run = shutil.copytree(whole, tmp_path / "run")
@@ -270,11 +264,11 @@ def test_a_restart_goes_back_to_a_chosen_step_only_once(case, whole_run, tmp_pat
     assert f"resumed at step {step}\n" in said
     assert ("run.resume_from=5: ignored after a restart" in said) is (step == STEPS)
     assert Run.open(run).config().run.resume_from is None
-    assert weights(run) == weights(whole)
+    assert checkpoint_bytes(run, STEPS) == checkpoint_bytes(whole, STEPS)
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def test_a_chosen_step_is_not_for_a_queue():
+def test_resume_from_and_auto_resume_exclude_each_other():
     """Guards against a command that goes back to the same step whenever a queue starts it."""
     with pytest.raises(UserError, match=r"run.resume_from=5: goes back .*auto_resume"):
         charlm.load_config(overrides=["--run.resume_from=5", "--run.auto_resume=true"])
@@ -282,7 +276,7 @@ def test_a_chosen_step_is_not_for_a_queue():
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_full_disk_at_the_beginning_is_said(resumed, stopped, tmp_path, monkeypatch):
-    """Guards against a traceback where the first files of a run, or those of a resumption, cannot be written."""
+    """Guards against a traceback when the first files of a run or of a resumption cannot be written."""
     flags, run = stopped
     if not resumed:
         flags = [flag for flag in flags if not flag.startswith("--run.resume")] + [f"--run.dir={tmp_path / 'new'}"]
@@ -311,9 +305,9 @@ def test_processes_that_found_different_checkpoints_do_not_go_on(tmp_path, monke
 
 
 @pytest.mark.parametrize(("name", "before"), [("precision", "bf16"), ("threads", 99), ("threads", None)])
-def test_what_the_machine_changes_is_said(name, before, stopped, capfd):
-    """Guards against a run that goes on in another precision without a word, as `auto` does on another machine, or on
-    other threads, which end in other bits; and against words on what an earlier version had not recorded."""
+def test_changes_of_the_machine_are_said(name, before, stopped, capfd):
+    """Guards against silence about another precision or number of threads, which change the bits; and against a line
+    about values that the checkpoint does not record."""
     flags, run = stopped
     forge_state(run, 10, **{name: before})
     train(*flags, f"--train.steps={STEPS}")
@@ -325,8 +319,8 @@ def test_what_the_machine_changes_is_said(name, before, stopped, capfd):
 
 @pytest.mark.parametrize("asked_before", [False, True])
 def test_a_score_of_other_symbols_is_not_compared(asked_before, stopped, capfd):
-    """Guards against a best checkpoint that no later one can beat, because it was scored on an easier part; also where
-    a resumption before this one was killed before its first checkpoint."""
+    """Guards against a best checkpoint that no later one can beat, because it was scored on an easier part; also if an
+    earlier resumption with the new value was killed before its first checkpoint."""
     flags, run = stopped
     forge_state(run, 10, best_bits=0.001)
     if asked_before:
@@ -339,7 +333,7 @@ def test_a_score_of_other_symbols_is_not_compared(asked_before, stopped, capfd):
 
 
 def test_a_better_score_of_the_same_symbols_stays_the_best(stopped):
-    """Guards against forgetting a best score that can be compared."""
+    """Guards against dropping a best score that is comparable."""
     flags, run = stopped
     forge_state(run, 10, best_bits=0.001)
     train(*flags)
@@ -355,24 +349,16 @@ def test_a_state_from_before_the_first_validation_is_json(tmp_path, text_corpus_
     assert state_of(run)["best_step"] == STEPS
 
 
-def test_a_validation_that_was_written_and_not_saved_is_written_once(stopped, whole_run):
-    """Guards against two rows of one validation: stopped before it, resumed, and killed after its row was written."""
+def test_a_validation_is_recorded_once(stopped, whole_run):
+    """Guards against two rows of a validation whose process was killed between its row and its checkpoint."""
     flags, run = stopped
     forge_state(run, 10, validated_step=9)
     train(*flags)
     assert history(run) == history(whole_run[1])
 
 
-def test_a_run_without_a_folder_for_its_checkpoints_gets_one(stopped, whole_run):
-    """Guards against a run of which no checkpoint is ever written."""
-    flags, run = stopped
-    shutil.rmtree(run / "checkpoints")
-    train(*flags)
-    assert weights(run) == weights(whole_run[1])
-
-
 def test_optimizer_state_that_lacks_a_tensor_is_refused(stopped):
-    """Guards against a KeyError in the first update, or one that begins a moment anew."""
+    """Guards against a KeyError in the first update, or a moment that silently starts at zero."""
     flags, run = stopped
     path, name = checkpoint_folder(run, 10), "transformer.embedding.weight.exp_avg_sq"
     optimizer = {key: tensor.clone() for key, tensor in load_file(path / "optimizer.safetensors").items()}
@@ -384,8 +370,8 @@ def test_optimizer_state_that_lacks_a_tensor_is_refused(stopped):
 
 
 def test_another_number_of_steps_wakes_and_silences_rows():
-    """Guards against a change of the table that is not said. The heads of layers 1, 2 and 3 of 4 stop at progress 1/8,
-    2/8 and 3/8; step 30 of 100 is at 0.3, of 200 at 0.15, of 60 at 0.5."""
+    """Guards against rows that start or stop without a line about it. The heads of layers 1, 2 and 3 of 4 stop at
+    progress 1/8, 2/8 and 3/8; step 30 of 100 is at 0.3, of 200 at 0.15, of 60 at 0.5."""
     aux = AuxConfig(positions=PositionsConfig(enabled=False), targets=TargetsConfig(enabled=False))
     terms = build_terms(aux, 4)
     assert rescaled_rows(terms, 30, 100, 100) == []
@@ -400,7 +386,7 @@ def test_another_number_of_steps_wakes_and_silences_rows():
 
 
 def test_mappings_of_another_length_are_compared():
-    """A KeyError, or silence, where a task or a layer's weight was added or taken away."""
+    """Guards against a KeyError, or no refusal, when a task was added or removed."""
     plain = Config()
     tasked = plain.replace(aux=plain.aux.replace(tasks={"order": TaskConfig(weight=0.1)}))
     for old, new in ((plain, tasked), (tasked, plain)):
@@ -410,7 +396,7 @@ def test_mappings_of_another_length_are_compared():
 
 
 def test_turns_of_a_rotation_do_not_wake_at_another_number_of_steps():
-    """A line about every head of a rotation, because another one has its turn at the step of the checkpoint."""
+    """Guards against a line about every head of a rotation, because another head has its turn at that step."""
     aux = AuxConfig(layers=LayersConfig(schedule="rotational"), targets=TargetsConfig(enabled=False))
     assert rescaled_rows(build_terms(aux, 6, 100), 10, 50, 100) == []
     fading = AuxConfig(layers=LayersConfig(schedule="cutoff", end=0.15), targets=TargetsConfig(enabled=False))

@@ -1,4 +1,4 @@
-"""Runs by every way of gradients: cut up, on two processes, stopped, skipped, and as they stand in checkpoints."""
+"""Runs by every route: in micro-batches, on two processes, resumed, with skipped steps, and their checkpoints."""
 
 import json
 import shutil
@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 import charlm
 from charlm.config import UserError
 from charlm.runs.folder import Run
-from charlm.training import gradients
 from launched import train_with_two_processes
 from storage import manifest_for
-from tiny import TINY, losses, train
+from tiny import TINY, checkpoint_bytes, checkpoint_folder, losses, train
 
 STEPS = 12
 FLAGS = [
@@ -44,27 +43,18 @@ SETTINGS = {
 }
 
 
-def folder_of(run: Path, step: int = STEPS) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def files(run: Path, step: int = STEPS) -> tuple[bytes, bytes]:
-    folder = folder_of(run, step)
-    return (folder / "model.safetensors").read_bytes(), (folder / "optimizer.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=pytest.mark.slow) if way == "multiway-common" else way for way in WAYS]
 )
 def test_resuming_ends_in_the_same_bytes(way, tmp_path, text_corpus_flags, capfd):
-    """Guards against optimizer state of one loss that is lost or that another one gets, and noise that depends on what
-    came before."""
+    """Guards against optimizer state that is lost or given to another loss, and dropout noise that depends on earlier
+    steps."""
     flags = [*FLAGS, *text_corpus_flags, *WAYS[way], *SETTINGS[way]]
     whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
     assert f"gradients by {way.partition('-')[0]}: " in capfd.readouterr().err
     resumed = shutil.copytree(whole, tmp_path / "resumed")
     train(*flags, f"--run.dir={resumed}", "--run.resume_from=3")  # heads are silent from steps 2 and 4 on
-    assert files(resumed) == files(whole)
+    assert checkpoint_bytes(resumed, STEPS) == checkpoint_bytes(whole, STEPS)
     assert losses(resumed) == losses(whole)
     assert losses(whole)[-1] < losses(whole)[0]
     assert charlm.load(whole, "last", device="cpu").step == STEPS
@@ -72,15 +62,15 @@ def test_resuming_ends_in_the_same_bytes(way, tmp_path, text_corpus_flags, capfd
 
 @pytest.fixture(scope="module")
 def multiway(tmp_path_factory, text_corpus_flags) -> tuple[list[str], Path]:
-    """A run by three losses' own optimizers, and its flags."""
+    """Flags and folder of a run whose three losses have optimizers of their own."""
     flags = [*FLAGS, *text_corpus_flags, *WAYS["multiway"], "--train.steps=6", "--train.valid_every=2"]
     flags += ["--aux.layers.schedule=constant"]
     return flags, train(*flags, f"--run.dir={tmp_path_factory.mktemp('multiway') / 'run'}")
 
 
 def test_each_loss_has_its_state_in_checkpoints(multiway):
-    """Guards against keys of different losses that collide, and state that is written for what a loss never reaches."""
-    state = load_file(folder_of(multiway[1], 2) / "optimizer.safetensors")
+    """Guards against keys that two losses share, and state of parameters that a loss never reaches."""
+    state = load_file(checkpoint_folder(multiway[1], 2) / "optimizer.safetensors")
     for key in ("exp_avg", "exp_avg_sq", "step"):
         for layer in (1, 2, 3):
             own = {name for name in state if name.startswith(f"layer{layer}/") and name.endswith(f".{key}")}
@@ -93,10 +83,10 @@ def test_each_loss_has_its_state_in_checkpoints(multiway):
 
 
 @pytest.mark.parametrize("prefix", ["layer9/", "", "layer1/layer1/"])
-def test_state_of_a_loss_that_there_is_not_is_refused(prefix, multiway, tmp_path):
-    """Guards against going on from another table of losses as if they were these."""
+def test_state_of_an_unknown_loss_is_refused(prefix, multiway, tmp_path):
+    """Guards against resuming with the state of another table of losses."""
     flags, run = multiway[0], shutil.copytree(multiway[1], tmp_path / "run")
-    path = folder_of(run, 6) / "optimizer.safetensors"
+    path = checkpoint_folder(run, 6) / "optimizer.safetensors"
     state = load_file(path)
     state[f"{prefix}transformer.embedding.weight.exp_avg"] = state.pop("layer1/transformer.embedding.weight.exp_avg")
     save_file(state, path)
@@ -105,31 +95,24 @@ def test_state_of_a_loss_that_there_is_not_is_refused(prefix, multiway, tmp_path
         train(*flags, f"--run.dir={run}", "--run.resume=true")
 
 
-def test_the_way_belongs_to_what_is_trained(multiway):
-    """Guards against a run that goes on another way, with optimizer state that is none of that way's."""
+def test_the_route_of_a_run_cannot_change(multiway):
+    """Guards against resuming by another route, whose optimizers are others."""
     flags, run = multiway
-    with pytest.raises(UserError, match=r"aux\.route: multiway -> pairwise"):
+    with pytest.raises(UserError) as caught:
         train(*flags, f"--run.dir={run}", "--run.resume=true", *WAYS["pairwise"])
+    assert caught.value.option == "aux.route"
 
 
 @pytest.mark.parametrize("way", ["pairwise", "multiway"])
-def test_a_step_whose_last_loss_is_not_finite_leaves_nothing_behind(way, tmp_path, text_corpus_flags, monkeypatch):
-    """Guards against the updates for the losses before it, which a run would keep and a resumed one not know of."""
-    plain, calls = gradients.weighted_losses, iter(range(1000))
+def test_a_step_whose_last_loss_is_not_finite_leaves_nothing_behind(way, tmp_path, text_corpus_flags, break_losses):
+    """Guards against keeping the updates of the losses before it."""
     broken = {"pairwise": 3 + 2, "multiway": 1}[way]  # the third pass of the second step; the second step
-
-    def breaking(reports):
-        found = plain(reports)
-        if next(calls) == broken:
-            found.row[-1], found.row[0] = float("nan"), float("nan")
-        return found
-
-    monkeypatch.setattr("charlm.training.gradients.weighted_losses", breaking)
+    break_losses({broken}, term=-1)
     flags = [*FLAGS, *text_corpus_flags, *WAYS[way], "--aux.layers.schedule=constant", "--train.steps=3"]
     flags += ["--train.valid_every=1"]
     run = train(*flags, f"--run.dir={tmp_path / 'run'}", "--aux.targets.enabled=false")
-    assert files(run, 2) == files(run, 1)
-    assert files(run, 3) != files(run, 2)
+    assert checkpoint_bytes(run, 2) == checkpoint_bytes(run, 1)
+    assert checkpoint_bytes(run, 3) != checkpoint_bytes(run, 2)
     (row,) = [row for row in Run.open(run).metrics() if "skipped" in row]
     assert (row["step"], row["reason"]) == (2, "the loss of layer3/offset1/all is nan")
 
@@ -180,7 +163,8 @@ def test_two_processes_and_micro_batches_learn_what_one_does(way, split, two_pro
     alone = train(*flags_of(way, split, tmp_path, text_corpus_flags), "--train.micro_batch_size=null")
     assert losses(two_processes / f"{way}-{split}") == pytest.approx(losses(alone), rel=1e-5)
     one, two = (
-        load_file(folder_of(run, TWO_STEPS) / "model.safetensors") for run in (alone, two_processes / f"{way}-{split}")
+        load_file(checkpoint_folder(run, TWO_STEPS) / "model.safetensors")
+        for run in (alone, two_processes / f"{way}-{split}")
     )
     assert two.keys() == one.keys()
     for name, weight in one.items():
@@ -190,7 +174,7 @@ def test_two_processes_and_micro_batches_learn_what_one_does(way, split, two_pro
 
 @pytest.mark.slow
 def test_a_run_moves_from_one_process_to_two_and_back(tmp_path, text_corpus_flags):
-    """Guards against a checkpoint of several optimizers that only as many processes as wrote it can continue."""
+    """Guards against a checkpoint that can be continued only by as many processes as wrote it."""
     flags = [*TWO, *text_corpus_flags, *WAYS["multiway"], "--train.valid_every=10", "--train.keep_checkpoints=9"]
     whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
     moved = shutil.copytree(whole, tmp_path / "moved")
@@ -198,7 +182,7 @@ def test_a_run_moves_from_one_process_to_two_and_back(tmp_path, text_corpus_flag
     train_with_two_processes(tmp_path / "plan.json", [[*here, "--run.resume_from=10"]])
     train(*here, "--run.resume_from=20")
     assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
-    assert json.loads((folder_of(moved, 20) / "state.json").read_text())["processes"] == 2
+    assert json.loads((checkpoint_folder(moved, 20) / "state.json").read_text())["processes"] == 2
 
 
 @pytest.mark.slow

@@ -53,9 +53,10 @@ SETTINGS = {
 }
 DYING = SCRIPTS.parent / "tests" / "training" / "train_and_die.py"
 LAUNCH_FILES = SCRIPTS.parent / "configs" / "accelerate"
-ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0", "--config_file")
-ACCELERATE += (LAUNCH_FILES / "cpu_2_processes.yaml",)
-LAUNCHER = ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0")
+ACCELERATE = (*LAUNCH, "--config_file", LAUNCH_FILES / "cpu_2_processes.yaml")
+FSDP = ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
+"""Environment variables by which a launcher asks for shards."""
 
 
 def tensors(run, step: int, name: str) -> dict[str, torch.Tensor]:
@@ -106,8 +107,8 @@ def test_shards_learn_what_one_process_does(name, sharded, tmp_path, text_corpus
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
-def test_other_optimizers_know_shards(optimizer, tmp_path, text_corpus_flags):
-    """Guards against an update that is computed from each shard as if it were the matrix: muon's orthogonalisation."""
+def test_other_optimizers_update_shards(optimizer, tmp_path, text_corpus_flags):
+    """Guards against an update computed from each shard by itself, such as muon's orthogonalisation."""
     flags = [*FLAGS, f"--train.optimizer={optimizer}", "--train.learning_rate=0.003", *text_corpus_flags]
     flags += ["--train.steps=40"]
     train_with_two_processes(tmp_path / "plan.json", [[*flags, f"--run.dir={tmp_path / 'two'}"]])
@@ -118,7 +119,7 @@ def test_other_optimizers_know_shards(optimizer, tmp_path, text_corpus_flags):
 
 @pytest.mark.slow
 def test_a_run_moves_from_one_process_to_shards_to_replicas_and_back(tmp_path, text_corpus_flags):
-    """Guards against a checkpoint that only the kind of processes that wrote it can continue."""
+    """Guards against a checkpoint that can be continued only in the way it was written."""
     flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
     whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
     shutil.copytree(whole, tmp_path / "moved")
@@ -153,14 +154,14 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkp
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "sharding"),
-    [((*TORCHRUN, "--max_restarts=1"), "fsdp2"), ((*ACCELERATE, "--max_restarts=1"), "no")],
+    [(TORCHRUN, "fsdp2"), (ACCELERATE, "no")],
     ids=["torchrun-shards", "accelerate"],
 )
 def test_a_launcher_that_restarts_processes_continues_the_run(launcher, sharding, tmp_path, text_corpus_flags):
-    """Guards against a restart that stops at the folder of the run that it is to continue, or that waits for the
-    processes before at the addresses that the launcher remembers."""
+    """Guards against a restart that refuses the run's own folder, or that waits for the earlier processes at addresses
+    that the launcher remembers."""
     flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", f"--run.dir={tmp_path / 'run'}"]
-    done = launch([*launcher, DYING, *flags, f"--train.sharding={sharding}"])
+    done = launch([*launcher, "--max_restarts=1", DYING, *flags, f"--train.sharding={sharding}"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed at step 40" in done.stderr
     assert [row["step"] for row in training_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
@@ -178,6 +179,19 @@ def test_a_launcher_that_restarts_processes_goes_back_to_a_chosen_step_once(tmp_
     assert [row["step"] for row in training_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
+@pytest.fixture
+def launcher_asks(monkeypatch):
+    """`launcher_asks(NAME=value, ...)`: a launcher that sets these variables and no others of FSDP."""
+
+    def arrange(**environment: str) -> None:
+        for name in FSDP:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return arrange
+
+
 @pytest.mark.parametrize(
     ("option", "environment", "expected"),
     [
@@ -187,12 +201,9 @@ def test_a_launcher_that_restarts_processes_goes_back_to_a_chosen_step_once(tmp_
         ("no", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, False),
     ],
 )
-def test_shards_are_wanted_by_the_option_or_else_by_the_launcher(option, environment, expected, monkeypatch):
-    """Guards against a launcher's word that is lost, or that outweighs the configuration."""
-    for name in LAUNCHER:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_shards_are_wanted_by_the_option_or_else_by_the_launcher(option, environment, expected, launcher_asks):
+    """Guards against a launcher's setting that is ignored, or that wins over the configuration."""
+    launcher_asks(**environment)
     assert wants_shards(TrainConfig(sharding=option)) is expected
 
 
@@ -204,12 +215,9 @@ def test_shards_are_wanted_by_the_option_or_else_by_the_launcher(option, environ
         ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--train.activation_checkpointing=true"),
     ],
 )
-def test_what_the_launcher_asks_in_vain_is_refused(environment, message, monkeypatch):
+def test_unsupported_settings_of_the_launcher_are_refused(environment, message, launcher_asks):
     """Guards against a launcher's setting without effect."""
-    for name in LAUNCHER:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in ({"ACCELERATE_USE_FSDP": "true"} | environment).items():
-        monkeypatch.setenv(name, value)
+    launcher_asks(ACCELERATE_USE_FSDP="true", **environment)
     with pytest.raises(UserError, match=message):
         wants_shards(TrainConfig())
 
@@ -223,7 +231,7 @@ def test_what_the_launcher_asks_in_vain_is_refused(environment, message, monkeyp
         ({}, {"batch_size": 5, "micro_batch_size": 2, "context_divisor": 4}, "train.batch_size=5"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused(model, train, message):
+def test_options_that_cannot_be_sharded_are_refused(model, train, message):
     """Guards against a run that hangs or fails at its first step: 3 + 2 windows in micro-batches of 2 are 2 and 1."""
     small = {"num_layers": 2, "num_heads": 2, "d_model": 16, "d_ff": 32, "context_length": 8}
     config = Config(model=ModelConfig(**small, **model), train=TrainConfig(sharding="fsdp2", **train))
@@ -234,8 +242,7 @@ def test_what_cannot_be_sharded_is_refused(model, train, message):
 @pytest.mark.slow
 def test_the_launch_file_shards(tmp_path, text_corpus_flags):
     """Guards against accelerate's own FSDP, which would wrap the model a second time, and a file it cannot read."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0", "--num_processes=2"]
-    command += ["--config_file", LAUNCH_FILES / "fsdp2_bf16.yaml", SCRIPTS / "train.py"]
+    command = [*LAUNCH, "--num_processes=2", "--config_file", LAUNCH_FILES / "fsdp2_bf16.yaml", SCRIPTS / "train.py"]
     flags = [*TINY, "--train.mixed_precision=auto", *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"]
     done = launch([*command, *flags])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -254,7 +261,7 @@ def test_the_launch_file_shards(tmp_path, text_corpus_flags):
     ids=["adamw", "sgd", "muon"],
 )
 def test_an_update_that_is_skipped_on_the_device_leaves_shards_as_they_were(make):
-    """Guards against a decision for the whole that an optimizer cannot apply to shards. A group of one has them too."""
+    """Guards against a skip that works on whole tensors only. Shards exist in a group of one process, too."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         linear = nn.Linear(4, 4, bias=False)

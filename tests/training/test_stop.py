@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves what it has learned, says so, and goes on as if it had not been asked."""
+"""A run that is asked to stop saves its state, says so, and ends the same after it is resumed."""
 
 import os
 import random
@@ -14,7 +14,7 @@ import pytest
 import charlm
 from charlm.config import ConfigError, RunConfig, Stopped
 from charlm.training import stop as signals
-from tiny import SCRIPTS, TINY, history, run_script
+from tiny import SCRIPTS, TINY, checkpoint_bytes, history, run_script
 
 STEPS = 20
 FLAGS = [
@@ -45,8 +45,9 @@ def saved_steps(run: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
 
 
-def weights(run: Path) -> bytes:
-    return (run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors").read_bytes()
+def assert_ended_like(run: Path, whole: Path) -> None:
+    assert checkpoint_bytes(run, STEPS) == checkpoint_bytes(whole, STEPS)
+    assert history(run) == history(whole)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +95,7 @@ def test_a_signal_saves_and_stops(where, call, saved, number, whole_run, at, tmp
     assert f"stopped after step {saved} of {STEPS}: {number.name}" in capfd.readouterr().err
     assert all(signal.getsignal(number) == handler for number, handler in zip(SIGNALS, HANDLERS, strict=True))
     train(*flags, f"--run.dir={stopped}", "--run.resume=true")
-    assert weights(stopped) == weights(whole)
-    assert history(stopped) == history(whole)
+    assert_ended_like(stopped, whole)
 
 
 @pytest.fixture
@@ -120,14 +120,13 @@ def test_a_signal_at_any_moment_leaves_a_run_that_goes_on(seed, whole_run, tmp_p
     if run.exists():
         assert saved_steps(run) and "tmp" not in "".join(path.name for path in run.rglob("*"))
     train(*flags, f"--run.dir={run}", "--run.auto_resume=true")
-    assert weights(run) == weights(whole)
-    assert history(run) == history(whole)
+    assert_ended_like(run, whole)
 
 
 def test_a_signal_before_there_is_anything_to_save_ends_the_script_well(
     text_corpus_flags, tmp_path, monkeypatch, capfd
 ):
-    """Guards against a queue that takes a preempted preparation for a failure."""
+    """Guards against a queue that counts a stop during preparation as a failure."""
     monkeypatch.setattr("charlm.training.loop.load_corpus", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     assert run_script("train", *FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}") == 0
     assert "stopped before training began: SIGTERM; there is nothing new to save" in capfd.readouterr().err
@@ -145,12 +144,12 @@ def test_the_time_limit_counts_from_the_start_of_the_process(whole_run, tmp_path
     # The preparation, each step and each batch of the validation look at the clock once: 54 to 59, and time after 5.
     assert saved_steps(run) == [5]
     train(*flags, f"--run.dir={run}", "--run.resume=true")
-    assert weights(run) == weights(whole) and history(run) == history(whole)
+    assert_ended_like(run, whole)
 
 
 @pytest.mark.parametrize("text", ["5", "1h2d", "-3h", "0m", "soon", "1.5h"])
 def test_a_time_that_is_none_is_refused(text):
-    """Guards against a limit that silently is none."""
+    """Guards against a time limit that is ignored."""
     with pytest.raises(ConfigError, match=r"max_time=.*must be a time like 3h50m"):
         RunConfig().replace(max_time=text)
 
@@ -161,9 +160,8 @@ def test_times_are_read_as_written(text, seconds):
     assert RunConfig(max_time=text).max_seconds == seconds
 
 
-def test_the_same_command_begins_goes_on_and_has_ended(whole_run, tmp_path, at, capfd):
-    """Guards against a job that its queue starts again, and that refuses its own folder or trains past its end, or
-    does nothing without a word."""
+def test_the_same_command_begins_continues_and_ends_a_run(whole_run, tmp_path, at, capfd):
+    """Guards against a requeued job that refuses its own folder, trains past its end, or silently does nothing."""
     flags, whole = whole_run
     command = [*flags, f"--run.dir={tmp_path / 'run'}", "--run.auto_resume=true"]
     at("accumulate_gradients", 3, signal.SIGUSR1)
@@ -172,12 +170,12 @@ def test_the_same_command_begins_goes_on_and_has_ended(whole_run, tmp_path, at, 
     for finished in (False, True):
         capfd.readouterr()
         train(*command)
-        assert weights(run) == weights(whole) and history(run) == history(whole)
+        assert_ended_like(run, whole)
         assert ("finished before, at step" in capfd.readouterr().err) == finished
 
 
-def test_a_launcher_that_begins_again_means_the_run_that_it_began(whole_run, tmp_path, at, monkeypatch):
-    """Guards against restarted processes that refuse the run they were part of, or that go on with an older one."""
+def test_restarted_processes_continue_the_run_of_their_launcher_only(whole_run, tmp_path, at, monkeypatch):
+    """Guards against restarted processes that refuse their own run, or continue an older one."""
     flags, whole = whole_run
     command = [*flags, f"--run.dir={tmp_path / 'run'}"]
     at("accumulate_gradients", 3, signal.SIGTERM)
@@ -188,7 +186,7 @@ def test_a_launcher_that_begins_again_means_the_run_that_it_began(whole_run, tmp
         train(*command)
     os.utime(run / "config.yaml")
     train(*command)
-    assert weights(run) == weights(whole)
+    assert checkpoint_bytes(run, STEPS) == checkpoint_bytes(whole, STEPS)
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
@@ -247,7 +245,7 @@ def test_a_run_whose_launcher_died_saves_and_stops(whole_run, tmp_path):
 
 
 def test_a_signal_while_the_processes_agree_is_not_lost(monkeypatch):
-    """Guards against a request that strikes between the question and the answer, and that the answer wipes out."""
+    """Guards against losing a signal that arrives while the processes exchange their requests."""
 
     def reduce_under_fire(code, *_, **__):
         signal.raise_signal(signal.SIGTERM)

@@ -12,7 +12,6 @@ import charlm
 from charlm.config import TrainConfig, UserError
 from charlm.objective.routes import Update
 from charlm.runs.folder import Run
-from charlm.training import gradients
 from charlm.training.gradients import Losses
 from charlm.training.optimizers import build_optimizers
 from charlm.training.update import ENOUGH, Updates, step_unless
@@ -71,6 +70,12 @@ def updates_of(optimizers: list, accepted: tuple = (), **options) -> Updates:
     return Updates(TrainConfig(**options), Accelerator(cpu=True), parameters, optimizers, accepted)
 
 
+def apply(updates: Updates, optimizers: list, step: int, *row: float, **options) -> None:
+    """One update by all optimizers, after losses of `row`: the total, and the term "a"."""
+    losses = Losses(("a",), torch.tensor(row))
+    updates.apply(step, losses, [Update(dict.fromkeys(optimizers, 1.0))], **options)
+
+
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 @pytest.mark.parametrize("where", ["loss", "gradient", "table"])
 def test_what_is_not_finite_moves_nothing(where, clip_norm):
@@ -79,24 +84,20 @@ def test_what_is_not_finite_moves_nothing(where, clip_norm):
     optimizers = build_optimizers(TrainConfig(optimizer="muon"), model)
     updates = updates_of(optimizers, clip_norm=clip_norm)
     model.loss().backward()
-    updates.apply(0, Losses(("a",), torch.tensor([1.0, 1.0])), [Update(dict.fromkeys(optimizers, 1.0))])
+    apply(updates, optimizers, 0, 1.0, 1.0)
     before = state_of(model, optimizers)
     model.loss().backward()
     broken = {"gradient": model.head.weight.grad, "table": model.embedding.weight.grad._values()}
     if where in broken:
         broken[where][0, 0] = float("inf")
-    updates.apply(
-        1,
-        Losses(("a",), torch.tensor([float("nan") if where == "loss" else 1.0, 1.0])),
-        [Update(dict.fromkeys(optimizers, 1.0))],
-    )
+    apply(updates, optimizers, 1, float("nan") if where == "loss" else 1.0, 1.0)
     assert_same(state_of(model, optimizers), before)
     assert all(parameter.grad is None for parameter in model.parameters())
     made, skipped = updates.read()
     assert (made.step, made.skipped) == (1, None)
     assert (skipped.step, skipped.skipped) == (2, "the gradient is not finite")
     model.loss().backward()
-    updates.apply(2, Losses(("a",), torch.tensor([1.0, 1.0])), [Update(dict.fromkeys(optimizers, 1.0))])
+    apply(updates, optimizers, 2, 1.0, 1.0)
     assert not model.head.weight.equal(before[0]["head.weight"])
 
 
@@ -115,7 +116,7 @@ def test_fp16_scales_back_once_for_all_optimizers():
             (scaler.scale(loss) if updates is scaled else loss).backward()
             if broken:
                 model.head.weight.grad[0, 0] = float("inf")
-            updates.apply(step, Losses(("a",), torch.tensor([1.0, 1.0])), [Update(dict.fromkeys(own, 1.0))])
+            apply(updates, own, step, 1.0, 1.0)
         scales.append(scaler.get_scale())
     assert scales == [4.0, 8.0, 4.0, 4.0]
     torch.testing.assert_close(dict(models[1].named_parameters()), dict(models[0].named_parameters()))
@@ -138,7 +139,7 @@ def test_the_term_that_broke_is_named():
 
 
 def test_a_loss_that_leaps_is_skipped():
-    """Guards against a threshold that is not the robust one stated, or that the skipped losses themselves raise."""
+    """Guards against another threshold than the documented one, and one that skipped losses raise."""
     losses = [2.0 + 0.01 * ((7 * index) % 11) for index in range(40)]
     median = statistics.median_low(losses)
     deviation = 1.4826 * statistics.median_low(abs(loss - median) for loss in losses)
@@ -148,21 +149,21 @@ def test_a_loss_that_leaps_is_skipped():
     kept = []
     for step, loss in enumerate([median + 3.99 * deviation, 9.0, 9.0, 9.0, median]):
         model.loss().backward()
-        updates.apply(step, Losses(("a",), torch.tensor([loss, loss])), [Update(dict.fromkeys(optimizers, 1.0))])
+        apply(updates, optimizers, step, loss, loss)
         kept.append(len(updates.accepted_losses()))
     assert kept == [41, 41, 41, 41, 42]
     assert [report.step for report in updates.read() if report.skipped] == [2, 3, 4]
 
 
 def test_few_losses_judge_nothing():
-    """Guards against a run whose first noisy losses are skipped for want of others to compare with."""
+    """Guards against skipping the first noisy losses, when there are too few to compare with."""
     model = Net()
     losses = [1.0] * (ENOUGH - 1)
     optimizers = build_optimizers(TrainConfig(), model)
     updates = updates_of(optimizers, tuple(losses), spike_threshold=1.0)
     for step, skipped in enumerate([False, True]):
         model.loss().backward()
-        updates.apply(step, Losses(("a",), torch.tensor([5.0, 5.0])), [Update(dict.fromkeys(optimizers, 1.0))])
+        apply(updates, optimizers, step, 5.0, 5.0)
         assert bool(updates.unread[-1][2]) == skipped
 
 
@@ -170,8 +171,8 @@ def test_few_losses_judge_nothing():
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "muon", "sparse"])
 @pytest.mark.parametrize("broken_pass", [0, 1, 2])
 def test_a_step_of_several_passes_is_made_whole_or_not_at_all(broken_pass, kind, on_host):
-    """Guards against the updates before the one that was not finite: parameters, moments, counters, and state that the
-    step itself began; the next step must not know of any of it."""
+    """Guards against what the updates before the one that was not finite leave in parameters, moments, counters, or
+    state that the step itself created."""
     if kind == "sparse" and not on_host:
         pytest.skip("SparseAdam counts its steps on the host")
     train = TrainConfig(optimizer="adamw" if kind == "sparse" else kind, weight_decay=0.1, learning_rate=0.1)
@@ -195,7 +196,7 @@ def test_a_step_of_several_passes_is_made_whole_or_not_at_all(broken_pass, kind,
 
 
 def test_the_losses_of_passes_make_one_report():
-    """Guards against the losses of all passes but one that are lost, or a total of one of them."""
+    """Guards against a report of one pass only."""
     model = Net()
     optimizers = build_optimizers(TrainConfig(), model)
     updates = updates_of(optimizers)
@@ -224,7 +225,7 @@ def test_each_update_is_clipped_by_its_own_norm():
 
 
 def test_the_weights_adapt_to_updates_that_were_made():
-    """Guards against losses that are no means, or of other terms, and against a skipped update that counts."""
+    """Guards against layer weights that learn from a skipped update, or from sums in place of means."""
     model = Net()
     optimizers = build_optimizers(TrainConfig(), model)
     told = []
@@ -240,31 +241,12 @@ def test_the_weights_adapt_to_updates_that_were_made():
     assert [bool(skipped) for _, skipped in told] == [False, True]
 
 
-@pytest.fixture
-def break_steps(monkeypatch):
-    """Make the loss of some steps nan."""
-
-    def breaking(steps: range) -> None:
-        plain = gradients.weighted_losses
-        count = iter(range(10_000))
-
-        def broken(reports):
-            losses = plain(reports)
-            if next(count) in steps:
-                losses.row[:2] = float("nan")
-            return losses
-
-        monkeypatch.setattr("charlm.training.gradients.weighted_losses", broken)
-
-    return breaking
-
-
 FLAGS = [*TINY, "--train.log_every=3", "--train.valid_every=7", "--train.steps=21"]
 
 
-def test_a_run_goes_on_after_a_bad_step(tmp_path, text_corpus_flags, break_steps, capfd):
+def test_a_run_goes_on_after_a_bad_step(tmp_path, text_corpus_flags, break_losses, capfd):
     """Guards against a bad step that stays unsaid, that ends the run, or that leaves NaN in metrics.jsonl."""
-    break_steps(range(4, 6))
+    break_losses(range(4, 6), term=0)
     flags = [*FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"]
     rows = list(Run.open(train(*flags)).metrics())
     skipped = [row for row in rows if "skipped" in row]
@@ -277,7 +259,7 @@ def test_a_run_goes_on_after_a_bad_step(tmp_path, text_corpus_flags, break_steps
     assert "step 5: update skipped, the loss of layer1/offset1/all is nan" in capfd.readouterr().err
 
 
-def test_a_run_that_skips_without_end_stops_with_a_checkpoint_from_before(tmp_path, text_corpus_flags, break_steps):
+def test_a_run_that_skips_without_end_stops_with_a_checkpoint_from_before(tmp_path, text_corpus_flags, break_losses):
     """Guards against days of steps that learn nothing, and against losing what was learned before them."""
     whole = [
         *FLAGS,
@@ -287,7 +269,7 @@ def test_a_run_that_skips_without_end_stops_with_a_checkpoint_from_before(tmp_pa
         "--train.keep_checkpoints=9",
     ]
     train(*whole)
-    break_steps(range(9, 1000))
+    break_losses(range(9, 1000), term=0)
     flags = [*FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}", "--train.max_skipped=5"]
     with pytest.raises(UserError, match=r"train.max_skipped=5: the last 6 updates were skipped"):
         train(*flags, "--train.valid_every=21")
