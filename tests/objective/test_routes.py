@@ -162,7 +162,7 @@ def test_updates_by_hand(way, norm, randomise):
 
 
 def test_multiway_with_one_step_size_is_joint(randomise):
-    """Guards against gradients that are lost, counted twice, or taken after an update. Plain SGD makes the same step."""
+    """Guards against gradients that are lost, counted twice, or taken after an update: plain SGD makes equal steps."""
     aux = aux_of("multiway", step_sizes="common")
     apart, together = (objective_of(randomise, aux) for _ in range(2))
     routes = build_route(aux, apart, sgd), build_route(aux_of("joint"), together, sgd)
