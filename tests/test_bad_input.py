@@ -56,7 +56,8 @@ ON_TEXT = ["--data.corpus=file", "--data.path=text.txt"]
 TEXT, HUB, SOURCE = " ".join(ON_TEXT), "--data.corpus=hub", f"Get it from {PUBLISHED['enwik8'].url}"
 CASES = {
     "train --config=typo.yaml --train.steps=0": ["model.num_layer", "model.num_layers", "typo.yaml, line 2"],
-    "train --train.steps=0": ["train.steps=0"],
+    "train --train.steps=0 --train.seed=x": ["train.steps=0", "train.seed=x"],
+    "train --config=missing.yaml": ["missing.yaml", "does not exist"],
     'explain --aux.tasks={"mood":0.1}': ["aux.tasks", "'mood'", "auxiliary_task"],
     "train --data.corpus=file --data.path=nowhere.txt": ["data.path=", "(No such file", "give a file or folder"],
     "prepare --data.path=wrong.gz": ["data.path=", "wrong.gz: has sha256", PUBLISHED["enwik8"].digest, SOURCE],

@@ -145,12 +145,8 @@ def test_help_is_laid_out(capsys, monkeypatch) -> None:
     lines = help_of(Sample, columns=60, monkeypatch=monkeypatch, capsys=capsys)
     assert " ".join(Sample.__doc__.split()) in " ".join(lines)
     assert lines[lines.index("  --top-k INTEGER >= 1") + 1].strip() == "Most likely symbols (100%)."
-    assert {
-        "  --all-layers",
-        "  --verify, --no-verify",
-        "  --data.cache_dir PATH",
-        "  --methods TEXT [TEXT ...]",
-    } < set(lines)
+    for option in ("--all-layers", "--verify, --no-verify", "--data.cache_dir PATH", "--methods TEXT [TEXT ...]"):
+        assert f"  {option}" in lines
     assert max(map(len, lines)) <= 60
 
 

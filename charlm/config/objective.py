@@ -107,10 +107,6 @@ class StagedLossConfig(AuxLossConfig):
         return self
 
 
-def _kind_of_weights(weights: Any) -> str:
-    return "mapping" if isinstance(weights, dict) else "list"
-
-
 class LayersConfig(StagedLossConfig):
     """A prediction head on intermediate layers (Al-Rfou et al. 2018, "Intermediate Layer Losses")."""
 
@@ -137,7 +133,7 @@ class LayersConfig(StagedLossConfig):
     weights: (
         Annotated[
             Annotated[tuple[NonNegative, ...], Tag("list")] | Annotated[dict[Depth, NonNegative], Tag("mapping")],
-            Discriminator(_kind_of_weights),
+            Discriminator(lambda weights: "mapping" if isinstance(weights, dict) else "list"),
         ]
         | None
     ) = None
