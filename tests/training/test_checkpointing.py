@@ -33,7 +33,7 @@ def failing_at(*failing: int):
 
 
 def test_the_loop_waits_for_the_previous_write_only(run, monkeypatch):
-    """Guards against a write that holds up the loop, against two at once, and against another order."""
+    """Guards against a write that blocks the loop, two writes at once, and writes in another order."""
     events, may_end = [], threading.Event()
 
     def slow(run, snapshot, *, best, keep) -> None:
@@ -53,7 +53,7 @@ def test_the_loop_waits_for_the_previous_write_only(run, monkeypatch):
     writer.close()
 
 
-def test_what_was_given_is_on_disk_after_close(run):
+def test_all_checkpoints_are_on_disk_after_close(run):
     """Guards against a writer that ends before its thread does."""
     writer = CheckpointWriter(run, keep=2, say=print)
     for step in (1, 2, 3):
@@ -77,7 +77,7 @@ def test_a_mistake_in_the_thread_is_not_lost(run, monkeypatch):
 
 
 def test_a_damaged_record_does_not_end_the_run(run):
-    """Guards against a file that others can touch, provenance.json, ending a run of days."""
+    """Guards against a run of days that a damaged provenance.json ends."""
     run.provenance_path.write_text("{")
     said = []
     writer = CheckpointWriter(run, keep=5, say=said.append)
@@ -88,7 +88,7 @@ def test_a_damaged_record_does_not_end_the_run(run):
 
 @pytest.mark.parametrize("also_at_the_end", [False, True])
 def test_a_run_goes_on_while_its_disk_is_full(also_at_the_end, tmp_path, text_corpus_flags, monkeypatch, capfd):
-    """Guards against a run of days that a full disk ends, and against an end that is lost without a word."""
+    """Guards against a run of days that a full disk ends, and an end that is silently lost."""
     flags = [*TINY, *text_corpus_flags, "--train.steps=20", "--train.valid_every=5", f"--run.dir={tmp_path / 'run'}"]
     full = (10, 20) if also_at_the_end else (10, 15)
     monkeypatch.setattr(checkpointing, "save_checkpoint", failing_at(*full))

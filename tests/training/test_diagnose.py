@@ -1,4 +1,4 @@
-"""What the heads know and what the losses ask of each layer: against brute force, and without a trace in training.
+"""Diagnostics against brute force, and training that is the same with and without them.
 
 Shapes: B batch, T positions, D d_model, V vocabulary, N symbols.
 """
@@ -46,7 +46,7 @@ KINDS = ["bits_per_character", "supervision_ratio", "main_supervision_ratio", "g
 
 
 def trained_objective(aux: AuxConfig | None = None, **model) -> Objective:
-    """Three layers whose heads, which begin at zero, have learned something."""
+    """An objective of three layers, with random heads in place of the zeros that they begin with."""
     torch.manual_seed(0)
     sizes = {"num_layers": 3, "num_heads": 2, "d_model": 8, "d_ff": 16, "context_length": 8}
     objective = build_objective(Config(model=ModelConfig(**(sizes | model)), aux=aux or AuxConfig()), V)
@@ -62,8 +62,8 @@ def random_ids(count: int) -> np.ndarray:
 @pytest.mark.parametrize("num_symbols", [6, 9, 51])
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_bits_of_every_head_by_brute_force(norm, num_symbols):
-    """Guards against targets that are shifted, symbols scored twice or not at all, heads mixed up, and figures of
-    different denominators: each symbol is predicted here on its own, with the context that validation gives."""
+    """Guards against shifted targets, symbols scored twice or not at all, mixed-up heads, and different denominators.
+    Here each symbol is predicted by itself, with the context that validation gives it."""
     objective, ids = trained_objective(norm=norm).eval(), random_ids(num_symbols)
     expected = {pair: [math.log2(V)] * pair[1] for pair in objective.heads.pairs}
     assert len(expected) == 6
@@ -89,8 +89,8 @@ def test_bits_of_every_head_by_brute_force(norm, num_symbols):
 @pytest.mark.parametrize("cross_entropy", ["chunked", "reference"])
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_gradients_by_separate_backward_passes(norm, cross_entropy):
-    """Guards against gradients of the wrong output or layer, micro-batches that count too much, rows that are silent
-    and counted, and an auxiliary gradient that holds the main one."""
+    """Guards against gradients of the wrong output or layer, wrongly weighted micro-batches, silent rows that count,
+    and a main gradient inside the auxiliary one."""
     objective = trained_objective(norm=norm)
     objective.cross_entropy = cross_entropy
     windows_BW = torch.from_numpy(spread_windows(random_ids(60), 5, objective.window_length))
@@ -133,7 +133,7 @@ def test_gradients_by_separate_backward_passes(norm, cross_entropy):
 
 
 def test_ratio_and_cosine_of_a_stack_by_hand():
-    """Guards against a ratio upside down: layers that only scale their input make every gradient known."""
+    """Guards against an inverted ratio. Layers that only scale their input make every gradient known."""
     objective = trained_objective(AuxConfig(layers=LASTING), norm="post")
 
     class Scale(nn.Module):
@@ -161,8 +161,8 @@ def test_ratio_and_cosine_of_a_stack_by_hand():
 @pytest.mark.parametrize(
     "aux", [AuxConfig(layers=LayersConfig(enabled=False)), AuxConfig(layers=LASTING, main_weight=0.0)]
 )
-def test_gives_what_exists(aux):
-    """Guards against a cosine with nothing, and against figures of layers that no loss reaches."""
+def test_figures_of_one_output(aux):
+    """Guards against a cosine without a second gradient, and figures of layers that no loss reaches."""
     objective = trained_objective(aux)
     windows_BW = torch.from_numpy(spread_windows(random_ids(60), 4, objective.window_length))
     found = gradient_figures(objective, windows_BW, 0.0)
@@ -173,8 +173,8 @@ def test_gives_what_exists(aux):
 
 
 def test_leaves_no_trace():
-    """Guards against gradients left in `.grad`, dropout that stays off or comes on, random numbers that are used up,
-    and figures that are no numbers in metrics.jsonl."""
+    """Guards against gradients left in `.grad`, changed modes of dropout, consumed random numbers, and NaN in
+    metrics.jsonl."""
     objective = trained_objective(activation_dropout=0.5, attention_dropout=0.5)
     objective.transformer.activation_checkpointing = True
     for parameter in objective.heads.parameters():
@@ -208,8 +208,7 @@ def test_leaves_no_trace():
 
 @pytest.mark.parametrize("head", ["shared", "shared_frozen", "tower"])
 def test_heads_of_every_kind(head):
-    """Guards against bits and gradients that take a classifier for the layer's own, or trip over one without a
-    gradient."""
+    """Guards against using the wrong classifier, and failing on one without a gradient."""
     config = Config(
         model=ModelConfig(num_layers=2, num_heads=2, d_model=8, d_ff=16, context_length=8),
         aux=AuxConfig(layers=LayersConfig(schedule="constant", head=head, hinge=0.1), hedge=HedgeConfig(enabled=True)),
@@ -232,7 +231,7 @@ def test_heads_of_every_kind(head):
 
 
 def test_windows_lie_evenly():
-    """Guards against windows beyond the text's end, or all from its beginning."""
+    """Guards against windows that reach beyond the end of the text, or all come from its beginning."""
     assert spread_windows(np.arange(11), 3, 5).tolist() == [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7], [6, 7, 8, 9, 10]]
     assert spread_windows(np.arange(5), 2, 5).tolist() == [[0, 1, 2, 3, 4]] * 2
 
@@ -246,7 +245,7 @@ def diagnosed(run: Run) -> dict[int, dict]:
 
 
 def timeless(run: Run) -> list[dict]:
-    """The rows of training and validation without what no two runs have alike."""
+    """The rows of training and validation, without time and memory."""
     return [row for row in history(run.path) if "diagnostics" not in row]
 
 
@@ -262,7 +261,7 @@ def assert_same_training(one: Run, other: Run) -> None:
 
 
 def test_training_is_the_same_with_and_without(tmp_path, text_corpus_flags, monkeypatch):
-    """Guards against diagnostics that change what is trained; and a run whose rows or trackers lack them."""
+    """Guards against diagnostics that change training, and rows or trackers that lack them."""
     flags = [*text_corpus_flags, "--train.micro_batch_size=3", "--train.activation_checkpointing=true"]
     flags += ["--aux.hedge.enabled=true"]
     run = record(tmp_path / "with", *flags, "--train.diagnose_every=3")
@@ -292,7 +291,7 @@ def test_training_is_the_same_with_and_without(tmp_path, text_corpus_flags, monk
 
 @pytest.mark.slow
 def test_two_processes_and_shards(tmp_path, text_corpus_flags):
-    """Guards against a reducer that waits for gradients that were none of its own, and processes that part."""
+    """Guards against a reducer that sees the gradients of diagnostics, and processes that diverge."""
     names = {
         "with": ["--train.diagnose_every=3"],
         "without": [],

@@ -55,8 +55,8 @@ def two_processes(tmp_path_factory, text_corpus_flags):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_learn_what_one_does(name, two_processes, tmp_path, text_corpus_flags):
-    """Guards against wrong scaling of the loss by processes or micro-batches, a reducer that trips over silent heads or
-    goes on moving them, and windows that depend on the number of processes."""
+    """Guards against wrong scaling of the loss by processes or micro-batches, a reducer that fails on silent heads or
+    still moves them, and windows that depend on the number of processes."""
     alone = train(*flags_of(name, tmp_path, text_corpus_flags))
     rows_alone, rows_two = (training_rows(path) for path in (alone, two_processes / name))
     assert [row["step"] for row in rows_two] == list(range(1, STEPS + 1))
@@ -75,7 +75,7 @@ def test_two_processes_learn_what_one_does(name, two_processes, tmp_path, text_c
 
 @pytest.mark.slow
 def test_a_run_of_one_process_goes_on_with_two(tmp_path, text_corpus_flags):
-    """Guards against a checkpoint that only the processes that wrote it can continue."""
+    """Guards against a checkpoint that can be continued only by as many processes as wrote it."""
     flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
     whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
     shutil.copytree(whole, tmp_path / "moved")

@@ -32,8 +32,8 @@ def launch(launch_file: str, script: str, *arguments: str | Path) -> subprocess.
     ],
 )
 def test_a_launch_file_starts_what_it_says(launch_file, first_lines, tmp_path, text_corpus_flags):
-    """Guards against accelerate's habit of starting one CPU process where two were asked for, launch files that it
-    cannot read, and processes that each print the score of their share."""
+    """Guards against accelerate starting one CPU process in place of two, unreadable launch files, and processes that
+    each print a score of their own."""
     flags = [*TINY, "--train.mixed_precision=auto", *text_corpus_flags]
     trained = launch(launch_file, "train", *flags, f"--run.dir={tmp_path / 'run'}")
     for line in first_lines:

@@ -1,4 +1,4 @@
-"""What the launchers do with signals: whatever they do, the run saves what it has and no process is left behind."""
+"""Signals to the launchers: the run saves its state, and no process is left behind."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ CPU = SCRIPTS.parent / "configs" / "accelerate" / "cpu.yaml"
 def test_a_signal_to_the_launcher_ends_in_a_checkpoint(
     launcher, sharding, number, code, reason, tmp_path, text_corpus_flags
 ):
-    """Guards against documents that promise other codes, a launcher that takes the work along, and orphans."""
+    """Guards against other exit codes than documented, lost steps, and orphaned processes."""
     flags = [*TINY, *text_corpus_flags, "--train.steps=1000000", "--train.log_every=1", "--train.valid_every=1000000"]
     flags += [f"--train.sharding={sharding}", f"--run.dir={tmp_path / 'run'}"]
     with (tmp_path / "said").open("w") as said:

@@ -1,4 +1,4 @@
-"""What a run says of itself: the rows of metrics.jsonl and the progress line, against a clock that the test moves."""
+"""Rows of metrics.jsonl and the progress line, against a clock that the test moves."""
 
 import sys
 
@@ -30,7 +30,7 @@ def clock(monkeypatch) -> Clock:
 
 @pytest.fixture
 def build_tracker(tmp_path, clock):
-    """`build_tracker(step, seconds, main)`: that of a run of 8 steps of 3 windows of 5 characters, with two layers."""
+    """`build_tracker(step, seconds, main)`: a tracker of 8 steps of 3 windows of 5 characters, with two layers."""
     config = Config(
         model=ModelConfig(num_layers=2, context_length=5),
         train=TrainConfig(steps=8, batch_size=3),
@@ -54,8 +54,8 @@ def rows(tracker: Tracker) -> list[dict]:
 
 
 def test_training_rows_by_hand(build_tracker, clock):
-    """Guards against weights of the step after, the wrong term's bits, and a speed that counts validation or one
-    process's characters only."""
+    """Guards against weights of the next step, bits of the wrong term, and a speed that includes validation or counts
+    one process only."""
     tracker = build_tracker()
     clock.now += 4.0
     tracker.log_training(2, 0.125, 9.0, parts(4.0, 3.0, 2.0, 1.0))
@@ -100,20 +100,19 @@ def test_training_rows_by_hand(build_tracker, clock):
 
 
 def test_rows_of_hedge_and_diagnostics_by_hand(build_tracker, clock):
-    """Guards against learned weights that no log has, and diagnostics that are written by every process."""
+    """Guards against learned weights and diagnostics missing from the log."""
     clock.now += 1.0
-    tracker, other = build_tracker(), build_tracker(main=False)
+    tracker = build_tracker()
     clock.now += 1.0
     tracker.log_training(2, 0.125, 9.0, parts(1.5, 2.0), {1: 0.25, 2: 0.75})
-    for own in (tracker, other):
-        own.log_diagnostics(2, {"gradient_norm": {"layer1": 2.0}})
+    tracker.log_diagnostics(2, {"gradient_norm": {"layer1": 2.0}})
     first, second = rows(tracker)
     assert first["hedge"] == {"layer1": 0.25, "layer2": 0.75}
     assert second == {"step": 2, "progress": 0.25, "diagnostics": {"gradient_norm": {"layer1": 2.0}}}
 
 
 def test_validation_rows_by_hand(build_tracker, clock, capfd):
-    """Guards against a log without its validations, and one that does not say which checkpoint is the best."""
+    """Guards against validations missing from the log, and lines that do not say which checkpoint is the best."""
     tracker = build_tracker()
     clock.now += 7.0
     tracker.log_validation(4, 2.5, 2.25, best=True)
@@ -129,7 +128,7 @@ def test_validation_rows_by_hand(build_tracker, clock, capfd):
 
 
 def test_a_resumed_run_goes_on_counting(build_tracker, clock):
-    """Guards against seconds that start over, and a speed that counts the steps from before the resumption."""
+    """Guards against seconds that restart at zero, and a speed that includes steps from before the resumption."""
     tracker = build_tracker(step=4, seconds=50.0)
     clock.now += 3.0
     tracker.log_training(6, 0.5, 3.0, parts(1.5, 2.0))
@@ -158,8 +157,8 @@ def test_the_progress_line(build_tracker, clock, capsys, monkeypatch):
 
 
 def test_the_time_left_by_hand(build_tracker, clock):
-    """Guards against a time left that takes the validation with which a run resumes for a part of every step, counts
-    the steps from before, or forgets the validations that are to come."""
+    """Guards against a time left that spreads a first validation over all steps, counts steps from before a resumption,
+    or forgets the validations that are to come."""
     tracker = build_tracker(step=2)
     tracker.cadences["validating"] = 3
     with tracker.speed_paused("validating"):
@@ -174,7 +173,7 @@ def test_the_time_left_by_hand(build_tracker, clock):
 
 
 def test_the_progress_line_of_a_long_run_fits(build_tracker, clock, capsys, monkeypatch):
-    """Guards against a line that is cut in a terminal of 80 columns, the last of it being the speed."""
+    """Guards against a line that does not fit into 80 columns, whose end, the speed, would be cut."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "81")  # tqdm leaves one of those that COLUMNS names
     tracker = build_tracker()
@@ -188,8 +187,8 @@ def test_the_progress_line_of_a_long_run_fits(build_tracker, clock, capsys, monk
     assert line.strip() == "50000/100000 11:06:44 left loss 123.5 3.000 bpc lr 2.0e-03 2 terms 6400.0k ch/s"
 
 
-def test_what_was_reached(build_tracker, clock, capfd):
-    """Guards against a time that counts what was taken before a resumption, and a share of something else."""
+def test_the_last_lines(build_tracker, clock, capfd):
+    """Guards against a time that includes earlier processes of the run, and a wrong share of pauses."""
     tracker = build_tracker(seconds=1000.0)
     clock.now += 30.0
     with tracker.speed_paused("validating"):
@@ -202,7 +201,7 @@ def test_what_was_reached(build_tracker, clock, capfd):
 
 
 def test_no_time_is_left_at_the_end(build_tracker, clock, capsys, monkeypatch):
-    """Guards against a finished run on whose line the last validation is still to come."""
+    """Guards against a finished run whose line still shows time left for the last validation."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     tracker = build_tracker()
     for step in (7, 8):
@@ -215,21 +214,17 @@ def test_no_time_is_left_at_the_end(build_tracker, clock, capsys, monkeypatch):
     assert capsys.readouterr().err.rpartition("\r")[2].startswith("8/8 00:00 left loss 2.5")
 
 
-def test_a_log_file_gets_no_progress_line(build_tracker, clock, capfd):
-    """Guards against logs filled with thousands of progress lines."""
-    tracker = build_tracker()
+@pytest.mark.parametrize("main", [True, False])
+def test_rows_outside_a_terminal(main, build_tracker, clock, capfd):
+    """Guards against logs filled with thousands of progress lines, and rows and lines written once per process."""
+    tracker = build_tracker(main=main)
     clock.now += 1.0
     tracker.log_training(2, 0.125, 9.0, parts(1.5, 2.0))
-    tracker.close()
-    assert capfd.readouterr() == ("", "")
-
-
-def test_other_processes_are_silent(build_tracker, capfd):
-    """Guards against rows and lines written once per process."""
-    tracker = build_tracker(main=False)
-    tracker.say("a line")
-    tracker.log_training(2, 0.125, 9.0, parts(1.5, 2.0))
+    tracker.log_diagnostics(2, {})
     tracker.log_validation(4, 2.5, 2.25, best=True)
+    tracker.log_skipped(5, "spike")
     tracker.close()
-    assert rows(tracker) == []
-    assert capfd.readouterr() == ("", "")
+    assert [row["step"] for row in rows(tracker)] == ([2, 2, 4, 5] if main else [])
+    assert [line.partition(":")[0] for line in capfd.readouterr().err.splitlines()] == (
+        ["step 4", "step 5"] if main else []
+    )

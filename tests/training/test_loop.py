@@ -1,4 +1,4 @@
-"""What a run does and leaves behind."""
+"""The training loop, and the files of a run."""
 
 import itertools
 import json
@@ -53,8 +53,8 @@ def test_every_combination_of_the_losses_trains(positions, layers, targets, tmp_
 
 
 def test_the_first_step_is_what_the_config_says(tmp_path, text_corpus_flags):
-    """Guards against a loop whose windows, initialisation, weights, update or learning rate drift from the parts that
-    are tested on their own: one step of SGD without momentum is worked out here, from two micro-batches."""
+    """Guards against a loop that combines windows, initialisation, weights, update or learning rate wrongly. A step of
+    SGD without momentum is computed by hand, from two micro-batches."""
     flags = [
         *FLAGS,
         *text_corpus_flags,
@@ -105,7 +105,7 @@ def test_windows_grow_to_the_full_context(tmp_path, text_corpus_flags, monkeypat
 
 
 def test_a_run_records_what_it_was_made_from(tmp_path, text_corpus_flags):
-    """Guards against a run folder that cannot be traced back or reloaded; and against pickle in it."""
+    """Guards against a run folder without provenance, that cannot be reloaded, or that contains pickle."""
     config = charlm.load_config(overrides=[*FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"])
     run = Run.open(charlm.train(config))
     assert run.config() == config
@@ -151,10 +151,8 @@ def test_every_config_runs_at_another_size(config_file, tmp_path, text_corpus_fl
         (["--aux.main_weight=0", "--aux.layers.enabled=false"], "aux.main_weight=0.0: all losses have weight zero"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_written(
-    flags, message, tmp_path, text_corpus_flags, monkeypatch
-):
-    """Guards against a half-made run folder that is in the way of the corrected command."""
+def test_refusals_come_before_anything_is_written(flags, message, tmp_path, text_corpus_flags, monkeypatch):
+    """Guards against an incomplete run folder that blocks the corrected command."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(UserError, match=message):
         train(*FLAGS, *text_corpus_flags, *flags, f"--run.dir={tmp_path / 'run'}")

@@ -39,7 +39,7 @@ def two_processes(tmp_path_factory, text_corpus_flags) -> Path:
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_learns_alike_on_one_process_and_on_two(preset, two_processes, tmp_path, text_corpus_flags):
-    """Guards against a preset that only its table can bear: rows that no route, head or process can train."""
+    """Guards against a preset whose table is valid, but which some route, head or process cannot train."""
     alone = train(*flags_of(preset, tmp_path, text_corpus_flags))
     one, two = (training_rows(path) for path in (alone, two_processes / preset.stem))
     assert len(one) == STEPS

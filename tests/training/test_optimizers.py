@@ -1,4 +1,4 @@
-"""Optimizers against hand arithmetic, and who owns which parameter."""
+"""Optimizers against hand arithmetic, and the parameters that each of them owns."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Heads of other kinds, layer weights that learn and a task of the user's own, on two processes against one."""
+"""Other kinds of heads, learned layer weights and a task of the user's own, on two processes against one."""
 
 import json
 import re
@@ -63,8 +63,8 @@ def runs(tmp_path_factory, text_corpus_flags) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_learn_what_one_does(name, runs):
-    """Guards against shards or replicas of parameters that two layers share, gradients of constants, a task that the
-    reducer waits for in vain, and layer weights that each process learns from its own losses."""
+    """Guards against faults in shards or replicas of shared parameters, gradients of frozen ones, a reducer that waits
+    for a task, and layer weights that each process learns from its own losses."""
     found = [Run.open(runs / number / name) for number in ("one", "two")]
     one, two = ([row for row in run.metrics() if "terms" in row] for run in found)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)

@@ -1,4 +1,4 @@
-"""The job templates, under stand-ins for srun and scontrol: no cluster is at hand."""
+"""The job templates, with stand-ins for srun and scontrol in place of a cluster."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ for job in $(jobs -p); do wait "$job" || code=$?; done
 exit $code
 """
 SCONTROL = """#!/bin/bash
-# More hosts than a pipe holds: who reads only the first of them breaks it.
+# More hosts than a pipe holds, so that reading only the first one breaks the pipe.
 if [ "$1" = show ]; then echo localhost; seq 20000; else echo "$*" >> "$REQUEUED"; fi
 """
 
@@ -60,8 +60,8 @@ def submit(tmp_path):
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_a_template_is_bash_and_goes_back_into_the_queue_if_steps_are_left(template, submit, tmp_path):
-    """Guards against a script that bash cannot read, a preempted run that is taken for a finished one, one that fails
-    and is queued again for ever, tasks on one core, and a list of nodes that breaks the pipe."""
+    """Guards against bad bash, a preempted run that is not requeued, a failing one that is requeued for ever, tasks on
+    one core, and a list of nodes that breaks the pipe."""
     for script in (template, TEMPLATES[0].with_name("run.sh")):
         assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
     for directive in ("#SBATCH --requeue\n", "#SBATCH --signal=USR1@"):
@@ -74,8 +74,8 @@ def test_a_template_is_bash_and_goes_back_into_the_queue_if_steps_are_left(templ
 
 
 @pytest.mark.parametrize("flag", ["--run.dir=elsewhere", "--train.steps=9", "--train.steps"])
-def test_flags_that_hide_the_end_of_the_run_are_refused(flag, submit, tmp_path):
-    """Guards against a job that looks for its last checkpoint where none will be, and is queued again for ever."""
+def test_flags_that_the_template_sets_are_refused(flag, submit, tmp_path):
+    """Guards against a job that looks for its last checkpoint in the wrong place and is requeued for ever."""
     code, said, requeued = submit(TEMPLATES[0], "--train.seed=1", flag, python="true")
     assert (code, requeued) == (2, False)
     assert said == f"error: {flag}: set RUN and STEPS before sbatch instead; they tell, too, when the run is done\n"
@@ -85,7 +85,7 @@ def test_flags_that_hide_the_end_of_the_run_are_refused(flag, submit, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_a_template_trains_to_the_end(template, submit, tmp_path, text_corpus_flags):
-    """Guards against ranks that do not find each other, flags that do not arrive, and a finished run queued again."""
+    """Guards against ranks that do not find each other, lost flags, and a finished run that is requeued."""
     flags = [flag for flag in (*TINY, *text_corpus_flags) if not flag.startswith("--train.steps")]
     code, said, requeued = submit(template, *flags)
     assert code == 0, said[-3000:]
@@ -97,10 +97,8 @@ def test_a_template_trains_to_the_end(template, submit, tmp_path, text_corpus_fl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_job_whose_tasks_are_signalled_saves_and_is_queued_again_and_goes_on(
-    number, submit, tmp_path, text_corpus_flags
-):
-    """Guards against a job that is lost at its limit of time or at a preemption, or that begins anew."""
+def test_a_signalled_job_saves_is_requeued_and_continues(number, submit, tmp_path, text_corpus_flags):
+    """Guards against a job that is lost at its time limit or a preemption, or that starts over."""
     flags = [flag for flag in (*TINY, *text_corpus_flags) if not flag.startswith("--train.steps")]
     flags += ["--train.log_every=1", "--train.valid_every=1000000"]
     code, said, requeued = submit(TEMPLATES[0], *flags, steps=1_000_000, signal_ranks=number)

@@ -1,4 +1,4 @@
-"""What trackers have on record must be what metrics.jsonl has. Needs no network; a tracker that is not installed is
+"""Trackers must record the numbers of metrics.jsonl. Needs no network; a tracker that is not installed is
 skipped, see requirements-trackers.txt."""
 
 import json
@@ -240,7 +240,7 @@ def test_a_trackers_record_is_metrics_jsonl(name, home, tmp_path, text_corpus_fl
 
 
 def test_several_trackers_at_once(home, tmp_path, text_corpus_flags):
-    """Guards against trackers that get in each other's way."""
+    """Guards against trackers that disturb each other."""
     if len(INSTALLED) < 2:
         pytest.skip("fewer than two trackers are installed")
     run = train_apart(tmp_path / "run", *text_corpus_flags, f"--run.tracker={','.join(INSTALLED)}")
@@ -249,7 +249,7 @@ def test_several_trackers_at_once(home, tmp_path, text_corpus_flags):
 
 
 def test_numbers_of_a_row():
-    """Guards against what no tracker takes: None, an empty table, and two values of one name at one step."""
+    """Guards against values that trackers refuse: None, an empty table, and two values of one name at one step."""
     row = {"step": 5, "bits_per_character": None, "seconds": 2.5, "terms": {"layer1/offset1/all": {"loss": 4.0}}}
     assert trackers.numbers(row) == {"seconds": 2.5, "terms/layer1/offset1/all/loss": 4.0}
     assert trackers.numbers({"step": 5, "loss": 0.0, "terms": {}}) == {"loss": 0.0}
@@ -258,12 +258,12 @@ def test_numbers_of_a_row():
 
 
 def test_every_tracker_of_accelerate_has_a_name_here():
-    """Guards against a tracker of accelerate's that cannot be asked for."""
+    """Guards against a tracker of accelerate that run.tracker does not accept."""
     assert set(get_args(TrackerName)) == set(LOGGER_TYPE_TO_CLASS)
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path, text_corpus_flags, monkeypatch):
-    """Guards against accelerate leaving it out without a word, and against writing anything before saying so."""
+    """Guards against accelerate silently leaving it out, and against writing anything before the refusal."""
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["wandb"])
     with pytest.raises(UserError, match=r"run.tracker=aim,comet_ml: not installed; pip install 'aim<4' comet-ml"):
         train(tmp_path / "run", "--run.tracker=aim,wandb,comet_ml", "--data.corpus=file", "--data.path=nowhere")
@@ -271,7 +271,7 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path, text_corpus_flags,
 
 
 class Fake(GeneralTracker):
-    """Fails at what `fails` says: start, the step of a row, or finish."""
+    """A tracker that fails at `fails`: "start", the step of a row, or "finish"."""
 
     requires_logging_directory = False
     fails: Any = None
