@@ -1,6 +1,6 @@
 """Fixtures for all tests: tiny models whose every parameter matters, and corpora to score them on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -47,10 +47,12 @@ def randomise() -> Callable[..., nn.Module]:
     return draw
 
 
-@pytest.fixture(autouse=True)
-def plain_fp32(monkeypatch):
-    """Compare with references computed by the same matrix products."""
-    monkeypatch.setattr(kernels_cpu, "medium_is_fp32", lambda: False)
+@pytest.fixture(scope="session", autouse=True)
+def plain_fp32() -> Iterator[None]:
+    """Compute models and references by the same matrix products, in fixtures of any scope as in tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels_cpu, "medium_is_fp32", lambda: False)
+        yield
 
 
 @pytest.fixture

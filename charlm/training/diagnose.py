@@ -19,7 +19,7 @@ from torch import Tensor
 
 from charlm.config import Config
 from charlm.data.corpus import Corpus
-from charlm.data.windows import evaluation_windows
+from charlm.data.windows import default_stride, evaluation_windows
 from charlm.inference.evaluation import AUTOCAST_DTYPES, count_units
 from charlm.inference.scoring import BATCH_SYMBOLS
 from charlm.model.heads import Heads
@@ -106,7 +106,7 @@ def bits_per_head(
         characters: number of characters that begin in the text.
     """
     context_length, device = transformer.config.context_length, next(transformer.parameters()).device
-    windows = evaluation_windows(len(ids), context_length, max(1, context_length // 2))
+    windows = evaluation_windows(len(ids), context_length, default_stride(context_length))
     offsets_of = {layer: [offset for own, offset in heads.pairs if own == layer] for layer in heads.layers}
     nats = {
         (layer, offset): min(offset, len(ids)) * math.log(transformer.vocabulary_size) for layer, offset in heads.pairs

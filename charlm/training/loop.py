@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from charlm.config import Config, Stopped, UserError, steps_of
 from charlm.data.corpus import Corpus, load_corpus
+from charlm.data.windows import default_stride
 from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
@@ -254,7 +255,7 @@ def validate(
             objective.transformer,
             objective.heads,
             ids,
-            stride=max(1, config.model.context_length // 2),
+            stride=default_stride(config.model.context_length),
             autocast_dtype=AUTOCAST_DTYPES.get(precision),
             before_batch=before_batch,
         )[config.model.num_layers]
