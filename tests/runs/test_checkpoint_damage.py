@@ -120,11 +120,7 @@ FORGED = {
     "a pickle, forged": (written(MODEL, b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."), [MODEL]),
     "a header said to be huge": (
         written(MODEL, tensor_file(b"{}", header_bytes=2**63)),
-        [MODEL, "more than any"],
-    ),
-    "a header of 17 MB": (
-        written(MODEL, tensor_file(b"{" + b" " * 17_000_000 + b"}")),
-        [MODEL, "more than any"],
+        [MODEL, "header too large"],
     ),
     "a header past the end": (written(MODEL, tensor_file(b"{}", header_bytes=1000)), [MODEL]),
     "a header that is no JSON": (written(MODEL, tensor_file(b"{a: 1}")), [MODEL]),

@@ -99,7 +99,10 @@ CASES = {
         written(VOCABULARY, json.dumps(CharacterVocabulary("ab").to_dict() | {"characters": "abc"})),
         [VOCABULARY, "SHA-256 does not match"],
     ),
-    "a header said to be huge": (written(TENSORS, (2**63).to_bytes(8, "little") + b"{}"), [TENSORS, "its header"]),
+    "a header said to be huge": (
+        written(TENSORS, (2**63).to_bytes(8, "little") + b"{}"),
+        [TENSORS, "header too large"],
+    ),
     "an extra tensor": (extra_tensor, [TENSORS, "has a tensor virus"]),
 }
 
