@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-import charlm
 from charlm.config import AuxConfig, Config, LayersConfig, PositionsConfig, TargetsConfig, TaskConfig, UserError
 from charlm.objective.terms import build_terms
 from charlm.runs import folder
@@ -266,12 +265,6 @@ def test_a_restart_goes_back_to_a_chosen_step_only_once(case, whole_run, tmp_pat
     assert Run.open(run).config().run.resume_from is None
     assert checkpoint_bytes(run, STEPS) == checkpoint_bytes(whole, STEPS)
     assert not list((run / "checkpoints").glob(".*"))
-
-
-def test_resume_from_and_auto_resume_exclude_each_other():
-    """Guards against a command that goes back to the same step whenever a queue starts it."""
-    with pytest.raises(UserError, match=r"run.resume_from=5: goes back .*auto_resume"):
-        charlm.load_config(overrides=["--run.resume_from=5", "--run.auto_resume=true"])
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -160,6 +160,12 @@ def test_times_are_read_as_written(text, seconds):
     assert RunConfig(max_time=text).max_seconds == seconds
 
 
+def test_resume_from_and_auto_resume_exclude_each_other():
+    """Guards against a command that goes back to the same step whenever a queue starts it."""
+    with pytest.raises(ConfigError, match=r"run.resume_from=5: goes back .*auto_resume"):
+        charlm.load_config(overrides=["--run.resume_from=5", "--run.auto_resume=true"])
+
+
 def test_the_same_command_begins_continues_and_ends_a_run(whole_run, tmp_path, at, capfd):
     """Guards against a requeued job that refuses its own folder, trains past its end, or silently does nothing."""
     flags, whole = whole_run
