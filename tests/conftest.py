@@ -48,11 +48,13 @@ def randomise() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def plain_fp32() -> Iterator[None]:
-    """Compute models and references by the same matrix products, in fixtures of any scope as in tests."""
+def plain_fp32() -> Iterator[Callable[[], bool]]:
+    """Compute models and references by the same matrix products, in fixtures of any scope as in tests; gives the
+    function that it replaces."""
+    original = kernels_cpu.medium_is_fp32
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels_cpu, "medium_is_fp32", lambda: False)
-        yield
+        yield original
 
 
 @pytest.fixture

@@ -214,10 +214,10 @@ def test_a_text_in_which_no_character_begins_is_refused(build_model, build_corpu
 @pytest.mark.parametrize(
     ("has_amx", "num_rows", "expected"), [(False, 512, "medium"), (True, 512, "highest"), (False, 1, "highest")]
 )
-def test_matmul_stays_fp32_and_is_put_back(monkeypatch, has_amx, num_rows, expected):
+def test_matmul_stays_fp32_and_is_put_back(monkeypatch, plain_fp32, has_amx, num_rows, expected):
     """Guards against bf16 inside a figure stamped fp32, a path that is slow for single rows, and a global setting that
     outlives the evaluation."""
-    monkeypatch.undo()  # of the fixture that turns the choice off
+    monkeypatch.setattr(matmul, "medium_is_fp32", plain_fp32)
     capabilities = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": has_amx, "amx_tile": has_amx}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     before = torch.get_float32_matmul_precision()
