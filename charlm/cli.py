@@ -1,4 +1,4 @@
-"""What the scripts share: arguments in, errors for people out. Imports nothing heavy: --help answers at once."""
+"""Parses the arguments of all scripts and prints their errors. Imports nothing heavy: --help answers at once."""
 
 import argparse
 import os

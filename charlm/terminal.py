@@ -1,4 +1,4 @@
-"""Which process speaks to the user, and lines as wide as the terminal."""
+"""Output to the terminal: by the main process only, in lines as wide as the terminal."""
 
 import os
 import sys

@@ -29,7 +29,7 @@ class Options(Section):
     """
 
     benchmark: Annotated[Benchmark, cli.Flag("benchmark", metavar="BENCHMARK")]
-    """What to measure: train, evaluate, generate, drafts, auxiliary or scaling."""
+    """The benchmark to run: train, evaluate, generate, drafts, auxiliary or scaling."""
     shape: Literal["S", "P", "D"] = "S"
     """S: 6 layers of 256, batch 8; P: the paper's 12 layers, batch 2, on a GPU 64; D: its 64 layers, on a GPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -67,7 +67,7 @@ def fraction_done(run: VariantRun) -> float:
 
 
 def read_costs(run: VariantRun) -> dict[str, Any]:
-    """What `add_costs` wrote: peak_memory in bytes, cpu_seconds, failure."""
+    """The costs that `add_costs` wrote: peak_memory in bytes, cpu_seconds, failure."""
     path = run.beside(".json")
     return read_json(path) if path.exists() else {"peak_memory": None, "cpu_seconds": None, "failure": None}
 

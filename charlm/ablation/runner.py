@@ -26,7 +26,7 @@ POLL_SECONDS, REDRAW_SECONDS = 0.2, 2.0
 LONGEST_MESSAGE = 300
 BAR = {"bar_format": "{desc}, {remaining} left{postfix}", "smoothing": 0, "disable": None, "leave": False}
 SAME_REQUEST = 1.0
-"""Further signals within so many seconds belong to the same request to stop."""
+"""Seconds within which further signals belong to the same request to stop."""
 STOPPED = (0, -signal.SIGTERM, -signal.SIGKILL)
 """Exit codes of a run that was told to stop: it saved, had not begun, or was killed."""
 
@@ -37,7 +37,7 @@ class Child(NamedTuple):
     run: VariantRun
     process: subprocess.Popen
     log_start: int
-    """Where its output begins in the log, which earlier processes of the run may have begun."""
+    """Position in the log file at which its output begins; earlier processes of the run may have written before."""
 
 
 @dataclass

@@ -114,7 +114,7 @@ class Row:
 
 
 def protocols(runs: Iterable[VariantRun]) -> list[str]:
-    """What the scores measure: one line if it is the same for all rows, else one for each protocol."""
+    """The protocol of the scores: one line if all rows share it, else one line for each protocol."""
     rows: dict[str, list[str]] = {}
     for run in runs:
         train, context = run.config.train, run.config.model.context_length

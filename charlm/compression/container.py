@@ -37,7 +37,7 @@ MAX_SYMBOL_BYTES = 4
 _FACTS = ("length", "symbols", "content", "model", "vocabulary", "probe")
 _SETTINGS = ("streams", "context", "stride", "block", "threads")
 _FIELDS = struct.Struct("<QQ32s16s8s8sIIIIHBB")
-"""Those of the header, those of its settings, the precision, and how long the environment is."""
+"""Lengths of the header, of its settings, of the precision and of the environment, in bytes."""
 _PREFIX = struct.Struct("<6sH")
 _COUNT = struct.Struct("<I")
 _CHECKSUM_BYTES = 8
@@ -46,7 +46,7 @@ _PIECE = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a decoder must know, and must have in common with the encoder; see `charlm.compression.fingerprint`."""
+    """Settings and environment that a decoder must share with the encoder; see `charlm.compression.fingerprint`."""
 
     length: int
     """Bytes of the content."""
@@ -129,7 +129,7 @@ def read_block(file: BinaryIO) -> np.ndarray:
 
 
 def largest_claim(words: int, vocabulary_size: int) -> int:
-    """The most symbols that so many words can hold; up to 64 bits of the coder's last words may go unused."""
+    """The most symbols that a number of words can hold; up to 64 bits of the coder's last words may go unused."""
     bits_per_symbol = -math.log2(1 - (vocabulary_size - 1) / 2**CODER_BITS)
     return math.floor((32 * words + 64) / bits_per_symbol)
 
@@ -217,4 +217,4 @@ def _check_blocks(file: BinaryIO, end: int, header: Header, vocabulary_size: int
             raise ValueError(f"claims {symbols:,} symbols in {4 * count:,} bytes")
         file.seek(4 * count, os.SEEK_CUR)
     if file.tell() != end:
-        raise ValueError(f"{claim}, and the file goes on after them")
+        raise ValueError(f"{claim}, and more bytes follow")

@@ -78,7 +78,7 @@ def _pieces(file: BinaryIO, name: Path, vocabulary: Vocabulary) -> Iterator[np.n
 
 
 def _start_of_last_character(data: bytes) -> int:
-    """Where the last UTF-8 character begins, which may be incomplete; the end if none begins in the last 4 bytes."""
+    """Index at which the last UTF-8 character starts, complete or not; the end if none starts in the last 4 bytes."""
     for start in range(len(data) - 1, max(len(data) - 5, -1), -1):
         if data[start] & 0b11000000 != 0b10000000:
             return start

@@ -31,7 +31,7 @@ class ModelSize:
     """Size of the model, which a decompressor has to bring along."""
 
     parameters: int
-    """Those that predict the next symbol."""
+    """Parameters that predict the next symbol."""
     compressed_bytes: int
     """Their values in 16 bits, compressed by xz. The code, which is small, is not counted."""
 

@@ -98,7 +98,7 @@ class Streams:
 
 @contextmanager
 def threads_set(num_threads: int) -> Iterator[None]:
-    """Compute with so many threads inside; the number of before is put back."""
+    """Compute with `threads` threads inside the context; restore the earlier number after it."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)  # even if it is the same: this keeps MKL from choosing fewer by itself
     try:

@@ -1,4 +1,4 @@
-"""Which text is read, and how it becomes ids."""
+"""The text, and how it becomes ids."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ def _default_cache() -> Path:
 
 
 class DataConfig(Section):
-    """Which text is read, and how it becomes ids."""
+    """The text, and how it becomes ids."""
 
     corpus: CorpusName = "enwik8"
     """enwik8 and text8 are downloaded once and verified; file reads data.path; hub reads data.hub_id; lm1b is a

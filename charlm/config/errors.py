@@ -1,4 +1,4 @@
-"""What is said when something cannot work."""
+"""Errors whose messages are for the user."""
 
 from collections.abc import Sequence
 from typing import Any

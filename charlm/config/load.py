@@ -48,7 +48,7 @@ def load_config(
 
 
 def settings_of(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> dict[str, Setting]:
-    """What YAML files and overrides set, by the options' names.
+    """The settings that YAML files and overrides make, by option name.
 
     `reset: true` in a section of a file drops what earlier files set in it.
     """

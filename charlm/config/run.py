@@ -12,7 +12,7 @@ TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanla
 
 
 class RunConfig(Section):
-    """Where the run is kept, how it is continued, and where its numbers go."""
+    """The run on disk: its folder, how it is continued, and where its numbers go."""
 
     dir: Path = Path("runs/charlm")
     """The run's folder. It must not hold a run already, unless that run is resumed."""

@@ -57,7 +57,7 @@ class TrainConfig(Section):
     clip_norm: NonNegative = 0.0
     """Largest norm of the gradient, n-gram tables apart; 0 does not clip."""
     max_skipped: Annotated[Count, Mark.MAY_CHANGE] = 20
-    """An update is skipped if its loss or gradient is not finite; the run stops after so many in a row."""
+    """An update is skipped if its loss or gradient is not finite; the run stops after this many in a row."""
     spike_threshold: NonNegative = 0.0
     """Also skip an update if its loss is more than this many robust standard deviations (1.4826 times the median
     absolute deviation) above the median of the last 128 losses; 0 never does."""

@@ -1,4 +1,4 @@
-"""What options share: a frozen pydantic model that knows no other names, numbers with their limits, and marks."""
+"""The base of all options: a frozen pydantic model that refuses unknown names, number types with limits, and marks."""
 
 import os
 import re
@@ -25,13 +25,13 @@ MESSAGES = {
     "dict_type": "should be a mapping",
     "bool_parsing": "should be true or false",
 }
-"""What is said in place of pydantic's own message for its type of error."""
+"""Our message for each type of error of pydantic's."""
 UNION_MEMBER = re.compile(r"int|list|mapping|.*\[.*\]")
 """Parts of an error's location that are no keys: pydantic's names for the members of a union."""
 
 
 class Mark(Enum):
-    """What an option says about itself; stands in the `Annotated` of its type."""
+    """A property of an option; stands in the `Annotated` of its type."""
 
     MAY_CHANGE = "a resumed run may set the option anew"
     NO_EFFECT = "the option does not affect what a run learns"
@@ -63,7 +63,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _read_text(cls, value: Any, info: ValidationInfo) -> Any:
-        """What the text of a flag or of a YAML file stands for: null, a list, a mapping, else itself."""
+        """Read the text of a flag or YAML file: as null, a list or a mapping, else leave it as it is."""
         kinds = parts_of(cls.model_fields[info.field_name].annotation)
         if isinstance(value, str):
             if NoneType in kinds and value.strip().lower() in NULLS:

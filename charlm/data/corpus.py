@@ -57,7 +57,7 @@ class Corpus:
 
     name: str
     source: str
-    """Where the text came from: an address, a path, a version of Python."""
+    """Origin of the text: an address, a path, or a version of Python."""
     sha256: str
     """SHA-256 of the whole text, in bytes."""
     vocabulary: Vocabulary

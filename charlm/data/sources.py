@@ -1,4 +1,4 @@
-"""Where a text comes from: published files (downloaded or local), datasets, and the user's files and folders.
+"""Sources of text: published files (downloaded or local), datasets, and the user's files and folders.
 
 A source gives the same bytes each time, or an error: published files are verified, all others have a fingerprint.
 """
@@ -75,7 +75,7 @@ class Source:
     key: str
     """Name of the prepared corpus in the cache."""
     origin: str
-    """Where it is from, for people: an address, a path, a version."""
+    """Origin of the text, for people: an address, a path, or a version."""
     option: str
     """The option that chose it, for errors: data.path=..."""
     fingerprint: str | None

@@ -267,7 +267,7 @@ def id_type(size: int) -> np.dtype:
 
 
 def _starts_character(bytes_N: np.ndarray) -> np.ndarray:
-    """Which bytes are the first of a UTF-8 character: all but the continuation bytes 0b10xxxxxx."""
+    """A mask of the bytes that start a UTF-8 character: all but the continuation bytes 0b10xxxxxx."""
     return bytes_N & 0b11000000 != 0b10000000
 
 

@@ -1,1 +1,1 @@
-"""What a trained model is for: scoring text and writing it."""
+"""Scoring and writing text with a trained model."""

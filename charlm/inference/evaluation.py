@@ -32,7 +32,7 @@ class Score:
     bits_per_byte: float
     """The same bits divided by `bytes`."""
     standard_error: float | None
-    """That of bits_per_character, see `standard_error`; None for a single symbol."""
+    """Standard error of `bits_per_character`, see `standard_error`; None for a single symbol."""
     symbols: int
     """Number of symbols scored: the whole split, or its first `limit`."""
     characters: int

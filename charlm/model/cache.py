@@ -15,15 +15,15 @@ FEW_QUERIES = 16
 
 
 class Places(NamedTuple):
-    """Where the next T positions of each row of a cache go."""
+    """Slots in a cache for the next T positions of each row."""
 
     positions: slice | Tensor
     """A slice where all rows are equally long, else [B, T]."""
     end: int
     """S, the length of the longest row afterwards."""
     visible_B1TS: Tensor | None
-    """Which positions each new one attends to. None means plain causal attention: a mask is built for rows of different
-    lengths, and for 2 to 16 new positions, where it is faster than attention in blocks."""
+    """Mask of the positions that each new one attends to. None means plain causal attention: a mask is built for rows
+    of different lengths, and for 2 to 16 new positions, where it is faster than attention in blocks."""
 
 
 class LayerCache(NamedTuple):
@@ -76,7 +76,7 @@ class KVCache:
         return view
 
     def places(self, num_new: int) -> Places:
-        """Where the next `num_new` positions of each row go."""
+        """Slots for the next `num_new` positions of each row."""
         lengths = self.lengths.tolist()
         end = max(lengths) + num_new
         equal = min(lengths) == max(lengths)

@@ -146,7 +146,7 @@ class CharTransformer(nn.Module):
             layers: 1-based numbers of the layers wanted; by default the last. Layers above the highest do not run.
             cache: keys and values of earlier positions. It advances by T, but only in the layers that run, so use a
                 cache for one depth only. Not in training with activation checkpointing.
-            num_last: return only so many of the last positions, at least 1. For the others the highest layer wanted
+            num_last: number of last positions to return, at least 1. For the others the highest layer wanted
                 computes nothing but keys and values.
 
         Returns:
@@ -173,7 +173,7 @@ class CharTransformer(nn.Module):
         return self._run(hidden_BTD, layer, {last}, places, cache)[last]
 
     def places(self, num_new: int, cache: KVCache | None) -> Places:
-        """Where the next `num_new` positions go.
+        """Slots for the next `num_new` positions.
 
         Raises:
             ValueError: the positions exceed the context.

@@ -87,7 +87,7 @@ def inference_flops(transformer: CharTransformer, head: Heads) -> int:
 
 @dataclass(frozen=True)
 class RouteCost:
-    """What a route costs at the start of training, when the most losses are active, compared with the joint route."""
+    """Cost of a route at the start of training, when the most losses are active, relative to the joint route."""
 
     forward: float
     """FLOPs of a step's forward passes; the joint route's are 1."""

@@ -26,7 +26,7 @@ class LossReport(NamedTuple):
     parts: dict[str, Tensor]
     """Each active term's own loss, unweighted and detached, by name."""
     by_layer: dict[int, Tensor]
-    """What the rows of each layer add to the total; differentiable like the total, which is their sum."""
+    """Contribution of each layer's rows to the total. Differentiable, like the total, which is their sum."""
 
 
 def head_pairs(terms: Sequence[Term], num_layers: int) -> set[tuple[int, int]]:

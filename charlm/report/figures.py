@@ -154,7 +154,7 @@ def hedge(run: Metrics, style: Style) -> "Figure | None":
 
 
 def diagnostics(run: Metrics, style: Style) -> "Figure | None":
-    """What the heads know and what the losses ask of each layer: over training, and the newest bits per character."""
+    """Diagnostics of heads and layers over training, and the newest bits per character of each layer."""
     found = {kind: run.diagnostic(kind) for kind in DIAGNOSTICS}
     titles = [DIAGNOSTICS[kind] for kind, points in found.items() if points]
     if not titles:

@@ -20,7 +20,7 @@ SPARE_BYTES = 2**20
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
-    """Raise OSError unless the folder's disk has room for tensors of so many bytes and the small files beside them."""
+    """Raise OSError unless the folder's disk has room for tensors of `num_bytes` and the small files beside them."""
     needed, free = num_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
         complaint = f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"

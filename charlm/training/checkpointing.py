@@ -48,6 +48,6 @@ class CheckpointWriter:
         except (OSError, UserError) as error:
             reason = getattr(error, "strerror", None) or error
             complaint = f"step {snapshot.state['step']:,}: checkpoint not written ({reason})"
-            self.say(f"{complaint}; the run goes on and tries again at the next checkpoint")
+            self.say(f"{complaint}; the run continues and tries again at the next checkpoint")
             return complaint
         return None

@@ -124,7 +124,7 @@ class Training:
             again = "the same command" + ("" if run.auto_resume else " with --run.resume=true")
             again += "" if run.resume_from is None else f" and without --run.resume_from={run.resume_from}"
             raise Stopped(
-                f"stopped after step {state.step:,} of {train.steps:,}: {self.stop.reason}; {again} goes on"
+                f"stopped after step {state.step:,} of {train.steps:,}: {self.stop.reason}; {again} continues"
             ) from None
 
     def prepare(self) -> None:
@@ -227,7 +227,7 @@ class Training:
             self.save(best)
 
     def save(self, best: bool = False) -> None:
-        """Start to write a checkpoint of the completed steps, while the loop goes on."""
+        """Start to write a checkpoint of the completed steps, while the loop continues."""
         self.read_updates()
         self.writer.wait()  # otherwise two snapshots would be in memory
         state, scaler = self.state, self.accelerator.scaler

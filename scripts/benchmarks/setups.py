@@ -36,7 +36,7 @@ class Setup:
 
     library: str
     label: str
-    """What tells the set-ups of a library apart."""
+    """The property that tells the set-ups of a library apart."""
     precision: Dtype
     """bf16 means autocast."""
     matmul_precision: Literal["highest", "medium"] = "highest"
@@ -56,7 +56,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What one worker process measures."""
+    """The measurement of one worker process."""
 
     task: Task
     setup: Setup

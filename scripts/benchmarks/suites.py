@@ -230,7 +230,7 @@ def product_trials(settings: Settings) -> list[Trial]:
 
 
 def in_words(settings: Settings, plan: Plan) -> str:
-    """What a benchmark consists of, for people."""
+    """The parts of a benchmark, for people."""
     contestants = sum(len(trials) for _, trials in plan)
     races = f"{len(plan)} races" if len(plan) > 1 else "one race"
     return (

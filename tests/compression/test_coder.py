@@ -173,7 +173,7 @@ LIES = {
     "more symbols than words can code": ({"length": 2**26, "symbols": 2**26, "block": 2**26}, "symbols in"),
     "fewer symbols than bytes": ({"length": 10, "symbols": 92}, "10 bytes in 92 symbols"),
     "too many bytes for its symbols": ({"length": 1000}, "1,000 bytes in 92 symbols"),
-    "a block less": ({"length": 50, "symbols": 50}, "goes on after them"),
+    "a block less": ({"length": 50, "symbols": 50}, "more bytes follow"),
     "a block more": ({"length": 101, "symbols": 101}, "ends before them|symbols in"),
     "no streams": ({"streams": 0}, "streams=0"),
     "a million streams": ({"streams": 10**6, "block": 10**6}, "streams=1000000"),

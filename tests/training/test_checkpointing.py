@@ -99,7 +99,7 @@ def test_a_run_goes_on_while_its_disk_is_full(also_at_the_end, tmp_path, text_co
         train(*flags)
     assert steps(Run(tmp_path / "run")) == ([5, 15] if also_at_the_end else [5, 20])
     said = capfd.readouterr().err
-    assert "step 10: checkpoint not written (No space left on device); the run goes on" in said
+    assert "step 10: checkpoint not written (No space left on device); the run continues" in said
     monkeypatch.undo()
     if also_at_the_end:
         train(*flags, "--run.resume=true")

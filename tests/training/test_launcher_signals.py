@@ -49,5 +49,5 @@ def test_a_signal_to_the_launcher_ends_in_a_checkpoint(
         for alive in [*ranks, process]:
             with suppress(psutil.NoSuchProcess):
                 alive.kill()
-    assert f": {reason}; the same command with --run.resume=true goes on\n" in (tmp_path / "said").read_text()
+    assert f": {reason}; the same command with --run.resume=true continues\n" in (tmp_path / "said").read_text()
     assert (tmp_path / "run" / "checkpoints" / "last").exists()

@@ -56,7 +56,7 @@ class Probe:
     """The findings about a run's model; `missing` holds the reason for each part (score, passage, samples) left out."""
 
     score: Score | None = None
-    """Of the first characters of the validation split, by every layer with a head."""
+    """Bits per character of the first characters of the validation split, for every layer with a head."""
     by_position: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     """Symbols of context, bits per character there, and their standard errors over windows."""
     passage: list[Piece] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What is shared of a trained model: all of it, or the layers up to one whose exit is good enough.
+"""Exports a trained model to share it: all of it, or the layers up to one whose exit is good enough.
 
 A model cut at layer N gives the same logits, to the last bit, as the exit of layer N in the whole model. It runs the
 same layers, and the exit's norm becomes its final norm.
