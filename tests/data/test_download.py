@@ -41,6 +41,9 @@ def test_a_fault_that_passes_is_tried_again(prepare, enwik8, server, faults):
     assert prepare() == enwik8
 
 
+# pooch leaves the connection of a download that was cut to the garbage collector.
+@pytest.mark.filterwarnings("ignore:.*socket:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize(
     ("fault", "complaint"),
     [

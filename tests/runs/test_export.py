@@ -17,6 +17,7 @@ from charlm.data.corpus import load_corpus
 from charlm.data.vocabulary import ByteVocabulary, CharacterVocabulary
 from charlm.inference.evaluation import bits_per_character
 from charlm.inference.generation import generate
+from charlm.model import kernels_cpu
 from charlm.model.transformer import CharTransformer
 from charlm.objective.build import build_heads
 from charlm.runs.load import load
@@ -141,9 +142,9 @@ def test_the_shallowest_depth_by_hand():
 
 
 @pytest.mark.slow
-def test_a_fresh_process_scores_the_folder_alone_alike(run_on_disk, tmp_path, capfd, monkeypatch):
+def test_a_fresh_process_scores_the_folder_alone_alike(run_on_disk, tmp_path, capfd, monkeypatch, plain_fp32):
     """Guards against a folder that needs its run, and figures that differ in any digit."""
-    monkeypatch.undo()  # of the fixture that sets the kind of matrix product, which a fresh process knows nothing of
+    monkeypatch.setattr(kernels_cpu, "medium_is_fp32", plain_fp32)  # as a fresh process has it
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     trained = load(run_on_disk, device="cpu")
     corpus = load_corpus(trained.config.data, show_progress=False)
