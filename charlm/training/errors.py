@@ -1,5 +1,6 @@
 """Turns two errors of torch into messages for people: out of memory and lost process."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,8 @@ from charlm.config.errors import first_line
 NO_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED")
 NO_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 """Words of torch, CUDA and gloo in errors whose class is a plain RuntimeError."""
+UNTIL_LAUNCHER_KNOWS = 2.0
+"""Seconds after which a launcher has noticed a process that died and has told the others to stop."""
 
 
 @contextmanager
@@ -22,6 +25,7 @@ def explained(train: TrainConfig) -> Iterator[None]:
         if is_about_memory(error):
             raise UserError(f"out of memory: {_less_memory(train)} ({first_line(error)})") from error
         if any(words in str(error) for words in NO_PEER):
+            time.sleep(UNTIL_LAUNCHER_KNOWS)  # its SIGTERM is still caught here; later it would cut off the message
             raise UserError(
                 "another process of this run has ended or hangs, and its own message says why; "
                 f"--run.resume=true continues from the newest checkpoint ({first_line(error)})"
