@@ -12,7 +12,7 @@ LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveM
 
 
 def in_words(schema: dict[str, Any]) -> str:
-    """What may be written for a value of this JSON schema: words in lower case as they are, kinds in capitals."""
+    """Spell out what a JSON schema allows: words in lower case as they are, kinds in capitals."""
     match schema:
         case {"title": ("layer" | "name") as kind}:
             return kind.upper()

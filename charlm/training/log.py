@@ -68,7 +68,7 @@ class Tracker:
             desc=f"{self.time_left} left",
         )
         self.shown = ""
-        """What the progress line says after the time left."""
+        """Text of the progress line after the time left."""
 
     @property
     def seconds(self) -> float:
