@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from charlm.config.errors import UserError
 
@@ -34,14 +36,22 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it holds either its old or its new content, whenever the process or the machine dies."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write and read that moves to `path` when the block ends, and vanishes if that raises."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, "utf-8")
-        sync(temporary)
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     sync(path.parent)
 
 

@@ -77,7 +77,7 @@ def main() -> None:
         speeds=options.speeds,
     )
     sys.stdout.reconfigure(errors="replace")
-    print(json.dumps(report.as_dict(), indent=2) if options.as_json else report.to_text())
+    print(json.dumps(report.model_dump(), indent=2) if options.as_json else report.to_text())
     if options.picture is not None:
         compression.draw(report, options.picture)
     if not options.as_json:

@@ -63,7 +63,6 @@ def main() -> None:
     check(options)
     from accelerate import PartialState  # not before --help and mistakes were answered
 
-    from charlm.compression.yardsticks import compressed_sizes
     from charlm.training.device import on_cpu
 
     keep_freed_memory()
@@ -88,6 +87,8 @@ def main() -> None:
     if processes.is_main_process:
         yardsticks = {}
         if options.yardsticks:
+            from charlm.compression.report import compressed_sizes
+
             text = corpus.vocabulary.decode(corpus.splits[options.split].ids[: options.limit])
             sizes = compressed_sizes([text])
             yardsticks = {name.split()[0]: 8 * size / len(text) for name, size in sizes.items()}

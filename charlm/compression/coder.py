@@ -8,40 +8,31 @@ Shapes: A streams that still have symbols, V vocabulary, N symbols of a text or 
 
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import constriction
 import numpy as np
+from pydantic import BaseModel, computed_field
 from tqdm import tqdm
 
-from charlm.compression.container import (
-    Header,
-    open_regular,
-    pack_block,
-    read_block,
-    read_header,
-    replacing,
-    seal,
-)
+from charlm.compression.container import Header, pack_block, read_block, read_header, seal
+from charlm.compression.content import blocks_of, open_regular, output, scan
 from charlm.compression.fingerprint import environment, model_digest, probe, vocabulary_digest
-from charlm.compression.reading import blocks_of, scan, sha256_of
 from charlm.compression.settings import CodingSettings, check_settings, choose_settings
 from charlm.compression.streams import FAMILY, Streams, probabilities, threads_set
 from charlm.config import Precision, UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import id_type
+from charlm.files import sha256_of
 from charlm.inference.evaluation import Score, check_options, score
 from charlm.runs.trained import TrainedModel
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compressed:
-    """The result of `compress`."""
+class Compressed(BaseModel, frozen=True):
+    """The result of `compress`. Rates are None for an empty file."""
 
     bytes: int
     """Size of the content."""
@@ -55,14 +46,14 @@ class Compressed:
     verify_seconds: float | None
     """Time for decoding; None without."""
 
+    @computed_field
     @property
     def bits_per_character(self) -> float | None:
-        """None if no character begins in the content, as in an empty file."""
         return 8 * self.compressed_bytes / self.characters if self.characters else None
 
+    @computed_field
     @property
     def bits_per_byte(self) -> float | None:
-        """None for an empty file."""
         return 8 * self.compressed_bytes / self.bytes if self.bytes else None
 
 
@@ -82,7 +73,7 @@ def compress(
     Args:
         verify: decode the result and compare before it takes its place.
         show_progress: show bars on stderr if that is a terminal.
-        options: those of `charlm.compression.settings.choose_settings`: streams, context, stride, precision, threads.
+        options: the fields of `CodingSettings`; those left out, or None, have defaults.
 
     Raises:
         UserError: an option out of range, no such file, a text that the vocabulary cannot express, a full disk, or a
@@ -90,13 +81,13 @@ def compress(
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
-        content = scan(file, source, trained.vocabulary)
+        digest, content = sha256_of(source), scan(file, source, trained.vocabulary)
         settings = choose_settings(trained, content.symbols, **options)
-        with replacing(target, source) as written, threads_set(settings.threads):
+        with output(target, source) as written, threads_set(settings.threads):
             header = Header(
                 length=content.bytes,
                 symbols=content.symbols,
-                content=content.sha256,
+                content=bytes.fromhex(digest),
                 model=model_digest(trained),
                 vocabulary=vocabulary_digest(trained.vocabulary),
                 probe=probe(trained, settings),
@@ -107,23 +98,19 @@ def compress(
             blocks = blocks_of(file, source, trained.vocabulary, settings.block)
             with _bar("compressing", content.symbols, show_progress) as bar:
                 _encode(trained, header, blocks, written, bar)
-            seconds = time.perf_counter() - started
-            if sha256_of(file) != content.sha256:
+            coded = time.perf_counter()
+            if sha256_of(source) != digest:
                 raise UserError(f"{source}: changed while it was compressed; begin anew")
             compressed_bytes = written.tell()
-            started = time.perf_counter()
             if verify:
                 with _bar("verifying", content.symbols, show_progress) as bar:
                     _verify(trained, written, target, bar)
-            verify_seconds = time.perf_counter() - started if verify else None
     return Compressed(
-        bytes=content.bytes,
-        symbols=content.symbols,
-        characters=content.characters,
+        **content._asdict(),
         compressed_bytes=compressed_bytes,
         protocol=settings,
-        seconds=seconds,
-        verify_seconds=verify_seconds,
+        seconds=coded - started,
+        verify_seconds=time.perf_counter() - coded if verify else None,
     )
 
 
@@ -138,8 +125,7 @@ def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *,
     with open_regular(source) as file:
         header = read_header(file, str(source), trained.vocabulary.size)
         _check_decodable(trained, header, source)
-        _check_space(target, header.length)
-        with threads_set(header.settings.threads), replacing(target, source) as written:
+        with output(target, source, header.length) as written, threads_set(header.settings.threads):
             if probe(trained, header.settings) != header.probe:
                 raise UserError(
                     f"{source}: the model's predictions differ here in their last bits, though versions and processor "
@@ -221,9 +207,9 @@ def _decode(trained: TrainedModel, header: Header, file: BinaryIO, name: Path, b
     digest, streams, V = hashlib.sha256(), Streams(trained, header.settings), trained.vocabulary.size
     refused = UserError(f"{name}: does not decode to the content it was made of; get a whole copy, or compress anew")
     length = 0
-    for block in range(header.num_blocks):
+    for symbols in header.block_sizes():
         decoder = constriction.stream.queue.RangeDecoder(read_block(file))
-        ids = np.zeros(header.symbols_of(block), id_type(V))
+        ids = np.zeros(symbols, id_type(V))
         try:
             for where_A, logits_AV in streams.walk(ids, bar):
                 symbols_A = decoder.decode(FAMILY, probabilities(logits_AV))
@@ -273,15 +259,6 @@ def _check_decodable(trained: TrainedModel, header: Header, source: Path) -> Non
             f"{source}: was compressed with {header.environment}; here it is {here}, whose last bits may differ; "
             "decompress it on the machine that compressed it"
         )
-
-
-def _check_space(target: Path, length: int) -> None:
-    try:
-        free = shutil.disk_usage(target.parent).free
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror})") from error
-    if length > free:
-        raise UserError(f"{target}: needs {length:,} bytes, and {free:,} are free; free some space")
 
 
 def _bar(description: str, num_symbols: int, show_progress: bool) -> tqdm:

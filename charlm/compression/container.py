@@ -10,42 +10,35 @@ header, proves that the decoded bytes are right. The header's claims are checked
 `read_header`), so that a malicious file costs no more memory and time than an honest file of its size.
 """
 
-import errno
 import hashlib
 import math
 import os
-import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from charlm.compression.settings import PRECISIONS, CodingSettings
+from charlm.compression.settings import CodingSettings
 from charlm.config import UserError
-from charlm.files import sync
 
 MAGIC = b"charlm"
 VERSION = 3
+PRECISIONS = ("fp32", "bf16", "fp16")
+"""A file holds the index of one: keep the order."""
 CODER_BITS = 24
 """The range coder counts probabilities in units of 2^-24 and gives every symbol at least one unit."""
 MAX_SYMBOL_BYTES = 4
 """A symbol of any vocabulary is a byte or a character."""
-_FACTS = ("length", "symbols", "content", "model", "vocabulary", "probe")
-_SETTINGS = ("streams", "context", "stride", "block", "threads")
-_FIELDS = struct.Struct("<QQ32s16s8s8sIIIIHBB")
-"""Lengths of the header, of its settings, of the precision and of the environment, in bytes."""
 _PREFIX = struct.Struct("<6sH")
+_FIELDS = struct.Struct("<QQ32s16s8s8sIIIIHBB")
+"""The fields of `Header` and of its settings in their order, then the length of the environment."""
 _COUNT = struct.Struct("<I")
 _CHECKSUM_BYTES = 8
 _PIECE = 2**20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Header:
+class Header(NamedTuple):
     """Settings and environment that a decoder must share with the encoder; see `charlm.compression.fingerprint`."""
 
     length: int
@@ -60,22 +53,18 @@ class Header:
     settings: CodingSettings
     environment: str
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks in the file."""
-        return math.ceil(self.symbols / self.settings.block)
-
-    def symbols_of(self, block: int) -> int:
-        """Symbols in the block of this number, from 0."""
-        return min(self.settings.block, self.symbols - block * self.settings.block)
+    def block_sizes(self) -> Iterator[int]:
+        """The number of symbols in each block."""
+        for begin in range(0, self.symbols, self.settings.block):
+            yield min(self.settings.block, self.symbols - begin)
 
     def pack(self) -> bytes:
         """The file up to its first block."""
-        environment = self.environment.encode()[:255]
-        facts = (getattr(self, name) for name in _FACTS)
-        sizes = (getattr(self.settings, name) for name in _SETTINGS)
-        fields = _FIELDS.pack(*facts, *sizes, PRECISIONS.index(self.settings.precision), len(environment))
-        return _PREFIX.pack(MAGIC, VERSION) + fields + environment
+        *facts, settings, environment = self
+        *sizes, precision = dict(settings).values()
+        text = environment.encode()[:255]
+        fields = _FIELDS.pack(*facts, *sizes, PRECISIONS.index(precision), len(text))
+        return _PREFIX.pack(MAGIC, VERSION) + fields + text
 
 
 def pack_block(words: np.ndarray) -> bytes:
@@ -101,23 +90,23 @@ def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
     Raises:
         UserError: not such a file, another format version, a damaged file, or a header that cannot be true.
     """
-    size = file.seek(0, os.SEEK_END)
+    end = file.seek(0, os.SEEK_END) - _CHECKSUM_BYTES
     file.seek(0)
     prefix = file.read(_PREFIX.size)
     if not prefix.startswith(MAGIC) or len(prefix) < _PREFIX.size:
-        raise UserError(f"{name}: not a file that charlm has compressed ({size:,} bytes)")
+        raise UserError(f"{name}: not a file that charlm has compressed")
     _, version = _PREFIX.unpack(prefix)
     if version != VERSION:
         raise UserError(f"{name}: has format version {version}, and this charlm reads {VERSION}; use the one it is of")
-    if _checksum(file, size - _CHECKSUM_BYTES) != file.read(_CHECKSUM_BYTES):
+    if _checksum(file, end) != file.read(_CHECKSUM_BYTES):
         raise UserError(f"{name}: is damaged or cut short, its checksum does not match; get a whole copy")
     file.seek(_PREFIX.size)
     try:
-        header = _unpack(file, size)
+        header = _unpack(file, end)
         first_block = file.tell()
-        _check_blocks(file, size - _CHECKSUM_BYTES, header, max(2, vocabulary_size))
-    except ValueError as error:
-        raise UserError(f"{name}: its header {error}, which is impossible; get a whole copy") from None
+        _check_blocks(file, end, header, max(2, vocabulary_size))
+    except (ValueError, UserError) as error:
+        raise UserError(f"{name}: its header claims {error}, which is impossible; get a whole copy") from None
     file.seek(first_block)
     return header
 
@@ -134,87 +123,38 @@ def largest_claim(words: int, vocabulary_size: int) -> int:
     return math.floor((32 * words + 64) / bits_per_symbol)
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; UserError if it is no regular file or cannot be read."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would block
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            os.close(descriptor)
-            raise UserError(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}; give a file")
-        return os.fdopen(descriptor, "rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-@contextmanager
-def replacing(path: Path, source: Path) -> Iterator[BinaryIO]:
-    """A file to write and read that moves to `path` when the block ends without an error, and otherwise vanishes.
-
-    Raises:
-        UserError: `path` is `source` or no regular file, the disk is full, or the folder cannot be written.
-    """
-    if path.exists() and (not path.is_file() or path.samefile(source)):
-        raise UserError(f"{path}: is {'the input' if path.is_file() else 'no file'}; name another output")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with temporary.open("w+b") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        way_out = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}){way_out}") from error
-
-
 def _checksum(file: BinaryIO, size: int) -> bytes:
     """The checksum of the first `size` bytes; the file is left behind them."""
-    digest, left = hashlib.sha256(), size
+    digest = hashlib.sha256()
     file.seek(0)
-    while left > 0 and (piece := file.read(min(_PIECE, left))):
+    while piece := file.read(min(_PIECE, max(0, size - file.tell()))):
         digest.update(piece)
-        left -= len(piece)
     return digest.digest()[:_CHECKSUM_BYTES]
 
 
-def _unpack(file: BinaryIO, size: int) -> Header:
-    """The header; ValueError, whose text goes on from "its header", if a field is beyond its limits."""
+def _unpack(file: BinaryIO, end: int) -> Header:
+    """The header. The messages of its errors say what it claims."""
     packed = file.read(_FIELDS.size)
-    if len(packed) < _FIELDS.size or _PREFIX.size + _FIELDS.size + packed[-1] + _CHECKSUM_BYTES > size:
-        raise ValueError("is longer than the file")
-    *values, precision, environment_bytes = _FIELDS.unpack(packed)
-    if precision >= len(PRECISIONS):
-        raise ValueError(f"claims a precision of number {precision}")
-    try:
-        sizes = dict(zip(_SETTINGS, values[len(_FACTS) :], strict=True))
-        settings = CodingSettings(**sizes, precision=PRECISIONS[precision])
-    except UserError as error:
-        raise ValueError(f"claims {error}") from None
-    environment = file.read(environment_bytes).decode(errors="backslashreplace")
-    header = Header(**dict(zip(_FACTS, values, strict=False)), settings=settings, environment=environment)
+    if len(packed) < _FIELDS.size or file.tell() + packed[-1] > end:
+        raise ValueError("more bytes than the file has")
+    *values, precision, length = _FIELDS.unpack(packed)
+    word = PRECISIONS[precision] if precision < len(PRECISIONS) else f"number {precision}"
+    settings = CodingSettings.read(dict(zip(CodingSettings.model_fields, [*values[6:], word], strict=True)))
+    header = Header(*values[:6], settings, file.read(length).decode(errors="backslashreplace"))
     if not header.symbols <= header.length <= MAX_SYMBOL_BYTES * header.symbols:
-        raise ValueError(f"claims {header.length:,} bytes in {header.symbols:,} symbols")
+        raise ValueError(f"{header.length:,} bytes in {header.symbols:,} symbols")
     return header
 
 
 def _check_blocks(file: BinaryIO, end: int, header: Header, vocabulary_size: int) -> None:
     """Raise ValueError, as `_unpack` does, unless the blocks up to `end` can hold the symbols that are claimed."""
-    claim = f"claims {header.symbols:,} symbols"
-    if header.num_blocks * _COUNT.size > end:
-        raise ValueError(f"{claim}, more than a file of its size can hold")
-    for block in range(header.num_blocks):
+    for symbols in header.block_sizes():
         packed = file.read(_COUNT.size)
         count = _COUNT.unpack(packed)[0] if len(packed) == _COUNT.size else end
         if file.tell() + 4 * count > end:
-            raise ValueError(f"{claim}, and the file ends before them")
-        symbols = header.symbols_of(block)
+            raise ValueError(f"{header.symbols:,} symbols, and the file ends before them")
         if symbols > largest_claim(count, vocabulary_size) or 32 * count > CODER_BITS * symbols + 64:
-            raise ValueError(f"claims {symbols:,} symbols in {4 * count:,} bytes")
+            raise ValueError(f"{symbols:,} symbols in {4 * count:,} bytes")
         file.seek(4 * count, os.SEEK_CUR)
     if file.tell() != end:
-        raise ValueError(f"{claim}, and more bytes follow")
+        raise ValueError(f"{header.symbols:,} symbols, and more bytes follow")

@@ -3,58 +3,49 @@
 Shapes: S streams, V vocabulary, N steps.
 """
 
+import bz2
 import lzma
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import constriction
 import numpy as np
+from pydantic import BaseModel
 
 from charlm.compression.coder import Compressed
-from charlm.compression.container import open_regular
+from charlm.compression.content import open_regular
 from charlm.compression.fingerprint import predicting_tensors
-from charlm.compression.reading import bytes_of
 from charlm.compression.settings import CodingSettings, check_settings
 from charlm.compression.streams import FAMILY, Streams, probabilities, threads_set
-from charlm.compression.yardsticks import compressed_sizes
 from charlm.config import UserError
 from charlm.inference.generation import generate
-from charlm.report.style import GREY, STYLE, TRAIN, VALID, WIDTH, save
+from charlm.markdown import markdown_table
+from charlm.report.style import PICTURE, TRAIN, VALID, new_figure, save
 from charlm.runs.trained import TrainedModel
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSize:
-    """Size of the model, which a decompressor has to bring along."""
-
-    parameters: int
-    """Parameters that predict the next symbol."""
-    compressed_bytes: int
-    """Their values in 16 bits, compressed by xz. The code, which is small, is not counted."""
+COMPRESSORS = {
+    "gzip -9": lambda: zlib.compressobj(9, wbits=31),  # within 0.2 % of the program's size
+    "bzip2 -9": lambda: bz2.BZ2Compressor(9),
+    "xz -9e": lambda: lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME),
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompressionReport:
+class CompressionReport(BaseModel, frozen=True):
     """The output of `scripts/compress.py`."""
 
     file: str
     compressed: Compressed
-    others: dict[str, int] | None
+    others: dict[str, int] | None = None
     """Bytes that other compressors need for the same file; None if not asked for, as `model`."""
-    model: ModelSize | None
-    speeds: dict[int, float]
+    model: dict[str, int] | None = None
+    """See `model_size`."""
+    speeds: dict[int, float] = {}
     """Characters per second of encoding, by number of streams."""
-    generation_speed: float | None
+    generation_speed: float | None = None
     """Characters per second that the same model writes as a single text."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        made = self.compressed
-        rates = {"bits_per_character": made.bits_per_character, "bits_per_byte": made.bits_per_byte}
-        return {**asdict(self), "compressed": asdict(made) | rates}
 
     def to_text(self) -> str:
         """Lines for people: the file and its settings, then whatever was asked for."""
@@ -69,36 +60,33 @@ class CompressionReport:
             f"{made.symbols / max(made.seconds, 1e-9):,.0f} characters per second, {made.seconds:,.1f} s; {verified}",
         ]
         if self.model is not None:
-            lines += ["", *_table(("", "bytes", "bits per character", "of the file"), self._size_rows())]
+            sizes = {"the file": made.bytes} | self.sizes()
+            sizes["charlm with its model"] = made.compressed_bytes + self.model["compressed_bytes"]
+            rows = [
+                (
+                    name,
+                    f"{size:,}",
+                    f"{8 * size / made.characters:.4f}" if made.characters else "",
+                    f"{100 * size / made.bytes:.2f} %" if made.bytes else "",
+                )
+                for name, size in sizes.items()
+            ]
+            lines += ["", markdown_table(("", "bytes", "bits per character", "of the file"), rows), ""]
             lines += [
-                f"The model: {self.model.parameters:,} parameters in 16 bits each, compressed by xz;",
+                f"The model: {self.model['parameters']:,} parameters in 16 bits each, compressed by xz;",
                 "contests that count the decompressor count it.",
             ]
         if self.speeds:
             speeds = {"generation, one text": self.generation_speed}
             speeds |= {_counted(streams, "stream"): speed for streams, speed in self.speeds.items()}
             rows = [(name, f"{speed:,.0f}", f"{speed / self.generation_speed:.1f}") for name, speed in speeds.items()]
-            lines += ["", *_table(("", "characters per second", "of generation's"), rows)]
+            lines += ["", markdown_table(("", "characters per second", "of generation's"), rows)]
         return "\n".join(lines)
 
-    def bytes_by_name(self) -> dict[str, int]:
-        """Sizes of the compressed content, the smallest last, without the model."""
-        sizes = dict(self.others or {}) | {"charlm": self.compressed.compressed_bytes}
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the content by compressor, the smallest last, without the model."""
+        sizes = (self.others or {}) | {"charlm": self.compressed.compressed_bytes}
         return dict(sorted(sizes.items(), key=lambda item: -item[1]))
-
-    def _size_rows(self) -> list[tuple[str, ...]]:
-        made = self.compressed
-        sizes = {"the file": made.bytes} | self.bytes_by_name()
-        sizes["charlm with its model"] = made.compressed_bytes + self.model.compressed_bytes
-        return [
-            (
-                name,
-                f"{size:,}",
-                f"{8 * size / made.characters:.4f}" if made.characters else "",
-                f"{100 * size / made.bytes:.2f} %" if made.bytes else "",
-            )
-            for name, size in sizes.items()
-        ]
 
 
 def weigh(
@@ -114,63 +102,69 @@ def weigh(
         UserError: the file cannot be read, or is too short to measure speeds.
     """
     with open_regular(file) as content:
+        pieces = iter(partial(content.read, 2**20), b"")
         return CompressionReport(
             file=str(file),
             compressed=compressed,
-            others=compressed_sizes(bytes_of(content)) if others else None,
+            others=compressed_sizes(pieces) if others else None,
             model=model_size(trained) if others else None,
             speeds={streams: _encoding_speed(trained, compressed.protocol, streams) for streams in speeds},
             generation_speed=_generation_speed(trained, file, compressed.protocol) if speeds else None,
         )
 
 
-def model_size(trained: TrainedModel) -> ModelSize:
-    """Size of the parameters that predict the next symbol."""
+def compressed_sizes(pieces: Iterable[bytes]) -> dict[str, int]:
+    """The size in bytes that each of `COMPRESSORS` needs for the concatenated pieces."""
+    packers = {name: make() for name, make in COMPRESSORS.items()}
+    sizes = dict.fromkeys(COMPRESSORS, 0)
+    for piece in pieces:
+        for name, packer in packers.items():
+            sizes[name] += len(packer.compress(piece))
+    return {name: size + len(packers[name].flush()) for name, size in sizes.items()}
+
+
+def model_size(trained: TrainedModel) -> dict[str, int]:
+    """The model, which a decompressor has to bring along: its parameters that predict the next symbol, and the bytes
+    of their values in 16 bits, compressed by xz. The code, which is small, is not counted."""
     # Told that numbers take two bytes, xz finds what the bytes of their signs and exponents have in common.
     packer = lzma.LZMACompressor(filters=[{"id": lzma.FILTER_LZMA2, "preset": 1, "lp": 1, "lc": 3, "pb": 1}])
     tensors = predicting_tensors(trained).values()
     size = sum(len(packer.compress(tensor.detach().half().cpu().numpy().tobytes())) for tensor in tensors)
-    return ModelSize(parameters=sum(tensor.numel() for tensor in tensors), compressed_bytes=size + len(packer.flush()))
+    parameters = sum(tensor.numel() for tensor in tensors)
+    return {"parameters": parameters, "compressed_bytes": size + len(packer.flush())}
 
 
-def draw(report: CompressionReport, path: Path | str) -> Path:
+def draw(report: CompressionReport, path: Path) -> Path:
     """Draw the sizes as bars, and speeds against streams if they were measured; returns the file's path.
 
     Raises:
         UserError: a suffix that matplotlib does not write, or a place where nothing can be written.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    sizes = report.bytes_by_name()
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 1.2 + 0.3 * len(sizes) + (2.2 if report.speeds else 0)), layout="constrained")
-        axes = figure.subplots(2 if report.speeds else 1, squeeze=False)[:, 0]
-        colours = [VALID if name == "charlm" else TRAIN for name in sizes]
-        bars = axes[0].barh(list(sizes), list(sizes.values()), color=colours)
-        axes[0].bar_label(bars, [f"{size:,}" for size in sizes.values()], padding=3)
-        axes[0].margins(x=0.15)
-        axes[0].spines["top"].set_visible(False)
-        axes[0].set_xlabel("bytes")
+    sizes, speeds = report.sizes(), report.speeds
+    with new_figure(PICTURE, 1.2 + 0.3 * len(sizes) + (2.2 if speeds else 0)) as figure:
+        above, *below = figure.subplots(2 if speeds else 1, squeeze=False)[:, 0]
+        bars = above.barh(list(sizes), list(sizes.values()), color=[VALID if it == "charlm" else TRAIN for it in sizes])
+        above.bar_label(bars, [f"{size:,}" for size in sizes.values()], padding=3)
+        above.grid(False)
+        above.margins(x=0.15)
+        above.set_xlabel("bytes")
         title = f"{Path(report.file).name}, {report.compressed.bytes:,} bytes"
-        if report.model is not None:
-            title += f" (the model by itself: {report.model.compressed_bytes:,})"
-        axes[0].set_title(title, loc="left", fontsize=9, color=GREY)
-        if report.speeds:
-            axes[1].plot(list(report.speeds), list(report.speeds.values()), "o-", color=VALID, label="encoding")
-            axes[1].axhline(report.generation_speed, color=TRAIN, label="generation of one text")
-            axes[1].set(xscale="log", yscale="log", xlabel="streams", ylabel="characters per second")
-            axes[1].set_xticks(list(report.speeds), [f"{streams:,}" for streams in report.speeds], minor=False)
-            axes[1].minorticks_off()
-            axes[1].spines["top"].set_visible(False)
-            axes[1].grid(True)
-            axes[1].legend()
-        return save(figure, Path(path))
+        above.set_title(
+            title + (f" (the model by itself: {report.model['compressed_bytes']:,})" if report.model else "")
+        )
+        for axes in below:
+            axes.plot(list(speeds), list(speeds.values()), "o-", color=VALID, label="encoding")
+            axes.axhline(report.generation_speed, color=TRAIN, label="generation of one text")
+            axes.set(xscale="log", yscale="log", xlabel="streams", ylabel="characters per second")
+            axes.set_xticks(list(speeds), [f"{streams:,}" for streams in speeds], minor=False)
+            axes.minorticks_off()
+            axes.legend()
+    return save(figure, path)
 
 
 def _encoding_speed(trained: TrainedModel, settings: CodingSettings, num_streams: int) -> float:
     """Symbols per second of encoding random ones, from one full context to the next."""
-    settings = replace(settings, streams=num_streams, block=max(settings.block, num_streams))
+    settings = settings.replace(streams=num_streams, block=max(settings.block, num_streams))
     check_settings(trained, settings)
     streams, encoder = Streams(trained, settings), constriction.stream.queue.RangeEncoder()
     random_NS = np.random.default_rng(0).integers(0, trained.vocabulary.size, (settings.context, num_streams))
@@ -197,15 +191,6 @@ def _generation_speed(trained: TrainedModel, file: Path, settings: CodingSetting
         started = time.perf_counter()
         generate(trained, prompt, length=settings.stride)
         return settings.stride / (time.perf_counter() - started)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table for a terminal, the first column flush left."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in (head, *rows)
-    ]
 
 
 def _counted(count: int, noun: str) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from charlm.compression.settings import CodingSettings, cache_dtype
+from charlm.compression.settings import CodingSettings
 from charlm.config import UserError
 from charlm.model.cache import KVCache
 from charlm.model.kernels_cpu import exact_matmul
@@ -38,21 +38,20 @@ class Streams:
 
     def __init__(self, trained: TrainedModel, settings: CodingSettings):
         self.trained, self.settings = trained, settings
-        self._dtype = cache_dtype(settings)
         with torch.inference_mode():
-            self._cache = KVCache(trained.config.model, settings.streams, trained.device, self._dtype)
-            self._newest = torch.zeros(settings.streams, settings.context, dtype=torch.long, device=trained.device)
+            self._cache = KVCache(trained.config.model, settings.streams, trained.device, settings.dtype)
 
     @torch.inference_mode()
     def walk(self, ids_N: np.ndarray, bar: tqdm) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Go through a block of at least one symbol, step by step, beginning without context.
 
-        `ids_N` holds the block's symbols; a decoder fills it on the way, each step's before it asks for the next.
-        `bar` counts the symbols.
+        Args:
+            ids_N: the block's symbols. A decoder fills in those of a step before it asks for the next step.
+            bar: counts the symbols.
 
         Yields:
             where_A: index in the block of the next symbol of each stream that still has one.
-            logits_AV: of these symbols.
+            logits_AV: the logits of these symbols.
         """
         S = self.settings.streams
         each, longer = divmod(len(ids_N), S)
@@ -73,24 +72,22 @@ class Streams:
     @torch.inference_mode()
     def append(self, symbols_S: np.ndarray) -> Tensor:
         """Read one more symbol of each stream; returns the logits [S, V] of the next."""
-        start = self._cache.length
+        start, ids_SC = self._cache.length, self._cache.ids
         if start == self.settings.context:
             self._cache.reset()
             earlier = self.settings.kept - 1
-            self._newest[:, :earlier] = self._newest[:, start - earlier :].clone()
+            ids_SC[:, :earlier] = ids_SC[:, start - earlier : start].clone()
             start = earlier
-        self._newest[:, start] = torch.from_numpy(symbols_S.astype(np.int64)).to(self._newest.device)
-        end, at_once = start + 1, max(1, READ_AT_ONCE // self.settings.streams)
-        for begin in range(self._cache.length, end, at_once):
-            logits_SV = self._read(self._newest[:, begin : min(begin + at_once, end)])
+        ids_SC[:, start] = torch.from_numpy(symbols_S.astype(np.int64))
+        at_once = max(1, READ_AT_ONCE // self.settings.streams)
+        for ids_ST in ids_SC[:, self._cache.length : start + 1].split(at_once, dim=1):
+            logits_SV = self._read(ids_ST)
         return logits_SV
 
     def _read(self, ids_ST: Tensor) -> Tensor:
-        last, device = self.trained.config.model.num_layers, self.trained.device
-        with (
-            exact_matmul(device, ids_ST.numel()),
-            torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype != torch.float32),
-        ):
+        last, device, dtype = self.trained.config.model.num_layers, self.trained.device, self.settings.dtype
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        with exact_matmul(device, ids_ST.numel()), autocast:
             hidden_S1D = self.trained.transformer(ids_ST, cache=self._cache, num_last=1)[last]
         with exact_matmul(device, len(ids_ST)):
             return self.trained.heads(hidden_S1D.float(), last)[:, 0, 0]
@@ -98,7 +95,7 @@ class Streams:
 
 @contextmanager
 def threads_set(num_threads: int) -> Iterator[None]:
-    """Compute with `threads` threads inside the context; restore the earlier number after it."""
+    """Compute with this number of threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)  # even if it is the same: this keeps MKL from choosing fewer by itself
     try:

@@ -293,16 +293,22 @@ def _encode(pieces: Iterable[bytes], split: str, vocabulary: Vocabulary, file: B
 
 
 def _pieces(path: Path, part: Range, description: str, show_progress: bool) -> Iterator[bytes]:
-    """A part of the file, cut between characters. It is read, not mapped, so that memory stays small."""
+    """A part of the file, cut between characters."""
     with _bar(description, show_progress, part.end - part.start) as bar, path.open("rb") as file:
         file.seek(part.start)
-        rest = b""
-        while block := file.read(min(CHUNK, part.end - file.tell())):
-            piece = rest + block
-            whole = len(piece) if file.tell() == part.end else _end_of_characters(piece)
-            rest = piece[whole:]
-            yield piece[:whole]
-            bar.update(whole)
+        for piece in whole_characters(file, part.end):
+            yield piece
+            bar.update(len(piece))
+
+
+def whole_characters(file: BinaryIO, end: int) -> Iterator[bytes]:
+    """The rest of a file up to `end`, cut between UTF-8 characters. It is read, not mapped: memory stays small."""
+    rest = b""
+    while block := file.read(min(CHUNK, end - file.tell())):
+        piece = rest + block
+        whole = len(piece) if file.tell() == end else _end_of_characters(piece)
+        rest = piece[whole:]
+        yield piece[:whole]
 
 
 def _end_of_characters(piece: bytes) -> int:

@@ -18,7 +18,7 @@ from charlm.config import Precision, UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import Vocabulary
 from charlm.data.windows import default_stride
-from charlm.inference.scoring import AUTOCAST_DTYPES, negative_log_likelihoods
+from charlm.inference.scoring import AUTOCAST_DTYPES, check_precision, negative_log_likelihoods
 from charlm.model.kernels_cpu import exact_matmul
 from charlm.runs.trained import TrainedModel, exit_layers
 
@@ -218,10 +218,7 @@ def check_options(
         )
     if split not in corpus.splits:
         raise UserError(f"split={split}: must be one of {', '.join(corpus.splits)}")
-    if precision not in AUTOCAST_DTYPES:
-        raise UserError(f"precision={precision}: must be one of {', '.join(AUTOCAST_DTYPES)}")
-    if precision == "fp16" and trained.device.type == "cpu":
-        raise UserError("precision=fp16: needs a GPU; on a CPU use bf16 or fp32")
+    check_precision(precision, trained.device)
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{name}={value}: must be at least 1")

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from charlm.config import UserError
 from charlm.data.windows import EvaluationWindows, evaluation_windows
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
@@ -33,6 +34,14 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 Visit = Callable[[Tensor, dict[int, Tensor]], None]
 """Receives the indices in the text of M symbols, and the figures of each by layer, {layer: float64 [K, M]}, on the
 CPU."""
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise UserError unless the device can compute in this precision."""
+    if precision not in AUTOCAST_DTYPES:
+        raise UserError(f"precision={precision}: must be one of {', '.join(AUTOCAST_DTYPES)}", "precision")
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision=fp16: needs a GPU; on a CPU use bf16 or fp32", "precision")
 
 
 def nats(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,22 +115,23 @@ def test_threads_are_those_of_the_settings_and_then_those_of_before():
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "message"),
+    ("option", "value"),
     [
-        ("streams", 0, "streams=0"),
-        ("streams", 10**6, "streams=1000000"),
-        ("context", 9, "context=9: must lie between 1 and 8"),
-        ("stride", 9, "stride=9"),
-        ("stride", 0, "stride=0"),
-        ("threads", 0, "threads=0"),
-        ("precision", "int8", "precision=int8"),
-        ("precision", "fp16", "needs a GPU"),
+        ("streams", 0),
+        ("streams", 10**6),
+        ("context", 9),
+        ("stride", 9),
+        ("stride", 0),
+        ("threads", 0),
+        ("precision", "int8"),
+        ("precision", "fp16"),
     ],
 )
-def test_options_out_of_range(build_model, option, value, message):
+def test_options_out_of_range(build_model, option, value):
     """Guards against an option that is taken, and then fails with a traceback or gives nonsense."""
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"^{option}={value}: [^\n]*$") as error:
         choose_settings(build_model(), 100, **{option: value})
+    assert error.value.option == option
 
 
 def test_more_streams_than_memory_holds(build_model, monkeypatch):
@@ -170,7 +170,7 @@ def test_digests_name_what_matters(build_model):
     other = build_model()
     other.heads.exits["layer2"]["offset1"].bias.data[3].add_(1e-3)
     assert probe(one, settings) != probe(other, settings)
-    assert probe(one, settings) != probe(one, replace(settings, streams=3))
+    assert probe(one, settings) != probe(one, settings.replace(streams=3))
     digests = {vocabulary_digest(v) for v in (ByteVocabulary(), CharacterVocabulary("ab"), CharacterVocabulary("ac"))}
     assert len(digests) == 3
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from charlm.compression.yardsticks import compressed_sizes
+from charlm.compression.report import compressed_sizes
 
 
 def test_sizes_of_noise_and_of_a_long_period():

@@ -1,0 +1,89 @@
+"""The file to compress, read in pieces as symbols of a vocabulary, and the file to write."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from charlm.config import UserError
+from charlm.data.corpus import whole_characters
+from charlm.data.vocabulary import EncodingError, Vocabulary
+from charlm.files import replacing
+
+
+class Content(NamedTuple):
+    """Sizes of a file's content."""
+
+    bytes: int
+    symbols: int
+    characters: int
+
+
+def scan(file: BinaryIO, name: Path, vocabulary: Vocabulary) -> Content:
+    """Read a file once; UserError if the vocabulary cannot express it."""
+    symbols = characters = 0
+    for ids in _pieces(file, name, vocabulary):
+        symbols += len(ids)
+        characters += vocabulary.count_characters(ids)
+    return Content(file.tell(), symbols, characters)
+
+
+def blocks_of(file: BinaryIO, name: Path, vocabulary: Vocabulary, block: int) -> Iterator[np.ndarray]:
+    """The ids of a file, `block` of them at a time; the last array may be shorter."""
+    waiting = vocabulary.encode(b"")
+    for ids in _pieces(file, name, vocabulary):
+        waiting = np.concatenate([waiting, ids])
+        while len(waiting) >= block:
+            yield waiting[:block]
+            waiting = waiting[block:]
+    if len(waiting):
+        yield waiting
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; UserError if it is no regular file or cannot be read."""
+    if path.exists() and not path.is_file():  # a pipe without a writer would block
+        raise UserError(f"{path}: is a folder, a pipe or a device; give a file")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+@contextmanager
+def output(path: Path, source: Path, size: int = 0) -> Iterator[BinaryIO]:
+    """A file to write and read that becomes `path` when the block ends without an error.
+
+    Raises:
+        UserError: `path` is `source` or no regular file, the disk has no room for `size` bytes or is full, or the
+            folder cannot be written.
+    """
+    if path.exists() and (not path.is_file() or path.samefile(source)):
+        raise UserError(f"{path}: is {'the input' if path.is_file() else 'no file'}; name another output")
+    try:
+        if size > (free := shutil.disk_usage(path.parent).free):
+            raise UserError(f"{path}: needs {size:,} bytes, and {free:,} are free; free some space")
+        with replacing(path) as file:
+            yield file
+    except OSError as error:
+        way_out = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}){way_out}") from error
+
+
+def _pieces(file: BinaryIO, name: Path, vocabulary: Vocabulary) -> Iterator[np.ndarray]:
+    """The ids of a whole file, cut between UTF-8 characters."""
+    end, offset = file.seek(0, os.SEEK_END), file.seek(0)
+    for piece in whole_characters(file, end):
+        try:
+            yield vocabulary.encode(piece)
+        except EncodingError as error:
+            raise UserError(
+                f"{name}: {error.problem} at byte {offset + error.offset:,}, and the model's vocabulary "
+                f"({vocabulary.name}) cannot express it; use a model of bytes"
+            ) from None
+        offset += len(piece)
