@@ -18,8 +18,7 @@ from charlm.config import Section
 from charlm.process import keep_freed_memory
 
 if TYPE_CHECKING:
-    from charlm.inference.early_exit import EarlyExit
-    from charlm.inference.evaluation import Score
+    from charlm.inference.evaluation import EarlyExit, Score
 
 
 class Options(Section):
@@ -73,15 +72,14 @@ def main() -> None:
     if options.early_exit:
         from charlm.inference.early_exit import early_exit
 
-        result = early_exit(trained, corpus, **protocol)
-        score = result.score
+        score = early_exit(trained, corpus, **protocol)
     elif options.as_compressor:
         from charlm.compression.coder import score_as_compressor
 
         del protocol["batch_size"]
-        result = score = score_as_compressor(trained, corpus, streams=options.streams, **protocol)
+        score = score_as_compressor(trained, corpus, streams=options.streams, **protocol)
     else:
-        result = score = charlm.bits_per_character(
+        score = charlm.bits_per_character(
             trained, corpus, all_layers=options.all_layers, mixture=options.mixture, **protocol
         )
     if processes.is_main_process:
@@ -96,14 +94,14 @@ def main() -> None:
             from charlm.report.figures import early_exit
             from charlm.report.style import save
 
-            save(early_exit(result), options.picture)
+            save(early_exit(score), options.picture)
         if options.as_json:
-            print(json.dumps(result.as_dict() | ({"yardsticks": yardsticks} if yardsticks else {}), indent=2))
+            print(json.dumps(score.as_dict() | ({"yardsticks": yardsticks} if yardsticks else {}), indent=2))
         else:
             sys.stdout.reconfigure(errors="replace")
             planned = trained.config.train.steps if trained.options is None else None  # unknown if exported
             lines = describe(score, corpus.splits[options.split].symbols, planned, yardsticks)
-            print("\n".join(lines + (describe_exits(result) if options.early_exit else [])))
+            print("\n".join(lines + (describe_exits(score.early_exit) if options.early_exit else [])))
     processes.destroy_process_group()
 
 
@@ -156,15 +154,15 @@ def describe(score: "Score", symbols: int, planned: int | None, yardsticks: dict
     ]
 
 
-def describe_exits(result: "EarlyExit") -> list[str]:
-    """The curve as a table with a line for each threshold."""
+def describe_exits(curve: "EarlyExit") -> list[str]:
+    """A table with a line for each threshold."""
     lines = [
         "early exit by entropy: each symbol is predicted by the first layer under the",
-        f"threshold, chosen on {result.chosen_on}.",
+        f"threshold, chosen on {curve.chosen_on}.",
         "This counts layers used; scoring computes all of them.",
         "  quantile  threshold   layers used   bits per character",
     ]
-    for point in result.points:
+    for point in curve.points:
         threshold = "any" if point.threshold is None else f"{point.threshold:.3f}"
         lines.append(
             f"  {point.quantile:8.2f}  {threshold:>9}  {point.mean_layers:12.2f}   {point.bits_per_character:18.4f}"

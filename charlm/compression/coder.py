@@ -27,7 +27,7 @@ from charlm.config import Precision, UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import id_type
 from charlm.files import sha256_of
-from charlm.inference.evaluation import Score, check_options, score
+from charlm.inference.evaluation import Score, Scorer
 from charlm.runs.trained import TrainedModel
 
 
@@ -174,18 +174,11 @@ def score_as_compressor(
     Raises:
         UserError: a value out of range, or a corpus other than the run's.
     """
-    check_options(trained, corpus, split, limit, None, precision)
-    started = time.perf_counter()
-    ids = corpus.splits[split].ids[:limit]
-    nats_N, settings = compressed_nats(trained, ids, precision=precision, show_progress=show_progress, **options)
-    return score(
-        trained,
-        corpus,
+    scorer = Scorer(trained, corpus, split, limit=limit, precision=precision)
+    nats_N, settings = compressed_nats(trained, scorer.ids, precision=precision, show_progress=show_progress, **options)
+    return scorer.score(
         nats_N,
-        split=split,
         stride=settings.stride,
-        precision=precision,
-        seconds=time.perf_counter() - started,
         streams=settings.streams,
         compressed_bytes=math.ceil(math.fsum(nats_N) / math.log(2) / 8),
     )

@@ -24,6 +24,30 @@ from charlm.runs.trained import TrainedModel, exit_layers
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExitPoint:
+    """A point of the curve of early exit: one threshold for all exits."""
+
+    quantile: float
+    """Share of the exits' predictions on the validation text whose entropy is under the threshold."""
+    threshold: float | None
+    """In bits; None means infinity."""
+    mean_layers: float
+    """Mean number of the layer that predicts, over all symbols."""
+    bits_per_character: float
+    bits_per_byte: float
+    shares: dict[str, float]
+    """Share of the symbols that each layer predicts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyExit:
+    """The curve of early exit; `chosen_on` describes the text on which the thresholds were chosen."""
+
+    chosen_on: str
+    points: tuple[ExitPoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Score:
     """A score with its protocol. `scripts/evaluate.py --json` prints `as_dict`."""
 
@@ -34,7 +58,7 @@ class Score:
     standard_error: float | None
     """Standard error of `bits_per_character`, see `standard_error`; None for a single symbol."""
     symbols: int
-    """Number of symbols scored: the whole split, or its first `limit`."""
+    """The whole split, or its first `limit`."""
     characters: int
     """Characters that begin in the scored text."""
     bytes: int
@@ -47,17 +71,18 @@ class Score:
     precision: Precision
     seconds: float
     layers: dict[str, float] | None = None
-    """Bits per character of each layer that has a head for the next symbol; None if not asked for."""
+    """Bits per character of each layer that has a head for the next symbol."""
     mixture: dict[str, float] | None = None
     """Weight of each layer in the prediction that was scored; None if it is the last layer's."""
     streams: int | None = None
-    """Parts of the text that were read side by side, each from no context; None if not scored as a compressor."""
+    """Parts of the text that were read side by side, each from no context, if scored as a compressor."""
     compressed_bytes: int | None = None
-    """Bytes that the bits of all symbols fill; None if not scored as a compressor."""
+    """Bytes that the bits of all symbols fill, if scored as a compressor."""
+    early_exit: EarlyExit | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; those of the last four that are None are left out."""
-        optional = ("layers", "mixture", "streams", "compressed_bytes")
+        """JSON-able; those of the last five that are None are left out."""
+        optional = ("layers", "mixture", "streams", "compressed_bytes", "early_exit")
         return {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
 
 
@@ -93,62 +118,99 @@ def bits_per_character(
     Raises:
         UserError: a value out of range, fp16 on a CPU, a corpus other than the run's, or a mixture without weights.
     """
-    check_options(trained, corpus, split, limit, batch_size, precision)
-    started = time.perf_counter()
-    weights = _mixture_weights(trained) if mixture else {trained.config.model.num_layers: 1.0}
-    stride = default_stride(trained.config.model.context_length) if stride is None else stride
-    ids = corpus.splits[split].ids[:limit]
-    characters, _ = count_units(ids, corpus.vocabulary)
+    scorer = Scorer(trained, corpus, split, stride, limit, batch_size, precision, show_progress)
+    last = trained.config.model.num_layers
+    weights = trained.hedge_weights if mixture else {last: 1.0}
+    if weights is None:
+        raise UserError(
+            "mixture=hedge: the model has no weights for its layers; train one with --aux.hedge.enabled=true",
+            option="mixture",
+        )
     with exact_matmul(trained.device):
         nats = negative_log_likelihoods(
             trained.transformer,
             trained.heads,
-            ids,
-            stride=stride,
+            scorer.ids,
             layers=exit_layers(trained) if all_layers else weights,
-            batch_size=batch_size,
-            autocast_dtype=AUTOCAST_DTYPES[precision],
-            show_progress=show_progress,
+            **scorer.options,
         )
-    return score(
-        trained,
-        corpus,
-        mixture_nats(nats, weights) if mixture else nats[trained.config.model.num_layers],
-        split=split,
-        stride=stride,
-        precision=precision,
-        seconds=time.perf_counter() - started,
-        layers={str(layer): bits_per(nats[layer], characters) for layer in sorted(nats)} if all_layers else None,
+    return scorer.score(
+        mixture_nats(nats, weights) if mixture else nats[last],
+        layers=scorer.by_layer(nats) if all_layers else None,
         mixture={str(layer): weight for layer, weight in sorted(weights.items())} if mixture else None,
     )
 
 
-def score(trained: TrainedModel, corpus: Corpus, nats_N: np.ndarray, *, split: str, **protocol: Any) -> Score:
-    """The score of the first N symbols of a split, from their costs; `protocol` holds the fields that vary."""
-    ids = corpus.splits[split].ids[: len(nats_N)]
-    characters, num_bytes = count_units(ids, corpus.vocabulary)
-    return Score(
-        bits_per_character=bits_per(nats_N, characters),
-        bits_per_byte=bits_per(nats_N, num_bytes),
-        standard_error=standard_error(nats_N, ids, corpus.vocabulary),
-        symbols=len(ids),
-        characters=characters,
-        bytes=num_bytes,
-        split=split,
-        context_length=trained.config.model.context_length,
-        checkpoint=trained.checkpoint,
-        corpus=corpus.name,
-        corpus_sha256=corpus.sha256,
-        **protocol,
-    )
+class Scorer:
+    """A text to score with a model, and the protocol; arguments and errors as for `bits_per_character`."""
+
+    def __init__(
+        self,
+        trained: TrainedModel,
+        corpus: Corpus,
+        split: str = "test",
+        stride: int | None = None,
+        limit: int | None = None,
+        batch_size: int | None = None,
+        precision: Precision = "fp32",
+        show_progress: bool = True,
+    ):
+        self.started = time.perf_counter()
+        if corpus.sha256 != trained.corpus["sha256"] or corpus.vocabulary != trained.vocabulary:
+            raise UserError(
+                f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on {trained.corpus['name']} "
+                f"({trained.corpus['sha256'][:12]}), another text or vocabulary; score it on that one "
+                "(--data.path, --data.hub_id)"
+            )
+        if split not in corpus.splits:
+            raise UserError(f"split={split}: must be one of {', '.join(corpus.splits)}", option="split")
+        check_precision(precision, trained.device)
+        for option, value in (("limit", limit), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise UserError(f"{option}={value}: must be at least 1", option=option)
+        context_length = trained.config.model.context_length
+        self.options = {
+            "stride": default_stride(context_length) if stride is None else stride,
+            "batch_size": batch_size,
+            "autocast_dtype": AUTOCAST_DTYPES[precision],
+            "show_progress": show_progress,
+        }
+        """Options of `predictions`."""
+        self.ids, self.vocabulary = corpus.splits[split].ids[:limit], corpus.vocabulary
+        self.characters, self.bytes = count_units(self.ids, corpus.vocabulary)
+        self.protocol = {
+            "split": split,
+            "stride": self.options["stride"],
+            "context_length": context_length,
+            "checkpoint": trained.checkpoint,
+            "corpus": corpus.name,
+            "corpus_sha256": corpus.sha256,
+            "precision": precision,
+        }
+
+    def by_layer(self, nats: Mapping[int, np.ndarray]) -> dict[str, float]:
+        """Bits per character of each layer, in ascending order, from the costs of all symbols or parts of their sum."""
+        return {str(layer): bits_per(nats[layer], self.characters) for layer in sorted(nats)}
+
+    def score(self, nats_N: np.ndarray, **fields: Any) -> Score:
+        """The score from the cost of each symbol; `fields` are further ones of the score."""
+        figures = {
+            "bits_per_character": bits_per(nats_N, self.characters),
+            "bits_per_byte": bits_per(nats_N, self.bytes),
+            "standard_error": standard_error(nats_N, self.ids, self.vocabulary),
+            "symbols": len(self.ids),
+            "characters": self.characters,
+            "bytes": self.bytes,
+            "seconds": time.perf_counter() - self.started,
+        }
+        return Score(**(figures | self.protocol | fields))
 
 
 def score_at(score: Score, depth: int) -> dict[str, Any]:
     """The figure of one layer out of a score of all, for the card of a model that ends there."""
     bits = score.layers[str(depth)]
     per_byte = bits * score.characters / score.bytes
-    figures = {"bits_per_character": bits, "bits_per_byte": per_byte, "standard_error": None}
-    return replace(score, layers=None).as_dict() | figures
+    return replace(score, bits_per_character=bits, bits_per_byte=per_byte, standard_error=None, layers=None).as_dict()
 
 
 def mixture_nats(nats: Mapping[int, np.ndarray], weights: Mapping[int, float]) -> np.ndarray:
@@ -196,29 +258,3 @@ def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) ->
     characters = np.array([vocabulary.count_characters(block) for block in np.array_split(ids, num_blocks)])
     residuals = bits - bits.sum() / characters.sum() * characters
     return math.sqrt(num_blocks / (num_blocks - 1) * np.square(residuals).sum()) / int(characters.sum())
-
-
-def _mixture_weights(trained: TrainedModel) -> dict[int, float]:
-    if trained.hedge_weights is None:
-        raise UserError(
-            "mixture=hedge: the model has no weights for its layers; train one with --aux.hedge.enabled=true"
-        )
-    return trained.hedge_weights
-
-
-def check_options(
-    trained: TrainedModel, corpus: Corpus, split: str, limit: int | None, batch_size: int | None, precision: str
-) -> None:
-    """Raise UserError unless the model can be scored in this way on this split of the corpus."""
-    if corpus.sha256 != trained.corpus["sha256"] or corpus.vocabulary != trained.vocabulary:
-        raise UserError(
-            f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on {trained.corpus['name']} "
-            f"({trained.corpus['sha256'][:12]}), another text or vocabulary; score it on that one "
-            "(--data.path, --data.hub_id)"
-        )
-    if split not in corpus.splits:
-        raise UserError(f"split={split}: must be one of {', '.join(corpus.splits)}")
-    check_precision(precision, trained.device)
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value}: must be at least 1")

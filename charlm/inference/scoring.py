@@ -1,10 +1,10 @@
 """The scoring loop: a model reads a text in windows and predicts every symbol once.
 
-Each symbol is predicted from the context that the windows give it (`charlm.data.windows`), whatever the batch size and
-the number of processes.
+Where torch.distributed is initialised, each process predicts a contiguous share of the symbols. The context of a symbol
+(see `charlm.data.windows`) depends neither on the batch size nor on the number of processes.
 
 Shapes: B batch, T positions, W = T + 1 symbols of a window, D d_model, V vocabulary, N symbols, M predictions of a
-batch, L layers asked for.
+batch, L layers asked for, K figures of a prediction.
 """
 
 import math
@@ -23,17 +23,14 @@ from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 
 AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The dtype that the transformer's matrix products run in, by precision; None leaves that of its parameters."""
+"""Type of the transformer's matrix products, by precision; None leaves that of its parameters."""
 BATCH_SYMBOLS = {"cpu": 2**11, "cuda": 2**16}
-"""Default number of symbols that a batch of windows reads, by type of device. On a CPU more is no faster."""
+"""Default number of symbols that a batch reads, by type of device. On a CPU more is no faster."""
 CHUNK_LOGITS = 2**18
-"""Number of logits whose softmax is taken at once: keeps their float64 copies small."""
+"""Logits whose softmax is taken at once: keeps their float64 copies small."""
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """(log-probabilities [M, V] in float64, targets [M]) -> K figures of each prediction, [K, M]."""
-Visit = Callable[[Tensor, dict[int, Tensor]], None]
-"""Receives the indices in the text of M symbols, and the figures of each by layer, {layer: float64 [K, M]}, on the
-CPU."""
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -49,90 +46,92 @@ def nats(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tensor:
     return -log_probabilities_MV.gather(-1, targets_M[:, None]).T
 
 
+def entropies(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tensor:
+    """The entropy of each prediction in nats, [1, M]."""
+    return -(log_probabilities_MV.exp() * log_probabilities_MV).sum(-1)[None]
+
+
 def nats_and_entropies(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """The cost of each target and the entropy of its prediction in nats, [2, M]."""
-    entropies_M = -(log_probabilities_MV.exp() * log_probabilities_MV).sum(-1)
-    return torch.cat([nats(log_probabilities_MV, targets_M), entropies_M[None]])
+    """`nats` and `entropies`, [2, M]."""
+    return torch.cat([measure(log_probabilities_MV, targets_M) for measure in (nats, entropies)])
 
 
 def negative_log_likelihoods(
-    transformer: CharTransformer,
-    heads: Heads,
-    ids: np.ndarray,
-    *,
-    stride: int,
-    layers: Iterable[int] | None = None,
-    **options,
+    transformer: CharTransformer, heads: Heads, ids: np.ndarray, *, layers: Iterable[int] | None = None, **options
 ) -> dict[int, np.ndarray]:
     """The cost of each symbol in nats by each of `layers`, by default the last: {layer: float64 [N]}.
 
-    Arguments and errors as for `visit_predictions`. Where torch.distributed is initialised, every process gets the
-    whole result.
+    Arguments, errors and processes as for `measure_text`.
     """
     layers = sorted(layers) if layers is not None else [transformer.config.num_layers]
-    nats_LN = torch.zeros(len(layers), len(ids), dtype=torch.float64)
-
-    def keep(symbols_M: Tensor, measured: dict[int, Tensor]) -> None:
-        for row, layer in enumerate(layers):
-            nats_LN[row, symbols_M] = measured[layer][0]
-
-    visit_predictions(transformer, heads, ids, keep, stride=stride, layers=layers, **options)
-    nats_LN = sum_over_processes(nats_LN, next(transformer.parameters()).device)
-    return {layer: nats_LN[row].numpy() for row, layer in enumerate(layers)}
+    nats_L1N = measure_text(transformer, heads, ids, layers=layers, **options)
+    return dict(zip(layers, nats_L1N[:, 0], strict=True))
 
 
-def visit_predictions(
+def measure_text(transformer: CharTransformer, heads: Heads, ids: np.ndarray, **options) -> np.ndarray:
+    """The figures of each symbol, float64 [L, K, N]. Arguments and errors as for `predictions`.
+
+    Where torch.distributed is initialised, every process gets the whole result.
+    """
+    found_LKN = None
+    for symbols_M, figures_LKM in predictions(transformer, heads, ids, **options):
+        if found_LKN is None:
+            found_LKN = figures_LKM.new_zeros(*figures_LKM.shape[:2], len(ids))
+        found_LKN[:, :, symbols_M] = figures_LKM
+    return sum_over_processes(found_LKN, next(transformer.parameters()).device).numpy()
+
+
+@torch.no_grad()
+def predictions(
     transformer: CharTransformer,
     heads: Heads,
     ids: np.ndarray,
-    visit: Visit,
     *,
     stride: int,
     layers: Iterable[int],
     measure: Measure = nats,
     show_progress: bool = False,
     **options,
-) -> None:
-    """Predict every symbol of a text once and call `visit` with the figures, batch by batch.
-
-    Memory does not grow with the text. Safe for modules in training: no gradients, dropout off, and their mode is put
-    back. Where torch.distributed is initialised, each process visits a contiguous share of the symbols.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Predict every symbol of a text once, batch by batch. The modules are in evaluation mode until the end.
 
     No window predicts the first symbol, which has no context: it counts as predicted with equal probabilities.
 
     Args:
         ids: the text, [N], at least one symbol.
-        layers: 1-based, each with a head for offset 1.
+        layers: 1-based, in ascending order, each with a head for offset 1.
         show_progress: show a bar on stderr if that is a terminal.
         options: batch_size, autocast_dtype and before_batch of `read_windows`.
+
+    Yields:
+        symbols: indices in the text of M symbols; those of each process are another contiguous share.
+        figures: of each of them by each layer, float64 [L, K, M]; both on the CPU.
 
     Raises:
         UserError: the stride is not in [1, context_length].
     """
-    layers = sorted(layers)
     rank, num_processes = _rank_and_processes()
     windows = evaluation_windows(len(ids), transformer.config.context_length, stride)
-    if rank == 0:
-        V = transformer.vocabulary_size
-        first = measure(torch.full((1, V), -math.log(V), dtype=torch.float64), torch.tensor([int(ids[0])]))
-        visit(torch.tensor([0]), dict.fromkeys(layers, first))
+    first_M, V = torch.arange(int(rank == 0)), transformer.vocabulary_size
+    uniform_MV = torch.full((len(first_M), V), -math.log(V), dtype=torch.float64)
+    yield first_M, measure(uniform_MV, torch.tensor([int(ids[0])])[first_M]).repeat(len(layers), 1, 1)
     bar = tqdm(
         total=math.ceil(len(ids) / num_processes),
         desc="evaluating",
         unit="ch",
         unit_scale=True,
-        initial=int(rank == 0),  # the first symbol is in no window
+        initial=len(first_M),
         leave=False,
         disable=None if show_progress and rank == 0 else True,
     )
     with bar, _evaluating(transformer, heads):
         for symbols_M, hidden_states in read_windows(transformer, ids, windows, layers=layers, **options):
             targets_M = torch.from_numpy(ids[symbols_M.numpy()].astype(np.int64))
-            measured = {}
+            figures = []
             for layer, hidden_MD in hidden_states.items():
                 logits_MV = heads(hidden_MD[None].float(), layer)[0, :, 0]
-                measured[layer] = _measured(measure, logits_MV, targets_M.to(logits_MV.device)).cpu()
-            visit(symbols_M, measured)
+                figures.append(_measured(measure, logits_MV, targets_M.to(logits_MV.device)).cpu())
+            yield symbols_M, torch.stack(figures)
             bar.update(len(symbols_M))
 
 
@@ -156,14 +155,13 @@ def read_windows(
         ids: the text, [N].
         layers: 1-based.
         batch_size: windows per batch; by default as many as `BATCH_SYMBOLS` allows.
-        autocast_dtype: for the transformer's matrix products; None leaves the precision of its parameters.
-        share: where torch.distributed is initialised, each process reads a contiguous share of the windows; otherwise
-            each reads all.
-        before_batch: called before each batch, equally often by every process; an exception it raises ends the loop.
+        autocast_dtype: see `AUTOCAST_DTYPES`.
+        share: if false, every process reads all windows.
+        before_batch: called before each batch, equally often by every process.
 
     Yields:
         symbols: indices in the text of the M symbols predicted from these positions, in the windows' order; on the CPU.
-        hidden_states: {layer: [M, D]} of the position before each.
+        hidden_states: {layer: [M, D]} of the position before each, in ascending order.
     """
     layers = sorted(layers)
     device = next(transformer.parameters()).device
@@ -186,7 +184,7 @@ def read_windows(
 
 def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
     """The sum over all processes of a tensor on the CPU; `device` is the process's own."""
-    if not _distributed():
+    if _rank_and_processes()[1] == 1:
         return tensor
     shared = tensor.to(device) if "nccl" in dist.get_backend() else tensor
     dist.all_reduce(shared)
@@ -202,7 +200,7 @@ def _batches(
     batches are filled up with windows that belong to another process or were read before, and count nothing.
 
     Yields:
-        symbols: int64 [B, W], W = T + 1, indices into the text.
+        symbols: int64 [B, W], indices into the text.
         counts: bool [B, T], which of the predictions of symbols[:, 1:] count.
     """
     num_windows, offsets = len(windows.starts), np.arange(windows.length + 1)
@@ -225,22 +223,19 @@ def _measured(measure: Measure, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
 
 def _rank_and_processes() -> tuple[int, int]:
     """(0, 1) where torch.distributed is not initialised."""
-    return (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 @contextmanager
 def _evaluating(*modules: torch.nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside; the mode of each module is put back after."""
+    """No dropout inside; the mode of each module is put back after."""
     modes = [module.training for module in modules]
     try:
-        with torch.no_grad():
-            for module in modules:
-                module.eval()
-            yield
+        for module in modules:
+            module.eval()
+        yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from charlm.inference.early_exit import EarlyExit
+    from charlm.inference.evaluation import Score
 
 MOST_POINTS = 300
 """Most points of a learning curve; of more, neighbours are averaged."""
@@ -219,10 +219,9 @@ def speed(runs: Sequence[Metrics], style: Style) -> "Figure | None":
     return figure
 
 
-def early_exit(curve: "EarlyExit") -> "Figure":
+def early_exit(score: "Score") -> "Figure":
     """Bits per character against layers used: the curve of early exit, and each layer's own score."""
-    score = curve.score
-    points = sorted((point.mean_layers, point.bits_per_character) for point in curve.points)
+    points = sorted((point.mean_layers, point.bits_per_character) for point in score.early_exit.points)
     with new_panels(PICTURE, [""], 1.5) as (figure, (axes,)):
         axes.plot(*zip(*points, strict=True), color=TRAIN, marker="o", markersize=3.5, label="early exit")
         axes.plot(list(map(int, score.layers)), score.layers.values(), "s", color=VALID, label="one layer")

@@ -55,7 +55,7 @@ def test_the_curve_equals_brute_force(setting, batch_size):
     bits, entropies = brute_force(trained, ids)
     options = {"stride": 1, "limit": 50, "batch_size": batch_size, "quantiles": [0.3, 0.6]}
     found = early_exit(trained, corpus, show_progress=False, **options)
-    for point, quantile in zip(found.points, (0.3, 0.6), strict=True):
+    for point, quantile in zip(found.early_exit.points, (0.3, 0.6), strict=True):
         place = quantile * (len(valid_entropies) - 1)
         below = valid_entropies[math.floor(place)]
         threshold = below + (place % 1) * (valid_entropies[math.ceil(place)] - below)
@@ -66,7 +66,7 @@ def test_the_curve_equals_brute_force(setting, batch_size):
         assert point.mean_layers == pytest.approx(sum(used) / 50)
         assert point.shares == pytest.approx({str(layer): used.count(layer) / 50 for layer in (1, 2, 3)})
         assert point.bits_per_character == pytest.approx(sum(costs) / 50, abs=1e-6)
-    assert found.chosen_on == "the first 90 of 120 symbols of the valid split"
+    assert found.early_exit.chosen_on == "the first 90 of 120 symbols of the valid split"
 
 
 def test_the_ends_are_the_whole_depth_and_the_first_exit(setting):
@@ -75,16 +75,17 @@ def test_the_ends_are_the_whole_depth_and_the_first_exit(setting):
     trained, corpus = setting
     found = early_exit(trained, corpus, stride=3, show_progress=False)
     plain = bits_per_character(trained, corpus, stride=3, all_layers=True)
-    assert [point.quantile for point in found.points] == list(QUANTILES)
-    first, last = found.points[0], found.points[-1]
+    points = found.early_exit.points
+    assert [point.quantile for point in points] == list(QUANTILES)
+    first, last = points[0], points[-1]
     assert (first.threshold, first.mean_layers, first.shares) == (0.0, 3.0, {"1": 0.0, "2": 0.0, "3": 1.0})
     assert (last.threshold, last.mean_layers, last.shares) == (None, 1.0, {"1": 1.0, "2": 0.0, "3": 0.0})
     assert first.bits_per_character == pytest.approx(plain.bits_per_character, abs=1e-12)
     assert last.bits_per_character == pytest.approx(plain.layers["1"], abs=1e-12)
     assert last.bits_per_byte == pytest.approx(last.bits_per_character, abs=1e-12)
-    assert found.score.layers == pytest.approx(plain.layers, abs=1e-12)
-    assert replace(found.score, seconds=0, layers=None) == replace(plain, seconds=0, layers=None)
-    means = [point.mean_layers for point in found.points]
+    assert found.layers == pytest.approx(plain.layers, abs=1e-12)
+    assert replace(found, seconds=0, layers=None, early_exit=None) == replace(plain, seconds=0, layers=None)
+    means = [point.mean_layers for point in points]
     assert means == sorted(means, reverse=True)
     assert "Infinity" not in json.dumps(found.as_dict())
     assert len(found.as_dict()["early_exit"]["points"]) == len(QUANTILES)
@@ -92,15 +93,15 @@ def test_the_ends_are_the_whole_depth_and_the_first_exit(setting):
 
 def test_the_first_sure_exit_by_hand():
     """Guards against a threshold that counts where it is only reached, and a last exit that has to be sure."""
-    entropies = np.array([[0.5, 2.0, 0.1], [0.4, 1.0, 0.0], [9.0, 9.0, 9.0]])
-    assert first_sure(entropies, np.array([0.0, 0.1, 1.0, 2.5, math.inf])).tolist() == [
+    entropies = torch.tensor([[0.5, 2.0, 0.1], [0.4, 1.0, 0.0], [9.0, 9.0, 9.0]])
+    assert first_sure(entropies, torch.tensor([0.0, 0.1, 1.0, 2.5, math.inf])).tolist() == [
         [2, 2, 2],
         [2, 2, 1],
         [0, 2, 0],
         [0, 0, 0],
         [0, 0, 0],
     ]
-    thresholds = choose_thresholds(entropies, [0.0, 0.2, 1.0])
+    thresholds = choose_thresholds(entropies.numpy(), [0.0, 0.2, 1.0])
     assert thresholds.tolist() == pytest.approx([0.0, 0.1, math.inf])
 
 
@@ -116,10 +117,10 @@ def test_a_model_with_one_exit_is_refused(setting):
 
 def test_what_the_picture_shows(setting, tmp_path):
     """Guards against a curve drawn from other figures, and layers that are missing."""
-    curve = early_exit(*setting, quantiles=[0, 0.5, 1], show_progress=False)
-    axes = figures.early_exit(curve).axes[0]
+    score = early_exit(*setting, quantiles=[0, 0.5, 1], show_progress=False)
+    axes = figures.early_exit(score).axes[0]
     exits, layers = axes.lines[:2]
-    assert list(exits.get_xdata()) == sorted(point.mean_layers for point in curve.points)
+    assert list(exits.get_xdata()) == sorted(point.mean_layers for point in score.early_exit.points)
     assert list(layers.get_xdata()) == [1, 2, 3]
-    assert list(layers.get_ydata()) == list(curve.score.layers.values())
-    assert save(figures.early_exit(curve), tmp_path / "exits.svg").stat().st_size > 1000
+    assert list(layers.get_ydata()) == list(score.layers.values())
+    assert save(figures.early_exit(score), tmp_path / "exits.svg").stat().st_size > 1000

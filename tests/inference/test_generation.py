@@ -5,7 +5,7 @@ import torch
 from charlm.config import UserError
 from charlm.inference.generation import generate, stream
 from charlm.inference.sampling import Sampling
-from charlm.inference.stepping import next_logits
+from charlm.inference.stepping import Reader
 from charlm.model.cache import KVCache
 
 
@@ -44,7 +44,7 @@ def test_cached_and_uncached_logits_agree(build_model, norm, positions, chunks):
     for _ in range(2):  # and again after the cache was emptied
         end = 0
         for chunk in chunks:
-            (logits,) = next_logits(trained, [ids[end : end + chunk]], cache)
+            (logits,) = Reader(trained).next_logits([ids[end : end + chunk]], cache)
             end += chunk
             torch.testing.assert_close(logits, expected[end - 1], rtol=1e-4, atol=1e-5)
         cache.reset()
@@ -71,16 +71,16 @@ def test_texts_of_unequal_lengths_in_one_cache(build_model, positions, ngrams):
     """Guards against a row that reads another's positions, characters or leftovers, or those beyond its own length."""
     trained = build_model(position_encoding=positions, num_layers=3, ngrams=ngrams)
     random = np.random.default_rng(0)
-    cache = KVCache(trained.config.model, 3, trained.device)
+    reader, cache = Reader(trained), KVCache(trained.config.model, 3, trained.device)
     for _ in range(2):  # and again over what the first time left
         texts = random.integers(0, 256, (3, 8)).tolist()
         lengths = [5, 1, 3]
-        logits_BV = next_logits(trained, [text[:n] for text, n in zip(texts, lengths, strict=True)], cache)
+        logits_BV = reader.next_logits([text[:n] for text, n in zip(texts, lengths, strict=True)], cache)
         for _ in range(3):
             assert cache.lengths.tolist() == lengths and cache.length == max(lengths)
             for text, n, logits_V in zip(texts, lengths, logits_BV, strict=True):
                 torch.testing.assert_close(logits_V, all_logits(trained, text[:n])[-1], rtol=1e-4, atol=1e-5)
-            logits_BV = next_logits(trained, [[text[n]] for text, n in zip(texts, lengths, strict=True)], cache)
+            logits_BV = reader.next_logits([[text[n]] for text, n in zip(texts, lengths, strict=True)], cache)
             lengths = [n + 1 for n in lengths]
         # Several at once, each behind its own: as a draft is verified.
         cache.lengths -= 3

@@ -12,8 +12,8 @@ from charlm.data.vocabulary import ByteVocabulary
 from charlm.inference import speculative
 from charlm.inference.generation import generate, stream
 from charlm.inference.sampling import Sampling
-from charlm.inference.speculative import DraftStatistics, Speculation, accept, accept_likeliest, build_drafter
-from charlm.inference.stepping import read, stepping
+from charlm.inference.speculative import DraftStatistics, Speculation, accept, accept_likeliest
+from charlm.inference.stepping import Reader
 from charlm.model.cache import KVCache
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
@@ -67,6 +67,11 @@ def count_upwards(transformer: CharTransformer, heads: Heads) -> None:
         classifier.bias.zero_()
 
 
+def speculation_of(trained, prompt, draft, num_drafts, sampling) -> Speculation:
+    generator = torch.Generator().manual_seed(0)
+    return Speculation(Reader(trained), draft, num_drafts, sampling, generator, DraftStatistics(), list(prompt))
+
+
 def with_drafts(trained, prompt, draft, **options) -> tuple[str, DraftStatistics]:
     statistics = DraftStatistics()
     return generate(trained, prompt, draft=draft, statistics=statistics, **options), statistics
@@ -116,7 +121,7 @@ def test_acceptance_is_counted_by_hand(build_drafting_model, monkeypatch):
     trained = build_drafting_model()
 
     def first_stays(_, drafts, near_tie):
-        return [drafts[0], (drafts[1] + 1) % 256 if len(drafts) > 1 else 0], None
+        return [drafts[0], (drafts[1] + 1) % 256 if len(drafts) > 1 else 0], 2
 
     monkeypatch.setattr(speculative, "accept_likeliest", first_stays)
     _, statistics = with_drafts(trained, b"a", "offsets", length=7, temperature=0)
@@ -145,20 +150,17 @@ def test_near_ties_are_decided_as_plain_generation_decides_them(build_drafting_m
 @pytest.mark.parametrize("draft", ["offsets", 1])
 def test_in_doubt_all_since_the_last_certain_symbol_is_read_again(build_drafting_model, draft):
     """Guards against a cache that keeps what was read together, whose bits are not those of plain generation."""
-    trained = stepping(build_drafting_model(agreeing=True, context_length=64))  # as `generate` reads
-    sampling, generator = Sampling(temperature=0), torch.Generator()
-    drafter = build_drafter(trained, draft, 3, sampling, generator)
-    speculation = Speculation(trained, list(b"abc"), drafter, sampling, generator, DraftStatistics())
+    trained = build_drafting_model(agreeing=True, context_length=64)
+    speculation = speculation_of(trained, b"abc", draft, 3, Sampling(temperature=0))
     for near_tie in (-1, -1, -1, -1, 1e9, -1, -1, 1e9):  # sure of everything, or of nothing
         speculation.near_tie = near_tie
         speculation.advance(9)
     seen = speculation.context[:-1]
     assert speculation.num_exact == speculation.cache.length == len(seen) > 9
-    plain = KVCache(trained.config.model, 1, trained.device)
-    with torch.inference_mode():
-        read(trained, [seen[:3]], plain, num_last=1)
-        for symbol in seen[3:]:
-            hidden_11D = read(trained, [[symbol]], plain, num_last=1)
+    reader, plain = Reader(trained), KVCache(trained.config.model, 1, trained.device)
+    reader.read([seen[:3]], plain, num_last=1)
+    for symbol in seen[3:]:
+        hidden_11D = reader.read([[symbol]], plain, num_last=1)
     assert torch.equal(speculation.cache.keys[..., : len(seen), :], plain.keys[..., : len(seen), :])
     assert torch.equal(speculation.hidden_11D, hidden_11D)
 
@@ -170,12 +172,12 @@ def test_doubt_stops_at_the_first_near_tie():
     def outcome(rows, drafts):
         return accept_likeliest(torch.tensor(rows), drafts, 1e-4)
 
-    assert outcome([clear, clear], [1]) == ([1, 1], None)
-    assert outcome([clear, tie], [0]) == ([1], None)
+    assert outcome([clear, clear], [1]) == ([1, 1], 2)
+    assert outcome([clear, tie], [0]) == ([1], 1)
     assert outcome([clear, tie, clear], [1, 0])[1] == 1
-    assert outcome([clear, clear], [1, 1]) == ([1, 1], None)  # the last draft was not read
+    assert outcome([clear, clear], [1, 1]) == ([1, 1], 2)  # the last draft was not read
     assert outcome([[4.0, 4.0 - 3e-4, 0.0]], [])[1] == 0
-    assert outcome([[4.0, 4.0 - 5e-4, 0.0]], [])[1] is None
+    assert outcome([[4.0, 4.0 - 5e-4, 0.0]], [])[1] == 1
     assert outcome([[float("nan"), 1.0]], [])[1] == 0
 
 
@@ -227,41 +229,20 @@ def test_equal_distributions_leave_something_to_draw_from(dice):
 def test_the_cache_is_rolled_back_to_what_was_kept(build_drafting_model, draft, options):
     """Guards against positions of rejected drafts that stay, and layers above an exit that miss some."""
     trained = build_drafting_model(**options)
-    sampling, generator = Sampling(), torch.Generator().manual_seed(0)
-    drafter = build_drafter(trained, draft, 3, sampling, generator)
-    speculation = Speculation(trained, list(b"abc"), drafter, sampling, generator, DraftStatistics())
+    speculation = speculation_of(trained, b"abc", draft, 3, Sampling())
     speculation.advance(9)
     for _ in range(6):
         speculation.advance(9)
         length, seen = speculation.cache.length, speculation.context[:-1]
         assert length == len(seen)
         fresh = KVCache(trained.config.model, 1, trained.device)
-        with torch.inference_mode():
-            hidden = read(trained, [seen], fresh, num_last=1)
+        hidden = Reader(trained).read([seen], fresh, num_last=1)
         for name in ("keys", "values"):
             kept, expected = (getattr(cache, name)[:, :, :, :length] for cache in (speculation.cache, fresh))
             torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-4)
         if options:
             assert speculation.cache.ids[:, :length].tolist() == [seen]
         torch.testing.assert_close(speculation.hidden_11D, hidden, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("layer", [1, 2])
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_resumed_layers_give_the_whole_models_states(build_drafting_model, layer, norm):
-    """Guards against layers left out or run twice, or a position table of another layer."""
-    trained = build_drafting_model(norm=norm)
-    ids = [list(b"abcdefg")]
-    whole, cut = (KVCache(trained.config.model, 1, trained.device) for _ in range(2))
-    with torch.inference_mode():
-        expected = read(trained, ids, whole, layer=3)
-        read(trained, [ids[0][:3]], cut, layer=3)
-        states = read(trained, [ids[0][3:]], cut, layer=layer)
-        cut.lengths -= 4
-        resumed = trained.transformer.resume(states, layer, cut)
-    torch.testing.assert_close(resumed, expected[:, 3:], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(cut.keys, whole.keys, rtol=1e-4, atol=1e-4)
-    assert cut.length == 7
 
 
 @pytest.mark.parametrize("draft", ["offsets", 2])
@@ -335,10 +316,7 @@ def test_drawn_symbols_follow_the_models_distribution(build_drafting_model, draf
             for text, row_V in zip(texts, sampling.distribution(logits_BV), strict=True)
             for symbol, probability in enumerate(row_V)
         }
-    generator = torch.Generator().manual_seed(1)
-    statistics = DraftStatistics()
-    drafter = build_drafter(trained, draft, 2, sampling, generator)
-    speculation = Speculation(trained, context[:-1], drafter, sampling, generator, statistics)
+    speculation = speculation_of(trained, context[:-1], draft, 2, sampling)
     speculation.advance(1)
     hidden_11D = speculation.hidden_11D
     found = dict.fromkeys(expected, 0)
@@ -348,7 +326,7 @@ def test_drawn_symbols_follow_the_models_distribution(build_drafting_model, draf
         while len(text) < ahead:
             text += speculation.advance(9)
         found[tuple(text[:ahead])] += 1
-    assert 0.2 < statistics.acceptance_rate < 0.9  # both ends of the rule were used
+    assert 0.2 < speculation.statistics.acceptance_rate < 0.9  # both ends of the rule were used
     assert not any(found[text] for text, probability in expected.items() if probability == 0)
     # Rare texts together: the statistic is chi-square distributed only where each is expected a few times.
     common = [text for text, probability in expected.items() if probability * draws >= 5]

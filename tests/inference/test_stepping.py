@@ -11,7 +11,7 @@ import torch
 
 from charlm.config import LayersConfig, ModelConfig
 from charlm.inference.generation import generate
-from charlm.inference.stepping import _Linear, stepping
+from charlm.inference.stepping import Reader, _Linear
 from charlm.model.cache import KVCache
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
@@ -37,38 +37,35 @@ def test_steps_compute_what_the_network_computes(build_model, variant, ngrams, l
     """Guards against a part that is left out, exchanged or applied at another position or layer, a mask of other
     positions, widths that do not divide into bags, and buffers that another pass could not continue with."""
     trained = build_model(**SIZES, **variant, ngrams=ngrams, ngram_width=7)
-    swift = stepping(trained).transformer
+    reader = Reader(trained)
     caches = [KVCache(trained.config.model, 1, trained.device) for _ in range(2)]
     ids = torch.randint(256, (1, 22), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         for part in ids.split([1, 1, 4, 1, 9, 1, 2, 3], dim=1):
-            one, other = (
-                model(part, [layer], cache, num_last=3)[layer]
-                for model, cache in zip((trained.transformer, swift), caches, strict=True)
-            )
+            one = trained.transformer(part, [layer], caches[0], num_last=3)[layer]
+            other = reader.read(part.tolist(), caches[1], layer=layer, num_last=3)
             assert one.std() > 0.1
             torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
         for name in ("keys", "values", "ids", "lengths"):
             one, other = (getattr(cache, name) for cache in caches)
             torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
         with pytest.raises(ValueError, match="23 positions exceed the context of 22"):
-            swift(ids[:, :1], [layer], caches[1])
+            reader.read([[1]], caches[1], layer=layer)
 
 
 @pytest.mark.parametrize("num_symbols", [1, 3, 9])
 def test_the_upper_layers_go_on_from_a_lower_one(build_model, num_symbols):
     """Guards against layers that run twice or not at all, or read the buffers of others."""
     trained = build_model(num_layers=3, context_length=16)
-    swift = stepping(trained).transformer
-    ids = torch.arange(5 + num_symbols)[None]
-    cache = KVCache(trained.config.model, 1, trained.device)
+    reader, cache = Reader(trained), KVCache(trained.config.model, 1, trained.device)
+    ids = list(range(5 + num_symbols))
     with torch.inference_mode():
-        expected = trained.transformer(ids)[3][:, 5:]
-        swift(ids[:, :5], cache=cache)
-        lower = swift(ids[:, 5:], [1], cache)[1]
-        cache.lengths -= num_symbols
-        torch.testing.assert_close(swift.resume(lower, 1, cache), expected, rtol=1e-5, atol=1e-5)
-    assert cache.length == ids.shape[1]
+        expected = trained.transformer(torch.tensor([ids]))[3][:, 5:]
+    reader.read([ids[:5]], cache)
+    lower = reader.read([ids[5:]], cache, layer=1)
+    cache.lengths -= num_symbols
+    torch.testing.assert_close(reader.resume(lower, 1, cache), expected, rtol=1e-5, atol=1e-5)
+    assert cache.length == len(ids)
 
 
 def test_the_bits_of_a_symbol_are_its_own(build_model):
@@ -94,14 +91,12 @@ def test_heads_compute_what_heads_compute(build_model, randomise, kind, norm, la
         final_norm=trained.transformer.final_norm,
     )
     heads = randomise(heads).eval()
-    swift = stepping(replace(trained, heads=heads)).heads
+    reader = Reader(replace(trained, heads=heads))
     hidden_BTD = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(3))
-    with torch.inference_mode():
-        for offsets in ((1,), (3,), (1, 3), range(3, 4)):
-            logits_BTKV = swift(hidden_BTD, layer, offsets)
-            torch.testing.assert_close(logits_BTKV, heads(hidden_BTD, layer, offsets), rtol=1e-5, atol=1e-5)
-    assert len(swift._linears) == 3
-    assert swift(hidden_BTD, layer).requires_grad != (kind == "shared_frozen" and layer == 1)  # gradients: the long way
+    for offsets in ((1,), (3,), (1, 3), range(3, 4)):
+        logits_BTKV = reader.logits(hidden_BTD, layer, offsets)
+        torch.testing.assert_close(logits_BTKV, heads(hidden_BTD, layer, offsets), rtol=1e-5, atol=1e-5)
+    assert len(reader._classifiers) == 3
 
 
 def test_steps_are_few_operations(build_model, monkeypatch):
@@ -138,30 +133,20 @@ def test_text_follows_training(build_model, part, change, draft):
     assert generate(trained, "ab", length=30, draft=draft) == expected != first
 
 
-@pytest.mark.parametrize(
-    "reason", ["gradients", "training", "autocast", "two texts", "many", "two layers", "no such layer"]
-)
+@pytest.mark.parametrize("reason", ["training", "autocast", "two texts", "many"])
 def test_what_goes_the_long_way(build_model, reason):
-    """Guards against dropout, gradients or a precision lost on the short way, and layers that there are not."""
+    """Guards against dropout or a precision lost on the short way."""
     trained = build_model(residual_dropout=0.5, context_length=9)
     trained.transformer.train(reason == "training")
-    swift = stepping(trained).transformer
     ids_BT = torch.zeros({"two texts": (2, 1), "many": (1, 9)}.get(reason, (1, 1)), dtype=torch.long)
-    layers = {"two layers": [1, 2], "no such layer": [3]}.get(reason, [2])
-    found = []
-    for model in (trained.transformer, swift):
-        cache = KVCache(trained.config.model, len(ids_BT), trained.device)
+    caches = [KVCache(trained.config.model, len(ids_BT), trained.device) for _ in range(2)]
+    with torch.autocast("cpu", enabled=reason == "autocast"), torch.no_grad():
         torch.manual_seed(4)
-        with torch.set_grad_enabled(reason == "gradients"), torch.autocast("cpu", enabled=reason == "autocast"):
-            if reason == "no such layer":
-                with pytest.raises(ValueError, match="name some of 1 to 2"):
-                    model(ids_BT, layers, cache)
-            else:
-                found.append(model(ids_BT, layers, cache)[2])
-    assert "layers" not in vars(swift)  # nothing was copied for it
-    if found:
-        assert torch.equal(*found)
-        assert found[1].requires_grad == (reason == "gradients")
+        expected = trained.transformer(ids_BT, [2], caches[0])[2]
+        torch.manual_seed(4)
+        reader = Reader(trained)
+        assert torch.equal(reader.read(ids_BT.tolist(), caches[1]), expected)
+    assert "_layers" not in vars(reader)  # nothing was copied for it
 
 
 def test_a_model_of_inference_mode_writes(build_model):
@@ -183,5 +168,5 @@ def test_a_model_goes_after_its_text(build_model):
 
 def test_a_gpu_reads_by_itself(build_model):
     """Guards against sums of rows where the host would wait for each."""
-    trained = replace(build_model(), device=torch.device("cuda"))
-    assert stepping(trained) is trained
+    assert Reader(build_model()).has_short_way
+    assert not Reader(replace(build_model(), device=torch.device("cuda"))).has_short_way

@@ -21,7 +21,7 @@ from charlm.data.vocabulary import Vocabulary
 from charlm.data.windows import EvaluationWindows
 from charlm.inference.evaluation import Score, bits_per_character
 from charlm.inference.generation import generate
-from charlm.inference.scoring import nats, read_windows, visit_predictions
+from charlm.inference.scoring import measure_text, nats, read_windows
 from charlm.model.kernels_cpu import exact_matmul
 from charlm.report.page.passage import Piece, pieces_of
 from charlm.runs.checkpoints import checkpoint_folders, find_checkpoint, step_of
@@ -164,27 +164,21 @@ def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int)
     before = min(start, context_length)
     text = ids[start - before : start + count]
     width = min(LIKELIEST, trained.vocabulary.size)
-    found_NK = np.zeros((len(text), 1 + 2 * width))
 
-    def measure_likeliest(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tensor:
+    def likeliest(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tensor:
         values, symbols = log_probabilities_MV.topk(width, dim=-1)
         return torch.cat([nats(log_probabilities_MV, targets_M), values.exp().T, symbols.double().T])
 
-    def keep(symbols_M: Tensor, measured: dict[int, Tensor]) -> None:
-        (found_KM,) = measured.values()
-        found_NK[symbols_M.numpy()] = found_KM.T.numpy()
-
     with exact_matmul(trained.device):
-        visit_predictions(
+        (found_KN,) = measure_text(
             trained.transformer,
             trained.heads,
             text,
-            keep,
             stride=max(1, context_length // 4),
             layers=[trained.config.model.num_layers],
-            measure=measure_likeliest,
+            measure=likeliest,
         )
-    bits_N, probabilities_NK, symbols_NK = np.split(found_NK[before:], [1, 1 + width], axis=1)
+    bits_N, probabilities_NK, symbols_NK = np.split(found_KN.T[before:], [1, 1 + width], axis=1)
     bits_N = bits_N[:, 0] / math.log(2)
     return pieces_of(trained.vocabulary, text[before:], bits_N, probabilities_NK, symbols_NK.astype(np.int64))
 
