@@ -40,9 +40,8 @@ class Options(cli.WithConfig):
 def main() -> None:
     options = cli.parse(Options)
     from charlm.ablation import variants  # not before --help and mistakes were answered
-    from charlm.ablation.results import write_tables
     from charlm.ablation.runner import Runner
-    from charlm.ablation.table import draw
+    from charlm.ablation.table import draw, write_tables
 
     rows = [variants.parse_row(text) for text in options.row]
     rows += variants.parse_sweeps(options.sweep)
@@ -54,10 +53,10 @@ def main() -> None:
         command=[sys.executable, Path(__file__).with_name("train.py")],
         at_once=options.jobs,
         threads=max(1, num_cores() // options.jobs),
-        after_each=lambda: write_tables(rows, runs, folder),
+        after_each=lambda: write_tables(runs, folder),
     )
     runner.run(runs, folder)
-    table = write_tables(rows, runs, folder)
+    table = write_tables(runs, folder)
     print((folder / "table.md").read_text(), end="")
     if runner.done:
         print(f"table: {folder / 'table.md'}, table.csv, {draw(table, folder / 'table.png').name}", file=sys.stderr)

@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from charlm.ablation.results import add_costs, check_unchanged, fraction_done, read_result
 from charlm.ablation.variants import VariantRun
 from charlm.config.load import to_yaml
 from charlm.files import write_whole
@@ -67,14 +66,18 @@ class Runner:
             UserError: a run was begun with another configuration, or another process works in `folder`. Nothing has
                 been trained then.
         """
-        check_unchanged(runs)
-        with Run(folder).lock(), self._signals_caught():
-            waiting = [run for run in runs if read_result(run) is None]
+        for run in runs:
+            run.check_unchanged()
+        hangup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is signal.SIG_DFL)  # nohup ignores it
+        with Run(folder).lock(), ExitStack() as stack:
+            for number in (signal.SIGINT, signal.SIGTERM, *hangup):
+                stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
+            waiting = [run for run in runs if run.result() is None]
             self.done = len(runs) - len(waiting)
             threads = os.environ.get("OMP_NUM_THREADS", self.threads)
             _say(f"{folder}: {len(runs)} runs, {self.done} finished; {self.at_once} at once, {threads} threads each")
             try:
-                with tqdm(total=len(runs), initial=sum(map(fraction_done, runs)), **BAR) as bar:
+                with tqdm(total=len(runs), initial=sum(run.fraction_done() for run in runs), **BAR) as bar:
                     self._train(waiting, runs, bar)
             finally:  # also after an error
                 for child in self.children:
@@ -96,15 +99,13 @@ class Runner:
                 if pid:
                     child.process.returncode = os.waitstatus_to_exitcode(status)
                     self.children.remove(child)
-                    add_costs(
-                        child.run,
-                        peak_memory=usage.ru_maxrss * RSS_UNIT,
-                        cpu_seconds=usage.ru_utime + usage.ru_stime,
-                        failure=self._note_end(child, len(runs)),
-                    )
+                    failure = self._note_end(child, len(runs))
+                    child.run.add_costs(usage.ru_maxrss * RSS_UNIT, usage.ru_utime + usage.ru_stime, failure)
                     self.after_each()
             if time.monotonic() - drawn > REDRAW_SECONDS:
-                self._draw(runs, bar)
+                bar.n = sum(1.0 if run in self.failed else run.fraction_done() for run in runs)
+                bar.set_description_str(f"{self.done}/{len(runs)} runs" + (", stopping" if told else ""), refresh=False)
+                bar.set_postfix_str("; ".join(f"{run} {run.fraction_done():.0%}" for run, *_ in self.children))
                 drawn = time.monotonic()
             time.sleep(POLL_SECONDS)
 
@@ -125,33 +126,15 @@ class Runner:
 
     def _note_end(self, child: Child, total: int) -> str | None:
         """Count an ended process and report it; returns why it failed, if it did."""
-        result = read_result(child.run)
-        if result is not None:
+        if result := child.run.result():
             self.done += 1
-            _say(f"{self.done} of {total}: {child.run}: {result.bits_per_character:.4f} bits per character")
-            return None
-        if self.signals and child.process.returncode in STOPPED:
-            return None
-        self.failed.append(child.run)
-        failure = _failure(child)
-        _say(f"failed: {child.run}: {failure}")
-        return failure
-
-    def _draw(self, runs: Sequence[VariantRun], bar: tqdm) -> None:
-        bar.n = sum(1.0 if run in self.failed else fraction_done(run) for run in runs)
-        bar.set_description_str(f"{self.done}/{len(runs)} runs" + (", stopping" if self.signals else ""), refresh=False)
-        bar.set_postfix_str("; ".join(f"{child.run} {fraction_done(child.run):.0%}" for child in self.children))
-
-    @contextmanager
-    def _signals_caught(self) -> Iterator[None]:
-        hangup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is signal.SIG_DFL)  # nohup ignores it
-        numbers = [signal.SIGINT, signal.SIGTERM, *hangup]
-        before = {number: signal.signal(number, self._on_signal) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            _say(f"{self.done} of {total}: {child.run}: {result['bits_per_character']:.4f} bits per character")
+        elif not self.signals or child.process.returncode not in STOPPED:
+            self.failed.append(child.run)
+            failure = _failure(child)
+            _say(f"failed: {child.run}: {failure}")
+            return failure
+        return None
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()

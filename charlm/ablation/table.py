@@ -4,13 +4,17 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from charlm.ablation.variants import Variant, VariantRun
+from charlm.data.windows import default_stride
+from charlm.files import write_whole
 from charlm.markdown import markdown_table
+from charlm.report.style import GREY, PICTURE, TRAIN, VALID, new_figure, save
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, two-sided 95 %, for 1 to 9 degrees of freedom. More use the last one, which errs on the safe side."""
@@ -24,26 +28,12 @@ HOW_TO_READ = (
 
 
 @dataclass(frozen=True)
-class Result:
-    """The result of one finished run."""
-
-    bits_per_character: float
-    bits_per_byte: float
-    """Both from the validation after the last step."""
-    seconds_per_step: float | None
-    cpu_seconds: float | None
-    """Processor time of the run's processes, from start to end."""
-    peak_memory: int | None
-    """The largest resident size, in bytes."""
-
-
-@dataclass(frozen=True)
 class Row:
     """A row of the table, compared with the reference seed by seed."""
 
     variant: Variant
-    results: Mapping[int, Result]
-    """The result of each seed whose run has finished."""
+    results: Mapping[int, Mapping[str, Any]]
+    """The result of each seed whose run has finished, see `VariantRun.result`."""
     reference: "Row | None" = None
     """The row to compare with; None for the first row, which is the others' reference."""
     failures: Sequence[str] = ()
@@ -51,66 +41,64 @@ class Row:
 
     @property
     def scores(self) -> list[float]:
-        return self._each("bits_per_character")
-
-    @property
-    def mean(self) -> float | None:
-        return _mean(self.scores)
+        return [result["bits_per_character"] for result in self.results.values()]
 
     @property
     def deltas(self) -> list[float]:
         """Bits per character minus the reference's, for the seeds that both have."""
-        others = self.reference.results if self.reference is not None else {}
-        return [
-            result.bits_per_character - others[seed].bits_per_character
-            for seed, result in self.results.items()
-            if seed in others
-        ]
+        others = self.reference.results if self.reference else {}
+        both = [seed for seed in self.results if seed in others]
+        return [self.results[seed]["bits_per_character"] - others[seed]["bits_per_character"] for seed in both]
 
-    @property
-    def delta(self) -> float | None:
-        return _mean(self.deltas)
-
-    @property
-    def margin(self) -> float | None:
-        """Half the 95 % interval of `delta`."""
-        count = len(self.deltas)
-        if count < 2:
-            return None
-        return T95[min(count - 1, len(T95)) - 1] * statistics.stdev(self.deltas) / math.sqrt(count)
-
-    @property
-    def verdict(self) -> str:
-        """better, worse or within noise; empty if there are too few seeds to tell."""
-        if self.delta is None or self.margin is None:
-            return ""
-        if abs(self.delta) <= self.margin:
-            return "within noise"
-        return "better" if self.delta < 0 else "worse"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The row's figures by their names in the CSV file."""
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """By their names in the CSV file; None if there are too few seeds. delta_95 is half the interval of delta."""
+        scores, deltas = self.scores, self.deltas
+        delta, margin, verdict = statistics.fmean(deltas) if deltas else None, None, ""
+        if len(deltas) > 1:
+            margin = T95[min(len(deltas) - 1, len(T95)) - 1] * statistics.stdev(deltas) / math.sqrt(len(deltas))
+            outside = "better" if delta < 0 else "worse"
+            verdict = outside if abs(delta) > margin else "within noise"
         paper, reference = self.variant.paper, self.reference and self.reference.variant.paper
         return {
             "row": self.variant.name,
-            "bits_per_character": self.mean,
-            "standard_deviation": statistics.stdev(self.scores) if len(self.scores) > 1 else None,
-            "bits_per_byte": _mean(self._each("bits_per_byte")),
-            "delta": self.delta,
-            "delta_95": self.margin,
-            "verdict": self.verdict,
-            "seconds_per_step": _median(self._each("seconds_per_step")),
-            "cpu_seconds": _median(self._each("cpu_seconds")),
-            "peak_memory_bytes": max(self._each("peak_memory"), default=None),
+            "bits_per_character": self._over_seeds("bits_per_character", statistics.fmean),
+            "standard_deviation": statistics.stdev(scores) if len(scores) > 1 else None,
+            "bits_per_byte": self._over_seeds("bits_per_byte", statistics.fmean),
+            "delta": delta,
+            "delta_95": margin,
+            "verdict": verdict,
+            "seconds_per_step": self._over_seeds("seconds_per_step", statistics.median),
+            "cpu_seconds": self._over_seeds("cpu_seconds", statistics.median),
+            "peak_memory_bytes": self._over_seeds("peak_memory", max),
             "seeds": len(self.results),
             "failed": len(self.failures),
             "paper_bits_per_character": paper,
             "paper_delta": None if paper is None or reference is None else paper - reference,
         }
 
-    def _each(self, name: str) -> list[Any]:
-        """A field of the results, for the seeds that have it."""
-        return [value for result in self.results.values() if (value := getattr(result, name)) is not None]
+    def _over_seeds(self, name: str, summarise: Callable[[list[Any]], Any]) -> Any:
+        values = [result[name] for result in self.results.values() if result[name] is not None]
+        return summarise(values) if values else None
+
+    def cell(self, name: str, form: str = "{:.4f}", scale: float = 1) -> str:
+        """A figure in words; empty where there is none."""
+        value = self.figures[name]
+        return "" if value is None else form.format(value * scale)
+
+
+def write_tables(runs: Sequence[VariantRun], folder: Path) -> list[Row]:
+    """Write table.md and table.csv from what is on disk, and return their rows, the reference first."""
+    rows: list[Row] = []
+    for variant in [run.variant for run in runs if run.seed == runs[0].seed]:
+        own = [run for run in runs if run.variant == variant]
+        results = {run.seed: result for run in own if (result := run.result())}
+        failed = [(run, run.costs()["failure"]) for run in own if run.seed not in results]
+        failures = [f"{run}: {failure}" for run, failure in failed if failure]
+        rows.append(Row(variant, results, rows[0] if rows else None, failures))
+    write_whole(folder / "table.md", to_markdown(rows, protocols(runs)))
+    write_whole(folder / "table.csv", to_csv(rows))
+    return rows
 
 
 def protocols(runs: Iterable[VariantRun]) -> list[str]:
@@ -120,17 +108,32 @@ def protocols(runs: Iterable[VariantRun]) -> list[str]:
         train, context = run.config.train, run.config.model.context_length
         protocol = (
             f"first {train.valid_symbols:,} symbols of the valid split of {run.config.data.corpus}, context {context}, "
-            f"stride {max(1, context // 2)}; after {train.steps:,} steps of {train.batch_size * context:,} characters"
+            f"stride {default_stride(context)}; after {train.steps:,} steps of {train.batch_size * context:,} "
+            "characters."
         )
         rows.setdefault(protocol, []).append(run.variant.name)
     if len(rows) == 1:
-        return [f"Scored on the {protocol}." for protocol in rows]
-    return [f"{', '.join(dict.fromkeys(names))}: scored on the {protocol}." for protocol, names in rows.items()]
+        return [f"Scored on the {protocol}" for protocol in rows]
+    return [f"{', '.join(dict.fromkeys(names))}: scored on the {protocol}" for protocol, names in rows.items()]
 
 
-def to_markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
+def to_markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
     """The notes, the table, how to read it, and what failed."""
-    cells = [_cells(row.to_dict()) for row in rows]
+    cells = [
+        {
+            "row": row.variant.name,
+            "bits per character": row.cell("bits_per_character") + row.cell("standard_deviation", " ± {:.4f}"),
+            "Δ": row.cell("delta", "{:+.4f}") + row.cell("delta_95", " ± {:.4f}"),
+            "verdict": row.figures["verdict"],
+            "ms per step": row.cell("seconds_per_step", "{:.1f}", 1000),
+            "CPU s": row.cell("cpu_seconds", "{:,.0f}"),
+            "peak memory": row.cell("peak_memory_bytes", "{:,.0f} MiB", 2**-20),
+            "seeds": str(len(row.results)),
+            "paper: T64, text8 dev": row.cell("paper_bits_per_character", "{:.3f}"),
+            "paper's Δ": row.cell("paper_delta", "{:+.3f}"),
+        }
+        for row in rows
+    ]
     columns = [name for name in cells[0] if "paper" not in name or any(row[name] for row in cells)]
     table = markdown_table(columns, [[row[name] for name in columns] for row in cells])
     text = [*notes, "", table, "", HOW_TO_READ.format(reference=rows[0].variant.name)]
@@ -139,70 +142,44 @@ def to_markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     return "\n".join(text).strip() + "\n"
 
 
-def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "row": row["row"],
-        "bits per character": _cell(row["bits_per_character"], ".4f")
-        + _cell(row["standard_deviation"], ".4f", before=" ± "),
-        "Δ": _cell(row["delta"], "+.4f") + _cell(row["delta_95"], ".4f", before=" ± "),
-        "verdict": row["verdict"],
-        "ms per step": _cell(row["seconds_per_step"], ".1f", scale=1000),
-        "CPU s": _cell(row["cpu_seconds"], ",.0f"),
-        "peak memory": _cell(row["peak_memory_bytes"], ",.0f", scale=2**-20, unit=" MiB"),
-        "seeds": str(row["seeds"]),
-        "paper: T64, text8 dev": _cell(row["paper_bits_per_character"], ".3f"),
-        "paper's Δ": _cell(row["paper_delta"], "+.3f"),
-    }
-
-
 def to_csv(rows: Sequence[Row]) -> str:
     """The same figures unrounded, with one column per seed."""
     seeds = sorted({seed for row in rows for seed in row.results})
     file = io.StringIO()
-    writer = csv.DictWriter(file, [*rows[0].to_dict(), *(f"seed_{seed}" for seed in seeds)], lineterminator="\n")
+    writer = csv.DictWriter(file, [*rows[0].figures, *(f"seed_{seed}" for seed in seeds)], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow(
-            row.to_dict() | {f"seed_{seed}": result.bits_per_character for seed, result in row.results.items()}
-        )
+        scores = {f"seed_{seed}": result["bits_per_character"] for seed, result in row.results.items()}
+        writer.writerow(row.figures | scores)
     return file.getvalue()
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
     """Draw every seed of every row, with the mean and its figure, and return the picture's path.
 
-    The axis covers the rows near the reference; the mean of a row far outside is an arrow at the edge.
-
-    Raises:
-        UserError: the picture cannot be written.
+    The axis covers the rows near the reference; the mean of a row far outside is an arrow at the edge. Raises UserError
+    if the picture cannot be written.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    from charlm.report.style import GREY, STYLE, TRAIN, VALID, WIDTH, save
-
     shown = [row for row in rows if row.results]
     left, right = _limits(shown)
     beside = {"xycoords": ("axes fraction", "data"), "xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.9 + 0.26 * len(shown)), layout="constrained")
+    with new_figure(PICTURE, 0.9 + 0.26 * len(shown)) as figure:
         axes = figure.subplots()
         for place, row in enumerate(shown):
-            places = [place] * len(row.scores)
-            axes.plot(row.scores, places, linestyle="", marker="o", markersize=3, color=TRAIN, alpha=0.6)
-            beyond = row.mean > right
-            marker = {"marker": ">" if beyond else "|", "markersize": 6 if beyond else 12, "markeredgewidth": 2}
-            axes.plot([min(row.mean, right)], [place], linestyle="", color=VALID, **marker)
-            star = "*" if row.verdict in ("better", "worse") else ""
-            label = f"{row.mean:.3f}" + _cell(row.delta, "+.3f", before="  ", unit=star)
-            axes.annotate(label, (1, place), **beside)
+            scores, figures = row.scores, row.figures
+            mean = figures["bits_per_character"]
+            axes.plot(scores, [place] * len(scores), "o", markersize=3, color=TRAIN, alpha=0.6)
+            marker = (">", 6) if mean > right else ("|", 12)
+            axes.plot(min(mean, right), place, marker[0], markersize=marker[1], markeredgewidth=2, color=VALID)
+            star = "*" if figures["verdict"] in ("better", "worse") else ""
+            axes.annotate(f"{mean:.3f}" + row.cell("delta", "  {:+.3f}") + star, (1, place), **beside)
         if rows[0].results:
-            axes.axvline(rows[0].mean, color=GREY, linewidth=0.8, linestyle="--")
+            axes.axvline(rows[0].figures["bits_per_character"], color=GREY, linewidth=0.8, linestyle="--")
         axes.set_xlim(left, right + 0.02 * (right - left))
         axes.set_yticks(range(len(shown)), [row.variant.name for row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
-        axes.spines["top"].set_visible(False)
+        axes.grid(False, axis="y")
         axes.grid(axis="x")
         axes.set_xlabel("valid bits per character: seeds, mean, and difference to the first row (* beyond noise)")
     return save(figure, path)
@@ -210,21 +187,9 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:
     """The lowest and highest score shown: up to four times as far from the best as the middle row."""
-    means = sorted(row.mean for row in rows)
-    lowest = min(score for row in rows for score in row.scores)
+    means = sorted(row.figures["bits_per_character"] for row in rows)
     far = means[0] + 4 * max(means[len(means) // 2] - means[0], 0.02)
-    highest = max(score for row in rows for score in row.scores if row.mean <= far)
-    span = max(highest - lowest, 0.02)
-    return lowest - 0.05 * span, highest + 0.05 * span
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None
-
-
-def _cell(value: float | None, spec: str, *, scale: float = 1, before: str = "", unit: str = "") -> str:
-    return "" if value is None else f"{before}{value * scale:{spec}}{unit}"
+    lowest = min(min(row.scores) for row in rows)
+    highest = max(max(row.scores) for row in rows if row.figures["bits_per_character"] <= far)
+    margin = 0.05 * max(highest - lowest, 0.02)
+    return lowest - margin, highest + margin

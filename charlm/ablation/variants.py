@@ -1,15 +1,19 @@
-"""The variants that an ablation compares: what each changes in the configuration, and the runs to train."""
+"""The variants that an ablation compares: what each changes in the configuration, and its runs."""
 
-import itertools
+import json
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-from charlm.config import Config, UserError
+from charlm.config import Config, Mark, UserError, differences, has_mark
 from charlm.config.load import load_config
+from charlm.files import read_json, write_whole
+from charlm.runs.folder import Run
 
 PAPER_SGD_RATE = 0.3
 """Learning rate of plain SGD whose steps are as long as the paper's with momentum: 0.003 / (1 - 0.99)."""
@@ -17,12 +21,12 @@ PAPER_SGD_RATE = 0.3
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: files and flags on top of the configuration that all rows share."""
+    """One row of the table: options and files on top of the configuration that all rows share."""
 
     name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """By dotted name; they win over `files`."""
     files: tuple[Path, ...] = ()
-    flags: tuple[str, ...] = ()
-    """Such as `--aux.layers.enabled=false`."""
     paper: float | None = None
     """Bits per character of T64 on text8's dev split, from Al-Rfou et al. 2018, table 4."""
 
@@ -34,11 +38,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class VariantRun:
-    """The training of one variant with one seed."""
+    """The training of one variant with one seed, and what it has left on disk."""
 
     variant: Variant
     seed: int
     config: Config
+
+    def __str__(self) -> str:
+        return f"{self.variant.name}, seed {self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -49,8 +56,57 @@ class VariantRun:
         """A file beside the run's folder: its config (.yaml), its output (.log) or its costs (.json)."""
         return self.folder.with_name(self.folder.name + suffix)
 
-    def __str__(self) -> str:
-        return f"{self.variant.name}, seed {self.seed}"
+    def check_unchanged(self) -> None:
+        """Raise UserError if the run was begun with other options, apart from those that do not affect its result."""
+        run = Run(self.folder)
+        found = differences(run.config(), self.config) if run.config_path.exists() else {}
+        changed = [
+            f"{name}: {old} -> {new}" for name, (old, new) in found.items() if not has_mark(name, Mark.NO_EFFECT)
+        ]
+        if changed:
+            raise UserError(
+                f"{run.path} was made with another configuration ({'; '.join(changed)}): restore it, choose "
+                "another --run.dir, or remove the folder to train this run again"
+            )
+
+    def fraction_done(self) -> float:
+        """The share of the steps that the metrics show, from 0 to 1."""
+        return max((row["step"] for row in Run(self.folder).metrics()), default=0) / self.config.train.steps
+
+    def result(self) -> dict[str, Any] | None:
+        """Bits per character and per byte of the validation after the last step, seconds per step, and `costs`. None if
+        the run has not finished, or diverged."""
+        train, rows = self.config.train, list(Run(self.folder).metrics())
+        scores = [row["valid"] for row in rows if "valid" in row and row["step"] == train.steps]
+        if not scores or not math.isfinite(scores[-1]["bits_per_character"]):
+            return None
+        seconds = seconds_per_step(rows, train.batch_size * self.config.model.context_length)
+        return scores[-1] | {"seconds_per_step": seconds} | self.costs()
+
+    def costs(self) -> dict[str, Any]:
+        """The costs of the run's processes: peak_memory (the largest resident size, in bytes) and cpu_seconds; failure,
+        the reason why the last one failed. None where there is none."""
+        path = self.beside(".json")
+        return read_json(path) if path.exists() else {"peak_memory": None, "cpu_seconds": None, "failure": None}
+
+    def add_costs(self, peak_memory: int, cpu_seconds: float, failure: str | None) -> None:
+        """Record the costs of a process on top of earlier ones."""
+        old = self.costs()
+        peak_memory = max(peak_memory, old["peak_memory"] or 0)
+        cpu_seconds += old["cpu_seconds"] or 0.0
+        costs = {"peak_memory": peak_memory, "cpu_seconds": cpu_seconds, "failure": failure}
+        write_whole(self.beside(".json"), json.dumps(costs) + "\n")
+
+
+def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -> float | None:
+    """Mean time of a training step, without validation; None if fewer than two rows of metrics have a speed.
+
+    A row's characters per second are measured since the row before. The first row is left out: it holds the warm-up.
+    """
+    logged = [(row["step"], row["characters_per_second"]) for row in rows if "characters_per_second" in row]
+    spans = [(step - before, speed) for (before, _), (step, speed) in pairwise(logged)]
+    seconds = sum(steps * characters_per_step / speed for steps, speed in spans)
+    return seconds / sum(steps for steps, _ in spans) if spans else None
 
 
 def paper_variants(base: Config) -> list[Variant]:
@@ -60,66 +116,58 @@ def paper_variants(base: Config) -> list[Variant]:
     """
     train = base.train
     sgd_rate = train.learning_rate / (1 - train.momentum) if train.optimizer == "sgd" else PAPER_SGD_RATE
-    sgd = ("--train.optimizer=sgd", "--train.momentum=0", f"--train.learning_rate={sgd_rate:.6g}")
+    sgd = {"train.optimizer": "sgd", "train.momentum": 0, "train.learning_rate": f"{sgd_rate:.6g}"}
     return [
         Variant("full", paper=1.062),
-        Variant("without positions", flags=("--aux.positions.enabled=false",), paper=2.482),
-        Variant("without intermediate layers", flags=("--aux.layers.enabled=false",), paper=1.158),
-        Variant("without extra targets", flags=("--aux.targets.enabled=false",), paper=1.068),
-        Variant("without per-layer positions", flags=("--model.position_encoding=input",), paper=1.069),
-        Variant("SGD in place of momentum", flags=sgd, paper=1.065),
+        Variant("without positions", {"aux.positions.enabled": False}, paper=2.482),
+        Variant("without intermediate layers", {"aux.layers.enabled": False}, paper=1.158),
+        Variant("without extra targets", {"aux.targets.enabled": False}, paper=1.068),
+        Variant("without per-layer positions", {"model.position_encoding": "input"}, paper=1.069),
+        Variant("SGD in place of momentum", sgd, paper=1.065),
     ]
 
 
 def parse_row(text: str) -> Variant:
     """The variant that `--row` describes: `name: --section.field=value ...`, or flags alone, which then are its name.
 
-    Raises:
-        UserError: the text has another form or changes nothing.
+    Raises UserError for a text of another form.
     """
     name, has_name, changes = text.partition(": ") if not text.lstrip().startswith("--") else ("", "", text)
     try:
         flags = shlex.split(changes)
     except ValueError as error:
-        raise UserError(f"row {text!r}: {error}") from None
+        raise UserError(f"row {text!r}: {error}", "row") from None
     if not (name.strip() if has_name else flags) or not all(re.match(r"--[\w.-]+=", flag) for flag in flags):
-        raise UserError(f"row {text!r}: give it as 'name: --section.field=value ...'")
-    return Variant(name.strip() or " ".join(flag[2:] for flag in flags), flags=tuple(flags))
+        raise UserError(f"row {text!r}: give it as 'name: --section.field=value ...'", "row")
+    changes = [flag.removeprefix("--") for flag in flags]
+    return Variant(name.strip() or " ".join(changes), dict(change.split("=", 1) for change in changes))
 
 
 def parse_sweeps(sweeps: Sequence[str]) -> list[Variant]:
     """A variant for every combination of the values in `sweeps`, each of the form `section.field=a,b,c`.
 
-    Raises:
-        UserError: a sweep has no values, or an option has two sweeps.
+    Raises UserError if a sweep has another form, or an option two sweeps.
     """
     axes: dict[str, list[str]] = {}
     for sweep in sweeps:
         name, _, text = sweep.removeprefix("--").partition("=")
-        values = re.split(r",(?![^\[{]*[\]}])", text)  # commas inside brackets belong to a value
-        if not name or not all(value.strip() for value in values):
-            raise UserError(f"sweep={sweep}: give it as section.field=value,value,...")
+        values = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", text)]  # not at commas inside brackets
+        if not name or not all(values):
+            raise UserError(f"sweep={sweep}: give it as section.field=value,value,...", "sweep")
         if name in axes:
-            raise UserError(f"sweep={sweep}: an option is swept twice; give all its values to one sweep")
-        axes[name] = [f"{name}={value.strip()}" for value in values]
-    return [
-        Variant(" ".join(changes), flags=tuple(f"--{change}" for change in changes))
-        for changes in itertools.product(*axes.values())
-        if changes
-    ]
+            raise UserError(f"sweep={sweep}: an option is swept twice; give all its values to one sweep", "sweep")
+        axes[name] = values
+    combinations = [dict(zip(axes, values, strict=True)) for values in product(*axes.values()) if values]
+    return [Variant(" ".join(map("=".join, options.items())), options) for options in combinations]
 
 
 def read_methods(paths: Sequence[Path]) -> list[Variant]:
-    """A variant for every YAML file, named after it; a folder stands for the YAML files in it.
-
-    Raises:
-        UserError: a folder holds no YAML file.
-    """
+    """A variant for every YAML file, named after it; a folder stands for the YAML files in it, at least one."""
     variants = []
     for path in paths:
         files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
         if not files:
-            raise UserError(f"methods={path}: the folder holds no YAML file")
+            raise UserError(f"methods={path}: the folder holds no YAML file", "methods")
         variants += [Variant(file.stem, files=(file,)) for file in files]
     return variants
 
@@ -128,17 +176,19 @@ def plan(variants: Sequence[Variant], files: Sequence[Path], flags: Mapping[str,
     """The runs in the order of training: all variants with the first seed, then all with the next.
 
     So a table that is stopped early still has every row. Later options win: the shared `files`, the variant's files,
-    the shared `flags`, the variant's flags. The shared run.dir holds all runs; the shared train.seed is the first seed.
+    the shared `flags`, the variant's options. The shared run.dir holds all runs; the shared train.seed is the first.
 
     Raises:
         UserError: a configuration cannot work (the message names the row), or two rows would share a folder.
     """
     base = load_config(files, flags)
     folders = [variant.folder for variant in variants]
-    for variant, folder in zip(variants, folders, strict=True):
-        if not folder or folders.count(folder) > 1:
-            shared = " like another row's" if folder else ""
-            raise UserError(f"row {variant.name!r}: its folder would be {folder!r}{shared}; choose another name")
+    for variant in variants:
+        if not variant.folder or folders.count(variant.folder) > 1:
+            raise UserError(
+                f"row {variant.name!r}: its folder would be {variant.folder!r}, which is empty or another row's; "
+                "choose another name"
+            )
     configs = [_config_of(variant, files, flags) for variant in variants]
     # Without a report: its time would count.
     own = {"resume": False, "resume_from": None, "auto_resume": True, "report": False}
@@ -157,11 +207,10 @@ def plan(variants: Sequence[Variant], files: Sequence[Path], flags: Mapping[str,
 
 
 def _config_of(variant: Variant, files: Sequence[Path], flags: Mapping[str, Any]) -> Config:
-    changes = {name.replace("-", "_"): text for name, _, text in (flag[2:].partition("=") for flag in variant.flags)}
-    for name in changes:
+    for name in variant.options:
         if name == "train.seed" or name.startswith("run."):
-            raise UserError(f"row {variant.name!r}: a row cannot set {name}, since every run has its own")
+            raise UserError(f"row {variant.name!r}: a row cannot set {name}, since every run has its own", name)
     try:
-        return load_config([*files, *variant.files], {**flags, **changes})
+        return load_config([*files, *variant.files], {**flags, **variant.options})
     except UserError as error:
         raise type(error)(f"row {variant.name!r}: {error}", error.option) from None

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from charlm.ablation.results import fraction_done, read_costs, read_result, read_rows, seconds_per_step, write_tables
 from charlm.ablation.runner import Runner
-from charlm.ablation.variants import Variant, VariantRun, plan
+from charlm.ablation.table import write_tables
+from charlm.ablation.variants import Variant, VariantRun, plan, seconds_per_step
 from charlm.config import UserError
 
 STUB = [sys.executable, Path(__file__).with_name("stub_train.py")]
@@ -21,7 +21,7 @@ SMALL = ["--train.steps=4", "--train.batch_size=4", "--model.context_length=16"]
 
 
 def rates(*values: float) -> list[Variant]:
-    return [Variant(f"rate {value}", flags=(f"--train.learning_rate={value}",)) for value in values]
+    return [Variant(f"rate {value}", {"train.learning_rate": value}) for value in values]
 
 
 @pytest.fixture
@@ -52,14 +52,13 @@ def test_runs_are_made_measured_and_skipped(runs_of, train) -> None:
     runs = runs_of(rows, 2)
     assert train(runs, after_each=lambda: ended.append(1)) == (4, 0, False)
     assert len(ended) == 4
-    scores = {(run.variant.name, run.seed): read_result(run).bits_per_character for run in runs}
-    assert scores == {
-        ("rate 0.1", 0): 2.1, ("rate 0.2", 0): 2.2, ("rate 0.1", 1): pytest.approx(2.11), ("rate 0.2", 1): 2.21,
-    }  # fmt: skip
-    assert read_result(runs[0]).bits_per_byte == pytest.approx(1.1)
+    scores = {str(run): run.result()["bits_per_character"] for run in runs}
+    named = {"rate 0.1, seed 0": 2.1, "rate 0.2, seed 0": 2.2, "rate 0.1, seed 1": 2.11, "rate 0.2, seed 1": 2.21}
+    assert scores == pytest.approx(named)
+    assert runs[0].result()["bits_per_byte"] == pytest.approx(1.1)
     assert runs[0].beside(".log").read_text() == "threads 3\n"
-    assert 2**20 < read_result(runs[0]).peak_memory < 2**36
-    assert read_result(runs[0]).cpu_seconds > 0
+    assert 2**20 < runs[0].result()["peak_memory"] < 2**36
+    assert runs[0].result()["cpu_seconds"] > 0
     assert train(runs) == (4, 0, False)
     assert runs[0].beside(".log").read_text() == "threads 3\n", "a finished run was made again"
 
@@ -69,7 +68,7 @@ def test_failures_do_not_end_the_rest(runs_of, train, tmp_path) -> None:
     rows = rates(0.1, 0.666, 0.75, 0.2)
     runs = runs_of(rows)
     assert train(runs, at_once=1) == (2, 2, False)
-    lines = write_tables(rows, runs, tmp_path / "out")
+    lines = write_tables(runs, tmp_path / "out")
     assert [len(row.results) for row in lines] == [1, 0, 0, 1]
     text = (tmp_path / "out" / "table.md").read_text()
     assert f"- rate 0.666, seed 0: train.learning_rate=0.666: number of the beast ({runs[1].beside('.log')})" in text
@@ -79,12 +78,12 @@ def test_failures_do_not_end_the_rest(runs_of, train, tmp_path) -> None:
     assert runs[0].beside(".log").read_text().count("threads") == 1
 
 
-def test_a_signal_stops_all_and_the_same_command_goes_on(runs_of, train) -> None:
+def test_a_signal_stops_all_and_the_same_command_goes_on(runs_of, train, tmp_path) -> None:
     """Guards against orphans, runs begun after the signal, a stop called a failure, and a first part forgotten."""
     runs = runs_of(rates(0.25), 3)
 
     def stop_when_two_run() -> None:
-        while not all(fraction_done(run) for run in runs[:2]):
+        while not all(run.fraction_done() for run in runs[:2]):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -94,14 +93,14 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(runs_of, train) -> None
     assert train(runs) == (0, 0, True)
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is handler
-    assert [fraction_done(run) for run in runs] == [0.5, 0.5, 0.0]
+    assert [run.fraction_done() for run in runs] == [0.5, 0.5, 0.0]
     assert not runs[2].folder.exists()
-    assert not any(row.failures for row in read_rows(rates(0.25), runs))
-    cpu_seconds = read_costs(runs[0])["cpu_seconds"]
+    assert not any(row.failures for row in write_tables(runs, tmp_path / "out"))
+    cpu_seconds = runs[0].costs()["cpu_seconds"]
     runs[2].folder.parent.mkdir(exist_ok=True)
     runs[2].beside(".log").write_text("threads")  # so that the stub does not wait
     assert train(runs) == (3, 0, False)
-    assert read_costs(runs[0])["cpu_seconds"] > cpu_seconds
+    assert runs[0].costs()["cpu_seconds"] > cpu_seconds
 
 
 def test_another_configuration_is_refused(runs_of, train, tmp_path) -> None:
@@ -140,4 +139,4 @@ def test_a_score_that_is_no_number_is_no_result(runs_of, train) -> None:
     train(runs)
     with (runs[0].folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "valid": {"bits_per_character": NaN, "bits_per_byte": NaN}}\n')
-    assert read_result(runs[0]) is None
+    assert runs[0].result() is None

@@ -31,12 +31,12 @@ def test_the_papers_rows() -> None:
     }
     assert [row.paper for row in paper_variants(base)] == [1.062, 2.482, 1.158, 1.068, 1.069, 1.065]
     with_momentum = Config(train=TrainConfig(optimizer="sgd", momentum=0.9, learning_rate=0.02))
-    assert "--train.learning_rate=0.2" in paper_variants(with_momentum)[-1].flags  # steps as long as the base's
+    assert paper_variants(with_momentum)[-1].options["train.learning_rate"] == "0.2"  # steps as long as the base's
 
 
 def test_the_runs_of_a_plan() -> None:
     """Guards against seeds in the wrong place, an early stop that leaves rows without any run, and lost folders."""
-    runs = plan([Variant("full"), Variant("no head: at all!", flags=("--aux.layers.enabled=false",))], [], FLAGS, 2)
+    runs = plan([Variant("full"), Variant("no head: at all!", {"aux.layers.enabled": "false"})], [], FLAGS, 2)
     assert [(run.variant.name, run.seed, run.config.train.seed) for run in runs] == [
         ("full", 5, 5), ("no head: at all!", 5, 5), ("full", 6, 6), ("no head: at all!", 6, 6),
     ]  # fmt: skip
@@ -50,24 +50,24 @@ def test_what_wins(tmp_path: Path) -> None:
     base, preset = tmp_path / "base.yaml", tmp_path / "preset.yaml"
     base.write_text("model: {num_layers: 3, d_model: 16}\ntrain: {steps: 7, warmup: 0.1}\n")
     preset.write_text("model: {num_layers: 5, d_model: 32}\ntrain: {steps: 8}\n")
-    variant = Variant("x", files=(preset,), flags=("--train.steps=9",))
+    variant = Variant("x", {"train.steps": "9"}, files=(preset,))
     config = plan([variant], [base], {"model.d_model": "64", "train.steps": "10", "run.dir": "out"}, seeds=1)[0].config
     assert (config.model.num_layers, config.model.d_model) == (5, 64)
     assert (config.train.steps, config.train.warmup) == (9, 0.1)
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "flags"),
+    ("text", "name", "options"),
     [
         ("two heads: --aux.layers.at='[1, 3]' --data.separator=': '", "two heads",
-         ("--aux.layers.at=[1, 3]", "--data.separator=: ")),
-        ("--model.norm=post --a.b=3", "model.norm=post a.b=3", ("--model.norm=post", "--a.b=3")),
-        ("main_only: ", "main_only", ()),
+         {"aux.layers.at": "[1, 3]", "data.separator": ": "}),
+        ("--model.norm=post --a.b=3", "model.norm=post a.b=3", {"model.norm": "post", "a.b": "3"}),
+        ("main_only: ", "main_only", {}),
     ],
 )  # fmt: skip
-def test_rows(text: str, name: str, flags: tuple[str, ...]) -> None:
+def test_rows(text: str, name: str, options: dict[str, str]) -> None:
     """Guards against names taken for flags, and values with spaces, colons or commas that are cut."""
-    assert parse_row(text) == Variant(name, flags=flags)
+    assert parse_row(text) == Variant(name, options)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_sweeps(sweeps: list[str], names: list[str]) -> None:
     """Guards against commas inside brackets that split a value, and several sweeps of which one is lost."""
     variants = parse_sweeps(sweeps)
     assert [variant.name for variant in variants] == names
-    assert all(" ".join(variant.flags) == f"--{variant.name}".replace(" c", " --c") for variant in variants)
+    assert [" ".join(f"{name}={value}" for name, value in variant.options.items()) for variant in variants] == names
 
 
 def test_methods(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_methods(tmp_path: Path) -> None:
         (lambda: parse_row("x: '--model.norm=post"), ["No closing quotation"]),
         (lambda: plan(parse_sweeps(["aux.layers.weigth=1"]), [], FLAGS, 1), ["row 'aux.layers.weigth=1'"]),
         (lambda: plan(parse_sweeps(["train.seed=1,2"]), [], FLAGS, 1), ["train.seed"]),
-        (lambda: plan([Variant("x", flags=("--run.dir=y",))], [], FLAGS, 1), ["row 'x'", "run.dir"]),
+        (lambda: plan([Variant("x", {"run.dir": "y"})], [], FLAGS, 1), ["row 'x'", "run.dir"]),
         (lambda: plan([Variant("..")], [], FLAGS, 1), ["row '..'"]),
         (lambda: plan(read_methods([Path("nowhere.yaml")]), [], FLAGS, 1), ["row 'nowhere'", "nowhere.yaml"]),
     ],
