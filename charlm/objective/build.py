@@ -1,24 +1,65 @@
-"""A fresh model with its heads and the objective that a config describes."""
+"""A fresh model with its heads, the user's own tasks and the objective that a config describes."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
+from torch import nn
 
-from charlm.config import Config, ConfigError, HedgeConfig
+from charlm.config import Config, ConfigError, ModelConfig, UserError
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.count import check_memory
-from charlm.objective.hedge import Hedge
-from charlm.objective.objective import Objective, head_pairs
-from charlm.objective.tasks import build_tasks
-from charlm.objective.terms import Term, build_terms
+from charlm.objective.objective import Hedge, Objective, head_pairs
+from charlm.objective.terms import build_terms
+
+TaskBuilder = Callable[[ModelConfig, int], nn.Module]
+Builder = TypeVar("Builder", bound=TaskBuilder)
+
+_task_builders: dict[str, TaskBuilder] = {}
 
 
-def build_heads(
-    config: Config, vocabulary_size: int, pairs: Iterable[tuple[int, int]], transformer: CharTransformer
-) -> Heads:
-    """Fresh heads, of the kind that the config asks for, for the (layer, offset) `pairs`."""
-    return Heads(config.model, vocabulary_size, pairs, layers=config.aux.layers, final_norm=transformer.final_norm)
+def auxiliary_task(name: str) -> Callable[[Builder], Builder]:
+    """A decorator that registers a task; `--aux.tasks='{NAME: 0.1}'` then adds 0.1 times its loss to the objective.
+
+        @charlm.auxiliary_task("order")
+        class Order(nn.Module):
+            def __init__(self, config, vocabulary_size): ...
+            def forward(self, hidden_BTD, windows_BW): ...
+
+    The decorated class or function builds the module from the model's options and the size of the vocabulary. The
+    module maps the hidden states [B, T, D] of its layer, and the windows [B, W] whose first T characters they were
+    computed from, to losses in nats: one for each prediction, in any shape; their mean is used. The module is trained
+    and saved with the model; `charlm.load` leaves it out. Under pre-norm the states of a layer below the last are not
+    normalised.
+
+    Any randomness must come from torch, whose seed is set before each micro-batch, so that a resumed run repeats it.
+    Registering a name again replaces the earlier task.
+
+    Raises:
+        UserError: the name cannot be a module's.
+    """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", name) or hasattr(nn.ModuleDict(), name):
+        raise UserError(f"auxiliary task {name!r}: choose a plain name of letters, digits, _ and -, at most 64")
+
+    def register(build: Builder) -> Builder:
+        _task_builders[name] = build
+        return build
+
+    return register
+
+
+def check_registered(names: Iterable[str]) -> None:
+    """Raise UserError unless all tasks are registered."""
+    for name in names:
+        if name not in _task_builders:
+            known = ", ".join(sorted(_task_builders)) or "none"
+            raise UserError(
+                f"aux.tasks: {name!r} is not registered; registered: {known}. Register it with "
+                "charlm.auxiliary_task in a script of your own, and train from there (docs/tasks.md)",
+                "aux.tasks",
+            )
 
 
 def build_objective(config: Config, vocabulary_size: int, *, training: bool = True) -> Objective:
@@ -33,10 +74,10 @@ def build_objective(config: Config, vocabulary_size: int, *, training: bool = Tr
         ConfigError: the machine has less memory than the parameters need; at some point of training no row of the table
             weighs anything; or aux.hedge has fewer than two layers to weigh.
     """
-    model, train = config.model, config.train
+    model, aux, train = config.model, config.aux, config.train
     if torch.get_default_device().type != "meta":
         check_memory(model, vocabulary_size)
-    terms = build_terms(config.aux, model.num_layers, train.steps)
+    terms = build_terms(aux, model.num_layers, train.steps)
     if not training:
         terms = tuple(term for term in terms if term.task is None)
     transformer = CharTransformer(
@@ -45,23 +86,18 @@ def build_objective(config: Config, vocabulary_size: int, *, training: bool = Tr
         attention=train.attention if training else "auto",
         activation_checkpointing=train.activation_checkpointing,
     )
-    return Objective(
-        transformer,
-        build_heads(config, vocabulary_size, head_pairs(terms, model.num_layers), transformer),
-        terms,
-        hedge=_build_hedge(config.aux.hedge, terms),
-        tasks=build_tasks(config, vocabulary_size) if training else None,
-        cross_entropy=train.cross_entropy,
-    )
-
-
-def _build_hedge(config: HedgeConfig, terms: Iterable[Term]) -> Hedge | None:
-    if not config.enabled:
-        return None
-    layers = {term.layer for term in terms if term.offset == 1}
-    if len(layers) < 2:
+    pairs = head_pairs(terms, model.num_layers)
+    heads = Heads(model, vocabulary_size, pairs, layers=aux.layers, final_norm=transformer.final_norm)
+    next_character = {term.layer for term in terms if term.offset == 1}
+    if aux.hedge.enabled and len(next_character) < 2:
         raise ConfigError(
-            f"aux.hedge.enabled=true: weighs layers against each other, but only {len(layers)} predicts the next "
-            "character; give more layers a head (aux.layers), or switch it off"
+            f"aux.hedge.enabled=true: weighs layers against each other, but only {len(next_character)} predicts the "
+            "next character; give more layers a head (aux.layers), or switch it off",
+            "aux.hedge.enabled",
         )
-    return Hedge(layers, config.beta, config.smoothing)
+    hedge = Hedge(next_character, aux.hedge.beta, aux.hedge.smoothing) if aux.hedge.enabled else None
+    tasks = None
+    if training and aux.tasks:
+        check_registered(aux.tasks)
+        tasks = nn.ModuleDict({name: _task_builders[name](model, vocabulary_size) for name in sorted(aux.tasks)})
+    return Objective(transformer, heads, terms, hedge=hedge, tasks=tasks, cross_entropy=train.cross_entropy)

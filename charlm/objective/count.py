@@ -3,8 +3,10 @@
 Shapes: T positions of the context, D d_model, V vocabulary, L layers.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import nn
 
@@ -19,7 +21,7 @@ from charlm.process import physical_memory
 
 def num_parameters(*modules: nn.Module) -> int:
     """All parameters of the modules."""
-    return _size(parameter for module in modules for parameter in module.parameters())
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def transformer_parameters(config: ModelConfig, vocabulary_size: int) -> int:
@@ -48,12 +50,10 @@ def check_memory(config: ModelConfig, vocabulary_size: int) -> None:
 
 
 def dense_flops(parameters: float, depth: int, d_model: int, context_length: int) -> int:
-    """FLOPs per character of a training step: 6 * parameters + 12 * depth * D * T.
+    """FLOPs per character of a training step of `depth` layers: 6 * parameters + 12 * depth * D * T.
 
-    `parameters` is the number of elements of all matrices that multiply a state, `depth` the number of layers.
-
-    A matrix product costs 2 operations per parameter forward and 4 backward. Attention makes two products of 2 * D * T
-    per layer and position, counted in full although half of it is masked.
+    A matrix product costs 2 operations for each of its `parameters` forward and 4 backward. Attention makes two
+    products of 2 * D * T per layer and position, counted in full although half of it is masked.
     """
     return round(6 * parameters + 12 * depth * d_model * context_length)
 
@@ -62,45 +62,40 @@ def training_flops(transformer: CharTransformer, heads: Heads, active_terms: Seq
     """`dense_flops` of a training step on windows of T inputs.
 
     Only layers up to the highest active one run. A layer's heads run at all T positions if one of its rows does, else
-    at the last alone, 1 / T of them; in a rotation they count as often as they have a turn. Embeddings and position
-    tables are looked up, norms and activations are small, and the cost of a task of the user's own is unknown: none
-    of them counts.
+    at the last alone; in a rotation they count as often as they have a turn. Look-ups in tables, norms and activations
+    are small, and the cost of a task of the user's own is unknown: none of them counts.
     """
     config, depth = transformer.config, max(term.layer for term in active_terms)
-    parameters = float(_trunk_parameters(transformer, depth))
+    parameters = float(_trunk_matrices(transformer, depth))
     for layer in {term.layer for term in active_terms if term.task is None}:
         rows = [term for term in active_terms if term.layer == layer and term.task is None]
         products = 2 / 3 if heads.frozen and layer < config.num_layers else 1  # none for the head's own gradient
-        parameters += products * _head_parameters(heads, rows, config.context_length) / rows[0].weight.period
+        parameters += products * _head_matrices(heads, rows, config.context_length) / rows[0].weight.period
     return dense_flops(parameters, depth, config.d_model, config.context_length)
 
 
 def inference_flops(transformer: CharTransformer, head: Heads) -> int:
-    """FLOPs per character generated with a KV cache that is full, so an upper bound:
-
-    2 * matrix parameters + 4 * L * D * T
-    """
+    """FLOPs per character generated with a full KV cache, an upper bound: 2 * matrix parameters + 4 * L * D * T."""
     config = transformer.config
-    parameters = _trunk_parameters(transformer, config.num_layers) + _matrix_parameters(head)
+    parameters = _trunk_matrices(transformer, config.num_layers) + _matrices(head)
     return 2 * parameters + 4 * config.num_layers * config.d_model * config.context_length
 
 
 @dataclass(frozen=True)
 class RouteCost:
-    """Cost of a route at the start of training, when the most losses are active, relative to the joint route."""
+    """Cost of a route at the start of training, when the most losses are active, relative to the joint route.
+
+    `forward`, `backward` and their `total` are FLOPs of a step; the joint route's are 1. The others are numbers kept
+    in memory: `gradients` beyond one for each parameter, `optimizer_state` beyond the joint route's, and `copies` of
+    parameters and their state in each step, in case it must be undone.
+    """
 
     forward: float
-    """FLOPs of a step's forward passes; the joint route's are 1."""
     backward: float
-    """FLOPs of its backward passes, likewise."""
     total: float
-    """FLOPs of both together: about the time of a step, where that is spent computing."""
     gradients: int
-    """Numbers that gradients take beyond one for each parameter."""
     optimizer_state: int
-    """Numbers that optimizers keep beyond those of the joint route."""
     copies: int
-    """Parameters and optimizer state copied in each step, as numbers, in case the step must be undone."""
 
 
 def route_cost(config: Config, objective: Objective) -> RouteCost:
@@ -117,9 +112,6 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
         multiway   n f + sum h_k       sum (r l_k f + 2 h_k)
 
     where a is the highest layer whose loss reaches everything. Embeddings and updates are not counted.
-
-    P_k parameters learn from loss k. Multiway holds gradients and state for the sum of all P_k, the joint route for
-    each parameter once; pairwise copies once, with its state, what all losses but the last move.
     """
     aux, transformer, model = config.aux, objective.transformer, config.model
     rows = {layer: [term for term, _ in own] for layer, own in active_by_layer(objective.terms, 0.0).items()}
@@ -127,46 +119,46 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
     blocked = blocked_layers(losses, model.num_layers, aux.relay_layers)
     relayed = max((layer for layer in losses if layer not in blocked), default=0) + aux.relay_layers * len(blocked)
     once, each = losses[-1], sum(losses)
-    forward_layers = {"pairwise": each}.get(aux.route, once)
-    backward_layers = {"relay": relayed, "pairwise": each, "multiway": each}.get(aux.route, once)
-    of_layer = 2 * _matrix_parameters(transformer.blocks[0]) + 4 * model.d_model * model.context_length
-    of_heads = sum(2 * _head_parameters(objective.heads, rows[layer], model.context_length) for layer in losses)
+    layers = {"joint": (once, once), "relay": (once, relayed), "pairwise": (each, each), "multiway": (once, each)}
+    of_layer = 2 * _matrices(transformer.blocks[0]) + 4 * model.d_model * model.context_length
+    of_heads = sum(2 * _head_matrices(objective.heads, own, model.context_length) for own in rows.values())
     factor = 3 if config.train.activation_checkpointing else 2
-    forward, joint_forward = (layers * of_layer + of_heads for layers in (forward_layers, once))
-    backward, joint_backward = (factor * layers * of_layer + 2 * of_heads for layers in (backward_layers, once))
 
-    learning = [_learning_from(objective, rows[layer]) for layer in losses]
-    everything = {parameter for own in learning for parameter in own}
-    repeated = [parameter for own in learning for parameter in own] if aux.route == "multiway" else everything
-    moved = {parameter for own in learning[:-1] for parameter in own} if aux.route == "pairwise" else ()
-    state_of = _state_sizes(config.train, transformer)
+    def passes(route: str) -> tuple[float, float]:
+        forward, backward = layers[route]
+        return forward * of_layer + of_heads, factor * backward * of_layer + 2 * of_heads
+
+    (forward, backward), joint = passes(aux.route), passes("joint")
+    learning = [_learning_from(objective, own) for own in rows.values()]
+    repeated = Counter(chain(*learning)) - Counter(set(chain(*learning))) if aux.route == "multiway" else Counter()
+    moved = set(chain(*learning[:-1])) if aux.route == "pairwise" else set()
     return RouteCost(
-        forward=forward / joint_forward,
-        backward=backward / joint_backward,
-        total=(forward + backward) / (joint_forward + joint_backward),
-        gradients=_size(repeated) - _size(everything),
-        optimizer_state=sum(map(state_of, repeated)) - sum(map(state_of, everything)),
-        copies=_size(moved) + sum(map(state_of, moved)),
+        forward=forward / joint[0],
+        backward=backward / joint[1],
+        total=(forward + backward) / sum(joint),
+        gradients=_size(repeated.elements()),
+        optimizer_state=_state_size(repeated.elements(), config.train, transformer),
+        copies=_size(moved) + _state_size(moved, config.train, transformer),
     )
 
 
-def _head_parameters(heads: Heads, rows: Sequence[Term], context_length: int) -> float:
+def _head_matrices(heads: Heads, rows: Sequence[Term], context_length: int) -> float:
     """Matrix parameters that a layer's predictions use per position; a task of the user's own does not count."""
     predictions = [term for term in rows if term.task is None]
     if not predictions:
         return 0.0
     linears = heads.linears(predictions[0].layer, sorted({term.offset for term in predictions}))
     everywhere = any(term.positions == "all" for term in predictions)
-    return _matrix_parameters(*linears) / (1 if everywhere else context_length)
+    return _matrices(*linears) / (1 if everywhere else context_length)
 
 
-def _trunk_parameters(transformer: CharTransformer, depth: int) -> int:
+def _trunk_matrices(transformer: CharTransformer, depth: int) -> int:
     """Matrix parameters that run once per position, up to layer `depth`."""
     ngrams = transformer.ngram_embedding
-    return _matrix_parameters(transformer.blocks[:depth], *([ngrams] if ngrams is not None else []))
+    return _matrices(transformer.blocks[:depth], *([ngrams] if ngrams is not None else []))
 
 
-def _matrix_parameters(*modules: nn.Module) -> int:
+def _matrices(*modules: nn.Module) -> int:
     parts = (part for module in modules for part in module.modules())
     return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
 
@@ -187,11 +179,11 @@ def _size(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _state_sizes(train: TrainConfig, transformer: CharTransformer) -> Callable[[nn.Parameter], int]:
-    """How many numbers the optimizer of a parameter keeps: one or two moments of each element, or none."""
+def _state_size(parameters: Iterable[nn.Parameter], train: TrainConfig, transformer: CharTransformer) -> int:
+    """Numbers that optimizers keep for the parameters: one or two moments of each element, or none."""
     moments = {"adamw": 2, "muon": 2, "sgd": 1 if train.momentum else 0}[train.optimizer]
     ngrams = transformer.ngram_embedding
     exceptions = dict.fromkeys(ngrams.tables.parameters() if ngrams is not None else (), 2)  # SparseAdam's
     if train.optimizer == "muon":
         exceptions |= {parameter: 1 for parameter in transformer.blocks.parameters() if parameter.ndim == 2}
-    return lambda parameter: exceptions.get(parameter, moments) * parameter.numel()
+    return sum(exceptions.get(parameter, moments) * parameter.numel() for parameter in parameters)

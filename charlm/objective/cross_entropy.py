@@ -10,8 +10,7 @@ from torch import Tensor
 from charlm.config import CrossEntropyBackend
 
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
-"""Logits that the chunked backend computes at once, by type of device: as many as fit the caches of two CPU cores, or
-keep a GPU busy."""
+"""Logits computed at once, by type of device: as many as fit the caches of two CPU cores, or keep a GPU busy."""
 
 
 def linear_cross_entropy(
@@ -27,9 +26,9 @@ def linear_cross_entropy(
 
     Matrix products run in the precision of autocast, if it is on; the softmax and the losses are always fp32.
 
-    With a `hinge` each prediction's loss counts as max(0, loss - hinge): one that is good enough teaches nothing more.
-    Lee et al. 2015 (Deeply-Supervised Nets, section 2) put such a threshold on a companion's objective as a whole; on
-    single predictions it does not depend on how a batch is cut into micro-batches.
+    With a `hinge` each prediction's loss counts as max(0, loss - hinge). Lee et al. 2015 (Deeply-Supervised Nets,
+    section 2) put such a threshold on a companion's objective as a whole; on single predictions it does not depend on
+    how a batch is cut into micro-batches.
 
     Args:
         weight_RD, bias_R: the parameters of the K classifiers, stacked.
@@ -38,8 +37,7 @@ def linear_cross_entropy(
         hinge: in nats, at least 0.
 
     Returns:
-        total: sum of loss_weights * max(0, losses - hinge); differentiable with respect to hidden states, weight and
-            bias.
+        total: sum of loss_weights * max(0, losses - hinge); differentiable in hidden states, weight and bias.
         losses_NK: -ln softmax(logits)[target] in nats, whatever the hinge; without a gradient.
     """
     function = _reference if backend == "reference" else ChunkedLinearCrossEntropy.apply
@@ -61,9 +59,7 @@ def _weighted_sum(losses_NK: Tensor, loss_weights_NK: Tensor, hinge: float) -> T
 
 class ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Computes the gradient in the forward pass, chunk by chunk while the logits are at hand, and keeps it in their
-    place: one matrix of the hidden states' shape, however many classifiers read them. Classifiers that need no gradient
-    get none.
-    """
+    place: one matrix of the hidden states' shape, however many classifiers read them."""
 
     @staticmethod
     def forward(

@@ -3,7 +3,7 @@
 Shapes: B batch, T positions, D d_model, K offsets, W characters of a window (T + the largest offset).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -14,7 +14,6 @@ from charlm.config import CrossEntropyBackend
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.cross_entropy import linear_cross_entropy
-from charlm.objective.hedge import Hedge
 from charlm.objective.terms import Term, active_by_layer
 
 
@@ -34,6 +33,47 @@ def head_pairs(terms: Sequence[Term], num_layers: int) -> set[tuple[int, int]]:
     return {(term.layer, term.offset) for term in terms if term.task is None} | {(num_layers, 1)}
 
 
+class Hedge(nn.Module):
+    """Hedge Backpropagation: one weight per layer, learned from the layers' losses; they sum to 1.
+
+    The weights start equal. After an update in which the n layers had the losses loss_i, in nats:
+
+        alpha_i <- max(alpha_i * beta^loss_i, smoothing / n), then all divided by their sum
+
+    (Sahoo et al. 2018, Online Deep Learning, section 3.2 and algorithm 1). Nothing here waits for the device.
+    """
+
+    def __init__(self, layers: Iterable[int], beta: float, smoothing: float):
+        super().__init__()
+        self.layers = sorted(set(layers))
+        self.beta, self.smoothing = beta, smoothing
+        self.weights: Tensor
+        """A buffer, so that checkpoints hold it: an entry for each of `layers`, from the lowest on."""
+        self.register_buffer("weights", torch.full((len(self.layers),), 1.0 / len(self.layers)))
+
+    def weight(self, layer: int) -> Tensor:
+        """The factor on the losses of `layer`: a scalar on the device, without a gradient."""
+        return self.weights[self.layers.index(layer)].clone()  # a backward pass may come after `adapt`
+
+    @torch.no_grad()
+    def adapt(self, losses: Mapping[int, Tensor], skip: Tensor | None = None) -> None:
+        """Adapt the weights to the losses of one update, by layer, unless `skip` (a bool scalar on the device) is true.
+
+        A layer whose rows have weight zero at present has no loss. It keeps its weight; the others share the rest.
+        """
+        heard = [index for index, layer in enumerate(self.layers) if layer in losses]
+        if not heard:
+            return
+        before = torch.stack([self.weights[index] for index in heard])
+        factors = self.beta ** torch.stack([losses[self.layers[index]].to(before) for index in heard])
+        raised = (before * factors).clamp(min=self.smoothing / len(self.layers))
+        after = raised / raised.sum() * (1.0 - self.weights.sum() + before.sum())
+        if skip is not None:
+            after = torch.where(skip, before, after)
+        for index, weight in zip(heard, after, strict=True):
+            self.weights[index] = weight
+
+
 class Objective(nn.Module):
     """The transformer, its heads and the table of terms; maps windows and progress to a loss."""
 
@@ -50,10 +90,7 @@ class Objective(nn.Module):
         """
         Args:
             hedge: multiplies the losses of the heads of its layers, on top of the table's weights.
-            tasks: the modules of the rows that have a task, by its name (see `charlm.objective.tasks`).
-
-        Raises:
-            ValueError: the heads of one layer have different hinges.
+            tasks: the modules of the rows that have a task, by its name (see `charlm.auxiliary_task`).
         """
         super().__init__()
         self.transformer = transformer
@@ -64,19 +101,15 @@ class Objective(nn.Module):
         self.cross_entropy = cross_entropy
         self.longest_offset = max(offset for _, offset in heads.pairs)
         self.window_length = transformer.config.context_length + self.longest_offset
-        hinges = {(term.layer, term.hinge) for term in self.terms if term.task is None}
-        if len(hinges) > len({layer for layer, _ in hinges}):
-            raise ValueError(f"a layer has one hinge: {sorted(hinges)}")
 
     def forward(self, windows_BW: Tensor, progress: float, layers: Collection[int] | None = None) -> LossReport:
         """The loss of `windows_BW` at `progress`; only of the rows of `layers`, if given.
 
-        The first T = W - longest offset characters of a window are the input; position t (0-based) predicts character
-        t + offset. With T = 4 and two offsets a window "abcdef" is read as "abcd": at offset 1 the
-        targets are "bcde", at offset 2 "cdef", and the last position alone predicts "e" and "f".
+        The first T characters of a window are the input; position t (0-based) predicts character t + offset. With
+        T = 4 and two offsets a window "abcdef" is read as "abcd": at offset 1 the targets are "bcde", at offset 2
+        "cdef", and the last position alone predicts "e" and "f".
 
-        Rows of weight zero cost nothing: their heads and losses are not computed, nor the layers above the highest
-        active one.
+        Rows of weight zero cost nothing: neither their heads and losses nor layers above the highest active one run.
 
         Raises:
             ValueError: the windows hold no input or more than `window_length` characters, or no row is active.
@@ -88,15 +121,11 @@ class Objective(nn.Module):
         return self._losses(self.transformer(windows_BW[:, :T], rows), windows_BW, rows)
 
     def losses(self, hidden_states: Mapping[int, Tensor], windows_BW: Tensor, progress: float) -> LossReport:
-        """The loss of the layers whose `hidden_states` are given, [B, T, D] each: like `forward`, without the trunk.
-
-        Raises:
-            ValueError: none of the layers has an active row.
-        """
+        """Like `forward`, for the layers whose `hidden_states` are given, [B, T, D] each."""
         return self._losses(hidden_states, windows_BW, self._active_rows(progress, hidden_states))
 
     def adapt(self, parts: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
-        """Adapt the hedge's weights to the losses of an update. Does nothing without a hedge.
+        """Adapt the hedge's weights, if there is one, to the losses of an update.
 
         A layer is judged by its loss of the next character, at all positions where there is such a row.
 
@@ -113,7 +142,6 @@ class Objective(nn.Module):
         self.hedge.adapt(losses, skip)
 
     def _active_rows(self, progress: float, layers: Collection[int] | None) -> dict[int, list[tuple[Term, float]]]:
-        """The active rows with their weights, by layer from the lowest on."""
         rows = active_by_layer(self.terms, progress)
         wanted = rows if layers is None else {layer: rows[layer] for layer in rows if layer in layers}
         if not wanted:

@@ -1,11 +1,10 @@
 """Routes: ways in which the gradients of several losses reach the trunk (`aux.route`).
 
 Each layer l has one loss: the weighted sum of its rows, or lambda_l times their weighted mean, lambda_l being the sum
-of their weights at a step's progress. theta_l, the trunk up to layer l, consists of embeddings, position tables and
-blocks. All other parameters are heads, including the exits' norms; the last layer's is the transformer's final norm.
+of their weights. theta_l, the trunk up to layer l, consists of embeddings, position tables and blocks. All other
+parameters are heads, including the exits' norms and the final norm.
 
-Each update clips and decays weights by itself: with several updates per step, a shared parameter is decayed once per
-update.
+Each update clips and decays weights by itself, so a parameter is decayed once per update that moves it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ OptimizerFactory = Callable[[Sequence[nn.Parameter]], list[Optimizer]]
 
 @dataclass(frozen=True)
 class Update:
-    """One move of parameters: the optimizers that make it, and the gradients that they take."""
+    """One move of parameters by some optimizers."""
 
     step_sizes: dict[Optimizer, float]
     """Factor of each optimizer's learning rate."""
@@ -58,14 +57,13 @@ class Joint:
         self.optimizers = self._build(build)
 
     def passes(self, progress: float) -> list[list[int] | None]:
-        """Layers whose losses each pass over a step's windows computes (None: all); updates follow each pass."""
+        """The layers whose losses each pass over a step's windows computes (None: all); updates follow each pass."""
         return [None]
 
     def backward(self, report: LossReport, factor: float, backward: Callable[..., None]) -> None:
         """Add the gradient of a micro-batch, times `factor`, to that of the pass so far.
 
-        Args:
-            backward: torch.autograd.backward of a scalar, or a function with the same keywords.
+        `backward` is torch.autograd.backward, or a function with the same keywords.
         """
         backward(report.total * factor)
 
@@ -114,9 +112,9 @@ class Multiway(Joint):
     """One forward pass and a separate gradient for every loss; then, from the lowest layer up, one update of theta_l
     and the layer's heads per loss, by optimizers of its own (AuxNet, "multi-way").
 
-    The trunk's gradient is that of lambda_l times the layer's mean loss. Under `aux.step_sizes` "auxnet" the trunk's
-    learning rate is divided by the sum of lambda_j over the active layers j >= l, and the heads learn from the mean
-    loss itself; under "common" neither: plain SGD then makes the same step as the joint way.
+    Under `aux.step_sizes` "auxnet" the trunk's learning rate is divided by the sum of lambda_j over the active layers
+    j >= l, as lower layers get more updates, and the heads learn from the mean loss, not from lambda_l times it. Under
+    "common" neither holds: plain SGD then makes the same step as the joint route.
     """
 
     one_backward = False
@@ -143,30 +141,20 @@ class Multiway(Joint):
 
     def updates(self, progress: float) -> list[Update]:
         weights = loss_weights(self.objective.terms, progress)
-        of_auxnet = self.aux.step_sizes == "auxnet"
-        sizes = auxnet_step_sizes(weights) if of_auxnet else dict.fromkeys(weights, 1.0)
-        heads = set(self.heads) if of_auxnet else set()
         updates = []
         for layer, gradients in self.gradients.items():
-            for parameter in heads & gradients.keys():
-                gradients[parameter] /= weights[layer]
-            step_sizes = dict.fromkeys(self.of_trunk[layer], sizes[layer]) | dict.fromkeys(self.of_heads[layer], 1.0)
+            step_size = 1.0
+            if self.aux.step_sizes == "auxnet":
+                step_size = 1.0 / sum(weight for above, weight in weights.items() if above >= layer)
+                for parameter in gradients.keys() & set(self.heads):
+                    gradients[parameter] /= weights[layer]
+            step_sizes = dict.fromkeys(self.of_trunk[layer], step_size) | dict.fromkeys(self.of_heads[layer], 1.0)
             updates.append(Update(step_sizes, gradients))
         self.gradients = {}
         return updates
 
 
 ROUTES: dict[str, type[Joint]] = {"joint": Joint, "relay": Relay, "pairwise": Pairwise, "multiway": Multiway}
-
-
-def one_backward(aux: AuxConfig) -> bool:
-    """Whether a forward pass of `aux.route` has one backward pass."""
-    return ROUTES[aux.route].one_backward
-
-
-def build_route(aux: AuxConfig, objective: Objective, build: OptimizerFactory) -> Joint:
-    """The route named by `aux.route`, with its optimizers."""
-    return ROUTES[aux.route](objective, aux, build)
 
 
 def check_route(config: Config, precision: str | None = None, sharded: bool = False) -> None:
@@ -177,8 +165,7 @@ def check_route(config: Config, precision: str | None = None, sharded: bool = Fa
         sharded: whether parameters are sharded.
     """
     aux, train = config.aux, config.train
-    if aux.route == "joint":
-        return
+    auxnet = aux.route == "multiway" and aux.step_sizes == "auxnet"
     complaints = {
         "fp16 scales gradients by one factor for one loss; use --train.mixed_precision=bf16 or fp32": (
             (precision or train.mixed_precision) == "fp16"
@@ -188,10 +175,10 @@ def check_route(config: Config, precision: str | None = None, sharded: bool = Fa
             train.micro_batch_size == "auto"
         ),
         "AuxNet's step sizes need fixed weights, and aux.hedge learns them; use --aux.step_sizes=common, or another "
-        "route": (aux.route == "multiway" and aux.step_sizes == "auxnet" and aux.hedge.enabled),
+        "route": auxnet and aux.hedge.enabled,
     }
     for complaint, holds in complaints.items():
-        if holds:
+        if holds and aux.route != "joint":
             raise UserError(f"aux.route={aux.route}: {complaint}", "aux.route")
 
 
@@ -201,19 +188,14 @@ def loss_weights(terms: Sequence[Term], progress: float) -> dict[int, float]:
     return {layer: sum(weight for _, weight in own) for layer, own in rows.items()}
 
 
-def auxnet_step_sizes(weights: dict[int, float]) -> dict[int, float]:
-    """1 / sum of lambda_j over j >= l, for every layer l: lower layers get more updates, so each is smaller."""
-    return {layer: 1.0 / sum(weights[above] for above in weights if above >= layer) for layer in weights}
-
-
 def blocked_layers(layers: Sequence[int], num_layers: int, depth: int) -> list[int]:
     """Layers whose loss does not reach the embeddings, if a loss is blocked `depth` layers below its head."""
     return [layer for layer in layers if depth < layer < num_layers]
 
 
 def trunk_parameters(transformer: CharTransformer, lowest: int, highest: int) -> list[nn.Parameter]:
-    """The parameters of layers `lowest` to `highest`, each with its position table; also the embeddings, if `lowest` is
-    1 or less."""
+    """The parameters of layers `lowest` to `highest` with their position tables; if `lowest` is 1 or less, also the
+    embeddings."""
     layers = slice(max(lowest, 1) - 1, highest)
     modules: list[nn.Module] = [*transformer.blocks[layers]]
     if lowest <= 1:

@@ -14,10 +14,7 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class EveryNthStep:
-    """On at every `turns`-th optimizer step, first at step `index`.
-
-    A weight that changes from one step to the next needs the number of `steps` to find its step from progress.
-    """
+    """On at every `turns`-th of the run's `steps` optimizer steps, first at step `index`."""
 
     index: int
     turns: int
@@ -36,9 +33,9 @@ class EveryNthStep:
 class Schedule:
     """A weight over progress: `schedule(p)` for p in [0, 1).
 
-    `breakpoints` are the points inside (0, 1) at which the formula changes. Between two of them `weight` is either
-    zero or positive throughout (except for an isolated zero), so that `stops_at` is exact. With a `rotation` the
-    schedule is zero at the steps between its turns; `stops_at` and `limit` describe its turns.
+    `breakpoints` are the points at which the formula changes. Between two of them `weight` is either zero or positive
+    throughout (except for an isolated zero), so that `stops_at` is exact. With a `rotation` the schedule is zero at
+    the steps between its turns; `stops_at` and `limit` describe its turns.
     """
 
     weight: Callable[[float], float]
@@ -79,13 +76,17 @@ class Schedule:
     @property
     def stops_at(self) -> float | None:
         """The progress from which the weight is zero for good; 0.0 if it always is, None if it never is."""
-        edges = [0.0, *sorted(self.breakpoints), 1.0]
         stop = None
-        for left, right in reversed(list(pairwise(edges))):
+        for left, right in reversed(intervals(self)):
             if self.weight((left + right) / 2) != 0.0:
                 break
             stop = left
         return stop
+
+
+def intervals(*schedules: Schedule) -> list[tuple[float, float]]:
+    """The parts of training, in order, within which no schedule's formula changes."""
+    return list(pairwise(sorted({0.0, 1.0}.union(*(schedule.breakpoints for schedule in schedules)))))
 
 
 def constant(value: float) -> Schedule:
@@ -96,8 +97,8 @@ def constant(value: float) -> Schedule:
 def _at(clock: Fraction, start: float, end: float) -> float:
     """The progress at which the clock reads `clock`.
 
-    Computed in exact decimal arithmetic and rounded once, so that p < c compares as the fractions do and a schedule
-    switches at the exact step (0.1 + 0.8 * 0.25 as floats is a hair above 0.3 and would switch one step late).
+    Computed in exact decimal arithmetic and rounded once, so that a schedule switches at the exact step (0.1 + 0.8 *
+    0.25 as floats is a hair above 0.3 and would switch one step late).
     """
     exact_start, exact_end = Fraction(repr(start)), Fraction(repr(end))
     return float(exact_start + (exact_end - exact_start) * clock)
@@ -109,40 +110,42 @@ def _clock(progress: float, start: float, end: float) -> float:
     return 1.0 if progress >= end else (progress - start) / (end - start)
 
 
-def _inside(*points: float) -> frozenset[float]:
-    return frozenset(point for point in points if 0.0 < point < 1.0)
-
-
 def cutoff(start: float = 0.0, end: float = 1.0, clock: Fraction = Fraction(1)) -> Schedule:
     """1 until the clock reads `clock`, then 0."""
     stop = _at(clock, start, end)
-    return Schedule(lambda p: 1.0 if p < stop else 0.0, _inside(stop))
+    return Schedule(lambda p: 1.0 if p < stop else 0.0, frozenset({stop}))
 
 
 def linear(start: float = 0.0, end: float = 1.0) -> Schedule:
     """1 - u: a straight fall from 1 at `start` to 0 at `end`."""
-    return Schedule(lambda p: 1.0 - _clock(p, start, end), _inside(start, end))
+    return Schedule(lambda p: 1.0 - _clock(p, start, end), frozenset({start, end}))
 
 
 def cosine(start: float = 0.0, end: float = 1.0) -> Schedule:
     """(1 + cos(pi u)) / 2: a fall from 1 at `start` to 0 at `end` that is flat at both ends."""
-    return Schedule(lambda p: (1.0 + math.cos(math.pi * _clock(p, start, end))) / 2, _inside(start, end))
+    return Schedule(lambda p: (1.0 + math.cos(math.pi * _clock(p, start, end))) / 2, frozenset({start, end}))
 
 
-def staggered(layer: int, num_layers: int, start: float = 0.0, end: float = 1.0) -> Schedule:
-    """1 until the clock reads l / (2n), then 0 (Al-Rfou et al. 2018, "Intermediate Layer Losses").
+DECAYS: dict[str, Callable[[float, float], Schedule]] = {
+    "constant": lambda start, end: constant(1.0),
+    "linear": linear,
+    "cosine": cosine,
+    "cutoff": cutoff,
+}
 
-    The lowest of n layers stops first; at u = 1/2 every intermediate layer l < n has stopped.
-    """
-    return cutoff(start, end, Fraction(layer, 2 * num_layers))
+SWITCHES: dict[str, Callable[[int, int, float, float], Schedule]] = {
+    "staggered": lambda i, n, *span: cutoff(*span, Fraction(i, 2 * n)),
+    "gradual": lambda i, n, *span: cutoff(*span, Fraction(n - i, 2 * n)).complement(),
+    "growing": lambda i, n, *span: cutoff(*span, Fraction(i - 1, n)).complement(),
+    "shrinking": lambda i, n, *span: cutoff(*span, Fraction(n - i + 1, n)),
+}
+"""Schedules of layer or target i of n that switch once, on the clock from `start` to `end`.
 
-
-def gradual(layer: int, num_layers: int, start: float = 0.0, end: float = 1.0) -> Schedule:
-    """0 until the clock reads (n - l) / (2n), then 1 (Elhoushi et al. 2024, LayerSkip, section 4.1.2).
-
-    From the top down, one more of n layers starts every 1/(2n) of the clock; at u = 1/2 all have started.
-    """
-    return cutoff(start, end, Fraction(num_layers - layer, 2 * num_layers)).complement()
+staggered: the lowest layer stops first; at u = 1/2 all below the last have stopped (Al-Rfou et al. 2018, "Intermediate
+Layer Losses"). gradual: from the top down, one more layer starts every 1/(2n) of the clock (Elhoushi et al. 2024,
+LayerSkip, section 4.1.2). growing: target i starts as the i-th of n equal parts begins. shrinking: the farthest target
+stops as each of the n parts ends.
+"""
 
 
 def rotational(index: int, turns: int, steps: int) -> Schedule:
@@ -150,19 +153,7 @@ def rotational(index: int, turns: int, steps: int) -> Schedule:
     return Schedule(lambda p: 1.0, rotation=EveryNthStep(index, turns, steps))
 
 
-def growing(offset: int, num_targets: int, start: float = 0.0, end: float = 1.0) -> Schedule:
-    """0 until the clock reads (k - 1) / K, then 1: target k of K starts as the k-th of K equal parts begins."""
-    return cutoff(start, end, Fraction(offset - 1, num_targets)).complement()
-
-
-def shrinking(offset: int, num_targets: int, start: float = 0.0, end: float = 1.0) -> Schedule:
-    """1 until the clock reads (K - k + 1) / K, then 0: the farthest of K targets stops as each of K parts ends."""
-    return cutoff(start, end, Fraction(num_targets - offset + 1, num_targets))
-
-
-def staged(
-    weights: Sequence[float], ends: Sequence[float], start: float = 0.0, end: float = 1.0, passage: str = "step"
-) -> Schedule:
+def staged(weights: Sequence[float], ends: Sequence[float], start: float, end: float, passage: str) -> Schedule:
     """`weights[i]` until the clock reads `ends[i]`; the ends rise to 1.
 
     With `passage` "linear" a stage's weight moves on a straight line to the next stage's, which it reaches as the stage
@@ -177,12 +168,4 @@ def staged(
         passed = (p - edges[stage]) / (edges[stage + 1] - edges[stage])
         return weights[stage] + passed * (weights[stage + 1] - weights[stage])
 
-    return Schedule(weight, _inside(*edges))
-
-
-DECAYS: dict[str, Callable[[float, float], Schedule]] = {
-    "constant": lambda start, end: constant(1.0),
-    "linear": linear,
-    "cosine": cosine,
-    "cutoff": cutoff,
-}
+    return Schedule(weight, frozenset(edges))

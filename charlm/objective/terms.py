@@ -3,29 +3,18 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from charlm.config import AuxConfig, ConfigError, LayersConfig, TargetsConfig, layer_at
-from charlm.objective.schedules import (
-    DECAYS,
-    Schedule,
-    constant,
-    gradual,
-    growing,
-    rotational,
-    shrinking,
-    staged,
-    staggered,
-)
+from charlm.objective.schedules import DECAYS, SWITCHES, Schedule, constant, intervals, rotational, staged
 
 WEIGHTINGS: dict[str, Callable[[int, int, float], float]] = {
-    "uniform": lambda l, L, gamma: 1.0,  # noqa: E741
-    "linear": lambda l, L, gamma: l / L,  # noqa: E741
-    "quadratic": lambda l, L, gamma: l * (l + 1) / (L * (L + 1)),  # noqa: E741
-    "power": lambda l, L, gamma: max(0.01, (l / L) ** gamma),  # noqa: E741
+    "uniform": lambda i, n, gamma: 1.0,
+    "linear": lambda i, n, gamma: i / n,
+    "quadratic": lambda i, n, gamma: i * (i + 1) / (n * (n + 1)),
+    "power": lambda i, n, gamma: max(0.01, (i / n) ** gamma),
 }
-"""The weight of layer l of L relative to the last layer's, by `aux.layers.weighting`."""
+"""The weight of layer i of n relative to the last layer's, by `aux.layers.weighting`."""
 
 
 class TermName(NamedTuple):
@@ -74,12 +63,11 @@ class Term:
 def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tuple[Term, ...]:
     """The table of a config, ordered by layer, offset and positions; the user's own tasks come last.
 
-    The main task, the last layer predicting the next character, has weight 1 unless `aux.main_weight` says otherwise.
     A layer's weight multiplies all its rows, and so does an offset's. With the share w of `aux.positions`, each task
     has an "all" row of weight w and a "last" row of weight 1 - w. Rows that are zero throughout are not listed.
 
     Args:
-        steps: optimizer steps of the whole run. Only a rotational schedule needs them: it changes from step to step.
+        steps: optimizer steps of the whole run; needed by a rotational schedule alone.
 
     Raises:
         ConfigError: at some point of training no row weighs anything.
@@ -107,26 +95,28 @@ def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tu
 
 
 def _require_a_loss(terms: Sequence[Term], aux: AuxConfig) -> None:
-    edges = [0.0, *sorted(frozenset().union(*(term.weight.breakpoints for term in terms))), 1.0]
-    for left, right in pairwise(edges):
+    for left, right in intervals(*(term.weight for term in terms)):
         if not any(active(terms, (left + right) / 2)):
             silent = "aux.main_weight=0.0" if aux.main_weight == 0 else "aux.targets.schedule=stages"
             raise ConfigError(
                 f"{silent}: all losses have weight zero from progress {left:g} on; "
-                "raise it, or enable other losses for that time"
+                "raise it, or enable other losses for that time",
+                silent.partition("=")[0],
             )
 
 
 def _layer_weights(aux: AuxConfig, num_layers: int, steps: int | None) -> dict[int, Schedule]:
     base = _base_weights(aux.layers, num_layers)
-    schedules = _layer_schedules(aux.layers, tuple(base), num_layers, steps)
+    stages = [stage.weights for stage in aux.layers.stages]
+    by_stage = [weights if len(weights) > 1 else weights * len(base) for weights in stages]
+    schedules = _schedules(aux.layers, tuple(base), num_layers, by_stage, steps)
     weights = {layer: constant(base[layer]) * schedule for layer, schedule in schedules.items()}
     weights[num_layers] = constant(aux.main_weight)
     return weights if aux.reduction == "sum" else _averaged(weights, weighted=aux.reduction == "weighted_mean")
 
 
 def _base_weights(layers: LayersConfig, num_layers: int) -> dict[int, float]:
-    """The weight of each intermediate layer that has a head, before its schedule."""
+    """The weights of intermediate layers that have a head, before their schedules."""
     heads = layers.intermediate(num_layers)
     if isinstance(layers.weights, dict):
         by_layer = {layer_at(depth, num_layers): weight for depth, weight in layers.weights.items()}
@@ -139,45 +129,37 @@ def _base_weights(layers: LayersConfig, num_layers: int) -> dict[int, float]:
     return {layer: factor * weight for layer, weight in weights.items()}
 
 
-def _layer_schedules(
-    layers: LayersConfig, heads: Sequence[int], num_layers: int, steps: int | None
-) -> dict[int, Schedule]:
-    start, end = layers.start, layers.end
-    if layers.schedule == "staggered":
-        return {layer: staggered(layer, num_layers, start, end) for layer in heads}
-    if layers.schedule == "gradual":
-        return {layer: gradual(layer, num_layers, start, end) for layer in heads}
-    if layers.schedule == "rotational":
-        if steps is None:
-            raise ValueError("a rotational schedule changes from step to step: build_terms needs the steps of the run")
-        return {layer: rotational(i, layers.rotation or len(heads), steps) for i, layer in enumerate(heads)}
-    if layers.schedule == "stages":
-        ends = [stage.until for stage in layers.stages]
-        by_stage = [stage.weights if len(stage.weights) > 1 else stage.weights * len(heads) for stage in layers.stages]
-        return {
-            layer: staged(weights, ends, start, end, layers.passage)
-            for layer, weights in zip(heads, zip(*by_stage, strict=True), strict=True)
-        }
-    return {layer: DECAYS[layers.schedule](start, end) for layer in heads}
-
-
 def _offset_weights(targets: TargetsConfig) -> dict[int, Schedule]:
     if not targets.enabled:
         return {1: constant(1.0)}
-    offsets, start, end = range(1, targets.num_targets + 1), targets.start, targets.end
+    count = targets.num_targets
+    by_stage = [stage.weights + (0.0,) * (count - len(stage.weights)) for stage in targets.stages]
+    schedules = _schedules(targets, range(1, count + 1), count, by_stage)
     if targets.schedule == "stages":
-        ends = [stage.until for stage in targets.stages]
-        padded = [stage.weights + (0.0,) * (targets.num_targets - len(stage.weights)) for stage in targets.stages]
-        return {
-            offset: staged([weights[offset - 1] for weights in padded], ends, start, end, targets.passage)
-            for offset in offsets
-        }
-    curriculum = {"growing": growing, "shrinking": shrinking}.get(targets.schedule)
-    return {1: constant(1.0)} | {
-        offset: constant(targets.weight)
-        * (curriculum(offset, len(offsets), start, end) if curriculum else DECAYS[targets.schedule](start, end))
-        for offset in offsets[1:]
-    }
+        return schedules
+    extra = {offset: constant(targets.weight) * schedule for offset, schedule in schedules.items() if offset > 1}
+    return {1: constant(1.0)} | extra
+
+
+def _schedules(
+    loss: LayersConfig | TargetsConfig,
+    numbers: Sequence[int],
+    count: int,
+    by_stage: Sequence[tuple[float, ...]],
+    steps: int | None = None,
+) -> dict[int, Schedule]:
+    """The schedules of the layers or offsets `numbers` of `count`. A stage of `by_stage` has a weight for each."""
+    span = loss.start, loss.end
+    if loss.schedule in SWITCHES:
+        return {number: SWITCHES[loss.schedule](number, count, *span) for number in numbers}
+    if loss.schedule == "rotational":
+        turns = loss.rotation or len(numbers)
+        return {number: rotational(index, turns, steps) for index, number in enumerate(numbers)}
+    if loss.schedule == "stages":
+        ends = [stage.until for stage in loss.stages]
+        weights = {number: [stage[index] for stage in by_stage] for index, number in enumerate(numbers)}
+        return {number: staged(own, ends, *span, loss.passage) for number, own in weights.items()}
+    return dict.fromkeys(numbers, DECAYS[loss.schedule](*span))
 
 
 def _task_rows(aux: AuxConfig, num_layers: int) -> list[Term]:

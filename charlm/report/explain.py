@@ -12,7 +12,8 @@ import torch
 from charlm.config import Config
 from charlm.data.corpus import prepared_corpus
 from charlm.data.vocabulary import ByteVocabulary
-from charlm.objective.build import build_heads, build_objective
+from charlm.model.heads import Heads
+from charlm.objective.build import build_objective
 from charlm.objective.count import RouteCost, inference_flops, num_parameters, route_cost, training_flops
 from charlm.objective.routes import check_route
 from charlm.objective.schedules import Schedule
@@ -91,7 +92,7 @@ def explain(config: Config) -> Explanation:
     with torch.device("meta"):
         objective = build_objective(config, vocabulary_size)
         transformer, heads = objective.transformer, objective.heads
-        last_head = build_heads(config, vocabulary_size, [(model.num_layers, 1)], transformer)
+        last_head = Heads(model, vocabulary_size, [(model.num_layers, 1)])
     terms = objective.terms
     starting = [term for term in terms if term.weight.at_next_turn(0.0) != 0.0]
     ending = [term for term in terms if term.weight.stops_at is None]

@@ -15,7 +15,7 @@ from accelerate.utils import patch_environment
 
 from charlm.config import Config, TrainConfig, UserError
 from charlm.model.attention import attends_in_blocks
-from charlm.objective.routes import one_backward
+from charlm.objective.routes import ROUTES
 
 PATIENCE = timedelta(minutes=10)
 """How long processes wait for one that hangs. If one dies, the others end at once."""
@@ -146,7 +146,7 @@ def torch_settings(config: Config) -> Iterator[None]:
     torch.use_deterministic_algorithms(train.deterministic or deterministic)
     # The first of several backward passes must not give its buffers away. There is no public option for it: torch's own
     # error message advises this one.
-    keep_buffers = choose_compile(train) and not one_backward(config.aux)
+    keep_buffers = choose_compile(train) and not ROUTES[config.aux.route].one_backward
     from torch._functorch import config as functorch
 
     try:

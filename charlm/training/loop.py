@@ -15,10 +15,9 @@ from charlm.config import Config, Stopped, UserError, steps_of
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.windows import default_stride
 from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
-from charlm.objective.build import build_objective
+from charlm.objective.build import build_objective, check_registered
 from charlm.objective.objective import Objective
-from charlm.objective.routes import Joint, build_route
-from charlm.objective.tasks import check_registered
+from charlm.objective.routes import ROUTES, Joint
 from charlm.runs.snapshot import take_snapshot
 from charlm.training.checkpointing import CheckpointWriter
 from charlm.training.device import build_accelerator, choose_compile, torch_settings
@@ -58,7 +57,7 @@ def train(config: Config, kind: "type[Training] | None" = None) -> Path:
         objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)
         check_fits(config, corpus, objective, accelerator)
         shard(config, objective, accelerator.num_processes)
-        route = build_route(config.aux, objective, partial(build_optimizers, config.train, objective))
+        route = ROUTES[config.aux.route](objective, config.aux, partial(build_optimizers, config.train, objective))
         with ExitStack() as stack:
             stack.enter_context(explained(config.train))
             run, state, news = stack.enter_context(open_run(config, corpus, accelerator, objective, route.optimizers))

@@ -10,7 +10,7 @@ from charlm.config import AuxConfig, Config, LayersConfig, ModelConfig, TargetsC
 from charlm.model.transformer import CharTransformer
 from charlm.objective.build import build_objective
 from charlm.objective.count import num_parameters, route_cost, transformer_parameters
-from charlm.objective.routes import build_route
+from charlm.objective.routes import ROUTES
 from charlm.training.optimizers import build_optimizers
 
 V = 5
@@ -63,7 +63,7 @@ def test_costs_are_those_of_a_step(head, kind, momentum):
     for name in ("joint", "multiway"):
         config = Config(model=model, aux=AuxConfig(route=name, layers=LayersConfig(head=head)), train=train)
         objective = build_objective(config, V)
-        route = build_route(config.aux, objective, partial(build_optimizers, train, objective))
+        route = ROUTES[name](objective, config.aux, partial(build_optimizers, train, objective))
         windows_BW = torch.randint(V, (2, objective.window_length), generator=torch.Generator().manual_seed(0))
         route.backward(objective(windows_BW, 0.0), 1.0, lambda loss, **options: loss.backward(**options))
         updates = route.updates(0.0)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from charlm.config import AuxConfig, Config, LayersConfig, ModelConfig, PositionsConfig, TargetsConfig, TrainConfig
 from charlm.model.heads import Heads
 from charlm.objective.build import build_objective
-from charlm.objective.hedge import Hedge
-from charlm.objective.objective import Objective, head_pairs
+from charlm.objective.objective import Hedge, Objective, head_pairs
 from charlm.objective.schedules import constant, cutoff
 from charlm.objective.terms import Term, active, build_terms
 from charlm.training.optimizers import build_optimizers
@@ -264,9 +263,6 @@ def test_hinge_of_an_intermediate_layer_by_hand(backend):
     assert report.by_layer[1].item() / math.log(2) == pytest.approx(4 / 8, rel=1e-5)
     assert report.by_layer[2].item() / math.log(2) == pytest.approx(1.75, rel=1e-5)
     assert report.parts["layer1/offset1/all"].item() / math.log(2) == pytest.approx(2.25, rel=1e-5)
-    mixed = (replace(objective.terms[0], hinge=0.5), replace(objective.terms[0], positions="last"))
-    with pytest.raises(ValueError, match="one hinge"):
-        Objective(objective.transformer, objective.heads, mixed)
 
 
 class ReadsStates(nn.Module):

@@ -19,9 +19,9 @@ from charlm.config import (
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.objective.routes import (
+    ROUTES,
     Joint,
-    auxnet_step_sizes,
-    build_route,
+    OptimizerFactory,
     check_route,
     head_parameters,
     loss_weights,
@@ -47,6 +47,10 @@ def some_windows(objective: Objective, step: int) -> Tensor:
 
 def sgd(parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
     return [torch.optim.SGD(parameters, lr=LR)]
+
+
+def route_of(objective: Objective, aux: AuxConfig, build: OptimizerFactory = sgd) -> Joint:
+    return ROUTES[aux.route](objective, aux, build)
 
 
 def take_step(route: Joint, windows_BW: Tensor, progress: float = 0.0, parts: int = 1) -> None:
@@ -154,7 +158,7 @@ def test_updates_by_hand(way, norm, randomise):
         objective_of(randomise, aux_of(way), norm=norm, position_encoding="input" if norm == "pre" else "per_layer")
         for _ in range(2)
     )
-    route = build_route(aux_of(way), routed, sgd)
+    route = route_of(routed, aux_of(way))
     for step in range(STEPS):
         take_step(route, some_windows(routed, step))
         BY_HAND[way](by_hand, some_windows(by_hand, step))
@@ -165,7 +169,7 @@ def test_multiway_with_one_step_size_is_joint(randomise):
     """Guards against gradients that are lost, counted twice, or taken after an update: plain SGD makes equal steps."""
     aux = aux_of("multiway", step_sizes="common")
     apart, together = (objective_of(randomise, aux) for _ in range(2))
-    routes = build_route(aux, apart, sgd), build_route(aux_of("joint"), together, sgd)
+    routes = route_of(apart, aux), route_of(together, aux_of("joint"))
     for step in range(10):
         for route in routes:
             take_step(route, some_windows(apart, step))
@@ -179,7 +183,7 @@ def test_learned_weights_scale_the_gradients_of_every_route(way, randomise):
     apart, together = (objective_of(randomise, aux_of(each, **hedged)) for each in (way, "joint"))
     for objective, each in ((apart, way), (together, "joint")):
         objective.hedge.weights.copy_(torch.tensor([0.2, 0.7, 0.1]))
-        route = build_route(aux_of(each, **hedged), objective, sgd)
+        route = route_of(objective, aux_of(each, **hedged))
         if way == "pairwise":  # whose first loss alone is that of joint
             objective.terms = tuple(term for term in objective.terms if term.layer == 1)
         take_step(route, some_windows(objective, 0))
@@ -190,9 +194,7 @@ def test_multiway_keeps_optimizer_state_for_each_loss(randomise):
     """Guards against moments that losses share: Adam's, written out for each loss by itself."""
     objective, by_hand = (objective_of(randomise, aux_of("multiway")) for _ in range(2))
     betas, eps = (0.9, 0.99), 1e-2  # above the noise that is the gradient of key biases
-    route = build_route(
-        aux_of("multiway"), objective, lambda parameters: [torch.optim.Adam(parameters, lr=LR, betas=betas, eps=eps)]
-    )
+    route = route_of(objective, aux_of("multiway"), lambda own: [torch.optim.Adam(own, lr=LR, betas=betas, eps=eps)])
     moments: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     for step in range(1, STEPS + 1):
         windows_BW = some_windows(objective, step)
@@ -219,7 +221,7 @@ def test_multiway_keeps_optimizer_state_for_each_loss(randomise):
 def test_accumulated_gradients_are_those_of_the_whole_batch(way, randomise):
     """Guards against micro-batches of one loss that are added to those of another, or that update in between."""
     whole, accumulated = (objective_of(randomise, aux_of(way)) for _ in range(2))
-    routes = [build_route(aux_of(way), objective, sgd) for objective in (whole, accumulated)]
+    routes = [route_of(objective, aux_of(way)) for objective in (whole, accumulated)]
     for step in range(STEPS):
         for route, parts in zip(routes, (1, 4), strict=True):
             take_step(route, some_windows(whole, step), parts=parts)
@@ -234,7 +236,7 @@ def test_recomputed_activations_give_the_same_updates(way, precision, randomise)
     plain, recomputing = (objective_of(randomise, aux_of(way), **noisy) for _ in range(2))
     recomputing.transformer.activation_checkpointing = True
     for objective in (plain, recomputing):
-        route = build_route(aux_of(way), objective, sgd)
+        route = route_of(objective, aux_of(way))
         torch.manual_seed(0)
         with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
             take_step(route, some_windows(objective, 0))
@@ -246,7 +248,7 @@ def test_a_silent_loss_moves_nothing_and_has_no_state(way, randomise):
     """Guards against a head that momentum or decay carries on, and a loss that costs memory before it wakes."""
     aux = AuxConfig(route=way.partition("-")[0])  # layer 1 falls silent at 1/6, layer 2 at 1/3
     objective = objective_of(randomise, aux)
-    route = build_route(aux, objective, lambda own: [torch.optim.AdamW(own, lr=LR, weight_decay=0.1)])
+    route = route_of(objective, aux, lambda own: [torch.optim.AdamW(own, lr=LR, weight_decay=0.1)])
     take_step(route, some_windows(objective, 0), progress=0.2)
     states = {parameter for optimizer in route.optimizers for parameter in optimizer.state}
     before = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
@@ -268,7 +270,7 @@ def test_routes_of_other_heads(way, head, randomise):
     )
     objective = objective_of(randomise, aux)
     before = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
-    take_step(build_route(aux, objective, sgd), some_windows(objective, 0))
+    take_step(route_of(objective, aux), some_windows(objective, 0))
     moved = {name for name, parameter in objective.named_parameters() if not torch.equal(parameter, before[name])}
     assert any("exits.layer3" in name for name in moved) is (head == "shared")
     assert any("tower" in name for name in moved) is (head == "tower")
@@ -299,7 +301,6 @@ def test_weights_and_step_sizes_by_hand(randomise):
     assert loss_weights(terms, 0.0) == {1: 1.5, 2: 1.5, 3: 3.0}
     assert loss_weights(terms, 0.2) == {2: 1.5, 3: 3.0}
     assert loss_weights(terms, 0.5) == {3: 3.0}
-    assert auxnet_step_sizes({1: 0.25, 4: 0.5, 9: 1.0}) == {1: 1 / 1.75, 4: 1 / 1.5, 9: 1.0}
 
 
 @pytest.mark.parametrize(

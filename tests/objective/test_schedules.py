@@ -5,18 +5,16 @@ from fractions import Fraction
 
 import pytest
 
-from charlm.objective.schedules import (
-    constant,
-    cosine,
-    cutoff,
-    gradual,
-    growing,
-    linear,
-    rotational,
-    shrinking,
-    staged,
-    staggered,
-)
+from charlm.objective.schedules import SWITCHES, Schedule, constant, cosine, cutoff, linear, rotational, staged
+
+
+def switch(name: str, i: int, n: int, start: float = 0.0, end: float = 1.0) -> Schedule:
+    return SWITCHES[name](i, n, start, end)
+
+
+def stages(weights, ends, start: float = 0.0, end: float = 1.0, passage: str = "step") -> Schedule:
+    return staged(weights, ends, start, end, passage)
+
 
 PROGRESSES = [0.0, 0.1, 0.25, 0.375, 0.5, 0.625, 0.75, 0.9]
 
@@ -35,30 +33,30 @@ PROGRESSES = [0.0, 0.1, 0.25, 0.375, 0.5, 0.625, 0.75, 0.9]
         (cutoff(0.25, 0.75), [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]),
         (cutoff(0.25, 0.75, Fraction(1, 4)), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
         (cutoff(0.1, 0.1), [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
-        (staggered(3, 4), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
-        (staggered(2, 4, 0.5, 1.0), [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]),
+        (switch("staggered", 3, 4), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        (switch("staggered", 2, 4, 0.5, 1.0), [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]),
         (linear(0.25, 0.75) * constant(0.5), [0.5, 0.5, 0.5, 0.375, 0.25, 0.125, 0.0, 0.0]),
         (linear(0.25, 0.75).complement(), [0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]),
         (cutoff(0.0, 0.5).complement(), [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]),
-        (gradual(3, 4), [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),  # from (4 - 3) / 8 on
-        (gradual(2, 4, 0.5, 1.0), [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]),
-        (growing(2, 4), [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),  # from 1/4, 2/4 and 3/4 on
-        (growing(4, 4, 0.5, 1.0), [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]),
-        (shrinking(4, 4), [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),  # until 1/4, 2/4 and 3/4
-        (shrinking(2, 4, 0.0, 0.5), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
-        (staged([1.0, 0.25, 0.0], [0.25, 0.625, 1.0]), [1.0, 1.0, 0.25, 0.25, 0.25, 0.0, 0.0, 0.0]),
-        (staged([1.0, 0.5], [0.5, 1.0], 0.5, 1.0), [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5]),
-        (staged([0.0, 2.0], [0.5, 1.0], passage="linear"), [0.0, 0.4, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0]),
+        (switch("gradual", 3, 4), [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),  # from (4 - 3) / 8 on
+        (switch("gradual", 2, 4, 0.5, 1.0), [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]),
+        (switch("growing", 2, 4), [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),  # from 1/4, 2/4 and 3/4 on
+        (switch("growing", 4, 4, 0.5, 1.0), [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]),
+        (switch("shrinking", 4, 4), [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),  # until 1/4, 2/4 and 3/4
+        (switch("shrinking", 2, 4, 0.0, 0.5), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        (stages([1.0, 0.25, 0.0], [0.25, 0.625, 1.0]), [1.0, 1.0, 0.25, 0.25, 0.25, 0.0, 0.0, 0.0]),
+        (stages([1.0, 0.5], [0.5, 1.0], 0.5, 1.0), [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5]),
+        (stages([0.0, 2.0], [0.5, 1.0], passage="linear"), [0.0, 0.4, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0]),
         (
-            staged([1.0, 0.5, 0.0], [0.25, 0.75, 1.0], passage="linear"),
+            stages([1.0, 0.5, 0.0], [0.25, 0.75, 1.0], passage="linear"),
             [1.0, 0.8, 0.5, 0.375, 0.25, 0.125, 0.0, 0.0],
         ),
         (
-            staged([1.0, 0.0], [0.5, 1.0], 0.25, 0.75, passage="linear"),
+            stages([1.0, 0.0], [0.5, 1.0], 0.25, 0.75, passage="linear"),
             [1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0],
         ),
-        (staged([0.7], [1.0], passage="linear"), [0.7] * 8),
-        (staged([1.0, 0.5], [0.4, 1.0], 0.25, 0.25, passage="linear"), [1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
+        (stages([0.7], [1.0], passage="linear"), [0.7] * 8),
+        (stages([1.0, 0.5], [0.4, 1.0], 0.25, 0.25, passage="linear"), [1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
     ],
 )
 def test_weights_by_hand(schedule, weights):
@@ -75,14 +73,14 @@ def test_switches_are_at_the_exact_step(total, start, end):
     """A weight that switches a step early or late, as 0.1 + 0.8 / 4 > 0.3 in floating point, or never: l // (2 * n)."""
     span = float(start), float(end)
     switches = [(cutoff(*span), Fraction(1)), (linear(*span), Fraction(1))]
-    switches.append((staged([1.0, 0.0], [0.7, 1.0], *span), Fraction("0.7")))
+    switches.append((stages([1.0, 0.0], [0.7, 1.0], *span), Fraction("0.7")))
     for n in (2, 3, 5, 12, 64):
         for k in range(1, n):
             switches += [
-                (staggered(k, n, *span), Fraction(k, 2 * n)),
-                (gradual(k, n, *span).complement(), Fraction(n - k, 2 * n)),
-                (growing(k + 1, n, *span).complement(), Fraction(k, n)),
-                (shrinking(k + 1, n, *span), Fraction(n - k, n)),
+                (switch("staggered", k, n, *span), Fraction(k, 2 * n)),
+                (switch("gradual", k, n, *span).complement(), Fraction(n - k, 2 * n)),
+                (switch("growing", k + 1, n, *span).complement(), Fraction(k, n)),
+                (switch("shrinking", k + 1, n, *span), Fraction(n - k, n)),
             ]
     for schedule, clock in switches:
         first_silent = math.ceil((Fraction(start) + (Fraction(end) - Fraction(start)) * clock) * total)
@@ -102,19 +100,19 @@ def test_switches_are_at_the_exact_step(total, start, end):
         (cosine(0.2, 0.6), 0.6, 0.0),
         (linear(0.5, 1.0), None, 0.0),
         (linear(0.2, 0.6).complement(), None, 1.0),
-        (staggered(3, 4), 0.375, 0.0),
-        (staggered(1, 2) * linear(0.5, 0.9), 0.25, 0.0),
-        (staggered(1, 2) * constant(0.0), 0.0, 0.0),
+        (switch("staggered", 3, 4), 0.375, 0.0),
+        (switch("staggered", 1, 2) * linear(0.5, 0.9), 0.25, 0.0),
+        (switch("staggered", 1, 2) * constant(0.0), 0.0, 0.0),
         (cutoff(0.0, 0.3).complement() * cutoff(0.0, 0.5), 0.5, 0.0),
         (cutoff(0.0, 0.3).complement() * cutoff(0.0, 0.3), 0.0, 0.0),
         (linear() * linear().complement(), None, 0.0),
-        (gradual(3, 4, 0.2, 1.0) * cutoff(0.0, 0.3), 0.0, 0.0),
-        (gradual(3, 4, 0.2, 1.0) * cutoff(0.0, 0.31), 0.31, 0.0),
-        (shrinking(2, 3, 0.1, 0.7), 0.5, 0.0),
-        (staged([0.0, 1.0, 0.0], [0.3, 0.6, 1.0]), 0.6, 0.0),
-        (staged([1.0, 0.0, 0.0], [0.3, 0.6, 1.0], passage="linear"), 0.3, 0.0),
-        (staged([0.0, 0.0, 1.0], [0.3, 0.6, 1.0], passage="linear"), None, 1.0),
-        (staged([0.0, 0.5], [0.3, 1.0], 0.5, 0.5), None, 0.5),
+        (switch("gradual", 3, 4, 0.2, 1.0) * cutoff(0.0, 0.3), 0.0, 0.0),
+        (switch("gradual", 3, 4, 0.2, 1.0) * cutoff(0.0, 0.31), 0.31, 0.0),
+        (switch("shrinking", 2, 3, 0.1, 0.7), 0.5, 0.0),
+        (stages([0.0, 1.0, 0.0], [0.3, 0.6, 1.0]), 0.6, 0.0),
+        (stages([1.0, 0.0, 0.0], [0.3, 0.6, 1.0], passage="linear"), 0.3, 0.0),
+        (stages([0.0, 0.0, 1.0], [0.3, 0.6, 1.0], passage="linear"), None, 1.0),
+        (stages([0.0, 0.5], [0.3, 1.0], 0.5, 0.5), None, 0.5),
         (rotational(3, 4, 100) * cutoff(0.0, 0.5), 0.5, 0.0),
     ],
 )

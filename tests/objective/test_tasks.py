@@ -12,7 +12,7 @@ import torch
 
 import charlm
 from charlm.config import Config, UserError
-from charlm.objective import tasks
+from charlm.objective import build
 from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
@@ -25,7 +25,7 @@ OFFERED = "--aux.tasks={order: 0.5}"
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
     """One for each test."""
-    monkeypatch.setattr(tasks, "_builders", {})
+    monkeypatch.setattr(build, "_task_builders", {})
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def run(program: Path, *flags: str) -> int:
 def order_task(program: Path, vocabulary_size: int = 5) -> torch.nn.Module:
     runpy.run_path(str(program))
     config = charlm.load_config(overrides=[*TINY, OFFERED])
-    return tasks.build_tasks(config, vocabulary_size)["order"]
+    return build_objective(config, vocabulary_size).tasks["order"]
 
 
 def test_the_example_learns_and_its_run_loads_without_it(program, tmp_path, monkeypatch, capsys):
@@ -68,7 +68,7 @@ def test_the_example_learns_and_its_run_loads_without_it(program, tmp_path, monk
     saved = find_checkpoint(Run.open(tmp_path / "run"), "last").tensors()
     assert saved["tasks.order.stretches.weight"].shape == (16, 16, 8)
 
-    monkeypatch.setattr(tasks, "_builders", {})
+    monkeypatch.setattr(build, "_task_builders", {})
     trained = charlm.load(tmp_path / "run", "last", device="cpu")
     assert torch.equal(trained.transformer.embedding.weight, saved["transformer.embedding.weight"])
     with pytest.raises(UserError, match="'order' is not registered"):

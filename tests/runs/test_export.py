@@ -18,8 +18,8 @@ from charlm.data.vocabulary import ByteVocabulary, CharacterVocabulary
 from charlm.inference.evaluation import bits_per_character
 from charlm.inference.generation import generate
 from charlm.model import kernels_cpu
+from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
-from charlm.objective.build import build_heads
 from charlm.runs.load import load
 from charlm.runs.share import export
 from charlm.runs.share.export import save_model, shallowest, truncate
@@ -51,10 +51,11 @@ def build(randomise):
         )
         vocabulary = CharacterVocabulary("abcdefgh")
         transformer = randomise(CharTransformer(config.model, vocabulary.size))
+        shared = {"layers": config.aux.layers, "final_norm": transformer.final_norm}
         return TrainedModel(
             config=config,
             transformer=transformer.eval(),
-            heads=randomise(build_heads(config, vocabulary.size, PAIRS, transformer), seed=1).eval(),
+            heads=randomise(Heads(config.model, vocabulary.size, PAIRS, **shared), seed=1).eval(),
             vocabulary=vocabulary,
             checkpoint="step-00000007",
             step=7,
