@@ -14,10 +14,9 @@ from charlm.objective.count import check_memory
 from charlm.objective.objective import Hedge, Objective, head_pairs
 from charlm.objective.terms import build_terms
 
-TaskBuilder = Callable[[ModelConfig, int], nn.Module]
-Builder = TypeVar("Builder", bound=TaskBuilder)
+Builder = TypeVar("Builder", bound=Callable[[ModelConfig, int], nn.Module])
 
-_task_builders: dict[str, TaskBuilder] = {}
+_task_builders: dict[str, Callable[[ModelConfig, int], nn.Module]] = {}
 
 
 def auxiliary_task(name: str) -> Callable[[Builder], Builder]:

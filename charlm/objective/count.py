@@ -67,8 +67,8 @@ def training_flops(transformer: CharTransformer, heads: Heads, active_terms: Seq
     """
     config, depth = transformer.config, max(term.layer for term in active_terms)
     parameters = float(_trunk_matrices(transformer, depth))
-    for layer in {term.layer for term in active_terms if term.task is None}:
-        rows = [term for term in active_terms if term.layer == layer and term.task is None]
+    for layer in {term.layer for term in active_terms}:
+        rows = [term for term in active_terms if term.layer == layer]
         products = 2 / 3 if heads.frozen and layer < config.num_layers else 1  # none for the head's own gradient
         parameters += products * _head_matrices(heads, rows, config.context_length) / rows[0].weight.period
     return dense_flops(parameters, depth, config.d_model, config.context_length)
@@ -101,9 +101,9 @@ class RouteCost:
 def route_cost(config: Config, objective: Objective) -> RouteCost:
     """The cost of `aux.route` for a model, which may be on the meta device.
 
-    Let the model have n layers up to the highest active one, each of f FLOPs per character in a forward pass (2 for
-    each matrix parameter, and 4 D T for attention). Let layers l_1 < ... < l_K = n have losses, whose heads take h_1,
-    ..., h_K. A backward pass takes r = 2 times the FLOPs of a layer, or r = 3 where activations are recomputed.
+    Up to the highest active layer there are n, each of f FLOPs per character in a forward pass (2 for each matrix
+    parameter, and 4 D T for attention). Layers l_1 < ... < l_K = n have losses, whose heads take h_1, ..., h_K. A
+    backward pass takes r = 2 times the FLOPs of a layer, or r = 3 where activations are recomputed.
 
               forward             backward
         joint      n f + sum h_k       r n f + 2 sum h_k

@@ -57,9 +57,9 @@ class Hedge(nn.Module):
 
     @torch.no_grad()
     def adapt(self, losses: Mapping[int, Tensor], skip: Tensor | None = None) -> None:
-        """Adapt the weights to the losses of one update, by layer, unless `skip` (a bool scalar on the device) is true.
+        """Adapt the weights to the layers' losses of one update, unless `skip` is true.
 
-        A layer whose rows have weight zero at present has no loss. It keeps its weight; the others share the rest.
+        A layer without a loss, because its rows have weight zero, keeps its weight; the others share the rest.
         """
         heard = [index for index, layer in enumerate(self.layers) if layer in losses]
         if not heard:
@@ -125,16 +125,11 @@ class Objective(nn.Module):
         return self._losses(hidden_states, windows_BW, self._active_rows(progress, hidden_states))
 
     def adapt(self, parts: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
-        """Adapt the hedge's weights, if there is one, to the losses of an update.
+        """Adapt the hedge's weights to the losses of an update by name: global means, on the device.
 
-        A layer is judged by its loss of the next character, at all positions where there is such a row.
-
-        Args:
-            parts: see LossReport; global means, on the device.
-            skip: whether the update was skipped (a bool scalar on the device): then nothing changes.
+        A layer is judged by its loss of the next character, at all positions where there is such a row. With a true
+        `skip` (a bool scalar on the device) nothing changes.
         """
-        if self.hedge is None:
-            return
         losses: dict[int, Tensor] = {}
         for positions in ("last", "all"):  # the later wins
             rows = [term for term in self.terms if (term.offset, term.positions) == (1, positions)]

@@ -53,7 +53,9 @@ class Joint:
 
     def __init__(self, objective: Objective, aux: AuxConfig, build: OptimizerFactory):
         self.objective, self.aux = objective, aux
-        self.parameters, self.heads = list(objective.parameters()), head_parameters(objective)
+        self.parameters = list(objective.parameters())
+        trunk = set(trunk_parameters(objective.transformer, 1, objective.transformer.config.num_layers))
+        self.heads = [parameter for parameter in self.parameters if parameter not in trunk]
         self.optimizers = self._build(build)
 
     def passes(self, progress: float) -> list[list[int] | None]:
@@ -61,10 +63,7 @@ class Joint:
         return [None]
 
     def backward(self, report: LossReport, factor: float, backward: Callable[..., None]) -> None:
-        """Add the gradient of a micro-batch, times `factor`, to that of the pass so far.
-
-        `backward` is torch.autograd.backward, or a function with the same keywords.
-        """
+        """Add `factor` times a micro-batch's gradient to the pass's, by a function like torch.autograd.backward."""
         backward(report.total * factor)
 
     def updates(self, progress: float) -> list[Update]:
@@ -160,9 +159,7 @@ ROUTES: dict[str, type[Joint]] = {"joint": Joint, "relay": Relay, "pairwise": Pa
 def check_route(config: Config, precision: str | None = None, sharded: bool = False) -> None:
     """Raise UserError if `aux.route` cannot be combined with the other options.
 
-    Args:
-        precision: the precision in use, where train.mixed_precision leaves the choice to the machine.
-        sharded: whether parameters are sharded.
+    `precision` is the one in use, where train.mixed_precision leaves the choice to the machine.
     """
     aux, train = config.aux, config.train
     auxnet = aux.route == "multiway" and aux.step_sizes == "auxnet"
@@ -203,9 +200,3 @@ def trunk_parameters(transformer: CharTransformer, lowest: int, highest: int) ->
         if transformer.ngram_embedding is not None:
             modules += [transformer.ngram_embedding]
     return [*transformer.position_tables[layers], *(p for module in modules for p in module.parameters())]
-
-
-def head_parameters(objective: Objective) -> list[nn.Parameter]:
-    """All parameters outside the trunk."""
-    trunk = set(trunk_parameters(objective.transformer, 1, objective.transformer.config.num_layers))
-    return [parameter for parameter in objective.parameters() if parameter not in trunk]

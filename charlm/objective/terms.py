@@ -76,14 +76,9 @@ def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tu
     offset_weights = _offset_weights(aux.targets)
     positions = aux.positions
     share = DECAYS[positions.schedule](positions.start, positions.end) if positions.enabled else constant(0.0)
+    hinges = dict.fromkeys(layer_weights, aux.layers.hinge) | {num_layers: 0.0}
     rows = [
-        Term(
-            layer,
-            offset,
-            kind,
-            layer_weight * offset_weight * position_weight,
-            hinge=aux.layers.hinge if layer < num_layers else 0.0,
-        )
+        Term(layer, offset, kind, layer_weight * offset_weight * position_weight, hinges[layer])
         for layer, layer_weight in layer_weights.items()
         for offset, offset_weight in offset_weights.items()
         if offset == 1 or layer == num_layers or aux.targets.layers == "all"

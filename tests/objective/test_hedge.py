@@ -73,7 +73,6 @@ def test_weights_multiply_the_loss_and_follow_the_next_character(randomise):
         alpha /= alpha.sum()
         np.testing.assert_allclose(objective.hedge.weights.numpy(), alpha, rtol=1e-5)
     report.total.backward()  # of weights that have changed meanwhile
-    plain.adapt(report.parts)
 
 
 def test_only_a_hedge_adds_to_the_state(randomise):

@@ -23,7 +23,6 @@ from charlm.objective.routes import (
     Joint,
     OptimizerFactory,
     check_route,
-    head_parameters,
     loss_weights,
     trunk_parameters,
 )
@@ -284,14 +283,13 @@ def test_trunk_and_heads_hold_every_parameter_once(positions, ngrams, randomise)
     """Guards against a parameter that no loss reaches, or that counts twice; layers that are cut in the wrong place."""
     objective = objective_of(randomise, AuxConfig(layers=LAYERS), position_encoding=positions, ngrams=ngrams)
     layers = [trunk_parameters(objective.transformer, layer, layer) for layer in (1, 2, 3)]
-    owned = [*head_parameters(objective), *(parameter for layer in layers for parameter in layer)]
+    heads = route_of(objective, AuxConfig()).heads
+    owned = [*heads, *(parameter for layer in layers for parameter in layer)]
     assert len(owned) == len(set(owned))
     assert set(owned) == set(objective.parameters())
     assert set(trunk_parameters(objective.transformer, -1, 2)) == {*layers[0], *layers[1]}
     assert set(trunk_parameters(objective.transformer, 2, 3)) == {*layers[1], *layers[2]}
-    assert {objective.get_parameter(name) for name, _ in objective.named_parameters() if is_head(name)} == set(
-        head_parameters(objective)
-    )
+    assert {parameter for name, parameter in objective.named_parameters() if is_head(name)} == set(heads)
 
 
 def test_weights_and_step_sizes_by_hand(randomise):
