@@ -24,19 +24,12 @@ class RotaryTable(NamedTuple):
     sin: Tensor
     """Like cos, but negative in the first half, where the partner is subtracted."""
 
-    @staticmethod
-    def of(angles_TF: Tensor) -> "RotaryTable":
-        """The table of `angles_TF`, in radians."""
-        sin = angles_TF.sin()
-        return RotaryTable(torch.cat([angles_TF.cos()] * 2, dim=-1), torch.cat([-sin, sin], dim=-1))
-
     def at(self, positions: slice | Tensor) -> "RotaryTable":
-        """The entries of some positions, given as a slice or as [B, T] indices."""
+        """The entries of a slice of positions, or of [B, T] positions."""
         cos, sin = self.cos[positions], self.sin[positions]
         return RotaryTable(cos, sin) if isinstance(positions, slice) else RotaryTable(cos[:, None], sin[:, None])
 
     def last(self, num_positions: int) -> "RotaryTable":
-        """The entries of the last positions."""
         return RotaryTable(self.cos[..., -num_positions:, :], self.sin[..., -num_positions:, :])
 
     def __call__(self, x_BHTC: Tensor) -> Tensor:
@@ -51,7 +44,9 @@ def rotary_table(num_positions: int, head_size: int, device: torch.device) -> Ro
     """The table whose angles are position x 10000^(-2i / C) for i = 0 ... C / 2 - 1."""
     half = head_size // 2
     frequencies = torch.exp(torch.arange(half, device=device) * (-math.log(10_000.0) / half))
-    return RotaryTable.of(torch.arange(num_positions, device=device)[:, None] * frequencies)
+    angles_TF = torch.arange(num_positions, device=device)[:, None] * frequencies
+    cos, sin = angles_TF.cos(), angles_TF.sin()
+    return RotaryTable(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
 
 def _rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -80,9 +75,9 @@ def attends_in_blocks(backend: AttentionBackend, device_type: str) -> bool:
 class Attention(nn.Module):
     """Causal multi-head self-attention.
 
-    `backend` "sdpa" uses torch's `scaled_dot_product_attention`. "blocks" uses `BlockwiseAttention`, which has no
-    dropout and needs more than one query; else it uses sdpa. "auto" means blocks on a CPU and sdpa elsewhere. A few
-    queries of many texts use `attend_by_text` on a CPU.
+    `backend` "sdpa" uses torch's `scaled_dot_product_attention`. "blocks" uses `BlockwiseAttention`, but sdpa with
+    dropout or for a single query. "auto" means blocks on a CPU and sdpa elsewhere. A few queries of many texts use
+    `attend_by_text` on a CPU.
     """
 
     def __init__(self, config: ModelConfig, backend: AttentionBackend):

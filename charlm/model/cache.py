@@ -11,8 +11,6 @@ from torch import Tensor
 
 from charlm.config import ModelConfig
 
-FEW_QUERIES = 16
-
 
 class Places(NamedTuple):
     """Slots in a cache for the next T positions of each row."""
@@ -22,8 +20,8 @@ class Places(NamedTuple):
     end: int
     """S, the length of the longest row afterwards."""
     visible_B1TS: Tensor | None
-    """Mask of the positions that each new one attends to. None means plain causal attention: a mask is built for rows
-    of different lengths, and for 2 to 16 new positions, where it is faster than attention in blocks."""
+    """Mask of the positions that each new one attends to; None means plain causal attention. Rows of different lengths
+    have a mask, and so have 2 to 16 new positions, where it is faster than attention in blocks."""
 
 
 class LayerCache(NamedTuple):
@@ -45,9 +43,9 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Keys and values in buffers that never move, [L, B, H, context_length, C] each, and the ids, [B, context_length].
+    """Keys and values, [L, B, H, context_length, C] each, and ids, [B, context_length], in buffers that never move.
 
-    Every row has its own length. Lowering a length forgets the newest positions, such as rejected drafts.
+    Every row has its own length. Lowering it forgets the newest positions, such as rejected drafts.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32):
@@ -80,21 +78,17 @@ class KVCache:
         lengths = self.lengths.tolist()
         end = max(lengths) + num_new
         equal = min(lengths) == max(lengths)
-        if equal and not 1 < num_new <= FEW_QUERIES:
+        if equal and not 1 < num_new <= 16:
             return Places(slice(end - num_new, end), end, None)
         positions_BT = (self.lengths[:, None] + torch.arange(num_new)).to(self.keys.device)
         visible_BTS = torch.arange(end, device=self.keys.device) <= positions_BT[:, :, None]
         return Places(slice(end - num_new, end) if equal else positions_BT, end, visible_BTS[:, None])
 
     def extend_ids(self, ids_BT: Tensor, places: Places, num_earlier: int) -> Tensor:
-        """Store the ids of new positions; return them and up to `num_earlier` before them, -1 where there is none."""
+        """Store new ids; return them and up to `num_earlier` before them, -1 where there is none."""
         if isinstance(places.positions, slice):
             self.ids[:, places.positions] = ids_BT
             return self.ids[:, max(0, places.positions.start - num_earlier) : places.end]
         self.ids.scatter_(1, places.positions, ids_BT)
         wanted_BS = places.positions[:, :1] + torch.arange(-num_earlier, ids_BT.shape[1], device=ids_BT.device)
         return self.ids.gather(1, wanted_BS.clamp(min=0)).masked_fill(wanted_BS < 0, -1)
-
-    def layer(self, layer: int, places: Places) -> LayerCache:
-        """The buffers of a layer (1-based)."""
-        return LayerCache(self.keys[layer - 1], self.values[layer - 1], places)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from charlm.config import LayersConfig, ModelConfig
 
@@ -16,19 +17,17 @@ from charlm.config import LayersConfig, ModelConfig
 class Heads(nn.Module):
     """One linear classifier with bias per (layer, offset), tied to nothing (Al-Rfou et al. 2018, section 3).
 
-    Under pre-norm an intermediate layer hands out the raw residual stream, so each exit owns a layer norm; the last
-    layer's is the model's final norm. Classifiers start at zero, so every loss starts at exactly ln V, and no head
-    disturbs the trunk before it has learned something itself.
+    Under pre-norm the head of an intermediate layer begins with a layer norm. Classifiers start at zero, so every loss
+    starts at exactly ln V, and no head disturbs the trunk before it has learned something itself.
 
-    The last layer's head is of this kind, except in a model that was cut off above a tower. Intermediate layers may
-    have another kind (`aux.layers.head`):
+    Intermediate layers may have another kind (`aux.layers.head`); the last layer may not, except in a model that was
+    cut off above a tower:
 
-    - shared: the model's final norm and the last layer's classifier of the same offset (Elhoushi et al. 2024,
-      LayerSkip, section 4.1.2). It has no parameters of its own. Under post-norm the states are already normalised.
+    - shared: the model's final norm and the last layer's classifier of the same offset, without parameters of its own
+      (Elhoushi et al. 2024, LayerSkip, section 4.1.2).
     - shared_frozen: the same, but as constants: the gradient reaches the trunk only.
-    - tower: norm, a hidden layer that the offsets share, ReLU, dropout, and a classifier per offset. It does at a
-      position what the auxiliary networks of GoogLeNet (Szegedy et al. 2015, section 5) and PSPNet (Zhao et al. 2017,
-      section 4) do for an image.
+    - tower: norm, a hidden layer that the offsets share, ReLU, dropout, and a classifier per offset, as GoogLeNet
+      (Szegedy et al. 2015, section 5) and PSPNet (Zhao et al. 2017, section 4) have for images.
     """
 
     def __init__(
@@ -41,19 +40,16 @@ class Heads(nn.Module):
         final_norm: nn.Module | None = None,
         last_tower: bool = False,
     ):
-        """Make a classifier for each of `pairs`, or one of the last layer for each offset if they are shared.
-
+        """
         Args:
-            pairs: (layer, offset); layers are 1-based, offset 1 is the next.
+            pairs: (layer, offset) of each classifier; layers are 1-based, offset 1 is the next character.
             layers: names the kind of the intermediate layers' heads; linear by default.
-            final_norm: the transformer's final norm, which shared heads apply.
+            final_norm: the transformer's final norm; shared heads need it.
             last_tower: the last layer also has a tower, after the final norm.
         """
         super().__init__()
         layers = layers or LayersConfig()
         shared = layers.head in ("shared", "shared_frozen")
-        if shared and final_norm is None:
-            raise ValueError(f"heads of kind {layers.head} need the final norm")
         self.last_layer = config.num_layers
         self.last_tower = last_tower
         self.frozen = layers.head == "shared_frozen"
@@ -79,7 +75,7 @@ class Heads(nn.Module):
             self.exits[f"layer{layer}"] = nn.ModuleDict(parts)
 
     def norm(self, layer: int) -> nn.Module:
-        """The norm that the head of `layer` applies first; the identity where the states are already normalised."""
+        """The norm that the head of `layer` applies first; the identity where states are already normalised."""
         home = self._homes[layer]
         return self.exits[f"layer{layer}"]["norm"] if home == layer else self._final_norm[0]
 
@@ -92,15 +88,16 @@ class Heads(nn.Module):
     def classifiers(self, hidden_BTD: Tensor, layer: int, offsets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """The input of the classifiers of `layer`, [B, T, E], and their weights [K * V, E] and biases [K * V], joined.
 
-        The offsets share one matrix product, but each keeps its own parameters: a classifier that is not asked for
-        gets no gradient at all, so no optimizer moves it.
+        A classifier that is not asked for gets no gradient at all, so no optimizer moves it.
         """
         parts = self._parts(layer)
         linears = [parts[f"offset{offset}"] for offset in offsets]
         weight = _stacked([linear.weight for linear in linears])
         bias = _stacked([linear.bias for linear in linears])
         if self.frozen and layer < self.last_layer:
-            return _frozen(self.norm(layer), hidden_BTD), weight.detach(), bias.detach()
+            norm = self.norm(layer)
+            constants = {name: parameter.detach() for name, parameter in norm.named_parameters()}
+            return functional_call(norm, constants, (hidden_BTD,)), weight.detach(), bias.detach()
         return self.states(hidden_BTD, layer), weight, bias
 
     def states(self, hidden_BTD: Tensor, layer: int) -> Tensor:
@@ -126,10 +123,3 @@ def _tower(d_model: int, width: int, dropout: float) -> nn.Sequential:
     nn.init.normal_(hidden.weight, std=d_model**-0.5)
     nn.init.zeros_(hidden.bias)
     return nn.Sequential(OrderedDict(hidden=hidden, activation=nn.ReLU(), dropout=nn.Dropout(dropout)))
-
-
-def _frozen(norm: nn.Module, hidden_BTD: Tensor) -> Tensor:
-    """Apply `norm`, a layer norm or the identity, with its parameters as constants."""
-    if isinstance(norm, nn.Identity):
-        return hidden_BTD
-    return F.layer_norm(hidden_BTD, norm.normalized_shape, norm.weight.detach(), norm.bias.detach(), norm.eps)

@@ -35,18 +35,14 @@ def medium_is_fp32() -> bool:
 
 
 def apply_linear(layer: nn.Linear, x_BTD: Tensor) -> Tensor:
-    """The output of a linear layer. A single vector without gradients goes by dot products, 2 to 3 times as fast as
-    the matrix product on a CPU."""
+    """The output of a linear layer. On a CPU dot products are 2 to 3 times as fast for a single vector."""
     if x_BTD.shape[:-1].numel() > 1 or x_BTD.device.type != "cpu" or torch.is_grad_enabled():
         return layer(x_BTD)
     return (torch.linalg.vecdot(layer.weight, x_BTD.flatten()) + layer.bias).expand(*x_BTD.shape[:-1], -1)
 
 
 def many_texts_few_queries(query_BHQC: Tensor) -> bool:
-    """Whether `attend_by_text` is faster: many texts, a few symbols of each, no gradients, a CPU.
-
-    Only in fp32, as bf16 would round the scores before their softmax.
-    """
+    """Whether `attend_by_text` is faster, and as exact: bf16 would round the scores before their softmax."""
     B, _, num_queries, _ = query_BHQC.shape
     in_fp32 = query_BHQC.device.type == "cpu" and query_BHQC.dtype == torch.float32
     return num_queries < FEW_ROWS <= B and in_fp32 and not torch.is_grad_enabled()
@@ -72,8 +68,8 @@ class BlockwiseAttention(torch.autograd.Function):
     The Q queries belong to the last of the keys' T positions.
 
     The CPU's fused kernel also computes the masked half of the scores, and its backward pass uses the processor's
-    matrix instructions poorly; here every product is one batched matrix product. The attention weights are kept for
-    the backward pass in the precision of the queries, B x H x T x T / 2 of them (activation checkpointing drops them).
+    matrix instructions poorly. The attention weights, B x H x T x T / 2 of them, are kept for the backward pass in the
+    precision of the queries.
     """
 
     @staticmethod

@@ -1,9 +1,10 @@
 """A deep causal Transformer over characters. It returns hidden states, never logits.
 
-Shapes: B batch, T positions, D d_model, H heads, V vocabulary, L layers.
+Shapes: B batch, T positions, S characters seen, N characters of the longest n-gram, D d_model, V vocabulary, L layers.
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from charlm.config import AttentionBackend, ModelConfig
 from charlm.model.attention import Attention, RotaryTable, rotary_table
 from charlm.model.cache import KVCache, LayerCache, Places
-from charlm.model.embedding import NgramEmbedding
 from charlm.model.kernels_cpu import apply_linear
 
 
@@ -38,8 +38,48 @@ def relu_squared(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "relu_squared": relu_squared}
-EMBEDDING_STD = 0.3
-POSITION_STD = 0.02
+HASH_BASE, HASH_MODULUS = 1_000_003, 2**31 - 1
+
+
+class NgramEmbedding(nn.Module):
+    """Embeddings of the n-grams that end at each position, from hashed tables (Pagnoni et al. 2024, section 3.2.1).
+
+    The last n characters are hashed to a row of a table, for each n. One matrix projects the rows of all n to the
+    model's width: narrow tables and a matrix (Lan et al. 2020, section 3.1) replace the source's tables of full width.
+    The gradients of the tables are sparse: a step costs as much as the rows that it reads, however large the tables.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.lengths = tuple(sorted(config.ngrams))
+        width = config.ngram_width
+        self.tables = nn.ModuleList(nn.Embedding(config.ngram_buckets, width, sparse=True) for _ in self.lengths)
+        self.up = nn.Linear(len(self.lengths) * width, config.d_model, bias=False)
+        for table in self.tables:
+            nn.init.normal_(table.weight, std=0.02)
+        nn.init.normal_(self.up.weight, std=self.up.in_features**-0.5)
+
+    def forward(self, ids_BS: Tensor, num_positions: int) -> Tensor:
+        """The embeddings of the last `num_positions` of the S characters: [B, num_positions, D].
+
+        Characters before the first, and those of id -1, count as one symbol that is no character.
+        """
+        longest = self.lengths[-1]
+        symbols_BS = F.pad(ids_BS + 1, (longest - 1, 0))
+        newest_first_BTN = symbols_BS.unfold(1, longest, 1)[:, -num_positions:].flip(-1)
+        hashes_BTN = (newest_first_BTN * _powers(longest, ids_BS.device)).cumsum(dim=-1) % HASH_MODULUS
+        rows = [
+            table(hashes_BTN[..., n - 1] % table.num_embeddings)
+            for n, table in zip(self.lengths, self.tables, strict=True)
+        ]
+        return self.up(torch.cat(rows, dim=-1))
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # or powers computed during generation could not be used in training
+def _powers(count: int, device: torch.device) -> Tensor:
+    """base^j modulo a prime, for j = 0 ... count - 1: factors of (id + 1) of the character j steps back."""
+    return torch.tensor([pow(HASH_BASE, j, HASH_MODULUS) for j in range(count)], device=device)
 
 
 class FeedForward(nn.Module):
@@ -75,7 +115,6 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         num_last: int | None = None,
     ) -> Tensor:
-        """The output of the layer; only the last `num_last` positions, if given."""
         kept_BTD = x_BTD if num_last is None else x_BTD[:, -num_last:]
         if self.pre_norm:
             x_BTD = kept_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotation, cache, num_last))
@@ -90,8 +129,7 @@ class CharTransformer(nn.Module):
     Initialisation: matrices are normal with variance 1 / fan-in, biases zero, embeddings normal with standard deviation
     0.3, position tables with 0.02. The two matrices of each layer that write to the residual stream are scaled down by
     sqrt(2L) (Radford et al. 2019), so that 2L sublayers together add about as much variance as one unscaled one. Under
-    post-norm the same factor keeps the product of the 2L norms' gradients bounded, whatever the depth. With
-    `residual_init` "zero" they start at zero.
+    post-norm this keeps the product of the 2L norms' gradients bounded. With `residual_init` "zero" they start at zero.
     """
 
     def __init__(
@@ -102,11 +140,7 @@ class CharTransformer(nn.Module):
         attention: AttentionBackend = "auto",
         activation_checkpointing: bool = False,
     ):
-        """
-        Args:
-            attention: see `Attention`.
-            activation_checkpointing: in training, recompute each layer in the backward pass.
-        """
+        """`activation_checkpointing` recomputes each layer in the backward pass; for `attention` see `Attention`."""
         super().__init__()
         self.config = config
         self.vocabulary_size = vocabulary_size
@@ -122,9 +156,9 @@ class CharTransformer(nn.Module):
 
     def _initialise(self) -> None:
         residual_scale = 0.0 if self.config.residual_init == "zero" else (2 * self.config.num_layers) ** -0.5
-        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        nn.init.normal_(self.embedding.weight, std=0.3)
         for table in self.position_tables:
-            nn.init.normal_(table, std=POSITION_STD)
+            nn.init.normal_(table, std=0.02)
         for block in self.blocks:
             for linear in (module for module in block.modules() if isinstance(module, nn.Linear)):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
@@ -146,12 +180,11 @@ class CharTransformer(nn.Module):
             layers: 1-based numbers of the layers wanted; by default the last. Layers above the highest do not run.
             cache: keys and values of earlier positions. It advances by T, but only in the layers that run, so use a
                 cache for one depth only. Not in training with activation checkpointing.
-            num_last: number of last positions to return, at least 1. For the others the highest layer wanted
-                computes nothing but keys and values.
+            num_last: number of last positions to return, at least 1; by default all.
 
         Returns:
-            {layer: hidden_BTD}, with at most `num_last` positions. Under pre-norm the last layer's states went through
-            the final norm; an intermediate layer's are the raw residual stream, which its head normalises.
+            {layer: hidden_BTD}. Under pre-norm the last layer's states went through the final norm; an intermediate
+            layer's are the raw residual stream, which its head normalises.
 
         Raises:
             ValueError: no such layer, or the positions exceed the context.
@@ -163,28 +196,23 @@ class CharTransformer(nn.Module):
         return self._run(self.embed(ids_BT, places, cache), 0, wanted, places, cache, num_last)
 
     def resume(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
-        """Compute the last layer's hidden states from those of an intermediate `layer`.
+        """The last layer's hidden states from those of `layer`, which `forward` returned for the newest T positions.
 
-        `forward` returned them for the T positions after those in `cache`, whose buffers still hold their keys and
-        values: reset the cache's lengths to before them. The cache advances by T again.
+        Reset the lengths of `cache` to before these positions first; it advances by T again.
         """
         places = self.places(hidden_BTD.shape[1], cache)
         last = self.config.num_layers
         return self._run(hidden_BTD, layer, {last}, places, cache)[last]
 
     def places(self, num_new: int, cache: KVCache | None) -> Places:
-        """Slots for the next `num_new` positions.
-
-        Raises:
-            ValueError: the positions exceed the context.
-        """
+        """Slots for the next `num_new` positions. Raises ValueError if they exceed the context."""
         places = cache.places(num_new) if cache is not None else Places(slice(0, num_new), num_new, None)
         if places.end > self.config.context_length:
             raise ValueError(f"{places.end} positions exceed the context of {self.config.context_length}")
         return places
 
     def embed(self, ids_BT: Tensor, places: Places, cache: KVCache | None) -> Tensor:
-        """The input of the first layer without its positions, [B, T, D]. Stores the ids in `cache`."""
+        """The input of the first layer without its positions, [B, T, D]; stores the ids in `cache`."""
         x_BTD = self.embedding(ids_BT)
         if self.ngram_embedding is None:
             return x_BTD
@@ -220,7 +248,9 @@ class CharTransformer(nn.Module):
             if self.activation_checkpointing and self.training:
                 x_BTD = checkpoint(block, x_BTD, rotation, use_reentrant=False)
             else:
-                layer_cache = cache.layer(layer, places) if cache is not None else None
+                layer_cache = None
+                if cache is not None:
+                    layer_cache = LayerCache(cache.keys[layer - 1], cache.values[layer - 1], places)
                 x_BTD = block(x_BTD, rotation, layer_cache, num_last if layer == highest else None)
             if layer in wanted:
                 kept_BTD = x_BTD if num_last is None else x_BTD[:, -num_last:]

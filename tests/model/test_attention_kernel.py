@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from charlm.config import Config, ModelConfig, TrainConfig
-from charlm.model.attention import RotaryTable
+from charlm.model.attention import RotaryTable, rotary_table
 from charlm.model.cache import KVCache
 from charlm.model.kernels_cpu import FEW_ROWS, BlockwiseAttention, block_length
 from charlm.model.transformer import CharTransformer, ReluSquared
@@ -33,7 +33,8 @@ class OperatorCounter(TorchDispatchMode):
 
 
 def turned_by_a_rotation(x_BHTC: torch.Tensor) -> torch.Tensor:
-    return RotaryTable.of(torch.arange(10, dtype=x_BHTC.dtype).view(5, 2))(x_BHTC)
+    cos, sin = rotary_table(5, 4, torch.device("cpu"))
+    return RotaryTable(cos.double(), sin.double())(x_BHTC)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from charlm.config import ConfigError, ModelConfig
-from charlm.model.embedding import NgramEmbedding
+from charlm.model.transformer import NgramEmbedding
 
 V = 7
 

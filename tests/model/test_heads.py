@@ -178,8 +178,6 @@ def test_shared_heads_have_a_classifier_for_each_offset():
     assert heads(some_states(), 1, (2,)).shape == (2, 6, 1, V)
     with pytest.raises(KeyError):
         heads(some_states(), 2)
-    with pytest.raises(ValueError, match="final norm"):
-        Heads(small(), V, [(1, 1)], layers=layers)
 
 
 @pytest.mark.parametrize("kind", KINDS)
