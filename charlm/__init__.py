@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from charlm.objective.build import auxiliary_task
     from charlm.report.explain import explain
     from charlm.report.finish import train_and_report
+    from charlm.runs.hub import push_to_hub
     from charlm.runs.load import load
-    from charlm.runs.share.hub import push_to_hub
     from charlm.training.loop import train
 
 __version__ = "0.1.0"
@@ -63,7 +63,7 @@ _HOMES = {
     "load": "runs.load",
     "load_config": "config.load",
     "load_corpus": "data.corpus",
-    "push_to_hub": "runs.share.hub",
+    "push_to_hub": "runs.hub",
     "train": "training.loop",
     "train_and_report": "report.finish",
 }

@@ -1,58 +1,80 @@
-"""Files written whole or not at all, and JSON files that are checked before they are parsed."""
+"""Files written whole or not at all, and JSON files that are checked before they are used."""
 
 import hashlib
 import json
 import os
-import stat
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from charlm.config.errors import UserError
 
 MAX_JSON_BYTES = 2**24
 
 
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """The content of a JSON file.
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, kind: Any = Any) -> Any:
+    """The content of a JSON file, as a `kind`: a model or another type that pydantic can check.
 
     Raises:
-        UserError: it is missing, no regular file, larger than `max_bytes`, damaged, or nested too deeply.
+        UserError: it is missing, no regular file, larger than `max_bytes`, damaged, nested too deeply, or no `kind`.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError("it is no regular file")
+        if not path.is_file():  # a reader of a pipe could wait for ever
+            raise ValueError("it is missing or no regular file")
         with path.open("rb") as file:
             content = file.read(max_bytes + 1)
         if len(content) > max_bytes:
             raise ValueError(f"it has more than {max_bytes:,} bytes")
-        return json.loads(content.decode())
-    except RecursionError:
-        raise UserError(f"{path} cannot be read as JSON: it is nested too deeply") from None
+        return TypeAdapter(kind).validate_python(parse_json(content))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))[:80]
+        raise UserError(f"{path} is not one that this version of charlm writes: {place}: {fault['msg']}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
 
 
+def parse_json(text: bytes) -> Any:
+    """The value of a JSON text; whole numbers of more than 18 digits become floats. Raises ValueError."""
+    try:
+        return json.loads(text.decode(), parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it holds either its old or its new content, whenever the process or the machine dies."""
-    with replacing(path) as file:
-        file.write(text.encode())
+    with replacing(path) as temporary:
+        temporary.write_text(text, "utf-8")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write and read that moves to `path` when the block ends, and vanishes if that raises."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden path beside `path`, for a file or folder that takes its place when the context ends without an error.
+
+    The content of a folder must be on disk by then, and no folder may stand at `path`.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
+    remove(temporary)  # left by a process that was killed
     try:
-        with temporary.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
     sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if there is one; what cannot be removed from a folder now is left to the next time."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -47,7 +47,8 @@ class Options(Section):
 def main() -> None:
     options = cli.parse(Options)
     from charlm.inference.evaluation import score_at
-    from charlm.runs.share.export import check_absent, check_depth, save_model, shallowest, truncate
+    from charlm.runs.exported import check_absent, save_model
+    from charlm.runs.trained import shallowest, truncate
 
     check_absent(options.to)
     if not options.within >= 0:
@@ -65,8 +66,6 @@ def main() -> None:
         scores = (score_at(score, depth),)
     else:
         depth = options.depth
-        if depth is not None:
-            check_depth(trained, depth)
     model = truncate(trained, depth, keep_heads=options.keep_heads)
     model = replace(model, scores=model.scores + scores)
     if options.score is not None:

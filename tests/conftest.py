@@ -18,7 +18,7 @@ from charlm.model.transformer import CharTransformer
 from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.snapshot import take_snapshot
+from charlm.runs.tensors import take_snapshot
 from charlm.runs.trained import TrainedModel
 
 torch.set_num_threads(1)  # more threads only slow models of this size down

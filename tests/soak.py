@@ -181,7 +181,7 @@ def has_ended(child: int) -> bool:
 
 def damage(run: Path, choose: random.Random) -> bool:
     """Flip a bit of the newest checkpoint, if there is one to fall back on."""
-    folders = checkpoint_folders(Run(run))
+    folders = list(checkpoint_folders(Run(run)).values())
     if len(folders) < 2:
         return False
     path = choose.choice([path for path in sorted(folders[-1].iterdir()) if path.stat().st_size])

@@ -12,13 +12,15 @@ import torch
 from charlm.config import Config, RunConfig
 from charlm.runs.checkpoints import Checkpoint, checkpoint_folders, save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.snapshot import Snapshot
+from charlm.runs.tensors import Snapshot, load_tensors
 
+CORPUS = {"name": "none", "sha256": "0"}
+"""A run's record of a corpus that no test reads."""
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
 def make_run(path: Path) -> Run:
-    return Run.create(Config(run=RunConfig(dir=path)), {"name": "none"})
+    return Run.create(Config(run=RunConfig(dir=path)), CORPUS)
 
 
 def snapshot_of(step: int, number: float | None = None, **state) -> Snapshot:
@@ -35,15 +37,15 @@ def save(run: Run, step: int, number: float | None = None, *, best: bool = False
 
 def number_of(checkpoint: Checkpoint) -> float:
     """The number that every tensor of a checkpoint holds."""
-    snapshot = checkpoint.snapshot()
-    tensors = [*snapshot.model.values(), *snapshot.optimizer.values()]
+    files = [checkpoint.path / f"{name}.safetensors" for name in ("model", "optimizer")]
+    tensors = [tensor for file in files for tensor in load_tensors(file)[0].values()]
     (number,) = {float(value) for tensor in tensors for value in tensor.flatten()}
     assert number == checkpoint.state["number"]
     return number
 
 
 def steps(run: Run) -> list[int]:
-    return [int(folder.name[5:]) for folder in checkpoint_folders(run)]
+    return list(checkpoint_folders(run))
 
 
 def names(run: Run) -> set[str]:

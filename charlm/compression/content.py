@@ -68,7 +68,7 @@ def output(path: Path, source: Path, size: int = 0) -> Iterator[BinaryIO]:
     try:
         if size > (free := shutil.disk_usage(path.parent).free):
             raise UserError(f"{path}: needs {size:,} bytes, and {free:,} are free; free some space")
-        with replacing(path) as file:
+        with replacing(path) as temporary, temporary.open("w+b") as file:
             yield file
     except OSError as error:
         way_out = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""

@@ -18,29 +18,45 @@ has left.
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import stat
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from charlm.config import UserError
-from charlm.files import read_json, sha256_of, sync, write_whole
+from charlm.files import read_json, remove, replacing, sha256_of, sync, write_whole
 from charlm.runs.folder import Run
-from charlm.runs.snapshot import Snapshot
-from charlm.runs.tensors import check_model, check_space, load_tensors, opened, save_tensors, shown
+from charlm.runs.tensors import (
+    Snapshot,
+    check_space,
+    check_tensors,
+    load_tensors,
+    owned_parameters,
+    placed,
+    save_tensors,
+)
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)
 STEP = r"step-(\d{8}|[1-9]\d{8,17})"
 FOLDER = re.compile(rf"{STEP}|\.{STEP}\.old", re.ASCII)
 MAX_JSON_BYTES = 2**20
+
+
+class State(BaseModel, strict=True, extra="allow"):
+    """Content of state.json, as far as it is used here."""
+
+    step: int
+    best_step: int | None = None
+    best_bits: float | None = None
+    validated_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,46 +78,37 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's parameters by name, on the CPU."""
-        return load_tensors(self.path / MODEL)
+        return load_tensors(self.path / MODEL)[0]
 
-    def snapshot(self) -> Snapshot:
-        """Parameters, optimizer state and training state."""
-        return Snapshot(self.tensors(), load_tensors(self.path / OPTIMIZER), self.state)
+    def restore(self, model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
+        """Put parameters and optimizer state back, on each parameter's device and in its shards.
 
-    def check_vocabulary(self, vocabulary: Any) -> None:
-        """Raise UserError if the parameters name another vocabulary than `vocabulary`, the run's record of one."""
-        with opened(self.path / MODEL) as file:
-            expected = (file.metadata() or {}).get("vocabulary")
-        if expected not in (None, _digest(vocabulary)):
-            raise UserError(
-                f"{self.path}: was trained with another vocabulary than provenance.json has; restore that file"
-            )
-
-    def check_tensors(self, expected: Mapping[str, Tensor], owned: Iterable[Collection[str]] = ()) -> None:
-        """Raise UserError, naming file and tensor, unless the tensors are those of a model with this `state_dict`.
-
-        Names, shapes and types are compared. Optimizer state must be a scalar, or have the
-        shape and type of its parameter. `owned` holds, for each optimizer, its parameters by the names used for their
-        state (see `owned_parameters`): each has either complete optimizer state or none (it never received a gradient),
-        and there is no other state.
+        Raises:
+            UserError: names, shapes or types of tensors are not those of this model, or some parameters of an optimizer
+                have less state than others. A parameter that never received a gradient has none.
         """
-        check_model(self.path / MODEL, expected, "config.yaml and provenance.json")
-        path, owned = self.path / OPTIMIZER, list(owned)
-        owners = set().union(*owned)
-        keys = defaultdict(set)
-        for name, tensor in load_tensors(path).items():
-            parameter, _, key = name.rpartition(".")
-            keys[parameter].add(key)
-            owner = expected.get(parameter.rpartition("/")[2])  # behind the prefix of a loss
-            if owner is None or (owned and parameter not in owners):
-                raise UserError(f"{path} has a tensor {name}, which belongs to no parameter")
-            if tensor.ndim > 0 and shown(tensor) != shown(owner):
-                raise UserError(f"{path}: its tensor {name} is {shown(tensor)}, and its parameter {shown(owner)}")
-        for parameters in owned:
-            complete = set().union(*(keys[name] for name in parameters))
-            for name in parameters:
-                if keys[name] and (missing := complete - keys[name]):
-                    raise UserError(f"{path} has no tensor {name}.{min(missing)}, and other parameters have one")
+        tensors, expected = self.tensors(), model.state_dict()
+        check_tensors(self.path / MODEL, tensors, expected, "the model of config.yaml and provenance.json")
+        model.load_state_dict({name: placed(tensor, expected[name]) for name, tensor in tensors.items()})
+        found, _ = load_tensors(self.path / OPTIMIZER)
+        owners = {}
+        for optimizer in optimizers:
+            owned = owned_parameters(model, optimizer)
+            held = [name.rpartition(".") for name in found if name.rpartition(".")[0] in owned]
+            for name, key in product({name for name, _, _ in held}, {key for _, _, key in held}):
+                owners[f"{name}.{key}"] = (optimizer, owned[name], key)
+        expected = {name: parameter for name, (_, parameter, _) in owners.items()}
+        expected |= {name: tensor for name, tensor in found.items() if name in owners and tensor.ndim == 0}
+        check_tensors(self.path / OPTIMIZER, found, expected, "the optimizer of config.yaml")
+        for name, (optimizer, parameter, key) in owners.items():
+            value = found[name]
+            if value.ndim > 0:
+                value = placed(value, parameter)
+            elif value.dtype == torch.int64:
+                value = value.item()  # SparseAdam counts its steps in a Python int; a tensor would change its results
+            elif optimizer.param_groups[0].get("fused"):
+                value = value.to(parameter.device)  # other optimizers read their step counters on the CPU
+            optimizer.state[parameter][key] = value
 
 
 def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> Checkpoint:
@@ -111,28 +118,28 @@ def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> C
         OSError: the disk is full or fails. The older checkpoints are left as they were.
     """
     target = run.checkpoints_path / _name(snapshot.state["step"])
-    temporary = _beside(target, "tmp")
     _tidy(run)
-    tensors = (*snapshot.model.values(), *snapshot.optimizer.values())
-    check_space(run.checkpoints_path, sum(tensor.nbytes for tensor in tensors))
+    check_space(run.checkpoints_path, [*snapshot.model.values(), *snapshot.optimizer.values()])
+    metadata = {"vocabulary": digest(run.provenance()["corpus"].get("vocabulary"))}
     try:
-        temporary.mkdir()
-        write_whole(temporary / STATE, json.dumps(snapshot.state, indent=2) + "\n")
-        metadata = {"vocabulary": _digest(run.provenance()["corpus"].get("vocabulary"))}
-        save_tensors(snapshot.model, temporary / MODEL, temporary / STATE, metadata)
-        save_tensors(snapshot.optimizer, temporary / OPTIMIZER, temporary / STATE)
-        write_whole(temporary / MANIFEST, _manifest({name: _fingerprint(temporary / name) for name in FILES}))
-        if run.metrics_path.exists():
-            sync(run.metrics_path)  # the history must survive whatever the checkpoint survives
-        if target.exists():
-            target.rename(_beside(target, "old"))
-        temporary.rename(target)
-        sync(run.checkpoints_path)
+        with replacing(target) as temporary:
+            temporary.mkdir()
+            write_whole(temporary / STATE, json.dumps(snapshot.state, indent=2) + "\n")
+            save_tensors(snapshot.model, temporary / MODEL, temporary / STATE, metadata)
+            save_tensors(snapshot.optimizer, temporary / OPTIMIZER, temporary / STATE)
+            write_whole(temporary / MANIFEST, _manifest({name: _fingerprint(temporary / name) for name in FILES}))
+            if run.metrics_path.exists():
+                sync(run.metrics_path)  # the history must survive whatever the checkpoint survives
+            if target.exists():
+                target.rename(_beside(target, "old"))
     finally:
         _tidy(run)
     for pointer in ("last", "best") if best else ("last",):
         write_whole(run.checkpoints_path / pointer, target.name + "\n")
-    _prune(run, keep)
+    best_step = _pointed(run, "best")
+    for step, folder in list(checkpoint_folders(run).items())[:-keep]:
+        if step != best_step:
+            _remove(folder)
     return Checkpoint(target, snapshot.state)
 
 
@@ -142,18 +149,15 @@ def find_checkpoint(run: Run, which: str | int = "best") -> Checkpoint:
     Raises:
         UserError: it does not exist, or one of its files is damaged; the message lists the whole ones.
     """
-    if re.fullmatch(r"\d{1,18}", str(which), re.ASCII):
-        name = _name(int(which))
-    else:
-        name = _pointed(run, which) if which in ("best", "last") else str(which)
-    folders = {_name(step_of(path)): path for path in checkpoint_folders(run)}
-    if name not in folders:
-        there = ", ".join(str(step_of(path)) for path in folders.values()) or "none yet"
-        raise UserError(f"{run.path} has no checkpoint {which!r}; its steps are: {there}")
+    step = _pointed(run, which) if which in ("best", "last") else _step_of(f"step-{which:>08}")
+    folders = checkpoint_folders(run)
+    if step not in folders:
+        there = ", ".join(map(str, folders)) or "none yet"
+        raise UserError(f"{run.path} has no checkpoint {which!r}; its steps are: {there}", "checkpoint")
     try:
-        return _read(folders[name])
+        return _read(folders.pop(step))
     except UserError as error:
-        whole = ", ".join(str(step_of(path)) for other, path in folders.items() if other != name and _is_whole(path))
+        whole = ", ".join(str(step) for step, path in folders.items() if _is_whole(path))
         raise UserError(f"{error}; whole checkpoints are at the steps: {whole or 'none'}") from None
 
 
@@ -163,28 +167,22 @@ def newest_whole_checkpoint(run: Run) -> tuple[Checkpoint | None, list[str]]:
     `last` is ignored: a kill may have come before it was set, or it may be damaged.
     """
     warnings = []
-    for path in reversed(checkpoint_folders(run)):
+    for step, path in reversed(checkpoint_folders(run).items()):
         try:
             return _read(path), warnings
         except UserError as error:
-            warnings.append(f"checkpoint of step {step_of(path):,} skipped: {error}")
+            warnings.append(f"checkpoint of step {step:,} skipped: {error}")
     return None, warnings
 
 
-def checkpoint_folders(run: Run) -> list[Path]:
-    """The folders of the run's checkpoints, oldest first. Of one that a kill left half replaced, the old folder."""
-    by_step = {}
+def checkpoint_folders(run: Run) -> dict[int, Path]:
+    """The folders of the run's checkpoints by step, in order. Of one that a kill left half replaced, the old folder."""
+    folders = {}
     if run.checkpoints_path.is_dir():
         for path in sorted(run.checkpoints_path.iterdir()):  # .step-00000001.old before step-00000001
-            if FOLDER.fullmatch(path.name):
-                by_step[step_of(path)] = path
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def step_of(folder: Path) -> int:
-    """The step of a checkpoint's folder."""
-    step, replaced_step = FOLDER.fullmatch(folder.name).groups()
-    return int(step or replaced_step)
+            if (step := _step_of(path.name)) is not None:
+                folders[step] = path
+    return dict(sorted(folders.items()))
 
 
 def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[str]:
@@ -199,17 +197,18 @@ def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[s
     """
     warnings = []
     _tidy(run)
-    folders = {step_of(path): path for path in checkpoint_folders(run)}
-    known, pointed = checkpoint.state.get("best_step"), _pointed(run, "best")
-    steps = [step for step in folders if step == known] + [step for step in folders if _name(step) == pointed]
-    best = next((step for step in steps if step <= checkpoint.step), checkpoint.step)
+    folders = checkpoint_folders(run)
+    candidates = (checkpoint.state.get("best_step"), _pointed(run, "best"))
+    best = next((step for step in candidates if step in folders and step <= checkpoint.step), checkpoint.step)
     write_whole(run.checkpoints_path / "last", checkpoint.name + "\n")
     write_whole(run.checkpoints_path / "best", _name(best) + "\n")
     for step in sorted(folders, reverse=True):  # newest first: a kill leaves a run that can continue
         if step > checkpoint.step and discard and _is_whole(folders[step]):
             _remove(folders[step])
         elif step > checkpoint.step:
-            warnings.append(f"checkpoint of step {step:,} put aside as {_put_aside(folders[step])}")
+            aside = _beside(folders[step], "damaged")
+            remove(aside)  # an earlier one of the same step
+            warnings.append(f"checkpoint of step {step:,} put aside as {folders[step].rename(aside)}")
     return warnings + run.forget_metrics_after(checkpoint.step, checkpoint.state.get("validated_step"))
 
 
@@ -217,21 +216,27 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def _step_of(name: str) -> int | None:
+    """The step of a folder, or None if no checkpoint's folder is called that."""
+    match = FOLDER.fullmatch(name)
+    return int(match[1] or match[2]) if match else None
+
+
 def _beside(folder: Path, suffix: str) -> Path:
     """The hidden place beside a checkpoint's folder, such as .step-00001000.tmp."""
-    return folder.with_name(f".{_name(step_of(folder))}.{suffix}")
+    return folder.with_name(f".{_name(_step_of(folder.name))}.{suffix}")
 
 
-def _pointed(run: Run, pointer: str) -> str | None:
-    """The content of `last` or `best`, which may be damaged."""
+def _pointed(run: Run, pointer: str) -> int | None:
+    """The step that `last` or `best` names; None if it is missing or damaged."""
     path = run.checkpoints_path / pointer
     if not path.is_file():
         return None
     with path.open("rb") as file:
-        return file.read(100).decode(errors="replace").strip()
+        return _step_of(file.read(100).decode(errors="replace").strip())
 
 
-def _manifest(files: dict[str, Any]) -> str:
+def _manifest(files: dict[str, dict[str, Any]]) -> str:
     text = json.dumps(files, indent=2) + "\n"
     own = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     return json.dumps(files | {MANIFEST: own}, indent=2) + "\n"
@@ -241,20 +246,40 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _digest(record: Any) -> str:
+def digest(record: Any) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _read(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder. Raises UserError if it is damaged, or cannot be read now."""
+    """The checkpoint in a folder, which must hold the three files, the manifest written for them, and nothing else.
+
+    The paths that are read do not depend on any file's content, and sizes are compared before anything is hashed.
+
+    Raises:
+        UserError: it is damaged, or cannot be read now.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder} is damaged: it is no folder")
+    paths = [folder / name for name in (*FILES, MANIFEST)]
+    for path in paths:
+        if path.is_symlink() or not path.is_file():
+            raise UserError(f"{path} is damaged: it is missing, a link, or no file at all")
     try:
-        _verify(folder)
+        if extra := sorted({*folder.iterdir()} - {*paths}):
+            raise UserError(f"{extra[0]} is in the way: no checkpoint has such a file; remove it")
+        manifest = read_json(folder / MANIFEST, MAX_JSON_BYTES, dict[str, dict[str, int | str]])
+        files = {name: entry for name, entry in manifest.items() if name in FILES}
+        if len(files) < len(FILES) or (folder / MANIFEST).read_bytes() != _manifest(files).encode():
+            raise UserError(f"{folder / MANIFEST} is damaged: it does not match its own SHA-256")
+        for name, entry in files.items():
+            if (folder / name).stat().st_size != entry.get("bytes") or _fingerprint(folder / name) != entry:
+                raise UserError(f"{folder / name} is damaged: it does not match manifest.json")
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror})") from error
-    state = read_json(folder / STATE, MAX_JSON_BYTES)
-    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] != step_of(folder):
+    state = read_json(folder / STATE, MAX_JSON_BYTES, State)
+    if state.step != _step_of(folder.name):
         raise UserError(f"{folder / STATE} is damaged: its step is not that of its folder")
-    return Checkpoint(folder, state)
+    return Checkpoint(folder, state.model_dump(exclude_unset=True))
 
 
 def _is_whole(folder: Path) -> bool:
@@ -264,72 +289,16 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _verify(folder: Path) -> None:
-    """Raise UserError unless the folder holds the three files, a manifest that describes them, and nothing else.
-
-    The paths that are read do not depend on any file's content, and sizes are compared before anything is hashed.
-    """
-    if folder.is_symlink() or not folder.is_dir():
-        raise UserError(f"{folder} is damaged: it is no folder")
-    for name in (*FILES, MANIFEST):
-        path = folder / name
-        if not os.path.lexists(path):
-            raise UserError(f"{path} is damaged: it is missing")
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise UserError(f"{path} is damaged: it is a link or no file at all")
-    if extra := sorted(set(os.listdir(folder)) - {*FILES, MANIFEST}):
-        raise UserError(f"{folder / extra[0]} is in the way: no checkpoint has such a file; remove it")
-    for name, expected in _read_manifest(folder / MANIFEST).items():
-        path = folder / name
-        if path.stat().st_size != expected["bytes"] or _fingerprint(path) != expected:
-            raise UserError(f"{path} is damaged: it does not match manifest.json")
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of the three files; UserError unless the manifest is, to the byte, the one written for them."""
-    record = read_json(path, MAX_JSON_BYTES)
-    files = {}
-    for name in FILES if isinstance(record, dict) else ():
-        match record.get(name):
-            case {"bytes": int(size), "sha256": str(digest)}:
-                files[name] = {"bytes": size, "sha256": digest}
-    if len(files) < len(FILES) or path.read_bytes() != _manifest(files).encode():
-        raise UserError(f"{path} is damaged: it does not match its own SHA-256")
-    return files
-
-
 def _tidy(run: Run) -> None:
     """Remove what a kill or a failure left, and restore a checkpoint whose replacement was not finished."""
     for path in run.checkpoints_path.glob(".*"):
         if path.suffix == ".tmp":
-            _discard(path)
-        elif FOLDER.fullmatch(path.name):  # .old
-            target = path.with_name(_name(step_of(path)))
-            _discard(path) if target.exists() else path.rename(target)
+            remove(path)
+        elif (step := _step_of(path.name)) is not None:  # .old
+            target = path.with_name(_name(step))
+            remove(path) if target.exists() else path.rename(target)
 
 
 def _remove(folder: Path) -> None:
     """Remove a checkpoint; a part of it never stands under its name."""
-    _discard(folder.rename(_beside(folder, "tmp")))
-
-
-def _put_aside(folder: Path) -> Path:
-    """Rename a checkpoint so that it is no longer looked at; return the new path."""
-    aside = _beside(folder, "damaged")
-    _discard(aside)  # an earlier one of the same step
-    return folder.rename(aside)
-
-
-def _discard(path: Path) -> None:
-    """Remove a file or folder; what cannot be removed now is left to the next time."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _prune(run: Run, keep: int) -> None:
-    best_name = _pointed(run, "best")
-    for folder in checkpoint_folders(run)[:-keep]:
-        if folder.name != best_name:
-            _remove(folder)
+    remove(folder.rename(_beside(folder, "tmp")))

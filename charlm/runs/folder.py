@@ -7,7 +7,6 @@ RUN/checkpoints/       see `charlm.runs.checkpoints`
 RUN/.lock              held by the process that trains into the folder
 """
 
-import difflib
 import errno
 import json
 import os
@@ -15,22 +14,38 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel
 
 from charlm.config import Config, UserError
 from charlm.config.load import load_config, to_yaml
-from charlm.files import read_json, write_whole
+from charlm.config.wording import did_you_mean
+from charlm.files import parse_json, read_json, write_whole
 from charlm.process import processor_name
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
 UNFINISHED = {"checkpoints", "provenance.json", ".provenance.json.tmp", ".config.yaml.tmp", ".lock"}
 """Files that a process killed while creating a run may leave; config.yaml is written last."""
 MAX_ROW_BYTES = 2**20
+
+
+class CorpusRecord(BaseModel, strict=True, extra="allow"):
+    """`Corpus.to_dict`, as far as it is used."""
+
+    name: str
+    sha256: str
+    vocabulary: dict[str, Any] | None = None
+
+
+class Provenance(BaseModel, strict=True, extra="allow"):
+    """Content of provenance.json, as far as it is used."""
+
+    corpus: CorpusRecord
 
 
 class Run:
@@ -60,19 +75,18 @@ class Run:
         run = cls(path)
         if not run.config_path.is_file() or not run.provenance_path.is_file():
             lacks = "it has no config.yaml and provenance.json" if run.path.exists() else "there is no such folder"
-            way_out = run._similar() or "give a run's folder"
-            raise UserError(f"{run.path} is not a run: {lacks}; {way_out}")
+            runs = [beside.parent for beside in run.path.parent.glob("*/provenance.json")]
+            names = [folder.name for folder in runs if (folder / "config.yaml").is_file()]
+            way_out = did_you_mean(run.path.name, names) or "; give a run's folder"
+            raise UserError(f"{run.path} is not a run: {lacks}{way_out}")
         return run
 
     def check_absent(self) -> None:
         """Raise UserError if a new run cannot take this folder."""
         if self.config_path.exists():
-            raise UserError(
-                f"run.dir={self.path}: holds a run already; continue it with --run.resume=true, "
-                "or choose another --run.dir"
-            )
+            raise self._refusal("holds a run already; continue it with --run.resume=true, or choose another --run.dir")
         if self.path.exists() and not (self.path.is_dir() and self._holds_nothing()):
-            raise UserError(f"run.dir={self.path}: exists and is not empty; choose another --run.dir")
+            raise self._refusal("exists and is not empty; choose another --run.dir")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -81,15 +95,14 @@ class Run:
         Raises:
             UserError: another process is training into it, or it cannot be written.
         """
+        lock = FileLock(self.path / ".lock")
         with self.refused_unless("written"):
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock")
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                raise UserError(
-                    f"run.dir={self.path}: another process is training into it; let it end, or choose another --run.dir"
-                ) from None
+                text = "another process is training into it; let it end, or choose another --run.dir"
+                raise self._refusal(text) from None
         try:
             yield
         finally:
@@ -101,10 +114,8 @@ class Run:
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"run.dir={self.path}: cannot be {done} ({error.strerror or error}); mend that, "
-                "or choose another --run.dir"
-            ) from error
+            text = f"cannot be {done} ({error.strerror or error}); mend that, or choose another --run.dir"
+            raise self._refusal(text) from error
 
     def config(self) -> Config:
         """The resolved config that the run was started with."""
@@ -112,10 +123,7 @@ class Run:
 
     def provenance(self) -> dict[str, Any]:
         """The record of what the run was made from: corpus, versions, git commit and command."""
-        record = read_json(self.provenance_path)
-        if not isinstance(record, dict) or not isinstance(record.get("corpus"), dict):
-            raise UserError(f"{self.provenance_path} names no corpus; restore that file")
-        return record
+        return read_json(self.provenance_path, kind=Provenance).model_dump(exclude_unset=True)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl. If that raises OSError, the file is as it was."""
@@ -155,30 +163,23 @@ class Run:
         """Numbers, from 1, and rows of the lines of metrics.jsonl; the row of a damaged line is None."""
         if not self.metrics_path.exists():
             return
+        if not self.metrics_path.is_file():
+            raise UserError(f"{self.metrics_path} is no regular file; remove it")
         with self.metrics_path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES), b""), 1):
                 if line.endswith(b"\n") or len(line) == MAX_ROW_BYTES:
-                    yield number, _row(line)
-
-    def _similar(self) -> str | None:
-        """Suggestion of a run with a similar name beside this folder, if there is one."""
-        runs = [path.parent for path in self.path.parent.glob("*/provenance.json")]
-        names = [path.name for path in runs if (path / "config.yaml").is_file()]
-        meant = difflib.get_close_matches(self.path.name, names, n=1)
-        return f"did you mean {self.path.with_name(meant[0])}?" if meant else None
+                    row = None
+                    with suppress(ValueError):
+                        row = parse_json(line)
+                    yield number, row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
     def _holds_nothing(self) -> bool:
         """Whether the folder is empty but for files left by a process that was killed while it created a run."""
         names = {path.name for path in self.path.iterdir()}
         return names <= UNFINISHED and not ("checkpoints" in names and any(self.checkpoints_path.iterdir()))
 
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    def _refusal(self, text: str) -> UserError:
+        return UserError(f"run.dir={self.path}: {text}", "run.dir")
 
 
 def _environment() -> dict[str, Any]:
@@ -193,8 +194,7 @@ def _environment() -> dict[str, Any]:
 def _git_commit() -> str | None:
     """Commit of the code, with `-dirty` if files changed since; None without git or outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
+    with suppress(OSError):
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
+        return done.stdout.strip() or None
+    return None

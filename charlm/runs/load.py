@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from charlm.config import Config, UserError
+from charlm.config import UserError
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.data.windows import default_stride
 from charlm.objective.build import build_objective
-from charlm.runs.checkpoints import Checkpoint, find_checkpoint
+from charlm.runs.checkpoints import MODEL, digest, find_checkpoint
+from charlm.runs.exported import is_exported, read_model
 from charlm.runs.folder import Run
-from charlm.runs.share.read import is_exported, read_model
+from charlm.runs.tensors import check_tensors, load_tensors
 from charlm.runs.trained import TrainedModel
 
 
@@ -29,31 +30,46 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not Path(run).exists():
-        from charlm.runs.share.hub import download, is_hub_id  # imports a library that most runs do not need
+        from charlm.runs.hub import download, is_hub_id  # imports a library that most runs do not need
 
         run = download(str(run)) if is_hub_id(str(run)) else run
-    if is_exported(Path(run)):
-        trained = read_model(Path(run), chosen)
-        if checkpoint != "best":
-            raise UserError(f"checkpoint={checkpoint}: {run} is an exported model, which has only one; leave it out")
-        return trained
-    return _load_run(Run.open(run), checkpoint, chosen)
+    if not is_exported(Path(run)):
+        return _load_run(Run.open(run), checkpoint, chosen)
+    if checkpoint != "best":
+        text = f"checkpoint={checkpoint}: {run} is an exported model, which has only one; leave it out"
+        raise UserError(text, "checkpoint")
+    return read_model(Path(run), chosen)
 
 
 def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> TrainedModel:
     found = find_checkpoint(folder, checkpoint)
     config, corpus = folder.config(), folder.provenance()["corpus"]
-    found.check_vocabulary(corpus.get("vocabulary"))
+    tensors, metadata = load_tensors(found.path / MODEL)
+    if metadata.get("vocabulary") not in (None, digest(corpus.get("vocabulary"))):
+        raise UserError(
+            f"{found.path}: was trained with another vocabulary than provenance.json has; restore that file"
+        )
     vocabulary = vocabulary_from_dict(corpus.get("vocabulary"))
-    tensors = found.tensors()
     with torch.device("meta"):
         objective = build_objective(config, vocabulary.size, training=False)
-    model = objective.state_dict()
-    prefixes = tuple(f"tasks.{task}." for task in config.aux.tasks)  # modules of a task exist only in training
-    found.check_tensors(model | {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)})
-    objective.load_state_dict({name: tensors[name] for name in model}, assign=True)
+    of_tasks = tuple(f"tasks.{task}." for task in config.aux.tasks)  # modules that exist only in training
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(of_tasks)}
+    owner = "the model of config.yaml and provenance.json"
+    check_tensors(found.path / MODEL, tensors, objective.state_dict(), owner)
+    objective.load_state_dict(tensors, assign=True)
     objective.to(device).eval()
     hedge = objective.hedge
+    bits, context_length = found.state.get("best_bits"), config.model.context_length
+    score: dict[str, Any] = {
+        "bits_per_character": bits,
+        "split": "valid",
+        "symbols": f"the first {config.train.valid_symbols:,} at most",
+        "stride": default_stride(context_length),
+        "context_length": context_length,
+        "checkpoint": found.name,
+        "corpus": corpus.get("name"),
+        "precision": "that of training",
+    }
     return TrainedModel(
         config=config,
         transformer=objective.transformer,
@@ -64,23 +80,5 @@ def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> Train
         corpus=corpus,
         device=device,
         hedge_weights=dict(zip(hedge.layers, hedge.weights.tolist(), strict=True)) if hedge else None,
-        scores=_validation(config, corpus, found),
+        scores=(score,) if bits is not None and found.state.get("best_step") == found.step else (),
     )
-
-
-def _validation(config: Config, corpus: dict[str, Any], found: Checkpoint) -> tuple[dict[str, Any], ...]:
-    """The validation score that the run noted, if this is its best checkpoint."""
-    bits = found.state.get("best_bits")
-    if found.state.get("best_step") != found.step or not isinstance(bits, float):
-        return ()
-    figure = {
-        "bits_per_character": bits,
-        "split": "valid",
-        "symbols": f"the first {config.train.valid_symbols:,} at most",
-        "stride": default_stride(config.model.context_length),
-        "context_length": config.model.context_length,
-        "checkpoint": found.name,
-        "corpus": corpus.get("name"),
-        "precision": "that of training",
-    }
-    return (figure,)

@@ -1,16 +1,23 @@
-"""Reads and writes safetensors files. The library limits their headers to 100 MB and checks every offset."""
+"""Tensors between modules and safetensors files, copied to the CPU and gathered on the way if they are sharded.
+
+The library limits the headers of files to 100 MB and checks every offset.
+"""
 
 import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from charlm.config import UserError
 from charlm.files import sync
@@ -19,9 +26,60 @@ SPARE_BYTES = 2**20
 """Free space needed beyond the tensors, for headers and small files."""
 
 
-def check_space(folder: Path, num_bytes: int) -> None:
-    """Raise OSError unless the folder's disk has room for tensors of `num_bytes` and the small files beside them."""
-    needed, free = num_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
+@dataclass(frozen=True)
+class Snapshot:
+    """The content of a checkpoint, on the CPU."""
+
+    model: dict[str, Tensor]
+    """Parameters by name."""
+    optimizer: dict[str, Tensor]
+    """The state of all optimizers by `parameter.key`, with a prefix where several optimizers update the same parameters
+    for different losses. Parameters that never received a gradient have no state."""
+    state: dict[str, Any]
+    """JSON-able; `state["step"]` is the number of completed optimizer steps."""
+
+
+def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer], state: Mapping[str, Any]) -> Snapshot | None:
+    """Copy parameters and optimizer state; None on every process but the first.
+
+    Every process must call it, because shards are gathered from all of them.
+    """
+    tensors = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
+    optimizer_tensors = {
+        f"{name}.{key}": _whole(torch.as_tensor(value))
+        for optimizer in optimizers
+        for name, parameter in owned_parameters(model, optimizer).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return Snapshot(tensors, optimizer_tensors, dict(state)) if _is_first() else None
+
+
+def owned_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The parameters of an optimizer by the names used for their state in a snapshot.
+
+    That is the model's name for each, after the "state_prefix" of its parameter group if it has one.
+    """
+    prefixes = {
+        parameter: group.get("state_prefix", "") for group in optimizer.param_groups for parameter in group["params"]
+    }
+    return {
+        prefixes[parameter] + name: parameter for name, parameter in model.named_parameters() if parameter in prefixes
+    }
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every process has, put on the device of `like` and sharded as `like` is."""
+    tensor = tensor.to(like.device)
+    if not _in_shards(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def check_space(folder: Path, tensors: Iterable[Tensor]) -> None:
+    """Raise OSError unless the folder's disk has room for the tensors and the small files beside them."""
+    needed, free = SPARE_BYTES + sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(folder).free
     if free < needed:
         complaint = f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
         raise OSError(errno.ENOSPC, complaint, str(folder))
@@ -39,45 +97,39 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, like: Path, metadata: d
     sync(path)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, memory-mapped. Raises UserError if the file is damaged."""
-    with opened(path):
-        return load_file(path)
-
-
-def check_model(path: Path, expected: Mapping[str, Tensor], config: str) -> dict[str, Tensor]:
-    """The tensors of a file, which must have the names, shapes and types of this `state_dict`.
-
-    Args:
-        config: name of the file that describes the model, for errors.
-
-    Raises:
-        UserError: the file has an extra tensor, lacks one, or has one of another shape or type.
-    """
-    found = load_tensors(path)
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            raise UserError(f"{path} has no tensor {name}, which the model of {config} has")
-        if name not in expected:
-            raise UserError(f"{path} has a tensor {name}, which the model of {config} has not")
-        if shown(found[name]) != shown(expected[name]):
-            raise UserError(
-                f"{path}: its tensor {name} is {shown(found[name])}, and that of the model of {config} "
-                f"{shown(expected[name])}"
-            )
-    return found
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[safe_open]:
-    """A file of tensors whose header has been read. Raises UserError if it is damaged."""
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file by name, memory-mapped, and its metadata. Raises UserError if the file is damaged."""
     try:
-        with safe_open(path, "pt") as tensors:
-            yield tensors
+        if not path.is_file():
+            raise OSError("it is missing or no regular file")
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def shown(tensor: Tensor) -> str:
-    """Type and shape of a tensor: `float32 [8, 8]`."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: str) -> None:
+    """Raise UserError unless the tensors of the file `path` have the names, shapes and types of those of `owner`."""
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise UserError(f"{path} has no tensor {name}, which {owner} has")
+        if name not in expected:
+            raise UserError(f"{path} has a tensor {name}, which {owner} has not")
+        kinds = [f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in (found[name], expected[name])]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"{path}: its tensor {name} is {kinds[0]}, and that of {owner} {kinds[1]}")
+
+
+def _whole(tensor: Tensor) -> Tensor | None:
+    """A copy on the CPU, gathered if it is sharded; None on every process but the first."""
+    if _in_shards(tensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().to("cpu", copy=True).contiguous() if _is_first() else None
+
+
+def _in_shards(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes a second to import
+
+
+def _is_first() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

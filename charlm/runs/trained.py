@@ -1,13 +1,14 @@
-"""A trained model, read from a run or from an exported folder."""
+"""A trained model, read from a run or from an exported folder, and cut to its lower layers."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from charlm.config import Config
+from charlm.config import AuxConfig, Config, LayersConfig, UserError
+from charlm.config.load import to_yaml
 from charlm.data.vocabulary import Vocabulary
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
@@ -46,18 +47,66 @@ def exit_layers(trained: TrainedModel) -> list[int]:
     return [layer for layer, offset in trained.heads.pairs if offset == 1]
 
 
+def trained_with(trained: TrainedModel) -> str:
+    """YAML of the options of model, objective and training that differ from the defaults."""
+    if trained.options is not None:
+        return trained.options
+    return to_yaml(trained.config.model_dump(include={"model", "aux", "train"}, exclude_defaults=True))
+
+
 def empty_model(
     config: Config, vocabulary_size: int, pairs: Iterable[tuple[int, int]], last_tower: bool
 ) -> nn.ModuleDict:
     """Transformer and heads without values, on the meta device; `pairs` and `last_tower` as in `Heads`."""
+    model, layers = config.model, config.aux.layers
     with torch.device("meta"):
-        transformer = CharTransformer(config.model, vocabulary_size)
-        heads = Heads(
-            config.model,
-            vocabulary_size,
-            pairs,
-            layers=config.aux.layers,
-            final_norm=transformer.final_norm,
-            last_tower=last_tower,
-        )
+        transformer = CharTransformer(model, vocabulary_size)
+        norm = transformer.final_norm
+        heads = Heads(model, vocabulary_size, pairs, layers=layers, final_norm=norm, last_tower=last_tower)
     return nn.ModuleDict({"transformer": transformer, "heads": heads})
+
+
+def truncate(trained: TrainedModel, depth: int | None = None, *, keep_heads: bool = False) -> TrainedModel:
+    """The model that ends at layer `depth`, by default the last; it shares its parameters with the whole one.
+
+    It gives the same logits, to the last bit, as the exit of that layer in the whole model: it runs the same layers,
+    and the exit's norm becomes its final norm.
+
+    Args:
+        keep_heads: keep the heads of lower layers and for later symbols, which early exit and drafts need. Otherwise
+            only the last layer's head for the next symbol stays.
+
+    Raises:
+        UserError: there is no such layer, or it has no head for the next symbol.
+    """
+    num_layers, exits, layers = trained.config.model.num_layers, exit_layers(trained), trained.config.aux.layers
+    depth = num_layers if depth is None else depth
+    if not 1 <= depth <= num_layers:
+        raise UserError(f"depth={depth}: the model's layers run from 1 to {num_layers}", "depth")
+    if depth not in exits:
+        there = ", ".join(map(str, exits))
+        raise UserError(f"depth={depth}: has no head for the next symbol; choose one of {there}", "depth")
+    pairs = [pair for pair in trained.heads.pairs if (pair[0] <= depth if keep_heads else pair == (depth, 1))]
+    cut = replace(trained, options=trained_with(trained), hedge_weights=trained.hedge_weights if keep_heads else None)
+    state, last_tower = dict(trained.modules.state_dict()), trained.heads.last_tower
+    if depth < num_layers:
+        if layers.head in ("shared", "shared_frozen"):  # the last layer's classifier becomes the exit's own
+            old, new = (f"heads.exits.layer{layer}." for layer in (num_layers, depth))
+            state |= {name.replace(old, new): tensor for name, tensor in state.items() if name.startswith(old)}
+        norm = trained.heads.norm(depth).state_dict()
+        state |= {f"transformer.final_norm.{name}": tensor for name, tensor in norm.items()}
+        last_tower = layers.head == "tower"
+        kinds = LayersConfig(head=layers.head, tower_width=layers.tower_width, tower_dropout=layers.tower_dropout)
+        model = trained.config.model.replace(num_layers=depth)
+        config = trained.config.replace(model=model, aux=AuxConfig(layers=kinds))
+        name = f"{trained.checkpoint}, layers 1 to {depth} of {num_layers}"
+        cut = replace(cut, config=config, checkpoint=name, hedge_weights=None, scores=())
+    modules = empty_model(cut.config, trained.vocabulary.size, pairs, last_tower).eval()
+    modules.load_state_dict({name: state[name] for name in modules.state_dict()}, assign=True)
+    return replace(cut, **modules)
+
+
+def shallowest(layers: Mapping[int, float], within: float) -> int:
+    """The lowest layer whose bits per character are at most `within` above the best layer's."""
+    most = min(layers.values()) + within
+    return min(layer for layer, bits in layers.items() if bits <= most)

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from charlm.config import UserError
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.snapshot import Snapshot
+from charlm.runs.tensors import Snapshot
 
 
 class CheckpointWriter:

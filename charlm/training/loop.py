@@ -18,7 +18,7 @@ from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, 
 from charlm.objective.build import build_objective, check_registered
 from charlm.objective.objective import Objective
 from charlm.objective.routes import ROUTES, Joint
-from charlm.runs.snapshot import take_snapshot
+from charlm.runs.tensors import take_snapshot
 from charlm.training.checkpointing import CheckpointWriter
 from charlm.training.device import build_accelerator, choose_compile, torch_settings
 from charlm.training.diagnose import diagnose

@@ -24,7 +24,6 @@ from charlm.objective.terms import Term
 from charlm.process import physical_memory
 from charlm.runs.checkpoints import Checkpoint, checkpoint_folders, find_checkpoint, newest_whole_checkpoint, rewind
 from charlm.runs.folder import Run
-from charlm.runs.snapshot import owned_parameters, restore
 from charlm.training.device import describe_attention, on_cpu
 from charlm.training.sharding import is_sharded, wants_shards
 
@@ -156,10 +155,7 @@ def _continue_from(
     optimizers: Sequence[Optimizer],
 ) -> tuple[TrainState, list[str]]:
     """Restore model, optimizers and scaler; return the state of the checkpoint, and lines on what changed."""
-    checkpoint.check_tensors(
-        objective.state_dict(), [owned_parameters(objective, optimizer).keys() for optimizer in optimizers]
-    )
-    restore(checkpoint.snapshot(), objective, optimizers)
+    checkpoint.restore(objective, optimizers)
     record = dict(checkpoint.state)
     scaler = record.pop("scaler", None)
     try:
@@ -211,7 +207,7 @@ def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None
             f"the run was trained on another corpus: sha256 was {recorded['sha256']}, now {current['sha256']}; "
             "point data.path or data.hub_id at the same text, or start another --run.dir"
         )
-    if vocabulary_from_dict(recorded["vocabulary"]) != vocabulary_from_dict(current["vocabulary"]):
+    if vocabulary_from_dict(recorded.get("vocabulary")) != vocabulary_from_dict(current["vocabulary"]):
         raise UserError(
             "the run was trained with another vocabulary of this text; prepare it with the release of sentencepiece "
             "that the run had, or start another --run.dir"

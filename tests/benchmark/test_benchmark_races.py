@@ -20,7 +20,7 @@ from charlm.data.corpus import load_corpus
 from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.snapshot import take_snapshot
+from charlm.runs.tensors import take_snapshot
 from tiny import table_cells
 
 TOY = Shape(name="toy", num_layers=2, d_model=16, num_heads=2, d_ff=32, context_length=16, batch_size=2)

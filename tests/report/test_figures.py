@@ -60,7 +60,7 @@ def diagnosis(step: int, num_layers: int, shift: float = 0.0, **others) -> dict:
 
 @pytest.fixture
 def run(tmp_path) -> Run:
-    return Run.create(config_of(tmp_path / "little"), corpus={"name": "file"})
+    return Run.create(config_of(tmp_path / "little"), corpus={"name": "file", "sha256": "0"})
 
 
 def add(run, *rows):
@@ -155,7 +155,7 @@ def test_reads_what_shards_leave(run):
 @pytest.mark.parametrize("num_layers", [1, 64])
 def test_draws_pictures_of_any_depth(num_layers, tmp_path):
     """Fault: a single layer or row that has no range to draw over; no file where it is said to be."""
-    run = Run.create(config_of(tmp_path / "run", num_layers), {})
+    run = Run.create(config_of(tmp_path / "run", num_layers), {"name": "file", "sha256": "0"})
     add(run, training_row(1, 8.0), training_row(2, 7.5), validation_row(2, 7.6), diagnosis(50, num_layers))
     for draw, name in ((draw_run, "run.png"), (draw_diagnostics, "diagnostics.png")):
         assert draw(run.path) == run.path / name

@@ -29,7 +29,7 @@ from charlm.report.style import WINDOW
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.load import load
-from charlm.runs.snapshot import take_snapshot
+from charlm.runs.tensors import take_snapshot
 from tiny import run_script
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> &amp; \x1b[31m \u202e"

@@ -12,7 +12,7 @@ from charlm.config import UserError
 from charlm.runs import checkpoints
 from charlm.runs.checkpoints import find_checkpoint, newest_whole_checkpoint, rewind, save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.snapshot import restore, take_snapshot
+from charlm.runs.tensors import take_snapshot
 from storage import make_run, manifest_for, names, number_of, save, steps
 
 
@@ -40,7 +40,7 @@ def test_what_was_saved_comes_back(run):
     found = find_checkpoint(run, "best")
     assert found == saved
     other, fresh = model_and_optimizer(steps=0)
-    restore(found.snapshot(), other, [fresh])
+    found.restore(other, [fresh])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     state, restored = optimizer.state_dict()["state"], fresh.state_dict()["state"]
     assert state.keys() == restored.keys() == {0, 1}
@@ -103,7 +103,7 @@ def test_the_newest_whole_checkpoint_is_found_past_damaged_ones(run):
     assert number_of(checkpoint) == 2.0
     assert warnings == [
         f"checkpoint of step 4 skipped: {folders[3]}/model.safetensors is damaged: it does not match manifest.json",
-        f"checkpoint of step 3 skipped: {folders[2]}/state.json is damaged: it is missing",
+        f"checkpoint of step 3 skipped: {folders[2]}/state.json is damaged: it is missing, a link, or no file at all",
     ]
     with pytest.raises(UserError, match=r"state.json is damaged: .*; whole checkpoints are at the steps: 1, 2"):
         find_checkpoint(run, "best")
@@ -131,13 +131,12 @@ def test_what_cannot_be_read_for_a_moment_is_kept(code, run, monkeypatch):
         save(run, step)
     with monkeypatch.context() as patch:
 
-        def stumble(path):
-            raise OSError(code, os.strerror(code))
+        def stumble(path, real=checkpoints.sha256_of):
+            if path.parent.name == "step-00000002":
+                raise OSError(code, os.strerror(code))
+            return real(path)
 
-        patch.setattr(checkpoints, "_fingerprint", stumble)
-        assert newest_whole_checkpoint(run)[0] is None
-        verify = checkpoints._verify
-        patch.setattr(checkpoints, "_verify", lambda folder: verify(folder) if folder.name.endswith("2") else None)
+        patch.setattr(checkpoints, "sha256_of", stumble)
         checkpoint, warnings = newest_whole_checkpoint(run)
     assert (checkpoint.step, len(warnings)) == (1, 1)
     assert f"step-00000002 cannot be read ({os.strerror(code)})" in warnings[0]

@@ -20,10 +20,10 @@ from charlm.inference.generation import generate
 from charlm.model import kernels_cpu
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
+from charlm.runs import exported
+from charlm.runs.exported import save_model
 from charlm.runs.load import load
-from charlm.runs.share import export
-from charlm.runs.share.export import save_model, shallowest, truncate
-from charlm.runs.trained import TrainedModel
+from charlm.runs.trained import TrainedModel, shallowest, truncate
 from storage import content
 from tiny import SCRIPTS, run_script
 
@@ -246,7 +246,7 @@ def test_nothing_half_written_stays(build, tmp_path, monkeypatch):
     (tmp_path / ".out.tmp").mkdir()
     (tmp_path / ".out.tmp" / "rubbish").touch()
     with monkeypatch.context() as patch:
-        patch.setattr(export, "save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr(exported, "save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(UserError, match=r"out cannot be written \(No space left\)"):
             save_model(build(), tmp_path / "out")
         assert list(tmp_path.iterdir()) == []

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from charlm.config import UserError
 from charlm.data.vocabulary import CharacterVocabulary
+from charlm.runs.exported import save_model
 from charlm.runs.load import load
-from charlm.runs.share.export import save_model
 from storage import content, missing, replaced, written
 
 CONFIG, TENSORS, VOCABULARY = "config.json", "model.safetensors", "vocabulary.json"
@@ -45,8 +45,8 @@ def extra_tensor(folder: Path) -> None:
 
 
 CASES = {
-    "no tensors": (missing(TENSORS), ["model.safetensors is missing"]),
-    "no vocabulary": (missing(VOCABULARY), ["vocabulary.json is missing"]),
+    "no tensors": (missing(TENSORS), [TENSORS, "is missing"]),
+    "no vocabulary": (missing(VOCABULARY), [VOCABULARY, "is missing"]),
     "a pipe that never ends": (replaced(TENSORS, os.mkfifo), [TENSORS, "no regular file"]),
     "a config that never ends": (
         replaced(CONFIG, lambda path: path.symlink_to("/dev/zero")),
@@ -55,8 +55,11 @@ CASES = {
     "a config that is no JSON": (written(CONFIG, "{"), [CONFIG, "cannot be read as JSON"]),
     "a config of megabytes": (written(CONFIG, "[" + "0," * 2**20 + "0]"), [CONFIG, "more than 1,048,576 bytes"]),
     "a config nested deeply": (written(CONFIG, "[" * 100_000), [CONFIG, "nested too deeply"]),
-    "another library's config": (written(CONFIG, '{"model_type": "gpt2"}'), [CONFIG, "not that of a model exported"]),
-    "a later format": (changed(format=2), [CONFIG, "not that of a model exported by this version"]),
+    "another library's config": (
+        written(CONFIG, '{"model_type": "gpt2"}'),
+        [CONFIG, "not one that this version of charlm writes"],
+    ),
+    "a later format": (changed(format=2), [CONFIG, "not one that this version of charlm writes: format"]),
     "no options": (changed(options=None), [CONFIG, "options"]),
     "options nested deeply": (changed(options__model=json.loads("[" * 300 + "]" * 300)), [CONFIG]),
     "an unknown option": (changed(options__model__virus=1), [CONFIG, "virus"]),
@@ -76,17 +79,17 @@ CASES = {
         changed(options__model__num_layers=3, heads__pairs=[[3, 1], [2, 1], [1, 1]]),
         [TENSORS, "has no tensor"],
     ),
-    "no head for the last layer": (changed(heads__pairs=[[1, 1]]), [CONFIG, "heads: layer 2"]),
-    "a head of no layer": (changed(heads__pairs=[[3, 1], [2, 1]]), [CONFIG, "[3, 1] is no layer"]),
-    "heads without end": (changed(heads__pairs=[[2, 10**9]]), [CONFIG, "is no layer"]),
+    "no head for the last layer": (changed(heads__pairs=[[1, 1]]), [CONFIG, "heads.pairs"]),
+    "a head of no layer": (changed(heads__pairs=[[3, 1], [2, 1]]), [CONFIG, "heads.pairs"]),
+    "heads without end": (changed(heads__pairs=[[2, 10**9]]), [CONFIG, "heads.pairs"]),
     "heads that are none": (changed(heads__pairs=7), [CONFIG, "heads.pairs"]),
     "a head more than there are tensors": (
         changed(heads__pairs=[[2, 1], [2, 2], [1, 1]]),
         [TENSORS, "no tensor heads"],
     ),
     "a tower that is text": (changed(heads__last_tower="yes"), [CONFIG, "heads.last_tower"]),
-    "a weight of no layer": (changed(hedge_weights={"3": 1.0}), [CONFIG, "hedge_weights: must name layers"]),
-    "weights that are zero": (changed(hedge_weights={"2": 0.0}), [CONFIG, "hedge_weights", "0"]),
+    "a weight of no layer": (changed(hedge_weights={"3": 1.0}), [CONFIG, "hedge_weights"]),
+    "weights that are zero": (changed(hedge_weights={"2": 0.0}), [CONFIG, "hedge_weights"]),
     "a step that is text": (changed(step="7"), [CONFIG, "step"]),
     "a corpus without a hash": (changed(corpus={"name": "x"}), [CONFIG, "corpus.sha256"]),
     "figures that are none": (changed(scores=[1]), [CONFIG, "scores.0"]),

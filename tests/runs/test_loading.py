@@ -12,7 +12,8 @@ from charlm.objective.objective import Objective
 from charlm.runs.checkpoints import find_checkpoint, save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.load import load
-from charlm.runs.snapshot import restore, take_snapshot
+from charlm.runs.tensors import take_snapshot
+from storage import CORPUS
 
 MODEL = ModelConfig(num_layers=3, num_heads=2, d_model=8, d_ff=16, context_length=8)
 KINDS = ("linear", "shared", "shared_frozen", "tower")
@@ -25,7 +26,7 @@ def config_of(tmp_path: Path, kind: str, hedged: bool = False) -> Config:
 
 
 def saved(config: Config, objective: Objective) -> Run:
-    run = Run.create(config, {"name": "none", "vocabulary": ByteVocabulary().to_dict()})
+    run = Run.create(config, CORPUS | {"vocabulary": ByteVocabulary().to_dict()})
     save_checkpoint(run, take_snapshot(objective, [], {"step": 1}), best=True, keep=1)
     return run
 
@@ -38,7 +39,7 @@ def test_heads_of_every_kind_come_back(kind, tmp_path, randomise):
     run = saved(config, objective)
     trained = load(run.path, device="cpu")
     resumed = build_objective(config, 256).eval()
-    restore(find_checkpoint(run).snapshot(), resumed, [])
+    find_checkpoint(run).restore(resumed)
     assert trained.heads.pairs == [(layer, offset) for layer in (1, 2, 3) for offset in (1, 2)]
     assert trained.hedge_weights is None
     ids_BT = torch.arange(8)[None]
@@ -60,7 +61,7 @@ def test_layer_weights_come_back(tmp_path, randomise):
     expected = {layer: factor / sum(factors) for layer, factor in zip((1, 2, 3), factors, strict=True)}
     assert load(run.path, device="cpu").hedge_weights == pytest.approx(expected, rel=1e-6)
     resumed = build_objective(config, 256)
-    restore(find_checkpoint(run).snapshot(), resumed, [])
+    find_checkpoint(run).restore(resumed)
     assert torch.equal(resumed.hedge.weights, objective.hedge.weights)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from charlm.runs.share.export import save_model
+from charlm.runs.exported import save_model
 from fake_hub import COMMIT, FakeHub, fake_hub
 
 

@@ -24,7 +24,7 @@ from charlm.inference.generation import generate
 from charlm.inference.scoring import measure_text, nats, read_windows
 from charlm.model.kernels_cpu import exact_matmul
 from charlm.report.page.passage import Piece, pieces_of
-from charlm.runs.checkpoints import checkpoint_folders, find_checkpoint, step_of
+from charlm.runs.checkpoints import checkpoint_folders, find_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.load import load
 from charlm.runs.trained import TrainedModel
@@ -185,7 +185,7 @@ def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int)
 
 def write_samples(run: Run, prompt: bytes) -> list[Sample]:
     """A sample of at most four checkpoints, oldest first; best, the oldest and the newest are among them."""
-    steps = [step_of(path) for path in checkpoint_folders(run)]
+    steps = list(checkpoint_folders(run))
     places = np.unique(np.linspace(0, len(steps) - 1, min(MOST_SAMPLES, len(steps))).round().astype(int))
     named = {which: find_checkpoint(run, which).step for which in ("best", "last")}
     chosen = sorted({steps[place] for place in places} | {step for step in named.values() if step in steps})

@@ -7,17 +7,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.utils import disable_progress_bars
 
 from charlm.config import UserError
 from charlm.config.errors import first_line
-from charlm.runs.share.export import write_model
-from charlm.runs.share.read import CONFIG, FILES
+from charlm.runs.exported import CONFIG, FILES, save_model
 from charlm.runs.trained import TrainedModel
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
@@ -36,10 +30,10 @@ def push_to_hub(trained: TrainedModel, repo_id: str, *, private: bool | None = N
     """
     api = HfApi(token=options.get("token"))
     with TemporaryDirectory() as folder:
-        write_model(trained, Path(folder), repo_id)
+        exported = save_model(trained, Path(folder, "model"), repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)
         options = {"commit_message": "Upload model with charlm"} | options
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url
+        return api.upload_folder(repo_id=repo_id, folder_path=exported, **options).commit_url
 
 
 def is_hub_id(name: str) -> bool:
@@ -58,15 +52,11 @@ def download(hub_id: str) -> Path:
         disable_progress_bars()
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"{hub_id} is no folder, and no model of the hub ({first_line(error)}); check the name, and log in with "
-            "`hf auth login` for one that is not public"
-        ) from error
     except Exception as error:  # the library's own, the network's, the disk's
         raise UserError(
-            f"{hub_id} is no folder, and cannot be fetched from the hub ({first_line(error)}); without a network, "
-            "bring the folder HF_HOME along, with HF_HUB_OFFLINE=1"
+            f"{hub_id} is no folder, and cannot be fetched from the hub ({first_line(error)}); check the name, log in "
+            "with `hf auth login` for a model that is not public, and without a network bring the folder HF_HOME "
+            "along, with HF_HUB_OFFLINE=1"
         ) from error
     if not (folder / CONFIG).exists():
         raise UserError(f"{hub_id} was not exported by charlm: it has no {CONFIG}")

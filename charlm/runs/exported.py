@@ -1,0 +1,228 @@
+"""The folder of an exported model, which needs neither its run nor its corpus to be loaded.
+
+FOLDER/config.json          the options it was trained with, its heads, its corpus, its scores
+FOLDER/model.safetensors    parameters of transformer and heads, by name
+FOLDER/vocabulary.json      the vocabulary; for sentencepiece, the library's model in base64
+FOLDER/README.md            a model card: what it is, its scores with their protocols, how to use it
+
+Such a folder may come from a stranger. Loading never runs code, refuses any path in the files, and checks sizes before
+it reads.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, Field
+
+from charlm.config import Config, DataConfig, RunConfig, UserError
+from charlm.config.errors import first_line
+from charlm.config.load import load_config
+from charlm.data.vocabulary import vocabulary_from_dict
+from charlm.files import read_json, replacing, write_whole
+from charlm.runs.folder import CorpusRecord
+from charlm.runs.tensors import check_space, check_tensors, load_tensors, save_tensors
+from charlm.runs.trained import TrainedModel, empty_model, trained_with
+
+CONFIG, TENSORS, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
+FILES = (CONFIG, TENSORS, VOCABULARY)
+"""The files needed for loading."""
+MAX_CONFIG_BYTES = 2**20
+MAX_OFFSET = 1000
+CARD_TEMPLATE = """\
+---
+library_name: charlm
+pipeline_tag: text-generation
+tags:
+- character-level
+---
+
+# {name}
+
+A character-level Transformer in the style of [Al-Rfou et al. 2018](https://arxiv.org/abs/1808.04444), trained with
+charlm: {model.num_layers} layers of width {model.d_model}, context {model.context_length}, {parameters:,} parameters,
+vocabulary {one.vocabulary.name} of {one.vocabulary.size:,} symbols. It was trained for {one.step:,} steps on
+{one.corpus[name]} (SHA-256 {one.corpus[sha256]}) and is checkpoint {one.checkpoint}.
+
+## Measured
+
+{figures}
+
+## Use
+
+```python
+import charlm
+
+trained = charlm.load("{name}")  # the folder, or OWNER/NAME on the hub; no code of others is run
+print(charlm.generate(trained, "The ", length=200))
+corpus = charlm.load_corpus(trained.config.data)
+print(charlm.bits_per_character(trained, corpus, split="test"))
+```
+
+## Trained with
+
+What differs from charlm's defaults:
+
+```yaml
+{options}
+```
+"""
+
+
+class HeadsRecord(BaseModel, strict=True):
+    """Arguments of `Heads`."""
+
+    pairs: list[Annotated[list[int], Field(min_length=2, max_length=2)]]
+    last_tower: bool
+
+
+class ModelRecord(BaseModel, strict=True):
+    """The checked part of config.json."""
+
+    format: Literal[1]
+    options: dict[str, Any]
+    heads: HeadsRecord
+    hedge_weights: dict[Annotated[int, Field(strict=False)], Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None
+    checkpoint: str
+    step: int
+    corpus: CorpusRecord
+    scores: list[dict[str, Any]]
+    trained_with: str
+
+
+def save_model(trained: TrainedModel, folder: Path | str, name: str | None = None) -> Path:
+    """Export a model to a new folder, whole or not at all. Its card calls it `name`, by default as the folder.
+
+    Raises:
+        UserError: the folder exists already, or cannot be written.
+    """
+    folder = Path(folder)
+    check_absent(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.modules.state_dict().items()}
+    config = portable(trained.config)
+    options = config.model_dump(mode="json", include={"model": True, "data": True, "aux": {"layers"}})
+    del options["data"]["cache_dir"]
+    options["aux"]["layers"] = {
+        kind: options["aux"]["layers"][kind] for kind in ("head", "tower_width", "tower_dropout")
+    }
+    record = {
+        "library_name": "charlm",
+        "format": 1,
+        "options": options,
+        "heads": {"pairs": trained.heads.pairs, "last_tower": trained.heads.last_tower},
+        "hedge_weights": trained.hedge_weights,
+        "checkpoint": trained.checkpoint,
+        "step": trained.step,
+        "corpus": {key: trained.corpus[key] for key in ("name", "sha256", "splits") if key in trained.corpus},
+        "scores": trained.scores,
+        "trained_with": trained_with(trained),
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            check_space(temporary, tensors.values())
+            write_whole(temporary / CONFIG, json.dumps(record, indent=2) + "\n")
+            write_whole(temporary / VOCABULARY, json.dumps(trained.vocabulary.to_dict(), indent=2) + "\n")
+            write_whole(temporary / CARD, _card(trained, name or folder.name))
+            save_tensors(tensors, temporary / TENSORS, temporary / CONFIG, {"format": "pt"})
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
+    return folder
+
+
+def check_absent(folder: Path) -> None:
+    """Raise UserError if the place of a new folder is taken."""
+    if folder.exists() or folder.is_symlink():
+        raise UserError(f"{folder} exists already; choose another folder", "to")
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder looks like an exported model rather than a run."""
+    return (folder / CONFIG).exists() and not (folder / "config.yaml").exists()
+
+
+def read_model(folder: Path, device: torch.device) -> TrainedModel:
+    """The model in a folder, in evaluation mode.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not fit the others.
+    """
+    record, config = _read_config(folder / CONFIG)
+    vocabulary_record = read_json(folder / VOCABULARY)
+    try:
+        vocabulary = vocabulary_from_dict(vocabulary_record)
+    except UserError as error:
+        raise UserError(f"{folder / VOCABULARY}: {str(error).partition(';')[0]}") from error
+    tensors, _ = load_tensors(folder / TENSORS)
+    pairs = {(layer, offset) for layer, offset in record.heads.pairs}
+    if config.model.num_layers + len(pairs) > len(tensors):  # else the empty model could take all memory
+        raise UserError(f"{folder / TENSORS} has no tensor for each of the layers and heads in {CONFIG}")
+    model = empty_model(config, vocabulary.size, pairs, record.heads.last_tower)
+    check_tensors(folder / TENSORS, tensors, model.state_dict(), f"the model of {CONFIG}")
+    model.load_state_dict(tensors, assign=True)
+    return TrainedModel(
+        config=config,
+        **model.to(device).eval(),
+        vocabulary=vocabulary,
+        checkpoint=record.checkpoint,
+        step=record.step,
+        corpus=record.corpus.model_dump() | {"vocabulary": vocabulary_record},
+        device=device,
+        hedge_weights=record.hedge_weights,
+        scores=tuple(record.scores),
+        options=record.trained_with,
+    )
+
+
+def _card(trained: TrainedModel, name: str) -> str:
+    """The text of README.md for a model called `name`."""
+    return CARD_TEMPLATE.format(
+        name=name,
+        one=trained,
+        model=trained.config.model,
+        parameters=sum(parameter.numel() for parameter in trained.modules.parameters()),
+        figures="\n".join(map(_figure, trained.scores)) or "Nothing yet: `scripts/export.py --score test` measures it.",
+        options=trained_with(trained).rstrip(),
+    )
+
+
+def _figure(score: dict[str, Any]) -> str:
+    """One line of the card: a score with its protocol."""
+    left_out = ("bits_per_character", "bits_per_byte", "layers", "mixture", "seconds")
+    protocol = ", ".join(f"{key} {value}" for key, value in score.items() if value is not None and key not in left_out)
+    bits, per_byte = score.get("bits_per_character"), score.get("bits_per_byte")
+    if not isinstance(bits, float):
+        return f"- {protocol}"
+    in_bytes = f" ({per_byte:.4f} per byte)" if isinstance(per_byte, float) else ""
+    return f"- **{bits:.4f}** bits per character{in_bytes}: {protocol}"
+
+
+def portable(config: Config) -> Config:
+    """The config without the places on this machine that it names; of a file or folder, the name stays."""
+    data = config.data
+    hub_id = data.hub_id
+    if hub_id is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id, re.ASCII):
+        hub_id = Path(hub_id).name
+    path = None if data.path is None else Path(data.path.name)
+    data = data.replace(path=path, hub_id=hub_id, cache_dir=DataConfig().cache_dir)
+    return config.replace(data=data, run=RunConfig())
+
+
+def _read_config(path: Path) -> tuple[ModelRecord, Config]:
+    record = read_json(path, MAX_CONFIG_BYTES, ModelRecord)
+    pairs, weights = record.heads.pairs, record.hedge_weights
+    try:
+        config = load_config((), record.options)
+        last = config.model.num_layers
+        if portable(config) != config:
+            raise UserError("options: must not name a place on a machine")
+        if [last, 1] not in pairs or not all(0 < layer <= last and 0 < offset <= MAX_OFFSET for layer, offset in pairs):
+            raise UserError(f"heads.pairs: must hold [{last}, 1], and only layers of 1 to {last} with their offsets")
+        if weights is not None and not (any(weights.values()) and all([layer, 1] in pairs for layer in weights)):
+            raise UserError("hedge_weights: must name layers that have a head for the next symbol, and not be all 0")
+    except (UserError, RecursionError) as error:
+        raise UserError(f"{path}: {first_line(error)}") from None
+    return record, config

@@ -1,1 +1,0 @@
-"""Models to share: exported folders, their cards, and the Hugging Face hub."""
