@@ -29,18 +29,16 @@ QUANTILES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 def early_exit(
     trained: TrainedModel, corpus: Corpus, *, quantiles: Sequence[float] = QUANTILES, **protocol: Any
 ) -> Score:
-    """Score the model, each layer that has a head, and early exit for thresholds at quantiles of the entropies.
+    """Score the model, each layer that has a head, and early exit at several thresholds.
 
-    The entropies are those on the symbols of the validation split that the run was validated on. At quantile 0 the last
-    layer predicts everything, at 1 the first exit. Memory does not grow with the number of thresholds.
-
-    Args:
-        protocol: split, stride, limit, batch_size, precision and show_progress as for `charlm.bits_per_character`.
+    These are quantiles of the entropies on the symbols that the run was validated on. At quantile 0 the last layer
+    predicts everything, at 1 the first exit. `protocol` and errors as for `charlm.bits_per_character`.
 
     Raises:
         UserError: also if only the last layer has a head, or a quantile is not in [0, 1].
     """
-    scorer, layers = Scorer(trained, corpus, **protocol), exit_layers(trained)
+    scorer = Scorer(trained, corpus, **protocol)
+    layers = exit_layers(trained)
     if len(layers) < 2:
         raise UserError(
             "early exit: only the last layer has a head for the next symbol; train with --aux.layers.enabled=true, or "
@@ -48,33 +46,36 @@ def early_exit(
         )
     if any(not 0 <= quantile <= 1 for quantile in quantiles):
         raise UserError(f"quantiles={list(quantiles)}: must lie in [0, 1]", option="quantiles")
-    valid, models = corpus.splits["valid"], (trained.transformer, trained.heads)
+    models = (trained.transformer, trained.heads)
+    valid = corpus.splits["valid"]
     valid_ids = valid.ids[: trained.config.train.valid_symbols]
+    num_symbols = len(scorer.ids)
     options = scorer.options | {"layers": layers}
     with exact_matmul(trained.device):
         entropies_EN = measure_text(*models, valid_ids, measure=entropies, **options)[:, 0]
         thresholds_Q = choose_thresholds(entropies_EN, quantiles)
         batches = predictions(*models, scorer.ids, measure=nats_and_entropies, **options)
-        sums = _sums(batches, thresholds_Q, len(layers), len(scorer.ids))
+        sums = _sums(batches, thresholds_Q, len(layers), num_symbols)
     last_nats_N, nats_E, nats_Q, counts_QE = (sum_over_processes(part, trained.device) for part in sums)
-    means_Q = (counts_QE @ torch.tensor(layers)).double() / len(scorer.ids)
-    points = [
-        ExitPoint(
-            quantile=quantile,
-            threshold=None if math.isinf(threshold) else threshold / math.log(2),
-            mean_layers=mean,
-            bits_per_character=bits_per([nats], scorer.characters),
-            bits_per_byte=bits_per([nats], scorer.bytes),
-            shares={str(layer): count / len(scorer.ids) for layer, count in zip(layers, counts, strict=True)},
+    points = []
+    for row, quantile in enumerate(quantiles):
+        threshold = float(thresholds_Q[row])
+        nats = nats_Q[row : row + 1]
+        counts_E = counts_QE[row].numpy()
+        points.append(
+            ExitPoint(
+                quantile=quantile,
+                threshold=None if math.isinf(threshold) else threshold / math.log(2),
+                mean_layers=float(counts_E @ layers) / num_symbols,
+                bits_per_character=bits_per(nats, scorer.characters),
+                bits_per_byte=bits_per(nats, scorer.bytes),
+                shares=dict(zip(map(str, layers), (counts_E / num_symbols).tolist(), strict=True)),
+            )
         )
-        for quantile, threshold, mean, nats, counts in zip(
-            quantiles, *(x.tolist() for x in (thresholds_Q, means_Q, nats_Q, counts_QE)), strict=True
-        )
-    ]
     chosen_on = f"the first {len(valid_ids):,} of {valid.symbols:,} symbols of the valid split"
     return scorer.score(
         last_nats_N.numpy(),
-        layers=scorer.by_layer({layer: [nats] for layer, nats in zip(layers, nats_E.tolist(), strict=True)}),
+        layers=scorer.by_layer(dict(zip(layers, nats_E.split(1), strict=True))),
         early_exit=EarlyExit(chosen_on=chosen_on, points=tuple(points)),
     )
 
@@ -108,5 +109,6 @@ def _sums(
         chosen_QM = first_sure(entropies_EM, thresholds_Q)
         nats.append(torch.cat([nats_EM, nats_EM.gather(0, chosen_QM)]).sum(dim=-1))
         counts.append(F.one_hot(chosen_QM, num_exits).sum(dim=1))
-    totals = torch.tensor([math.fsum(column) for column in torch.stack(nats).T.tolist()], dtype=torch.float64)
+    columns = torch.stack(nats).T.tolist()
+    totals = torch.tensor([math.fsum(column) for column in columns], dtype=torch.float64)
     return last_nats_N, totals[:num_exits], totals[num_exits:], torch.stack(counts).sum(dim=0)

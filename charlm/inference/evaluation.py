@@ -52,13 +52,10 @@ class Score:
     """A score with its protocol. `scripts/evaluate.py --json` prints `as_dict`."""
 
     bits_per_character: float
-    """Bits of all scored symbols divided by `characters`."""
     bits_per_byte: float
-    """The same bits divided by `bytes`."""
     standard_error: float | None
-    """Standard error of `bits_per_character`, see `standard_error`; None for a single symbol."""
+    """Of `bits_per_character`; None for a single symbol."""
     symbols: int
-    """The whole split, or its first `limit`."""
     characters: int
     """Characters that begin in the scored text."""
     bytes: int
@@ -75,13 +72,13 @@ class Score:
     mixture: dict[str, float] | None = None
     """Weight of each layer in the prediction that was scored; None if it is the last layer's."""
     streams: int | None = None
-    """Parts of the text that were read side by side, each from no context, if scored as a compressor."""
+    """Parts of the text that were read side by side, if scored as a compressor."""
     compressed_bytes: int | None = None
     """Bytes that the bits of all symbols fill, if scored as a compressor."""
     early_exit: EarlyExit | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; those of the last five that are None are left out."""
+        """JSON-able, without those of the last five that are None."""
         optional = ("layers", "mixture", "streams", "compressed_bytes", "early_exit")
         return {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
 
@@ -177,7 +174,7 @@ class Scorer:
         }
         """Options of `predictions`."""
         self.ids, self.vocabulary = corpus.splits[split].ids[:limit], corpus.vocabulary
-        self.characters, self.bytes = count_units(self.ids, corpus.vocabulary)
+        self.characters, self.bytes = count_units(self.ids, self.vocabulary)
         self.protocol = {
             "split": split,
             "stride": self.options["stride"],
@@ -189,21 +186,21 @@ class Scorer:
         }
 
     def by_layer(self, nats: Mapping[int, np.ndarray]) -> dict[str, float]:
-        """Bits per character of each layer, in ascending order, from the costs of all symbols or parts of their sum."""
+        """Bits per character of each layer, in ascending order."""
         return {str(layer): bits_per(nats[layer], self.characters) for layer in sorted(nats)}
 
     def score(self, nats_N: np.ndarray, **fields: Any) -> Score:
-        """The score from the cost of each symbol; `fields` are further ones of the score."""
-        figures = {
-            "bits_per_character": bits_per(nats_N, self.characters),
-            "bits_per_byte": bits_per(nats_N, self.bytes),
-            "standard_error": standard_error(nats_N, self.ids, self.vocabulary),
-            "symbols": len(self.ids),
-            "characters": self.characters,
-            "bytes": self.bytes,
-            "seconds": time.perf_counter() - self.started,
-        }
-        return Score(**(figures | self.protocol | fields))
+        """The score from the cost of each symbol, with further `fields`."""
+        return Score(
+            bits_per_character=bits_per(nats_N, self.characters),
+            bits_per_byte=bits_per(nats_N, self.bytes),
+            standard_error=standard_error(nats_N, self.ids, self.vocabulary),
+            symbols=len(self.ids),
+            characters=self.characters,
+            bytes=self.bytes,
+            seconds=time.perf_counter() - self.started,
+            **(self.protocol | fields),
+        )
 
 
 def score_at(score: Score, depth: int) -> dict[str, Any]:
@@ -214,26 +211,20 @@ def score_at(score: Score, depth: int) -> dict[str, Any]:
 
 
 def mixture_nats(nats: Mapping[int, np.ndarray], weights: Mapping[int, float]) -> np.ndarray:
-    """The cost of each symbol in nats if the layers predict it together: -log sum_i weight_i exp(-nats_i), float64 [N].
-
-    The weights, none of which is negative, are scaled to sum to 1, so that the mixture is a distribution.
-    """
+    """The cost of each symbol if the layers predict it together: -log sum_i weight_i exp(-nats_i), float64 [N]. The
+    weights are scaled to sum to 1."""
     total = math.fsum(weights.values())
     log_shares = [math.log(weight / total) - nats[layer] for layer, weight in weights.items() if weight > 0]
     return -np.logaddexp.reduce(log_shares, axis=0)
 
 
 def bits_per(nats: np.ndarray, count: int) -> float:
-    """Bits per unit from the nats of all symbols of a text of `count` units. The sum is exact, whatever its order."""
+    """Bits per unit of a text of `count` units. The sum is exact, whatever its order."""
     return math.fsum(nats) / (count * math.log(2))
 
 
 def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
-    """The number of characters that begin in a text, and of its bytes.
-
-    Raises:
-        UserError: no character begins in it, as in a few bytes from the middle of one.
-    """
+    """The number of characters that begin in a text, and of its bytes. Raises UserError if there is no character."""
     characters = vocabulary.count_characters(ids)
     if characters == 0:
         raise UserError(f"a text of {len(ids)} symbols: no character begins in it, so it has no bits per character")
@@ -243,13 +234,11 @@ def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
 def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) -> float | None:
     """Standard error of bits per character, if the text is a sample of all such texts.
 
-    Neighbouring symbols are not independent, so the text is cut into K contiguous blocks of equal numbers of symbols:
-    100, or fewer so that each holds 1,000 symbols, but at least 10. With b_k bits and c_k characters in block k and
-    R = sum b / sum c, it is that of the ratio estimator:
+    Neighbouring symbols are not independent, so the text is cut into K blocks of equal numbers of symbols: 100, or
+    fewer so that each holds 1,000 symbols, but at least 10. With b_k bits and c_k characters in block k and R = sum b /
+    sum c, it is that of the ratio estimator (None if there is only one symbol):
 
         sqrt(K / (K - 1) * sum_k (b_k - R c_k)^2) / sum_k c_k
-
-    None if there are fewer than two symbols.
     """
     num_blocks = min(max(10, min(100, len(nats) // 1000)), len(nats))
     if num_blocks < 2:

@@ -1,7 +1,4 @@
-"""Text generation.
-
-Shapes: B texts, V vocabulary.
-"""
+"""Text generation. Shapes: V vocabulary."""
 
 import codecs
 from collections import deque
@@ -45,17 +42,17 @@ def generate(
     is full, its newest half is kept and the older half forgotten. So a symbol costs one step of the model, and every
     context_length / 2 symbols one pass over half a context. The weights must not change before the text ends.
 
-    Several prompts, of any lengths, are continued together, which takes less time than one after the other; with drafts
-    they are continued one after the other. Each text is the one it would be alone, except for rounding in the model:
-    the first with `seed`, the next with `seed` + 1 and so on.
+    Several prompts, of any lengths, are continued together, which takes less time; with drafts they are continued one
+    after the other. Each text is the one it would be alone, except for rounding in the model: the first with `seed`,
+    the next with `seed` + 1 and so on.
 
     Args:
         prompt: at least one symbol and at most context_length.
         length: symbols to write. Bytes that form no UTF-8 character become U+FFFD.
         temperature, top_k, top_p: see `Sampling`.
         draft: write several symbols per pass of the model, with drafts from "offsets", the last layer's heads for the
-            symbols after the next, or from the exit at this layer. The text at temperature 0 is the same, symbol by
-            symbol; other texts follow the same distribution, but differ from those of the same seed without drafts.
+            symbols after the next, or from the exit at this layer. At temperature 0 the text stays the same; other
+            texts follow the same distribution, but differ from those of the same seed without drafts.
         num_draft_tokens: the most symbols to draft before a pass; by default as many as there are heads, or 5.
         statistics: counts how useful the drafts were.
         show_progress: show a bar on stderr if that is a terminal.
@@ -67,25 +64,33 @@ def generate(
     prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
     if not prompts:
         raise UserError("prompt: give at least one", option="prompt")
-    sampling, texts = Sampling(temperature, top_k, top_p), []
-    encoded = [_encode(trained, own) for own in prompts]
+    encoded, texts = [_encode(trained, own) for own in prompts], []
     groups = [encoded] if draft is None else [[own] for own in encoded]
+    options = {"length": length, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options |= {"draft": draft, "num_draft_tokens": num_draft_tokens, "statistics": statistics}
     disable = None if show_progress else True
     with tqdm(total=len(groups) * length, desc="generating", unit=" symbols", leave=False, disable=disable) as bar:
         for group in groups:
             data, ids = zip(*group, strict=True)
-            rows = [[] for _ in group]
-            for step in _write(trained, ids, length, sampling, seed + len(texts), draft, num_draft_tokens, statistics):
+            steps = []
+            for step in _write(trained, ids, seed=seed + len(texts), **options):
+                steps.append(step)
                 bar.update(len(step[0]))
-                for row, symbols in zip(rows, step, strict=True):
-                    row.append(symbols)
+            rows = zip(*steps, strict=True)
             texts += ["".join(_decode(trained, own, row)) for own, row in zip(data, rows, strict=True)]
     return texts[0] if isinstance(prompt, str | bytes) else texts
 
 
-def stream(
+def stream(trained: TrainedModel, prompt: str | bytes, **options) -> Iterator[str]:
+    """The text that the model writes after `prompt`, piece by piece. Options and errors as for `generate`."""
+    data, ids = _encode(trained, prompt)
+    steps = _write(trained, [ids], **options)
+    return (piece for piece in _decode(trained, data, (symbols for (symbols,) in steps)) if piece)
+
+
+def _write(
     trained: TrainedModel,
-    prompt: str | bytes,
+    ids: Sequence[list[int]],
     *,
     length: int,
     seed: int = 0,
@@ -93,24 +98,9 @@ def stream(
     num_draft_tokens: int | None = None,
     statistics: DraftStatistics | None = None,
     **sampling,
-) -> Iterator[str]:
-    """The text that the model writes after `prompt`, piece by piece. Arguments and errors as for `generate`."""
-    data, ids = _encode(trained, prompt)
-    steps = _write(trained, [ids], length, Sampling(**sampling), seed, draft, num_draft_tokens, statistics)
-    return (piece for piece in _decode(trained, data, (symbols for (symbols,) in steps)) if piece)
-
-
-def _write(
-    trained: TrainedModel,
-    ids: Sequence[list[int]],
-    length: int,
-    sampling: Sampling,
-    seed: int,
-    draft: Draft | None,
-    num_draft_tokens: int | None,
-    statistics: DraftStatistics | None,
 ) -> Iterator[Sequence[list[int]]]:
     """The symbols that each step adds to each text; a single text, if there are drafts."""
+    sampling = Sampling(**sampling)
     if length < 1:
         raise UserError(f"length={length}: must be at least 1", option="length")
     if not 0 <= seed < 2**63:
@@ -161,7 +151,7 @@ def _decode(trained: TrainedModel, prompt: bytes, steps: Iterable[list[int]]) ->
 
 
 def _encode(trained: TrainedModel, prompt: str | bytes) -> tuple[bytes, list[int]]:
-    """A prompt's bytes and ids."""
+    """The bytes and the ids of a prompt."""
     try:
         data = prompt.encode("utf-8", "surrogateescape") if isinstance(prompt, str) else prompt
         ids = trained.vocabulary.encode(data).tolist()

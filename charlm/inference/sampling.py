@@ -1,7 +1,4 @@
-"""How the next symbol is drawn.
-
-Shapes: V vocabulary, K rows; `...` any dimensions, such as positions.
-"""
+"""The choice of the next symbol. Shapes: V vocabulary, K rows; `...` any dimensions, such as positions."""
 
 import math
 from dataclasses import dataclass
@@ -21,20 +18,20 @@ class Sampling:
     top_k: int | None = None
     """Draw from the k likeliest symbols only."""
     top_p: float | None = None
-    """Draw from the fewest likeliest symbols that together have at least this probability (Holtzman et al. 2020,
-    "nucleus sampling"), after temperature and top_k."""
+    """Draw from the fewest likeliest symbols that have at least this probability after temperature and top_k (Holtzman
+    et al. 2020, "nucleus sampling")."""
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature={self.temperature}: must be finite and at least 0")
+            raise UserError(f"temperature={self.temperature}: must be finite and at least 0", option="temperature")
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k={self.top_k}: must be at least 1")
+            raise UserError(f"top_k={self.top_k}: must be at least 1", option="top_k")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1")
+            raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1", option="top_p")
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest symbol is always taken, the first of equals."""
+        """Whether the likeliest symbol is always taken."""
         return self.temperature == 0 or self.top_k == 1
 
     def distribution(self, logits: Tensor) -> Tensor:
@@ -55,7 +52,7 @@ class Sampling:
         return probabilities.scatter_(-1, symbols, descending)
 
     def choose(self, logits_KV: Tensor, generator: torch.Generator) -> tuple[list[int], Tensor | None]:
-        """A symbol for each row, and the distributions [K, V] that they were drawn from; None if nothing was drawn."""
+        """A symbol for each row, and the distributions [K, V] that they were drawn from, if they were drawn."""
         if self.is_greedy:
             return logits_KV.argmax(dim=-1).tolist(), None
         probabilities_KV = self.distribution(logits_KV)

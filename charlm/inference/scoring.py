@@ -9,7 +9,6 @@ batch, L layers asked for, K figures of a prediction.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -59,20 +58,14 @@ def nats_and_entropies(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tenso
 def negative_log_likelihoods(
     transformer: CharTransformer, heads: Heads, ids: np.ndarray, *, layers: Iterable[int] | None = None, **options
 ) -> dict[int, np.ndarray]:
-    """The cost of each symbol in nats by each of `layers`, by default the last: {layer: float64 [N]}.
-
-    Arguments, errors and processes as for `measure_text`.
-    """
+    """The cost of each symbol in nats, by each layer: {layer: float64 [N]}. Options and errors as for `predictions`."""
     layers = sorted(layers) if layers is not None else [transformer.config.num_layers]
     nats_L1N = measure_text(transformer, heads, ids, layers=layers, **options)
     return dict(zip(layers, nats_L1N[:, 0], strict=True))
 
 
 def measure_text(transformer: CharTransformer, heads: Heads, ids: np.ndarray, **options) -> np.ndarray:
-    """The figures of each symbol, float64 [L, K, N]. Arguments and errors as for `predictions`.
-
-    Where torch.distributed is initialised, every process gets the whole result.
-    """
+    """The figures of all symbols, float64 [L, K, N], for every process. Options and errors as for `predictions`."""
     found_LKN = None
     for symbols_M, figures_LKM in predictions(transformer, heads, ids, **options):
         if found_LKN is None:
@@ -93,19 +86,18 @@ def predictions(
     show_progress: bool = False,
     **options,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Predict every symbol of a text once, batch by batch. The modules are in evaluation mode until the end.
+    """Predict every symbol of a text once, batch by batch. Dropout is off, and the modules' modes are put back.
 
     No window predicts the first symbol, which has no context: it counts as predicted with equal probabilities.
 
     Args:
         ids: the text, [N], at least one symbol.
         layers: 1-based, in ascending order, each with a head for offset 1.
-        show_progress: show a bar on stderr if that is a terminal.
         options: batch_size, autocast_dtype and before_batch of `read_windows`.
 
     Yields:
-        symbols: indices in the text of M symbols; those of each process are another contiguous share.
-        figures: of each of them by each layer, float64 [L, K, M]; both on the CPU.
+        symbols_M: indices in the text.
+        figures_LKM: of these symbols, float64; both on the CPU.
 
     Raises:
         UserError: the stride is not in [1, context_length].
@@ -124,7 +116,10 @@ def predictions(
         leave=False,
         disable=None if show_progress and rank == 0 else True,
     )
-    with bar, _evaluating(transformer, heads):
+    modes = [(module, module.training) for module in (transformer, heads)]
+    try:
+        transformer.eval()
+        heads.eval()
         for symbols_M, hidden_states in read_windows(transformer, ids, windows, layers=layers, **options):
             targets_M = torch.from_numpy(ids[symbols_M.numpy()].astype(np.int64))
             figures = []
@@ -133,6 +128,10 @@ def predictions(
                 figures.append(_measured(measure, logits_MV, targets_M.to(logits_MV.device)).cpu())
             yield symbols_M, torch.stack(figures)
             bar.update(len(symbols_M))
+    finally:
+        bar.close()
+        for module, mode in modes:
+            module.train(mode)
 
 
 @torch.no_grad()
@@ -149,19 +148,18 @@ def read_windows(
 ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
     """Read a text in windows, batch by batch: the hidden states at every position whose prediction counts.
 
-    The transformer runs without gradients, in the mode (training or evaluation) that it is in.
+    The transformer runs without gradients, in the mode that it is in.
 
     Args:
         ids: the text, [N].
         layers: 1-based.
         batch_size: windows per batch; by default as many as `BATCH_SYMBOLS` allows.
-        autocast_dtype: see `AUTOCAST_DTYPES`.
         share: if false, every process reads all windows.
         before_batch: called before each batch, equally often by every process.
 
     Yields:
-        symbols: indices in the text of the M symbols predicted from these positions, in the windows' order; on the CPU.
-        hidden_states: {layer: [M, D]} of the position before each, in ascending order.
+        symbols_M: indices in the text of the symbols predicted from there, in the windows' order; on the CPU.
+        hidden_states: {layer: [M, D]}, in ascending order.
     """
     layers = sorted(layers)
     device = next(transformer.parameters()).device
@@ -183,7 +181,7 @@ def read_windows(
 
 
 def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
-    """The sum over all processes of a tensor on the CPU; `device` is the process's own."""
+    """The sum over all processes of a tensor on the CPU; `device` is this process's."""
     if _rank_and_processes()[1] == 1:
         return tensor
     shared = tensor.to(device) if "nccl" in dist.get_backend() else tensor
@@ -194,14 +192,11 @@ def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
 def _batches(
     windows: EvaluationWindows, batch_size: int, rank: int, num_processes: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One process's share of the windows, in batches.
+    """One process's share of the windows, in batches: indices into the text, int64 [B, W], and which of the predictions
+    of all but the first count, bool [B, T].
 
     Compiled modules need batches of one size, and sharded ones equally many batches in every process. So the last
     batches are filled up with windows that belong to another process or were read before, and count nothing.
-
-    Yields:
-        symbols: int64 [B, W], indices into the text.
-        counts: bool [B, T], which of the predictions of symbols[:, 1:] count.
     """
     num_windows, offsets = len(windows.starts), np.arange(windows.length + 1)
     share = math.ceil(num_windows / num_processes)
@@ -215,7 +210,7 @@ def _batches(
 
 
 def _measured(measure: Measure, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """The figures of each prediction, [K, M]; takes the softmax of a part of the logits at a time."""
+    """The figures of each prediction, [K, M], computed from a part of the logits at a time."""
     rows = max(1, CHUNK_LOGITS // logits_MV.shape[-1])
     parts = zip(logits_MV.split(rows), targets_M.split(rows), strict=True)
     return torch.cat([measure(logits.double().log_softmax(-1), targets) for logits, targets in parts], dim=-1)
@@ -226,16 +221,3 @@ def _rank_and_processes() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-@contextmanager
-def _evaluating(*modules: torch.nn.Module) -> Iterator[None]:
-    """No dropout inside; the mode of each module is put back after."""
-    modes = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)

@@ -37,7 +37,6 @@ class DraftStatistics:
     num_draft_tokens: int = 0
     """The most symbols that were drafted before a pass."""
     characters: int = 0
-    """Symbols written."""
     passes: int = 0
     """Passes of the whole model, including the one over the prompt. Plain generation takes one per symbol."""
     drafted: int = 0
@@ -64,7 +63,6 @@ class Speculation:
     reader: Reader
     draft: Draft
     num_drafts: int
-    """The most symbols to draft before a pass."""
     sampling: Sampling
     generator: torch.Generator
     statistics: DraftStatistics
@@ -138,13 +136,8 @@ class Speculation:
         return symbols
 
     def _draft_by_offsets(self, num_positions: int) -> tuple[list[int], Tensor | None, Tensor]:
-        """Draft the symbols after the newest, and read it and them into the cache.
-
-        Returns:
-            drafts: K symbols.
-            chances_KV: the distributions that they were drawn from; None where the likeliest were taken.
-            hidden_1PD: the last layer's at the `num_positions` positions read.
-        """
+        """Draft the symbols after the newest, and read it and them into the cache: the drafts, the distributions [K, V]
+        that they were drawn from (None where the likeliest were taken), and the last layer's hidden states."""
         offsets = range(2, self.num_drafts + 2)  # from one symbol before the newest
         logits_KV = self.reader.logits(self.hidden_11D, offsets=offsets)[0, 0, : num_positions - 1]
         drafts, chances_KV = self.sampling.choose(logits_KV, self.generator)
@@ -182,18 +175,16 @@ def choose_num_drafts(reader: Reader, draft: Draft, num_draft_tokens: int | None
     num_extra = sum(layer == last and offset > 1 for layer, offset in pairs)
     exits = [layer for layer, offset in pairs if offset == 1 and layer < last]
     sources = ["offsets", *exits] if num_extra else exits
-    if draft not in sources:
-        problem = "this run has no exit at such a layer"
-        if draft == "offsets":
-            problem = "the run trained no head for symbols after the next (aux.targets.num_targets of 2 or more)"
-        way_out = "it has none to draft from; generate without drafts"
-        if sources:
-            way_out = f"draft from {', '.join(map(str, sources))}"
-        raise UserError(f"draft={draft}: {problem}; {way_out}", option="draft")
     if draft == "offsets":
         most, default, limit = num_extra, num_extra, "the run's heads"
+        lacking = "the run trained no head for symbols after the next (aux.targets.num_targets of 2 or more)"
     else:
         most, default, limit = reader.config.context_length, EXIT_DRAFT_TOKENS, "the context"
+        lacking = "this run has no exit at such a layer"
+    if draft not in sources:
+        names = ", ".join(map(str, sources))
+        way_out = f"draft from {names}" if sources else "it has none to draft from; generate without drafts"
+        raise UserError(f"draft={draft}: {lacking}; {way_out}", option="draft")
     if num_draft_tokens is None:
         return min(default, most)
     if not 1 <= num_draft_tokens <= most:
@@ -210,13 +201,11 @@ def accept(
 
     A draft that was drawn with chance q and has probability p is accepted with chance min(1, p / q). In place of the
     first rejected one, a symbol is drawn from the positive part of p - q, normalised. So all symbols follow p exactly,
-    however good the drafts (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding"; Chen et
-    al. 2023).
+    however good the drafts (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding").
 
     Args:
-        probabilities_PV: the model's, at the symbol before the first draft and at the drafts.
-        drafts: K symbols.
-        chances_KV: the distributions that they were drawn from.
+        probabilities_PV: the model's, from the symbol before the first draft on.
+        chances_KV: the distributions that the drafts were drawn from.
     """
     drafts_K1 = torch.tensor(drafts, dtype=torch.long)[:, None]
     uniform_K = torch.rand((len(drafts),), dtype=torch.float64, generator=generator)
@@ -232,11 +221,8 @@ def accept(
 
 
 def accept_likeliest(logits_PV: Tensor, drafts: list[int], near_tie: float) -> tuple[list[int], int]:
-    """`accept` for the case that the likeliest symbol is always taken.
-
-    Also returns the number of symbols before the first that is too close to call: its two likeliest logits differ by no
-    more than the share `near_tie` of the largest logit.
-    """
+    """`accept` where the likeliest symbol is always taken; also returns the number of symbols before the first that is
+    too close to call: its two likeliest logits differ by no more than the share `near_tie` of the largest logit."""
     best_P2, symbols_P2 = logits_PV.topk(min(2, logits_PV.shape[-1]))
     symbols = symbols_P2[:, 0].tolist()
     symbols = symbols[: _num_leading(map(eq, drafts, symbols)) + 1]

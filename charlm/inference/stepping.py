@@ -2,7 +2,7 @@
 
 On a CPU, half the time of reading one symbol with a small model passes between operations, not in them. So a few
 symbols of one text are read with as few operations as possible: query, key and value come from one product with weights
-that are joined once, all layers' buffers are sliced at once, and no module is called.
+that are joined once, all layers' buffers are sliced at once, and no module is called, nor any hook.
 
 This short way is a second forward pass beside `CharTransformer`: whoever adds an option to the model adds it here, too.
 tests/inference/test_stepping.py compares the two for every option of `ModelConfig`.
@@ -33,15 +33,13 @@ NUM_BAGS = 8
 
 
 class Reader:
-    """A model that reads texts, a few symbols of a single one the short way, everything else with the model's modules.
-
-    The short way calls no hooks of the blocks, and copies their weights when it first needs them: make a new reader for
-    each text.
-    """
+    """A model that reads texts. It copies weights when it first goes the short way: make a new one for each text."""
 
     def __init__(self, trained: TrainedModel):
-        self.config, self.device = trained.config.model, trained.device
-        self.transformer, self.heads = trained.transformer, trained.heads
+        self.config = trained.config.model
+        self.device = trained.device
+        self.transformer = trained.transformer
+        self.heads = trained.heads
         # A GPU has faster ways, and only the modules know dropout and autocast.
         needs_modules = trained.transformer.training or torch.is_autocast_enabled("cpu")
         self.has_short_way = self.device.type == "cpu" and not needs_modules
@@ -62,16 +60,16 @@ class Reader:
     def read(
         self, ids: Sequence[Sequence[int]], cache: KVCache, *, layer: int | None = None, num_last: int | None = None
     ) -> Tensor:
-        """Hidden states of `layer` (the last by default) at the last `num_last` of `ids` (all by default): [B, T, D].
-
-        `ids` are equally many for each text and follow those that the cache holds.
-        """
-        layer, ids_BT = layer or self.config.num_layers, torch.tensor(ids, device=self.device)
+        """Hidden states of `layer` (by default the last) at the last `num_last` of `ids` (by default all), [B, T, D].
+        The ids are equally many for each text, and follow those that the cache holds."""
+        layer = layer or self.config.num_layers
+        ids_BT = torch.tensor(ids, device=self.device)
         with exact_matmul(self.device, ids_BT.numel()):
             if not self._goes_short_way(ids_BT):
                 return self.transformer(ids_BT, [layer], cache, num_last)[layer]
             places = self.transformer.places(ids_BT.shape[1], cache)
-            hidden_1TD = self._run(self.transformer.embed(ids_BT, places, cache), 0, layer, places, cache)
+            x_1TD = self.transformer.embed(ids_BT, places, cache)
+            hidden_1TD = self._run(x_1TD, 0, layer, places, cache)
             return hidden_1TD if num_last is None else hidden_1TD[:, -num_last:]
 
     @torch.inference_mode()
@@ -85,7 +83,7 @@ class Reader:
 
     @torch.inference_mode()
     def logits(self, hidden_BTD: Tensor, layer: int | None = None, offsets: Sequence[int] = (1,)) -> Tensor:
-        """Logits of `offsets` from the hidden states of `layer` (the last by default): [B, T, K, V] on the CPU."""
+        """Logits of `offsets` from hidden states of `layer` (by default the last), [B, T, K, V] on the CPU."""
         layer = layer or self.config.num_layers
         if not self._goes_short_way(hidden_BTD):
             return self.heads(hidden_BTD, layer, offsets).cpu()
@@ -115,7 +113,8 @@ class Reader:
         ):
             if layer.table_TD is not None:
                 x_TD = x_TD + layer.table_TD[places.positions]
-            projected_3HTC = layer.projection(layer.norm_before_attention(x_TD)).view(T, 3, H, -1).permute(1, 2, 0, 3)
+            projected_TE = layer.projection(layer.norms_before[0](x_TD))
+            projected_3HTC = projected_TE.view(T, 3, H, -1).permute(1, 2, 0, 3)
             query_HTC, key_HTC, value_HTC = projected_3HTC.unbind()
             if rotation is not None:
                 query_HTC, key_HTC = rotation(projected_3HTC[:2]).unbind()
@@ -124,9 +123,10 @@ class Reader:
             mixed_1HTC = F.scaled_dot_product_attention(
                 query_HTC[None], keys_HSC[None], values_HSC[None], attn_mask=places.visible_B1TS
             )
-            x_TD = layer.norm_after_attention(x_TD + layer.out(mixed_1HTC[0].transpose(0, 1).flatten(1)))
-            raised_TE = layer.activation(layer.up(layer.norm_before_feed_forward(x_TD)))
-            x_TD = layer.norm_after_feed_forward(x_TD + layer.down(raised_TE))
+            mixed_TD = mixed_1HTC[0].transpose(0, 1).flatten(1)
+            x_TD = layer.norms_after[0](x_TD + layer.out(mixed_TD))
+            raised_TE = layer.activation(layer.up(layer.norms_before[1](x_TD)))
+            x_TD = layer.norms_after[1](x_TD + layer.down(raised_TE))
         cache.lengths += T
         return (self.transformer.final_norm(x_TD) if highest == self.config.num_layers else x_TD)[None]
 
@@ -134,9 +134,9 @@ class Reader:
 class _Linear(NamedTuple):
     """A linear layer for a few vectors: for each, the sum of the transposed weight's rows, weighted by the vector.
 
-    Memory bandwidth is the limit, and of torch's operations such sums read fastest: with two threads of an AMD EPYC
-    (Zen 5), one vector takes half the time of dot products and a third of that of a matrix product. The bits of a
-    vector's result do not depend on the vectors beside it.
+    Of torch's operations such sums read memory fastest: with two threads of an AMD EPYC (Zen 5), one vector takes half
+    the time of dot products and a third of that of a matrix product. The bits of a vector's result do not depend on the
+    vectors beside it.
     """
 
     rows_IE: Tensor
@@ -144,7 +144,7 @@ class _Linear(NamedTuple):
 
     @staticmethod
     def of(*linears: nn.Linear) -> "_Linear":
-        """Several layers with the same input as one; their outputs follow one another."""
+        """Several layers with the same input, joined; their outputs follow one another."""
         weight_EI = torch.cat([linear.weight.detach() for linear in linears])
         return _Linear(weight_EI.t().contiguous(), torch.cat([linear.bias.detach() for linear in linears]))
 
@@ -166,16 +166,18 @@ def _bags(num_vectors: int, num_inputs: int) -> tuple[int, Tensor, Tensor]:
 
 
 class _Layer:
-    """A block's operations, without calls of modules."""
+    """A block's operations, without calls of modules; the norms of attention and feed-forward are pairs."""
 
     def __init__(self, block: Block, table_TD: Tensor | None):
-        attention, feed_forward = block.attention, block.feed_forward
+        attention = block.attention
+        feed_forward = block.feed_forward
         self.table_TD = table_TD
         self.projection = _Linear.of(attention.query, attention.key, attention.value)
-        self.out, self.activation = _Linear.of(attention.out), feed_forward.activation
-        self.up, self.down = _Linear.of(feed_forward.up), _Linear.of(feed_forward.down)
-        norms = (block.attention_norm.forward, block.feed_forward_norm.forward)
-        identities = (nn.Identity().forward, nn.Identity().forward)
-        before, after = (norms, identities) if block.pre_norm else (identities, norms)
-        self.norm_before_attention, self.norm_before_feed_forward = before
-        self.norm_after_attention, self.norm_after_feed_forward = after
+        self.out = _Linear.of(attention.out)
+        self.up = _Linear.of(feed_forward.up)
+        self.activation = feed_forward.activation
+        self.down = _Linear.of(feed_forward.down)
+        same = nn.Identity().forward
+        norms = [block.attention_norm.forward, block.feed_forward_norm.forward]
+        self.norms_before = norms if block.pre_norm else [same, same]
+        self.norms_after = [same, same] if block.pre_norm else norms
