@@ -46,7 +46,7 @@ class Options(Section):
     """Peers to measure, separated by commas. The default is all that are installed."""
     run: Path | None = None
     """drafts: the folder of the trained run, which also determines the shape."""
-    as_json: Annotated[bool, cli.Flag("--json")] = False
+    as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
     """Print one JSON document. The tables go to stderr."""
     picture: Path | None = None
     """Also draw the result into this file (.png, .svg, .pdf)."""

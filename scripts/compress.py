@@ -49,7 +49,7 @@ class Options(Section):
     """Also measure characters per second with these numbers of streams, such as 1,16,64. Each takes a while."""
     picture: Path | None = None
     """Also draw the report into this file (.png, .svg, .pdf)."""
-    as_json: Annotated[bool, cli.Flag("--json")] = False
+    as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
     """Print one JSON document."""
 
 

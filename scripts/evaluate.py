@@ -52,7 +52,7 @@ class Options(Section):
     """--as-compressor: parts of the text that are coded side by side. The default depends on its length."""
     yardsticks: bool = False
     """Also compress the scored bytes with gzip, bzip2 and xz."""
-    as_json: Annotated[bool, cli.Flag("--json")] = False
+    as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
     """Print one JSON document."""
     data: cli.MovedCorpus = cli.MovedCorpus()
 

@@ -18,7 +18,7 @@ from charlm import cli
 class Options(cli.WithConfig):
     """Show the table of terms, the parameters and the FLOPs of a configuration."""
 
-    as_json: Annotated[bool, cli.Flag("--json")] = False
+    as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
     """Print one JSON document."""
     picture: Path | None = None
     """Also draw the weights over training into this file (.png, .svg, .pdf)."""

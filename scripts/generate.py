@@ -23,7 +23,7 @@ class Options(Section):
 
     run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The run's folder."""
-    prompt: Annotated[tuple[str, ...], cli.Flag("--prompt", action="append")]
+    prompt: Annotated[tuple[str, ...], cli.Flag("--prompt", action="append", metavar="TEXT")]
     """The beginning of a text: at least one symbol, at most the model's context. May be given several times."""
     length: int = 500
     """Symbols to generate after the prompt."""

@@ -30,11 +30,11 @@ class Sample(Section):
     symbols (100%)."""
     split: Literal["valid", "test"] = "test"
     """Which part."""
-    prompt: Annotated[tuple[str, ...], cli.Flag("--prompt", action="append")] = ()
+    prompt: Annotated[tuple[str, ...], cli.Flag("--prompt", action="append", metavar="TEXT")] = ()
     """Several."""
     speeds: tuple[int, ...] = ()
     """Several, by commas."""
-    methods: Annotated[tuple[str, ...], cli.Flag("--methods", nargs="+")] = ()
+    methods: Annotated[tuple[str, ...], cli.Flag("--methods", nargs="+", metavar="TEXT")] = ()
     """Several, by spaces."""
     all_layers: bool = False
     """Every layer."""
@@ -46,7 +46,7 @@ class Sample(Section):
 class Show(cli.WithConfig):
     """Show a configuration."""
 
-    as_json: Annotated[bool, cli.Flag("--json")] = False
+    as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
     """As JSON."""
 
 
@@ -169,7 +169,7 @@ def test_script_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("done\n", "")
 
 
-@pytest.mark.parametrize(("rank", "waits"), [(None, []), ("0", []), ("1", [cli.PATIENCE])])
+@pytest.mark.parametrize(("rank", "waits"), [(None, []), ("0", []), ("1", [10])])
 def test_user_error_is_one_message(rank: str | None, waits: list[float], capsys, monkeypatch) -> None:
     """Guards against a traceback, a wrong code, and an error that only a later process meets being lost."""
     waited: list[float] = []

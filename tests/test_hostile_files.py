@@ -304,7 +304,7 @@ def vocabulary(record: object) -> Callable[[Path], object]:
 
 RUNS: dict[str, tuple[tuple[str, list[str]], Callable[[Path], object], list[str]]] = {
     "run that is a file": (EVALUATE, lambda run: (shutil.rmtree(run), run.write_text("run")), ["run is not a run"]),
-    "config of rubbish": (EVALUATE, changed("config.yaml", lambda _: bytes(range(256))), ["config.yaml", "UTF-8"]),
+    "config of rubbish": (EVALUATE, changed("config.yaml", lambda _: bytes(range(256))), ["config.yaml", "utf-8"]),
     "config with a tag": (
         EVALUATE,
         changed("config.yaml", lambda text: text + b"!!python/object/apply:os.system ['touch hurt']: 1\n"),

@@ -12,10 +12,10 @@ from pydantic import TypeAdapter
 
 from charlm import cli
 from charlm.config import Config, Depth, Section
+from charlm.config.errors import shown
 from charlm.config.load import OPTIONS, SECTIONS
 from charlm.config.objective import TaskConfig
 from charlm.config.types import BelowOne, Count, Positive, parts_of
-from charlm.config.wording import in_words, shown
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -41,7 +41,7 @@ def _entries(kind: type[Section], prefix: str, indent: str = "") -> Iterator[str
             "required" if info.is_required() else f"default `{shown(info.get_default(call_default_factory=True))}`"
         )
         text = info.description.replace("\n", f"\n{indent}  ")
-        yield f"{indent}- **`{prefix}{name}`**: `{in_words(schemas[name])}`; {default}.\n{indent}  {text}"
+        yield f"{indent}- **`{prefix}{name}`**: `{cli.in_words(schemas[name])}`; {default}.\n{indent}  {text}"
         for part in parts_of(info.annotation):
             if isinstance(part, type) and issubclass(part, Section):
                 yield from _entries(part, "", f"{indent}  ")
@@ -81,7 +81,7 @@ def test_help_has_the_same_texts(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_kinds_in_words(kind: object, text: str) -> None:
     """Guards against a layer called a number or a text, and limits left out."""
-    assert in_words(TypeAdapter(kind).json_schema()) == text
+    assert cli.in_words(TypeAdapter(kind).json_schema()) == text
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from charlm.config.data import DataConfig
-from charlm.config.errors import ConfigError, Mistake, Stopped, UserError
+from charlm.config.errors import ConfigError, Stopped, UserError
 from charlm.config.model import ModelConfig
 from charlm.config.objective import (
     AuxConfig,
@@ -28,36 +28,6 @@ from charlm.config.run import RunConfig, TrackerName
 from charlm.config.train import AttentionBackend, CrossEntropyBackend, TrainConfig, steps_of
 from charlm.config.types import Mark, Precision, Section
 
-__all__ = [
-    "AttentionBackend",
-    "AuxConfig",
-    "Config",
-    "ConfigError",
-    "CrossEntropyBackend",
-    "DataConfig",
-    "Depth",
-    "HedgeConfig",
-    "LayersConfig",
-    "Mark",
-    "ModelConfig",
-    "PositionsConfig",
-    "Precision",
-    "RunConfig",
-    "Section",
-    "Stage",
-    "Stopped",
-    "TargetsConfig",
-    "TaskConfig",
-    "TrackerName",
-    "TrainConfig",
-    "UserError",
-    "differences",
-    "flatten",
-    "has_mark",
-    "layer_at",
-    "steps_of",
-]
-
 
 class Config(Section):
     """A whole run: what YAML files and flags describe, and what `RUN/config.yaml` records."""
@@ -71,16 +41,19 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
         layers, num_layers = self.aux.layers, self.model.num_layers
-        weights = layers.weights if isinstance(layers.weights, dict) else {}
-        named = [("aux.layers.at", depth) for depth in layers.at or ()]
-        named += [("aux.layers.weights", depth) for depth in weights]
-        named += [(f"aux.tasks.{name}.layer", task.layer) for name, task in self.aux.tasks.items()]
-        for option, depth in named:
-            if isinstance(depth, int) and not 1 <= depth <= num_layers:
-                text = f"layers run from 1 to model.num_layers={num_layers}"
-                raise Mistake(option, depth, text, ["model.num_layers"])
+        named = {
+            "aux.layers.at": layers.at or (),
+            "aux.layers.weights": layers.weights if isinstance(layers.weights, dict) else (),
+            "aux.tasks": [task.layer for task in self.aux.tasks.values()],
+        }
+        for option, depths in named.items():
+            for depth in depths:
+                if isinstance(depth, int) and not 1 <= depth <= num_layers:
+                    text = f"{depth} is no layer; they run from 1 to model.num_layers={num_layers}"
+                    raise self.mistake(option, text, "model.num_layers")
         if layers.enabled:
-            layers.check_lengths(num_layers)
+            for option, problem in layers.misfits(num_layers):
+                raise self.mistake(f"aux.layers.{option}", problem, "model.num_layers")
         return self
 
 

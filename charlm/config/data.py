@@ -8,8 +8,6 @@ from pydantic import Field, model_validator
 
 from charlm.config.types import Mark, Section, Share
 
-CorpusName = Literal["enwik8", "text8", "lm1b", "file", "hub", "python-stdlib"]
-
 _DATASETS = ("lm1b", "hub")
 _READ_BY = {
     "path": ("enwik8", "text8", "file"),
@@ -27,7 +25,7 @@ def _default_cache() -> Path:
 class DataConfig(Section):
     """The text, and how it becomes ids."""
 
-    corpus: CorpusName = "enwik8"
+    corpus: Literal["enwik8", "text8", "lm1b", "file", "hub", "python-stdlib"] = "enwik8"
     """enwik8 and text8 are downloaded once and verified; file reads data.path; hub reads data.hub_id; lm1b is a
     dataset of the hub, too; python-stdlib needs no network."""
     path: Annotated[Path | None, Mark.MAY_CHANGE, Mark.NO_EFFECT] = None

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from charlm.config import Config, Section, UserError
-from charlm.config.types import NULLS, Lines, TextLoader, options_of, sections_of
-from charlm.config.wording import did_you_mean, shown
+from charlm.config.errors import did_you_mean, shown
+from charlm.config.types import NULLS, Lines, options_of, read_yaml, sections_of
 
 S = TypeVar("S", bound=Section)
 SECTIONS, OPTIONS = sections_of(Config), options_of(Config)
@@ -31,12 +31,10 @@ class Setting(NamedTuple):
 def load_config(
     files: str | Path | Sequence[str | Path] = (), overrides: Sequence[str] | Mapping[str, Any] = ()
 ) -> Config:
-    """The configuration that YAML files and overrides make together.
+    """The configuration that YAML files make, the later over the earlier, and overrides over all files.
 
     Args:
-        files: one or several YAML files; the later wins, and what none of them names keeps its default.
-        overrides: win over the files. Flags, `["--train.steps=60"]`, or a mapping, `{"train.steps": 60}` or
-            `{"train": {"steps": 60}}`.
+        overrides: flags, `["--train.steps=60"]`, or a mapping, `{"train.steps": 60}` or `{"train": {"steps": 60}}`.
 
     Raises:
         UserError: missing or unreadable file.
@@ -48,10 +46,7 @@ def load_config(
 
 
 def settings_of(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> dict[str, Setting]:
-    """The settings that YAML files and overrides make, by option name.
-
-    `reset: true` in a section of a file drops what earlier files set in it.
-    """
+    """The settings that files and overrides make. `reset: true` in a section drops what earlier files set there."""
     settings: dict[str, Setting] = {}
     for file in map(Path, files):
         found = dict(_settings(_read(file), str(file)))
@@ -66,47 +61,38 @@ def validate(kind: type[S], settings: Mapping[str, Setting]) -> S:
     """A `kind` of settings by dotted name. Raises ConfigError, with the places that set what is wrong."""
     tree: dict[str, Any] = {}
     for name, setting in settings.items():
-        section, _, option = name.rpartition(".")
-        if section not in sections_of(kind):
-            section, option = "", name
+        *sections, option = name.split(".") if name in options_of(kind) else [name]
         node = tree
-        for part in section.split(".") if section else ():
-            node = node.setdefault(part, {})
+        for section in sections:
+            node = node.setdefault(section, {})
         node[option] = setting.value
     return kind.read(tree, {name: setting.place for name, setting in settings.items()})
 
 
-def to_yaml(options: Config | Mapping[str, Any]) -> str:
-    """Options as YAML. `load_config` of a file that holds a whole configuration returns an equal one."""
-    tree = options if isinstance(options, Mapping) else options.model_dump()
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def to_yaml(config: Config, **how: Any) -> str:
+    """The config as YAML, which `load_config` reads back; `how` goes to pydantic's `model_dump`."""
+    return yaml.dump(config.model_dump(**how), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes paths, too."""
+    """Writes paths, too, and a file that is named null as ./null."""
 
 
-def _path_as_text(dumper: yaml.SafeDumper, path: PurePath) -> yaml.ScalarNode:
-    return dumper.represent_str(f"./{path}" if str(path).lower() in NULLS else str(path))  # a file may be named null
-
-
-_Dumper.add_multi_representer(PurePath, _path_as_text)
+_Dumper.add_multi_representer(
+    PurePath, lambda dumper, path: dumper.represent_str(f"./{path}" if str(path).lower() in NULLS else str(path))
+)
 
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        tree = TextLoader(file.read_text(encoding="utf-8")).get_single_data()
+        tree = read_yaml(file.read_text(encoding="utf-8")) or {}
+        if not isinstance(tree, dict):
+            raise ValueError(f"must hold `name: value` lines, not {shown(tree)}")
     except FileNotFoundError:
         hint = did_you_mean(str(file), map(str, file.parent.glob("*.yaml")))
         raise UserError(f"config file {file} does not exist{hint}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{file}{line}: is not valid YAML: {error.problem or error.context}") from None
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"config file {file} cannot be read as UTF-8 text: {error}") from None
-    tree = {} if tree in (None, *NULLS) else tree
-    if not isinstance(tree, dict):
-        raise UserError(f"{file}: must hold `name: value` lines, not {shown(tree)}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"config file {file} cannot be read: {error}") from None
     return tree
 
 

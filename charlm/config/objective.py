@@ -1,6 +1,7 @@
 """The auxiliary losses."""
 
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
 from itertools import pairwise
@@ -8,7 +9,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, WithJsonSchema, model_validator
 
-from charlm.config.errors import Mistake
 from charlm.config.types import BelowOne, Count, NonNegative, Positive, Section, Share, Unit, Whole
 
 Decay = Literal["constant", "linear", "cosine", "cutoff"]
@@ -16,7 +16,7 @@ Decay = Literal["constant", "linear", "cosine", "cutoff"]
 
 def _depth(value: Any) -> int | float | str:
     """The number or fraction that a text spells; a number's upper limit, the model's depth, is checked later."""
-    text = value if isinstance(value, str) else repr(value)
+    text = str(value)
     if re.fullmatch(r"[0-9]{1,9}", text):
         return int(text)
     with suppress(ValueError, ZeroDivisionError):
@@ -35,11 +35,9 @@ Depth = Annotated[
 
 def layer_at(depth: Depth, num_layers: int) -> int:
     """The layer that `depth` names: a number itself, of a fraction f of L layers floor(f * L + 1/2), at least 1."""
-    return depth if isinstance(depth, int) else max(1, int(_fraction(depth) * num_layers + Fraction(1, 2)))
-
-
-def _fraction(depth: float | str) -> Fraction:
-    return Fraction(depth) if isinstance(depth, str) else Fraction(repr(depth))  # as decimals: 0.7 * 5 rounds up
+    if isinstance(depth, int):
+        return depth
+    return max(1, int(Fraction(str(depth)) * num_layers + Fraction(1, 2)))  # a float as decimals: 0.7 * 5 rounds up
 
 
 class Clock(Section):
@@ -64,11 +62,7 @@ class Switch(Section):
     """false removes this loss's rows from the table of terms, and no others."""
 
 
-class AuxLossConfig(Clock, Switch):
-    """The options of every auxiliary loss."""
-
-
-class PositionsConfig(AuxLossConfig):
+class PositionsConfig(Clock, Switch):
     """Prediction at all positions of a window, not only at the last (Al-Rfou et al. 2018, "Multiple Positions")."""
 
     schedule: Decay = "constant"
@@ -86,7 +80,7 @@ class Stage(Section):
     """Reading of the schedule's clock at the end of the stage. The last stage ends at 1."""
 
 
-class StagedLossConfig(AuxLossConfig):
+class StagedLossConfig(Clock, Switch):
     """An auxiliary loss whose weights may be a table of stages."""
 
     stages: tuple[Stage, ...] = ()
@@ -179,29 +173,26 @@ class LayersConfig(StagedLossConfig):
             layers = set(range(self.every, num_layers, self.every))
         return tuple(sorted(layer for layer in layers if layer < num_layers))
 
-    def check_lengths(self, num_layers: int) -> None:
-        """Raise Mistake unless there is one weight for each intermediate layer of `num_layers`."""
+    def misfits(self, num_layers: int) -> Iterator[tuple[str, str]]:
+        """The options that do not fit a model of `num_layers` layers, each with what is wrong with it."""
         heads = self.intermediate(num_layers)
         wanted = f"{len(heads)} intermediate layers have a head: {', '.join(map(str, heads)) or 'none'}"
-        problem = ""
-        if isinstance(self.weights, tuple) and len(self.weights) != len(heads):
-            problem = f"has {len(self.weights)} weights, and {wanted}"
-        if isinstance(self.weights, dict):
-            below = [layer for depth in self.weights if (layer := layer_at(depth, num_layers)) < num_layers]
-            if len(below) != len(heads):
-                problem = "gives a layer two weights"
-            if len(below) != len(self.weights):
-                problem = "has the last layer, whose weight is aux.main_weight"
-        if problem:
-            raise Mistake("aux.layers.weights", self.weights, problem, ["model.num_layers"])
-        for stage in self.stages if self.schedule == "stages" else ():
-            if len(stage.weights) not in (1, len(heads)):
-                text = f"a stage has {len(stage.weights)} weights, and {wanted}"
-                raise Mistake("aux.layers.stages", self.stages, text, ["model.num_layers"])
-        explicit = self.weights.values() if isinstance(self.weights, dict) else self.weights
-        if self.total is not None and heads and explicit is not None and not any(explicit):
-            text = "weights that are all zero cannot be scaled to it"
-            raise Mistake("aux.layers.total", self.total, text, ["aux.layers.weights"])
+        weights = self.weights
+        if isinstance(weights, dict):
+            layers = {layer_at(depth, num_layers) for depth in weights}
+            if num_layers in layers:
+                yield "weights", "has the last layer, whose weight is aux.main_weight"
+            if len(layers) < len(weights):
+                yield "weights", "gives a layer two weights"
+            weights = tuple(weights.values())
+        elif weights is not None and len(weights) != len(heads):
+            yield "weights", f"has {len(weights)} weights, and {wanted}"
+        if self.schedule == "stages":
+            for stage in self.stages:
+                if len(stage.weights) not in (1, len(heads)):
+                    yield "stages", f"a stage has {len(stage.weights)} weights, and {wanted}"
+        if self.total is not None and heads and weights is not None and not any(weights):
+            yield "total", "aux.layers.weights that are all zero cannot be scaled to it"
 
 
 class TargetsConfig(StagedLossConfig):

@@ -37,20 +37,15 @@ class RunConfig(Section):
         if self.resume_from is not None and self.auto_resume:
             text = "goes back to that step whenever a queue starts the command again; leave out run.auto_resume"
             raise self.mistake("resume_from", text, "auto_resume")
-        if self.max_time is not None and _duration(self.max_time) is None:
+        if self.max_time is not None and self.max_seconds is None:
             raise self.mistake("max_time", "must be a time like 3h50m, in days (d), hours, minutes and seconds")
         if len(set(self.tracker)) < len(self.tracker):
             raise self.mistake("tracker", "names a tracker twice")
         return self
 
     @property
-    def max_seconds(self) -> float | None:
-        """`max_time` in seconds."""
-        return None if self.max_time is None else _duration(self.max_time)
-
-
-def _duration(text: str) -> float | None:
-    """The seconds of "3h50m"; None if it is no duration or takes no time."""
-    match = re.fullmatch(r"(?:(\d{1,5})d)?(?:(\d{1,5})h)?(?:(\d{1,5})m)?(?:(\d{1,9})s)?", text)
-    parts = [int(part or 0) for part in match.groups()] if match else [0]
-    return sum(part * seconds for part, seconds in zip(parts, (86400, 3600, 60, 1), strict=False)) or None
+    def max_seconds(self) -> int | None:
+        """`max_time` in seconds; None without one, or if it is no time."""
+        match = re.fullmatch(r"(?:(\d{1,5})d)?(?:(\d{1,5})h)?(?:(\d{1,5})m)?(?:(\d{1,9})s)?", self.max_time or "")
+        parts = map(int, match.groups("0")) if match else ()
+        return sum(part * seconds for part, seconds in zip(parts, (86400, 3600, 60, 1), strict=False)) or None

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
-from charlm.config.errors import ConfigError, Mistake
-from charlm.config.wording import did_you_mean, shown
+from charlm.config.errors import ConfigError, did_you_mean, first_line, shown
 
 NULLS = ("null", "none", "~", "")
 MESSAGES = {
@@ -54,11 +54,12 @@ class Section(BaseModel):
 
     def replace(self, **changes: Any) -> Self:
         """A copy with `changes`. Raises ConfigError for values that cannot work."""
-        return type(self).read(dict(self) | changes)
+        return self.read(dict(self) | changes)
 
-    def mistake(self, option: str, text: str, *others: str) -> Mistake:
-        """The error to raise for the value of `option`; `others` are options that the text names, too."""
-        return Mistake(option, getattr(self, option), text, others)
+    def mistake(self, option: str, text: str, *others: str) -> PydanticCustomError:
+        """The error to raise in a check for the value of `option`; `others` are options that the text names, too."""
+        value = reduce(getattr, option.split("."), self)
+        return PydanticCustomError("mistake", text, {"option": option, "value": value, "others": others})
 
     @field_validator("*", mode="before")
     @classmethod
@@ -71,7 +72,7 @@ class Section(BaseModel):
             if Path in kinds and (not value or b"\0" in os.fsencode(value)):
                 raise ValueError("should be a path")
             if (tuple in kinds or dict in kinds) and value.lstrip()[:1] in ("[", "{"):
-                return _from_yaml(value)
+                return read_yaml(value)
         if tuple in kinds and isinstance(value, (str, int, float)):  # a list may go without its brackets
             return [item.strip() for item in value.split(",")] if isinstance(value, str) else [value]
         return value
@@ -95,14 +96,13 @@ def sections_of(kind: type[Section], name: str = "") -> dict[str, type[Section]]
 
 @cache
 def options_of(kind: type[Section]) -> dict[str, FieldInfo]:
-    """The fields of a section and of those inside of it, by dotted name."""
-    sections = sections_of(kind)
-    fields = {
+    """The options of a section and of those inside of it, by dotted name: every field that has a docstring."""
+    return {
         f"{section}.{name}".lstrip("."): info
-        for section, part in sections.items()
+        for section, part in sections_of(kind).items()
         for name, info in part.model_fields.items()
+        if info.description
     }
-    return {name: info for name, info in fields.items() if name not in sections}
 
 
 def _config_error(kind: type[Section], error: ValidationError, places: Mapping[str, str]) -> ConfigError:
@@ -111,9 +111,9 @@ def _config_error(kind: type[Section], error: ValidationError, places: Mapping[s
     lines: dict[tuple[str, str], list[str]] = {}
     for part in error.errors(include_url=False):
         location, value, others = part["loc"], part["input"], []
-        if isinstance(mistake := part.get("ctx", {}).get("error"), Mistake):
-            others = [".".join(map(str, [*location, other])) for other in mistake.others]
-            location, value = (*location, mistake.option), mistake.value
+        if part["type"] == "mistake":
+            others = [".".join(map(str, [*location, other])) for other in part["ctx"]["others"]]
+            location, value = (*location, part["ctx"]["option"]), part["ctx"]["value"]
         place = ".".join(str(key) for key in location if not UNION_MEMBER.fullmatch(str(key)))
         names.append(next((option for option in options if f"{place}.".startswith(f"{option}.")), place))
         text = part["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to")[0]
@@ -128,22 +128,13 @@ def _config_error(kind: type[Section], error: ValidationError, places: Mapping[s
     return ConfigError(message, names[0])
 
 
-def _from_yaml(text: str) -> Any:
-    try:
-        return TextLoader(text).get_single_data()
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"is not valid YAML: {getattr(error, 'problem', None) or 'nested too deeply'}") from None
-
-
 class Lines(dict):
     """A mapping of a YAML file; `lines` has the line of each key."""
 
     lines: dict[str, int]
 
 
-class TextLoader(yaml.BaseLoader):
-    """Reads text, lists and mappings: no numbers, no tags, no key twice. The options' types do the rest."""
-
+class _TextLoader(yaml.BaseLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Lines:
         mapping = Lines(super().construct_mapping(node, deep=True))
         mapping.lines = {}
@@ -152,6 +143,20 @@ class TextLoader(yaml.BaseLoader):
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is set twice", problem_mark=key.start_mark)
             mapping.lines[key.value] = key.start_mark.line + 1
         return mapping
+
+
+def read_yaml(text: str) -> Any:
+    """Text, lists and mappings of YAML: no numbers, no tags, no key twice. The types of options do the rest.
+
+    Raises:
+        ValueError: the text is not valid YAML.
+    """
+    try:
+        return _TextLoader(text).get_single_data()
+    except (yaml.YAMLError, RecursionError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"is not valid YAML{line}: {problem or first_line(error)}") from None
 
 
 def _whole(value: Any) -> Any:

@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from charlm.config import Config, UserError
+from charlm.config.errors import did_you_mean
 from charlm.config.load import load_config, to_yaml
-from charlm.config.wording import did_you_mean
 from charlm.files import parse_json, read_json, write_whole
 from charlm.process import processor_name
 

@@ -51,7 +51,7 @@ def trained_with(trained: TrainedModel) -> str:
     """YAML of the options of model, objective and training that differ from the defaults."""
     if trained.options is not None:
         return trained.options
-    return to_yaml(trained.config.model_dump(include={"model", "aux", "train"}, exclude_defaults=True))
+    return to_yaml(trained.config, include={"model", "aux", "train"}, exclude_defaults=True)
 
 
 def empty_model(

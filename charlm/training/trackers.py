@@ -15,7 +15,7 @@ from uuid import uuid4
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from charlm.config import Config, UserError, flatten
-from charlm.config.wording import written
+from charlm.config.errors import written
 from charlm.runs.folder import Run
 
 PACKAGES = {"aim": "'aim<4'", "comet_ml": "comet-ml"}

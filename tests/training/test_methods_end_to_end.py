@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from charlm.config.errors import written
 from charlm.config.load import settings_of
-from charlm.config.wording import written
 from launched import train_with_two_processes
 from tiny import TINY, train, training_rows
 

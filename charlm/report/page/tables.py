@@ -8,7 +8,7 @@ import numpy as np
 
 from charlm.config import Config, Mark, flatten, has_mark
 from charlm.config import differences as differences_of
-from charlm.config.wording import written
+from charlm.config.errors import written
 from charlm.data.windows import default_stride
 from charlm.inference.evaluation import Score
 from charlm.report.metrics import Metrics
