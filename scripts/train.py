@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
 """Train a model: python scripts/train.py --config configs/demo.yaml [--section.field=value ...]
 

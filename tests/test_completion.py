@@ -11,7 +11,7 @@ from tiny import SCRIPTS
 
 
 def offered(line: str, folder: Path) -> set[str]:
-    """The words that may stand at the end of a line of bash, which calls a script as a program."""
+    """The words that may stand at the end of a line of bash, which calls a script as a program or by a launcher."""
     out = folder / "out"
     environment = os.environ | {
         "_ARGCOMPLETE": "1",
@@ -21,8 +21,8 @@ def offered(line: str, folder: Path) -> set[str]:
         "COMP_POINT": str(len(line)),
         "COMP_WORDBREAKS": " ",
     }
-    script = SCRIPTS / Path(line.split()[0]).name
-    subprocess.run([sys.executable, script], cwd=folder, env=environment, capture_output=True, timeout=120)
+    (script,) = [word for word in line.split() if word.endswith(".py")]
+    subprocess.run([sys.executable, SCRIPTS / script], cwd=folder, env=environment, capture_output=True, timeout=120)
     return set(out.read_text().replace("\\", "").split("\n"))
 
 
@@ -38,6 +38,8 @@ def offered(line: str, folder: Path) -> set[str]:
         ("evaluate.py runs/x --spl", {"--split "}),
         ("evaluate.py runs/x --split t", {"test "}),
         ("compress.py --no", {"--no-verify "}),
+        ("accelerate launch --config_file x.yaml train.py --train.mixed_p", {"--train.mixed_precision "}),
+        ("torchrun --nproc_per_node=2 train.py --train.seed=3 --run.resume ", {"true", "false"}),
     ],
 )
 def test_a_line_is_completed(line: str, words: set[str], tmp_path: Path) -> None:
