@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic_core import to_jsonable_python
+from pydantic import BaseModel
 
 
 class UserError(Exception):
@@ -49,7 +49,8 @@ def written(value: Any) -> str:
     """A value as it is written in a config file, on one line."""
     if isinstance(value, str) and value.isprintable():
         return value
-    return json.dumps(to_jsonable_python(value, serialize_unknown=True), ensure_ascii=False).replace('"', "")
+    text = json.dumps(value, ensure_ascii=False, default=lambda v: dict(v) if isinstance(v, BaseModel) else str(v))
+    return text.replace('"', "")
 
 
 def shown(value: Any) -> str:
