@@ -23,8 +23,8 @@ def main() -> None:
         f"vocabulary {corpus.vocabulary.name} of {corpus.vocabulary.size} symbols",
         sep="\n",
     )
-    for split in corpus.splits.values():
-        print(f"{split.name:>5}: {split.symbols:,} symbols, {split.characters:,} characters, {split.bytes:,} bytes")
+    for name, split in corpus.splits.items():
+        print(f"{name:>5}: {split.symbols:,} symbols, {split.characters:,} characters, {split.bytes:,} bytes")
     print(f"kept in {config.data.cache_dir.expanduser()}\nNext: python scripts/train.py with the same options")
 
 

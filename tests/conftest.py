@@ -88,9 +88,7 @@ def build_corpus() -> Callable[[bytes], Corpus]:
     def build(text: bytes) -> Corpus:
         vocabulary = ByteVocabulary()
         ids = np.frombuffer(text, np.uint8)
-        split = Split(
-            name="test", ids=ids, symbols=len(ids), characters=vocabulary.count_characters(ids), bytes=len(text)
-        )
+        split = Split(ids=ids, symbols=len(ids), characters=vocabulary.count_characters(ids), bytes=len(text))
         return Corpus(name="letters", source="typed", sha256="abc", vocabulary=vocabulary, splits={"test": split})
 
     return build

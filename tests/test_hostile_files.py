@@ -127,7 +127,7 @@ def gigabytes_of_zeros() -> bytes:
     return 48 * block + zlib.compressobj(wbits=-15).flush()
 
 
-UNREADABLE, MEMBER = "cannot be read to its end", "no member named enwik8"
+UNREADABLE, MEMBER = "cannot be read to its end", "no item named 'enwik8'"
 ARCHIVES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
     "zip with ..": (lambda: zipped(("../enwik8", TEXT), ("../../hurt", TEXT)), [MEMBER]),
     "zip with an absolute name": (lambda: zipped(("/tmp/enwik8", TEXT)), [MEMBER]),

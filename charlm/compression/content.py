@@ -1,7 +1,6 @@
 """The file to compress, read in pieces as symbols of a vocabulary, and the file to write."""
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +10,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from charlm.config import UserError
-from charlm.data.corpus import whole_characters
-from charlm.data.vocabulary import EncodingError, Vocabulary
+from charlm.data.sources import blocks
+from charlm.data.vocabulary import EncodingError, Vocabulary, whole_characters
 from charlm.files import replacing
 
 
@@ -77,8 +76,8 @@ def output(path: Path, source: Path, size: int = 0) -> Iterator[BinaryIO]:
 
 def _pieces(file: BinaryIO, name: Path, vocabulary: Vocabulary) -> Iterator[np.ndarray]:
     """The ids of a whole file, cut between UTF-8 characters."""
-    end, offset = file.seek(0, os.SEEK_END), file.seek(0)
-    for piece in whole_characters(file, end):
+    offset = file.seek(0)
+    for piece in whole_characters(blocks(file)):
         try:
             yield vocabulary.encode(piece)
         except EncodingError as error:

@@ -4,55 +4,51 @@ A prepared corpus is a folder in the cache: CACHE/KEY/{ids.bin, corpus.json}. id
 train, then those of valid, then those of test.
 """
 
-import codecs
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
 from functools import partial
-from itertools import chain, pairwise
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock
+from pydantic import BaseModel, Field, NonNegativeInt, PlainSerializer, PositiveInt
 from tqdm import tqdm
 
 from charlm.config import DataConfig, UserError
-from charlm.data.sources import CHUNK, Source, absolute, find_source
+from charlm.data.sources import CHUNK, Choice, Source, absolute, find_source
 from charlm.data.vocabulary import (
     ByteVocabulary,
     EncodingError,
     Vocabulary,
     id_type,
+    last_start,
     train_vocabulary,
     vocabulary_from_dict,
+    whole_characters,
 )
 from charlm.files import read_json, sha256_of, sync
 
 FORMAT = 1
 """Version of the folder's layout; a folder of another version is prepared anew."""
 SPLITS = ("train", "valid", "test")
-MAX_RECORD_BYTES = 2**26
-"""Upper bound on the size of corpus.json, which may hold all characters of Unicode or a sentencepiece model."""
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(BaseModel, arbitrary_types_allowed=True, frozen=True, strict=True):
     """One of the three parts of a corpus."""
 
-    name: str
-    ids: np.memmap
-    """1-D, read-only."""
-    symbols: int
-    characters: int
-    bytes: int
+    ids: np.ndarray = Field(exclude=True)
+    """1-D, memory-mapped, read-only."""
+    symbols: PositiveInt
+    characters: NonNegativeInt
+    bytes: PositiveInt
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(BaseModel, arbitrary_types_allowed=True, frozen=True, strict=True):
     """A text in three splits."""
 
     name: str
@@ -60,22 +56,13 @@ class Corpus:
     """Origin of the text: an address, a path, or a version of Python."""
     sha256: str
     """SHA-256 of the whole text, in bytes."""
-    vocabulary: Vocabulary
+    vocabulary: Annotated[Vocabulary, PlainSerializer(lambda vocabulary: vocabulary.to_dict())]
     splits: dict[str, Split]
     """train, valid and test, in the order of the text."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the ids, JSON-able."""
-        return {
-            "name": self.name,
-            "source": self.source,
-            "sha256": self.sha256,
-            "vocabulary": self.vocabulary.to_dict(),
-            "splits": {
-                split.name: {"symbols": split.symbols, "characters": split.characters, "bytes": split.bytes}
-                for split in self.splits.values()
-            },
-        }
+        return self.model_dump()
 
 
 def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
@@ -83,10 +70,8 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
 
     enwik8 and text8 are split 90M / 5M / 5M bytes (Al-Rfou et al. 2018); datasets keep their own splits. For other
     texts, the last data.valid_fraction + data.test_fraction of the bytes are held out; in UTF-8 text both cuts fall
-    between characters. When several processes call this at once, one prepares and the others wait.
-
-    Args:
-        show_progress: show progress bars where stderr is a terminal.
+    between characters. When several processes call this at once, one prepares and the others wait. Progress bars are
+    shown only where stderr is a terminal.
 
     Raises:
         UserError: the text cannot be fetched or read, fails verification, is too short to split or cannot be expressed
@@ -107,38 +92,33 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
             _prepare(config, source, folder, show_progress)
             return _open(folder, source)
     except OSError as error:
-        raise UserError(f"data.cache_dir={cache_dir}: cannot be written ({error.strerror or error})") from error
+        raise Choice("data.cache_dir", cache_dir).error(f"cannot be written ({error.strerror or error})") from error
 
 
 def prepared_corpus(config: DataConfig) -> Corpus | None:
     """The corpus the config asks for if the cache holds it; nothing is fetched or prepared."""
     cache_dir = absolute(config.cache_dir)
-    try:
+    with suppress(UserError):
         source = find_source(config, cache_dir, show_progress=False)
-    except UserError:
-        return None
-    return _cached(cache_dir / _folder_name(config, source), source)
+        return _cached(cache_dir / _folder_name(config, source), source)
+    return None
 
 
 def _folder_name(config: DataConfig, source: Source) -> str:
-    suffix = {
-        "bytes": "",
-        "characters": "-characters",
-        "sentencepiece": f"-sentencepiece-{config.character_coverage}",
-    }
-    return source.key + suffix[config.vocabulary]
+    if config.vocabulary == "sentencepiece":
+        return f"{source.key}-sentencepiece-{config.character_coverage}"
+    return source.key if config.vocabulary == "bytes" else f"{source.key}-{config.vocabulary}"
 
 
 def _cached(folder: Path, source: Source) -> Corpus | None:
     """The prepared corpus, or None if it is missing, damaged, or made from another text."""
-    try:
+    with suppress(OSError, ValueError, LookupError, TypeError, UserError):
         return _open(folder, source)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
-        return None
+    return None
 
 
 def _open(folder: Path, source: Source) -> Corpus:
-    record, ids_path = read_json(folder / "corpus.json", MAX_RECORD_BYTES), folder / "ids.bin"
+    record, ids_path = read_json(folder / "corpus.json"), folder / "ids.bin"
     if record["format"] != FORMAT or source.fingerprint not in (None, record["fingerprint"]):
         raise ValueError("made by another version, or from another text")
     vocabulary = vocabulary_from_dict(record["vocabulary"])
@@ -148,13 +128,12 @@ def _open(folder: Path, source: Source) -> Corpus:
     splits, start = {}, 0
     for name in SPLITS:
         sizes = record["splits"][name]
-        if not all(type(size) is int and size > 0 for size in sizes.values()):
-            raise ValueError(f"sizes of {name}: {sizes}")
-        splits[name] = Split(name, ids[start : start + sizes["symbols"]], **sizes)
-        start += sizes["symbols"]
+        end = start + sizes["symbols"]
+        splits[name] = Split(ids=ids[start:end], **sizes)
+        start = end
     if start != len(ids):
         raise ValueError(f"{len(ids)} ids, but splits of {start}")
-    return Corpus(record["name"], record["source"], record["sha256"], vocabulary, splits)
+    return Corpus(**record | {"vocabulary": vocabulary, "splits": splits})
 
 
 def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bool) -> None:
@@ -162,169 +141,113 @@ def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bo
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     if source.size is not None and source.size > (free := shutil.disk_usage(folder.parent).free):
-        raise UserError(
-            f"data.cache_dir={folder.parent}: has {free:,} bytes free, and {source.option} has {source.size:,}; "
-            "make room, or choose another"
-        )
+        room = f"data.cache_dir={folder.parent} has {free:,} bytes free"
+        raise source.choice.error(f"has {source.size:,} bytes, but {room}; make room, or choose another")
     temporary.mkdir()
     try:
-        text = _write_text(source, temporary / "text.bin", show_progress)
-        if config.vocabulary != ByteVocabulary.name and text.not_utf8_at is not None:
-            raise UserError(
-                f"{source.option}: not UTF-8 at byte {text.not_utf8_at:,}, and data.vocabulary={config.vocabulary} "
-                "needs characters; convert it, or use --data.vocabulary=bytes"
-            )
-        ranges = _cut(config, source, text)
-        pieces = partial(_pieces, text.path, show_progress=show_progress)
+        text, ids = temporary / "text.bin", temporary / "ids.bin"
+        # Shown only after a moment, when the bar of a download is gone.
+        bar = partial(tqdm, unit="B", unit_scale=True, delay=0.5, disable=None if show_progress else True)
+        sha256, parts, not_utf8_at = _write_text(source, text, bar)
+        if config.vocabulary != ByteVocabulary.name and not_utf8_at is not None:
+            problem = f"not UTF-8 at byte {not_utf8_at:,}, which data.vocabulary={config.vocabulary} needs"
+            raise source.choice.error(f"{problem}; convert it, or use --data.vocabulary=bytes")
+        ranges = _cut(config, source, text, parts, not_utf8_at is None)
+        pieces = partial(_pieces, text, bar)
         training_text = pieces(ranges["train"], "reading the training split")
-        vocabulary = train_vocabulary(config, text.not_utf8_at is None, training_text)
+        vocabulary = train_vocabulary(config, not_utf8_at is None, training_text)
         splits = {}
-        with (temporary / "ids.bin").open("wb") as file:
+        with ids.open("wb") as file:
             for split in SPLITS:
-                splits[split] = _encode(
-                    pieces(ranges[split], f"encoding {split}"), split, vocabulary, file, source.option
-                )
-        text.path.unlink()
+                splits[split] = _encode(pieces(ranges[split], f"encoding {split}"), split, vocabulary, file, source)
+        text.unlink()
         record = {
             "format": FORMAT,
             "name": config.corpus,
             "source": source.origin,
             "fingerprint": source.fingerprint,
-            "sha256": text.sha256,
+            "sha256": sha256,
             "vocabulary": vocabulary.to_dict(),
             "dtype": id_type(vocabulary.size).name,
-            "ids_sha256": sha256_of(temporary / "ids.bin"),
+            "ids_sha256": sha256_of(ids),
             "splits": splits,
         }
         (temporary / "corpus.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-        sync(temporary / "ids.bin")  # the folder's name must not survive a power cut that its content does not
+        sync(ids)  # the folder's name must not survive a power cut that its content does not
         shutil.rmtree(folder, ignore_errors=True)  # damaged, or made from another text
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class Range(NamedTuple):
-    """A range of bytes in a file."""
-
-    start: int
-    end: int
-
-
-class _Text(NamedTuple):
-    path: Path
-    sha256: str
-    parts: dict[str, Range]
-    """Range of the main text ("train"), and of each split that the source holds out itself."""
-    not_utf8_at: int | None
-    """Position of the first byte that is not UTF-8."""
-
-
-def _write_text(source: Source, path: Path, show_progress: bool) -> _Text:
+def _write_text(source: Source, path: Path, bar: Callable[..., tqdm]) -> tuple[str, dict[str, range], int | None]:
+    """Returns the text's SHA-256, the range of each part in bytes, and the position of the first byte not in UTF-8."""
     digest, parts, not_utf8_at, written = hashlib.sha256(), {}, None, 0
-    with _bar(f"preparing {source.origin}", show_progress, source.size) as bar, path.open("wb") as file:
-        for split, open_chunks in {"train": source.chunks, **source.held_out}.items():
-            decoder, start = codecs.getincrementaldecoder("utf-8")(), written
-            with closing(open_chunks()) as chunks:
-                for chunk in chain(chunks, [b""]):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    written += len(chunk)
-                    if not_utf8_at is None:
-                        try:
-                            decoder.decode(chunk, final=not chunk)
-                        except UnicodeDecodeError as error:
-                            not_utf8_at = written - len(error.object) + error.start
-                    bar.update(len(chunk))
-            parts[split] = Range(start, written)
-    return _Text(path, digest.hexdigest(), parts, not_utf8_at)
+    with bar(desc=f"preparing {source.origin}", total=source.size) as shown, path.open("wb") as file:
+        for part in source.parts:
+            start = written
+            with closing(source.chunks(part)) as chunks:
+                for block in whole_characters(chunks):
+                    try:
+                        block.decode()
+                    except UnicodeDecodeError as error:
+                        not_utf8_at = written + error.start if not_utf8_at is None else not_utf8_at
+                    file.write(block)
+                    digest.update(block)
+                    written += len(block)
+                    shown.update(len(block))
+            parts[part] = range(start, written)
+    return digest.hexdigest(), parts, not_utf8_at
 
 
-def _cut(config: DataConfig, source: Source, text: _Text) -> dict[str, Range]:
-    """The range of each split in the file."""
+def _cut(config: DataConfig, source: Source, path: Path, parts: dict[str, range], utf8: bool) -> dict[str, range]:
+    """The range of each split in the text, in bytes."""
     if source.split_sizes:
-        bounds = np.cumsum([0, *source.split_sizes]).tolist()
-        return dict(zip(SPLITS, map(Range._make, pairwise(bounds)), strict=True))
-    size = cut = end = text.parts["train"].end
+        bounds = [0, *accumulate(source.split_sizes)]
+        return dict(zip(SPLITS, map(range, bounds, bounds[1:]), strict=True))
+    size = cut = end = len(parts["train"])
     if not size:
-        raise UserError(f"{source.option}: there is no text in it; give some")
-    written, ranges = np.memmap(text.path, np.uint8, mode="r"), {}
+        raise source.choice.error("there is no text in it; give some")
+    text, ranges = np.memmap(path, np.uint8, mode="r"), {}
     for split, fraction in {"test": config.test_fraction, "valid": config.valid_fraction}.items():
-        own = text.parts.get(split)
-        if own and own.end > own.start:
-            ranges[split] = own
-        else:
+        ranges[split] = parts.get(split)
+        if not ranges[split]:
             cut -= round(size * fraction)
-            start = _start_of_character(written, cut) if text.not_utf8_at is None else cut
-            ranges[split], end = Range(start, end), start
-    ranges["train"] = Range(0, end)
+            start = last_start(text[: cut + 1]) if utf8 and cut < size else cut
+            ranges[split], end = range(start, end), start
+    ranges["train"] = range(end)
     for split in SPLITS:
-        if ranges[split].start == ranges[split].end:
-            raise UserError(
-                f"{source.option}: its {size:,} bytes leave the {split} split empty; give more text or "
-                f"change data.valid_fraction={config.valid_fraction} and data.test_fraction={config.test_fraction}"
-            )
+        if not ranges[split]:
+            fractions = f"data.valid_fraction={config.valid_fraction} and data.test_fraction={config.test_fraction}"
+            way_out = f"give more text or change {fractions}"
+            raise source.choice.error(f"its {size:,} bytes leave the {split} split empty; {way_out}")
     return ranges
 
 
-def _start_of_character(text: np.ndarray, position: int) -> int:
-    """The last position up to `position` where a UTF-8 character starts, or the text ends."""
-    while position < len(text) and text[position] & 0b11000000 == 0b10000000:
-        position -= 1
-    return position
-
-
-def _encode(pieces: Iterable[bytes], split: str, vocabulary: Vocabulary, file: BinaryIO, option: str) -> dict[str, int]:
+def _encode(
+    pieces: Iterable[bytes], split: str, vocabulary: Vocabulary, file: BinaryIO, source: Source
+) -> dict[str, int]:
     """Write the ids of a split; return its symbols, characters and bytes."""
-    symbols = characters = num_bytes = 0
+    sizes = {"symbols": 0, "characters": 0, "bytes": 0}
     for piece in pieces:
         try:
             ids = vocabulary.encode(piece)
         except EncodingError as error:
-            raise UserError(
-                f"{option}: at byte {num_bytes + error.offset:,} of its {split} split, {error.problem}, those of the "
+            raise source.choice.error(
+                f"at byte {sizes['bytes'] + error.offset:,} of its {split} split, {error.problem}, those of the "
                 "training split; use --data.vocabulary=sentencepiece or bytes"
             ) from error
         file.write(ids)
-        symbols += len(ids)
-        characters += vocabulary.count_characters(ids)
-        num_bytes += len(piece)
-    return {"symbols": symbols, "characters": characters, "bytes": num_bytes}
+        sizes["symbols"] += len(ids)
+        sizes["characters"] += vocabulary.count_characters(ids)
+        sizes["bytes"] += len(piece)
+    return sizes
 
 
-def _pieces(path: Path, part: Range, description: str, show_progress: bool) -> Iterator[bytes]:
-    """A part of the file, cut between characters."""
-    with _bar(description, show_progress, part.end - part.start) as bar, path.open("rb") as file:
+def _pieces(path: Path, bar: Callable[..., tqdm], part: range, description: str) -> Iterator[bytes]:
+    """A part of the file, cut between characters. It is read, not mapped, so that memory stays small."""
+    with bar(desc=description, total=len(part)) as shown, path.open("rb") as file:
         file.seek(part.start)
-        for piece in whole_characters(file, part.end):
+        for piece in whole_characters(iter(lambda: file.read(min(CHUNK, part.stop - file.tell())), b"")):
             yield piece
-            bar.update(len(piece))
-
-
-def whole_characters(file: BinaryIO, end: int) -> Iterator[bytes]:
-    """The rest of a file up to `end`, cut between UTF-8 characters. It is read, not mapped: memory stays small."""
-    rest = b""
-    while block := file.read(min(CHUNK, end - file.tell())):
-        piece = rest + block
-        whole = len(piece) if file.tell() == end else _end_of_characters(piece)
-        rest = piece[whole:]
-        yield piece[:whole]
-
-
-def _end_of_characters(piece: bytes) -> int:
-    """Start of the last, perhaps incomplete, UTF-8 character; the end if none starts in the last four bytes."""
-    for position in range(len(piece) - 1, max(len(piece) - 5, 0), -1):
-        if piece[position] & 0b11000000 != 0b10000000:
-            return position
-    return len(piece)
-
-
-def _bar(description: str, show_progress: bool, total: int | None = None) -> tqdm:
-    return tqdm(
-        desc=description,
-        total=total,
-        unit="B",
-        unit_scale=True,
-        delay=0.5,  # shown with the first bytes, when the bar of a download is gone
-        disable=None if show_progress else True,
-    )
+            shown.update(len(piece))

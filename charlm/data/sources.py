@@ -12,12 +12,12 @@ import shutil
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from charlm.config import DataConfig, UserError
 from charlm.config.errors import first_line
@@ -64,190 +64,187 @@ PUBLISHED = {
 
 HUB_IDS = {"lm1b": "dvruette/lm1b"}
 """Datasets with a corpus name of their own. The hub's "lm1b" itself needs a loading script, so this is a copy."""
-NOT_LIBRARY = frozenset({"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"})
-"""Subfolders of the standard library that hold tests or installed packages."""
+
+
+class Choice(NamedTuple):
+    """The option that chose a text, and its value; errors about the text begin with both."""
+
+    option: str
+    value: Path | str
+
+    def error(self, problem: object, option: str | None = None) -> UserError:
+        return UserError(f"{self.option}={self.value}: {problem}", option or self.option)
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            problem = f"cannot read {error.filename or 'it'} ({error.strerror})"
+            raise self.error(f"{problem}; give a file or folder that can be read") from error
+        except UserError as error:
+            raise self.error(error, error.option) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A text that can be prepared."""
 
+    choice: Choice
     key: str
     """Name of the prepared corpus in the cache."""
     origin: str
     """Origin of the text, for people: an address, a path, or a version."""
-    option: str
-    """The option that chose it, for errors: data.path=..."""
-    fingerprint: str | None
+    parts: Mapping[str, Callable[[], Generator[bytes]]]
+    """Readers of the main text ("train") and of separate texts for valid and test, which may turn out to be empty."""
+    fingerprint: str | None = None
     """Changes when the text at `origin` does; None for a text that never changes."""
-    chunks: Callable[[], Generator[bytes]]
-    """Yields the text and verifies it at its end; raises UserError if it cannot be fetched or read."""
-    held_out: Mapping[str, Callable[[], Generator[bytes]]] = field(default_factory=dict)
-    """Separate texts of valid and test; if one is missing or empty, the end of the main text is held out instead."""
+    files: Callable[[], list[Path]] | None = None
+    """Lists the files of the fingerprint, if nothing else tells that they have changed while they were read."""
     split_sizes: tuple[int, int, int] | None = None
     """Bytes of train, valid and test in the text; None if the config's fractions decide."""
     size: int | None = None
     """Bytes of the text, if known before it is read."""
 
+    def chunks(self, part: str = "train") -> Generator[bytes]:
+        """The text of a part, verified at its end. Raises UserError if it cannot be fetched or read."""
+        with self.choice.named_in_errors():
+            yield from self.parts[part]()
+            if self.files and _fingerprint(self.files()) != self.fingerprint:
+                raise UserError("changed while it was read; try again when nothing writes to it")
+
 
 def find_source(config: DataConfig, cache_dir: Path, show_progress: bool) -> Source:
     """The source the config asks for; nothing is fetched or read yet.
 
-    Raises:
-        UserError: data.path or a folder of data.hub_id does not exist, cannot be read, or is of the wrong kind.
+    Raises UserError if a path does not exist, cannot be read, is of the wrong kind, or holds the cache.
     """
-    if config.corpus in PUBLISHED:
-        return _published(config, PUBLISHED[config.corpus], cache_dir / f"{config.corpus}.download", show_progress)
-    if config.corpus == "python-stdlib":
-        origin, option = f"Python {platform.python_version()}, standard library", "data.corpus=python-stdlib"
-        return _files(config, Path(sysconfig.get_path("stdlib")), origin, option, suffix=".py", skip=NOT_LIBRARY)
-    if config.corpus == "file":
-        path = absolute(config.path)
-        option = f"data.path={path}"
-        _keep_apart(cache_dir, path, option)
-        return _files(config, path, str(path), option)
-    return _dataset(config, config.hub_id or HUB_IDS[config.corpus], cache_dir, show_progress)
+    choice = _choice(config)
+    with choice.named_in_errors():
+        if config.corpus in PUBLISHED:
+            return _published(config, choice, cache_dir / f"{config.corpus}.download", show_progress)
+        source = _dataset(config, choice, show_progress) if choice.option == "data.hub_id" else _files(config, choice)
+        if isinstance(choice.value, Path) and cache_dir.is_relative_to(choice.value):
+            raise UserError(f"data.cache_dir={cache_dir} lies inside; move one of them")
+        return source
 
 
-def _published(config: DataConfig, published: Published, downloads: Path, show_progress: bool) -> Source:
+def _choice(config: DataConfig) -> Choice:
+    if config.path is not None:
+        return Choice("data.path", absolute(config.path))
+    if config.corpus in (*PUBLISHED, "python-stdlib"):
+        return Choice("data.corpus", config.corpus)
+    name = config.hub_id or HUB_IDS[config.corpus]
+    local = os.path.isdir(os.path.expanduser(name)) or name.startswith(("/", "./", "../", "~"))
+    return Choice("data.hub_id", absolute(Path(name)) if local else name)
+
+
+def _published(config: DataConfig, choice: Choice, downloads: Path, show_progress: bool) -> Source:
     """A published text, from the user's own copy if there is one."""
-    if config.path is None:
-        option, origin, fingerprint = f"data.corpus={config.corpus}", published.url, None
-        text = partial(_fetched, published, downloads, option, show_progress)
-    else:
-        path = absolute(config.path)
-        option, origin = f"data.path={path}", str(path)
-        with _reading(option):
-            fingerprint = _fingerprint([path])
+    published = PUBLISHED[config.corpus]
+    origin, fingerprint, text = published.url, None, partial(_fetched, published, downloads, show_progress)
+    if isinstance(path := choice.value, Path):
+        origin, fingerprint, text = str(path), _fingerprint([path]), partial(_unpacked, path, published.member)
         if not path.is_file():
-            raise UserError(f"{option}: not a file; give a copy of {published.member}, raw or as .zip, .gz or .xz")
-        text = partial(_unpacked, path, published.member, option)
+            raise UserError(f"not a file; give a copy of {published.member}, raw or as .zip, .gz or .xz")
     return Source(
+        choice=choice,
         key=config.corpus,
         origin=origin,
-        option=option,
+        parts={"train": lambda: _verified(text(), published)},
         fingerprint=fingerprint,
-        chunks=lambda: _verified(text(), published, option),
         split_sizes=published.split_sizes,
         size=published.size,
     )
 
 
-def _fetched(published: Published, downloads: Path, option: str, show_progress: bool) -> Generator[bytes]:
+def _fetched(published: Published, downloads: Path, show_progress: bool) -> Generator[bytes]:
     """The text of the downloaded archive, which is removed after the last byte; of the mirror if that fails."""
     try:
         archive = _download(published, downloads, show_progress)
     except UserError as error:
-        yield from _mirrored(published, option, show_progress, error)
+        if published.mirror is None:
+            raise
+        try:
+            splits = open_dataset(published.mirror, None, None, show_progress)
+            for split in ("train", "validation", "test"):
+                yield from documents(splits, split, "text", "")
+        except UserError as another:
+            raise UserError(f"{error}\nIts mirror {published.mirror} fails, too: {another}") from another
     else:
-        yield from _unpacked(archive, published.member, option)
+        yield from _unpacked(archive, published.member)
     shutil.rmtree(downloads, ignore_errors=True)
 
 
 def _download(published: Published, folder: Path, show_progress: bool) -> Path:
-    """The archive in `folder`, fetched unless it is there already, and verified. Two processes must not do so at once.
-
-    Raises:
-        UserError: it cannot be fetched, or is not the file it should be.
-    """
+    """The archive in `folder`, verified; fetched unless it is there. Two processes must not do so at once."""
     import pooch  # takes a moment to import, and most runs download nothing
-    from requests.exceptions import ConnectionError, RequestException
+    from requests.exceptions import ConnectionError
 
     pooch.get_logger().setLevel("ERROR")
     name = f"{published.member}.zip"
-    fetcher = pooch.create(
-        folder,
-        "",
-        registry={name: published.archive_sha256},
-        urls={name: published.url},
-        retry_if_failed=DOWNLOAD_RETRIES,
-    )
-    downloader = pooch.HTTPDownloader(
-        progressbar=show_progress and sys.stderr.isatty(), headers={"User-Agent": "charlm"}
-    )
+    known = {"registry": {name: published.archive_sha256}, "urls": {name: published.url}}
+    fetcher = pooch.create(folder, "", **known, retry_if_failed=DOWNLOAD_RETRIES)
+    show = show_progress and sys.stderr.isatty()
     try:
-        return Path(fetcher.fetch(name, downloader=downloader))
-    except (RequestException, ValueError) as error:  # a ValueError is a wrong checksum
+        return Path(fetcher.fetch(name, downloader=pooch.HTTPDownloader(show, headers={"User-Agent": "charlm"})))
+    except (OSError, ValueError) as error:  # the network, a full disk, or a wrong checksum
         why = "no connection" if isinstance(error, ConnectionError) else first_line(error)
         raise UserError(
-            f"{published.url}: cannot be fetched ({why}). Fetch this file elsewhere "
+            f"{published.url} cannot be fetched ({why}). Fetch this file elsewhere "
             f"(SHA-256 {published.archive_sha256}) and give it as --data.path=FILE"
         ) from error
 
 
-def _mirrored(published: Published, option: str, show_progress: bool, why: UserError) -> Generator[bytes]:
-    """The text from its mirror on the hub; raises `why` if there is none."""
-    if published.mirror is None:
-        raise why
-    try:
-        splits = open_dataset(published.mirror, None, None, f"{option} from {published.mirror}", show_progress)
-        for split in ("train", "validation", "test"):
-            yield from documents(splits, split, "text", "", option)
-    except UserError as error:
-        raise UserError(f"{why}\nIts mirror fails, too: {error}") from error
-
-
-def _files(
-    config: DataConfig, root: Path, origin: str, option: str, suffix: str = "", skip: frozenset[str] = frozenset()
-) -> Source:
+def _files(config: DataConfig, choice: Choice) -> Source:
     """One file, or all files of a folder, joined in the order of their relative paths with nothing between them."""
-    with _reading(option):
-        listed = _list_files(root, suffix, skip)
-        fingerprint, size = _fingerprint(listed), sum(file.stat().st_size for file in listed)
-    if not os.path.isfile(root) and not os.path.isdir(root):
-        raise UserError(f"{option}: neither a file nor a folder")
+    root, origin, files = choice.value, str(choice.value), partial(_list_files, choice.value)
+    if config.corpus == "python-stdlib":
+        root, origin = Path(sysconfig.get_path("stdlib")), f"Python {platform.python_version()}, standard library"
+        tests_and_packages = ("__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests")
+        files = partial(_list_files, root, ".py", tests_and_packages)
 
-    def chunks() -> Generator[bytes]:
-        with _reading(option):
-            for file in _list_files(root, suffix, skip):
-                with file.open("rb") as stream:
-                    yield from _blocks(stream)
-            _check_unchanged(fingerprint, _list_files(root, suffix, skip), option)
+    def text() -> Generator[bytes]:
+        for file in files():
+            with file.open("rb") as stream:
+                yield from blocks(stream)
 
+    fingerprint, size = _fingerprint(files()), sum(file.stat().st_size for file in files())
+    if not root.is_file() and not root.is_dir():
+        raise UserError("neither a file nor a folder")
     return Source(
+        choice=choice,
         key=_key(config, str(root)),
         origin=origin,
-        option=option,
+        parts={"train": text},
         fingerprint=fingerprint,
-        chunks=chunks,
+        files=files,
         size=size,
     )
 
 
-def _dataset(config: DataConfig, hub_id: str, cache_dir: Path, show_progress: bool) -> Source:
+def _dataset(config: DataConfig, choice: Choice, show_progress: bool) -> Source:
     """The documents of a dataset on the hub, or of a folder of parquet files."""
-    where, fingerprint = hub_id, None
-    if os.path.isdir(os.path.expanduser(hub_id)) or hub_id.startswith(("/", "./", "../", "~")):
-        where = absolute(Path(hub_id))
-    option = f"data.hub_id={where}"
-    if isinstance(where, Path):
-        _keep_apart(cache_dir, where, option)
-        with _reading(option):
-            fingerprint = _fingerprint(_list_files(where))
-    opened = cache(partial(open_dataset, where, config.hub_config, config.hub_revision, option, show_progress))
+    where, revision = choice.value, config.hub_revision
+    opened = cache(partial(open_dataset, where, config.hub_config, revision, show_progress))
     named = (config.train_split, config.valid_split, config.test_split)
 
-    def chunks(split: str | None, default: str) -> Generator[bytes]:
-        if split is None and default in opened() and default not in named:
-            split = default
-        if split is not None:
-            yield from documents(opened(), split, config.text_column, config.separator, option)
-        if fingerprint is not None:
-            with _reading(option):
-                _check_unchanged(fingerprint, _list_files(where), option)
+    def text(split: str | None, default: str) -> Generator[bytes]:
+        if split or (default in opened() and default not in named):
+            yield from documents(opened(), split or default, config.text_column, config.separator)
 
+    files = partial(_list_files, where) if isinstance(where, Path) else None
     return Source(
-        key=_key(
-            config, str(where), config.hub_config, config.hub_revision, config.text_column, config.separator, *named
-        ),
-        origin=f"{where}@{config.hub_revision}" if config.hub_revision else str(where),
-        option=option,
-        fingerprint=fingerprint,
-        chunks=partial(chunks, config.train_split, "train"),
-        held_out={
-            "valid": partial(chunks, config.valid_split, "validation"),
-            "test": partial(chunks, config.test_split, "test"),
+        choice=choice,
+        key=_key(config, str(where), config.hub_config, revision, config.text_column, config.separator, *named),
+        origin=f"{where}@{revision}" if revision else str(where),
+        parts={
+            "train": partial(text, config.train_split, "train"),
+            "valid": partial(text, config.valid_split, "validation"),
+            "test": partial(text, config.test_split, "test"),
         },
+        fingerprint=_fingerprint(files()) if files else None,
+        files=files,
     )
 
 
@@ -257,13 +254,7 @@ def _key(config: DataConfig, *identity: str | None) -> str:
     return f"{config.corpus}-{hashlib.sha256(os.fsencode(everything)).hexdigest()[:16]}"
 
 
-def _keep_apart(cache_dir: Path, path: Path, option: str) -> None:
-    """Raise UserError if the cache would become part of the text."""
-    if cache_dir.is_relative_to(path):
-        raise UserError(f"{option}: data.cache_dir={cache_dir} lies inside; move one of them")
-
-
-def _list_files(root: Path, suffix: str = "", skip: frozenset[str] = frozenset()) -> list[Path]:
+def _list_files(root: Path, suffix: str = "", skip: tuple[str, ...] = ()) -> list[Path]:
     """All files below `root`. Links to files are followed; links to folders are not, as they could form a circle."""
 
     def refuse(error: OSError) -> None:
@@ -278,8 +269,8 @@ def _list_files(root: Path, suffix: str = "", skip: frozenset[str] = frozenset()
     return sorted(filter(Path.is_file, files), key=lambda file: file.relative_to(root).as_posix())
 
 
-def _fingerprint(files: Iterable[Path]) -> str:
-    """Hash of paths, sizes and times of change; the content may be gigabytes, and this is computed at every start."""
+def _fingerprint(files: list[Path]) -> str:
+    """Hash of paths, sizes and times of change; the content may be gigabytes, too many to read at every start."""
     digest = hashlib.sha256()
     for file in files:
         info = file.stat()
@@ -287,54 +278,32 @@ def _fingerprint(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _check_unchanged(fingerprint: str, files: Iterable[Path], option: str) -> None:
-    if _fingerprint(files) != fingerprint:
-        raise UserError(f"{option}: changed while it was read; try again when nothing writes to it")
-
-
 def absolute(path: Path) -> Path:
     """`path` without ~, links or the working folder, so that a file has one name."""
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 
-@contextmanager
-def _reading(option: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{option}: cannot read {error.filename or 'it'} ({error.strerror}); give a file or folder that can be read"
-        ) from error
-
-
-def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+def blocks(stream: BinaryIO) -> Iterator[bytes]:
+    """The rest of a file, in pieces that do not depend on its size."""
     return iter(partial(stream.read, CHUNK), b"")
 
 
-def _unpacked(path: Path, member: str, option: str) -> Generator[bytes]:
+def _unpacked(path: Path, member: str) -> Generator[bytes]:
     """The named member of a .zip, the content of a .gz or .xz, or the file itself, told apart by the first bytes."""
-    try:
-        with ExitStack() as stack:
-            stream = stack.enter_context(_open(path, member, stack))
-            yield from _blocks(stream)
-    except KeyError as error:
-        raise UserError(f"{option}: the archive has no member named {member}") from error
-    except Exception as error:  # every format has its own, and an xz header may ask for gigabytes: MemoryError
-        why = str(error) or type(error).__name__
-        raise UserError(f"{option}: cannot be read to its end ({why}); fetch it again") from error
-
-
-def _open(path: Path, member: str, stack: ExitStack) -> BinaryIO:
     with path.open("rb") as file:
-        magic = file.read(6)
-    if magic.startswith(b"PK"):
-        return stack.enter_context(zipfile.ZipFile(path)).open(member)
-    if magic.startswith(b"\x1f\x8b"):
-        return gzip.open(path)
-    return lzma.open(path) if magic == b"\xfd7zXZ\0" else path.open("rb")
+        magic = file.read(2)
+    try:
+        if magic == b"PK":
+            with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+                yield from blocks(stream)
+        else:
+            with {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}.get(magic, open)(path, "rb") as stream:
+                yield from blocks(stream)
+    except Exception as error:  # every format has its own, and an xz header may ask for gigabytes: MemoryError
+        raise UserError(f"cannot be read to its end ({first_line(error)}); fetch it again") from error
 
 
-def _verified(chunks: Iterator[bytes], published: Published, option: str) -> Generator[bytes]:
+def _verified(chunks: Iterator[bytes], published: Published) -> Generator[bytes]:
     """Pass chunks on; raise UserError if they are longer than the published text, or at the end do not equal it."""
     digest = hashlib.new(published.algorithm, usedforsecurity=False)
     size = 0
@@ -351,6 +320,6 @@ def _verified(chunks: Iterator[bytes], published: Published, option: str) -> Gen
     else:
         return
     raise UserError(
-        f"{option}: has {found}; {published.member} has {published.size:,} bytes and {published.algorithm} "
+        f"has {found}; {published.member} has {published.size:,} bytes and {published.algorithm} "
         f"{published.digest}. Get it from {published.url}"
     )

@@ -2,7 +2,9 @@
 
 import base64
 import hashlib
-from collections.abc import Iterable
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
@@ -12,10 +14,7 @@ import numpy as np
 
 from charlm.config import DataConfig, UserError
 
-CODE_POINTS = 0x110000
-"""Number of code points in Unicode."""
-FIRST_BYTE, FIRST_CHARACTER = 1, 257
-"""First ids of bytes and characters in a sentencepiece model; id 0 is the unknown piece."""
+CODE_POINTS = sys.maxunicode + 1
 
 
 class EncodingError(UserError):
@@ -27,7 +26,7 @@ class EncodingError(UserError):
         self.problem, self.offset = problem, offset
 
 
-class Vocabulary:
+class Vocabulary(ABC):
     """A table of symbols, each of which is a character or one byte of a character.
 
     Ids are 1-D arrays; text is bytes, so that nothing is lost.
@@ -43,25 +42,30 @@ class Vocabulary:
         """V, the number of symbols."""
         return len(self.symbols)
 
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able record from which `vocabulary_from_dict` makes an equal vocabulary."""
+
     def encode(self, data: bytes) -> np.ndarray:
         """The ids of a text, in the type that `id_type` gives. Raises EncodingError if a character has no symbol."""
-        raise NotImplementedError
+        ids = self._ids_of_code_points[_code_points(data)]
+        if ids.size and ids.min() < 0:
+            text, position = data.decode(), int(ids.argmin())
+            unknown, offset = text[position], len(text[:position].encode())
+            problem = f"the character {unknown!r} (U+{ord(unknown):04X}) is not among the vocabulary's {self.size:,}"
+            raise EncodingError(problem, offset)
+        return ids.astype(id_type(self.size))
 
     def decode(self, ids: np.ndarray) -> bytes:
         """The text of some ids, the inverse of `encode`. Raises ValueError for an id outside [0, V)."""
-        return b"".join(map(self.symbols.__getitem__, _checked(ids, self.size).tolist()))
+        ids = np.asarray(ids)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.size:
+            raise ValueError(f"ids run from {ids.min()} to {ids.max()}; the vocabulary's lie in [0, {self.size})")
+        return b"".join(map(self.symbols.__getitem__, ids.tolist()))
 
     def count_characters(self, ids: np.ndarray) -> int:
         """Characters that start in the text of some ids. Counts of consecutive pieces add up to that of the whole."""
-        return int(np.count_nonzero(self._starts_V[np.asarray(ids, np.int64)]))
-
-    def count_bytes(self, ids: np.ndarray) -> int:
-        """Bytes in the text of some ids."""
-        return int(self._lengths_V[np.asarray(ids, np.int64)].sum())
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able record from which `vocabulary_from_dict` makes an equal vocabulary."""
-        raise NotImplementedError
+        return int(np.count_nonzero(self._starts_V[ids]))
 
     @cached_property
     def _ids_of_code_points(self) -> np.ndarray:
@@ -73,10 +77,6 @@ class Vocabulary:
     @cached_property
     def _starts_V(self) -> np.ndarray:
         return _starts_character(np.array([symbol[0] for symbol in self.symbols], np.uint8))
-
-    @cached_property
-    def _lengths_V(self) -> np.ndarray:
-        return np.array([len(symbol) for symbol in self.symbols])
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,8 @@ class ByteVocabulary(Vocabulary):
     def encode(self, data: bytes) -> np.ndarray:
         return np.frombuffer(data, np.uint8).copy()  # PyTorch warns about read-only arrays
 
-    def decode(self, ids: np.ndarray) -> bytes:
-        return _checked(ids, self.size).astype(np.uint8).tobytes()
-
     def count_characters(self, ids: np.ndarray) -> int:
-        ids = np.asarray(ids)
-        return int(np.count_nonzero(_starts_character(ids))) if self.utf8 else ids.size
-
-    def count_bytes(self, ids: np.ndarray) -> int:
-        return np.asarray(ids).size
+        return super().count_characters(ids) if self.utf8 else len(ids)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "utf8": self.utf8}
@@ -118,20 +111,9 @@ class CharacterVocabulary(Vocabulary):
     def symbols(self) -> tuple[bytes, ...]:
         return tuple(map(str.encode, self.characters))
 
-    def encode(self, data: bytes) -> np.ndarray:
-        code_points = _code_points(data)
-        ids = self._ids_of_code_points[code_points]
-        if ids.size and ids.min() < 0:
-            text = data.decode()
-            position = int(ids.argmin())
-            unknown, offset = text[position], len(text[:position].encode())
-            problem = f"the character {unknown!r} (U+{ord(unknown):04X}) is not among the vocabulary's {self.size:,}"
-            raise EncodingError(problem, offset)
-        return ids.astype(id_type(self.size))
-
     def to_dict(self) -> dict[str, Any]:
-        data = self.characters.encode()
-        return {"name": self.name, "characters": self.characters, "sha256": hashlib.sha256(data).hexdigest()}
+        digest = hashlib.sha256(self.characters.encode()).hexdigest()
+        return {"name": self.name, "characters": self.characters, "sha256": digest}
 
 
 @dataclass(frozen=True)
@@ -143,7 +125,7 @@ class SentencePieceVocabulary(Vocabulary):
     """
 
     name: ClassVar[str] = "sentencepiece"
-    first_character: ClassVar[int] = FIRST_CHARACTER
+    first_character: ClassVar[int] = 257
 
     symbols: tuple[bytes, ...]
     """The text of each piece: U+FFFD for the unknown piece, which no text has; the 256 bytes; the characters."""
@@ -152,37 +134,29 @@ class SentencePieceVocabulary(Vocabulary):
 
     @classmethod
     def from_model(cls, model: bytes) -> "SentencePieceVocabulary":
-        """The vocabulary of a model file. Raises UserError unless it is one that `train` could have made."""
+        """The vocabulary of a model file. Raises ValueError unless it is one that `train` could have made."""
         import sentencepiece
 
-        processor = sentencepiece.SentencePieceProcessor()
-        try:
-            processor.LoadFromSerializedProto(model)
-        except RuntimeError as error:
-            raise UserError(f"vocabulary: not a sentencepiece model ({error})") from error
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
-        if pieces[:FIRST_CHARACTER] != ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]:
-            raise UserError("vocabulary: not a sentencepiece model with byte fallback, which every text needs")
-        symbols = ["\ufffd".encode(), *(bytes([byte]) for byte in range(256))]
-        characters = [piece.replace("\u2581", " ") for piece in pieces[FIRST_CHARACTER:]]
-        if len(set(characters)) < len(characters) or any(len(character) != 1 for character in characters):
-            raise UserError("vocabulary: not a sentencepiece model of characters, each once")
-        symbols += map(str.encode, characters)
-        return cls(tuple(symbols), model)
+        characters = [piece.replace("\u2581", " ") for piece in pieces[cls.first_character :]]
+        if (
+            pieces[: cls.first_character] != ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+            or len(set(characters)) < len(characters)
+            or any(len(character) != 1 for character in characters)
+        ):
+            raise ValueError("its sentencepiece model is not one of characters with byte fallback")
+        return cls(("\ufffd".encode(), *ByteVocabulary.symbols, *map(str.encode, characters)), model)
 
     @classmethod
     def train(cls, counts: np.ndarray, character_coverage: float) -> "SentencePieceVocabulary":
-        """The library's choice of characters, given the frequency of each code point in a text.
+        """The library's choice of characters, which make up this share of a text, in [0.98, 1].
 
-        A character model depends on these counts only, so the library reads them in place of the text. This needs
-        little memory, and no long line is skipped.
-
-        Args:
-            character_coverage: share of the text that the chosen characters make up, in [0.98, 1].
+        It depends on the frequency of each code point only, so the library reads these counts in place of the text:
+        this needs little memory, and no long line is skipped.
         """
         import sentencepiece
 
-        counts = counts.copy()
         counts[[0x00, 0x09, 0x2581, 0x2585]] = 0  # marks of the library, which it would not read as text
         if not counts.any():  # the library cannot be trained on nothing
             counts[0x20] = 1
@@ -193,7 +167,7 @@ class SentencePieceVocabulary(Vocabulary):
             model_writer=model,
             model_type="char",
             character_coverage=character_coverage,
-            vocab_size=FIRST_CHARACTER + np.count_nonzero(counts),  # the upper bound
+            vocab_size=cls.first_character + np.count_nonzero(counts),  # the upper bound
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -205,16 +179,13 @@ class SentencePieceVocabulary(Vocabulary):
         return cls.from_model(model.getvalue())
 
     def encode(self, data: bytes) -> np.ndarray:
-        code_points = _code_points(data)
-        ids = self._ids_of_code_points[code_points]
-        others = ids < 0
-        spelled = np.frombuffer(code_points[others].tobytes().decode("utf-32-le").encode(), np.uint8)
-        lengths = np.diff(np.flatnonzero(_starts_character(spelled)), append=len(spelled))
-        repeats = np.ones_like(ids)
-        repeats[others] = lengths
-        ids = np.repeat(ids, repeats)
-        ids[ids < 0] = spelled + np.int32(FIRST_BYTE)
-        return ids.astype(id_type(self.size))
+        ids = self._ids_of_code_points[_code_points(data)]
+        bytes_N = np.frombuffer(data, np.uint8)
+        starts_N = _starts_character(bytes_N)
+        ids_N = ids[np.cumsum(starts_N) - 1]
+        spelled_N = ids_N < 0
+        ids_N = np.where(spelled_N, bytes_N + np.int32(1), ids_N)  # id 0 is the unknown piece
+        return ids_N[starts_N | spelled_N].astype(id_type(self.size))
 
     def to_dict(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.model).hexdigest()
@@ -222,48 +193,59 @@ class SentencePieceVocabulary(Vocabulary):
 
 
 def train_vocabulary(config: DataConfig, utf8: bool, texts: Iterable[bytes]) -> Vocabulary:
-    """The vocabulary the config asks for, made from a training text.
+    """The vocabulary the config asks for, made from a training text in pieces that end between characters.
 
-    Args:
-        utf8: whether the whole text is UTF-8.
-        texts: the training text in pieces, cut between characters.
+    `utf8`: whether the whole text is UTF-8.
     """
     if config.vocabulary == ByteVocabulary.name:
         return ByteVocabulary(utf8)
     counts = np.zeros(CODE_POINTS, np.int64)
     for text in texts:
-        found = np.bincount(_code_points(text))
-        counts[: len(found)] += found
+        counts += np.bincount(_code_points(text), minlength=CODE_POINTS)
     if config.vocabulary == CharacterVocabulary.name:
         return CharacterVocabulary("".join(map(chr, np.flatnonzero(counts))))
     return SentencePieceVocabulary.train(counts, config.character_coverage)
 
 
 def vocabulary_from_dict(record: dict[str, Any]) -> Vocabulary:
-    """The vocabulary that `to_dict` described.
-
-    Raises:
-        UserError: the record is not that of a vocabulary, or does not match its own SHA-256.
-    """
+    """The vocabulary that `to_dict` described. Raises UserError if the record is damaged or none of a vocabulary."""
     try:
         match record:
-            case {"name": ByteVocabulary.name, "utf8": bool(utf8), **rest} if not rest:
-                return ByteVocabulary(utf8)
-            case {"name": CharacterVocabulary.name, "characters": str(text), "sha256": digest, **rest} if not rest:
-                _verify(text.encode(), digest)
-                if not text or text != "".join(sorted(set(text))):
-                    raise ValueError("its characters are not in order, each once")
-                return CharacterVocabulary(text)
-            case {"name": SentencePieceVocabulary.name, "model": str(model), "sha256": digest, **rest} if not rest:
-                return SentencePieceVocabulary.from_model(_verify(base64.b64decode(model, validate=True), digest))
-    except ValueError as error:
-        raise UserError(f"vocabulary: it is damaged, as {error}; restore provenance.json") from error
-    raise UserError(f"vocabulary {str(record)[:80]}: not one that this version of charlm knows")
+            case {"name": ByteVocabulary.name, "utf8": bool(utf8)}:
+                vocabulary = ByteVocabulary(utf8)
+            case {"name": CharacterVocabulary.name, "characters": str(text)} if text:
+                vocabulary = CharacterVocabulary("".join(sorted(set(text))))
+            case {"name": SentencePieceVocabulary.name, "model": str(model)} if model:
+                vocabulary = SentencePieceVocabulary.from_model(base64.b64decode(model))
+            case _:
+                raise UserError(f"vocabulary {str(record)[:80]}: not one that this version of charlm knows")
+        if vocabulary.to_dict() != record:
+            raise ValueError("another SHA-256")
+    except (ValueError, RuntimeError) as error:  # sentencepiece raises RuntimeError
+        raise UserError("vocabulary: its content does not match its SHA-256; restore provenance.json") from error
+    return vocabulary
 
 
 def id_type(size: int) -> np.dtype:
     """The smallest unsigned type for the ids of a vocabulary of this size."""
     return np.min_scalar_type(max(size - 1, 0))
+
+
+def whole_characters(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same text in blocks that end between UTF-8 characters. Other text is passed on, however it is cut."""
+    rest = b""
+    for block in blocks:
+        text = rest + block
+        end = last_start(text)
+        yield text[:end]
+        rest = text[end:]
+    yield rest
+
+
+def last_start(text: bytes | np.ndarray) -> int:
+    """Where the last UTF-8 character of a text starts, complete or not; the end if none starts in the last 4 bytes."""
+    starts = np.flatnonzero(_starts_character(np.frombuffer(text[-4:], np.uint8)))
+    return len(text) - len(text[-4:]) + int(starts[-1]) if starts.size else len(text)
 
 
 def _starts_character(bytes_N: np.ndarray) -> np.ndarray:
@@ -276,16 +258,3 @@ def _code_points(data: bytes) -> np.ndarray:
         return np.frombuffer(data.decode().encode("utf-32-le"), "<u4")
     except UnicodeDecodeError as error:
         raise EncodingError("not UTF-8", error.start) from None
-
-
-def _checked(ids: np.ndarray, size: int) -> np.ndarray:
-    ids = np.asarray(ids)
-    if ids.size and not 0 <= ids.min() <= ids.max() < size:
-        raise ValueError(f"ids run from {ids.min()} to {ids.max()}; the vocabulary's lie in [0, {size})")
-    return ids
-
-
-def _verify(data: bytes, digest: Any) -> bytes:
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise ValueError("its SHA-256 does not match")
-    return data

@@ -228,7 +228,7 @@ def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
     characters = vocabulary.count_characters(ids)
     if characters == 0:
         raise UserError(f"a text of {len(ids)} symbols: no character begins in it, so it has no bits per character")
-    return characters, vocabulary.count_bytes(ids)
+    return characters, len(vocabulary.decode(ids))
 
 
 def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) -> float | None:

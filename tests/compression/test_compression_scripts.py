@@ -6,7 +6,6 @@ import json
 import lzma
 import math
 import shlex
-from dataclasses import replace
 
 import pytest
 
@@ -123,7 +122,7 @@ def test_evaluation_at_a_stride_explains_the_score(run_on_disk):
     expected = bits_per_character(trained, corpus, limit=17 + 9 * 12, stride=9, show_progress=False)
     assert one.bits_per_character == pytest.approx(expected.bits_per_character, rel=1e-5)
     with pytest.raises(UserError, match="another text"):
-        score_as_compressor(trained, replace(corpus, sha256="0" * 64), show_progress=False)
+        score_as_compressor(trained, corpus.model_copy(update={"sha256": "0" * 64}), show_progress=False)
 
 
 @pytest.mark.parametrize(

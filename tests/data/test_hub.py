@@ -147,7 +147,7 @@ def test_a_row_without_text_is_named(config, folder):
 def test_code_is_never_run(config, folder):
     """Guards against a dataset's script that is run, or silently passed over."""
     (folder / f"{folder.name}.py").write_text("raise SystemExit('the script was run')")
-    with pytest.raises(UserError, match=r"needs code of its own .* never run; try --data.hub_revision"):
+    with pytest.raises(UserError, match=r"needs code of its own, which is never run.*--data.hub_revision"):
         load_corpus(config)
 
 
@@ -185,7 +185,7 @@ def test_options_that_cannot_work_are_refused(options, option):
 def test_lm1b_is_a_dataset(config, folder):
     """Guards against the first lm1b of the hub, which needs a script."""
     assert HUB_IDS["lm1b"] == "dvruette/lm1b"
-    assert find_source(DataConfig(corpus="lm1b"), config.cache_dir, False).option == "data.hub_id=dvruette/lm1b"
+    assert find_source(DataConfig(corpus="lm1b"), config.cache_dir, False).choice == ("data.hub_id", "dvruette/lm1b")
     corpus = load_corpus(config.replace(corpus="lm1b"))
     assert corpus.name == "lm1b"
     assert "".join(texts(corpus).values()) == "\n".join(DOCUMENTS)
@@ -209,7 +209,7 @@ def test_text8_comes_from_its_mirror_where_its_own_address_fails(tmp_path, serve
     with pytest.raises(UserError, match="text8: has sha256"):
         load_corpus(config.replace(cache_dir=tmp_path / "other"))
     (tmp_path / "mirror" / "test-00000-of-00001.parquet").unlink()
-    with pytest.raises(UserError, match=r"404[\s\S]*Its mirror fails, too: .* no split 'test'"):
+    with pytest.raises(UserError, match=r"404[\s\S]*Its mirror .* fails, too: has no split 'test'"):
         load_corpus(config.replace(cache_dir=tmp_path / "third"))
 
 

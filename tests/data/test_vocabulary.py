@@ -48,12 +48,11 @@ def test_what_goes_in_comes_out(name, text, cut):
     ids = vocabulary.encode(text.encode())
     assert vocabulary.decode(ids) == text.encode()
     assert vocabulary.count_characters(ids) == len(text)
-    assert vocabulary.count_bytes(ids) == len(text.encode())
     assert ids.dtype == id_type(vocabulary.size)
     cut %= len(ids) + 1
-    for count in (vocabulary.count_characters, vocabulary.count_bytes):
-        assert count(ids[:cut]) + count(ids[cut:]) == count(ids)
-        assert type(count(ids)) is int  # JSON knows no np.int64
+    count = vocabulary.count_characters
+    assert count(ids[:cut]) + count(ids[cut:]) == count(ids)
+    assert type(count(ids)) is int  # JSON knows no np.int64
 
 
 @given(st.binary())
@@ -82,7 +81,6 @@ def test_sentencepiece_expresses_what_it_was_not_trained_on(text, seen):
     assert vocabulary.decode(ids) == text.encode()
     assert 0 not in ids
     assert vocabulary.count_characters(ids) == len(text)
-    assert vocabulary.count_bytes(ids) == len(text.encode())
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\u2581")), st.text(max_size=30))
@@ -189,7 +187,7 @@ def test_an_unknown_vocabulary_is_refused(record):
 def test_a_damaged_vocabulary_is_refused(name):
     """Guards against a record whose symbols were changed by hand or by a disk."""
     record, other = train(name, "abc").to_dict(), train(name, "abd").to_dict()
-    with pytest.raises(UserError, match="SHA-256 does not match"):
+    with pytest.raises(UserError, match="SHA-256"):
         vocabulary_from_dict(record | {"sha256": other["sha256"]})
     with pytest.raises(UserError, match="vocabulary"):
         vocabulary_from_dict(record | {"more": 1})
@@ -201,7 +199,7 @@ def test_what_is_no_model_is_refused(model):
     record = {"name": "sentencepiece", "sha256": hashlib.sha256(model).hexdigest()}
     with pytest.raises(UserError, match="vocabulary"):
         vocabulary_from_dict(record | {"model": base64.b64encode(model).decode()})
-    with pytest.raises(UserError, match="vocabulary: it is damaged"):
+    with pytest.raises(UserError, match="SHA-256"):
         vocabulary_from_dict(record | {"model": "no base64!"})
 
 

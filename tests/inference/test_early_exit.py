@@ -27,7 +27,8 @@ def setting(build_model, build_corpus):
     config = Config(model=trained.config.model, train=TrainConfig(valid_symbols=90))
     corpus = build_corpus(letters(60, seed=1).tobytes())
     valid = build_corpus(letters(120, seed=2).tobytes()).splits["test"]
-    return replace(trained, config=config), replace(corpus, splits=corpus.splits | {"valid": valid})
+    corpus = corpus.model_copy(update={"splits": corpus.splits | {"valid": valid}})
+    return replace(trained, config=config), corpus
 
 
 @torch.no_grad()

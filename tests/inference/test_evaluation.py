@@ -202,7 +202,7 @@ def test_bad_options_are_refused(build_model, build_corpus, options, message):
 def test_another_corpus_is_refused(build_model, build_corpus):
     """Guards against a score on text that was not the run's, under the run's name."""
     with pytest.raises(UserError, match="trained on letters"):
-        bits_per_character(build_model(), replace(build_corpus(b"some text"), sha256="def"))
+        bits_per_character(build_model(), build_corpus(b"some text").model_copy(update={"sha256": "def"}))
 
 
 def test_a_text_in_which_no_character_begins_is_refused(build_model, build_corpus):

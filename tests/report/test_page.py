@@ -220,8 +220,8 @@ def test_scores_by_layer_are_those_of_evaluate(run, measured):
 def test_no_figure_is_of_the_test_split(run, measured, undrawn):
     """Fault: a page that one chooses by, and that scores what is kept for the end."""
     corpus = corpus_of(run)
-    reversed_test = replace(corpus.splits["test"], ids=corpus.splits["test"].ids[::-1].copy())
-    corpus = replace(corpus, splits=corpus.splits | {"test": reversed_test})
+    reversed_test = corpus.splits["test"].model_copy(update={"ids": corpus.splits["test"].ids[::-1].copy()})
+    corpus = corpus.model_copy(update={"splits": corpus.splits | {"test": reversed_test}})
     changed = measure(run, corpus, characters=300, show_progress=False)
     assert changed.score.layers == pytest.approx(measured.score.layers)
     assert np.allclose(changed.by_position, measured.by_position)

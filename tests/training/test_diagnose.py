@@ -184,7 +184,7 @@ def test_leaves_no_trace():
     before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     marked = objective.transformer.embedding.weight.grad = torch.ones(V, 8)
     random = torch.get_rng_state()
-    vocabulary = SimpleNamespace(count_characters=len, count_bytes=len)
+    vocabulary = SimpleNamespace(count_characters=len, decode=lambda ids: bytes(len(ids)))
     corpus = SimpleNamespace(splits={"valid": SimpleNamespace(ids=random_ids(100))}, vocabulary=vocabulary)
     accelerator = SimpleNamespace(mixed_precision="bf16", scaler=None, num_processes=1)
     config = Config(train=TrainConfig(batch_size=3))
