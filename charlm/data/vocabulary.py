@@ -222,7 +222,7 @@ def vocabulary_from_dict(record: dict[str, Any]) -> Vocabulary:
         if vocabulary.to_dict() != record:
             raise ValueError("another SHA-256")
     except (ValueError, RuntimeError) as error:  # sentencepiece raises RuntimeError
-        raise UserError("vocabulary: its content does not match its SHA-256; restore provenance.json") from error
+        raise UserError("vocabulary: its SHA-256 does not match its content; restore provenance.json") from error
     return vocabulary
 
 
