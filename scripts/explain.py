@@ -27,8 +27,8 @@ class Options(cli.WithConfig):
 def main() -> None:
     options = cli.parse(Options)
     from charlm.report.explain import explain
+    from charlm.report.figures import weights
     from charlm.report.style import PICTURE, save
-    from charlm.report.weights import weights
 
     explanation = explain(options.config)
     if options.picture is not None:

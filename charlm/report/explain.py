@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from charlm.config import Config
+from charlm.config import AuxConfig, Config
 from charlm.data.corpus import prepared_corpus
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.model.heads import Heads
@@ -25,7 +25,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Explanation:
-    """The result of `explain`; `to_dict` is for programs, `to_text` for people."""
+    """The result of `explain`."""
 
     config: Config
     vocabulary_size: int
@@ -41,8 +41,7 @@ class Explanation:
 
     def to_dict(self) -> dict:
         """For JSON. `terms[].weights` are pairs [progress, weight]: in a rotation the weight at the next turn, at
-        progress 1 the limit from the left. aux.hedge multiplies them by weights that it learns.
-        """
+        progress 1 the limit from the left. aux.hedge multiplies them by weights that it learns."""
         aux, train, context_length = self.config.aux, self.config.train, self.config.model.context_length
         return {
             "parameters": self.parameters,
@@ -57,13 +56,8 @@ class Explanation:
             "route": {"name": aux.route, "relay_layers": aux.relay_layers, "step_sizes": aux.step_sizes}
             | asdict(self.route_cost),
             "terms": [
-                {
-                    "name": term.name,
-                    "layer": term.layer,
-                    "offset": term.offset,
-                    "positions": term.positions,
-                    "task": term.task,
-                    "hinge": term.hinge,
+                {name: getattr(term, name) for name in ("name", "layer", "offset", "positions", "task", "hinge")}
+                | {
                     "one_of_steps": term.weight.period,
                     "weights": [[p, term.weight.at_next_turn(p) if p < 1.0 else term.weight.limit] for p in PROGRESSES],
                     "stops_at_step": stops_at_step(term.weight, train.steps),
@@ -73,8 +67,7 @@ class Explanation:
         }
 
     def to_text(self, width: int = 80) -> str:
-        """Sizes and costs, then a line per term: its weight at the start, the step at which it stops, and a strip of
-        its weight over training. Lines are `width` characters long."""
+        """For people: sizes and costs, then a line per term with a strip of its weight over training, `width` wide."""
         return "\n".join([*_summary(self), "", *_table(self.terms, self.config.train.steps, width)])
 
 
@@ -85,26 +78,21 @@ def explain(config: Config) -> Explanation:
         ConfigError: at some point of training every loss has weight zero.
         UserError: a route that cannot be taken, a task that is not registered.
     """
-    model = config.model
     check_route(config)
     corpus = prepared_corpus(config.data) if config.data.vocabulary != ByteVocabulary.name else None
     vocabulary_size = corpus.vocabulary.size if corpus else ByteVocabulary().size
     with torch.device("meta"):
         objective = build_objective(config, vocabulary_size)
         transformer, heads = objective.transformer, objective.heads
-        last_head = Heads(model, vocabulary_size, [(model.num_layers, 1)])
-    terms = objective.terms
-    starting = [term for term in terms if term.weight.at_next_turn(0.0) != 0.0]
-    ending = [term for term in terms if term.weight.stops_at is None]
+        last_head = Heads(config.model, vocabulary_size, [(config.model.num_layers, 1)])
+    starting = [term for term in objective.terms if term.weight.at_next_turn(0.0) != 0.0]
+    ending = [term for term in objective.terms if term.weight.stops_at is None]
     return Explanation(
         config=config,
         vocabulary_size=vocabulary_size,
         vocabulary_is_known=corpus is not None or config.data.vocabulary == ByteVocabulary.name,
-        terms=terms,
-        parameters={
-            "training": num_parameters(objective),
-            "inference": num_parameters(transformer, last_head),
-        },
+        terms=objective.terms,
+        parameters={"training": num_parameters(objective), "inference": num_parameters(transformer, last_head)},
         flops_per_character={
             "training_start": training_flops(transformer, heads, starting),
             "training_end": training_flops(transformer, heads, ending),
@@ -137,91 +125,81 @@ def _summary(explanation: Explanation) -> list[str]:
     model, train = explanation.config.model, explanation.config.train
     parameters = {name: _short(count) for name, count in explanation.parameters.items()}
     flops = {name: _short(count) for name, count in explanation.flops_per_character.items()}
-    lines = [
-        f"model                {model.num_layers} layers of width {model.d_model}, context {model.context_length}",
-        f"parameters           {parameters['training']} in training, {parameters['inference']} at inference",
-        f"FLOPs per character  {flops['training_start']} in training ({flops['training_end']} at its end), "
+    lines = {
+        "model": f"{model.num_layers} layers of width {model.d_model}, context {model.context_length}",
+        "parameters": f"{parameters['training']} in training, {parameters['inference']} at inference",
+        "FLOPs per character": f"{flops['training_start']} in training ({flops['training_end']} at its end), "
         f"{flops['inference']} at inference",
-        f"training             {train.steps:,} steps of {train.batch_size * model.context_length:,} characters",
-    ]
-    lines += _methods(explanation)
+        "training": f"{train.steps:,} steps of {train.batch_size * model.context_length:,} characters",
+    }
+    lines |= _methods(explanation)
+    if explanation.config.aux.route != "joint":
+        lines |= _route(explanation.config.aux, explanation.route_cost)
     if not explanation.vocabulary_is_known:
-        lines.append(
-            f"vocabulary           {explanation.vocabulary_size} symbols assumed: scripts/prepare.py counts them"
-        )
-    return lines
+        lines["vocabulary"] = f"{explanation.vocabulary_size} symbols assumed: scripts/prepare.py counts them"
+    return [f"{name:<20} {text}" for name, text in lines.items()]
 
 
-def _methods(explanation: Explanation) -> list[str]:
-    """A line for each setting that the table does not show and that is not the default."""
-    aux, model = explanation.config.aux, explanation.config.model
-    layers, intermediate = aux.layers, aux.layers.intermediate(model.num_layers)
+def _methods(explanation: Explanation) -> dict[str, str]:
+    """Settings that the table does not show and that are not the default."""
+    aux, model, lines = explanation.config.aux, explanation.config.model, {}
+    layers, turns = aux.layers, max(term.weight.period for term in explanation.terms)
     heads = {
         "shared": "the last layer's, on every layer",
         "shared_frozen": "the last layer's, as constants on intermediate layers",
         "tower": f"towers of width {layers.tower_width or model.d_model}, dropout {layers.tower_dropout:g}",
     }
-    lines = []
-    if intermediate and layers.head in heads:
-        lines.append(f"heads                {heads[layers.head]}")
-    if intermediate and layers.hinge:
-        lines.append(f"hinge                losses of intermediate layers count above {layers.hinge:g} nats")
-    turns = max(term.weight.period for term in explanation.terms)
+    if layers.intermediate(model.num_layers):
+        if layers.head in heads:
+            lines["heads"] = heads[layers.head]
+        if layers.hinge:
+            lines["hinge"] = f"losses of intermediate layers count above {layers.hinge:g} nats"
     if turns > 1:
-        lines.append(f"rotation             each intermediate head is on at one of {turns} steps")
+        lines["rotation"] = f"each intermediate head is on at one of {turns} steps"
     if aux.hedge.enabled:
-        lines.append(
-            f"hedge                weights times alphas, learned with beta {aux.hedge.beta:g}, "
-            f"smoothing {aux.hedge.smoothing:g}"
-        )
-    if aux.route != "joint":
-        lines += _route(explanation)
+        settings = f"beta {aux.hedge.beta:g}, smoothing {aux.hedge.smoothing:g}"
+        lines["hedge"] = f"weights times alphas, learned with {settings}"
     return lines
 
 
-def _route(explanation: Explanation) -> list[str]:
+def _route(aux: AuxConfig, cost: RouteCost) -> dict[str, str]:
     """The gradients' route, and its cost relative to the joint route."""
-    aux, cost = explanation.config.aux, explanation.route_cost
-    how = {
+    routes = {
         "relay": f"relay, down to {aux.relay_layers} layer{'s' if aux.relay_layers > 1 else ''} below each head",
         "pairwise": "pairwise, an update per exit layer",
         "multiway": f"multiway, an update per exit layer, step sizes: {aux.step_sizes}",
-    }[aux.route]
+    }
     memory = {"gradients": cost.gradients, "optimizer state": cost.optimizer_state, "copies": cost.copies}
     more = ", ".join(f"+{_short(numbers)} {name}" for name, numbers in memory.items() if numbers)
-    return [
-        f"route                {how}",
-        f"- operations         {cost.total:.2f} of the joint route's ({cost.forward:.2f} forward, "
-        f"{cost.backward:.2f} backward)",
-        f"- memory             {more} (numbers)" if more else "- memory             the joint route's",
-    ]
+    parts = f"{cost.forward:.2f} forward, {cost.backward:.2f} backward"
+    return {
+        "route": routes[aux.route],
+        "- operations": f"{cost.total:.2f} of the joint route's ({parts})",
+        "- memory": f"{more} (numbers)" if more else "the joint route's",
+    }
 
 
 def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
     """The table in columns as wide as their content; the strips take the rest of `width`."""
-    stops = [stops_at_step(term.weight, steps) for term in terms]
-    columns = [
-        ["term", *(term.name for term in terms)],
-        ["at start", *(f"{term.weight.at_next_turn(0.0):.3g}" for term in terms)],
-        ["stops at step", *("never" if step is None else f"{step:,}" for step in stops)],
-    ]
-    names, weights, steps_ = (max(map(len, column)) for column in columns)
-    cells = max(16, width - names - weights - steps_ - 6)
+    rows = [("term", "at start", "stops at step")]
+    for term in terms:
+        step = stops_at_step(term.weight, steps)
+        rows.append((term.name, f"{term.weight.at_next_turn(0.0):.3g}", "never" if step is None else f"{step:,}"))
+    names, weights, stops = (max(map(len, column)) for column in zip(*rows, strict=True))
+    cells = max(16, width - names - weights - stops - 6)
     title = " weight over training " if cells > 24 else " weight "
-    columns.append([f"0{title:─^{cells - 2}}1", *_strips(terms, cells)])
+    strips = [f"0{title:─^{cells - 2}}1", *_strips(terms, cells)]
     return [
-        f"{name:{names}}  {weight:>{weights}}  {stop:>{steps_}}  {strip}".rstrip()
-        for name, weight, stop, strip in zip(*columns, strict=True)
+        f"{name:{names}}  {weight:>{weights}}  {stop:>{stops}}  {strip}".rstrip()
+        for (name, weight, stop), strip in zip(rows, strips, strict=True)
     ]
 
 
 def _strips(terms: tuple[Term, ...], cells: int) -> list[str]:
-    """One strip of `cells` blocks per term: the weight at the beginning of each cell, relative to the highest."""
+    """One strip of `cells` blocks per term: the weight at the beginning of each cell, relative to the highest.
+
+    Heights are rounded up, so that only a weight of zero looks like one.
+    """
     weights = [[term.weight.at_next_turn(cell / cells) for cell in range(cells)] for term in terms]
-    highest = max(map(max, weights))
-    return ["".join(_block(weight / highest) for weight in row) for row in weights]
-
-
-def _block(height: float) -> str:
-    # Rounded up, so that only a weight of zero looks like one.
-    return BLOCKS[math.ceil(round(height, 9) * (len(BLOCKS) - 1))]
+    unit = max(map(max, weights)) / (len(BLOCKS) - 1)
+    return ["".join(BLOCKS[math.ceil(round(weight / unit, 8))] for weight in row) for row in weights]

@@ -1,35 +1,35 @@
-"""The figures of runs and of early exit.
+"""The figures of runs, of a config's weights, and of early exit.
 
 Most functions take a `Style` and return a matplotlib figure, or None if there is nothing to draw. Figures of several
 runs give each a colour and a dash pattern, in the order of the runs.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from charlm.config import UserError
+from charlm.config import Config, UserError
+from charlm.objective.terms import Term, build_terms
 from charlm.report.metrics import Metrics, Points, read_runs
 from charlm.report.style import (
     DASHES,
     GREY,
+    MAP,
+    PHONE,
     PICTURE,
     SERIES,
     TRAIN,
     VALID,
     Style,
-    add_layer_bar,
+    draw_panels,
     engineering,
     layer_colour,
     new_figure,
-    new_panels,
     save,
-    use_log_scale,
 )
-from charlm.report.weights import draw_weights, heat_height, task_title, terms_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,6 +41,8 @@ MOST_POINTS = 300
 """Most points of a learning curve; of more, neighbours are averaged."""
 FEW_POINTS = 80
 """Most points of a loss or a speed, which are noisy: averages show better which line is above which."""
+HEAT_COLUMNS = 400
+MOST_ROW_LABELS = 32
 BITS = "bits per character"
 DIAGNOSTICS = {
     "bits_per_character": "bits per character, next character",
@@ -55,12 +57,7 @@ DIAGNOSTICS = {
 def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
     """Draw a run's learning curves above the weights of its terms, over optimizer steps.
 
-    Args:
-        run_dir: the run's folder.
-        path: the picture, in the format of its suffix; by default RUN/run.png.
-
-    Returns:
-        The picture's path.
+    Returns `path`, by default RUN/run.png; its suffix says the format.
 
     Raises:
         UserError: no run, no metrics yet, or a suffix that matplotlib does not write.
@@ -68,42 +65,42 @@ def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
     (run,) = read_runs([run_dir])
     if not run.has_bits:
         raise UserError(f"{run.folder.metrics_path} holds no bits per character; draw the run once it has trained")
-    return save(run_figure(run), Path(path) if path is not None else run.folder.path / "run.png")
+    return save(run_figure(run), Path(path or run.folder.path / "run.png"))
 
 
 def draw_diagnostics(run_dir: Path | str, path: Path | str | None = None) -> Path:
     """Draw a run's diagnostics over optimizer steps, a line for each layer (docs/diagnostics.md explains them).
 
-    Arguments, return value and errors as for `draw_run`; the default is RUN/diagnostics.png.
+    As `draw_run`, by default into RUN/diagnostics.png.
     """
     (run,) = read_runs([run_dir])
     figure = diagnostics(run, PICTURE)
     if figure is None:
         raise UserError(f"{run.folder.metrics_path} holds no diagnostics; train with --train.diagnose_every=0.05")
-    return save(figure, Path(path) if path is not None else run.folder.path / "diagnostics.png")
+    return save(figure, Path(path or run.folder.path / "diagnostics.png"))
 
 
 def run_figure(run: Metrics) -> "Figure":
     """The figure of `draw_run`."""
-    terms, factor = terms_of(run.config), run.characters_per_step
-    heights = [2.9, heat_height(terms, PICTURE)]
-    with new_figure(PICTURE, 1.5 + sum(heights)) as figure:
+    factor, steps = run.characters_per_step, run.config.train.steps
+    terms = build_terms(run.config.aux, run.config.model.num_layers, steps)
+    heights = [2.9, _heat_height(terms, PICTURE)]
+    result = "not validated yet" if run.best is None else "validation {1:.3f} bits per character after {0:,} steps"
+    title = f"{run.name}: {result.format(*run.best or ())}"
+    with new_figure(PICTURE, 1.5 + sum(heights), title) as figure:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=heights)
-        _draw_learning([run], above, "steps")
+        _draw_learning(above, [run], [1.0], False)
         if run.best is not None:
             bottom, top = above.get_ylim()
             above.set_ylim(bottom - 0.1 * (top - bottom))  # room for the label below the best
             place = {"xytext": (0, -8), "textcoords": "offset points", "ha": "right", "va": "top"}
             above.annotate(f"{run.best[1]:.3f}", run.best, color=VALID, fontweight="bold", **place)
-        above.set_ylabel(BITS)
         above.legend(loc="upper right")
         characters = above.secondary_xaxis("top", functions=(lambda step: step * factor, lambda count: count / factor))
         characters.xaxis.set_major_formatter(engineering())
         characters.set_xlabel("characters seen")
-        draw_weights(terms, below, run.config.train.steps)
-        above.set_xlim(0, run.config.train.steps)
-        result = "not validated yet" if run.best is None else "validation {1:.3f} bits per character after {0:,} steps"
-        figure.suptitle(f"{run.name}: {result.format(*run.best or ())}", fontweight="bold")
+        _draw_weights(below, terms, steps)
+        above.set_xlim(0, steps)
     return figure
 
 
@@ -111,216 +108,270 @@ def learning(runs: Sequence[Metrics], style: Style) -> "Figure | None":
     """Bits per character in training and validation, against characters seen and against time."""
     if not any(run.has_bits for run in runs):
         return None
-    longest = max(run.longest for run in runs)
+    longest = max(run.points("seconds")[1].max(initial=0) for run in runs)
     units = [(3600, "hours"), (60, "minutes"), (1, "seconds")]
     unit, name = next((unit for unit in units if longest > 2 * unit[0]), units[-1])
-    with new_panels(style, ["", ""], 1.3) as (figure, (left, right)):
-        _draw_learning(runs, left, "characters")
-        _draw_learning(runs, right, "seconds", unit)
-        _over(left, "characters seen")
-        right.set(xlabel=f"{name} of training", xlim=(0, None), ylim=left.get_ylim())
-        left.set_ylabel(BITS)
-        right.set_ylabel(BITS)
+    by_characters = ("", _draw_learning, runs, [run.characters_per_step for run in runs], False)
+    by_time = ("", _draw_learning, runs, [1 / unit] * len(runs), True)
+    figure = draw_panels(style, [by_characters, by_time], 1.3)
+    left, right = figure.axes
+    _over(left, "characters seen")
+    right.set(xlabel=f"{name} of training", xlim=(0, None), ylim=left.get_ylim())
     return figure
 
 
 def tasks(runs: Sequence[Metrics], style: Style) -> "Figure | None":
     """The losses of each run's highest layer, a panel for each task; None for a single run."""
     panels: dict[str, dict[int, Points]] = {}
-    for place, run in enumerate(runs):
+    for place, run in enumerate(runs if len(runs) > 1 else []):
         for title, layers in _losses_by_task(run).items():
             steps, losses = layers[max(layers)]
             panels.setdefault(title, {})[place] = steps * run.characters_per_step, losses
-    if len(runs) == 1 or not panels:
-        return None
-    with new_panels(style, list(panels)) as (figure, grid):
-        for axes, lines in zip(grid, panels.values(), strict=True):
-            lines = _thinned_alike(lines)
-            _draw_runs(lines, axes)
-            _cut_fall(lines.values(), axes)
-            _over(axes, "characters seen")
-    return figure
+    return draw_panels(
+        style, [(title, _draw_lines, lines, _looks, "characters seen") for title, lines in panels.items()]
+    )
 
 
 def terms(run: Metrics, style: Style) -> "Figure | None":
     """The loss of every term over training: a panel for each task, a line for each layer."""
-    return _by_layer(run, _losses_by_task(run), style)
+    return draw_panels(style, [(title, _draw_layers, run, lines) for title, lines in _losses_by_task(run).items()])
 
 
 def hedge(run: Metrics, style: Style) -> "Figure | None":
     """The weight that hedge backpropagation gives each layer over training."""
-    lines = {term.layer: points for term, points in run.hedge().items()}
-    return _by_layer(run, {"weight of a layer": lines} if lines else {}, style)
+    lines = {term.layer: points for term, points in run.by_term("hedge/").items()}
+    return draw_panels(style, [("weight of a layer", _draw_layers, run, lines)] if lines else [])
 
 
 def diagnostics(run: Metrics, style: Style) -> "Figure | None":
     """Diagnostics of heads and layers over training, and the newest bits per character of each layer."""
-    found = {kind: run.diagnostic(kind) for kind in DIAGNOSTICS}
-    titles = [DIAGNOSTICS[kind] for kind, points in found.items() if points]
-    if not titles:
-        return None
-    newest, num_layers = max(step for step, _ in run.diagnostics), run.config.model.num_layers
-    titles.append(f"bits per character after {newest:,} steps")
-    with new_panels(style, titles) as (figure, grid):
-        for axes, (kind, points) in zip(grid, filter(all, found.items()), strict=False):
-            lines = {term.layer: line for term, line in points.items() if term.offset in (None, 1)}
-            _draw_layers(run, lines, axes, logarithmic="ratio" in kind or "norm" in kind)
-        _draw_profile(run, newest, grid[-1])
-        if style.explains:
-            figure.suptitle(f"{run.name}: diagnostics of the validation split", fontweight="bold")
-            if num_layers > 1:
-                add_layer_bar(figure, grid, num_layers)
-    return figure
+    panels = []
+    for kind, title in DIAGNOSTICS.items():
+        found = run.by_term(f"diagnostics/{kind}/")
+        lines = {term.layer: points for term, points in found.items() if term.offset in (None, 1)}
+        if lines:
+            panels.append((title, _draw_layers, run, lines, "log" if "ratio" in kind or "norm" in kind else "cut"))
+    if panels:
+        newest = int(max(points[0, -1] for path, points in run.series.items() if path.startswith("diagnostics/")))
+        panels.append((f"bits per character after {newest:,} steps", _draw_profile, run, newest))
+    title = f"{run.name}: diagnostics of the validation split"
+    return draw_panels(style, panels, title=title, num_layers=run.config.model.num_layers)
 
 
-def by_layer(lines: dict[int, Points], style: Style) -> "Figure | None":
-    """Bits per character as each layer predicts it: {place of the run: (layers, bits)}."""
-    if not lines:
-        return None
-    with new_panels(style, [""], 1.15) as (figure, (axes,)):
-        _draw_runs(lines, axes, marker="o")
-        axes.set(xlabel="layer", ylabel=BITS)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    return figure
+def bits_against(lines: dict[int, tuple[np.ndarray, ...]], label: str, style: Style) -> "Figure | None":
+    """Bits per character against "layer" or "symbols of context".
 
+    `lines` maps the place of a run to x, bits and, if known, the bits' standard errors.
+    """
 
-def by_position(lines: dict[int, tuple[np.ndarray, ...]], style: Style) -> "Figure | None":
-    """Bits per character by context: {place of the run: (symbols of context, bits, their standard errors)}."""
-    if not lines:
-        return None
-    with new_panels(style, [""], 1.15) as (figure, (axes,)):
-        for place, (symbols, bits, errors) in lines.items():
-            axes.fill_between(symbols, bits - errors, bits + errors, color=_looks(place)[0], alpha=0.2, linewidth=0)
-        _draw_runs({place: line[:2] for place, line in lines.items()}, axes, marker="o")
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set(xlabel="symbols of context", ylabel=BITS)
-    return figure
+    def draw(axes: "Axes") -> None:
+        for place, (x, bits, *errors) in lines.items():
+            for error in errors:
+                colour = _looks(place)["color"]
+                axes.fill_between(x, bits - error, bits + error, color=colour, alpha=0.2, linewidth=0)
+            axes.plot(x, bits, marker="o", **_looks(place))
+        axes.set(xlabel=label, ylabel=BITS)
+        if label == "layer":
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        else:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+
+    return draw_panels(style, [("", draw)] if lines else [], 1.15)
 
 
 def speed(runs: Sequence[Metrics], style: Style) -> "Figure | None":
     """Characters per second over training, and the memory of runs that recorded it."""
-    panels = {}
-    kinds = {"characters per second": ("characters_per_second", 1.0), "memory, GiB": ("memory", 2.0**-30)}
-    for title, (key, factor) in kinds.items():
-        found = {place: (run, *run.of_training(key)) for place, run in enumerate(runs)}
-        lines = {place: (x * run.characters_per_step, y * factor) for place, (run, x, y) in found.items()}
-        if any(np.isfinite(y).any() for _, y in lines.values()):
-            panels[title] = lines
-    if not panels:
-        return None
-    with new_panels(style, list(panels)) as (figure, grid):
-        for axes, lines in zip(grid, panels.values(), strict=True):
-            _draw_runs({place: thinned(*line, FEW_POINTS) for place, line in lines.items()}, axes)
-            axes.set_ylim(bottom=0)
-            _over(axes, "characters seen")
-            if axes.get_ylim()[1] >= 1000:  # a third of a GiB is not 333m of one
-                axes.yaxis.set_major_formatter(engineering())
-    return figure
+    panels = []
+    for title, path, unit in (("characters per second", "characters_per_second", 1), ("memory, GiB", "memory", 2**30)):
+        found = {place: run.points(path) for place, run in enumerate(runs) if path in run.series}
+        lines = {place: (x * runs[place].characters_per_step, y / unit) for place, (x, y) in found.items()}
+        if lines:
+            panels.append((title, _draw_lines, lines, _looks, "characters seen", "zero"))
+    return draw_panels(style, panels)
 
 
 def early_exit(score: "Score") -> "Figure":
     """Bits per character against layers used: the curve of early exit, and each layer's own score."""
     points = sorted((point.mean_layers, point.bits_per_character) for point in score.early_exit.points)
-    with new_panels(PICTURE, [""], 1.5) as (figure, (axes,)):
+
+    def draw(axes: "Axes") -> None:
         axes.plot(*zip(*points, strict=True), color=TRAIN, marker="o", markersize=3.5, label="early exit")
         axes.plot(list(map(int, score.layers)), score.layers.values(), "s", color=VALID, label="one layer")
         axes.axhline(score.bits_per_character, color=GREY, linewidth=0.8, linestyle=":")
         axes.set(xlabel="layers used on average", ylabel=BITS)
         axes.legend(loc="upper right")
-        figure.suptitle(f"Early exit: {score.split} split of {score.corpus}, {score.checkpoint}", fontweight="bold")
+
+    title = f"Early exit: {score.split} split of {score.corpus}, {score.checkpoint}"
+    return draw_panels(PICTURE, [("", draw)], 1.5, title)
+
+
+def weights(config: Config, style: Style) -> "Figure":
+    """A heat map of the weights of a config's terms over training."""
+    terms = build_terms(config.aux, config.model.num_layers, config.train.steps)
+    title = f"Weights of {len(terms)} terms over training"
+    with new_figure(style, 0.95 + _heat_height(terms, style), title) as figure:
+        _draw_weights(figure.subplots(), terms, config.train.steps, wrapped=style is PHONE)
     return figure
 
 
 def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS, end: float | None = None) -> Points:
-    """A line of at most `most` points: means over equal stretches from 0 to `end`, without values that are not finite.
+    """A line of at most `most` points: means over equal stretches from 0 to `end`.
 
     A line that is short enough stays as it is, unless it is given an `end`.
     """
-    good = np.isfinite(x) & np.isfinite(y)
-    x, y = x[good], y[good]
     if len(x) <= most and end is None:
         return x, y
-    stretches = np.clip(x / (end or x.max(initial=0) or 1) * most, 0, most - 1).astype(int)
+    stretches = np.clip(x / (end or x.max() or 1) * most, 0, most - 1).astype(int)
     counts = np.bincount(stretches, minlength=most)
     sums = (np.bincount(stretches, values, most) for values in (x, y))
     return tuple(total[counts > 0] / counts[counts > 0] for total in sums)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """The centred mean over a fortieth of the finite values, fewer at the ends; NaN stays NaN."""
-    good, result = np.isfinite(values), np.full(len(values), math.nan)
-    kernel = np.ones(2 * (good.sum() // 80) + 1)
-    if good.any():
-        result[good] = np.convolve(values[good], kernel, "same") / np.convolve(np.ones(good.sum()), kernel, "same")
-    return result
+    """The centred mean over a fortieth of the values, fewer at the ends."""
+    kernel, ones = np.ones(2 * (len(values) // 80) + 1), np.ones(len(values))
+    return np.convolve(values, kernel, "same") / np.convolve(ones, kernel, "same") if len(values) else values
 
 
-def _draw_learning(runs: Sequence[Metrics], axes: "Axes", against: str, unit: float = 1.0) -> None:
-    """Training thin and smoothed, validation with points. A single run has a colour for each, and the raw curve."""
+def _draw_learning(axes: "Axes", runs: Sequence[Metrics], scales: Sequence[float], timed: bool) -> None:
+    """Training thin and smoothed, validation with points, over steps or seconds times each run's scale.
+
+    A single run has a colour for each, and the raw curve.
+    """
     shown, alone = [], len(runs) == 1
-    for place, run in enumerate(runs):
-        (steps, bits), (valid_steps, valid_bits) = run.of_training("bits_per_character"), run.validation()
-        if against == "seconds":
-            x, valid_x = run.seconds(run.train) / unit, run.seconds(run.valid) / unit
-        else:
-            scale = run.characters_per_step if against == "characters" else 1.0
-            x, valid_x = steps * scale, valid_steps * scale
-        train, valid = thinned(x, smoothed(bits)), thinned(valid_x, valid_bits)
-        colour, dashes = _looks(place)
+    for place, (run, scale) in enumerate(zip(runs, scales, strict=True)):
+        x, bits = run.points("bits_per_character", timed)
+        valid_x, valid_bits = run.points("valid/bits_per_character", timed)
+        train, valid = thinned(x * scale, smoothed(bits)), thinned(valid_x * scale, valid_bits)
+        looks = _looks(place)
         if alone:
-            axes.plot(*thinned(x, bits), color=colour, alpha=0.3, linewidth=0.8, label="training")
-        axes.plot(*train, color=colour, linewidth=1.6 if alone else 0.9, label="training, smoothed")
-        looks = {"color": VALID} if alone else {"color": colour, "linestyle": dashes}
-        axes.plot(*valid, linewidth=1.6, marker="o", markersize=4, clip_on=False, label="validation", **looks)
+            axes.plot(*thinned(x * scale, bits), color=TRAIN, alpha=0.3, linewidth=0.8, label="training")
+            looks = {"color": VALID}
+        axes.plot(*train, color=_looks(place)["color"], linewidth=1.6 if alone else 0.9, label="training, smoothed")
+        looks |= {"linewidth": 1.6, "marker": "o", "markersize": 4}
+        axes.plot(*valid, clip_on=False, label="validation", **looks)
         shown += [train, valid]
-    _cut_fall(shown, axes)
+    axes.set_ylabel(BITS)
+    _cut_fall(axes, shown)
 
 
-def _draw_runs(lines: dict[int, Points], axes: "Axes", marker: str = "") -> None:
-    """A line for each run, by its place among the runs."""
-    for place, points in lines.items():
-        colour, dashes = _looks(place)
-        axes.plot(*points, color=colour, linestyle=dashes, marker=marker, markersize=4.5)
+def _draw_lines(
+    axes: "Axes", lines: dict[int, Points], looks: Callable, label: str, y: str = "cut", end: int | None = None
+) -> None:
+    """Lines over training as means over the same stretches: none is smoothed more than another.
 
-
-def _by_layer(run: Metrics, panels: dict[str, dict[int, Points]], style: Style) -> "Figure | None":
-    """A panel for each title with a line for each layer, over optimizer steps."""
-    if not panels:
-        return None
-    with new_panels(style, list(panels)) as (figure, grid):
-        for axes, lines in zip(grid, panels.values(), strict=True):
-            _draw_layers(run, lines, axes)
-    return figure
-
-
-def _draw_layers(run: Metrics, lines: dict[int, Points], axes: "Axes", logarithmic: bool = False) -> None:
-    """A line for each layer over optimizer steps."""
-    num_layers, lines = run.config.model.num_layers, _thinned_alike(lines)
-    few = len(lines) <= 12 and all(len(steps) < 30 for steps, _ in lines.values())
-    for layer, points in sorted(lines.items()):
-        looks = {"color": layer_colour(layer, num_layers), "linewidth": 2.0 if layer == num_layers else 1.2}
-        axes.plot(*points, marker="o", markersize=3 if few else 0, label=f"layer {layer}", **looks)
-    if logarithmic:
-        use_log_scale(axes)
+    `y` says how the axis is scaled: "cut" by `_cut_fall`, "log", or from "zero".
+    """
+    last = max(float(x[-1]) for x, _ in lines.values())
+    lines = {key: thinned(*points, FEW_POINTS, last) for key, points in sorted(lines.items())}
+    for key, points in lines.items():
+        axes.plot(*points, **looks(key))
+    if y == "cut":
+        _cut_fall(axes, lines.values())
+    elif y == "log":
+        axes.set_yscale("log")
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5), numticks=6)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     else:
-        _cut_fall(lines.values(), axes)
-    _over(axes, "optimizer steps", run.config.train.steps)
+        axes.set_ylim(bottom=0)
+        if axes.get_ylim()[1] >= 1000:  # a third of a GiB is not 333m of one
+            axes.yaxis.set_major_formatter(engineering())
+    _over(axes, label, end)
 
 
-def _draw_profile(run: Metrics, newest: int, axes: "Axes") -> None:
+def _draw_layers(axes: "Axes", run: Metrics, lines: dict[int, Points], y: str = "cut") -> None:
+    """A line for each layer over optimizer steps."""
+    last = run.config.model.num_layers
+    few = len(lines) <= 12 and all(len(steps) < 30 for steps, _ in lines.values())
+
+    def looks(layer: int) -> dict[str, Any]:
+        width, marker = 2.0 if layer == last else 1.2, {"marker": "o", "markersize": 3 if few else 0}
+        return {"color": layer_colour(layer, last), "linewidth": width, "label": f"layer {layer}"} | marker
+
+    _draw_lines(axes, lines, looks, "optimizer steps", y, run.config.train.steps)
+
+
+def _draw_profile(axes: "Axes", run: Metrics, newest: int) -> None:
     """The newest bits per character by layer, a line for each offset."""
     by_offset: dict[int, dict[int, float]] = {}
-    for term, (steps, bits) in run.diagnostic("bits_per_character").items():
+    for term, (steps, bits) in run.by_term("diagnostics/bits_per_character/").items():
         if term.offset and steps[-1] == newest:
             by_offset.setdefault(term.offset, {})[term.layer] = bits[-1]
     for place, (offset, bits) in enumerate(sorted(by_offset.items())):
-        line = {"color": _looks(place)[0], "marker": "o", "markersize": 3, "label": task_title(offset, "all", None)}
-        axes.plot(list(bits), list(bits.values()), linewidth=1.2, **line)
+        label = _task_title(offset, "all", None)
+        axes.plot(list(bits), list(bits.values()), marker="o", label=label, **_looks(place))
     if len(by_offset) <= len(SERIES):
         axes.legend()
     axes.set(xlabel="layer", xlim=(0.5, run.config.model.num_layers + 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_weights(axes: "Axes", terms: Sequence[Term], steps: int, wrapped: bool = False) -> None:
+    """A heat map of the weights over `steps` optimizer steps: a row per term, empty while it is silent.
+
+    Rows form one block per task, the next character first; within a block the deepest layer is on top. Each column
+    shows the weight at its middle. `wrapped` breaks the labels of the blocks, for narrow figures.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    rows = sorted(terms, key=lambda term: (term.task or "", term.offset, term.positions, -term.layer))
+    progresses = (np.arange(HEAT_COLUMNS) + 0.5) / HEAT_COLUMNS
+    weights = np.array([[term.weight.at_next_turn(progress) for progress in progresses] for term in rows])
+    image = axes.imshow(
+        np.ma.masked_equal(weights, 0.0),
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, steps, len(rows) - 0.5, -0.5),
+        # One colour that fades suits light and dark backgrounds.
+        cmap=LinearSegmentedColormap.from_list("weights", [(*to_rgb(MAP), 0.2), (*to_rgb(MAP), 1.0)]),
+        vmin=0.0,
+        vmax=max(weights.max(), *(max(term.weight.at_next_turn(0.0), term.weight.limit) for term in rows)),
+    )
+    _label_rows(axes, rows, wrapped)
+    axes.grid(False)
+    _over(axes, "optimizer steps", steps)
+    axes.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04, label="weight").outline.set_visible(False)
+
+
+def _label_rows(axes: "Axes", terms: Sequence[Term], wrapped: bool) -> None:
+    """The task of each block of rows, and the layer of every row or of every n-th."""
+    titles = [_task_title(term.offset, term.positions, term.task) for term in terms]
+    stride = math.ceil(len(terms) / MOST_ROW_LABELS)
+    labels, place = {}, {"textcoords": "offset fontsize", "ha": "right", "va": "center"}
+    for title in dict.fromkeys(titles):
+        top, count = titles.index(title), titles.count(title)
+        labels |= {row: str(terms[row].layer) for row in range(top, top + count, stride)}
+        name, middle = title.replace(" ", "\n") if wrapped else title, (0, top + (count - 1) / 2)
+        axes.annotate(name, middle, xytext=(-2.8, 0), xycoords=axes.get_yaxis_transform(), **place)
+        if top:
+            axes.axhline(top - 0.5, color=GREY, linewidth=0.8)
+    axes.set_yticks(list(labels), labels.values())
+    axes.tick_params(axis="y", length=0)
+    place = place | {"xytext": (-0.35, 0.7), "va": "baseline"}
+    axes.annotate("layer", (0, 1), xycoords="axes fraction", color=GREY, **place)
+
+
+def _heat_height(terms: Sequence[Term], style: Style) -> float:
+    """Inches: rows as tall as their labels while they are few, then lower, up to a map that still fits a page."""
+    return min(max(4.5, len(terms)), 28) * style.rc["font.size"] / 55
+
+
+def _task_title(offset: int, positions: str, task: str | None) -> str:
+    """The task of a term in words; loss positions are named only for terms of the last position alone."""
+    title = task or ("next character" if offset == 1 else f"{offset} ahead")
+    return title if task or positions == "all" else f"{title}, last position"
+
+
+def _losses_by_task(run: Metrics) -> dict[str, dict[int, Points]]:
+    """The loss of every term by the title of its task and by layer: bits per character, or nats for a user's task."""
+    panels: dict[str, dict[int, Points]] = {}
+    for term, (steps, losses) in run.by_term("terms/", "/loss").items():
+        title = _task_title(term.offset, term.positions, term.task and f"{term.task}, nats")
+        factor = 1.0 if term.task else run.symbols_per_character / math.log(2)
+        panels.setdefault(title, {})[term.layer] = steps, losses * factor
+    return panels
 
 
 def _over(axes: "Axes", label: str, end: float | None = None) -> None:
@@ -328,18 +379,12 @@ def _over(axes: "Axes", label: str, end: float | None = None) -> None:
     axes.xaxis.set_major_formatter(engineering())
 
 
-def _looks(place: int) -> tuple[str, Any]:
+def _looks(place: int) -> dict[str, Any]:
     """Colour and dashes of a run, by its place among the runs."""
-    return SERIES[place % len(SERIES)], DASHES[place % len(DASHES)]
+    return {"color": SERIES[place % len(SERIES)], "linestyle": DASHES[place % len(DASHES)], "markersize": 4.5}
 
 
-def _thinned_alike(lines: dict[int, Points]) -> dict[int, Points]:
-    """The lines of a panel as means over the same stretches: none is smoothed more than another."""
-    end = max(float(x[-1]) for x, _ in lines.values())
-    return {key: thinned(*points, FEW_POINTS, end) for key, points in lines.items()}
-
-
-def _cut_fall(lines: Iterable[Points], axes: "Axes") -> None:
+def _cut_fall(axes: "Axes", lines: Iterable[Points]) -> None:
     """End the y axis where the lines are after a fiftieth of their length.
 
     A run starts at 8 bits and falls within its first steps: drawn whole, that fall would flatten all the rest.
@@ -350,13 +395,3 @@ def _cut_fall(lines: Iterable[Points], axes: "Axes") -> None:
     if len(shown) > 1 and max(shown) > min(shown):
         margin = 0.05 * (max(shown) - min(shown))
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
-
-
-def _losses_by_task(run: Metrics) -> dict[str, dict[int, Points]]:
-    """The loss of every term by the title of its task and by layer: bits per character, or nats for a user's task."""
-    panels: dict[str, dict[int, Points]] = {}
-    for term, (steps, losses) in run.losses().items():
-        title = task_title(term.offset, term.positions, term.task and f"{term.task}, nats")
-        factor = 1.0 if term.task else run.symbols_per_character / math.log(2)
-        panels.setdefault(title, {})[term.layer] = steps, losses * factor
-    return panels

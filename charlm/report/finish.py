@@ -19,10 +19,9 @@ from charlm.terminal import fitted, is_main_process
 from charlm.training.loop import train
 from charlm.training.stop import StopRequests
 
-QUICK_SECONDS = 10
-"""The page shows what the model does with text if training reads all of that text in this many seconds."""
-QUICK_LAYERS = 16
-"""And if the model is at most this deep: samples are written one symbol at a time, and each passes all layers."""
+QUICK_SECONDS, QUICK_LAYERS = 10, 16
+"""The page shows what the model does with text if training reads that text in this many seconds, and the model has at
+most so many layers: samples are written one symbol at a time, and each passes all layers."""
 
 
 def train_and_report(config: Config) -> Path:
@@ -48,10 +47,10 @@ def train_and_report(config: Config) -> Path:
         # A signal waits for the drawing to end: the run is done, and its exit code must say so. A second one kills.
         with StopRequests(), tqdm(desc="drawing", bar_format="{desc}", leave=False, disable=None):
             draw_pictures(run, config)
-            made = ["report.html"] if config.run.report and write_page(run, config) else []
-        made += [name for name in ("run.png", "diagnostics.png") if (run.path / name).exists()]
-        if made:
-            _say(f"{run.path} has {', '.join(made)}")
+            if config.run.report:
+                write_page(run, config)
+        if made := [name for name in ("report.html", "run.png", "diagnostics.png") if (run.path / name).exists()]:
+            print(fitted(f"{run.path} has {', '.join(made)}"), file=sys.stderr)
     return run.path
 
 
@@ -63,8 +62,8 @@ def draw_pictures(run: Run, config: Config) -> None:
             draw_diagnostics(run.path)
 
 
-def write_page(run: Run, config: Config) -> bool:
-    """Write RUN/report.html, and return whether that worked. An error is printed: the run itself is done and safe.
+def write_page(run: Run, config: Config) -> None:
+    """Write RUN/report.html. If that fails, an error is printed: the run itself is done and safe.
 
     The parts that need the model are left to scripts/report.py unless they are quick and this is the only process.
     """
@@ -74,23 +73,17 @@ def write_page(run: Run, config: Config) -> bool:
             probes = [measure(run, load_corpus(config.data, show_progress=False), show_progress=False)]
         write_report([run.path], run.path / "report.html", probes)
     except Exception as error:
-        _say(f"report.html was not written ({error!r}); python scripts/report.py {run.path} tries again")
-        return False
-    return True
+        failure = f"report.html was not written ({error!r}); python scripts/report.py {run.path} tries again"
+        print(fitted(failure), file=sys.stderr)
 
 
 def is_quick(run: Metrics) -> bool:
     """Whether the model can be measured while the user waits, judged by the speed of training."""
-    _, speeds = run.of_training("characters_per_second")
-    speeds = speeds[np.isfinite(speeds)]
-    fast = len(speeds) > 0 and float(np.median(speeds)) * QUICK_SECONDS >= CHARACTERS
+    _, speeds = run.points("characters_per_second")
+    fast = len(speeds) > 0 and np.median(speeds) * QUICK_SECONDS >= CHARACTERS
     return fast and run.config.model.num_layers <= QUICK_LAYERS
 
 
 def _last_change(run: Run) -> int | None:
     """When the run's metrics were last written, in nanoseconds; None if there are none."""
     return run.metrics_path.stat().st_mtime_ns if run.metrics_path.exists() else None
-
-
-def _say(line: str) -> None:
-    print(fitted(line), file=sys.stderr)

@@ -1,42 +1,41 @@
-"""The records of runs: config, provenance and metrics.jsonl as series of points."""
+"""The records of runs: config, provenance, and metrics.jsonl as series of points."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from charlm.config import Config
+from charlm.config import Config, flatten
 from charlm.objective.terms import Term, TermName
 from charlm.runs.folder import Run
 
 Points = tuple[np.ndarray, np.ndarray]
-"""x and y of a line, float64 of the same length; as a rule completed optimizer steps and a value at each."""
+"""x and y of a line, float64 of the same length."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The records of a run. Values that are missing or not finite are NaN."""
+    """The records of a run."""
 
     folder: Run
     name: str
     """The folder's name, or as much of its path as tells the runs of a page apart."""
     config: Config
     provenance: dict[str, Any]
-    train: list[dict[str, Any]] = field(default_factory=list)
-    valid: list[dict[str, Any]] = field(default_factory=list)
-    diagnostics: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    """A row for each skipped update."""
+    """The record of what the run was made from, by path such as "corpus/splits/valid/symbols"."""
+    series: dict[str, np.ndarray]
+    """Everything finite in metrics.jsonl by its path in a row, such as "terms/layer1/offset1/all/loss": steps, seconds
+    of training (NaN if not recorded) and values, float64 [3, N]."""
 
     @property
     def symbols_per_character(self) -> float:
         """In the training split; 1 if the run did not record it."""
-        split = self.corpus_split("train")
-        symbols, characters = number(split.get("symbols")), number(split.get("characters"))
-        return symbols / characters if characters > 0 and symbols > 0 else 1.0
+        sizes = (self.provenance.get(f"corpus/splits/train/{unit}", 1) for unit in ("symbols", "characters"))
+        symbols, characters = map(number, sizes)
+        return symbols / characters
 
     @property
     def characters_per_step(self) -> float:
@@ -46,55 +45,30 @@ class Metrics:
     @property
     def step(self) -> int:
         """The newest step on record."""
-        return max((row["step"] for row in (*self.train, *self.valid)), default=0)
-
-    @property
-    def longest(self) -> float:
-        """Seconds of training up to the newest row; 0 if not recorded."""
-        seconds = self.seconds([*self.train, *self.valid])
-        return float(np.nanmax(seconds)) if np.isfinite(seconds).any() else 0.0
+        return int(self.points("step")[1].max(initial=0))
 
     @property
     def best(self) -> tuple[int, float] | None:
         """The step and the bits per character of the best validation."""
-        steps, bits = self.validation()
-        if not np.isfinite(bits).any():
-            return None
-        place = np.nanargmin(bits)
-        return int(steps[place]), float(bits[place])
+        steps, bits = self.points("valid/bits_per_character")
+        return (int(steps[bits.argmin()]), float(bits.min())) if len(bits) else None
 
     @property
     def has_bits(self) -> bool:
         """Whether any bits per character are on record."""
-        return any(np.isfinite(bits).any() for _, bits in (self.of_training("bits_per_character"), self.validation()))
+        return not self.series.keys().isdisjoint(("bits_per_character", "valid/bits_per_character"))
 
-    def corpus_split(self, split: str) -> dict[str, Any]:
-        """The recorded sizes of a split."""
-        return _part(_part(self.provenance["corpus"], "splits"), split)
+    def points(self, path: str, timed: bool = False) -> Points:
+        """A series over optimizer steps, or, if `timed`, over seconds of training; empty if nothing is on record."""
+        steps, seconds, values = self.series.get(path, np.empty((3, 0)))
+        known = np.isfinite(seconds)
+        return (seconds[known], values[known]) if timed else (steps, values)
 
-    def of_training(self, key: str) -> Points:
-        """The values of the training rows under a key."""
-        return _points((row["step"], row.get(key)) for row in self.train)
-
-    def validation(self) -> Points:
-        """Bits per character of the validations."""
-        return _points((row["step"], row["valid"].get("bits_per_character")) for row in self.valid)
-
-    def seconds(self, rows: Sequence[dict[str, Any]]) -> np.ndarray:
-        """The times at which the rows were written, in seconds of training."""
-        return np.array([number(row.get("seconds")) for row in rows])
-
-    def losses(self) -> dict[TermName, Points]:
-        """The loss of each term in nats per symbol, at the steps at which it was computed."""
-        return _by_name((row["step"], _losses(row)) for row in self.train)
-
-    def hedge(self) -> dict[TermName, Points]:
-        """The weights that aux.hedge gives the layers."""
-        return _by_name((row["step"], _part(row, "hedge")) for row in self.train)
-
-    def diagnostic(self, kind: str) -> dict[TermName, Points]:
-        """A diagnostic by layer; bits per character by layer and offset."""
-        return _by_name((step, _part(record, kind)) for step, record in self.diagnostics)
+    def by_term(self, before: str, after: str = "") -> dict[TermName, Points]:
+        """The series whose paths are the name of a term, or its beginning, between `before` and `after`."""
+        paths = [path for path in self.series if path.startswith(before) and path.endswith(after)]
+        names = {path: Term.parse(path.removeprefix(before).removesuffix(after)) for path in paths}
+        return {name: self.points(path) for path, name in names.items() if name is not None}
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Metrics]:
@@ -104,7 +78,11 @@ def read_runs(folders: Sequence[Path | str]) -> list[Metrics]:
         UserError: a folder is no run, or a file of it is damaged.
     """
     runs = [Run.open(folder) for folder in folders]
-    return [_read(run, name) for run, name in zip(runs, short_names([run.path for run in runs]), strict=True)]
+    names = short_names([run.path for run in runs])
+    return [
+        Metrics(run, name, run.config(), flatten(run.provenance(), "/"), _series(run))
+        for run, name in zip(runs, names, strict=True)
+    ]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -119,42 +97,13 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def number(value: Any) -> float:
     """A number from a record that may hold anything; NaN if it is not a finite number."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else math.nan
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
-def _read(run: Run, name: str) -> Metrics:
-    metrics = Metrics(run, name, run.config(), run.provenance())
+def _series(run: Run) -> dict[str, np.ndarray]:
+    found: dict[str, list[tuple[float, float, float]]] = {}
     for row in run.metrics():
-        if _part(row, "valid"):
-            metrics.valid.append(row)
-        elif _part(row, "diagnostics"):
-            metrics.diagnostics.append((row["step"], row["diagnostics"]))
-        else:
-            (metrics.skipped if "skipped" in row else metrics.train).append(row)
-    return metrics
-
-
-def _part(record: dict[str, Any], key: str) -> dict[str, Any]:
-    found = record.get(key)
-    return found if isinstance(found, dict) else {}
-
-
-def _losses(row: dict[str, Any]) -> dict[str, Any]:
-    terms = _part(row, "terms")
-    return {name: _part(terms, name).get("loss") for name in terms}
-
-
-def _by_name(rows: Iterable[tuple[int, dict[str, Any]]]) -> dict[TermName, Points]:
-    """Values of rows, each a step and {name of a term or a layer: value}, without those that are not finite."""
-    found: dict[TermName, list[tuple[int, Any]]] = {}
-    for step, values in rows:
-        for name, value in values.items():
-            if (term := Term.parse(name)) and math.isfinite(number(value)):
-                found.setdefault(term, []).append((step, value))
-    return {term: _points(points) for term, points in found.items()}
-
-
-def _points(pairs: Iterable[tuple[int, Any]]) -> Points:
-    pairs = list(pairs)
-    return np.array([float(step) for step, _ in pairs]), np.array([number(value) for _, value in pairs])
+        for path, value in flatten(row, "/").items():
+            if math.isfinite(number(value)):
+                found.setdefault(path, []).append((row["step"], number(row.get("seconds")), value))
+    return {path: np.array(points, float).T for path, points in found.items()}

@@ -4,7 +4,7 @@ matplotlib is imported when a figure is drawn, through `Figure` objects that kno
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,23 +55,19 @@ _WITH_GRID = STYLE | {"axes.grid": True, "axes.grid.axis": "y"}
 
 @dataclass(frozen=True)
 class Style:
-    """How figures look in one place."""
+    """How figures look in one place. Sizes are in inches."""
 
     rc: dict[str, Any]
     width: float
-    """Inches."""
     row: float
-    """Height of a row of panels, in inches."""
+    """Height of a row of panels."""
     columns: int
     """Most panels side by side."""
-
-    @property
-    def explains(self) -> bool:
-        """Whether a figure has its own title, legend and colour bar of layers; those of the page are HTML."""
-        return self is PICTURE
+    explains: bool = False
+    """Whether a figure has its own title, legend and colour bar of layers; those of the page are HTML."""
 
 
-PICTURE = Style(_WITH_GRID, WIDTH, 2.3, 2)
+PICTURE = Style(_WITH_GRID, WIDTH, 2.3, 2, explains=True)
 _PAGE = _WITH_GRID | {"font.size": 12, "axes.titleweight": "bold"}
 WINDOW = Style(_PAGE, 1080 / 72, 270 / 72, 3)
 """In the page 72 CSS pixels are an inch: an SVG shown at its own size has one pixel per point."""
@@ -79,7 +75,7 @@ PHONE = Style(_PAGE, 358 / 72, 220 / 72, 1)
 
 
 @contextmanager
-def new_figure(style: Style, height: float) -> Iterator["Figure"]:
+def new_figure(style: Style, height: float, title: str = "") -> Iterator["Figure"]:
     """An empty figure, `height` inches high, to be filled while the context is open."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -87,21 +83,39 @@ def new_figure(style: Style, height: float) -> Iterator["Figure"]:
     with matplotlib.rc_context(style.rc):
         figure = Figure(figsize=(style.width, height), layout="constrained")
         figure.get_layout_engine().set(h_pad=0.1)  # else a title seems to be the label of the axis above it
+        if title and style.explains:
+            figure.suptitle(title, fontweight="bold")
         yield figure
 
 
-@contextmanager
-def new_panels(style: Style, titles: list[str], row: float = 1.0) -> Iterator[tuple["Figure", list["Axes"]]]:
-    """A figure with a panel for each title, as many side by side as `style` allows; `row` scales their height."""
-    rows = math.ceil(len(titles) / style.columns)
-    columns = math.ceil(len(titles) / rows)
-    with new_figure(style, rows * row * style.row + (0.3 if style.explains else 0.0)) as figure:
+def draw_panels(
+    style: Style,
+    panels: Sequence[tuple[Any, ...]],
+    row: float = 1.0,
+    title: str = "",
+    num_layers: int = 0,
+) -> "Figure | None":
+    """A figure with as many panels side by side as `style` allows; None if there are no panels.
+
+    Args:
+        panels: the title of each, a function that fills its axes, and more arguments of that function.
+        row: scales the height of panels.
+        num_layers: if above 1, a colour bar says which colour is which layer.
+    """
+    if not panels:
+        return None
+    rows = math.ceil(len(panels) / style.columns)
+    columns = math.ceil(len(panels) / rows)
+    with new_figure(style, rows * row * style.row + (0.3 if style.explains else 0.0), title) as figure:
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for axes, title in zip(grid, titles, strict=False):
-            axes.set_title(title)
-        for unused in grid[len(titles) :]:
+        for axes, (heading, draw, *data) in zip(grid, panels, strict=False):
+            axes.set_title(heading)
+            draw(axes, *data)
+        for unused in grid[len(panels) :]:
             unused.set_axis_off()
-        yield figure, grid[: len(titles)]
+        if num_layers > 1 and style.explains:
+            _add_layer_bar(figure, grid[: len(panels)], num_layers)
+    return figure
 
 
 def layer_colours(dark: bool = False) -> list[str]:
@@ -119,32 +133,11 @@ def layer_colour(layer: int, num_layers: int) -> str:
     return layer_colours()[round(height * (LAYER_STEPS - 1))]
 
 
-def add_layer_bar(figure: "Figure", axes: list["Axes"], num_layers: int) -> None:
-    """A colour bar that says which colour is which layer."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
-
-    colours = ScalarMappable(Normalize(1, num_layers), ListedColormap(layer_colours()))
-    bar = figure.colorbar(colours, ax=axes, pad=0.015, aspect=50, label="layer")
-    bar.outline.set_visible(False)
-    bar.ax.yaxis.get_major_locator().set_params(integer=True)
-
-
 def engineering() -> Any:
     """Tick labels such as 20k."""
     from matplotlib.ticker import EngFormatter
 
     return EngFormatter(sep="")
-
-
-def use_log_scale(axes: "Axes") -> None:
-    """A logarithmic y axis with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def check_suffix(path: Path) -> None:
@@ -169,3 +162,13 @@ def save(figure: "Figure", path: Path) -> Path:
     except OSError as error:
         raise UserError(f"picture {path} cannot be written: {error}") from error
     return path
+
+
+def _add_layer_bar(figure: "Figure", axes: list["Axes"], num_layers: int) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    colours = ScalarMappable(Normalize(1, num_layers), ListedColormap(layer_colours()))
+    bar = figure.colorbar(colours, ax=axes, pad=0.015, aspect=50, label="layer")
+    bar.outline.set_visible(False)
+    bar.ax.yaxis.get_major_locator().set_params(integer=True)

@@ -13,18 +13,35 @@ import numpy as np
 import pytest
 import torch
 
-from charlm.config import AuxConfig, Config, DataConfig, ModelConfig, RunConfig, TargetsConfig, TrainConfig, UserError
+from charlm.config import (
+    AuxConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TargetsConfig,
+    TrainConfig,
+    UserError,
+    flatten,
+)
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.objective.build import build_objective
-from charlm.objective.terms import Term
 from charlm.report import figures
 from charlm.report.metrics import read_runs, short_names
 from charlm.report.page import tables
-from charlm.report.page.passage import pieces_of, visible
-from charlm.report.page.probe import Probe, binned, measure, nats_by_position, read_passage
+from charlm.report.page.probe import (
+    Piece,
+    Probe,
+    Sample,
+    binned,
+    measure,
+    nats_by_position,
+    pieces_of,
+    read_passage,
+    visible,
+)
 from charlm.report.page.render import render, write_report
-from charlm.report.page.svg import Picture
 from charlm.report.style import WINDOW
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
@@ -75,7 +92,7 @@ def undrawn(monkeypatch) -> None:
     """Figures are left empty, as drawing takes seconds."""
     monkeypatch.setattr(
         "charlm.report.page.render.picture",
-        lambda name, _, draw, *__: Picture(name, "", "") if draw.args[0] else None,
+        lambda name, label, draw: {"name": name, "wide": "", "narrow": ""} if draw.args[0] else None,
     )
 
 
@@ -181,26 +198,23 @@ def test_colours_come_from_the_style_sheet(page):
         assert len(re.findall(rf"{variable}: ", style)) == 2, variable  # for a light page and a dark one
 
 
-def test_the_table_says_what_the_rows_say(run, measured):
+def test_the_table_says_what_the_rows_say(run, measured, page):
     """Fault: figures of another row, or without their step; characters counted by steps of another size."""
     (recorded,) = read_runs([run.path])
-    heads, rows = tables.results([recorded], [measured])
-    split = run.provenance()["corpus"]["splits"]["train"]
-    found = dict(zip(heads, rows[0], strict=True))
+    (found,) = tables.results([recorded], [measured])
+    splits = run.provenance()["corpus"]["splits"]
     assert found["steps"] == "40 of 40"
     assert found["training bpc"] == "4.000"
     assert found["best validation bpc"] == "5.0000 at step 40"
-    assert (
-        f"on the first 100 of {run.provenance()['corpus']['splits']['valid']['symbols']:,} symbols; this page"
-        in tables.validations([recorded], [measured])
-    )
-    assert tables.validations([recorded], [measured]).endswith(f" on the first {measured.score.symbols}.")
-    assert "this page" not in tables.validations([recorded], [None])
     assert found["training time"] == "0:01:20"
     assert found["characters/s"] == "1,022"
     assert "memory" not in found and "skipped updates" not in found
-    assert recorded.characters_per_step == pytest.approx(4 * 16 * split["characters"] / split["symbols"])
-    losses = recorded.losses()[Term.parse("layer2/offset2/all")][1]
+    assert f"on the first 100 of {splits['valid']['symbols']:,} symbols; this page" in page
+    assert f" on the first {measured.score.symbols}." in page
+    assert "best validation 5.0000 bits per character at step 40" in page
+    size = splits["train"]
+    assert recorded.characters_per_step == pytest.approx(4 * 16 * size["characters"] / size["symbols"])
+    losses = recorded.points("terms/layer2/offset2/all/loss")[1]
     assert losses == pytest.approx(5.2 - np.arange(4, 41, 4) / 20)
 
 
@@ -208,13 +222,15 @@ def test_scores_by_layer_are_those_of_evaluate(run, measured):
     """Fault: layers mixed up, or scored under another protocol than the one that the page names."""
     import charlm
 
-    corpus = corpus_of(run)
+    (recorded,), corpus = read_runs([run.path]), corpus_of(run)
     first = bytes(corpus.splits["valid"].ids).decode()[:300].encode()
     score = charlm.bits_per_character(
         load(run.path), corpus, split="valid", limit=len(first), all_layers=True, show_progress=False
     )
     assert measured.score.layers == pytest.approx(score.layers) and set(score.layers) == {"1", "2"}
-    assert f"{len(first)}: 300 characters" in dict(tables.page_protocol(measured.score))["symbols"]
+    assert (
+        f"{len(first)}: 300 characters" in tables.protocols(recorded, measured)["Validation, by this page"]["symbols"]
+    )
 
 
 def test_no_figure_is_of_the_test_split(run, measured, undrawn):
@@ -226,7 +242,7 @@ def test_no_figure_is_of_the_test_split(run, measured, undrawn):
     assert changed.score.layers == pytest.approx(measured.score.layers)
     assert np.allclose(changed.by_position, measured.by_position)
     assert changed.passage != measured.passage
-    harder = replace(measured, passage=[replace(piece, bits=9.0) for piece in measured.passage])
+    harder = replace(measured, passage=[piece._replace(bits=9.0) for piece in measured.passage])
     pages = [render(read_runs([run.path]), [own]) for own in (measured, harder)]
     first, second = (re.sub(r'<div class="passage".*?</div>|<script.*?</script>', "", own, flags=re.S) for own in pages)
     assert first == second
@@ -289,10 +305,9 @@ def test_symbols_that_spell_a_character_are_one_piece():
     ids, bits = np.frombuffer(data, np.uint8), np.arange(1.0, len(data) + 1)
     likeliest, symbols = np.full((len(data), 2), 0.5), np.tile([60, 0xE2], (len(data), 1))
     pieces = pieces_of(ByteVocabulary(), ids, bits, likeliest, symbols)
-    assert [piece.text for piece in pieces] == ["é", "↵", "€", "\\xFF", "\\x80", "a"]
-    assert [piece.bits for piece in pieces] == [3.0, 3.0, 15.0, 7.0, 8.0, 9.0]
-    assert [piece.breaks for piece in pieces] == [False, True, False, False, False, False]
-    assert pieces[0].likeliest == (("<", 0.5), ("\\xE2", 0.5))
+    assert [piece.text for piece in pieces] == ["é", "↵", "€", "\\xFF\\x80", "a"]
+    assert [piece.bits for piece in pieces] == [3.0, 3.0, 15.0, 15.0, 9.0]
+    assert pieces[0].likeliest == [("<", 0.5), ("\\xE2", 0.5)]
     assert pieces_of(ByteVocabulary(), ids[:0], bits[:0], likeliest[:0], symbols[:0]) == []
 
 
@@ -305,8 +320,8 @@ def test_hostile_text_stays_text(run, measured, tmp_path):
     record |= {"command": ["train.py", HOSTILE], "git_commit": HOSTILE, "versions": {HOSTILE: "1"}, "machine": 7}
     record["corpus"]["name"] = HOSTILE
     (folder / "provenance.json").write_text(json.dumps(record))
-    passage = [type(measured.passage[0])("<", 9.0, ((HOSTILE, 0.5),), num_symbols=1)]
-    sample = type(measured.samples[0])(20, ("best",), HOSTILE)
+    passage = [Piece("<", 9.0, 1, [(HOSTILE, 0.5)])]
+    sample = Sample(20, ["best"], HOSTILE)
     hostile = Probe(prompt=HOSTILE, samples=[sample], passage=passage, missing={"score": HOSTILE})
     text = write_report([folder], tmp_path / "report.html", [hostile]).read_text()
     parsed = Page(text)
@@ -316,7 +331,7 @@ def test_hostile_text_stays_text(run, measured, tmp_path):
     assert "\x1b" not in text and "\u202e" not in text
     assert all(request.strip("'\"").startswith(("#", "data:")) for request in requests_of(text))
     (data,) = re.findall(r'<script type="application/json">(.*?)</script>', text)
-    assert json.loads(data)[0][2] == [[HOSTILE, 0.5]]
+    assert json.loads(data) == [["<", 9.0, 1, [[HOSTILE, 0.5]]]]
 
 
 def test_several_runs_are_overlaid(run, other, tmp_path):
@@ -379,7 +394,7 @@ def test_runs_that_do_not_compare_say_so(run, undrawn, corpus, scored, words, ro
     (first,) = read_runs([run.path])
     trains = [first.config.train.replace(valid_symbols=symbols) for symbols in scored]
     configs = [first.config.replace(train=train) for train in trains]
-    records = [{"corpus": CORPUS}, {"corpus": CORPUS | corpus}]
+    records = [flatten({"corpus": own}, "/") for own in (CORPUS, CORPUS | corpus)]
     runs = [replace(first, config=own, provenance=record) for own, record in zip(configs, records, strict=True)]
     why, differing = tables.mismatch(runs) or ("", [])
     assert (words or "") in why and bool(why) == bool(words)

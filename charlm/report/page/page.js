@@ -14,7 +14,7 @@ function show(passage, span) {
   marked = span;
   span.classList.add("on");
   const place = passage.spans.indexOf(span);
-  const [bits, symbols, likeliest] = passage.data[place];
+  const [, bits, symbols, likeliest] = passage.data[place];
   const head = document.createElement("b");
   head.textContent = `${span.textContent}  ${bits.toFixed(2)} bits` + (symbols > 1 ? ` in ${symbols} symbols` : "");
   const table = document.createElement("table");

@@ -3,13 +3,16 @@
 Scores are of the validation split, because pages are used to choose between runs. The test split serves only for a
 passage to read.
 
-Shapes: V vocabulary, N symbols, M predictions of a batch, W windows, T positions of a window.
+Shapes: V vocabulary, N symbols, M predictions of a batch, K likeliest symbols, W windows, T positions of a window.
 """
 
 import math
+import unicodedata
 from bisect import bisect_right
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +21,10 @@ from torch import Tensor
 from charlm.config import UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import Vocabulary
-from charlm.data.windows import EvaluationWindows
 from charlm.inference.evaluation import Score, bits_per_character
 from charlm.inference.generation import generate
-from charlm.inference.scoring import measure_text, nats, read_windows
+from charlm.inference.scoring import measure_text, nats, negative_log_likelihoods
 from charlm.model.kernels_cpu import exact_matmul
-from charlm.report.page.passage import Piece, pieces_of
 from charlm.runs.checkpoints import checkpoint_folders, find_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.load import load
@@ -39,6 +40,21 @@ PROMPT, SAMPLE = 60, 400
 TEMPERATURE = 0.8
 MOST_SAMPLES = 4
 MOST_BINS = 24
+SIGNS = {code: chr(0x2400 + code) for code in range(0x20)} | {ord("\n"): "↵", ord("\t"): "⇥"}
+SIGNS |= {0xDC00 + byte: f"\\x{byte:02X}" for byte in range(0x80, 0x100)}
+"""Signs for control characters, and for stray bytes as `surrogateescape` decodes them."""
+
+
+class Piece(NamedTuple):
+    """A character of the passage. page.js reads the fields in this order."""
+
+    text: str
+    """As shown, by `visible`."""
+    bits: float
+    """The cost of all symbols that spell it."""
+    num_symbols: int
+    likeliest: list[tuple[str, float]]
+    """The likeliest symbols in place of its first, with their probabilities."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class Sample:
     """The text that a checkpoint writes after the prompt."""
 
     step: int
-    names: tuple[str, ...]
+    names: list[str]
     """The run's names for the checkpoint: best, last, both or none."""
     text: str
 
@@ -66,6 +82,11 @@ class Probe:
     samples: list[Sample] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def without(cls, reason: str) -> "Probe":
+        """No findings, for one reason."""
+        return cls(missing=dict.fromkeys(("score", "passage", "samples"), reason))
+
 
 def measure(run: Run, corpus: Corpus | UserError, *, characters: int = CHARACTERS, show_progress: bool = True) -> Probe:
     """Score a run's best checkpoint, and let its checkpoints write samples.
@@ -75,13 +96,11 @@ def measure(run: Run, corpus: Corpus | UserError, *, characters: int = CHARACTER
         characters: how much of the validation split to score.
         show_progress: show a bar on stderr if that is a terminal.
     """
-    probe = Probe()
     try:
         trained = load(run.path)
     except UserError as error:
-        probe.missing = dict.fromkeys(("score", "passage", "samples"), str(error))
-        return probe
-    prompt = _any_prompt(trained)
+        return Probe.without(str(error))
+    probe, prompt = Probe(), _any_prompt(trained)
     try:
         if isinstance(corpus, UserError):
             raise corpus
@@ -111,7 +130,6 @@ def symbols_of(characters: int, ids: np.ndarray, vocabulary: Vocabulary) -> int:
     return bisect_right(range(1, most + 1), characters, key=lambda count: vocabulary.count_characters(ids[:count]))
 
 
-@torch.no_grad()
 def nats_by_position(trained: TrainedModel, ids: np.ndarray, num_windows: int) -> np.ndarray:
     """The cost of the symbols of windows spread evenly over a text, float64 [W, T]; column t has t + 1 symbols before.
 
@@ -121,15 +139,11 @@ def nats_by_position(trained: TrainedModel, ids: np.ndarray, num_windows: int) -
     layer, length = trained.config.model.num_layers, min(trained.config.model.context_length, len(ids) - 1)
     if length < 1:
         raise UserError(f"a text of {len(ids)} symbols: too short to predict anything")
-    starts = np.linspace(0, len(ids) - length - 1, num_windows).astype(np.int64)
-    windows, found = EvaluationWindows(starts, np.zeros_like(starts), length), []
+    starts = np.linspace(0, len(ids) - length - 1, num_windows).astype(int)
+    parts = [ids[start : start + length + 1] for start in starts]
     with exact_matmul(trained.device):
-        batches = read_windows(trained.transformer, ids, windows, layers=[layer], share=False)
-        for symbols_M, hidden_states in batches:
-            targets_M = torch.from_numpy(ids[symbols_M.numpy()].astype(np.int64)).to(trained.device)
-            logits_MV = trained.heads(hidden_states[layer][None], layer)[0, :, 0].double()
-            found.append(nats(logits_MV.log_softmax(-1), targets_M)[0].cpu().numpy())
-    return np.concatenate(found).reshape(num_windows, length)
+        found = [negative_log_likelihoods(trained.transformer, trained.heads, part, stride=length) for part in parts]
+    return np.stack([nats_N[layer][1:] for nats_N in found])
 
 
 def binned(nats_WT: np.ndarray, symbols_per_character: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -139,20 +153,17 @@ def binned(nats_WT: np.ndarray, symbols_per_character: float) -> tuple[np.ndarra
     """
     num_windows, length = nats_WT.shape
     edges = np.unique(np.geomspace(1, length + 1, MOST_BINS + 1).round().astype(int))
-    bounds = list(pairwise(edges))
-    bits_WB = np.stack([nats_WT[:, first - 1 : end - 1].mean(axis=1) for first, end in bounds], axis=1)
+    bits_WB = np.stack([nats_WT[:, first - 1 : end - 1].mean(axis=1) for first, end in pairwise(edges)], axis=1)
     bits_WB *= symbols_per_character / math.log(2)
-    errors = bits_WB.std(axis=0, ddof=1) / math.sqrt(num_windows) if num_windows > 1 else np.zeros(len(bounds))
+    errors = bits_WB.std(axis=0, ddof=min(1, num_windows - 1)) / math.sqrt(num_windows)
     return np.sqrt(edges[:-1] * (edges[1:] - 1)), bits_WB.mean(axis=0), errors
 
 
 def start_of_passage(trained: TrainedModel, ids: np.ndarray) -> int:
     """The middle of the text, or the beginning of a line soon after it."""
     middle = max(0, len(ids) // 2 - PASSAGE // 2) if len(ids) < 4 * PASSAGE else len(ids) // 2
-    for place in range(middle, min(middle + 500, len(ids) - 1)):
-        if trained.vocabulary.decode(ids[place : place + 1]) == b"\n":
-            return place + 1
-    return middle
+    soon = range(middle, min(middle + 500, len(ids) - 1))
+    return next((place + 1 for place in soon if trained.vocabulary.decode(ids[place : place + 1]) == b"\n"), middle)
 
 
 def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int) -> list[Piece]:
@@ -178,24 +189,47 @@ def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int)
             layers=[trained.config.model.num_layers],
             measure=likeliest,
         )
-    bits_N, probabilities_NK, symbols_NK = np.split(found_KN.T[before:], [1, 1 + width], axis=1)
-    bits_N = bits_N[:, 0] / math.log(2)
+    nats_N, probabilities_NK, symbols_NK = np.split(found_KN.T[before:], [1, 1 + width], axis=1)
+    bits_N = nats_N[:, 0] / math.log(2)
     return pieces_of(trained.vocabulary, text[before:], bits_N, probabilities_NK, symbols_NK.astype(np.int64))
 
 
+def pieces_of(
+    vocabulary: Vocabulary, ids_N: np.ndarray, bits_N: np.ndarray, probabilities_NK: np.ndarray, symbols_NK: np.ndarray
+) -> list[Piece]:
+    """The pieces of a passage: each has a symbol that begins a character, and those that continue it."""
+    begins = [place for place in range(len(ids_N)) if not place or vocabulary.count_characters(ids_N[[place]])]
+    pieces = []
+    for first, end in pairwise([*begins, len(ids_N)]):
+        candidates = [visible(vocabulary.decode(symbol)) for symbol in symbols_NK[first][:, None]]
+        likeliest = list(zip(candidates, probabilities_NK[first].round(6).tolist(), strict=True))
+        text = visible(vocabulary.decode(ids_N[first:end]))
+        pieces.append(Piece(text, round(bits_N[first:end].sum().item(), 4), end - first, likeliest))
+    return pieces
+
+
+def visible(data: bytes) -> str:
+    """Text with a sign for every control character; stray bytes read \\xE2.
+
+    Marks that change the direction of writing are spelled out, so that none reorders the text around it.
+    """
+    characters = data.decode("utf-8", "surrogateescape").translate(SIGNS)
+    shown = (character.isprintable() or unicodedata.category(character) == "Zs" for character in characters)
+    return "".join(c if own else f"\\u{ord(c):04X}" for c, own in zip(characters, shown, strict=True))
+
+
 def write_samples(run: Run, prompt: bytes) -> list[Sample]:
-    """A sample of at most four checkpoints, oldest first; best, the oldest and the newest are among them."""
-    steps = list(checkpoint_folders(run))
-    places = np.unique(np.linspace(0, len(steps) - 1, min(MOST_SAMPLES, len(steps))).round().astype(int))
+    """A sample of four checkpoints spread over the run, the newest among them, and of the best; oldest first."""
     named = {which: find_checkpoint(run, which).step for which in ("best", "last")}
-    chosen = sorted({steps[place] for place in places} | {step for step in named.values() if step in steps})
+    steps = list(checkpoint_folders(run))
+    places = np.linspace(0, len(steps) - 1, MOST_SAMPLES).round().astype(int)
     return [
         Sample(
             step,
-            tuple(which for which, own in named.items() if own == step),
+            [which for which, own in named.items() if own == step],
             generate(load(run.path, step), prompt, length=SAMPLE, temperature=TEMPERATURE),
         )
-        for step in chosen
+        for step in sorted({steps[place] for place in places} | set(named.values()))
     ]
 
 
@@ -207,10 +241,6 @@ def _prompt_before(trained: TrainedModel, ids: np.ndarray, start: int) -> bytes:
 
 def _any_prompt(trained: TrainedModel) -> bytes:
     """A prompt that the vocabulary can spell, for a run without its text."""
-    for prompt in (b"The ", b"the ", b" "):
-        try:
-            if 1 <= len(trained.vocabulary.encode(prompt)) <= trained.config.model.context_length:
-                return prompt
-        except UserError:
-            continue
+    with suppress(UserError):
+        return trained.vocabulary.decode(trained.vocabulary.encode(b"The "))
     return trained.vocabulary.decode(np.array([0]))

@@ -1,14 +1,17 @@
-"""write_report: the page of one or several runs."""
+"""write_report: the page of one or several runs.
 
-import json
-from collections.abc import Sequence
+Its figures are SVG with text in the page's font, and colours that its style sheet sets for light and dark.
+"""
+
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from charlm.config import Config, UserError
 from charlm.config.load import to_yaml
@@ -16,24 +19,26 @@ from charlm.files import write_whole
 from charlm.report import figures
 from charlm.report.metrics import Metrics, read_runs
 from charlm.report.page import tables
-from charlm.report.page.passage import LEVELS, visible
-from charlm.report.page.probe import LIKELIEST, TEMPERATURE, Probe
-from charlm.report.page.svg import Picture, palette, picture
-from charlm.report.style import DASHES, LAYER_STEPS, SERIES
-from charlm.report.weights import weights
+from charlm.report.page.probe import LIKELIEST, TEMPERATURE, Probe, visible
+from charlm.report.style import DASHES, GREY, GRID, INK, LAYER_STEPS, PHONE, SERIES, WINDOW, Style, layer_colours
 
-FIGURES_OF_A_RUN = (
-    (
-        "terms",
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SERIES_DARK = ("#4aa8e0", "#ff8a3d", "#2fc79a", "#e59ac6", "#e6c14b", "#9ad4f5", "#b894d6", "#c9a96b")
+LEVELS = 9
+"""Number of shades of the passage; the last stands for 8 bits and more."""
+FIGURES_OF_A_RUN = {
+    "terms": (
         figures.terms,
         "Loss of every term",
         "Bits per character, while a term weighs something. The first steps' fall is cut off.",
     ),
-    ("weights", lambda run, style: weights(run.config, style), "Weights of the terms", "Empty where silent."),
-    ("hedge", figures.hedge, "Weights learned by hedge", "They multiply the weights above."),
-    ("diagnostics", figures.diagnostics, "Diagnostics", "On the validation split; see docs/diagnostics.md."),
-)
-"""Name, figure, heading and caption."""
+    "weights": (lambda run, style: figures.weights(run.config, style), "Weights of the terms", "Empty where silent."),
+    "hedge": (figures.hedge, "Weights learned by hedge", "They multiply the weights above."),
+    "diagnostics": (figures.diagnostics, "Diagnostics", "On the validation split; see docs/diagnostics.md."),
+}
+"""Function, heading and caption."""
 
 
 def write_report(folders: Sequence[Path | str], path: Path | str, probes: Sequence[Probe | None] | None = None) -> Path:
@@ -48,7 +53,7 @@ def write_report(folders: Sequence[Path | str], path: Path | str, probes: Sequen
     """
     path = Path(path)
     runs = read_runs(folders)
-    page = render(runs, list(probes) if probes is not None else [None] * len(runs))
+    page = render(runs, probes or [None] * len(runs))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, page)
@@ -59,96 +64,12 @@ def write_report(folders: Sequence[Path | str], path: Path | str, probes: Sequen
 
 def render(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
     """The page's HTML."""
-    heads, rows = tables.results(runs, probes)
+    again = "not measured when this page was made; python scripts/report.py {} measures it"
+    probes = [probe or Probe.without(again.format(run.folder.path)) for run, probe in zip(runs, probes, strict=True)]
     configs = [run.config for run in runs]
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            title=" · ".join(run.name for run in runs),
-            heads=heads,
-            runs=[_section(place, *parts) for place, parts in enumerate(zip(runs, probes, rows, strict=True))],
-            **_figures(runs, probes),
-            missing=_missing(runs, probes),
-            validations=tables.validations(runs, probes),
-            mismatch=tables.mismatch(runs),
-            one_vocabulary=len({tables.vocabulary(run) for run in runs}) == 1,
-            differences=tables.differences(configs if len(runs) > 1 else [Config(), *configs]),
-            light=palette(dark=False),
-            dark=palette(dark=True),
-            layer_steps=LAYER_STEPS,
-            levels=LEVELS,
-            likeliest=LIKELIEST,
-            temperature=TEMPERATURE,
-        )
-    )
-
-
-def _figures(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> dict[str, Picture | None]:
-    """The figures of all runs together."""
-    scored = {place: probe for place, probe in enumerate(probes) if probe is not None and probe.score is not None}
-    layers = {
-        place: (np.array(list(map(int, probe.score.layers))), np.array(list(probe.score.layers.values())))
-        for place, probe in scored.items()
-    }
-    positions = {place: probe.by_position for place, probe in scored.items() if probe.by_position is not None}
-    drawn = {
-        "learning": (figures.learning, runs, "Bits per character against characters seen, and against time"),
-        "tasks": (figures.tasks, runs, "The losses of the highest layer over training, a line for each run"),
-        "speed": (figures.speed, runs, "Characters per second over training"),
-        "layers": (figures.by_layer, layers, "Bits per character by layer"),
-        "positions": (figures.by_position, positions, "Bits per character by position in the context"),
-    }
-    return {name: picture(name, label, partial(draw, data)) for name, (draw, data, label) in drawn.items()}
-
-
-def _section(place: int, run: Metrics, probe: Probe | None, row: list[str]) -> dict[str, Any]:
-    """The page's parts about one run."""
-    drawn = [
-        (heading, note, picture(name, f"{heading}, over training", partial(draw, run), run.name))
-        for name, draw, heading, note in FIGURES_OF_A_RUN
-    ]
-    return {
-        "name": run.name,
-        "series": place % len(SERIES),
-        "dashes": place % len(DASHES),
-        "headline": tables.headline(run),
-        "row": row,
-        "num_layers": run.config.model.num_layers,
-        "figures": [parts for parts in drawn if parts[2] is not None],
-        "probe": probe,
-        "passage": _passage_data(probe) if probe else "",
-        "validation": tables.validation_protocol(run),
-        "by_page": tables.page_protocol(probe.score) if probe and probe.score else {},
-        "origin": tables.origin(run),
-        "config": to_yaml(run.config),
-    }
-
-
-def _missing(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> dict[str, list[tuple[str, str]]]:
-    """The reasons why parts of the page are left out: {part: [(name of the run, reason)]}."""
-    found: dict[str, list[tuple[str, str]]] = {"score": [], "passage": [], "samples": []}
-    for run, probe in zip(runs, probes, strict=True):
-        for part, reasons in found.items():
-            if probe is None:
-                again = f"python scripts/report.py {run.folder.path}"
-                reasons.append((run.name, f"not measured when this page was made; {again} measures it"))
-            elif part in probe.missing:
-                reasons.append((run.name, probe.missing[part]))
-    return found
-
-
-def _passage_data(probe: Probe) -> Markup:
-    """The likeliest characters of each piece for the page's script: JSON that no text can break out of."""
-    data = [
-        [round(piece.bits, 3), piece.num_symbols, [[text, round(p, 4)] for text, p in piece.likeliest]]
-        for piece in probe.passage
-    ]
-    text = json.dumps(data, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def _environment() -> Environment:
+    scores = {place: probe.score.layers for place, probe in enumerate(probes) if probe.score is not None}
+    layers = {place: (list(map(int, bits)), list(bits.values())) for place, bits in scores.items()}
+    positions = {place: probe.by_position for place, probe in enumerate(probes) if probe.by_position is not None}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -156,11 +77,106 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["drawn"] = Markup
     environment.filters["shown"] = shown
-    return environment
+    return environment.get_template("page.html").render(
+        title=" · ".join(run.name for run in runs),
+        runs=list(map(_section, range(len(runs)), runs, probes, tables.results(runs, probes))),
+        learning=picture(
+            "learning",
+            "Bits per character against characters seen, and against time",
+            partial(figures.learning, runs),
+        ),
+        tasks=picture(
+            "tasks",
+            "The losses of the highest layer over training, a line for each run",
+            partial(figures.tasks, runs),
+        ),
+        speed=picture("speed", "Characters per second over training", partial(figures.speed, runs)),
+        layers=picture("layers", "Bits per character by layer", partial(figures.bits_against, layers, "layer")),
+        positions=picture(
+            "positions",
+            "Bits per character by position in the context",
+            partial(figures.bits_against, positions, "symbols of context"),
+        ),
+        mismatch=tables.mismatch(runs),
+        one_vocabulary=len(set(map(tables.vocabulary, runs))) == 1,
+        differences=tables.differences(configs if len(runs) > 1 else [Config(), *configs]),
+        light=palette(dark=False),
+        dark=palette(dark=True),
+        layer_steps=LAYER_STEPS,
+        levels=LEVELS,
+        likeliest=LIKELIEST,
+        temperature=TEMPERATURE,
+    )
 
 
 def shown(text: str) -> str:
     """Text of several lines without control characters but the ends of lines."""
     return "\n".join(visible(line.encode(errors="surrogateescape")) for line in text.split("\n"))
+
+
+def picture(name: str, label: str, draw: Callable[[Style], "Figure | None"]) -> dict[str, str] | None:
+    """The name of a figure, and its SVGs for a wide window and a narrow phone; None if there is nothing to draw.
+
+    `label` says what the figure shows, for readers who do not see it. No two labels are alike: ids are made from them.
+    """
+    import matplotlib
+
+    drawn = {"name": name}
+    for width, style in (("wide", WINDOW), ("narrow", PHONE)):
+        with matplotlib.rc_context({"svg.hashsalt": f"{label}-{style.width}", "svg.fonttype": "none"}):
+            figure = draw(style)
+            if figure is None:
+                return None
+            drawn[width] = inline(figure, label)
+    return drawn
+
+
+def inline(figure: "Figure", label: str) -> str:
+    """A figure as an element of HTML: no addresses, only the ids that it refers to, colours as variables."""
+    names = palette(dark=False) | {"--ink": INK, "--muted": GREY, "--grid": GRID}
+    variables = {colour: f"var({name})" for name, colour in names.items()}
+    file = BytesIO()
+    figure.savefig(file, format="svg", transparent=True)
+    root = ElementTree.fromstring(file.getvalue())
+    used = set(re.findall(rb"#([\w-]+)[\")]", file.getvalue()))
+    for element in list(root.iter()):
+        for child in [child for child in element if child.tag.endswith(("}metadata", "}style"))]:
+            element.remove(child)
+        element.tag = element.tag.partition("}")[2]
+        for key, value in list(element.items()):
+            del element.attrib[key]
+            if key in ("style", "fill", "stroke"):
+                value = re.sub(r"#[0-9a-f]{6}\b", lambda match: variables.get(match[0], match[0]), value)
+            elif key in ("d", "transform", "x", "y"):
+                value = re.sub(r"(\d\.\d\d)\d+", r"\1", value)  # a hundredth of a pixel will do
+            if key != "id" or value.encode() in used:
+                element.set(key.rpartition("}")[2], value)
+    root.attrib = {"role": "img", "aria-label": label, "viewBox": root.get("viewBox")}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def palette(dark: bool) -> dict[str, str]:
+    """The values of the variables for runs and layers, on a light page or a dark one."""
+    series = {f"--series-{place}": colour for place, colour in enumerate(SERIES_DARK if dark else SERIES)}
+    return series | {f"--layer-{place}": colour for place, colour in enumerate(layer_colours(dark))}
+
+
+def _section(place: int, run: Metrics, probe: Probe, row: dict[str, str]) -> dict[str, Any]:
+    """The page's parts about one run."""
+    drawn = [
+        (heading, note, picture(name, f"{heading} of {shown(run.name)}, over training", partial(draw, run)))
+        for name, (draw, heading, note) in FIGURES_OF_A_RUN.items()
+    ]
+    return {
+        "name": run.name,
+        "series": place % len(SERIES),
+        "dashes": place % len(DASHES),
+        "metrics": run,
+        "validated": tables.validated(run),
+        "row": row,
+        "figures": [parts for parts in drawn if parts[2] is not None],
+        "probe": probe,
+        "protocols": tables.protocols(run, probe),
+        "config": to_yaml(run.config),
+    }

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 
 import numpy as np
 
@@ -10,123 +9,81 @@ from charlm.config import Config, Mark, flatten, has_mark
 from charlm.config import differences as differences_of
 from charlm.config.errors import written
 from charlm.data.windows import default_stride
-from charlm.inference.evaluation import Score
-from charlm.report.metrics import Metrics
+from charlm.report.metrics import Metrics, number
 from charlm.report.page.probe import Probe
 from charlm.report.style import engineering
 
 NONE = "-"
+Table = list[tuple[str, list[str]]]
+"""The name of each row, and its value for each run."""
 
 
-def results(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> tuple[list[str], list[list[str]]]:
-    """The heads of the table, and a row for each run; columns that are empty for every run are left out."""
+def results(runs: Sequence[Metrics], probes: Sequence[Probe]) -> list[dict[str, str]]:
+    """The row of each run, by column; columns that are empty for every run are left out."""
     rows = [_result(run, probe) for run, probe in zip(runs, probes, strict=True)]
-    heads = [head for head in rows[0] if any(row[head] != NONE for row in rows)]
-    return heads, [[row[head] for head in heads] for row in rows]
+    filled = [name for name in rows[0] if any(row[name] != NONE for row in rows)]
+    return [{name: row[name] for name in filled} for row in rows]
 
 
-def _result(run: Metrics, probe: Probe | None) -> dict[str, str]:
-    bits, speeds, memory = (
-        values[np.isfinite(values)]
-        for _, values in map(run.of_training, ("bits_per_character", "characters_per_second", "memory"))
-    )
-    score = probe.score if probe else None
-    return {
-        "steps": f"{run.step:,} of {run.config.train.steps:,}",
-        "characters seen": engineering()(float(f"{run.step * run.characters_per_step:.3g}")),
-        "training bpc": f"{bits[-1]:.3f}" if len(bits) else NONE,
-        "best validation bpc": f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else NONE,
-        "validation bpc, by this page": f"{score.bits_per_character:.4f} ± {score.standard_error or 0:.4f}"
-        if score
-        else NONE,
-        "training time": str(timedelta(seconds=round(run.longest))) if run.longest else NONE,
-        "characters/s": f"{np.median(speeds):,.0f}" if len(speeds) else NONE,
-        "memory": f"{memory[-1] / 2**30:.2f} GiB" if len(memory) else NONE,
-        "skipped updates": f"{len(run.skipped):,}" if run.skipped else NONE,
+def protocols(run: Metrics, probe: Probe) -> dict[str, dict[str, str]]:
+    """How the run was validated, by itself and by this page, and the code, command and machine it was started with."""
+    record, context_length, score = run.provenance, run.config.model.context_length, probe.score
+    found = {
+        "Validation": {
+            "split": "valid",
+            "symbols": validated(run),
+            "stride": str(default_stride(context_length)),
+            "context": str(context_length),
+            "precision": "that of training",
+            "corpus": f"{run.provenance.get('corpus/name')} (SHA-256 {run.provenance.get('corpus/sha256')})",
+        }
     }
-
-
-def validations(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
-    """The difference between the table's two figures of the validation split."""
-    own = " or ".join(sorted({validated(run) for run in runs}))
-    scored = sorted({f"{probe.score.symbols:,}" for probe in probes if probe is not None and probe.score is not None})
-    again = f"; this page scored the best checkpoint again, on the first {' or '.join(scored)}" if scored else ""
-    return f"The best validation is the run's own, in the precision of training, on {own} symbols{again}."
-
-
-def headline(run: Metrics) -> str:
-    """A run in a sentence."""
-    done = run.step >= run.config.train.steps
-    state = f"{run.step:,} steps" if done else f"step {run.step:,} of {run.config.train.steps:,}, going on or stopped"
-    if run.best is None:
-        return f"{state}; not validated yet"
-    return f"{state}; best validation {run.best[1]:.4f} bits per character at step {run.best[0]:,}"
-
-
-def validation_protocol(run: Metrics) -> dict[str, str]:
-    """The protocol of a run's own validations."""
-    corpus, context_length = run.provenance["corpus"], run.config.model.context_length
-    return {
-        "split": "valid",
-        "symbols": validated(run),
-        "stride": f"{default_stride(context_length)}",
-        "context": f"{context_length}",
-        "precision": "that of training",
-        "corpus": f"{corpus.get('name')} (SHA-256 {corpus.get('sha256')})",
-    }
-
-
-def page_protocol(score: Score) -> dict[str, str]:
-    """The protocol of the page's own score."""
-    return {
-        "split": score.split,
-        "symbols": f"the first {score.symbols:,}: {score.characters:,} characters, {score.bytes:,} bytes",
-        "stride": f"{score.stride}",
-        "context": f"{score.context_length}",
-        "precision": score.precision,
-        "checkpoint": score.checkpoint,
-        "corpus": f"{score.corpus} (SHA-256 {score.corpus_sha256})",
-    }
-
-
-def origin(run: Metrics) -> dict[str, str]:
-    """The code, command and machine that a run was started with."""
-    command = run.provenance.get("command")
-    return {
-        "commit": str(run.provenance.get("git_commit") or "not recorded"),
-        "versions": _pairs(run.provenance.get("versions")),
-        "machine": _pairs(run.provenance.get("machine")),
-        "command": " ".join(map(str, command)) if isinstance(command, list) else "not recorded",
+    if score is not None:
+        found["Validation, by this page"] = {
+            "split": score.split,
+            "symbols": f"the first {score.symbols:,}: {score.characters:,} characters, {score.bytes:,} bytes",
+            "stride": str(score.stride),
+            "context": str(score.context_length),
+            "precision": score.precision,
+            "checkpoint": score.checkpoint,
+            "corpus": f"{score.corpus} (SHA-256 {score.corpus_sha256})",
+        }
+    found["Origin"] = {
+        "commit": str(record.get("git_commit") or "not recorded"),
+        "versions": _pairs(run, "versions/"),
+        "machine": _pairs(run, "machine/"),
+        "command": " ".join(map(str, record.get("command") or ["not recorded"])),
         "folder": str(run.folder.path.resolve()),
     }
+    return found
 
 
-def mismatch(runs: Sequence[Metrics]) -> tuple[str, list[tuple[str, list[str]]]] | None:
+def mismatch(runs: Sequence[Metrics]) -> tuple[str, Table] | None:
     """Why the runs' bits per character do not compare, and what differs; None if they do.
 
     Runs of different vocabularies compare, as bits are divided by the characters of the text, but only if both
     validate on all of the split: the first symbols of two vocabularies are not the same text.
     """
     rows = {
-        "text": [f"SHA-256 {str(run.provenance['corpus'].get('sha256'))[:12]}…" for run in runs],
+        "text": [f"SHA-256 {str(run.provenance.get('corpus/sha256'))[:12]}…" for run in runs],
         "splits": [_sizes(run) for run in runs],
         "vocabulary": [vocabulary(run) for run in runs],
         "validated on": [validated(run) for run in runs],
     }
-    differing = [(name, values) for name, values in rows.items() if len(set(values)) > 1]
-    names = {name for name, _ in differing}
-    if "text" in names:
-        return "These runs read different texts: their bits per character cannot be compared.", differing
-    if "splits" in names:
+    differing = {name: values for name, values in rows.items() if len(set(values)) > 1}
+    if "text" in differing:
+        why = "These runs read different texts: their bits per character cannot be compared."
+    elif "splits" in differing:
         why = "These runs hold out different parts of one text: their bits per character cannot be compared."
-        return why, differing
-    if names and not all(map(_validates_all, runs)):
-        return "These runs validated on different parts of the split: their validations cannot be compared.", differing
-    return None
+    elif differing and not all(words.startswith("all") for words in rows["validated on"]):
+        why = "These runs validated on different parts of the split: their validations cannot be compared."
+    else:
+        return None
+    return why, list(differing.items())
 
 
-def differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
-    """The options that differ between configs and affect what a run learns, with the value of each."""
+def differences(configs: Sequence[Config]) -> Table:
+    """The options that differ between configs and affect what a run learns."""
     first, *others = configs
     columns = [flatten(config.model_dump(), ".") for config in configs]
     names = dict.fromkeys(name for other in others for name in differences_of(first, other))
@@ -135,33 +92,43 @@ def differences(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
 
 
 def vocabulary(run: Metrics) -> str:
-    """The vocabulary of a run."""
-    record = run.provenance["corpus"].get("vocabulary")
-    if not isinstance(record, dict):
-        return NONE
-    digest = record.get("sha256")
-    return f"{record.get('name')}" + (f" (SHA-256 {str(digest)[:12]}…)" if digest else "")
+    """The name of a run's vocabulary, and the beginning of its SHA-256 if it has one."""
+    name, digest = (run.provenance.get(f"corpus/vocabulary/{key}") for key in ("name", "sha256"))
+    return f"{name or NONE}" + (f" (SHA-256 {str(digest)[:12]}…)" if digest else "")
 
 
 def validated(run: Metrics) -> str:
     """The symbols that a run validates on."""
-    whole = run.corpus_split("valid").get("symbols")
-    if _validates_all(run):
-        return f"all {whole:,}"
-    return f"the first {run.config.train.valid_symbols:,}" + (f" of {whole:,}" if isinstance(whole, int) else "")
+    whole, asked = number(run.provenance.get("corpus/splits/valid/symbols")), run.config.train.valid_symbols
+    return f"all {whole:,.0f}" if asked >= whole else f"the first {asked:,} of {whole:,.0f}"
 
 
-def _validates_all(run: Metrics) -> bool:
-    whole = run.corpus_split("valid").get("symbols")
-    return isinstance(whole, int) and run.config.train.valid_symbols >= whole
+def _result(run: Metrics, probe: Probe) -> dict[str, str]:
+    bits, speeds, memory, seconds, skipped = (
+        run.points(path)[1] for path in ("bits_per_character", "characters_per_second", "memory", "seconds", "skipped")
+    )
+    score = probe.score
+    return {
+        "steps": f"{run.step:,} of {run.config.train.steps:,}",
+        "characters seen": engineering()(float(f"{run.step * run.characters_per_step:.3g}")),
+        "training bpc": f"{bits[-1]:.3f}" if len(bits) else NONE,
+        "best validation bpc": f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else NONE,
+        "validation bpc, by this page": f"{score.bits_per_character:.4f} ± {score.standard_error or 0:.4f}"
+        if score
+        else NONE,
+        "training time": str(timedelta(seconds=round(seconds.max()))) if len(seconds) else NONE,
+        "characters/s": f"{np.median(speeds):,.0f}" if len(speeds) else NONE,
+        "memory": f"{memory[-1] / 2**30:.2f} GiB" if len(memory) else NONE,
+        "skipped updates": f"{len(skipped):,}" if len(skipped) else NONE,
+    }
 
 
 def _sizes(run: Metrics) -> str:
-    sizes = [run.corpus_split(split).get("bytes") for split in ("train", "valid", "test")]
-    return " + ".join(f"{size:,}" if isinstance(size, int) else NONE for size in sizes) + " bytes"
+    sizes = [number(run.provenance.get(f"corpus/splits/{split}/bytes")) for split in ("train", "valid", "test")]
+    return " + ".join(f"{size:,.0f}" for size in sizes) + " bytes"
 
 
-def _pairs(record: Any) -> str:
-    if not isinstance(record, dict):
-        return "not recorded"
-    return ", ".join(f"{name} {value}" for name, value in record.items())
+def _pairs(run: Metrics, part: str) -> str:
+    """A part of the run's provenance, as names and values."""
+    found = {path: value for path, value in run.provenance.items() if path.startswith(part)}
+    return ", ".join(f"{path.removeprefix(part)} {value}" for path, value in found.items()) or "not recorded"
