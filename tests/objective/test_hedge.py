@@ -73,11 +73,3 @@ def test_weights_multiply_the_loss_and_follow_the_next_character(randomise):
         alpha /= alpha.sum()
         np.testing.assert_allclose(objective.hedge.weights.numpy(), alpha, rtol=1e-5)
     report.total.backward()  # of weights that have changed meanwhile
-
-
-def test_only_a_hedge_adds_to_the_state(randomise):
-    """Weights that a resumed run begins anew, and a tensor that checkpoints from before do not have."""
-    objective = hedged_objective(randomise, [1, 2, 3, 4])
-    plain = Objective(objective.transformer, objective.heads, objective.terms)
-    assert objective.state_dict().keys() - plain.state_dict().keys() == {"hedge.weights"}
-    torch.testing.assert_close(objective.state_dict()["hedge.weights"], torch.full((4,), 0.25))

@@ -98,10 +98,11 @@ def test_what_is_not_registered_is_named():
     """A task left out without a word."""
     charlm.auxiliary_task("zebra")(lambda config, vocabulary_size: torch.nn.Identity())
     charlm.auxiliary_task("ant")(lambda config, vocabulary_size: torch.nn.Identity())
-    with pytest.raises(UserError, match=r"'order' is not registered; registered: ant, zebra\. "):
+    with pytest.raises(UserError, match="'order' .* ant, zebra"):
         build_objective(charlm.load_config(overrides=[*TINY, OFFERED]), 5)
-    with pytest.raises(UserError, match="'order' is not registered"):  # before the corpus is looked for
+    with pytest.raises(UserError) as caught:  # before the corpus is looked for
         charlm.train(charlm.load_config(overrides=[*TINY, OFFERED, "--data.corpus=file", "--data.path=nowhere"]))
+    assert caught.value.option == "aux.tasks"
     monkeys = charlm.load_config(overrides=[*TINY, "--aux.tasks={zebra: 1, ant: 2}"])
     assert list(build_objective(monkeys, 5).tasks) == ["ant", "zebra"]
     assert build_objective(monkeys, 5, training=False).tasks is None
