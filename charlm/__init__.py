@@ -29,26 +29,6 @@ if TYPE_CHECKING:
     from charlm.training.loop import train
 
 __version__ = "0.1.0"
-__all__ = [
-    "Config",
-    "ConfigError",
-    "DraftStatistics",
-    "UserError",
-    "__version__",
-    "auxiliary_task",
-    "bits_per_character",
-    "compress",
-    "decompress",
-    "explain",
-    "generate",
-    "load",
-    "load_config",
-    "load_corpus",
-    "push_to_hub",
-    "train",
-    "train_and_report",
-]
-
 _HOMES = {
     "Config": "config",
     "ConfigError": "config",
@@ -67,6 +47,7 @@ _HOMES = {
     "train": "training.loop",
     "train_and_report": "report.finish",
 }
+__all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
@@ -77,4 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return __all__

@@ -18,7 +18,8 @@ from charlm.config import Config, DataConfig, Section, Stopped, UserError
 from charlm.config.errors import did_you_mean, shown
 from charlm.config.load import OPTIONS, RENAMED, S, Setting, settings_of, validate
 from charlm.config.types import sections_of
-from charlm.terminal import fitted, is_main_process
+from charlm.process import is_main_process
+from charlm.text import fitted
 
 KINDS = {"integer": "INTEGER", "number": "NUMBER", "string": "TEXT", "boolean": "true | false", "path": "PATH"}
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

@@ -1,4 +1,4 @@
-"""The process itself: how much memory it has taken, and how it holds on to what it has."""
+"""The process itself: its place among others, and the memory that it takes and holds on to."""
 
 import contextlib
 import ctypes
@@ -11,6 +11,11 @@ from pathlib import Path
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes that one unit of `ru_maxrss` stands for."""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process of a launch or the first; known before torch is imported."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def keep_freed_memory() -> None:

@@ -31,7 +31,7 @@ OUT_OF_RANGE = {
     "aux.targets.stages": "[{weights: [1, 1, 1]}]",
     "aux.targets.weight": "inf",
     "aux.hedge.smoothing": "1",
-    "aux.tasks": """{order: -1} | {order: {weight: 1, layer: 13}} | {order: {weight: 1, layer: 3/2}} | {a/b: 1}
+    "aux.tasks": """{order: -1} | {order: {weight: 1, layer: 13}} | {order: {weight: 1, layer: 3/2}}
         | {order: {weight: 1, start: 0.5, end: 0.2}}""",
     "train.learning_rate": "0 | nan | inf",
     "train.final_lr": "2",

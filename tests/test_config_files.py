@@ -17,15 +17,14 @@ from charlm.config import (
     ModelConfig,
     PositionsConfig,
     RunConfig,
-    Stage,
     TargetsConfig,
-    TaskConfig,
     TrainConfig,
     UserError,
     differences,
     has_mark,
 )
 from charlm.config.load import OPTIONS, load_config, to_yaml
+from charlm.config.objective import Stage, TaskConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if "accelerate" not in path.parts)

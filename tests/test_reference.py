@@ -11,10 +11,10 @@ import pytest
 from pydantic import TypeAdapter
 
 from charlm import cli
-from charlm.config import Config, Depth, Section
+from charlm.config import Config, Section
 from charlm.config.errors import shown
 from charlm.config.load import OPTIONS, SECTIONS
-from charlm.config.objective import TaskConfig
+from charlm.config.objective import Depth, TaskConfig
 from charlm.config.types import BelowOne, Count, Positive, parts_of
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"

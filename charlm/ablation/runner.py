@@ -19,7 +19,7 @@ from charlm.config.load import to_yaml
 from charlm.files import write_whole
 from charlm.process import RSS_UNIT
 from charlm.runs.folder import Run
-from charlm.terminal import fitted
+from charlm.text import fitted
 
 POLL_SECONDS, REDRAW_SECONDS = 0.2, 2.0
 LONGEST_MESSAGE = 300

@@ -13,8 +13,8 @@ from typing import Any
 from charlm.ablation.variants import Variant, VariantRun
 from charlm.data.windows import default_stride
 from charlm.files import write_whole
-from charlm.markdown import markdown_table
 from charlm.report.style import GREY, PICTURE, TRAIN, VALID, new_figure, save
+from charlm.text import markdown_table
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, two-sided 95 %, for 1 to 9 degrees of freedom. More use the last one, which errs on the safe side."""

@@ -22,9 +22,9 @@ from charlm.compression.settings import CodingSettings, check_settings
 from charlm.compression.streams import FAMILY, Streams, probabilities, threads_set
 from charlm.config import UserError
 from charlm.inference.generation import generate
-from charlm.markdown import markdown_table
 from charlm.report.style import PICTURE, TRAIN, VALID, new_figure, save
 from charlm.runs.trained import TrainedModel
+from charlm.text import markdown_table
 
 COMPRESSORS = {
     "gzip -9": lambda: zlib.compressobj(9, wbits=31),  # within 0.2 % of the program's size

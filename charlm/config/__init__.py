@@ -13,17 +13,7 @@ from pydantic import Field, model_validator
 from charlm.config.data import DataConfig
 from charlm.config.errors import ConfigError, Stopped, UserError
 from charlm.config.model import ModelConfig
-from charlm.config.objective import (
-    AuxConfig,
-    Depth,
-    HedgeConfig,
-    LayersConfig,
-    PositionsConfig,
-    Stage,
-    TargetsConfig,
-    TaskConfig,
-    layer_at,
-)
+from charlm.config.objective import AuxConfig, HedgeConfig, LayersConfig, PositionsConfig, TargetsConfig, layer_at
 from charlm.config.run import RunConfig, TrackerName
 from charlm.config.train import AttentionBackend, CrossEntropyBackend, TrainConfig, steps_of
 from charlm.config.types import Mark, Precision, Section

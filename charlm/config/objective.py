@@ -276,7 +276,4 @@ class AuxConfig(Section):
         if self.layers.enabled and self.layers.schedule == "rotational" and self.main_weight == 0:
             text = "schedule=rotational has steps on which the last layer's loss is the only one; raise its weight"
             raise self.mistake("main_weight", text)
-        for name in self.tasks:
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", name):
-                raise self.mistake("tasks", f"{name}: a task's name has letters, digits, _ and -, at most 64")
         return self

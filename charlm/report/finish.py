@@ -10,12 +10,13 @@ from tqdm import tqdm
 
 from charlm.config import Config, UserError
 from charlm.data.corpus import load_corpus
+from charlm.process import is_main_process
 from charlm.report.figures import draw_diagnostics, draw_run
 from charlm.report.metrics import Metrics, read_runs
 from charlm.report.page.probe import CHARACTERS, measure
 from charlm.report.page.render import write_report
 from charlm.runs.folder import Run
-from charlm.terminal import fitted, is_main_process
+from charlm.text import fitted
 from charlm.training.loop import train
 from charlm.training.stop import StopRequests
 

@@ -13,7 +13,7 @@ from charlm.config import Config, steps_of
 from charlm.objective.terms import Term, active
 from charlm.process import peak_memory
 from charlm.runs.folder import Run
-from charlm.terminal import fitted
+from charlm.text import fitted
 from charlm.training.trackers import numbers, start_trackers
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from benchmarks.results import RaceResult, drafts_table, mebibytes, middle_half, paired, spread
 from benchmarks.setups import ALL_LOSSES, ALLOCATOR, CHECKPOINTED, MAIN_LOSS
 from benchmarks.suites import BenchmarkResult, Point, Settings
-from charlm.markdown import markdown_table
 from charlm.process import physical_memory, processor_name
+from charlm.text import markdown_table
 
 PACKAGES = ("torch", "accelerate", "x-transformers", "transformers")
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.race import TrialResult
 from benchmarks.setups import AS_IT_COMES, DRAFT_FACTS
-from charlm.markdown import markdown_table
+from charlm.text import markdown_table
 
 PRODUCT = "matrix product"
 

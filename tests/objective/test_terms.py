@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charlm.config import AuxConfig, ConfigError, Stage, TaskConfig
+from charlm.config import AuxConfig, ConfigError
+from charlm.config.objective import Stage, TaskConfig
 from charlm.objective.terms import Term, active, build_terms
 
 OFF = {"enabled": False}

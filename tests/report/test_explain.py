@@ -18,11 +18,11 @@ from charlm.config import (
     ModelConfig,
     PositionsConfig,
     TargetsConfig,
-    TaskConfig,
     TrainConfig,
     UserError,
 )
 from charlm.config.load import load_config
+from charlm.config.objective import TaskConfig
 from charlm.objective.build import auxiliary_task
 from charlm.objective.schedules import cutoff
 from charlm.report.explain import explain, stops_at_step

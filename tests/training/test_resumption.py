@@ -16,7 +16,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from charlm.config import AuxConfig, Config, LayersConfig, PositionsConfig, TargetsConfig, TaskConfig, UserError
+from charlm.config import AuxConfig, Config, LayersConfig, PositionsConfig, TargetsConfig, UserError
+from charlm.config.objective import TaskConfig
 from charlm.objective.terms import build_terms
 from charlm.runs import folder
 from charlm.runs.folder import Run

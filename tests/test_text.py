@@ -1,4 +1,4 @@
-"""Lines as wide as their terminal."""
+"""Lines as wide as their terminal, and tables in Markdown."""
 
 import fcntl
 import os
@@ -8,7 +8,7 @@ import termios
 
 import pytest
 
-from charlm.terminal import fitted
+from charlm.text import fitted, markdown_table
 
 MESSAGE = "error: data.corpus=file: --run.resume=true is one word\n  and this line is short"
 
@@ -37,3 +37,14 @@ def test_elsewhere_lines_stay_whole(tmp_path, monkeypatch):
     with (tmp_path / "log").open("w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
         assert fitted("word " * 100) == "word " * 100
+
+
+def test_a_table() -> None:
+    """Guards against a table that Markdown does not read: figures on the left, and cells with a bar of their own."""
+    rows = [["a|b", "1.5", "+0.1 ± 0.2", "7 up", "12"], ["c", "", "-3", "down", "1"]]
+    assert markdown_table(["name", "x", "Δ", "mixed", "number"], rows).splitlines() == [
+        "| name |   x |          Δ | mixed | number |",
+        "| ---- | --: | ---------: | ----- | -----: |",
+        r"| a\|b | 1.5 | +0.1 ± 0.2 | 7 up  |     12 |",
+        "| c    |     |         -3 | down  |      1 |",
+    ]

@@ -1,6 +1,21 @@
-"""Tables in Markdown."""
+"""Text for people: lines as wide as the terminal, and tables in Markdown."""
 
+import os
+import sys
+import textwrap
 from collections.abc import Sequence
+
+
+def fitted(text: str) -> str:
+    """`text` with lines that are too wide for the terminal broken at spaces; as it is if stderr is no terminal."""
+    try:
+        width = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, AttributeError):  # no terminal, or not even a file
+        width = 0
+    if not width:
+        return text
+    wrap = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join("\n".join(wrap.wrap(line)) for line in text.split("\n"))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
