@@ -30,7 +30,7 @@ from charlm.config.load import load_config, to_yaml
 from charlm.data.sources import PUBLISHED
 from charlm.files import read_json
 from charlm.objective.build import build_objective
-from storage import replaced, written
+from storage import manifest_for, replaced, written
 from tiny import SCRIPTS, TINY, run_script
 
 TEXT = b"the text that enwik8 stands for in these tests. " * 40
@@ -95,23 +95,6 @@ def encrypted() -> bytes:
     return bytes(archive)
 
 
-def link_member() -> bytes:
-    info = zipfile.ZipInfo("enwik8")
-    info.external_attr = 0o120777 << 16
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr(info, "/etc/hostname")
-    return archive.getvalue()
-
-
-def packed_by(method: int) -> bytes:
-    """An archive whose headers name a method that does not exist."""
-    archive = bytearray(zipped(("enwik8", TEXT)))
-    at = archive.rindex(b"PK\1\2")
-    archive[8:10] = archive[at + 10 : at + 12] = method.to_bytes(2, "little")
-    return bytes(archive)
-
-
 def by_hand(name: bytes, packed: bytes, size: int) -> bytes:
     """A zip archive of one member, with a wrong checksum."""
     local = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 8, 0, 0, 0, len(packed), size, len(name), 0) + name + packed
@@ -129,10 +112,10 @@ def gigabytes_of_zeros() -> bytes:
 
 UNREADABLE, MEMBER = "cannot be read to its end", "no item named 'enwik8'"
 ARCHIVES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
-    "zip with ..": (lambda: zipped(("../enwik8", TEXT), ("../../hurt", TEXT)), [MEMBER]),
-    "zip with an absolute name": (lambda: zipped(("/tmp/enwik8", TEXT)), [MEMBER]),
-    "zip with a link": (link_member, ["has 13 bytes"]),
-    "zip with a folder": (lambda: zipped(("enwik8/", b"")), [MEMBER]),
+    "zip that leads elsewhere": (
+        lambda: zipped(("../enwik8", TEXT), ("../../hurt", TEXT), ("/tmp/enwik8", TEXT), ("enwik8/", b"")),
+        [MEMBER],
+    ),
     "zip with several, another text last": (
         lambda: zipped(("README", b"read me"), ("enwik8", bytes(len(TEXT)))),
         ["has sha256"],
@@ -142,7 +125,6 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
         lambda: by_hand(b"enwik8", zlib.compress(TEXT, wbits=-15), len(TEXT)),
         [UNREADABLE, "Bad CRC-32"],
     ),
-    "zip, unknown method": (lambda: packed_by(99), [UNREADABLE, "compression"]),
     "zip, longer than it says": (lambda: by_hand(b"enwik8", gigabytes_of_zeros(), 7), [UNREADABLE]),
     "gz with rubbish behind": (lambda: gzip.compress(TEXT) + b"rubbish", [UNREADABLE, "Not a gzipped file"]),
 }
@@ -160,23 +142,21 @@ def test_a_hostile_archive_is_refused(case, inside, capfd):
 
 def test_bombs_are_refused_in_little_memory(tmp_path):
     """Guards against gigabytes, in memory or on disk, that files of megabytes unpack to."""
-    (tmp_path / "bomb.gz").write_bytes(48 * gzip.compress(bytes(1 << 26)))
-    (tmp_path / "bomb.xz").write_bytes(48 * lzma.compress(bytes(1 << 24), preset=0))
-    (tmp_path / "bomb.zip").write_bytes(by_hand(b"enwik8", gigabytes_of_zeros(), 3 << 30))
-    (tmp_path / "greedy.xz").write_bytes(asking_for_gigabytes())
-    names = ["bomb.gz", "bomb.xz", "bomb.zip", "greedy.xz"]
-    assert sum((tmp_path / name).stat().st_size for name in names) < 20 << 20
-    complaints = ["more than 10,000,000 bytes"] * 3 + ["cannot be read to its end (MemoryError)"]
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *names],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(SCRIPTS.parent), "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    bombs = {
+        "bomb.gz": 48 * gzip.compress(bytes(1 << 26)),
+        "bomb.xz": 48 * lzma.compress(bytes(1 << 24), preset=0),
+        "bomb.zip": by_hand(b"enwik8", gigabytes_of_zeros(), 3 << 30),
+        "greedy.xz": asking_for_gigabytes(),
+    }
+    assert sum(map(len, bombs.values())) < 20 << 20
+    for name, content in bombs.items():
+        (tmp_path / name).write_bytes(content)
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS.parent), "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CHILD, *bombs]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for line, name, complaint in zip(done.stdout.splitlines(), names, complaints, strict=True):
+    complaints = ["more than 10,000,000 bytes"] * 3 + ["cannot be read to its end (MemoryError)"]
+    for line, name, complaint in zip(done.stdout.splitlines(), bombs, complaints, strict=True):
         assert f"data.path={tmp_path / name}: " in line
         assert complaint in line
 
@@ -247,16 +227,6 @@ TEXTS: dict[str, tuple[list[str], Callable[[Path], object], list[str]]] = {
         written("hostile", b"plain text " * 200 + "é".encode()[:1]),
         ["not UTF-8 at byte 2,200"],
     ),
-    "surrogates in UTF-8": (
-        [*FILE, "--data.vocabulary=characters"],
-        written("hostile", b"plain text " * 200 + "\ud800".encode("utf-8", "surrogatepass")),
-        ["not UTF-8 at byte 2,200"],
-    ),
-    "an overlong character": (
-        [*FILE, "--data.vocabulary=characters"],
-        written("hostile", b"\xc0\xaf" + b"plain text " * 200),
-        ["not UTF-8 at byte 0"],
-    ),
     "parquet, truncated": (HUB, hostile_folder(truncated_parquet), ["cannot be read"]),
 }
 
@@ -286,6 +256,7 @@ def run(tmp_path_factory) -> Path:
 ON_TEXT = ["--data.corpus=file", "--data.path=text.txt", "--data.cache_dir=prepared"]
 EVALUATE = ("evaluate", ["run"])
 RESUME_FROM = ("train", [*TINY, *ON_TEXT, "--run.dir=run", "--run.resume_from=3"])
+REPORT = ("report", ["run"])
 LAST = "checkpoints/step-00000003"
 
 
@@ -293,13 +264,26 @@ def changed(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], obj
     return lambda run: (run / name).write_bytes(change((run / name).read_bytes()))
 
 
-def vocabulary(record: object) -> Callable[[Path], object]:
+def corpus(**changes: object) -> Callable[[Path], object]:
+    """Change entries of the corpus in provenance.json."""
+
     def change(text: bytes) -> bytes:
-        provenance = json.loads(text)
-        provenance["corpus"]["vocabulary"] = record
-        return json.dumps(provenance).encode()
+        record = json.loads(text)
+        return json.dumps(record | {"corpus": record["corpus"] | changes}).encode()
 
     return changed("provenance.json", change)
+
+
+def state(**changes: object) -> Callable[[Path], object]:
+    """Change entries of state.json under a manifest that fits."""
+
+    def change(run: Path) -> None:
+        folder = run / LAST
+        record = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(record | changes))
+        (folder / "manifest.json").write_text(manifest_for(folder))
+
+    return change
 
 
 RUNS: dict[str, tuple[tuple[str, list[str]], Callable[[Path], object], list[str]]] = {
@@ -317,7 +301,16 @@ RUNS: dict[str, tuple[tuple[str, list[str]], Callable[[Path], object], list[str]
     ),
     "config that is a pipe": (EVALUATE, replaced("config.yaml", os.mkfifo), ["run is not a run"]),
     "provenance of a terabyte": (EVALUATE, replaced("provenance.json", sparse), ["provenance.json"]),
-    "vocabulary of nothing": (EVALUATE, vocabulary(None), ["run", "vocabulary"]),
+    "provenance without end": (
+        EVALUATE,
+        replaced("provenance.json", lambda path: path.symlink_to("/dev/zero")),
+        ["run is not a run"],
+    ),
+    "hash that is a list": (RESUME_FROM, corpus(sha256=[]), ["provenance.json", "corpus.sha256"]),
+    "vocabulary of nothing": (EVALUATE, corpus(vocabulary=None), ["run", "vocabulary"]),
+    "vocabulary of text": (EVALUATE, corpus(vocabulary="bytes"), ["provenance.json", "corpus.vocabulary"]),
+    "metrics that are a pipe": (REPORT, replaced("metrics.jsonl", os.mkfifo), ["metrics.jsonl"]),
+    "validated step that is a list": (RESUME_FROM, state(validated_step=[]), [f"{LAST}/state.json", "validated_step"]),
     "optimizer, truncated": (RESUME_FROM, changed(f"{LAST}/optimizer.safetensors", lambda it: it[:-1]), ["optimizer"]),
 }
 
@@ -365,37 +358,29 @@ VALID = to_yaml(Config())
 changes = st.tuples(st.integers(0, len(VALID)), st.integers(0, 9), st.text(max_size=9))
 
 
-def read_config(text: str, path: Path) -> None:
-    """A Config, or a UserError."""
+def edited(edits: list[tuple[int, int, str]]) -> str:
+    """VALID with pieces, each a place and a length, replaced by texts."""
+    text = VALID
+    for place, length, inserted in edits:
+        text = text[:place] + inserted + text[place + length :]
+    return text
+
+
+@settings(max_examples=150)
+@given(
+    text=st.text(alphabet=st.sampled_from("{}[]:-,&*!|>'\"#%@? \n\tab0.~<") | st.characters(), max_size=60)
+    | trees.map(yaml.safe_dump)
+    | st.lists(changes, min_size=1, max_size=4).map(edited)
+)
+def test_any_text_is_a_config_or_a_user_error(text, tmp_path_factory):
+    """Guards against whatever PyYAML, pydantic or a converter of ours may raise beside: for any text, for a type that
+    is not foreseen at its place, and for damage to a run's own config."""
+    path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
         assert isinstance(load_config(path), Config)
     except UserError as error:
         assert str(error)
-
-
-@settings(max_examples=100)
-@given(text=st.text(alphabet=st.sampled_from("{}[]:-,&*!|>'\"#%@? \n\tab0.~<") | st.characters(), max_size=60))
-def test_any_text_is_a_config_or_a_user_error(text, tmp_path_factory):
-    """Guards against whatever PyYAML, pydantic or a converter of ours may raise beside."""
-    read_config(text, tmp_path_factory.getbasetemp() / "fuzzed.yaml")
-
-
-@settings(max_examples=25)
-@given(tree=trees)
-def test_any_structure_is_a_config_or_a_user_error(tree, tmp_path_factory):
-    """Guards against a type that is not foreseen at its place."""
-    read_config(yaml.safe_dump(tree), tmp_path_factory.getbasetemp() / "fuzzed.yaml")
-
-
-@settings(max_examples=25)
-@given(edits=st.lists(changes, min_size=1, max_size=4))
-def test_a_config_changed_at_random_is_a_config_or_a_user_error(edits, tmp_path_factory):
-    """Guards against damage to a run's own config that ends in a traceback."""
-    text = VALID
-    for place, length, inserted in edits:
-        text = text[:place] + inserted + text[place + length :]
-    read_config(text, tmp_path_factory.getbasetemp() / "fuzzed.yaml")
 
 
 @settings(max_examples=200)

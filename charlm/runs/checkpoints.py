@@ -68,7 +68,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The name that `last` and `best` use, `step-00001000`."""
+        """`step-00001000`, as in `last` and `best`."""
         return _name(self.step)
 
     @property
@@ -247,6 +247,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def digest(record: Any) -> str:
+    """SHA-256 of a JSON-able record."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 

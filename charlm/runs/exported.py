@@ -74,7 +74,7 @@ What differs from charlm's defaults:
 class HeadsRecord(BaseModel, strict=True):
     """Arguments of `Heads`."""
 
-    pairs: list[Annotated[list[int], Field(min_length=2, max_length=2)]]
+    pairs: Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]], Field(max_length=10_000)]
     last_tower: bool
 
 
@@ -101,12 +101,11 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
     folder = Path(folder)
     check_absent(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.modules.state_dict().items()}
-    config = portable(trained.config)
-    options = config.model_dump(mode="json", include={"model": True, "data": True, "aux": {"layers"}})
-    del options["data"]["cache_dir"]
-    options["aux"]["layers"] = {
-        kind: options["aux"]["layers"][kind] for kind in ("head", "tower_width", "tower_dropout")
-    }
+    options = portable(trained.config).model_dump(
+        mode="json",
+        include={"model": True, "data": True, "aux": {"layers": {"head", "tower_width", "tower_dropout"}}},
+        exclude={"data": {"cache_dir"}},
+    )
     record = {
         "library_name": "charlm",
         "format": 1,
@@ -139,11 +138,6 @@ def check_absent(folder: Path) -> None:
         raise UserError(f"{folder} exists already; choose another folder", "to")
 
 
-def is_exported(folder: Path) -> bool:
-    """Whether a folder looks like an exported model rather than a run."""
-    return (folder / CONFIG).exists() and not (folder / "config.yaml").exists()
-
-
 def read_model(folder: Path, device: torch.device) -> TrainedModel:
     """The model in a folder, in evaluation mode.
 
@@ -158,9 +152,12 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
         raise UserError(f"{folder / VOCABULARY}: {str(error).partition(';')[0]}") from error
     tensors, _ = load_tensors(folder / TENSORS)
     pairs = {(layer, offset) for layer, offset in record.heads.pairs}
-    if config.model.num_layers + len(pairs) > len(tensors):  # else the empty model could take all memory
-        raise UserError(f"{folder / TENSORS} has no tensor for each of the layers and heads in {CONFIG}")
-    model = empty_model(config, vocabulary.size, pairs, record.heads.last_tower)
+    if config.model.num_layers > len(tensors):  # whose empty model could take all memory
+        raise UserError(f"{folder / TENSORS} has no tensors for the {config.model.num_layers:,} layers of {CONFIG}")
+    try:
+        model = empty_model(config, vocabulary.size, pairs, record.heads.last_tower)
+    except RuntimeError as error:  # a size that overflows
+        raise UserError(f"{folder / CONFIG}: describes a model that no machine can hold: {first_line(error)}") from None
     check_tensors(folder / TENSORS, tensors, model.state_dict(), f"the model of {CONFIG}")
     model.load_state_dict(tensors, assign=True)
     return TrainedModel(

@@ -85,7 +85,8 @@ class Run:
         """Raise UserError if a new run cannot take this folder."""
         if self.config_path.exists():
             raise self._refusal("holds a run already; continue it with --run.resume=true, or choose another --run.dir")
-        if self.path.exists() and not (self.path.is_dir() and self._holds_nothing()):
+        others = (path for path in self.path.rglob("*") if path.name not in UNFINISHED)
+        if (self.path.exists() and not self.path.is_dir()) or any(others):
             raise self._refusal("exists and is not empty; choose another --run.dir")
 
     @contextmanager
@@ -172,11 +173,6 @@ class Run:
                     with suppress(ValueError):
                         row = parse_json(line)
                     yield number, row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-    def _holds_nothing(self) -> bool:
-        """Whether the folder is empty but for files left by a process that was killed while it created a run."""
-        names = {path.name for path in self.path.iterdir()}
-        return names <= UNFINISHED and not ("checkpoints" in names and any(self.checkpoints_path.iterdir()))
 
     def _refusal(self, text: str) -> UserError:
         return UserError(f"run.dir={self.path}: {text}", "run.dir")

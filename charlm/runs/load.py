@@ -10,7 +10,7 @@ from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.data.windows import default_stride
 from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import MODEL, digest, find_checkpoint
-from charlm.runs.exported import is_exported, read_model
+from charlm.runs.exported import CONFIG, read_model
 from charlm.runs.folder import Run
 from charlm.runs.tensors import check_tensors, load_tensors
 from charlm.runs.trained import TrainedModel
@@ -33,7 +33,7 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
         from charlm.runs.hub import download, is_hub_id  # imports a library that most runs do not need
 
         run = download(str(run)) if is_hub_id(str(run)) else run
-    if not is_exported(Path(run)):
+    if Path(run, "config.yaml").exists() or not Path(run, CONFIG).exists():
         return _load_run(Run.open(run), checkpoint, chosen)
     if checkpoint != "best":
         text = f"checkpoint={checkpoint}: {run} is an exported model, which has only one; leave it out"

@@ -100,6 +100,7 @@ def one_tensor(**described) -> bytes:
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 OUTSIDE = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
+PICKLE = b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."
 DAMAGED = {
     "no manifest": (missing(MANIFEST), [MANIFEST, "missing"]),
     "an empty manifest": (written(MANIFEST, ""), [MANIFEST, "JSON"]),
@@ -110,37 +111,25 @@ DAMAGED = {
     ),
     "a manifest with an enormous number": (written(MANIFEST, "9" * 100_000), [MANIFEST]),
     "a manifest of megabytes": (written(MANIFEST, "[" + "0," * 2**20 + "0]"), [MANIFEST, "more than 1,048,576 bytes"]),
-    "a manifest that is no text": (written(MANIFEST, b"\x80\x04\x95"), [MANIFEST, "JSON"]),
     "a manifest that names a file outside": (
         manifest(lambda record: record.update({"../../../outside": OUTSIDE})),
         [MANIFEST, "damaged"],
     ),
-    "a manifest of an absurd size": (
-        manifest(lambda record: record[MODEL].update(bytes=10**18)),
-        [MANIFEST],
-    ),
+    "a manifest of an absurd size": (manifest(lambda record: record[MODEL].update(bytes=10**18)), [MANIFEST]),
     "an extra file": (written("model.bin", "x"), ["model.bin", "no checkpoint has such a file"]),
     "linked parameters": (linked(MODEL), [MODEL, "a link"]),
     "a linked manifest": (linked(MANIFEST), [MANIFEST, "a link"]),
     "a folder in place of a file": (replaced(OPTIMIZER, Path.mkdir), [OPTIMIZER, "no file at all"]),
     "a pipe that never ends": (replaced(MODEL, os.mkfifo), [MODEL, "no file at all"]),
-    "a pickle": (written(MODEL, b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."), [MODEL, "does not match"]),
-    "no parameters": (missing(MODEL), [MODEL, "missing"]),
+    "a pickle": (written(MODEL, PICKLE), [MODEL, "does not match"]),
     "state of another run": (written(STATE, '{"step": 1}'), [STATE, "does not match"]),
 }
 FORGED = {
-    "a pickle, forged": (written(MODEL, b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."), [MODEL]),
-    "a header said to be huge": (
-        written(MODEL, tensor_file(b"{}", header_bytes=2**63)),
-        [MODEL, "header too large"],
-    ),
-    "a header past the end": (written(MODEL, tensor_file(b"{}", header_bytes=1000)), [MODEL]),
-    "a header that is no JSON": (written(MODEL, tensor_file(b"{a: 1}")), [MODEL]),
+    "a pickle, forged": (written(MODEL, PICKLE), [MODEL]),
+    "a header said to be huge": (written(MODEL, tensor_file(b"{}", header_bytes=2**63)), [MODEL, "header too large"]),
     "a header nested deeply": (written(MODEL, tensor_file(b'{"a":' * 10_000)), [MODEL]),
     "a tensor past the end": (written(MODEL, tensor_file(one_tensor(data_offsets=[0, 10**12]))), [MODEL]),
-    "a tensor that ends before it begins": (written(MODEL, tensor_file(one_tensor(data_offsets=[4, 0]))), [MODEL]),
     "a shape that overflows": (written(MODEL, tensor_file(one_tensor(shape=[2**62, 2**62]), bytes(4))), [MODEL]),
-    "a type that is none": (written(MODEL, tensor_file(one_tensor(dtype="PICKLE"), bytes(4))), [MODEL]),
     "no tensors at all": (written(MODEL, tensor_file(b"{}")), [MODEL, "has no tensor heads."]),
     "a missing tensor": (tensors(MODEL, **{WEIGHT: None}), [MODEL, f"has no tensor {WEIGHT}"]),
     "an extra tensor": (tensors(MODEL, virus=torch.zeros(1)), [MODEL, "has a tensor virus"]),
@@ -148,7 +137,6 @@ FORGED = {
         tensors(MODEL, **{WEIGHT: torch.zeros(4, 16)}),
         [MODEL, WEIGHT, "float32 [4, 16]", "float32 [8, 8]"],
     ),
-    "a wrong number of dimensions": (tensors(MODEL, **{WEIGHT: torch.zeros(64)}), [MODEL, WEIGHT, "float32 [64]"]),
     "a wrong type": (tensors(MODEL, **{WEIGHT: torch.zeros(8, 8).double()}), [MODEL, WEIGHT, "float64", "float32"]),
     "an embedding that is a number": (
         tensors(MODEL, transformer__embedding__weight=torch.tensor(1.0)),
@@ -163,11 +151,13 @@ FORGED = {
         tensors(OPTIMIZER, **{f"{WEIGHT}.exp_avg": torch.zeros(8, 8).half()}),
         [OPTIMIZER, f"{WEIGHT}.exp_avg", "float16"],
     ),
-    "optimizer state that is a pickle": (written(OPTIMIZER, b"\x80\x04."), [OPTIMIZER]),
-    "a state of another step": (written(STATE, '{"step": 2}'), [STATE, "its step is not"]),
+    "optimizer state that is a pickle": (written(OPTIMIZER, PICKLE), [OPTIMIZER]),
+    "a state of another step": (written(STATE, '{"step": 2}'), [STATE, "step"]),
     "a step that is true": (written(STATE, '{"step": true}'), [STATE, "step"]),
+    "a step beyond numbers": (written(STATE, '{"step": ' + "9" * 100_000 + "}"), [STATE, "step"]),
+    "a best step that is text": (written(STATE, '{"step": 1, "best_step": "1"}'), [STATE, "best_step"]),
+    "a best score that is a list": (written(STATE, '{"step": 1, "best_bits": [1]}'), [STATE, "best_bits"]),
     "a state nested deeply": (written(STATE, '{"step": 1, "a": ' + "[" * 100_000), [STATE, "nested too deeply"]),
-    "a state with an enormous number": (written(STATE, '{"step": ' + "9" * 100_000 + "}"), [STATE, "step"]),
     "a state of megabytes": (written(STATE, " " * 2**21), [STATE, "more than 1,048,576 bytes"]),
 }
 
@@ -223,7 +213,7 @@ def test_a_folder_that_is_a_link_is_refused(sound_run, tmp_path):
     assert content(tmp_path / "outside") == outside
 
 
-JSON = st.recursive(
+NESTED = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: (
         st.lists(inner) | st.dictionaries(st.sampled_from([MODEL, STATE, MANIFEST, "bytes"]) | st.text(), inner)
@@ -231,14 +221,12 @@ JSON = st.recursive(
 )
 
 
-@given(written=st.binary() | JSON.map(lambda value: json.dumps(value).encode()))
-def test_no_manifest_but_its_own_is_taken(written, sound_run):
+@given(forged=st.binary() | NESTED.map(lambda value: json.dumps(value).encode()))
+def test_no_manifest_but_its_own_is_taken(forged, sound_run):
     """Guards against bytes, or JSON, that the manifest's reader takes or stumbles over."""
     path = sound_run / "checkpoints" / "step-00000001" / MANIFEST
     sound = path.read_bytes()
-    path.write_bytes(written)
-    try:
-        with pytest.raises(UserError, match=MANIFEST):
-            find_checkpoint(Run(sound_run), 1)
-    finally:
-        path.write_bytes(sound)
+    path.write_bytes(forged)
+    with pytest.raises(UserError, match=MANIFEST):
+        find_checkpoint(Run(sound_run), 1)
+    path.write_bytes(sound)

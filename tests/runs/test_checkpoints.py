@@ -1,7 +1,6 @@
 """Checkpoints are whole or absent, verified when read, and pruned only when a newer one stands."""
 
 import errno
-import json
 import os
 
 import pytest
@@ -12,7 +11,7 @@ from charlm.config import UserError
 from charlm.runs import checkpoints
 from charlm.runs.checkpoints import find_checkpoint, newest_whole_checkpoint, rewind, save_checkpoint
 from charlm.runs.folder import Run
-from charlm.runs.tensors import take_snapshot
+from charlm.runs.tensors import check_tensors, load_tensors, save_tensors, take_snapshot
 from storage import make_run, manifest_for, names, number_of, save, steps
 
 
@@ -201,12 +200,15 @@ def test_the_manifest_names_sizes_and_digests(run):
     assert (folder / "manifest.json").read_text() == manifest_for(folder)
 
 
-def test_metrics_survive_a_line_that_a_kill_cut_short(run):
-    """Guards against a run that cannot be resumed or drawn because of its last line."""
-    run.append_metrics({"step": 1})
-    with run.metrics_path.open("a") as file:
-        file.write(json.dumps({"step": 2})[:-3])
-    assert [row["step"] for row in run.metrics()] == [1]
-    run.forget_metrics_after(1)
-    run.append_metrics({"step": 2})
-    assert [row["step"] for row in run.metrics()] == [1, 2]
+TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.float32, torch.bfloat16, torch.bool)
+
+
+def test_buffers_of_every_type_come_back(tmp_path):
+    """Guards against a task of one's own whose run is saved and cannot be resumed."""
+    path = tmp_path / "model.safetensors"
+    written = {str(dtype): torch.tensor([0, 1, 1], dtype=dtype) for dtype in TYPES}
+    save_tensors(written, path, like=tmp_path)
+    read, _ = load_tensors(path)
+    assert all(read[name].dtype == written[name].dtype and read[name].equal(written[name]) for name in written)
+    with pytest.raises(UserError, match=r"its tensor torch.uint8 is uint8 \[3\], and that .* int8 \[3\]"):
+        check_tensors(path, read, written | {"torch.uint8": torch.zeros(3, dtype=torch.int8)}, "config.yaml")

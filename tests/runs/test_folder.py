@@ -13,15 +13,15 @@ from charlm.runs.folder import MAX_ROW_BYTES, Run
 from storage import CORPUS, files_of_at_most
 
 
-def config_in(folder) -> Config:
-    return Config(run=RunConfig(dir=folder))
+def run_in(folder) -> Run:
+    return Run.create(Config(run=RunConfig(dir=folder)), CORPUS)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     """Guards against a traceback where a file is in the way, or the disk takes no new folder."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=rf"run.dir={tmp_path}/file/run: cannot be made \(Not a directory\); mend that"):
-        Run.create(config_in(tmp_path / "file" / "run"), {})
+        run_in(tmp_path / "file" / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -32,38 +32,28 @@ def test_what_is_there_is_left_alone(there, tmp_path):
     (tmp_path / "folder" / "notes").write_text("mine")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=rf"run.dir={tmp_path / there}: exists and is not empty; choose another"):
-        Run.create(config_in(tmp_path / there), {})
+        run_in(tmp_path / there)
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["notes"]
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
-    assert Run.open(Run.create(config_in(tmp_path / "empty"), {}).path).config() == config_in(tmp_path / "empty")
+    assert Run.open(run_in(tmp_path / "empty").path).config() == Config(run=RunConfig(dir=tmp_path / "empty"))
 
 
 def test_a_machine_without_git(tmp_path, monkeypatch):
     """Guards against a traceback, and half a folder, where git is not installed, as in a container."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    run = Run.create(config_in(tmp_path / "run"), CORPUS)
+    run = run_in(tmp_path / "run")
     assert (run.provenance()["git_commit"], run.provenance()["corpus"]) == (None, CORPUS)
 
 
-DAMAGED = [
-    "",
-    "{",
-    "\x00",
-    "[" * 100_000,
-    "9" * 10_000,
-    " " * (MAX_JSON_BYTES + 1),
-    "[]",
-    "null",
-    "{}",
-    '{"corpus": 3}',
-]
+NO_JSON = ("", "{", "\x00", "[" * 100_000, "9" * 10_000, " " * (MAX_JSON_BYTES + 1))
+NO_RECORD = ("[]", "null", "{}", '{"corpus": 3}', '{"corpus": {"name": "x"}}', '{"corpus": {"name": "x", "sha256": 1}}')
 
 
-@pytest.mark.parametrize("content", [*DAMAGED, '{"corpus": {"name": "x", "sha256": 1}}'], ids=range(11))
+@pytest.mark.parametrize("content", NO_JSON + NO_RECORD, ids=range(12))
 def test_a_damaged_record_is_named(content, tmp_path):
     """Guards against a traceback from a JSON parser, and a KeyError from JSON that is no run's."""
-    run = Run.create(config_in(tmp_path / "run"), CORPUS)
+    run = run_in(tmp_path / "run")
     assert json.loads(run.provenance_path.read_text())["corpus"] == run.provenance()["corpus"] == CORPUS
     run.provenance_path.write_text(content)
     with pytest.raises(UserError, match=r"provenance\.json"):
@@ -77,11 +67,11 @@ def test_a_folder_that_a_kill_left_unfinished_is_taken(made, tmp_path):
     folder.mkdir()
     for name in made:
         (folder / name).mkdir() if name == "checkpoints" else (folder / name).write_text("half")
-    assert Run.create(config_in(folder), CORPUS).provenance()["corpus"] == CORPUS
+    assert run_in(folder).provenance()["corpus"] == CORPUS
     Run.open(folder).config_path.unlink()
     (folder / "checkpoints" / "step-00000001").mkdir()
     with pytest.raises(UserError, match="exists and is not empty"):
-        Run.create(config_in(folder), {})
+        run_in(folder)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -96,7 +86,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_row_that_the_disk_does_not_take_leaves_the_others(tmp_path):
     """Guards against a row that goes on in the middle of the one that a full disk cut short."""
-    run = Run.create(config_in(tmp_path / "run"), {})
+    run = run_in(tmp_path / "run")
     run.append_metrics({"step": 1})
     for room in range(12):
         with pytest.raises(OSError) as caught, files_of_at_most(run.metrics_path.stat().st_size + room):
@@ -107,14 +97,16 @@ def test_a_row_that_the_disk_does_not_take_leaves_the_others(tmp_path):
     assert [row["step"] for row in run.metrics()] == [1, 3]
 
 
-@pytest.mark.parametrize(
-    "damage", [b"\x00\xff\n", b"[1]\n", b"{}\n", b'{"step": "2"}\n', b"[" * 5000 + b"\n", b"1" * MAX_ROW_BYTES]
-)
+DAMAGE = (b"\x00\xff", b"[1]", b"{}", b'{"step": "2"}', b'{"step": 1' + b"0" * 400 + b"}", b"[" * 5000)
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, b"1" * MAX_ROW_BYTES], ids=range(7))
 def test_a_damaged_row_is_named_and_then_dropped(damage, tmp_path):
-    """Guards against a traceback from a damaged row, and a run that cannot go on because of one."""
-    run = Run.create(config_in(tmp_path / "run"), {})
+    """Guards against a traceback from a damaged row, or from a last one that a kill cut short, and a run that cannot go
+    on because of one."""
+    run = run_in(tmp_path / "run")
     rows = [f'{{"step": {step}}}\n'.encode() for step in (1, 2, 3)]
-    run.metrics_path.write_bytes(rows[0] + damage + (b"" if damage.endswith(b"\n") else b"\n") + rows[1] + rows[2])
+    run.metrics_path.write_bytes(rows[0] + damage + b"\n" + rows[1] + rows[2] + b'{"step": 4')
     with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is damaged"):
         list(run.metrics())
     assert run.forget_metrics_after(2)[0] == f"{run.metrics_path}, line 2 was damaged and has been dropped"
@@ -123,7 +115,7 @@ def test_a_damaged_row_is_named_and_then_dropped(damage, tmp_path):
 
 def test_a_validation_that_the_checkpoint_does_not_know_is_dropped(tmp_path):
     """Guards against two rows of one validation: stopped before it, resumed, and killed after its row was written."""
-    run = Run.create(config_in(tmp_path / "run"), {})
+    run = run_in(tmp_path / "run")
     rows = [{"step": 1}, {"step": 1, "valid": 8}, {"step": 2}, {"step": 2, "valid": 7}, {"step": 3}]
     for row in rows:
         run.append_metrics(row)
@@ -159,7 +151,7 @@ def test_two_processes_cannot_train_into_one_folder(tmp_path):
         other.kill()
         other.communicate()
     with run.lock():
-        Run.create(config_in(run.path), {})
+        run_in(run.path)
     (tmp_path / "file").touch()
     blocked = Run(tmp_path / "file" / "run")
     with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"), blocked.lock():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from charlm.config import AuxConfig, Config, ConfigError, LayersConfig, ModelConfig, RunConfig, TargetsConfig, UserError
+from charlm.config import AuxConfig, Config, ConfigError, LayersConfig, ModelConfig, RunConfig, UserError
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
@@ -74,16 +74,6 @@ def test_only_layers_that_predict_the_next_character_are_hedged(tmp_path):
     alone = config.replace(aux=config.aux.replace(layers=LayersConfig(enabled=False)))
     with pytest.raises(ConfigError, match=r"aux\.hedge\.enabled=true: .* 1 predicts the next character"):
         build_objective(alone, 5)
-
-
-def test_names_of_linear_heads_stay(tmp_path):
-    """Checkpoints of earlier versions that cannot be read any more."""
-    aux = AuxConfig(targets=TargetsConfig(num_targets=2), layers=LayersConfig(at=(2,)))
-    names = {name for name in build_objective(Config(model=MODEL, aux=aux), 5).state_dict() if "heads" in name}
-    parts = ("norm", "offset1", "offset2")
-    expected = {f"heads.exits.layer2.{part}.{tensor}" for part in parts for tensor in ("weight", "bias")}
-    expected |= {f"heads.exits.layer3.{part}.{tensor}" for part in parts[1:] for tensor in ("weight", "bias")}
-    assert names == expected
 
 
 def test_tensors_of_a_task_that_the_run_does_not_have_are_refused(tmp_path, randomise):
