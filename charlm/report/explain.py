@@ -34,7 +34,7 @@ class Explanation:
     terms: tuple[Term, ...]
     """The table, ordered by layer, offset and positions; tasks of the user's own come last."""
     parameters: dict[str, int]
-    """training: the transformer, all heads and the user's tasks; inference: the transformer and the head it keeps."""
+    """training: with all heads and the user's tasks; inference: with the head that it keeps."""
     flops_per_character: dict[str, int]
     """training_start, training_end (both of the joint route) and inference; see `training_flops`."""
     route_cost: RouteCost
@@ -67,7 +67,7 @@ class Explanation:
         }
 
     def to_text(self, width: int = 80) -> str:
-        """For people: sizes and costs, then a line per term with a strip of its weight over training, `width` wide."""
+        """For people: sizes and costs, then a line per term, `width` wide, with its weight over training."""
         return "\n".join([*_summary(self), "", *_table(self.terms, self.config.train.steps, width)])
 
 

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from charlm.inference.evaluation import Score
 
 MOST_POINTS = 300
-"""Most points of a learning curve; of more, neighbours are averaged."""
+"""Most points of a line; of more, neighbours are averaged."""
 FEW_POINTS = 80
-"""Most points of a loss or a speed, which are noisy: averages show better which line is above which."""
+"""Most points of a line that is smoothed: averages show better which noisy line is above which."""
 HEAT_COLUMNS = 400
 MOST_ROW_LABELS = 32
 BITS = "bits per character"
@@ -51,7 +51,6 @@ DIAGNOSTICS = {
     "gradient_cosine": "cosine, auxiliary and main gradient",
     "gradient_norm": "gradient norm",
 }
-"""The title of each diagnostic's panel."""
 
 
 def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
@@ -96,7 +95,8 @@ def run_figure(run: Metrics) -> "Figure":
             place = {"xytext": (0, -8), "textcoords": "offset points", "ha": "right", "va": "top"}
             above.annotate(f"{run.best[1]:.3f}", run.best, color=VALID, fontweight="bold", **place)
         above.legend(loc="upper right")
-        characters = above.secondary_xaxis("top", functions=(lambda step: step * factor, lambda count: count / factor))
+        conversions = (lambda step: step * factor, lambda count: count / factor)
+        characters = above.secondary_xaxis("top", functions=conversions)
         characters.xaxis.set_major_formatter(engineering())
         characters.set_xlabel("characters seen")
         _draw_weights(below, terms, steps)
@@ -127,9 +127,8 @@ def tasks(runs: Sequence[Metrics], style: Style) -> "Figure | None":
         for title, layers in _losses_by_task(run).items():
             steps, losses = layers[max(layers)]
             panels.setdefault(title, {})[place] = steps * run.characters_per_step, losses
-    return draw_panels(
-        style, [(title, _draw_lines, lines, _looks, "characters seen") for title, lines in panels.items()]
-    )
+    rest = (_looks, "characters seen")
+    return draw_panels(style, [(title, _draw_lines, lines, *rest) for title, lines in panels.items()])
 
 
 def terms(run: Metrics, style: Style) -> "Figure | None":
@@ -150,9 +149,11 @@ def diagnostics(run: Metrics, style: Style) -> "Figure | None":
         found = run.by_term(f"diagnostics/{kind}/")
         lines = {term.layer: points for term, points in found.items() if term.offset in (None, 1)}
         if lines:
-            panels.append((title, _draw_layers, run, lines, "log" if "ratio" in kind or "norm" in kind else "cut"))
+            y = "log" if "ratio" in kind or "norm" in kind else "cut"
+            panels.append((title, _draw_layers, run, lines, y))
     if panels:
-        newest = int(max(points[0, -1] for path, points in run.series.items() if path.startswith("diagnostics/")))
+        ends = [points[0, -1] for path, points in run.series.items() if path.startswith("diagnostics/")]
+        newest = int(max(ends))
         panels.append((f"bits per character after {newest:,} steps", _draw_profile, run, newest))
     title = f"{run.name}: diagnostics of the validation split"
     return draw_panels(style, panels, title=title, num_layers=run.config.model.num_layers)
@@ -183,7 +184,8 @@ def bits_against(lines: dict[int, tuple[np.ndarray, ...]], label: str, style: St
 def speed(runs: Sequence[Metrics], style: Style) -> "Figure | None":
     """Characters per second over training, and the memory of runs that recorded it."""
     panels = []
-    for title, path, unit in (("characters per second", "characters_per_second", 1), ("memory, GiB", "memory", 2**30)):
+    kinds = [("characters per second", "characters_per_second", 1), ("memory, GiB", "memory", 2**30)]
+    for title, path, unit in kinds:
         found = {place: run.points(path) for place, run in enumerate(runs) if path in run.series}
         lines = {place: (x * runs[place].characters_per_step, y / unit) for place, (x, y) in found.items()}
         if lines:
@@ -228,12 +230,6 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS, end: float | 
     return tuple(total[counts > 0] / counts[counts > 0] for total in sums)
 
 
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """The centred mean over a fortieth of the values, fewer at the ends."""
-    kernel, ones = np.ones(2 * (len(values) // 80) + 1), np.ones(len(values))
-    return np.convolve(values, kernel, "same") / np.convolve(ones, kernel, "same") if len(values) else values
-
-
 def _draw_learning(axes: "Axes", runs: Sequence[Metrics], scales: Sequence[float], timed: bool) -> None:
     """Training thin and smoothed, validation with points, over steps or seconds times each run's scale.
 
@@ -243,7 +239,7 @@ def _draw_learning(axes: "Axes", runs: Sequence[Metrics], scales: Sequence[float
     for place, (run, scale) in enumerate(zip(runs, scales, strict=True)):
         x, bits = run.points("bits_per_character", timed)
         valid_x, valid_bits = run.points("valid/bits_per_character", timed)
-        train, valid = thinned(x * scale, smoothed(bits)), thinned(valid_x * scale, valid_bits)
+        train, valid = thinned(x * scale, bits, FEW_POINTS), thinned(valid_x * scale, valid_bits)
         looks = _looks(place)
         if alone:
             axes.plot(*thinned(x * scale, bits), color=TRAIN, alpha=0.3, linewidth=0.8, label="training")
@@ -354,7 +350,7 @@ def _label_rows(axes: "Axes", terms: Sequence[Term], wrapped: bool) -> None:
 
 
 def _heat_height(terms: Sequence[Term], style: Style) -> float:
-    """Inches: rows as tall as their labels while they are few, then lower, up to a map that still fits a page."""
+    """Inches: rows as tall as their labels while they are few, then lower."""
     return min(max(4.5, len(terms)), 28) * style.rc["font.size"] / 55
 
 
@@ -365,7 +361,7 @@ def _task_title(offset: int, positions: str, task: str | None) -> str:
 
 
 def _losses_by_task(run: Metrics) -> dict[str, dict[int, Points]]:
-    """The loss of every term by the title of its task and by layer: bits per character, or nats for a user's task."""
+    """The loss of every term by task and layer: bits per character, or nats for a user's task."""
     panels: dict[str, dict[int, Points]] = {}
     for term, (steps, losses) in run.by_term("terms/", "/loss").items():
         title = _task_title(term.offset, term.positions, term.task and f"{term.task}, nats")

@@ -21,8 +21,8 @@ from charlm.training.loop import train
 from charlm.training.stop import StopRequests
 
 QUICK_SECONDS, QUICK_LAYERS = 10, 16
-"""The page shows what the model does with text if training reads that text in this many seconds, and the model has at
-most so many layers: samples are written one symbol at a time, and each passes all layers."""
+"""The page shows what the model does with text if training reads that text in so many seconds, and the model has at
+most so many layers: each symbol of a sample passes all layers."""
 
 
 def train_and_report(config: Config) -> Path:

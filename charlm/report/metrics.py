@@ -59,13 +59,13 @@ class Metrics:
         return not self.series.keys().isdisjoint(("bits_per_character", "valid/bits_per_character"))
 
     def points(self, path: str, timed: bool = False) -> Points:
-        """A series over optimizer steps, or, if `timed`, over seconds of training; empty if nothing is on record."""
+        """A series over optimizer steps, or over seconds of training if `timed`."""
         steps, seconds, values = self.series.get(path, np.empty((3, 0)))
         known = np.isfinite(seconds)
         return (seconds[known], values[known]) if timed else (steps, values)
 
     def by_term(self, before: str, after: str = "") -> dict[TermName, Points]:
-        """The series whose paths are the name of a term, or its beginning, between `before` and `after`."""
+        """The series whose paths have a term's name, or its beginning, between `before` and `after`."""
         paths = [path for path in self.series if path.startswith(before) and path.endswith(after)]
         names = {path: Term.parse(path.removeprefix(before).removesuffix(after)) for path in paths}
         return {name: self.points(path) for path, name in names.items() if name is not None}

@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7a5195", "#8c6d31")
-"""The palette of Okabe and Ito, its yellow darkened to be visible on white: readable without colour vision, too."""
+"""The palette of Okabe and Ito, readable without colour vision; its yellow is darkened to be visible on white."""
 TRAIN, VALID = SERIES[:2]
 INK, GREY, GRID, MAP = "#1a1a1b", "#555556", "#ddddde", "#2389d0"
 """Text, axes, grid, and the heat map of weights. No two colours are alike: in a page each is a variable."""
 DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
-"""Tell runs apart, like colours."""
 LAYER_STEPS = 16
 """Number of colours for layers."""
 WIDTH = 7.5
@@ -49,7 +48,6 @@ STYLE = {
     "ytick.color": GREY,
     "legend.frameon": False,
 }
-"""matplotlib's settings for pictures."""
 _WITH_GRID = STYLE | {"axes.grid": True, "axes.grid.axis": "y"}
 
 

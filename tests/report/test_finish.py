@@ -7,14 +7,12 @@ from charlm.config import Stopped, UserError
 from charlm.report import finish
 from tiny import TINY
 
-FLAGS = (*TINY, "--run.report=true", "--train.log_every=1")
-
 
 @pytest.fixture
 def flags(tmp_path) -> list[str]:
     (tmp_path / "text.txt").write_text("".join(f"line {number}\n" for number in range(3000)))
     data = ["--data.corpus=file", f"--data.path={tmp_path / 'text.txt'}", f"--data.cache_dir={tmp_path / 'cache'}"]
-    return [*FLAGS, *data, f"--run.dir={tmp_path / 'run'}"]
+    return [*TINY, "--run.report=true", "--train.log_every=1", *data, f"--run.dir={tmp_path / 'run'}"]
 
 
 def left_by(flags: list[str]) -> set[str]:

@@ -1,7 +1,7 @@
 """The behaviour of a run's model on held-out text: bits by layer and by position, a passage, samples.
 
-Scores are of the validation split, because pages are used to choose between runs. The test split serves only for a
-passage to read.
+Scores are of the validation split, because pages are used to choose between runs. The test split serves only for the
+passage.
 
 Shapes: V vocabulary, N symbols, M predictions of a batch, K likeliest symbols, W windows, T positions of a window.
 """
@@ -32,11 +32,9 @@ from charlm.runs.trained import TrainedModel
 
 CHARACTERS = 20_000
 """Default number of characters of the validation split that are scored."""
-PASSAGE = 1_200
-"""Symbols of the passage."""
+PASSAGE, PROMPT, SAMPLE = 1_200, 60, 400
+"""Symbols of the passage, of the prompt of a sample, and of its text."""
 LIKELIEST = 5
-PROMPT, SAMPLE = 60, 400
-"""Symbols of the prompt of a sample, and of its text."""
 TEMPERATURE = 0.8
 MOST_SAMPLES = 4
 MOST_BINS = 24
@@ -49,7 +47,6 @@ class Piece(NamedTuple):
     """A character of the passage. page.js reads the fields in this order."""
 
     text: str
-    """As shown, by `visible`."""
     bits: float
     """The cost of all symbols that spell it."""
     num_symbols: int
@@ -69,7 +66,7 @@ class Sample:
 
 @dataclass
 class Probe:
-    """The findings about a run's model; `missing` holds the reason for each part (score, passage, samples) left out."""
+    """The findings about a run's model."""
 
     score: Score | None = None
     """Bits per character of the first characters of the validation split, for every layer with a head."""
@@ -81,6 +78,7 @@ class Probe:
     prompt: str = ""
     samples: list[Sample] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    """The reason why a part is left out: score, passage or samples."""
 
     @classmethod
     def without(cls, reason: str) -> "Probe":
@@ -131,19 +129,17 @@ def symbols_of(characters: int, ids: np.ndarray, vocabulary: Vocabulary) -> int:
 
 
 def nats_by_position(trained: TrainedModel, ids: np.ndarray, num_windows: int) -> np.ndarray:
-    """The cost of the symbols of windows spread evenly over a text, float64 [W, T]; column t has t + 1 symbols before.
-
-    Raises:
-        UserError: the text has fewer than two symbols.
-    """
-    layer, length = trained.config.model.num_layers, min(trained.config.model.context_length, len(ids) - 1)
-    if length < 1:
-        raise UserError(f"a text of {len(ids)} symbols: too short to predict anything")
+    """Nats in windows spread evenly over a text, float64 [W, T]; column t has t + 1 symbols of context."""
+    model = trained.config.model
+    length = min(model.context_length, len(ids) - 1)
     starts = np.linspace(0, len(ids) - length - 1, num_windows).astype(int)
     parts = [ids[start : start + length + 1] for start in starts]
     with exact_matmul(trained.device):
-        found = [negative_log_likelihoods(trained.transformer, trained.heads, part, stride=length) for part in parts]
-    return np.stack([nats_N[layer][1:] for nats_N in found])
+        found = [
+            negative_log_likelihoods(trained.transformer, trained.heads, part, stride=length)[model.num_layers]
+            for part in parts
+        ]
+    return np.stack(found)[:, 1:]
 
 
 def binned(nats_WT: np.ndarray, symbols_per_character: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -161,13 +157,15 @@ def binned(nats_WT: np.ndarray, symbols_per_character: float) -> tuple[np.ndarra
 
 def start_of_passage(trained: TrainedModel, ids: np.ndarray) -> int:
     """The middle of the text, or the beginning of a line soon after it."""
-    middle = max(0, len(ids) // 2 - PASSAGE // 2) if len(ids) < 4 * PASSAGE else len(ids) // 2
-    soon = range(middle, min(middle + 500, len(ids) - 1))
-    return next((place + 1 for place in soon if trained.vocabulary.decode(ids[place : place + 1]) == b"\n"), middle)
+    middle = max(0, (len(ids) - PASSAGE) // 2)
+    for place in range(middle, min(middle + 500, len(ids) - 1)):
+        if trained.vocabulary.decode(ids[place : place + 1]) == b"\n":
+            return place + 1
+    return middle
 
 
 def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int) -> list[Piece]:
-    """`count` symbols of a text from `start` on, with the cost of each and the likeliest symbols in its place.
+    """`count` symbols of a text from `start` on, with their costs and the likeliest symbols in their places.
 
     Every symbol is predicted from at least three quarters of a context, as far as the text reaches back.
     """
@@ -219,7 +217,7 @@ def visible(data: bytes) -> str:
 
 
 def write_samples(run: Run, prompt: bytes) -> list[Sample]:
-    """A sample of four checkpoints spread over the run, the newest among them, and of the best; oldest first."""
+    """A sample of each of four checkpoints spread over the run, the newest among them, and of the best."""
     named = {which: find_checkpoint(run, which).step for which in ("best", "last")}
     steps = list(checkpoint_folders(run))
     places = np.linspace(0, len(steps) - 1, MOST_SAMPLES).round().astype(int)

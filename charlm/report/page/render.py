@@ -34,7 +34,11 @@ FIGURES_OF_A_RUN = {
         "Loss of every term",
         "Bits per character, while a term weighs something. The first steps' fall is cut off.",
     ),
-    "weights": (lambda run, style: figures.weights(run.config, style), "Weights of the terms", "Empty where silent."),
+    "weights": (
+        lambda run, style: figures.weights(run.config, style),
+        "Weights of the terms",
+        "Empty where silent.",
+    ),
     "hedge": (figures.hedge, "Weights learned by hedge", "They multiply the weights above."),
     "diagnostics": (figures.diagnostics, "Diagnostics", "On the validation split; see docs/diagnostics.md."),
 }
@@ -70,6 +74,13 @@ def render(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
     scores = {place: probe.score.layers for place, probe in enumerate(probes) if probe.score is not None}
     layers = {place: (list(map(int, bits)), list(bits.values())) for place, bits in scores.items()}
     positions = {place: probe.by_position for place, probe in enumerate(probes) if probe.by_position is not None}
+    drawn = [
+        ("learning", "Bits per character against characters seen, and against time", figures.learning, runs),
+        ("tasks", "The losses of the highest layer over training, a line for each run", figures.tasks, runs),
+        ("speed", "Characters per second over training", figures.speed, runs),
+        ("layers", "Bits per character by layer", figures.bits_against, layers, "layer"),
+        ("positions", "Bits per character by context", figures.bits_against, positions, "symbols of context"),
+    ]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -81,23 +92,7 @@ def render(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
     return environment.get_template("page.html").render(
         title=" · ".join(run.name for run in runs),
         runs=list(map(_section, range(len(runs)), runs, probes, tables.results(runs, probes))),
-        learning=picture(
-            "learning",
-            "Bits per character against characters seen, and against time",
-            partial(figures.learning, runs),
-        ),
-        tasks=picture(
-            "tasks",
-            "The losses of the highest layer over training, a line for each run",
-            partial(figures.tasks, runs),
-        ),
-        speed=picture("speed", "Characters per second over training", partial(figures.speed, runs)),
-        layers=picture("layers", "Bits per character by layer", partial(figures.bits_against, layers, "layer")),
-        positions=picture(
-            "positions",
-            "Bits per character by position in the context",
-            partial(figures.bits_against, positions, "symbols of context"),
-        ),
+        **{name: picture(name, label, partial(draw, *data)) for name, label, draw, *data in drawn},
         mismatch=tables.mismatch(runs),
         one_vocabulary=len(set(map(tables.vocabulary, runs))) == 1,
         differences=tables.differences(configs if len(runs) > 1 else [Config(), *configs]),
@@ -116,9 +111,9 @@ def shown(text: str) -> str:
 
 
 def picture(name: str, label: str, draw: Callable[[Style], "Figure | None"]) -> dict[str, str] | None:
-    """The name of a figure, and its SVGs for a wide window and a narrow phone; None if there is nothing to draw.
+    """The name of a figure and its SVGs, wide and narrow; None if there is nothing to draw.
 
-    `label` says what the figure shows, for readers who do not see it. No two labels are alike: ids are made from them.
+    `label` says what the figure shows, for readers who do not see it. Ids are made from it.
     """
     import matplotlib
 
@@ -133,7 +128,7 @@ def picture(name: str, label: str, draw: Callable[[Style], "Figure | None"]) -> 
 
 
 def inline(figure: "Figure", label: str) -> str:
-    """A figure as an element of HTML: no addresses, only the ids that it refers to, colours as variables."""
+    """A figure as HTML: no addresses, only the ids that it refers to, colours as variables."""
     names = palette(dark=False) | {"--ink": INK, "--muted": GREY, "--grid": GRID}
     variables = {colour: f"var({name})" for name, colour in names.items()}
     file = BytesIO()

@@ -26,7 +26,7 @@ def results(runs: Sequence[Metrics], probes: Sequence[Probe]) -> list[dict[str, 
 
 
 def protocols(run: Metrics, probe: Probe) -> dict[str, dict[str, str]]:
-    """How the run was validated, by itself and by this page, and the code, command and machine it was started with."""
+    """How the run was validated, by itself and by this page, and what it was started with."""
     record, context_length, score = run.provenance, run.config.model.context_length, probe.score
     found = {
         "Validation": {
@@ -88,7 +88,8 @@ def differences(configs: Sequence[Config]) -> Table:
     columns = [flatten(config.model_dump(), ".") for config in configs]
     names = dict.fromkeys(name for other in others for name in differences_of(first, other))
     names = [name for name in names if not has_mark(name, Mark.NO_EFFECT)]
-    return [(name, [written(column[name]) if name in column else NONE for column in columns]) for name in names]
+    values = {name: [written(column[name]) if name in column else NONE for column in columns] for name in names}
+    return list(values.items())
 
 
 def vocabulary(run: Metrics) -> str:
@@ -99,7 +100,8 @@ def vocabulary(run: Metrics) -> str:
 
 def validated(run: Metrics) -> str:
     """The symbols that a run validates on."""
-    whole, asked = number(run.provenance.get("corpus/splits/valid/symbols")), run.config.train.valid_symbols
+    whole = number(run.provenance.get("corpus/splits/valid/symbols"))
+    asked = run.config.train.valid_symbols
     return f"all {whole:,.0f}" if asked >= whole else f"the first {asked:,} of {whole:,.0f}"
 
 
