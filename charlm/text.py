@@ -18,6 +18,11 @@ def fitted(text: str) -> str:
     return "\n".join("\n".join(wrap.wrap(line)) for line in text.split("\n"))
 
 
+def counted(count: int, noun: str) -> str:
+    """Such as "1 term" and "2 terms"."""
+    return f"{count:,} {noun}" + ("s" if count > 1 else "")
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The lines of a table. The source is aligned, and a column whose cells all begin with a number stands right."""
     columns = [[cell.replace("|", "\\|") for cell in column] for column in zip(header, *rows, strict=True)]

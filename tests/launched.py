@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import time
@@ -12,6 +14,14 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 PATIENCE = 300.0
+TASKS = Path(__file__).resolve().parents[1] / "docs" / "tasks.md"
+
+
+def register_documented_task(folder: Path) -> None:
+    """Register `order`, the example of docs/tasks.md, by way of a file in `folder`."""
+    (code,) = re.findall(r"<!-- order\.py -->\n```python\n(.*?)```", TASKS.read_text(), re.DOTALL)
+    (folder / "order.py").write_text(code)
+    runpy.run_path(str(folder / "order.py"))
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

@@ -8,7 +8,6 @@ exactly once, and weights and optimizer state must be the undisturbed run's to t
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -22,6 +21,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
@@ -32,25 +32,17 @@ import charlm.training.loop  # before the first fork, so that a start takes no t
 from charlm.config import Stopped
 from charlm.runs.checkpoints import checkpoint_folders
 from charlm.runs.folder import Run
+from tiny import checkpoint_bytes, checkpoint_folder, typed
 
 STEPS, VALID_EVERY = 300, 50
 PATIENCE, GRACE = 120.0, 5.0
 """Seconds that a run may take before it counts as hanging, and that it has to end once one of its processes has failed:
 then a launcher kills the others, too."""
 FLAGS = [
-    "--data.corpus=file",
-    "--model.num_layers=2",
-    "--model.num_heads=2",
-    "--model.d_model=32",
-    "--model.d_ff=64",
-    "--model.context_length=32",
-    f"--train.steps={STEPS}",
-    "--train.batch_size=4",
-    "--train.log_every=1",
-    f"--train.valid_every={VALID_EVERY}",
-    "--train.valid_symbols=1000",
-    "--train.keep_checkpoints=3",
-    "--run.report=false",
+    *typed("--data.corpus=file --model.num_layers=2 --model.num_heads=2 --model.d_model=32 --model.d_ff=64"),
+    *typed(f"--model.context_length=32 --train.steps={STEPS} --train.batch_size=4 --train.log_every=1"),
+    *typed(f"--train.valid_every={VALID_EVERY} --train.valid_symbols=1000 --train.keep_checkpoints=3"),
+    *typed("--run.report=false"),
 ]
 FREE = {  # what a run that keeps its processes may be
     "precision": ["--train.mixed_precision=no", "--train.mixed_precision=bf16"],
@@ -194,26 +186,11 @@ def damage(run: Path, choose: random.Random) -> bool:
     return True
 
 
-def last_checkpoint(run: Path) -> Path:
-    return run / "checkpoints" / f"step-{STEPS:08d}"
-
-
-def learned(run: Path) -> list[bytes]:
-    """Weights and optimizer state after the last step."""
-    return [(last_checkpoint(run) / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
-
-
-def rows(run: Path, kind: str) -> list[dict]:
-    """The rows that have a `loss`, or that are `valid`."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [row for row in lines if kind in row]
-
-
 def wrong_steps(run: Path) -> int:
     """How many steps and validations the metrics have not exactly once."""
     wrong = 0
     for kind, every in (("loss", 1), ("valid", VALID_EVERY)):
-        found = Counter(row["step"] for row in rows(run, kind))
+        found = Counter(row["step"] for row in Run(run).metrics() if kind in row)
         expected = range(every, STEPS + 1, every)
         wrong += sum(found[step] != (step in expected) for step in found.keys() | set(expected))
     return wrong
@@ -244,13 +221,14 @@ def soak_one(folder: Path, corpus: list[str], choose: random.Random, strikes: in
             outcome.slowest_stop = max(outcome.slowest_stop, time.monotonic() - asked)
         if run.exists() and choose.random() < 0.25:
             outcome.damaged += damage(run, choose)
-        if last_checkpoint(run).exists():
+        if checkpoint_folder(run, STEPS).exists():
             break
     last = choose.choice([1, 2]) if moving else fixed
     if wait(start(flags, run, last)) != [0] * last:
         return outcome
     outcome.wrong_steps = wrong_steps(run)
-    outcome.end = "identical" if learned(run) == learned(folder / "whole") else "other state"
+    same = checkpoint_bytes(run, STEPS) == checkpoint_bytes(folder / "whole", STEPS)
+    outcome.end = "identical" if same else "other state"
     return outcome
 
 

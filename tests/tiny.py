@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+def typed(flags: str) -> list[str]:
+    """Flags as they are typed, without spaces in their values."""
+    return flags.split()
+
+
 TINY = (
-    "--run.report=false",
-    "--model.num_layers=2",
-    "--model.num_heads=2",
-    "--model.d_model=16",
-    "--model.d_ff=32",
-    "--model.context_length=16",
-    "--train.steps=3",
-    "--train.batch_size=4",
-    "--train.mixed_precision=no",
-    "--train.valid_symbols=100",
+    *typed("--run.report=false --model.num_layers=2 --model.num_heads=2 --model.d_model=16 --model.d_ff=32"),
+    *typed("--model.context_length=16 --train.steps=3 --train.batch_size=4 --train.mixed_precision=no"),
+    *typed("--train.valid_symbols=100"),
 )
 """Flags for scripts/train.py. Tests append their own, since later flags win."""
 
@@ -55,6 +55,13 @@ def history(run: Path) -> list[dict]:
     measured = {"seconds", "characters_per_second", "memory"}
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in row.items() if key not in measured} for row in rows]
+
+
+def assert_ended_like(run: Path, whole: Path) -> None:
+    """Assert that `run` recorded and learned what `whole` did."""
+    (_, last) = (whole / "checkpoints" / "last").read_text().strip().split("-")
+    assert checkpoint_bytes(run, int(last)) == checkpoint_bytes(whole, int(last))
+    assert history(run) == history(whole)
 
 
 def run_script(name: str, *arguments: str) -> int:

@@ -38,20 +38,20 @@ def train_and_report(config: Config) -> Path:
     """
     run = Run(config.run.dir)
     before = _last_change(run)
-    try:
-        train(config)
-    except BaseException:
-        if is_main_process() and _last_change(run) != before:  # the folder of a refused run may be another run's
-            draw_pictures(run, config)
-        raise
-    if is_main_process():
-        # A signal waits for the drawing to end: the run is done, and its exit code must say so. A second one kills.
-        with StopRequests(), tqdm(desc="drawing", bar_format="{desc}", leave=False, disable=None):
-            draw_pictures(run, config)
-            if config.run.report:
-                write_page(run, config)
-        if made := [name for name in ("report.html", "run.png", "diagnostics.png") if (run.path / name).exists()]:
-            print(fitted(f"{run.path} has {', '.join(made)}"), file=sys.stderr)
+    with StopRequests(config.run.max_seconds) as stop:  # a signal also waits for the drawing to end; a second one kills
+        try:
+            train(config, stop=stop)
+        except BaseException:
+            if is_main_process() and _last_change(run) != before:  # the folder of a refused run may be another run's
+                draw_pictures(run, config)
+            raise
+        if is_main_process():
+            with tqdm(desc="drawing", bar_format="{desc}", leave=False, disable=None):
+                draw_pictures(run, config)
+                if config.run.report:
+                    write_page(run, config)
+            if made := [name for name in ("report.html", "run.png", "diagnostics.png") if (run.path / name).exists()]:
+                print(fitted(f"{run.path} has {', '.join(made)}"), file=sys.stderr)
     return run.path
 
 

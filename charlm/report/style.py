@@ -156,7 +156,9 @@ def save(figure: "Figure", path: Path) -> Path:
     check_suffix(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
+        temporary = path.with_name(f".{path.name}.tmp")  # a kill leaves no half a picture
+        figure.savefig(temporary, dpi=160, format=path.suffix[1:])
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"picture {path} cannot be written: {error}") from error
     return path

@@ -1,17 +1,17 @@
-"""Choices that depend on machine and launcher: device, precision, kernels. Each comes with its reason."""
+"""Choices that depend on machine and launcher: device, precision, kernels."""
 
 import atexit
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import patch_environment
+from accelerate.utils import parse_flag_from_env, patch_environment
 
 from charlm.config import Config, TrainConfig, UserError
 from charlm.model.attention import attends_in_blocks
@@ -47,62 +47,50 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
-    atexit.unregister(leave_group)  # once is enough, however many runs this process makes
     atexit.register(leave_group)
     return accelerator, reason
 
 
 def leave_group() -> None:
-    """End the process group and its threads; called as the process exits, after its last run.
+    """End the process group and its threads, which end with the last reference to it.
 
-    A gloo thread that frees a tensor after Python has begun to shut down asks for the GIL, and the process aborts
-    ("terminate called without an active exception"). A group's threads end with the last reference to it.
+    A gloo thread that frees a tensor while Python shuts down asks for the GIL, and the process aborts ("terminate
+    called without an active exception").
     """
-    if not dist.is_initialized():
-        return
-    dist.destroy_process_group()
-    for thing in gc.get_objects():
-        # FSDP2's mesh knows the group, torch's caches of DTensor operations know the mesh, and nothing public empties
-        # them.
-        if type(thing) is dist.DeviceMesh:
-            vars(thing).clear()
-    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        for thing in gc.get_objects():
+            if type(thing) is dist.DeviceMesh:  # knows the group, and caches of DTensor know it: no public way out
+                vars(thing).clear()
+        gc.collect()
 
 
 def _rejoin_group() -> None:
-    """Build the process group after a launcher of one machine has restarted its processes.
-
-    The launcher keeps its store, in which torch would find the addresses of the earlier processes and wait for them.
-    """
+    """Build the process group where a launcher of one machine has restarted its processes: in the launcher's store
+    torch would find the addresses of the earlier processes, and wait for them."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
         return
     store, rank, num_processes = next(dist.rendezvous("env://", timeout=PATIENCE))
-    dist.init_process_group(
-        "gloo" if on_cpu() else "nccl",
-        store=dist.PrefixStore(f"attempt {attempt}", store),
-        rank=rank,
-        world_size=num_processes,
-        timeout=PATIENCE,
-    )
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    backend = "gloo" if on_cpu() else "nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_processes, timeout=PATIENCE)
 
 
 def on_cpu() -> bool:
     """Whether training will run on the CPU."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
 
 
 def choose_precision(train: TrainConfig) -> tuple[str, str]:
-    """Mixed precision and its reason: train.mixed_precision, or else the launcher's, or else the hardware's best.
+    """Mixed precision in accelerate's words, and its reason: train.mixed_precision, else the launcher's, else the best.
 
     Raises:
         UserError: fp16 on a CPU, which accelerate would silently run in fp32.
     """
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if train.mixed_precision != "auto":
-        precision = {"fp32": "no"}.get(train.mixed_precision, train.mixed_precision)  # accelerate's word
-        reason = "as configured"
-    elif launcher:
+        precision, reason = train.mixed_precision, "as configured"
+    elif launcher := os.environ.get("ACCELERATE_MIXED_PRECISION"):
         precision, reason = launcher, "as accelerate was told"
     elif has_fast_bf16():
         precision, reason = "bf16", "native here"
@@ -110,7 +98,7 @@ def choose_precision(train: TrainConfig) -> tuple[str, str]:
         precision, reason = "no", "no native bf16 here"
     if precision == "fp16" and on_cpu():
         raise UserError("train.mixed_precision=fp16: not available on a CPU; use bf16 or fp32", "train.mixed_precision")
-    return precision, reason
+    return {"fp32": "no"}.get(precision, precision), reason
 
 
 def has_fast_bf16() -> bool:
@@ -140,17 +128,15 @@ def describe_attention(config: Config) -> str:
 @contextmanager
 def torch_settings(config: Config) -> Iterator[None]:
     """Process-wide settings of a run inside, restored after."""
-    train = config.train
-    matmul, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    torch.set_float32_matmul_precision(train.matmul_precision)
-    torch.use_deterministic_algorithms(train.deterministic or deterministic)
-    # The first of several backward passes must not give its buffers away. There is no public option for it: torch's own
+    # Of several backward passes the first must not give its buffers away. There is no public option for it: torch's own
     # error message advises this one.
-    keep_buffers = choose_compile(train) and not ROUTES[config.aux.route].one_backward
     from torch._functorch import config as functorch
 
+    matmul, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    torch.set_float32_matmul_precision(config.train.matmul_precision)
+    torch.use_deterministic_algorithms(config.train.deterministic or deterministic)
     try:
-        with functorch.patch(donated_buffer=False) if keep_buffers else nullcontext():
+        with functorch.patch(donated_buffer=ROUTES[config.aux.route].one_backward):
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)

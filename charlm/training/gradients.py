@@ -17,21 +17,17 @@ from charlm.config import Config, UserError
 from charlm.data.windows import training_windows
 from charlm.objective.objective import LossReport, Objective
 from charlm.objective.routes import Joint
-from charlm.training.errors import is_about_memory
 from charlm.training.sharding import no_sync
-
-RESERVE = 0.05
-"""Share of a GPU's memory that the search for a micro-batch leaves to fragmentation."""
+from charlm.training.stop import is_about_memory
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one step in nats per symbol: this process's share; the sum over processes is the loss of the batch."""
+    """Losses of one step in nats per symbol: this process's share, which adds up to that of the batch."""
 
     names: tuple[str, ...]
-    """Names of the active terms."""
     row: Tensor
-    """Total loss, then the loss of each active term."""
+    """Total loss, then the loss of each active term, of these names."""
 
     def __add__(self, other: "Losses") -> "Losses":
         """The losses of two passes, which share no term."""
@@ -53,11 +49,7 @@ def micro_batches(
     objective: Objective,
     step: int,
 ) -> list[tuple[float, Tensor]]:
-    """This process's micro-batches of a step, each with its share of the global batch.
-
-    Args:
-        micro_batch_size: the most windows per micro-batch; None: all of this process.
-    """
+    """This process's windows of a step in parts of at most `micro_batch_size`, and each part's share of the batch."""
     train = config.train
     divisor = train.context_divisor if step / train.steps < train.full_context_from else 1
     windows = training_windows(
@@ -81,34 +73,24 @@ def accumulate_gradients(
     windows: list[tuple[float, Tensor]],
     layers: list[int] | None,
 ) -> Losses:
-    """Run forward and backward passes over `windows`, and return this process's share of the losses.
-
-    Gradients are averaged over processes later, so each micro-batch is weighted by its share of the global batch times
-    the number of processes.
-    """
+    """Run forward and backward passes over `windows`, and return this process's share of the losses."""
     train, reports = config.train, []
     for index, (share, windows_BW) in enumerate(windows):
-        torch.manual_seed(noise_seed(train.seed, step, accelerator.process_index, index))
+        noise = np.random.SeedSequence([train.seed, step, accelerator.process_index, index])
+        torch.manual_seed(int(noise.generate_state(1, np.uint64)[0]))  # of dropout; a resumed run repeats it
         with nullcontext() if index == len(windows) - 1 else no_sync(accelerator, model):
             report = model(windows_BW.to(accelerator.device, non_blocking=True), step / train.steps, layers)
+            # Gradients are averaged over processes later.
             route.backward(report, share * accelerator.num_processes, accelerator.backward)
         reports.append((share, report))
     return weighted_losses(reports)
 
 
-def noise_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
-    """Seed for dropout, different for every (step, rank, micro-batch), so that a resumed run repeats it."""
-    return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0])
-
-
 def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper: int) -> int:
-    """A micro-batch of up to `upper` windows that every process has the memory for, optimizer state included.
+    """The most windows, up to `upper`, that every process has the memory for, optimizer state included.
 
-    Tries the forward and backward pass of the first step, when most terms are active, in micro-batches that shrink by a
-    tenth, all processes together. Leaves parameters, gradients and random state as they were.
-
-    Raises:
-        UserError: not even one window fits.
+    Tries the passes of the first step, when most terms are active, with a tenth less each time. Leaves parameters,
+    gradients and random state as they were. Raises UserError if not even one window fits.
     """
     windows = upper
     with torch.random.fork_rng():
@@ -119,22 +101,20 @@ def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper:
             gc.collect()
             torch.cuda.empty_cache()
             windows = int(windows * 0.9)
-    raise UserError(
-        "train.micro_batch_size=auto: not one window fits into memory; use --train.activation_checkpointing=true, or a "
-        "smaller model",
-        "train.micro_batch_size",
-    )
+    ways_out = "use --train.activation_checkpointing=true, or a smaller model"
+    text = f"train.micro_batch_size=auto: not one window fits into memory; {ways_out}"
+    raise UserError(text, "train.micro_batch_size")
 
 
 def _fits(objective: Objective, accelerator: Accelerator, windows: int) -> bool:
     """Whether this process has the memory for a micro-batch."""
     device, held = accelerator.device, []
     try:
-        # Room for Adam's two moments, which do not exist yet, and for fragmentation.
+        # Room for Adam's two moments, which do not exist yet, and a twentieth of the memory for fragmentation.
         held = [torch.empty_like(parameter) for parameter in objective.parameters() for _ in range(2)]
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
-            held.append(torch.empty(int(RESERVE * total), dtype=torch.uint8, device=device))
+            held.append(torch.empty(total // 20, dtype=torch.uint8, device=device))
         windows_BW = torch.zeros(windows, objective.window_length, dtype=torch.int64, device=device)
         with accelerator.autocast():
             objective(windows_BW, 0.0).total.backward()

@@ -1,13 +1,13 @@
 """The training loop."""
 
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -18,25 +18,23 @@ from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, 
 from charlm.objective.build import build_objective, check_registered
 from charlm.objective.objective import Objective
 from charlm.objective.routes import ROUTES, Joint
-from charlm.runs.tensors import take_snapshot
-from charlm.training.checkpointing import CheckpointWriter
+from charlm.runs.checkpoints import save_checkpoint
+from charlm.runs.folder import Run
+from charlm.runs.tensors import Snapshot, take_snapshot
 from charlm.training.device import build_accelerator, choose_compile, torch_settings
 from charlm.training.diagnose import diagnose
-from charlm.training.errors import explained
 from charlm.training.gradients import accumulate_gradients, find_micro_batch_size, micro_batches
-from charlm.training.log import Tracker
-from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
-from charlm.training.sharding import average, prepare, shard, unsharded
-from charlm.training.start import TrainState, check_fits, check_folder, describe, open_run
-from charlm.training.stop import StopRequests
-from charlm.training.trackers import check_installed
-from charlm.training.update import Updates
+from charlm.training.log import Tracker, check_installed
+from charlm.training.sharding import average, is_sharded, shard, unsharded, wants_shards
+from charlm.training.start import TrainState, check_fits, check_folder, describe, open_run, refusal
+from charlm.training.stop import StopRequests, explained
+from charlm.training.update import Updates, build_optimizers, learning_rate_factor, set_learning_rates
 
 
-def train(config: Config, kind: "type[Training] | None" = None) -> Path:
+def train(config: Config, kind: "type[Training] | None" = None, stop: StopRequests | None = None) -> Path:
     """Train as `config` says, on all processes of the launcher, and return the run's folder.
 
-    `kind` is a subclass of `Training` to use in its place, by which a benchmark times the steps.
+    `kind` is used in place of `Training`, `stop` where requests to stop are collected already.
 
     Raises:
         UserError: options, corpus or the run's folder do not allow it, and nothing was written; or no update can be
@@ -47,7 +45,8 @@ def train(config: Config, kind: "type[Training] | None" = None) -> Path:
     check_installed(config.run.tracker)
     check_registered(config.aux.tasks)
     check_folder(config.run)
-    with StopRequests(config.run.max_seconds) as stop, torch_settings(config):
+    collected = StopRequests(config.run.max_seconds) if stop is None else nullcontext(stop)
+    with collected as stop, torch_settings(config):
         accelerator, precision_reason = build_accelerator(config.train)
         with stop.interrupting():
             corpus = load_corpus(config.data, show_progress=accelerator.is_main_process)
@@ -55,28 +54,21 @@ def train(config: Config, kind: "type[Training] | None" = None) -> Path:
             raise Stopped(f"stopped before training began: {stop.reason}; there is nothing new to save")
         torch.manual_seed(config.train.seed)
         objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)
-        check_fits(config, corpus, objective, accelerator)
-        shard(config, objective, accelerator.num_processes)
+        sharded = wants_shards(config.train, accelerator.num_processes)
+        check_fits(config, corpus, objective, accelerator, sharded)
+        if sharded:
+            shard(objective)
         route = ROUTES[config.aux.route](objective, config.aux, partial(build_optimizers, config.train, objective))
         with ExitStack() as stack:
-            stack.enter_context(explained(config.train))
+            stack.enter_context(explained(config.train, stop))
             run, state, news = stack.enter_context(open_run(config, corpus, accelerator, objective, route.optimizers))
-            tracker = Tracker(
-                run,
-                config,
-                objective.terms,
-                step=state.step,
-                seconds=state.seconds,
-                bits_per_nat=corpus.splits["train"].symbols / corpus.splits["train"].characters / np.log(2),
-                main=accelerator.is_main_process,
-            )
+            tracker = Tracker(run, config, corpus.splits["train"], objective.terms, state, accelerator.is_main_process)
             stack.enter_context(closing(tracker))
             for line in (*describe(config, corpus, objective, accelerator, precision_reason), *news):
                 tracker.say(line)
             writer = CheckpointWriter(run, config.train.keep_checkpoints, tracker.say)
             stack.enter_context(closing(writer))
             (kind or Training)(config, corpus, accelerator, objective, route, state, tracker, writer, stop).fit()
-            writer.wait()
             tracker.conclude(state.best_step, state.best_bits)
         accelerator.wait_for_everyone()
         return run.path
@@ -93,7 +85,7 @@ class Training:
     route: Joint
     state: TrainState
     tracker: Tracker
-    writer: CheckpointWriter
+    writer: "CheckpointWriter"
     stop: StopRequests
 
     def fit(self) -> None:
@@ -118,16 +110,14 @@ class Training:
         except Stopped:
             if state.step == 0 or self.saved_step < state.step:
                 self.save()
-            self.writer.wait()
             run = self.config.run
             again = "the same command" + ("" if run.auto_resume else " with --run.resume=true")
             again += "" if run.resume_from is None else f" and without --run.resume_from={run.resume_from}"
-            raise Stopped(
-                f"stopped after step {state.step:,} of {train.steps:,}: {self.stop.reason}; {again} continues"
-            ) from None
+            done = f"stopped after step {state.step:,} of {train.steps:,}"
+            raise Stopped(f"{done}: {self.stop.reason}; {again} continues") from None
 
     def prepare(self) -> None:
-        """Compile the blocks if `train` says so, and hand the model to accelerate."""
+        """Compile the blocks if `train` says so, and wrap the objective in autocast and DDP."""
         train = self.config.train
         if choose_compile(train):
             for block in self.objective.transformer.blocks:
@@ -137,11 +127,11 @@ class Training:
             most = -(-train.batch_size // self.accelerator.num_processes)
             self.micro_batch_size = find_micro_batch_size(self.objective, self.accelerator, most)
             self.tracker.say(f"train.micro_batch_size=auto: {self.micro_batch_size} windows fit")
-        self.model = prepare(self.accelerator, self.objective, self.route.one_backward)
+        # DDP's reducer cannot follow several backward passes after one forward pass: `average` replaces it.
+        without_ddp = is_sharded(self.objective) or not self.route.one_backward
+        self.model = self.accelerator.prepare_model(self.objective, evaluation_mode=without_ddp)
         adapt = self.objective.adapt if self.objective.hedge is not None else None
-        self.updates = Updates(
-            train, self.accelerator, self.route.parameters, self.route.optimizers, self.state.accepted_losses, adapt
-        )
+        self.updates = Updates(train, self.accelerator, self.route, self.state.accepted_losses, adapt)
         self.saved_step, self.newest_update = self.state.step, None
 
     def due(self, cadence: float) -> bool:
@@ -173,9 +163,7 @@ class Training:
         train, made = self.config.train, self.newest_update
         if made is not None:
             rate = train.learning_rate * learning_rate_factor(train, made.step - 1)
-            hedge = self.objective.hedge
-            hedge_weights = dict(zip(hedge.layers, hedge.weights.tolist(), strict=True)) if hedge is not None else None
-            self.tracker.log_training(made.step, rate, made.loss, made.parts, hedge_weights)
+            self.tracker.log_training(made, rate, self.objective.hedge)
             self.newest_update = None
         if self.state.step - self.state.updated_step >= train.max_skipped:
             self.give_up()
@@ -184,7 +172,8 @@ class Training:
         """Read the reports of updates since the last call, and record the skipped ones."""
         for report in self.updates.read():
             if report.skipped:
-                self.tracker.log_skipped(report.step, report.skipped)
+                self.tracker.record(report.step, {"skipped": 1, "reason": report.skipped})
+                self.tracker.say(f"step {report.step}: update skipped, {report.skipped}")
             else:
                 self.newest_update, self.state.updated_step = report, report.step
 
@@ -195,10 +184,12 @@ class Training:
         self.state.validated_step = min(self.state.validated_step, self.state.step)
         if self.saved_step < self.state.step:
             self.save()
-        raise UserError(
-            f"train.max_skipped={self.config.train.max_skipped}: the last {skipped} updates were skipped, see above, "
-            "and the newest checkpoint has the parameters from before them; begin another --run.dir with a smaller "
-            "--train.learning_rate, a longer --train.warmup or --train.clip_norm=1"
+        raise refusal(
+            self.config,
+            "train.max_skipped",
+            f"the last {skipped} updates were skipped, see above, and the newest checkpoint has the parameters from "
+            "before them; begin another --run.dir with a smaller --train.learning_rate, a longer --train.warmup or "
+            "--train.clip_norm=1",
         )
 
     def diagnose(self) -> None:
@@ -209,20 +200,29 @@ class Training:
             diagnostics = diagnose(
                 self.config, self.corpus, self.objective, self.accelerator, progress, self.micro_batch_size
             )
-            self.tracker.log_diagnostics(self.state.step, diagnostics)
+            self.tracker.record(self.state.step, {"diagnostics": diagnostics})
 
     def validate(self) -> None:
-        """Score the validation split, and save."""
-        state = self.state
+        """Score the validation split, in the precision of training and at a stride of half the context, and save."""
+        config, state = self.config, self.state
+        ids = self.corpus.splits["valid"].ids[: config.train.valid_symbols]
         with self.tracker.speed_paused("validating"):
-            bits_per_character, bits_per_byte = validate(
-                self.config, self.corpus, self.objective, self.accelerator.mixed_precision, self.stop.check
-            )
-            best = bits_per_character < (float("inf") if state.best_bits is None else state.best_bits)
+            with unsharded(self.objective):
+                nats = negative_log_likelihoods(
+                    self.objective.transformer,
+                    self.objective.heads,
+                    ids,
+                    stride=default_stride(config.model.context_length),
+                    autocast_dtype=AUTOCAST_DTYPES.get(self.accelerator.mixed_precision),
+                    before_batch=self.stop.check,
+                )[config.model.num_layers]
+            characters, num_bytes = count_units(ids, self.corpus.vocabulary)
+            bits = bits_per(nats, characters)
+            best = bits < (float("inf") if state.best_bits is None else state.best_bits)
             if best:
-                state.best_step, state.best_bits = state.step, bits_per_character
+                state.best_step, state.best_bits = state.step, bits
             state.validated_step = state.step
-            self.tracker.log_validation(state.step, bits_per_character, bits_per_byte, best)
+            self.tracker.log_validation(state.step, bits, bits_per(nats, num_bytes), best)
             self.save(best)
 
     def save(self, best: bool = False) -> None:
@@ -231,32 +231,48 @@ class Training:
         self.writer.wait()  # otherwise two snapshots would be in memory
         state, scaler = self.state, self.accelerator.scaler
         state.seconds, state.accepted_losses = self.tracker.seconds, self.updates.accepted_losses()
-        record = asdict(state) | {"scaler": scaler.state_dict() if scaler else None}
-        snapshot = take_snapshot(self.objective, self.route.optimizers, record)
+        state.scaler = scaler.state_dict() if scaler else None
+        snapshot = take_snapshot(self.objective, self.route.optimizers, asdict(state))
         if snapshot is not None and not all(tensor.isfinite().all() for tensor in snapshot.model.values()):
             self.tracker.say(f"step {state.step}: no checkpoint: the parameters are no longer finite")
         elif snapshot is not None:
-            # The newest is the best until there is a validation.
-            self.writer.save(snapshot, best or state.best_step is None)
+            self.writer.save(snapshot, best or state.best_step is None)  # without validations the newest is the best
         self.saved_step = state.step
 
 
-def validate(
-    config: Config, corpus: Corpus, objective: Objective, precision: str, before_batch: Callable[[], None]
-) -> tuple[float, float]:
-    """Bits per character and per byte of the first `train.valid_symbols` symbols of the validation split.
+class CheckpointWriter:
+    """Writes snapshots one by one in a thread. A failed write is reported, and the run continues."""
 
-    Uses the precision of training and a stride of half the context. All processes share the work and get the result.
-    """
-    ids = corpus.splits["valid"].ids[: config.train.valid_symbols]
-    with unsharded(objective):
-        nats = negative_log_likelihoods(
-            objective.transformer,
-            objective.heads,
-            ids,
-            stride=default_stride(config.model.context_length),
-            autocast_dtype=AUTOCAST_DTYPES.get(precision),
-            before_batch=before_batch,
-        )[config.model.num_layers]
-    characters, num_bytes = count_units(ids, corpus.vocabulary)
-    return bits_per(nats, characters), bits_per(nats, num_bytes)
+    def __init__(self, run: Run, keep: int, say: Callable[[str], None]):
+        """`keep`: number of newest checkpoints to keep; `say` is called from the thread."""
+        self.run, self.keep, self.say = run, keep, say
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._newest: Future[str | None] | None = None
+
+    def save(self, snapshot: Snapshot, best: bool) -> None:
+        """Start to write, after the previous write has ended. The snapshot must not change any more."""
+        self.wait()
+        self._newest = self._thread.submit(self._write, snapshot, best)
+
+    def wait(self) -> str | None:
+        """Wait until nothing is being written; return the reason if the newest write failed."""
+        return self._newest.result() if self._newest is not None else None
+
+    def close(self) -> None:
+        """End the thread. Raises UserError if the newest snapshot could not be written: the end of the run is lost."""
+        self._thread.shutdown()
+        if complaint := self.wait():
+            raise UserError(
+                f"{self.run.path}: the newest checkpoint is missing: {complaint}; "
+                "make room and continue from the previous one with --run.resume=true"
+            )
+
+    def _write(self, snapshot: Snapshot, best: bool) -> str | None:
+        try:
+            save_checkpoint(self.run, snapshot, best=best, keep=self.keep)
+        except (OSError, UserError) as error:
+            reason = getattr(error, "strerror", None) or error
+            complaint = f"step {snapshot.state['step']:,}: checkpoint not written ({reason})"
+            self.say(f"{complaint}; the run continues and tries again at the next checkpoint")
+            return complaint
+        return None

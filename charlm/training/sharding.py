@@ -1,63 +1,51 @@
 """Sharding of the model over processes: FSDP2, by torch's `fully_shard`.
 
-accelerate always uses DDP on CPUs, so its FSDP2 cannot be tested without GPUs. This code is the same for both.
-Parameters stay in fp32 under autocast, so losses are those of DDP up to rounding.
+Unlike accelerate's, it also runs on CPUs, where it is tested. Parameters stay in fp32 under autocast, so losses are
+those of DDP up to rounding.
 """
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from charlm.config import Config, TrainConfig, UserError
+from charlm.config import TrainConfig, UserError
 from charlm.objective.objective import Objective
 
-NOT_OURS = {
+UNSUPPORTED = {  # settings of accelerate's launcher, and the way out
     "FSDP_OFFLOAD_PARAMS": "parameters stay on their device",
     "FSDP_ACTIVATION_CHECKPOINTING": "use --train.activation_checkpointing=true",
 }
-"""FSDP settings of accelerate's launcher that charlm does not support, by environment variable, and the way out."""
 
 
-def wants_shards(train: TrainConfig) -> bool:
+def wants_shards(train: TrainConfig, num_processes: int) -> bool:
     """Whether to shard: train.sharding decides, or else the launcher (`accelerate launch --use_fsdp`).
 
     Raises:
         UserError: the launcher asks for FSDP1, or for an unsupported setting of FSDP.
     """
-    if train.sharding != "auto":
-        return train.sharding == "fsdp2"
-    if not _is_set("ACCELERATE_USE_FSDP"):
-        return False
+    if train.sharding != "auto" or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return train.sharding == "fsdp2" and num_processes > 1
     version = os.environ.get("FSDP_VERSION", "1")  # accelerate's own default
     if version != "2":
         raise UserError(f"accelerate's fsdp_version={version}: only FSDP2 is supported; set fsdp_version to 2")
-    for name, way_out in NOT_OURS.items():
-        if _is_set(name):
+    for name, way_out in UNSUPPORTED.items():
+        if parse_flag_from_env(name):
             raise UserError(f"accelerate's {name.lower()}=true: {way_out}; set it to false")
-    return True
+    return num_processes > 1
 
 
-def shard(config: Config, objective: Objective, num_processes: int) -> None:
-    """Shard the parameters over the processes, if the config or launcher wants it and there are several processes.
-
-    Call it before building the optimizers, which must own the sharded parameters. Each block is gathered when it is
-    computed; heads and embeddings are gathered together with the objective, which reads them directly.
-
-    Raises:
-        UserError: the config has an option that cannot be sharded.
-    """
-    if not wants_shards(config.train) or num_processes == 1:
-        return
-    _check_shardable(config, num_processes)
+def shard(objective: Objective) -> None:
+    """Shard the parameters over the processes, before optimizers are built, which must own the sharded parameters."""
     for block in objective.transformer.blocks:
         fully_shard(block)
-    fully_shard(objective)
+    fully_shard(objective)  # heads and embeddings together: the objective reads them directly
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -65,78 +53,39 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def prepare(accelerator: Accelerator, objective: Objective, one_backward: bool = True) -> nn.Module:
-    """Wrap the objective in autocast, and in DDP unless it is sharded.
-
-    Without `one_backward` there is no DDP: its reducer cannot follow several backward passes after one forward pass,
-    and `average` replaces it.
-    """
-    return accelerator.prepare_model(objective, evaluation_mode=is_sharded(objective) or not one_backward)
-
-
 def average(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
     """Replace the gradients of the parameters by their means over all processes."""
     if accelerator.num_processes == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    dense = [gradient for gradient in gradients if not gradient.is_sparse]
     for gradient in gradients:
         if gradient.is_sparse:
             dist.all_reduce(gradient.div_(accelerator.num_processes))
-    together = torch.cat([gradient.flatten() for gradient in dense])
+    dense = [gradient for gradient in gradients if not gradient.is_sparse]
+    together = parameters_to_vector(dense)
     dist.all_reduce(together)
-    together /= accelerator.num_processes
-    for gradient, mean in zip(dense, together.split([gradient.numel() for gradient in dense]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    vector_to_parameters(together / accelerator.num_processes, dense)
 
 
-def no_sync(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def no_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """Inside, backward passes add up gradients; the next one outside exchanges them."""
-    return _unreduced(model) if is_sharded(model) else accelerator.no_sync(model)
+    if is_sharded(model):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        with accelerator.no_sync(model):
+            yield
 
 
 @contextmanager
 def unsharded(objective: Objective) -> Iterator[None]:
     """Inside, transformer and heads can be called directly, without the objective."""
-    if not is_sharded(objective):
-        yield
-        return
-    objective.unshard()
+    if is_sharded(objective):
+        objective.unshard()
     try:
         yield
     finally:
-        objective.reshard()
-
-
-@contextmanager
-def _unreduced(model: FSDPModule) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
-
-
-def _check_shardable(config: Config, num_processes: int) -> None:
-    if config.model.ngrams:
-        raise UserError(
-            f"model.ngrams={list(config.model.ngrams)}: their sparse gradients cannot be sharded; "
-            "use --train.sharding=no, or train without them (--model.ngrams=[])"
-        )
-    train = config.train
-    if train.micro_batch_size == "auto":
-        raise UserError("train.micro_batch_size=auto: the search does not support sharding; give a number")
-    for divisor in {1, train.context_divisor}:
-        windows = train.batch_size * divisor
-        most, fewest = -(-windows // num_processes), windows // num_processes
-        micro_batch = (train.micro_batch_size or most) * divisor
-        if -(-most // micro_batch) != -(-fewest // micro_batch):
-            raise UserError(
-                f"train.batch_size={train.batch_size} in micro-batches of {train.micro_batch_size}: the "
-                f"{num_processes} processes would take different numbers of them, and wait for each other's shards "
-                f"forever; choose a batch that is a multiple of {num_processes}"
-            )
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+        if is_sharded(objective):
+            objective.reshard()

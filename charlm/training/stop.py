@@ -1,67 +1,69 @@
-"""Stops on request: a signal, a time limit, a dead launcher. All processes stop after the same step."""
+"""Ends of a run before its last step: on request, for lack of memory, or because another process is lost."""
 
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from charlm.config import Stopped
+from charlm.config import Stopped, TrainConfig, UserError
+from charlm.config.errors import first_line
+from charlm.process import is_main_process
 from charlm.training.device import PATIENCE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REASONS = (*(number.name for number in SIGNALS), "run.max_time is over", "the launcher is gone")
 SAME_REQUEST = 1.0
-"""Seconds within which further signals count as the same: Ctrl-C arrives from the terminal and again from the
-launcher."""
+"""Seconds in which further signals count as the same: a launcher repeats the terminal's Ctrl-C."""
+NO_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED")
+NO_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+"""Words of torch, CUDA and gloo in errors whose class is a plain RuntimeError."""
 
 
 class StopRequests:
-    """Collects requests to stop while the context is open.
+    """Collects requests to stop while the context is open: signals, a time limit, the death of the launcher.
 
     A request is kept until `agreed` or `check`; inside `interrupting` it raises at once. A second signal ends the
     process immediately.
     """
 
     def __init__(self, max_seconds: float | None = None):
-        """`max_seconds`: counted from the start of the process, as the time limits of job queues are."""
-        self.max_seconds = max_seconds
+        """`max_seconds`: counted from the start of the process, as job queues count."""
         self.reason: str | None = None
-        self._began = psutil.Process().create_time()
+        self.stays = False  # after the context, in a process that is about to end anyway
+        self._deadline = psutil.Process().create_time() + (math.inf if max_seconds is None else max_seconds)
         self._interrupts = False
-        self._launcher = os.getppid() if _launched() else None
+        launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+        self._launcher = os.getppid() if launched else None
         self._group: dist.ProcessGroup | None = None
-        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequests":
+        self._handlers = {}
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
             watched, self._told = os.pipe()
             os.set_blocking(self._told, False)
             self._told_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
             self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-            self._watch = threading.Thread(target=_exit_at_the_second, args=(watched,), daemon=True)
-            self._watch.start()
+            threading.Thread(target=_exit_at_the_second, args=(watched,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self._handlers:
+        self._group = None
+        if self._handlers and not self.stays:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
             signal.set_wakeup_fd(self._told_before)
             os.close(self._told)
-            self._watch.join()
-        self._group = None
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Inside, a signal interrupts at once, because there is nothing to save; call `check` after it."""
+        """Inside, a signal interrupts at once, because there is nothing to save; call `agreed` after it."""
         self._interrupts = True
         try:
             yield
@@ -72,7 +74,7 @@ class StopRequests:
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop. All processes call it at the same point and get the same answer."""
-        if self.reason is None and self.max_seconds is not None and time.time() - self._began >= self.max_seconds:
+        if self.reason is None and time.time() >= self._deadline:
             self.reason = "run.max_time is over"
         if self.reason is None and self._launcher not in (None, os.getppid()):
             self.reason = "the launcher is gone"
@@ -91,26 +93,49 @@ class StopRequests:
         if self.agreed():
             raise Stopped(self.reason)
 
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
+    def _on_signal(self, number: int, _: object) -> None:
         self.reason = self.reason or signal.Signals(number).name
         if self._interrupts:
             raise Stopped(self.reason)
 
 
+@contextmanager
+def explained(train: TrainConfig, stop: StopRequests) -> Iterator[None]:
+    """Inside, running out of memory and losing a process raise a UserError that names the way out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if is_about_memory(error):
+            now = train.micro_batch_size or "the whole batch of a process"
+            raise UserError(
+                f"out of memory: lower --train.micro_batch_size, now {now}, or use a smaller model or context, "
+                "--train.activation_checkpointing=true, or --train.sharding=fsdp2 on several GPUs "
+                f"({first_line(error)})"
+            ) from error
+        if any(words in str(error) for words in NO_PEER):
+            stop.stays = True  # the launcher ends this process, too, and its SIGTERM must not cut off the message
+            raise UserError(
+                "another process of this run has ended or hangs, and its own message says why; "
+                f"--run.resume=true continues from the newest checkpoint ({first_line(error)})"
+            ) from error
+        raise
+
+
+def is_about_memory(error: Exception) -> bool:
+    """Whether memory was used up, on a GPU or on the host."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
+
+
 def _exit_at_the_second(watched: int) -> None:
-    """Read signals as they arrive, even while the main thread is in a library and Python's handlers cannot run."""
+    """Read signals as they arrive, even while the main thread is in a library, where no handler of Python's runs."""
     first = None
-    main = os.environ.get("RANK", "0") == "0"
     with os.fdopen(watched, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
-            now = time.monotonic()
-            if first is None and main and number[0] in SIGNALS:
-                os.write(2, b"\nstopping, once what is done is saved; a second Ctrl-C or signal ends it at once\n")
-            first = first or now
-            if number[0] in SIGNALS and now - first > SAME_REQUEST:
+            if number[0] not in SIGNALS:
+                continue
+            if first is None:
+                first = time.monotonic()
+                if is_main_process():
+                    os.write(2, b"\nstopping, once what is done is saved; a second Ctrl-C or signal ends it at once\n")
+            if time.monotonic() - first > SAME_REQUEST:
                 os._exit(128 + number[0])
-
-
-def _launched() -> bool:
-    """Whether accelerate's launcher or torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ

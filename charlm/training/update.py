@@ -1,12 +1,12 @@
-"""Makes the update of an optimizer step, or skips it: if loss or gradient are not finite, or the loss spikes.
+"""Optimizers, their learning rates, and their updates: made, or skipped if a loss or gradient is not finite or spikes.
 
-A skipped update leaves parameters and optimizer state as they were, on all processes alike. The decision is made on the
-device; the host learns of it when it reads the losses, so it never waits for the device in between. A step of several
-updates makes all of them or none.
+A skipped step leaves parameters and optimizer state as they were, on all processes alike. The decision is made on the
+device; the host learns of it when it reads the losses, so it never waits for the device in between.
 """
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,75 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
 
-from charlm.config import TrainConfig
-from charlm.objective.routes import Update
+from charlm.config import TrainConfig, steps_of
+from charlm.objective.routes import Joint, Update
 from charlm.training.gradients import Losses
 
 HISTORY, ENOUGH = 128, 32
 """Most and fewest accepted losses that a spike is judged by."""
-DEVIATION = 1.4826
-"""Ratio of the standard deviation of a normal distribution to its median absolute deviation."""
+DEVIATION = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
+
+
+def learning_rate_factor(train: TrainConfig, step: int) -> float:
+    """Factor of the peak learning rate for the update after `step` completed steps.
+
+    Linear from 1/w to 1 over the w steps of the warm-up; then constant, or a cosine or line from 1 to `final_lr` at
+    step `train.steps`.
+    """
+    warmup = steps_of(train.warmup, train.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    u = (step - warmup) / max(1, train.steps - warmup)
+    fall = {"constant": 1.0, "linear": 1.0 - u, "cosine": (1.0 + math.cos(math.pi * u)) / 2}[train.lr_schedule]
+    return train.final_lr + (1.0 - train.final_lr) * fall
+
+
+def set_learning_rates(step_sizes: Mapping[Optimizer, float], factor: float) -> None:
+    """Set the rate of every group to `factor` times its peak times its optimizer's step size."""
+    for optimizer, step_size in step_sizes.items():
+        for group in optimizer.param_groups:
+            group["lr"] = factor * step_size * group["peak_lr"]
+
+
+def build_optimizers(
+    train: TrainConfig, model: nn.Module, only: Collection[nn.Parameter] | None = None
+) -> list[Optimizer]:
+    """Optimizers that together own every parameter of `model` once, or every parameter in `only`.
+
+    Weight decay applies to matrices only, not to biases, norms, embeddings and position tables. Optimizers skip
+    parameters without a gradient, so a silent head stops moving; in n-gram tables they skip rows.
+    """
+    wanted = set(model.parameters() if only is None else only)
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module.sparse}
+    sparse, matrices, decayed, plain = [], [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter not in wanted:
+            continue
+        if parameter in tables:
+            sparse.append(parameter)
+        elif parameter.ndim < 2 or "embedding" in name or "position_tables" in name:
+            plain.append(parameter)
+        elif train.optimizer == "muon" and "blocks" in name:
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [_group(decayed, train.learning_rate, train.weight_decay), _group(plain, train.learning_rate)]
+    optimizers: list[Optimizer] = []
+    if matrices:
+        hidden = _group(matrices, train.muon_learning_rate, train.weight_decay)
+        optimizers.append(torch.optim.Muon([hidden], momentum=train.muon_momentum, nesterov=True))
+    if train.optimizer == "sgd":
+        optimizers.append(torch.optim.SGD(groups, momentum=train.momentum))
+    else:
+        optimizers.append(torch.optim.AdamW(groups, betas=train.adam_betas, fused=True))
+    if sparse:
+        rows = _group(sparse, train.ngram_learning_rate)
+        optimizers.append(torch.optim.SparseAdam([rows], betas=train.adam_betas))
+    return optimizers
+
+
+def _group(parameters: list[Tensor], peak_lr: float, weight_decay: float = 0.0) -> dict[str, Any]:
+    return {"params": parameters, "lr": peak_lr, "peak_lr": peak_lr, "weight_decay": weight_decay}
 
 
 @dataclass(frozen=True)
@@ -34,36 +95,30 @@ class StepReport:
     loss: float
     parts: dict[str, float]
     skipped: str | None
-    """Reason why the update was skipped; None if it was made."""
+    """Reason for skipping the update; None if it was made."""
 
 
 class Updates:
-    """Makes or skips the updates of a run, and keeps the losses that the host has not read yet."""
+    """Makes or skips updates, and keeps the losses that the host has not read yet."""
 
     def __init__(
         self,
         train: TrainConfig,
         accelerator: Accelerator,
-        parameters: Iterable[nn.Parameter],
-        optimizers: Iterable[Optimizer],
+        route: Joint,
         accepted_losses: Sequence[float],
         adapt: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
     ):
-        """
-        Args:
-            parameters: all that are trained.
-            optimizers: all that updates will name.
-            accepted_losses: result of `accepted_losses()` at a checkpoint.
-            adapt: called after each step with the global mean loss of each active term, by name, and whether the step
-                was skipped, a scalar on the device.
-        """
+        """`accepted_losses`: those of a checkpoint; `adapt`: called after each step with the global mean loss of each
+        active term, by name, and whether the step was skipped, a scalar on the device."""
         self.train, self.accelerator, self.adapt = train, accelerator, adapt
-        self.parameters = list(parameters)
-        padding = [float("nan")] * HISTORY
-        self.history = torch.tensor([*padding, *accepted_losses][-HISTORY:], device=accelerator.device)
-        self.unread: list[tuple[int, Losses, Tensor, Tensor]] = []
+        self.parameters = route.parameters
+        losses = [math.nan] * HISTORY + list(accepted_losses)
+        self.history = torch.tensor(losses[-HISTORY:], device=accelerator.device)
+        self.unread: list[tuple[int, Losses, Tensor]] = []
+        """Step, losses, and whether it was skipped and whether it spikes, on the device."""
         # SparseAdam counts its steps on the host.
-        sparse = any(isinstance(optimizer, SparseAdam) for optimizer in optimizers)
+        sparse = any(isinstance(optimizer, SparseAdam) for optimizer in route.optimizers)
         self.decides_on_host = sparse or accelerator.device.type == "cpu"
         self.undo = Undo()
         self.pending: tuple[Losses, Tensor, Tensor] | None = None
@@ -72,9 +127,7 @@ class Updates:
     def apply(self, step: int, losses: Losses, updates: Sequence[Update], last: bool = True) -> None:
         """Clip the gradients of each update and make it, or skip all updates; then remove the gradients.
 
-        Args:
-            losses: of the pass that the updates follow.
-            last: no other pass of the step follows. Earlier ones are undone if a later one is not finite.
+        Updates of passes before the `last` of a step are undone if a later one is not finite.
         """
         norms = [self._clip(update) for update in updates]
         total = self.accelerator.reduce(losses.row[0], reduction="sum")
@@ -82,18 +135,17 @@ class Updates:
         if self.pending is not None:
             earlier, sum_of_earlier, earlier_finite = self.pending
             losses, total, finite = earlier + losses, sum_of_earlier + total, earlier_finite & finite
-        skip = ~finite
-        if last and self.train.spike_threshold:
-            spikes = self._spikes(total)
-            skip = skip | spikes
-        else:
-            spikes = torch.zeros_like(skip)
+        spikes = self._spikes(total) if last and self.train.spike_threshold else torch.zeros_like(finite)
+        skip = ~finite | spikes
         for update in updates:
             with update.in_place():
                 for optimizer in update.step_sizes:
                     if not last:
                         self.undo.keep(optimizer)
-                    self._step(optimizer, skip)
+                    if not self.decides_on_host:
+                        step_unless(skip, optimizer)
+                    elif not skip:
+                        optimizer.step()
         for parameter in self.parameters:
             parameter.grad = None
         if last:
@@ -101,14 +153,8 @@ class Updates:
             self._record(step, losses, total, skip, spikes)
         self.pending = None if last else (losses, total, finite)
 
-    def _step(self, optimizer: Optimizer, skip: Tensor) -> None:
-        if not self.decides_on_host:
-            step_unless(skip, optimizer)
-        elif not skip:
-            optimizer.step()
-
     def _record(self, step: int, losses: Losses, total: Tensor, skip: Tensor, spikes: Tensor) -> None:
-        """Let everything that learns from a step's losses know them."""
+        """Pass the losses of a step on to all that learns from them."""
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
         if self.train.spike_threshold:
@@ -116,17 +162,15 @@ class Updates:
         if self.adapt is not None:
             means = self.accelerator.reduce(losses.row[1:], reduction="sum")
             self.adapt(dict(zip(losses.names, means, strict=True)), skip)
-        self.unread.append((step + 1, losses, skip, spikes))
+        self.unread.append((step + 1, losses, torch.stack([skip, spikes])))
 
     def read(self) -> list[StepReport]:
-        """Reports of the newest step made and of all skipped ones since the last call. Waits for the device."""
-        flags = [torch.stack([skip, spikes]) for _, _, skip, spikes in self.unread]
-        flags = torch.stack(flags).tolist() if flags else []
-        made = [index for index, (skip, _) in enumerate(flags) if not skip]
+        """Reports of the newest step made and of all skipped ones since the last call; waits for the device."""
+        flags = torch.stack([flags for *_, flags in self.unread]).tolist() if self.unread else []
+        made = [step for (step, *_), (skip, _) in zip(self.unread, flags, strict=True) if not skip]
         reports = []
-        for index, (step, losses, _, _) in enumerate(self.unread):
-            skip, spikes = flags[index]
-            if skip or index == made[-1]:
+        for (step, losses, _), (skip, spikes) in zip(self.unread, flags, strict=True):
+            if skip or step == made[-1]:
                 total, *parts = self.accelerator.reduce(losses.row, reduction="sum").tolist()
                 named = dict(zip(losses.names, parts, strict=True))
                 reports.append(StepReport(step, total, named, _why(total, named, spikes) if skip else None))
@@ -134,7 +178,7 @@ class Updates:
         return reports
 
     def accepted_losses(self) -> list[float]:
-        """Accepted losses, which a resumed run needs to judge spikes alike."""
+        """Newest accepted losses, which a resumed run needs to judge spikes alike."""
         return self.history[~self.history.isnan()].tolist()
 
     def _clip(self, update: Update) -> Tensor:
@@ -162,7 +206,7 @@ class Updates:
 
 
 def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
-    """Step, or leave everything as it is if `skip` (bool, a scalar on the device) holds; never wait for the device."""
+    """Step, or leave everything as it is if `skip` holds, a bool scalar on the device; never wait for the device."""
     if optimizer.defaults.get("fused"):  # fused optimizers read these two, as torch.amp.GradScaler sets them
         optimizer.grad_scale, optimizer.found_inf = torch.ones((), device=skip.device), skip.float()
         optimizer.step()
@@ -175,7 +219,7 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
 
 
 class Undo:
-    """Parameters and optimizer state from before the first update of a step, for those that its updates move."""
+    """Parameters and optimizer state from before the first update of a step, of those that its updates move."""
 
     def __init__(self):
         self.before: dict[nn.Parameter, tuple[Optimizer, Tensor, dict[str, Any]]] = {}
@@ -184,15 +228,12 @@ class Undo:
         """Copy what the optimizer is about to move, unless it was copied before."""
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             if parameter.grad is not None and parameter not in self.before:
-                state = {
-                    key: value.clone() if isinstance(value, Tensor) else value
-                    for key, value in optimizer.state.get(parameter, {}).items()
-                }
+                state = copy.deepcopy(optimizer.state.get(parameter, {}))
                 self.before[parameter] = optimizer, parameter.detach().clone(), state
 
     @torch.no_grad()
     def restore_if(self, skip: Tensor, on_host: bool) -> None:
-        """Restore everything if `skip` (bool, a scalar on the device) holds, and drop the copies."""
+        """Restore everything if `skip` holds, a bool scalar on the device, and drop the copies."""
         for parameter, (optimizer, value, state) in self.before.items():
             if not on_host:
                 parameter.copy_(torch.where(skip, value, parameter))

@@ -1,5 +1,8 @@
 """What a run leaves to look at when it is done, stopped or refused."""
 
+import signal
+from contextlib import nullcontext
+
 import pytest
 
 import charlm
@@ -53,8 +56,8 @@ def test_a_stopped_run_leaves_its_curves_and_a_refused_one_nothing(tmp_path, fla
     """Fault: no picture of a run that was stopped, or one drawn into the folder of a run that was refused."""
     plain = finish.train
 
-    def stopped(config):
-        plain(config)
+    def stopped(config, stop):
+        plain(config, stop=stop)
         raise Stopped("stopped")
 
     monkeypatch.setattr(finish, "train", stopped)
@@ -66,3 +69,20 @@ def test_a_stopped_run_leaves_its_curves_and_a_refused_one_nothing(tmp_path, fla
     with pytest.raises(UserError, match="a run already"):
         left_by(flags)
     assert not picture.exists()
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_signal_while_pictures_are_drawn_changes_nothing(stops, flags, monkeypatch):
+    """Fault: a signal that cuts off the message of a stopped run, or the success of a finished one. Here it would end
+    the tests."""
+    plain = finish.train
+
+    def stopped(config, stop):
+        plain(config, stop=stop)
+        raise Stopped("stopped")
+
+    monkeypatch.setattr(finish, "draw_pictures", lambda *_: signal.raise_signal(signal.SIGTERM))
+    if stops:
+        monkeypatch.setattr(finish, "train", stopped)
+    with pytest.raises(Stopped, match="stopped") if stops else nullcontext():
+        left_by([*flags, "--run.report=false"])

@@ -9,8 +9,8 @@ import pytest
 from charlm.config import UserError
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
-from charlm.training import checkpointing
-from charlm.training.checkpointing import CheckpointWriter
+from charlm.training import loop
+from charlm.training.loop import CheckpointWriter
 from storage import make_run, number_of, snapshot_of, steps
 from tiny import TINY, train
 
@@ -22,7 +22,7 @@ def run(tmp_path) -> Run:
 
 def failing_at(*failing: int):
     """save_checkpoint on a disk that is full at some steps."""
-    real = checkpointing.save_checkpoint
+    real = loop.save_checkpoint
 
     def save_checkpoint(run, snapshot, **options):
         if snapshot.state["step"] in failing:
@@ -41,7 +41,7 @@ def test_the_loop_waits_for_the_previous_write_only(run, monkeypatch):
         assert may_end.wait(30)
         events.append(("ends", snapshot.state["step"]))
 
-    monkeypatch.setattr(checkpointing, "save_checkpoint", slow)
+    monkeypatch.setattr(loop, "save_checkpoint", slow)
     writer = CheckpointWriter(run, keep=3, say=events.append)
     writer.save(snapshot_of(1), best=True)
     assert ("ends", 1) not in events
@@ -69,7 +69,7 @@ def test_a_mistake_in_the_thread_is_not_lost(run, monkeypatch):
     def broken(*_, **__) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(checkpointing, "save_checkpoint", broken)
+    monkeypatch.setattr(loop, "save_checkpoint", broken)
     writer = CheckpointWriter(run, keep=5, say=print)
     writer.save(snapshot_of(1), best=True)
     with pytest.raises(ZeroDivisionError):
@@ -91,7 +91,7 @@ def test_a_run_goes_on_while_its_disk_is_full(also_at_the_end, tmp_path, text_co
     """Guards against a run of days that a full disk ends, and an end that is silently lost."""
     flags = [*TINY, *text_corpus_flags, "--train.steps=20", "--train.valid_every=5", f"--run.dir={tmp_path / 'run'}"]
     full = (10, 20) if also_at_the_end else (10, 15)
-    monkeypatch.setattr(checkpointing, "save_checkpoint", failing_at(*full))
+    monkeypatch.setattr(loop, "save_checkpoint", failing_at(*full))
     if also_at_the_end:
         with pytest.raises(UserError, match=r"is missing: step 20: .*No space left .*--run.resume=true"):
             train(*flags)

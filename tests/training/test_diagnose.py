@@ -23,22 +23,16 @@ from charlm.objective.objective import Objective
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
 from charlm.training.diagnose import bits_per_head, diagnose, gradient_figures, spread_windows
-from charlm.training.trackers import numbers
+from charlm.training.log import numbers
 from launched import train_with_two_processes
-from tiny import TINY, history, train
+from tiny import TINY, history, train, typed
 
 V = 7
 LASTING = LayersConfig(schedule="constant")
 FLAGS = [
     *TINY,
-    "--model.num_layers=3",
-    "--train.steps=8",
-    "--train.log_every=1",
-    "--train.valid_every=4",
-    "--train.valid_symbols=500",
-    "--aux.layers.schedule=constant",
-    "--model.activation_dropout=0.2",
-    "--model.residual_dropout=0.1",
+    *typed("--model.num_layers=3 --train.steps=8 --train.log_every=1 --train.valid_every=4 --train.valid_symbols=500"),
+    *typed("--aux.layers.schedule=constant --model.activation_dropout=0.2 --model.residual_dropout=0.1"),
 ]
 LAYERS = ["layer1", "layer2", "layer3"]
 HEADS = [f"{layer}/offset{offset}" for layer in LAYERS for offset in (1, 2)]
@@ -78,7 +72,7 @@ def test_bits_of_every_head_by_brute_force(norm, num_symbols):
                     bits = -logits_V.log_softmax(-1)[int(ids[source + offset])] / math.log(2)
                     expected[layer, offset].append(float(bits))
     assert all(len(bits) == num_symbols for bits in expected.values())
-    found = bits_per_head(objective.transformer, objective.heads, ids, characters=5)
+    found = bits_per_head(objective, ids, 5)
     assert found == {
         f"layer{pair[0]}/offset{pair[1]}": approx(sum(bits) / 5, rel=1e-5) for pair, bits in expected.items()
     }
@@ -179,7 +173,6 @@ def test_leaves_no_trace():
     objective.transformer.activation_checkpointing = True
     for parameter in objective.heads.parameters():
         nn.init.zeros_(parameter)  # no gradient gets past the heads: no ratio, no cosine
-    objective.transformer.blocks[1].eval()
     modes = [module.training for module in objective.modules()]
     before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     marked = objective.transformer.embedding.weight.grad = torch.ones(V, 8)
@@ -217,7 +210,7 @@ def test_heads_of_every_kind(head):
     for parameter in objective.heads.parameters():
         nn.init.normal_(parameter)
     ids = random_ids(9)
-    bits = bits_per_head(objective.transformer, objective.heads, ids, characters=9)
+    bits = bits_per_head(objective, ids, 9)
     states = objective.transformer(torch.from_numpy(ids[None, :8].astype(int)), [1])[1]
     loss = F.cross_entropy(objective.heads(states, 1, (1,))[0, :, 0], torch.from_numpy(ids[1:].astype(int)))
     assert bits["layer1/offset1"] == approx((8 * loss.item() / math.log(2) + math.log2(V)) / 9, rel=1e-5)

@@ -1,84 +1,169 @@
-"""Two CPU processes against one: they must see the same characters and learn the same, whichever heads are silent."""
+"""Two CPU processes against one: they learn the same, as replicas or in shards, whatever the losses and their route."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from charlm.runs.checkpoints import find_checkpoint
-from charlm.runs.folder import Run
-from launched import train_with_two_processes
-from tiny import TINY, losses, train, training_rows
+from charlm.config.errors import written
+from charlm.config.load import settings_of
+from launched import register_documented_task, train_with_two_processes
+from tiny import SCRIPTS, TINY, checkpoint_folder, losses, train, training_rows, typed
 
-STEPS = 100
 FLAGS = [
     *TINY,
-    "--model.num_layers=4",
-    "--model.d_model=32",
-    "--model.d_ff=64",
-    f"--train.steps={STEPS}",
-    "--train.batch_size=6",
-    "--train.matmul_precision=highest",
-    "--train.log_every=1",
-    "--train.valid_every=50",
-    "--train.clip_norm=1",
+    *typed("--model.num_layers=4 --model.d_model=32 --model.d_ff=64 --train.steps=80 --train.batch_size=6"),
+    *typed("--train.matmul_precision=highest --train.log_every=1 --train.valid_every=0.5 --train.clip_norm=1"),
 ]
-SETTINGS = {
-    "adamw": ["--train.optimizer=adamw", "--train.weight_decay=0.1"],
-    "adamw-accumulated": ["--train.optimizer=adamw", "--train.micro_batch_size=2"],
-    "sgd": ["--train.optimizer=sgd", "--train.learning_rate=0.003"],
-    # 3 + 2 windows: one process accumulates twice, the other once.
-    "sgd-uneven": [
-        "--train.optimizer=sgd",
-        "--train.learning_rate=0.003",
-        "--train.batch_size=5",
-        "--train.micro_batch_size=2",
-    ],
-    "sgd-accumulated": ["--train.optimizer=sgd", "--train.learning_rate=0.003", "--train.micro_batch_size=1"],
-    "ngrams": ["--model.ngrams=[2,3]", "--train.context_divisor=4", "--train.full_context_from=0.5"],
-    "last-position": ["--aux.positions.schedule=cutoff", "--aux.positions.end=0.3", "--train.micro_batch_size=1"],
+SGD = ["--train.optimizer=sgd", "--train.learning_rate=0.003"]
+UNEVEN = ["--train.batch_size=5", "--train.micro_batch_size=2"]  # 3 + 2 windows: one process accumulates, the other not
+GROWING = ["--train.context_divisor=4", "--train.full_context_from=0.5"]
+SHARDED = ["--train.sharding=fsdp2"]
+LAST_POSITION = ["--aux.positions.schedule=cutoff", "--aux.positions.end=0.3"]
+ROUTE = [
+    "--train.steps=30",
+    *["--train.optimizer=sgd", "--train.learning_rate=0.03", "--train.momentum=0.9"],
+    *["--aux.layers.schedule=linear", "--aux.layers.end=0.8"],
+]
+ROUTES = {
+    "relay": ["--aux.route=relay"],
+    "pairwise": ["--aux.route=pairwise"],
+    "multiway": ["--aux.route=multiway"],
+    "multiway-common": ["--aux.route=multiway", "--aux.step_sizes=common"],
+}
+SPLITS = {
+    "even": [],
+    "accumulated": ["--train.micro_batch_size=1"],
+    "uneven": [*UNEVEN, "--train.clip_norm=0", "--model.ngrams=[2]"],
+}
+OWN = [
+    "--train.steps=30",
+    "--train.micro_batch_size=2",
+    "--model.context_length=32",
+    "--aux.hedge.enabled=true",
+    "--aux.hedge.beta=0.9",
+    "--aux.layers.hinge=2.5",
+    "--aux.tasks={order: {weight: 0.5, layer: 2, schedule: cutoff, end: 0.8}}",
+]
+GROUPS: dict[str, dict[str, list[str]]] = {
+    "replicas": {
+        "adamw": ["--train.weight_decay=0.1"],
+        "adamw-accumulated": ["--train.micro_batch_size=2"],
+        "sgd": SGD,
+        "sgd-uneven": [*SGD, *UNEVEN],
+        "sgd-accumulated": [*SGD, "--train.micro_batch_size=1"],
+        "ngrams": [*GROWING, "--model.ngrams=[2,3]"],
+        "last-position": [*LAST_POSITION, "--train.micro_batch_size=1"],
+    },
+    "shards": {
+        "adamw": [*SHARDED, "--train.weight_decay=0.1", "--model.d_ff=65"],  # rows that cannot be shared evenly
+        "accumulated": [
+            *SHARDED,
+            *LAST_POSITION,
+            "--train.micro_batch_size=2",
+            "--train.activation_checkpointing=true",
+        ],
+        "pre-norm": [*SHARDED, *GROWING, "--model.norm=pre", "--model.position_encoding=rotary"],
+        "sgd": [*SHARDED, *SGD],
+        "muon": [*SHARDED, "--train.optimizer=muon", "--train.learning_rate=0.003", "--train.steps=40"],
+    },
+    "routes": {f"{route}-{split}": [*ROUTE, *ROUTES[route], *SPLITS[split]] for route in ROUTES for split in SPLITS},
+    "heads": {
+        f"{head}-{way}": [*OWN, f"--aux.layers.head={head}", f"--train.sharding={way}"]
+        for head in ("shared", "shared_frozen", "tower")
+        for way in ("no", "fsdp2")
+    },
+    "presets": {
+        preset.stem: [
+            *["--model.num_layers=6", "--train.steps=20", "--train.clip_norm=0"],
+            *(f"--{name}={written(setting.value)}" for name, setting in settings_of([preset], {}).items()),
+            "--aux.layers.tower_dropout=0",  # two processes draw other noise
+        ]
+        for preset in sorted((SCRIPTS.parent / "configs" / "methods").glob("*.yaml"))
+    },
 }
 
 
-def flags_of(name: str, folder: Path, corpus: list[str]) -> list[str]:
-    return [*FLAGS, *corpus, *SETTINGS[name], f"--run.dir={folder / name}"]
+def flags_of(group: str, name: str, folder: Path, corpus: list[str]) -> list[str]:
+    return [*FLAGS, *corpus, *GROUPS[group][name], f"--run.dir={folder / name}"]
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory, text_corpus_flags):
-    """The runs of all settings, made by two processes that torchrun starts once."""
-    folder = tmp_path_factory.mktemp("two")
-    train_with_two_processes(folder / "plan.json", [flags_of(name, folder, text_corpus_flags) for name in SETTINGS])
-    return folder
+def two_processes(tmp_path_factory, text_corpus_flags) -> Callable[[str], Path]:
+    """`two_processes(group)`: the folder of the group's runs, made by two processes that torchrun starts once."""
+    folders: dict[str, Path] = {}
+
+    def run(group: str) -> Path:
+        if group not in folders:
+            folder = folders[group] = tmp_path_factory.mktemp(group)
+            runs = [flags_of(group, name, folder, text_corpus_flags) for name in GROUPS[group]]
+            said = train_with_two_processes(folder / "plan.json", runs)
+            assert said.count("sharded by FSDP2") == sum("--train.sharding=fsdp2" in flags for flags in runs)
+        return folders[group]
+
+    return run
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_two_processes_learn_what_one_does(name, two_processes, tmp_path, text_corpus_flags):
-    """Guards against wrong scaling of the loss by processes or micro-batches, a reducer that fails on silent heads or
-    still moves them, and windows that depend on the number of processes."""
-    alone = train(*flags_of(name, tmp_path, text_corpus_flags))
-    rows_alone, rows_two = (training_rows(path) for path in (alone, two_processes / name))
-    assert [row["step"] for row in rows_two] == list(range(1, STEPS + 1))
-    for one, two in zip(rows_alone, rows_two, strict=True):
-        assert one["terms"].keys() == two["terms"].keys()
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert rows_two[-1]["loss"] < rows_two[0]["loss"]
-    assert len(rows_two[0]["terms"]) > len(rows_two[-1]["terms"]), "no head fell silent: the test would prove nothing"
-    # The heads of layers 1, 2 and 3 of 4 fall silent at steps 13, 25 and 38.
-    middle, end = (find_checkpoint(Run.open(two_processes / name), step).tensors() for step in (50, 100))
-    silent = [parameter for parameter in middle if parameter.startswith("heads.exits.") and "layer4" not in parameter]
-    assert len(silent) == 3 * (2 + 2 * 2)
-    assert all(torch.equal(middle[parameter], end[parameter]) for parameter in silent)
-    assert not torch.equal(middle["heads.exits.layer4.offset1.weight"], end["heads.exits.layer4.offset1.weight"])
+def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Parameters and optimizer state of a checkpoint."""
+    path = checkpoint_folder(run, step)
+    return load_file(path / "model.safetensors") | load_file(path / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        pytest.param(group, name, marks=[] if group == "replicas" else pytest.mark.slow, id=f"{group}-{name}")
+        for group in GROUPS
+        for name in GROUPS[group]
+    ],
+)
+def test_two_processes_learn_what_one_does(group, name, two_processes, tmp_path, text_corpus_flags):
+    """Guards against losses or gradients that are scaled, averaged or clipped wrongly, of a shard or of some
+    micro-batches only; silent heads that fail or still move; text, terms, layer weights and checkpoints that depend on
+    the number of processes."""
+    register_documented_task(tmp_path)
+    run = two_processes(group) / name
+    whole = ["--train.micro_batch_size=null"] if group == "routes" else []
+    alone = train(*flags_of(group, name, tmp_path, text_corpus_flags), *whole)
+    one, two = training_rows(alone), training_rows(run)
+    assert [row["step"] for row in two] == [row["step"] for row in one]
+    assert [row["terms"].keys() for row in two] == [row["terms"].keys() for row in one]
+    # Muon orthogonalises in bf16, which the order of additions moves.
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-3 if name == "muon" else 1e-5)
+    assert two[-1]["bits_per_character"] < two[0]["bits_per_character"]
+
+    end, middle = len(two), len(two) // 2
+    expected, found = tensors(alone, end), tensors(run, end)
+    assert {key: (t.shape, t.dtype) for key, t in found.items()} == {
+        key: (t.shape, t.dtype) for key, t in expected.items()
+    }
+    if group == "heads":
+        torch.testing.assert_close(found["hedge.weights"], expected["hedge.weights"], rtol=1e-5, atol=0)
+    if group in ("replicas", "shards"):
+        # The heads of layers 1, 2 and 3 of 4 fall silent at progress 1/8, 2/8 and 3/8.
+        before = tensors(run, middle)
+        silent = [key for key in before if key.startswith("heads.exits.") and "layer4" not in key]
+        assert silent and all(torch.equal(before[key], found[key]) for key in silent)
+        assert not torch.equal(before["heads.exits.layer4.offset1.weight"], found["heads.exits.layer4.offset1.weight"])
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_with_two(tmp_path, text_corpus_flags):
-    """Guards against a checkpoint that can be continued only by as many processes as wrote it."""
-    flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
+@pytest.mark.parametrize(("route", "sharding"), [("joint", "fsdp2"), ("multiway", "no")])
+def test_a_run_moves_from_one_process_to_two_and_back(route, sharding, tmp_path, text_corpus_flags):
+    """Guards against a checkpoint that can be continued only in the way it was written."""
+    flags = [*FLAGS, *SGD, *text_corpus_flags, f"--aux.route={route}"]
+    flags += ["--train.valid_every=20", "--train.keep_checkpoints=9"]
     whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
-    shutil.copytree(whole, tmp_path / "moved")
-    moved = [*flags, f"--run.dir={tmp_path / 'moved'}", "--run.resume_from=20"]
-    train_with_two_processes(tmp_path / "plan.json", [moved])
-    assert losses(tmp_path / "moved") == pytest.approx(losses(whole), rel=1e-5)
+    moved = shutil.copytree(whole, tmp_path / "moved")
+    flags += [f"--run.dir={moved}"]
+    there = [[*flags, f"--train.sharding={sharding}", "--run.resume_from=20"]]
+    there += [[*flags, "--train.sharding=no", "--run.resume_from=40"]]
+    train_with_two_processes(tmp_path / "plan.json", there)
+    train(*flags, "--run.resume_from=60")
+    assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
+    assert json.loads((checkpoint_folder(moved, 60) / "state.json").read_text())["processes"] == 2

@@ -1,14 +1,19 @@
 """Rows of metrics.jsonl and the progress line, against a clock that the test moves."""
 
+import math
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from charlm.config import AuxConfig, Config, ModelConfig, RunConfig, TrainConfig
 from charlm.objective.terms import build_terms
 from charlm.runs.folder import Run
 from charlm.training import log as tracking
 from charlm.training.log import Tracker
+from charlm.training.start import TrainState
+from charlm.training.update import StepReport
 
 
 class Clock:
@@ -37,16 +42,17 @@ def build_tracker(tmp_path, clock):
         run=RunConfig(dir=tmp_path / "run"),
     )
     run, terms = Run.create(config, {}), build_terms(AuxConfig(), 2)
+    split = SimpleNamespace(symbols=2 * math.log(2), characters=1)  # two bits per nat
 
     def build(step: int = 0, seconds: float = 0.0, main: bool = True) -> Tracker:
-        return Tracker(run, config, terms, step=step, seconds=seconds, bits_per_nat=2.0, main=main)
+        return Tracker(run, config, split, terms, TrainState(step=step, seconds=seconds), main)
 
     return build
 
 
-def parts(*losses: float) -> dict[str, float]:
+def update(step: int, total: float, *losses: float) -> StepReport:
     names = ["layer1/offset1/all", "layer1/offset2/all", "layer2/offset1/all", "layer2/offset2/all"]
-    return dict(zip(names[-len(losses) :], losses, strict=True))
+    return StepReport(step, total, dict(zip(names[-len(losses) :], losses, strict=True)), skipped=None)
 
 
 def rows(tracker: Tracker) -> list[dict]:
@@ -58,12 +64,12 @@ def test_training_rows_by_hand(build_tracker, clock):
     one process only."""
     tracker = build_tracker()
     clock.now += 4.0
-    tracker.log_training(2, 0.125, 9.0, parts(4.0, 3.0, 2.0, 1.0))
+    tracker.log_training(update(2, 9.0, 4.0, 3.0, 2.0, 1.0), 0.125)
     clock.now += 1.0
     with tracker.speed_paused("validating"):
         clock.now += 100.0
     clock.now += 1.0
-    tracker.log_training(3, 0.25, 2.5, parts(1.5, 2.0))
+    tracker.log_training(update(3, 2.5, 1.5, 2.0), 0.25)
     assert rows(tracker) == [
         {
             "step": 2,
@@ -104,8 +110,10 @@ def test_rows_of_hedge_and_diagnostics_by_hand(build_tracker, clock):
     clock.now += 1.0
     tracker = build_tracker()
     clock.now += 1.0
-    tracker.log_training(2, 0.125, 9.0, parts(1.5, 2.0), {1: 0.25, 2: 0.75})
-    tracker.log_diagnostics(2, {"gradient_norm": {"layer1": 2.0}})
+    tracker.log_training(
+        update(2, 9.0, 1.5, 2.0), 0.125, SimpleNamespace(layers=[1, 2], weights=torch.tensor([0.25, 0.75]))
+    )
+    tracker.record(2, {"diagnostics": {"gradient_norm": {"layer1": 2.0}}})
     first, second = rows(tracker)
     assert first["hedge"] == {"layer1": 0.25, "layer2": 0.75}
     assert second == {"step": 2, "progress": 0.25, "diagnostics": {"gradient_norm": {"layer1": 2.0}}}
@@ -131,7 +139,7 @@ def test_a_resumed_run_goes_on_counting(build_tracker, clock):
     """Guards against seconds that restart at zero, and a speed that includes steps from before the resumption."""
     tracker = build_tracker(step=4, seconds=50.0)
     clock.now += 3.0
-    tracker.log_training(6, 0.5, 3.0, parts(1.5, 2.0))
+    tracker.log_training(update(6, 3.0, 1.5, 2.0), 0.5)
     (row,) = rows(tracker)
     assert (row["seconds"], row["characters_per_second"]) == (53.0, 2 * 3 * 5 / 3)
 
@@ -143,7 +151,7 @@ def test_the_progress_line(build_tracker, clock, capsys, monkeypatch):
     tracker = build_tracker()
     for step, losses in ((2, (4.0, 3.0, 2.0, 1.0)), (8, (1.5, 2.0))):
         clock.now += 1.0
-        tracker.log_training(step, 0.002, 2.5, parts(*losses))
+        tracker.log_training(update(step, 2.5, *losses), 0.002)
         tracker.bar.refresh()
     with tracker.speed_paused("validating"):
         pass
@@ -180,8 +188,9 @@ def test_the_progress_line_of_a_long_run_fits(build_tracker, clock, capsys, monk
     tracker.bar.total = tracker.total_steps = 100_000
     tracker.symbols_per_step = 512
     tracker.began -= 40_000.0
+    tracker.logged_seconds = 40_000.0
     clock.now += 4.0
-    tracker.log_training(50_000, 0.002, 123.456, parts(1.5, 2.0))
+    tracker.log_training(update(50_000, 123.456, 1.5, 2.0), 0.002)
     tracker.bar.refresh()
     line = capsys.readouterr().err.rpartition("\r")[2]
     assert line.strip() == "50000/100000 11:06:44 left loss 123.5 3.000 bpc lr 2.0e-03 2 terms 6400.0k ch/s"
@@ -206,7 +215,7 @@ def test_no_time_is_left_at_the_end(build_tracker, clock, capsys, monkeypatch):
     tracker = build_tracker()
     for step in (7, 8):
         clock.now += 1.0
-        tracker.log_training(step, 0.002, 2.5, parts(1.5, 2.0))
+        tracker.log_training(update(step, 2.5, 1.5, 2.0), 0.002)
         with tracker.speed_paused("validating"):
             clock.now += 10.0
     tracker.conclude(8, 2.5)
@@ -219,10 +228,11 @@ def test_rows_outside_a_terminal(main, build_tracker, clock, capfd):
     """Guards against logs filled with thousands of progress lines, and rows and lines written once per process."""
     tracker = build_tracker(main=main)
     clock.now += 1.0
-    tracker.log_training(2, 0.125, 9.0, parts(1.5, 2.0))
-    tracker.log_diagnostics(2, {})
+    tracker.log_training(update(2, 9.0, 1.5, 2.0), 0.125)
+    tracker.record(2, {"diagnostics": {}})
     tracker.log_validation(4, 2.5, 2.25, best=True)
-    tracker.log_skipped(5, "spike")
+    tracker.record(5, {"skipped": 1})
+    tracker.say("step 5: skipped")
     tracker.close()
     assert [row["step"] for row in rows(tracker)] == ([2, 2, 4, 5] if main else [])
     assert [line.partition(":")[0] for line in capfd.readouterr().err.splitlines()] == (

@@ -15,29 +15,22 @@ from charlm.data.windows import training_windows
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.runs.folder import Run
-from tiny import SCRIPTS, TINY, train, training_rows
+from tiny import SCRIPTS, TINY, train, training_rows, typed
 
 CONFIGS = SCRIPTS.parent / "configs"
 FLAGS = [
     *TINY,
-    "--model.num_layers=3",
-    "--model.d_model=32",
-    "--model.d_ff=64",
-    "--train.steps=60",
-    "--train.log_every=1",
-    "--train.valid_every=20",
-    "--train.valid_symbols=500",
+    *typed("--model.num_layers=3 --model.d_model=32 --model.d_ff=64 --train.steps=60 --train.log_every=1"),
+    *typed("--train.valid_every=20 --train.valid_symbols=500"),
 ]
 
 
 @pytest.mark.parametrize(("positions", "layers", "targets"), list(itertools.product(["true", "false"], repeat=3)))
 def test_every_combination_of_the_losses_trains(positions, layers, targets, tmp_path, text_corpus_flags):
     """Guards against a switch that breaks training or leaves its rows in the run."""
-    switches = [
-        f"--aux.positions.enabled={positions}",
-        f"--aux.layers.enabled={layers}",
-        f"--aux.targets.enabled={targets}",
-    ]
+    switches = typed(
+        f"--aux.positions.enabled={positions} --aux.layers.enabled={layers} --aux.targets.enabled={targets}"
+    )
     run = train(*FLAGS, *text_corpus_flags, *switches, f"--run.dir={tmp_path / 'run'}")
     rows = training_rows(run)
     names = list(rows[0]["terms"])
@@ -58,14 +51,8 @@ def test_the_first_step_is_what_the_config_says(tmp_path, text_corpus_flags):
     flags = [
         *FLAGS,
         *text_corpus_flags,
-        "--train.steps=1",
-        "--train.optimizer=sgd",
-        "--train.momentum=0",
-        "--train.learning_rate=0.5",
-        "--train.micro_batch_size=3",
-        "--train.matmul_precision=highest",
-        "--train.seed=7",
-        "--aux.reduction=mean",
+        *typed("--train.steps=1 --train.optimizer=sgd --train.momentum=0 --train.learning_rate=0.5"),
+        *typed("--train.micro_batch_size=3 --train.matmul_precision=highest --train.seed=7 --aux.reduction=mean"),
     ]
     config = charlm.load_config(overrides=[*flags, f"--run.dir={tmp_path / 'run'}"])
     trained = charlm.load(charlm.train(config), "last", device="cpu")

@@ -21,50 +21,33 @@ from charlm.config.objective import TaskConfig
 from charlm.objective.terms import build_terms
 from charlm.runs import folder
 from charlm.runs.folder import Run
-from charlm.training.start import check_agreed, check_resumable, rescaled_rows
+from charlm.training.start import check_agreed, check_resumable, rescaled
 from storage import manifest_for
-from tiny import SCRIPTS, TINY, checkpoint_bytes, checkpoint_folder, history, train
+from tiny import SCRIPTS, TINY, assert_ended_like, checkpoint_bytes, checkpoint_folder, history, train, typed
 
 STEPS = 24
 FLAGS = [
     *TINY,
-    "--model.num_layers=3",
-    f"--train.steps={STEPS}",
-    "--train.batch_size=6",
-    "--train.warmup=4",
-    "--train.lr_schedule=cosine",
-    "--train.log_every=1",
-    "--train.valid_every=1",
-    "--train.keep_checkpoints=100",
+    *typed(f"--model.num_layers=3 --train.steps={STEPS} --train.batch_size=6 --train.warmup=4"),
+    *typed("--train.lr_schedule=cosine --train.log_every=1 --train.valid_every=1 --train.keep_checkpoints=100"),
 ]
-DROPOUT = ["--model.attention_dropout=0.1", "--model.activation_dropout=0.2", "--model.residual_dropout=0.1"]
+DROPOUT = typed("--model.attention_dropout=0.1 --model.activation_dropout=0.2 --model.residual_dropout=0.1")
 CHECKPOINTING = ["--train.activation_checkpointing=true"]
+BF16 = ["--train.mixed_precision=bf16"]
+MANY = [*DROPOUT, *BF16, "--train.micro_batch_size=4", "--train.clip_norm=1"]
 SETTINGS = {
-    "fp32": ["--train.mixed_precision=no", *DROPOUT],
-    "bf16": ["--train.mixed_precision=bf16", *DROPOUT, "--train.micro_batch_size=2"],
-    "bf16-checkpointed": ["--train.mixed_precision=bf16", *DROPOUT, *CHECKPOINTING, "--train.micro_batch_size=4"],
-    "sgd": [
-        "--train.mixed_precision=no",
-        *DROPOUT,
-        *CHECKPOINTING,
-        "--train.optimizer=sgd",
-        "--train.micro_batch_size=4",
-    ],
-    "muon": ["--train.mixed_precision=bf16", "--train.optimizer=muon", "--train.clip_norm=1"],
-    "ngrams": [
-        *DROPOUT,
-        "--model.ngrams=[2,3]",
-        "--model.ngram_buckets=64",
-        "--train.micro_batch_size=2",
-        "--train.clip_norm=1",
-    ],
-    "growing": ["--train.context_divisor=2", "--train.full_context_from=0.5", "--train.micro_batch_size=2"],
+    "fp32": DROPOUT,
+    "bf16": [*BF16, *DROPOUT, "--train.micro_batch_size=2"],
+    "bf16-checkpointed": [*BF16, *DROPOUT, *CHECKPOINTING, "--train.micro_batch_size=4"],
+    "sgd": [*DROPOUT, *CHECKPOINTING, "--train.optimizer=sgd", "--train.micro_batch_size=4"],
+    "muon": [*BF16, "--train.optimizer=muon", "--train.clip_norm=1"],
+    "ngrams": [*MANY, "--model.ngrams=[2,3]", "--model.ngram_buckets=64", "--train.mixed_precision=no"],
+    "growing": typed("--train.context_divisor=2 --train.full_context_from=0.5 --train.micro_batch_size=2"),
+    "relay": [*MANY, "--aux.route=relay"],
+    "pairwise": [*MANY, "--aux.route=pairwise", "--model.ngrams=[2]"],
+    "multiway": [*MANY, *CHECKPOINTING, "--aux.route=multiway", "--train.weight_decay=0.1"],
+    "multiway-common": typed("--aux.route=multiway --aux.step_sizes=common --train.optimizer=muon --model.ngrams=[2]"),
 }
-
-
-def assert_ended_like(run: Path, whole: Path) -> None:
-    assert checkpoint_bytes(run, STEPS) == checkpoint_bytes(whole, STEPS)
-    assert history(run) == history(whole)
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +59,11 @@ def whole_run(tmp_path_factory, text_corpus_flags):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_resuming_at_any_step_ends_in_the_same_bytes(setting, tmp_path, text_corpus_flags):
-    """Guards against state missing from checkpoints: optimizer moments, dropout noise, best score, schedule."""
+    """Guards against state missing from checkpoints, or given to another loss: optimizer moments, dropout noise, best
+    score, schedule."""
     flags = [*FLAGS, *text_corpus_flags, *SETTINGS[setting]]
     whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
-    for step in random.Random(setting).sample(range(1, STEPS), 4):
+    for step in random.Random(setting).sample(range(1, STEPS), 3):
         resumed = tmp_path / f"from-{step}"
         shutil.copytree(whole, resumed)
         train(*flags, f"--run.dir={resumed}", f"--run.resume_from={step}")
@@ -127,67 +111,37 @@ def test_another_micro_batch_sees_the_same_characters(tmp_path, text_corpus_flag
             assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("flag", "named"),
-    [
-        ("--model.d_ff=48", "model.d_ff: 32 -> 48"),
-        ("--aux.targets.weight=0.25", "aux.targets.weight: 0.5 -> 0.25"),
-        ("--train.optimizer=sgd", "train.optimizer: adamw -> sgd"),
-        ("--train.seed=1", "train.seed: 0 -> 1"),
-        ("--data.test_fraction=0.2", "data.test_fraction: 0.05 -> 0.2"),
-    ],
-)
-def test_resuming_with_a_changed_option_is_refused_by_name(flag, named, whole_run):
-    """Guards against a run that silently continues as another experiment."""
-    flags, whole = whole_run
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    with pytest.raises(UserError, match=named) as caught:
-        train(*flags, flag, f"--run.dir={whole}", "--run.resume=true")
-    assert caught.value.option == named.partition(":")[0]
-    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
-
-
-def test_resuming_on_a_changed_text_is_refused(whole_run, tmp_path):
-    """Guards against continuing with another text under the same path."""
-    flags, whole = whole_run
-    other = tmp_path / "other.txt"
-    other.write_text("something else entirely. " * 2000)
-    with pytest.raises(UserError, match="another corpus: sha256"):
-        train(*flags, f"--data.path={other}", f"--run.dir={whole}", "--run.resume=true")
-
-
-def test_a_run_folder_that_exists_is_not_overwritten(whole_run, tmp_path):
-    """Guards against losing a run to a repeated command; the message must say how to continue."""
-    flags, whole = whole_run
-    missing = ("--data.corpus=file", "--data.path=nowhere")  # the folder is looked at before the corpus is
-    with pytest.raises(UserError, match=r"holds a run already; continue it with --run.resume=true"):
-        train(*flags, *missing, f"--run.dir={whole}")
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="not empty"):
-        train(*flags, f"--run.dir={tmp_path}")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+CONTINUE = "--run.resume=true"
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "option", "words"),
     [
-        (["--run.resume_from=7000"], "no checkpoint 7000; its steps are: 1, 2"),
-        (["--run.resume=true", "--train.steps=5"], "train.steps=5: the checkpoint is past it, at step 24"),
+        ([CONTINUE, "--model.d_ff=48"], "model.d_ff", "32 -> 48"),
+        ([CONTINUE, "--aux.targets.weight=0.25"], "aux.targets.weight", "0.5 -> 0.25"),
+        ([CONTINUE, "--train.optimizer=sgd"], "train.optimizer", "adamw -> sgd"),
+        ([CONTINUE, "--train.seed=1"], "train.seed", "0 -> 1"),
+        ([CONTINUE, "--data.test_fraction=0.2"], "data.test_fraction", "0.05 -> 0.2"),
+        ([CONTINUE, "--train.steps=5"], "train.steps", "at step 24"),
+        ([CONTINUE, "--data.path={other}"], None, "another corpus"),
+        (["--run.resume_from=7000"], "checkpoint", "its steps are: 1, 2"),
+        # The folder is looked at before the corpus is.
+        (["--data.path=nowhere"], "run.dir", "--run.resume=true"),
+        ([CONTINUE, "--run.dir={folder}/nothing"], None, "is not a run"),
+        (["--run.dir={folder}"], "run.dir", "not empty"),
     ],
 )
-def test_resuming_from_a_missing_or_later_checkpoint_is_refused(flags, message, whole_run):
-    """Guards against starting over, or past the end, when asked to continue."""
+def test_what_cannot_be_begun_or_continued_is_refused(flags, option, words, whole_run, tmp_path):
+    """Guards against a run that silently continues as another experiment, starts over, trains past its end, or is lost
+    to a repeated or mistyped command."""
     whole_flags, whole = whole_run
-    with pytest.raises(UserError, match=message):
+    (tmp_path / "other.txt").write_text("something else entirely. " * 2000)
+    before = {path: path.stat().st_mtime_ns for path in (*whole.rglob("*"), *tmp_path.rglob("*"))}
+    flags = [flag.format(folder=tmp_path, other=tmp_path / "other.txt") for flag in flags]
+    with pytest.raises(UserError, match=words) as caught:
         train(*whole_flags, f"--run.dir={whole}", *flags)
-
-
-def test_resuming_where_there_is_no_run_is_refused(whole_run, tmp_path):
-    """Guards against a typing mistake in run.dir that starts a new run when an old one was meant."""
-    flags, _ = whole_run
-    with pytest.raises(UserError, match="is not a run"):
-        train(*flags, f"--run.dir={tmp_path / 'nothing'}", "--run.resume=true")
-    assert not (tmp_path / "nothing").exists()
+    assert caught.value.option == option
+    assert before == {path: path.stat().st_mtime_ns for path in (*whole.rglob("*"), *tmp_path.rglob("*"))}
 
 
 def test_changed_length_is_recorded_and_said(whole_run, tmp_path, capfd):
@@ -287,11 +241,7 @@ def test_a_full_disk_at_the_beginning_is_said(resumed, stopped, tmp_path, monkey
 def test_processes_that_found_different_checkpoints_do_not_go_on(tmp_path, monkeypatch):
     """Guards against averaging the gradients of two steps, after one machine could not read the newest checkpoint."""
     accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
-    found_by_another = torch.tensor([-20, 20])
-    monkeypatch.setattr(
-        "torch.distributed.all_reduce", lambda mine, _: mine.copy_(torch.maximum(mine, found_by_another))
-    )
+    monkeypatch.setattr(Accelerator, "gather", lambda _, mine: torch.cat([mine, torch.tensor([20])]))
     check_agreed(Run(tmp_path), 20, accelerator)
     for step, named in ((10, "10 to 20"), (30, "20 to 30"), (0, "0 to 20")):
         with pytest.raises(UserError, match=f"different steps, {named}; make sure that all machines"):
@@ -368,14 +318,12 @@ def test_another_number_of_steps_wakes_and_silences_rows():
     progress 1/8, 2/8 and 3/8; step 30 of 100 is at 0.3, of 200 at 0.15, of 60 at 0.5."""
     aux = AuxConfig(positions=PositionsConfig(enabled=False), targets=TargetsConfig(enabled=False))
     terms = build_terms(aux, 4)
-    assert rescaled_rows(terms, 30, 100, 100) == []
-    assert rescaled_rows(terms, 30, 100, 110) == []
-    assert rescaled_rows(terms, 30, 100, 200) == ["at step 30 progress is now 0.150; waking: layer2/offset1/last"]
-    assert rescaled_rows(terms, 30, 100, 60) == [
-        "at step 30 progress is now 0.500; falling silent: layer3/offset1/last"
-    ]
-    assert rescaled_rows(terms, 30, 60, 1000) == [
-        "at step 30 progress is now 0.030; waking: layer1/offset1/last, layer2/offset1/last, layer3/offset1/last"
+    assert list(rescaled(terms, 30, 100, 110))[1:] == []
+    assert list(rescaled(terms, 30, 100, 200))[1:] == ["waking: layer2/offset1/last"]
+    assert list(rescaled(terms, 30, 100, 60))[1:] == ["falling silent: layer3/offset1/last"]
+    assert list(rescaled(terms, 30, 60, 1000)) == [
+        "train.steps changed: progress at this step was 0.500 and is now 0.030",
+        "waking: layer1/offset1/last, layer2/offset1/last, layer3/offset1/last",
     ]
 
 
@@ -392,7 +340,6 @@ def test_mappings_of_another_length_are_compared():
 def test_turns_of_a_rotation_do_not_wake_at_another_number_of_steps():
     """Guards against a line about every head of a rotation, because another head has its turn at that step."""
     aux = AuxConfig(layers=LayersConfig(schedule="rotational"), targets=TargetsConfig(enabled=False))
-    assert rescaled_rows(build_terms(aux, 6, 100), 10, 50, 100) == []
+    assert list(rescaled(build_terms(aux, 6, 100), 10, 50, 100))[1:] == []
     fading = AuxConfig(layers=LayersConfig(schedule="cutoff", end=0.15), targets=TargetsConfig(enabled=False))
-    lines = rescaled_rows(build_terms(fading, 2, 100), 10, 50, 100)
-    assert lines == ["at step 10 progress is now 0.100; waking: layer1/offset1/all"]
+    assert list(rescaled(build_terms(fading, 2, 100), 10, 50, 100))[1:] == ["waking: layer1/offset1/all"]

@@ -1,137 +1,35 @@
-"""The model in shards (FSDP2) on two CPU processes against one: the same losses, checkpoints and silent heads."""
+"""Several processes that die, are started again, or are told by a launcher to shard the model (FSDP2)."""
 
-import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-import charlm
 from charlm.config import Config, ModelConfig, TrainConfig, UserError
 from charlm.objective.build import build_objective
-from charlm.runs.checkpoints import find_checkpoint
-from charlm.runs.folder import Run
-from charlm.training.sharding import shard, wants_shards
+from charlm.training.sharding import wants_shards
+from charlm.training.start import check_fits
 from charlm.training.update import step_unless
-from launched import TORCHRUN, launch, train_with_two_processes
-from tiny import SCRIPTS, TINY, losses, train, training_rows
+from launched import TORCHRUN, launch
+from tiny import SCRIPTS, TINY, train, training_rows, typed
 
 STEPS = 80
 FLAGS = (
     *TINY,
-    "--model.num_layers=4",
-    "--model.d_model=32",
-    "--model.d_ff=64",
-    f"--train.steps={STEPS}",
-    "--train.batch_size=6",
-    "--train.matmul_precision=highest",
-    "--train.log_every=1",
-    "--train.valid_every=40",
-    "--train.clip_norm=1",
-    "--train.sharding=fsdp2",
+    *typed(f"--model.num_layers=4 --model.d_model=32 --model.d_ff=64 --train.steps={STEPS} --train.batch_size=6"),
+    *typed("--train.matmul_precision=highest --train.log_every=1 --train.valid_every=40 --train.clip_norm=1"),
+    *typed("--train.sharding=fsdp2"),
 )
-SETTINGS = {
-    "adamw": ["--train.weight_decay=0.1", "--model.d_ff=65"],  # rows that two processes cannot share evenly
-    "accumulated": [
-        "--train.micro_batch_size=2",
-        "--train.activation_checkpointing=true",
-        "--aux.positions.schedule=cutoff",
-        "--aux.positions.end=0.3",
-    ],
-    "pre-norm": [
-        "--model.norm=pre",
-        "--model.position_encoding=rotary",
-        "--train.context_divisor=4",
-        "--train.full_context_from=0.5",
-    ],
-}
 DYING = SCRIPTS.parent / "tests" / "training" / "train_and_die.py"
 LAUNCH_FILES = SCRIPTS.parent / "configs" / "accelerate"
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0")
 ACCELERATE = (*LAUNCH, "--config_file", LAUNCH_FILES / "cpu_2_processes.yaml")
 FSDP = ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
 """Environment variables by which a launcher asks for shards."""
-
-
-def tensors(run, step: int, name: str) -> dict[str, torch.Tensor]:
-    return load_file(find_checkpoint(Run.open(run), step).path / f"{name}.safetensors")
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory, text_corpus_flags):
-    """The runs of all settings in shards, made by two processes that torchrun starts once."""
-    folder = tmp_path_factory.mktemp("sharded")
-    runs = [[*FLAGS, *SETTINGS[name], *text_corpus_flags, f"--run.dir={folder / name}"] for name in SETTINGS]
-    said = train_with_two_processes(folder / "plan.json", runs)
-    assert said.count("sharded by FSDP2") == len(runs)
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS)
-def test_shards_learn_what_one_process_does(name, sharded, tmp_path, text_corpus_flags):
-    """Guards against gradients that are scaled or reduced wrongly, norms of gradients taken of one shard only, silent
-    heads that move, validation that reads a shard for the whole, and checkpoints of another format."""
-    flags = [*FLAGS, *SETTINGS[name], *text_corpus_flags, f"--run.dir={tmp_path / name}"]
-    alone = train(*flags)
-    rows_alone, rows_sharded = training_rows(alone), training_rows(sharded / name)
-    assert [row["step"] for row in rows_sharded] == list(range(1, STEPS + 1))
-    assert [row["loss"] for row in rows_sharded] == pytest.approx([row["loss"] for row in rows_alone], rel=1e-5)
-    assert len(rows_sharded[0]["terms"]) > len(rows_sharded[-1]["terms"]), "no head fell silent: nothing was proved"
-    valid_alone, valid_sharded = (
-        [row["valid"]["bits_per_character"] for row in Run.open(run).metrics() if "valid" in row]
-        for run in (alone, sharded / name)
-    )
-    assert valid_sharded == pytest.approx(valid_alone, rel=1e-5)
-
-    for file in ("model", "optimizer"):
-        for step in (40, 80):
-            one, two = tensors(alone, step, file), tensors(sharded / name, step, file)
-            assert {key: (t.shape, t.dtype) for key, t in one.items()} == {
-                key: (t.shape, t.dtype) for key, t in two.items()
-            }
-    # The heads of layers 1, 2 and 3 of 4 fall silent at steps 10, 20 and 30.
-    for file in ("model", "optimizer"):
-        middle, end = tensors(sharded / name, 40, file), tensors(sharded / name, 80, file)
-        silent = [key for key in middle if key.startswith("heads.exits.") and "layer4" not in key]
-        assert silent
-        assert all(torch.equal(middle[key], end[key]) for key in silent)
-        assert not all(torch.equal(middle[key], end[key]) for key in middle)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
-def test_other_optimizers_update_shards(optimizer, tmp_path, text_corpus_flags):
-    """Guards against an update computed from each shard by itself, such as muon's orthogonalisation."""
-    flags = [*FLAGS, f"--train.optimizer={optimizer}", "--train.learning_rate=0.003", *text_corpus_flags]
-    flags += ["--train.steps=40"]
-    train_with_two_processes(tmp_path / "plan.json", [[*flags, f"--run.dir={tmp_path / 'two'}"]])
-    alone = train(*flags, f"--run.dir={tmp_path / 'one'}")
-    # Muon orthogonalises in bf16, which the order of additions moves.
-    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=1e-3 if optimizer == "muon" else 1e-5)
-
-
-@pytest.mark.slow
-def test_a_run_moves_from_one_process_to_shards_to_replicas_and_back(tmp_path, text_corpus_flags):
-    """Guards against a checkpoint that can be continued only in the way it was written."""
-    flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
-    whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
-    shutil.copytree(whole, tmp_path / "moved")
-    moved = [*flags, f"--run.dir={tmp_path / 'moved'}"]
-    said = train_with_two_processes(
-        tmp_path / "plan.json",
-        [[*moved, "--run.resume_from=20"], [*moved, "--run.resume_from=40", "--train.sharding=no"]],
-    )
-    assert said.count("sharded by FSDP2") == 1
-    train(*moved, "--run.resume_from=60")
-    assert len(losses(tmp_path / "moved")) == STEPS
-    assert losses(tmp_path / "moved") == pytest.approx(losses(whole), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -204,7 +102,8 @@ def launcher_asks(monkeypatch):
 def test_shards_are_wanted_by_the_option_or_else_by_the_launcher(option, environment, expected, launcher_asks):
     """Guards against a launcher's setting that is ignored, or that wins over the configuration."""
     launcher_asks(**environment)
-    assert wants_shards(TrainConfig(sharding=option)) is expected
+    assert wants_shards(TrainConfig(sharding=option), num_processes=2) is expected
+    assert wants_shards(TrainConfig(sharding=option), num_processes=1) is False
 
 
 @pytest.mark.parametrize(
@@ -219,36 +118,27 @@ def test_unsupported_settings_of_the_launcher_are_refused(environment, message, 
     """Guards against a launcher's setting without effect."""
     launcher_asks(ACCELERATE_USE_FSDP="true", **environment)
     with pytest.raises(UserError, match=message):
-        wants_shards(TrainConfig())
+        wants_shards(TrainConfig(), num_processes=2)
 
 
 @pytest.mark.parametrize(
-    ("model", "train", "message"),
+    ("model", "train", "option"),
     [
         ({"ngrams": (2, 3)}, {}, "model.ngrams"),
-        ({}, {"micro_batch_size": "auto"}, "train.micro_batch_size=auto"),
-        ({}, {"batch_size": 5, "micro_batch_size": 2}, "train.batch_size=5"),
-        ({}, {"batch_size": 5, "micro_batch_size": 2, "context_divisor": 4}, "train.batch_size=5"),
+        ({}, {"micro_batch_size": "auto"}, "train.micro_batch_size"),
+        ({}, {"batch_size": 5, "micro_batch_size": 2}, "train.batch_size"),
+        ({}, {"batch_size": 5, "micro_batch_size": 2, "context_divisor": 4}, "train.batch_size"),
     ],
 )
-def test_options_that_cannot_be_sharded_are_refused(model, train, message):
+def test_options_that_cannot_be_sharded_are_refused(model, train, option):
     """Guards against a run that hangs or fails at its first step: 3 + 2 windows in micro-batches of 2 are 2 and 1."""
     small = {"num_layers": 2, "num_heads": 2, "d_model": 16, "d_ff": 32, "context_length": 8}
     config = Config(model=ModelConfig(**small, **model), train=TrainConfig(sharding="fsdp2", **train))
-    with pytest.raises(UserError, match=message):
-        shard(config, build_objective(config, vocabulary_size=11), num_processes=2)
-
-
-@pytest.mark.slow
-def test_the_launch_file_shards(tmp_path, text_corpus_flags):
-    """Guards against accelerate's own FSDP, which would wrap the model a second time, and a file it cannot read."""
-    command = [*LAUNCH, "--num_processes=2", "--config_file", LAUNCH_FILES / "fsdp2_bf16.yaml", SCRIPTS / "train.py"]
-    flags = [*TINY, "--train.mixed_precision=auto", *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"]
-    done = launch([*command, *flags])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 x cpu" in done.stderr
-    assert "sharded by FSDP2, precision bf16 (as accelerate was told)" in done.stderr
-    assert charlm.load(tmp_path / "run", device="cpu").step == 3
+    accelerator = SimpleNamespace(num_processes=2, mixed_precision="no")
+    objective = build_objective(config, vocabulary_size=11)
+    with pytest.raises(UserError) as caught:
+        check_fits(config, SimpleNamespace(splits={}), objective, accelerator, sharded=True)
+    assert caught.value.option == option
 
 
 @pytest.mark.parametrize(
@@ -274,11 +164,3 @@ def test_an_update_that_is_skipped_on_the_device_leaves_shards_as_they_were(make
             assert torch.equal(linear.weight.full_tensor(), before) is skip
     finally:
         dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("launch_file", sorted(LAUNCH_FILES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_knows_every_key_of_a_launch_file(launch_file):
-    """Guards against a key that accelerate has dropped or never had, which it would refuse on a cluster first."""
-    loaded = load_config_from_file(str(launch_file))
-    flags = {flag.removeprefix("--") for action in launch_command_parser()._actions for flag in action.option_strings}
-    assert set(loaded.fsdp_config) <= flags

@@ -14,16 +14,14 @@ import pytest
 import charlm
 from charlm.config import ConfigError, RunConfig, Stopped
 from charlm.training import stop as signals
-from tiny import SCRIPTS, TINY, checkpoint_bytes, history, run_script
+from launched import wait_until
+from tiny import SCRIPTS, TINY, assert_ended_like, checkpoint_bytes, run_script, typed
 
 STEPS = 20
 FLAGS = [
     *TINY,
-    f"--train.steps={STEPS}",
-    "--train.log_every=1",
-    "--train.valid_every=5",
-    "--train.keep_checkpoints=100",
-    "--model.residual_dropout=0.1",
+    *typed(f"--train.steps={STEPS} --train.log_every=1 --train.valid_every=5 --train.keep_checkpoints=100"),
+    *typed("--model.residual_dropout=0.1"),
 ]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
@@ -43,11 +41,6 @@ def train(*flags: str) -> Path:
 
 def saved_steps(run: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
-
-
-def assert_ended_like(run: Path, whole: Path) -> None:
-    assert checkpoint_bytes(run, STEPS) == checkpoint_bytes(whole, STEPS)
-    assert history(run) == history(whole)
 
 
 @pytest.fixture(scope="module")
@@ -147,23 +140,28 @@ def test_the_time_limit_counts_from_the_start_of_the_process(whole_run, tmp_path
     assert_ended_like(run, whole)
 
 
-@pytest.mark.parametrize("text", ["5", "1h2d", "-3h", "0m", "soon", "1.5h"])
-def test_a_time_that_is_none_is_refused(text):
-    """Guards against a time limit that is ignored."""
-    with pytest.raises(ConfigError, match=r"max_time=.*must be a time like 3h50m"):
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *[("3h50m", 13_800), ("90m", 5_400), ("1d12h", 129_600), ("45s", 45)],
+        *[(text, None) for text in ("5", "1h2d", "-3h", "0m", "soon", "1.5h")],
+    ],
+)
+def test_times_are_read_as_written_or_refused(text, seconds):
+    """Guards against a unit taken for another, and a time limit that is ignored."""
+    if seconds is not None:
+        assert RunConfig(max_time=text).max_seconds == seconds
+        return
+    with pytest.raises(ConfigError) as caught:
         RunConfig().replace(max_time=text)
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("3h50m", 13_800), ("90m", 5_400), ("1d12h", 129_600), ("45s", 45)])
-def test_times_are_read_as_written(text, seconds):
-    """Guards against a unit taken for another."""
-    assert RunConfig(max_time=text).max_seconds == seconds
+    assert caught.value.option == "max_time"
 
 
 def test_resume_from_and_auto_resume_exclude_each_other():
     """Guards against a command that goes back to the same step whenever a queue starts it."""
-    with pytest.raises(ConfigError, match=r"run.resume_from=5: goes back .*auto_resume"):
+    with pytest.raises(ConfigError) as caught:
         charlm.load_config(overrides=["--run.resume_from=5", "--run.auto_resume=true"])
+    assert caught.value.option == "run.resume_from"
 
 
 def test_the_same_command_begins_continues_and_ends_a_run(whole_run, tmp_path, at, capfd):
@@ -195,17 +193,6 @@ def test_restarted_processes_continue_the_run_of_their_launcher_only(whole_run, 
     assert checkpoint_bytes(run, STEPS) == checkpoint_bytes(whole, STEPS)
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    while not path.exists() or not path.read_text():
-        assert process.poll() is None, "the run ended too early"
-        time.sleep(0.02)
-
-
-def start(*flags: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
-    command = [sys.executable, *launcher, str(SCRIPTS / "train.py"), *flags]
-    return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
-
-
 LONG = ["--train.steps=1000000", "--train.valid_every=1000000", "--train.log_every=1"]
 
 
@@ -225,7 +212,7 @@ def test_a_second_signal_ends_at_once(whole_run, tmp_path):
         "charlm.train(charlm.load_config(overrides=sys.argv[1:]))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, *flags, f"--run.dir={run}"], cwd=SCRIPTS.parent)
-    wait_for(tmp_path / "reached", process)
+    wait_until((tmp_path / "reached").exists, "first step")
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
         time.sleep(signals.SAME_REQUEST * 1.5)
@@ -243,7 +230,7 @@ def test_a_run_whose_launcher_died_saves_and_stops(whole_run, tmp_path):
     )
     command = [sys.executable, "-c", launch, str(SCRIPTS / "train.py"), *flags, *LONG, f"--run.dir={run}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
-        wait_for(run / "metrics.jsonl", launcher)
+        wait_until((run / "metrics.jsonl").exists, "training")
         launcher.kill()
         said = launcher.stderr.read()  # ends when the orphan has ended, too
     assert "the launcher is gone" in said
@@ -265,22 +252,3 @@ def test_a_signal_while_the_processes_agree_is_not_lost(monkeypatch):
         monkeypatch.setattr(signals.dist, "all_reduce", lambda *_, **__: None)
         assert stop.agreed()
         assert stop.reason == "SIGTERM"
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_two_processes_stop_after_the_same_step(rank, whole_run, tmp_path):
-    """Guards against processes that wait for each other for ever because only one of them got the signal."""
-    flags, _ = whole_run
-    run = tmp_path / "run"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    process = start(*flags, *LONG, f"--run.dir={run}", launcher=launcher, ACCELERATE_USE_CPU="true")
-    try:
-        wait_for(run / "metrics.jsonl", process)
-        workers = {child.environ()["RANK"]: child for child in signals.psutil.Process(process.pid).children()}
-        workers[str(rank)].send_signal(signal.SIGTERM)
-        _, said = process.communicate()
-    finally:
-        process.kill()
-    assert process.returncode == 0
-    (step,) = saved_steps(run)
-    assert f"stopped after step {step:,} of 1,000,000: SIGTERM" in said

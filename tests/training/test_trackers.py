@@ -11,26 +11,20 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 import charlm
 from charlm.config import TrackerName, UserError
 from charlm.runs.folder import Run
-from charlm.training import loop, trackers
-from tiny import SCRIPTS, TINY
+from charlm.training import log, loop
+from tiny import SCRIPTS, TINY, typed
 
 FLAGS = [
     *TINY,
-    "--model.num_layers=3",
-    "--train.steps=20",
-    "--train.log_every=2",
-    "--train.valid_every=5",
-    "--train.keep_checkpoints=9",
+    *typed("--model.num_layers=3 --train.steps=20 --train.log_every=2 --train.valid_every=5"),
+    *typed("--train.keep_checkpoints=9"),
 ]
-OPTIONS = {"model.num_layers": "3", "train.adam_betas": "[0.9, 0.99]", "train.micro_batch_size": "null"}
 Metrics = dict[tuple[int, str], float]
-Options = dict[str, Any]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,7 +54,7 @@ def newest(folder: Path, pattern: str) -> Path:
     return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
 
 
-def read_aim(run: Path, home: Path) -> tuple[Metrics, Options]:
+def read_aim(run: Path, home: Path) -> Metrics:
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         import aim
 
@@ -75,65 +69,55 @@ def read_aim(run: Path, home: Path) -> tuple[Metrics, Options]:
         for step, value in zip(metric.data.indices_list(), metric.data.values_list()[0], strict=True)
         if not metric.name.startswith("__")  # the machine's own
     }
-    options = record["hparams"]
     for record in records:
         record.close()
-    return metrics, options
+    return metrics
 
 
-def read_clearml(run: Path, home: Path) -> tuple[Metrics, Options]:
+def read_clearml(run: Path, home: Path) -> Metrics:
     with zipfile.ZipFile(newest(home, "clearml/**/offline-*.zip")) as session:
         lines = session.read("metrics.jsonl").decode().splitlines()
-        task = json.loads(session.read("task.json"))
     events = [event for line in lines for event in json.loads(line) if not event["metric"].startswith(":monitor")]
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-        from clearml.utilities.pyhocon import ConfigFactory
-
-        options = ConfigFactory.parse_string(task["configuration"]["General"]["value"])
-    return {(event["iter"], event["metric"]): event["value"] for event in events}, {
-        name.strip('"'): value for name, value in options.items()
-    }
+    return {(event["iter"], event["metric"]): event["value"] for event in events}
 
 
-def read_comet_ml(run: Path, home: Path) -> tuple[Metrics, Options]:
+def read_comet_ml(run: Path, home: Path) -> Metrics:
     with zipfile.ZipFile(newest(home, "comet_ml/*.zip")) as experiment:
         messages = [json.loads(line) for line in experiment.read("messages.json").decode().splitlines()]
     metrics = [message["payload"]["metric"] for message in messages if message["type"] == "metric_msg"]
-    options = [message["payload"]["param"] for message in messages if message["type"] == "parameter_msg"]
     return {
         (metric["step"], metric["metricName"]): metric["metricValue"]
         for metric in metrics
         if not metric["metricName"].startswith(("sys.", "process "))
-    }, {option["paramName"]: option["paramValue"] for option in options}
+    }
 
 
-def read_dvclive(run: Path, home: Path) -> tuple[Metrics, Options]:
+def read_dvclive(run: Path, home: Path) -> Metrics:
     from dvclive.utils import parse_metrics
 
     class Live:
         plots_dir, metrics_file = run / "trackers/dvclive/plots", run / "trackers/dvclive/metrics.json"
 
     history, _ = parse_metrics(Live)
-    options = yaml.safe_load((run / "trackers/dvclive/params.yaml").read_text())
     folder = Live.plots_dir / "metrics"
     return {
         (int(row["step"]), str(Path(file).relative_to(folder).with_suffix(""))): float(row[Path(file).stem])
         for file, rows in history.items()
         for row in rows
-    }, options
+    }
 
 
-def read_mlflow(run: Path, home: Path) -> tuple[Metrics, Options]:
+def read_mlflow(run: Path, home: Path) -> Metrics:
     from mlflow import MlflowClient
 
     client = MlflowClient()
     experiment = client.get_experiment_by_name("charlm")
     record = max(client.search_runs([experiment.experiment_id]), key=lambda record: record.info.start_time)
     history = [point for name in record.data.metrics for point in client.get_metric_history(record.info.run_id, name)]
-    return {(point.step, point.key): point.value for point in history}, record.data.params
+    return {(point.step, point.key): point.value for point in history}
 
 
-def read_swanlab(run: Path, home: Path) -> tuple[Metrics, Options]:
+def read_swanlab(run: Path, home: Path) -> Metrics:
     from swanlab.proto.swanlab.record.v1.record_pb2 import Record
     from swanlab.sdk.internal.core_python.store import DataStoreReader
 
@@ -144,21 +128,17 @@ def read_swanlab(run: Path, home: Path) -> tuple[Metrics, Options]:
         if record.HasField("scalar") and not record.scalar.key.startswith("__"):  # the machine's own
             metrics[record.scalar.step, record.scalar.key] = record.scalar.value.number
     reader.close()
-    options = yaml.safe_load((file.parent / "files" / "config.yaml").read_text())
-    return metrics, {name: entry["value"] for name, entry in options.items()}
+    return metrics
 
 
-def read_tensorboard(run: Path, home: Path) -> tuple[Metrics, Options]:
+def read_tensorboard(run: Path, home: Path) -> Metrics:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "trackers" / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    options = newest(run, "trackers/tensorboard/*/hparams.yml")
-    return {
-        (event.step, name): event.value for name in events.Tags()["scalars"] for event in events.Scalars(name)
-    }, yaml.safe_load(options.read_text())
+    return {(event.step, name): event.value for name in events.Tags()["scalars"] for event in events.Scalars(name)}
 
 
-def read_trackio(run: Path, home: Path) -> tuple[Metrics, Options]:
+def read_trackio(run: Path, home: Path) -> Metrics:
     from trackio.sqlite_storage import SQLiteStorage
 
     name = f"{run.name}-{(run / 'trackers' / 'key').read_text()[:8]}"
@@ -167,15 +147,15 @@ def read_trackio(run: Path, home: Path) -> tuple[Metrics, Options]:
         for row in SQLiteStorage.get_logs("charlm", name)
         for path, value in row.items()
         if path not in ("step", "timestamp")
-    }, SQLiteStorage.get_run_config("charlm", name)
+    }
 
 
-def read_wandb(run: Path, home: Path) -> tuple[Metrics, Options]:
+def read_wandb(run: Path, home: Path) -> Metrics:
     """LevelDB's log format, after a header of 7 bytes: blocks of 32 KiB, of records in one or several pieces."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, position, pieces = newest(run, "trackers/wandb/offline-run-*/*.wandb").read_bytes(), 7, b""
-    metrics, options = {}, {}
+    metrics = {}
     while position < len(data):
         if (left := -position % 32768) and left < 7:
             position += left
@@ -186,8 +166,7 @@ def read_wandb(run: Path, home: Path) -> tuple[Metrics, Options]:
             record, pieces = Record.FromString(pieces), b""
             items = {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
             metrics |= {(items["_step"], name): items[name] for name in items if not name.startswith("_")}
-            options |= {option.key: json.loads(option.value_json) for option in record.config.update if option.key}
-    return metrics, options
+    return metrics
 
 
 READERS = {name.removeprefix("read_"): reader for name, reader in globals().items() if name.startswith("read_")}
@@ -227,12 +206,10 @@ def test_a_trackers_record_is_metrics_jsonl(name, home, tmp_path, text_corpus_fl
         pytest.skip(f"{name} is not installed")
     flags, start = [*text_corpus_flags, f"--run.tracker={name}"], train if name == "tensorboard" else train_apart
     run = start(tmp_path / "run", *flags)
-    metrics, options = READERS[name](run, home)
-    assert metrics == pytest.approx(recorded(run), rel=1e-6)  # tensorboard keeps 32 bits
-    assert {option: str(options[option]) for option in OPTIONS} == OPTIONS
+    assert READERS[name](run, home) == pytest.approx(recorded(run), rel=1e-6)  # tensorboard keeps 32 bits
 
     start(run, *flags, "--run.resume_from=10", "--train.log_every=5")
-    metrics, _ = READERS[name](run, home)
+    metrics = READERS[name](run, home)
     anew = {key: value for key, value in recorded(run).items() if key[0] > 10}
     assert {key: metrics.get(key) for key in anew} == pytest.approx(anew, rel=1e-6)
     if name == "tensorboard":
@@ -245,16 +222,16 @@ def test_several_trackers_at_once(home, tmp_path, text_corpus_flags):
         pytest.skip("fewer than two trackers are installed")
     run = train_apart(tmp_path / "run", *text_corpus_flags, f"--run.tracker={','.join(INSTALLED)}")
     for name in INSTALLED:
-        assert READERS[name](run, home)[0] == pytest.approx(recorded(run), rel=1e-6), name
+        assert READERS[name](run, home) == pytest.approx(recorded(run), rel=1e-6), name
 
 
 def test_numbers_of_a_row():
     """Guards against values that trackers refuse: None, an empty table, and two values of one name at one step."""
     row = {"step": 5, "bits_per_character": None, "seconds": 2.5, "terms": {"layer1/offset1/all": {"loss": 4.0}}}
-    assert trackers.numbers(row) == {"seconds": 2.5, "terms/layer1/offset1/all/loss": 4.0}
-    assert trackers.numbers({"step": 5, "loss": 0.0, "terms": {}}) == {"loss": 0.0}
+    assert log.numbers(row) == {"seconds": 2.5, "terms/layer1/offset1/all/loss": 4.0}
+    assert log.numbers({"step": 5, "loss": 0.0, "terms": {}}) == {"loss": 0.0}
     row = {"step": 5, "seconds": 3.5, "valid": {"bits_per_byte": 2.0}}
-    assert trackers.numbers(row) == {"valid/seconds": 3.5, "valid/bits_per_byte": 2.0}
+    assert log.numbers(row) == {"valid/seconds": 3.5, "valid/bits_per_byte": 2.0}
 
 
 def test_every_tracker_of_accelerate_has_a_name_here():
@@ -264,9 +241,10 @@ def test_every_tracker_of_accelerate_has_a_name_here():
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path, text_corpus_flags, monkeypatch):
     """Guards against accelerate silently leaving it out, and against writing anything before the refusal."""
-    monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["wandb"])
-    with pytest.raises(UserError, match=r"run.tracker=aim,comet_ml: not installed; pip install 'aim<4' comet-ml"):
+    monkeypatch.setattr(log, "get_available_trackers", lambda: ["wandb"])
+    with pytest.raises(UserError, match="aim,comet_ml: not installed; pip install 'aim<4' comet-ml") as caught:
         train(tmp_path / "run", "--run.tracker=aim,wandb,comet_ml", "--data.corpus=file", "--data.path=nowhere")
+    assert caught.value.option == "run.tracker"
     assert not list(tmp_path.iterdir())
 
 
@@ -289,6 +267,9 @@ class Fake(GeneralTracker):
     def start(self):
         self._take("start")
 
+    def store_init_configuration(self, values):
+        self.options = values
+
     def log(self, values, step):
         self._take(step)
 
@@ -306,7 +287,7 @@ def fakes(monkeypatch):
     class Failing(Fake):
         name, made = "mlflow", Sound.made
 
-    monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["wandb", "mlflow"])
+    monkeypatch.setattr(log, "get_available_trackers", lambda: ["wandb", "mlflow"])
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Sound)
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mlflow", Failing)
     return Failing
@@ -337,6 +318,8 @@ def test_a_tracker_that_fails_does_not_end_the_run(fails, fakes, tmp_path, text_
     assert steps == [2, 4, 5, 6, 8, 10, 10, 12, 14, 15, 16, 18, 20, 20]
     failing, sound = (fake.calls for fake in fakes.made)
     assert sound == ["start", *steps, "finish"]
+    options = {"model.num_layers": 3, "train.adam_betas": "[0.9, 0.99]", "train.micro_batch_size": "null"}
+    assert options.items() <= fakes.made[0].options.items(), "trackers take scalars"
     assert failing == ["start", 2, 4, 5, 6, 8] if fails == 8 else sound
     assert f"run.tracker=mlflow failed and is no longer used: OSError('no server for {fails}')" in (
         capsys.readouterr().err
@@ -345,7 +328,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(fails, fakes, tmp_path, text_
 
 def test_trackers_are_finished_when_training_fails(fakes, tmp_path, text_corpus_flags, monkeypatch):
     """Guards against a record that stays open, or is lost, when the run ends by an exception."""
-    monkeypatch.setattr(loop, "validate", lambda *_: 1 / 0)
+    monkeypatch.setattr(loop, "count_units", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "run", *text_corpus_flags, "--run.tracker=wandb")
     assert [fake.calls for fake in fakes.made] == [["start", 2, 4, "finish"]]

@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,7 @@ from charlm.config import TrainConfig, UserError
 from charlm.objective.routes import Update
 from charlm.runs.folder import Run
 from charlm.training.gradients import Losses
-from charlm.training.optimizers import build_optimizers
-from charlm.training.update import ENOUGH, Updates, step_unless
+from charlm.training.update import ENOUGH, Updates, build_optimizers, step_unless
 from tiny import TINY, train
 
 
@@ -67,7 +67,14 @@ def test_a_step_skipped_on_the_device_never_happened(kind, first):
 
 def updates_of(optimizers: list, accepted: tuple = (), **options) -> Updates:
     parameters = {p: None for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    return Updates(TrainConfig(**options), Accelerator(cpu=True), parameters, optimizers, accepted)
+    route = SimpleNamespace(parameters=list(parameters), optimizers=optimizers)
+    return Updates(TrainConfig(**options), Accelerator(cpu=True), route, accepted)
+
+
+def net_and_updates(accepted: tuple = (), **options) -> tuple[Net, list, Updates]:
+    model = Net()
+    optimizers = build_optimizers(TrainConfig(), model)
+    return model, optimizers, updates_of(optimizers, accepted, **options)
 
 
 def apply(updates: Updates, optimizers: list, step: int, *row: float, **options) -> None:
@@ -125,9 +132,7 @@ def test_fp16_scales_back_once_for_all_optimizers():
 
 def test_the_term_that_broke_is_named():
     """Guards against a message that leaves the user to guess which head it was."""
-    model = Net()
-    optimizers = build_optimizers(TrainConfig(), model)
-    updates = updates_of(optimizers)
+    model, optimizers, updates = net_and_updates()
     model.loss(float("inf")).backward()
     updates.apply(
         6,
@@ -143,9 +148,7 @@ def test_a_loss_that_leaps_is_skipped():
     losses = [2.0 + 0.01 * ((7 * index) % 11) for index in range(40)]
     median = statistics.median_low(losses)
     deviation = 1.4826 * statistics.median_low(abs(loss - median) for loss in losses)
-    model = Net()
-    optimizers = build_optimizers(TrainConfig(), model)
-    updates = updates_of(optimizers, tuple(losses), spike_threshold=4.0)
+    model, optimizers, updates = net_and_updates(tuple(losses), spike_threshold=4.0)
     kept = []
     for step, loss in enumerate([median + 3.99 * deviation, 9.0, 9.0, 9.0, median]):
         model.loss().backward()
@@ -157,14 +160,11 @@ def test_a_loss_that_leaps_is_skipped():
 
 def test_few_losses_judge_nothing():
     """Guards against skipping the first noisy losses, when there are too few to compare with."""
-    model = Net()
-    losses = [1.0] * (ENOUGH - 1)
-    optimizers = build_optimizers(TrainConfig(), model)
-    updates = updates_of(optimizers, tuple(losses), spike_threshold=1.0)
+    model, optimizers, updates = net_and_updates((1.0,) * (ENOUGH - 1), spike_threshold=1.0)
     for step, skipped in enumerate([False, True]):
         model.loss().backward()
         apply(updates, optimizers, step, 5.0, 5.0)
-        assert bool(updates.unread[-1][2]) == skipped
+        assert bool(updates.unread[-1][2][0]) == skipped
 
 
 @pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])
@@ -197,9 +197,7 @@ def test_a_step_of_several_passes_is_made_whole_or_not_at_all(broken_pass, kind,
 
 def test_the_losses_of_passes_make_one_report():
     """Guards against a report of one pass only."""
-    model = Net()
-    optimizers = build_optimizers(TrainConfig(), model)
-    updates = updates_of(optimizers)
+    model, optimizers, updates = net_and_updates()
     for number in range(3):
         model.loss().backward()
         losses = Losses((f"layer{number}",), torch.tensor([2.0**number, 10.0 + number]))
@@ -229,9 +227,8 @@ def test_the_weights_adapt_to_updates_that_were_made():
     model = Net()
     optimizers = build_optimizers(TrainConfig(), model)
     told = []
-    updates = Updates(
-        TrainConfig(), Accelerator(cpu=True), model.parameters(), optimizers, (), lambda *heard: told.append(heard)
-    )
+    updates = updates_of(optimizers)
+    updates.adapt = lambda *heard: told.append(heard)
     for step, total in enumerate([3.0, float("nan")]):
         model.loss().backward()
         updates.apply(

@@ -9,9 +9,11 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import charlm
+from launched import register_documented_task
 
 
 def check_threads() -> None:
@@ -25,5 +27,6 @@ def check_threads() -> None:
 
 if __name__ == "__main__":
     atexit.register(check_threads)  # runs after what training registers
+    register_documented_task(Path(sys.argv[1]).parent)
     for flags in json.loads(Path(sys.argv[1]).read_text()):
         charlm.train(charlm.load_config(overrides=flags))
