@@ -59,10 +59,7 @@ def flatten(tree: dict[str, Any], separator: str) -> dict[str, Any]:
 
 
 def differences(a: Section, b: Section) -> dict[str, tuple[Any, Any]]:
-    """The options in which two configs differ, by their dotted names, with both values.
-
-    A task, or a weight by layer, that only one of them has is None in the other.
-    """
+    """The options in which two configs differ, by dotted name, with both values; None for what only one has."""
     before, after = flatten(a.model_dump(), "."), flatten(b.model_dump(), ".")
     pairs = {name: (before.get(name), after.get(name)) for name in before | after}
     return {name: (old, new) for name, (old, new) in pairs.items() if old != new}

@@ -18,10 +18,6 @@ _READ_BY = {
 """Options that only some corpora have. Set for another one, they would be ignored without a word."""
 
 
-def _default_cache() -> Path:
-    return Path(os.environ.get("CHARLM_CACHE") or "~/.cache/charlm")
-
-
 class DataConfig(Section):
     """The text, and how it becomes ids."""
 
@@ -30,7 +26,9 @@ class DataConfig(Section):
     dataset of the hub, too; python-stdlib needs no network."""
     path: Annotated[Path | None, Mark.MAY_CHANGE, Mark.NO_EFFECT] = None
     """A local copy of enwik8 or text8 (raw, .zip, .gz, .xz), or the file or folder for corpus=file."""
-    cache_dir: Annotated[Path, Mark.MAY_CHANGE, Mark.NO_EFFECT] = Field(default_factory=_default_cache)
+    cache_dir: Annotated[Path, Mark.MAY_CHANGE, Mark.NO_EFFECT] = Field(
+        default_factory=lambda: Path(os.environ.get("CHARLM_CACHE") or "~/.cache/charlm")
+    )
     """Folder for prepared corpora. The environment variable CHARLM_CACHE changes the default."""
     vocabulary: Literal["bytes", "characters", "sentencepiece"] = "bytes"
     """How text becomes ids. bytes: always 256 symbols. characters: those of the training split; the other splits must

@@ -9,10 +9,7 @@ from pydantic import BaseModel
 
 
 class UserError(Exception):
-    """Something the user can mend: shown as one message without a traceback; scripts exit with code 2.
-
-    `option` is the dotted name of the option that is at fault, if it is about one.
-    """
+    """Something the user can mend, shown as one message; `option` is the dotted name of the option at fault, if any."""
 
     def __init__(self, message: object = "", option: str | None = None):
         super().__init__(message)
@@ -20,10 +17,7 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """The process was asked to stop and has saved its state: scripts exit with code 0.
-
-    It is no Exception, like KeyboardInterrupt, so that a loop over several runs stops, too.
-    """
+    """The process was asked to stop and has saved its state. No Exception, so that a loop over several runs stops."""
 
 
 class ConfigError(UserError):

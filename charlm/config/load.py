@@ -16,8 +16,7 @@ from charlm.config.types import NULLS, Lines, options_of, read_yaml, sections_of
 
 S = TypeVar("S", bound=Section)
 SECTIONS, OPTIONS = sections_of(Config), options_of(Config)
-RENAMED = {"model.positions": "model.position_encoding"}
-"""Former names of options, and the present ones."""
+RENAMED = {"model.positions": "model.position_encoding"}  # former names of options, and the present ones
 
 
 class Setting(NamedTuple):
@@ -33,8 +32,7 @@ def load_config(
 ) -> Config:
     """The configuration that YAML files make, the later over the earlier, and overrides over all files.
 
-    Args:
-        overrides: flags, `["--train.steps=60"]`, or a mapping, `{"train.steps": 60}` or `{"train": {"steps": 60}}`.
+    Overrides are flags, `["--train.steps=60"]`, or a mapping, `{"train.steps": 60}` or `{"train": {"steps": 60}}`.
 
     Raises:
         UserError: missing or unreadable file.

@@ -165,12 +165,10 @@ class LayersConfig(StagedLossConfig):
         """The layers below the last that have a head, in rising order."""
         if not self.enabled:
             return ()
-        if isinstance(self.weights, dict):
-            layers = {layer_at(depth, num_layers) for depth in self.weights}
-        elif self.at is not None:
-            layers = {layer_at(depth, num_layers) for depth in self.at}
-        else:
-            layers = set(range(self.every, num_layers, self.every))
+        depths = self.weights if isinstance(self.weights, dict) else self.at
+        if depths is None:
+            depths = range(self.every, num_layers, self.every)
+        layers = {layer_at(depth, num_layers) for depth in depths}
         return tuple(sorted(layer for layer in layers if layer < num_layers))
 
     def misfits(self, num_layers: int) -> Iterator[tuple[str, str]]:

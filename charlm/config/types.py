@@ -26,8 +26,7 @@ MESSAGES = {
     "bool_parsing": "should be true or false",
 }
 """Our message for each type of error of pydantic's."""
-UNION_MEMBER = re.compile(r"int|list|mapping|.*\[.*\]")
-"""Parts of an error's location that are no keys: pydantic's names for the members of a union."""
+UNION_MEMBER = re.compile(r"int|list|mapping|.*\[.*\]")  # pydantic's names for members of a union, in a location
 
 
 class Mark(Enum):
@@ -146,11 +145,7 @@ class _TextLoader(yaml.BaseLoader):
 
 
 def read_yaml(text: str) -> Any:
-    """Text, lists and mappings of YAML: no numbers, no tags, no key twice. The types of options do the rest.
-
-    Raises:
-        ValueError: the text is not valid YAML.
-    """
+    """Text, lists and mappings of YAML: no numbers, no tags, no key twice. Raises ValueError."""
     try:
         return _TextLoader(text).get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
