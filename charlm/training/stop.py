@@ -110,7 +110,8 @@ def explained(train: TrainConfig, stop: StopRequests) -> Iterator[None]:
             raise UserError(
                 f"out of memory: lower --train.micro_batch_size, now {now}, or use a smaller model or context, "
                 "--train.activation_checkpointing=true, or --train.sharding=fsdp2 on several GPUs "
-                f"({first_line(error)})"
+                f"({first_line(error)})",
+                "train.micro_batch_size",
             ) from error
         if any(words in str(error) for words in NO_PEER):
             stop.stays = True  # the launcher ends this process, too, and its SIGTERM must not cut off the message

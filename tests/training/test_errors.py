@@ -16,10 +16,11 @@ from charlm.training.stop import StopRequests, explained
 def test_lack_of_memory_names_the_flags_to_change(device):
     """Guards against a traceback when a flag would help, by the error of the CPU's allocator or of the GPU's."""
     train = TrainConfig(micro_batch_size=8)
-    with pytest.raises(UserError, match="micro_batch_size, now 8") as caught, explained(train, StopRequests()):
+    with pytest.raises(UserError, match="now 8") as caught, explained(train, StopRequests()):
         if device == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         torch.empty(2**50)
+    assert caught.value.option == "train.micro_batch_size"
     assert "\n" not in str(caught.value)
 
 

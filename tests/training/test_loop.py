@@ -131,16 +131,19 @@ def test_every_config_runs_at_another_size(config_file, tmp_path, text_corpus_fl
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "option"),
     [
-        (["--model.context_length=2500"], "split of 2000 symbols is shorter than one window of 2502"),
-        (["--train.mixed_precision=fp16"], "train.mixed_precision=fp16"),
-        (["--aux.main_weight=0", "--aux.layers.enabled=false"], "aux.main_weight=0.0: all losses have weight zero"),
+        ("--model.context_length=2500", "data.corpus"),
+        ("--train.mixed_precision=fp16", "train.mixed_precision"),
+        ("--train.micro_batch_size=auto", "train.micro_batch_size"),
+        ("--train.batch_size=1000000000000", "train.batch_size"),
+        ("--aux.main_weight=0 --aux.layers.enabled=false", "aux.main_weight"),
     ],
 )
-def test_refusals_come_before_anything_is_written(flags, message, tmp_path, text_corpus_flags, monkeypatch):
+def test_refusals_come_before_anything_is_written(flags, option, tmp_path, text_corpus_flags, monkeypatch):
     """Guards against an incomplete run folder that blocks the corrected command."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(UserError, match=message):
-        train(*FLAGS, *text_corpus_flags, *flags, f"--run.dir={tmp_path / 'run'}")
+    with pytest.raises(UserError) as caught:
+        train(*FLAGS, *text_corpus_flags, *typed(flags), f"--run.dir={tmp_path / 'run'}")
+    assert caught.value.option == option
     assert not (tmp_path / "run").exists()
