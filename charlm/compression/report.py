@@ -24,7 +24,7 @@ from charlm.config import UserError
 from charlm.inference.generation import generate
 from charlm.report.style import PICTURE, TRAIN, VALID, new_figure, save
 from charlm.runs.trained import TrainedModel
-from charlm.text import markdown_table
+from charlm.text import counted, markdown_table
 
 COMPRESSORS = {
     "gzip -9": lambda: zlib.compressobj(9, wbits=31),  # within 0.2 % of the program's size
@@ -54,9 +54,9 @@ class CompressionReport(BaseModel, frozen=True):
         verified = "not verified" if made.verify_seconds is None else f"verified in {made.verify_seconds:,.1f} s"
         lines = [
             f"{self.file}: {made.bytes:,} bytes in {made.compressed_bytes:,}{rate}",
-            f"  {made.symbols:,} symbols in {_counted(settings.streams, 'stream')}, context {settings.context:,}, "
+            f"  {made.symbols:,} symbols in {counted(settings.streams, 'stream')}, context {settings.context:,}, "
             f"stride {settings.stride:,}",
-            f"  {settings.precision}, {_counted(settings.threads, 'thread')}, "
+            f"  {settings.precision}, {counted(settings.threads, 'thread')}, "
             f"{made.symbols / max(made.seconds, 1e-9):,.0f} characters per second, {made.seconds:,.1f} s; {verified}",
         ]
         if self.model is not None:
@@ -78,7 +78,7 @@ class CompressionReport(BaseModel, frozen=True):
             ]
         if self.speeds:
             speeds = {"generation, one text": self.generation_speed}
-            speeds |= {_counted(streams, "stream"): speed for streams, speed in self.speeds.items()}
+            speeds |= {counted(streams, "stream"): speed for streams, speed in self.speeds.items()}
             rows = [(name, f"{speed:,.0f}", f"{speed / self.generation_speed:.1f}") for name, speed in speeds.items()]
             lines += ["", markdown_table(("", "characters per second", "of generation's"), rows)]
         return "\n".join(lines)
@@ -191,7 +191,3 @@ def _generation_speed(trained: TrainedModel, file: Path, settings: CodingSetting
         started = time.perf_counter()
         generate(trained, prompt, length=settings.stride)
         return settings.stride / (time.perf_counter() - started)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("s" if count > 1 else "")

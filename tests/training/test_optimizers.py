@@ -13,6 +13,7 @@ from charlm.model.transformer import CharTransformer
 from charlm.objective.objective import Objective, head_pairs
 from charlm.objective.terms import build_terms
 from charlm.training.update import build_optimizers, learning_rate_factor, set_learning_rates
+from tiny import typed
 
 
 @pytest.mark.parametrize(
@@ -93,18 +94,8 @@ def build_objective(norm: str = "pre", ngrams: tuple[int, ...] = ()) -> Objectiv
     return Objective(CharTransformer(config, 5), Heads(config, 5, head_pairs(terms, 2)), terms)
 
 
-HIDDEN = {
-    f"transformer.blocks.{layer}.{part}.weight"
-    for layer in (0, 1)
-    for part in (
-        "attention.query",
-        "attention.key",
-        "attention.value",
-        "attention.out",
-        "feed_forward.up",
-        "feed_forward.down",
-    )
-}
+PARTS = typed("attention.query attention.key attention.value attention.out feed_forward.up feed_forward.down")
+HIDDEN = {f"transformer.blocks.{layer}.{part}.weight" for layer in (0, 1) for part in PARTS}
 CLASSIFIERS = {f"heads.exits.layer{layer}.offset{offset}.weight" for layer in (1, 2) for offset in (1, 2)}
 
 
