@@ -32,6 +32,7 @@ import charlm.training.loop  # before the first fork, so that a start takes no t
 from charlm.config import Stopped
 from charlm.runs.checkpoints import checkpoint_folders
 from charlm.runs.folder import Run
+from charlm.text import markdown_table
 from tiny import checkpoint_bytes, checkpoint_folder, typed
 
 STEPS, VALID_EVERY = 300, 50
@@ -96,13 +97,8 @@ def start(flags: list[str], run: Path, num_processes: int) -> list[int]:
             os.environ["ACCELERATE_USE_CPU"] = "true"
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if num_processes > 1:
-                world = {
-                    "RANK": rank,
-                    "LOCAL_RANK": rank,
-                    "WORLD_SIZE": num_processes,
-                    "LOCAL_WORLD_SIZE": num_processes,
-                }
-                os.environ |= {name: str(value) for name, value in world.items()}
+                os.environ |= dict.fromkeys(["RANK", "LOCAL_RANK"], str(rank))
+                os.environ |= dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(num_processes))
                 os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
             with (run.parent / "said.txt").open("a") as said:
                 os.dup2(said.fileno(), 1)
@@ -234,15 +230,11 @@ def soak_one(folder: Path, corpus: list[str], choose: random.Random, strikes: in
 
 def table(outcomes: list[Outcome]) -> str:
     """What was done, as Markdown."""
-    lines = [
-        "| settings | processes | " + " | ".join(STRIKES) + " | damaged | steps wrong | end |",
-        "|---|---|" + "---:|" * (len(STRIKES) + 2) + "---|",
-    ]
+    rows = []
     for outcome in outcomes:
         counts = [*(outcome.strikes[kind] for kind in STRIKES), outcome.damaged, outcome.wrong_steps]
-        cells = [f"`{outcome.settings}`", outcome.processes, *map(str, counts), outcome.end]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([f"`{outcome.settings}`", outcome.processes, *map(str, counts), outcome.end])
+    return markdown_table(["settings", "processes", *STRIKES, "damaged", "steps wrong", "end"], rows)
 
 
 def main() -> None:
