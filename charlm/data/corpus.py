@@ -31,7 +31,7 @@ from charlm.data.vocabulary import (
     vocabulary_from_dict,
     whole_characters,
 )
-from charlm.files import read_json, sha256_of, sync
+from charlm.files import read_json, remove, replacing, sha256_of, sync, write_whole
 
 FORMAT = 1
 """Version of the folder's layout; a folder of another version is prepared anew."""
@@ -137,14 +137,12 @@ def _open(folder: Path, source: Source) -> Corpus:
 
 
 def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bool) -> None:
-    """Write the folder under another name and rename it, so that it is there as a whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    """Write the folder whole or not at all."""
     if source.size is not None and source.size > (free := shutil.disk_usage(folder.parent).free):
         room = f"data.cache_dir={folder.parent} has {free:,} bytes free"
         raise source.choice.error(f"has {source.size:,} bytes, but {room}; make room, or choose another")
-    temporary.mkdir()
-    try:
+    with replacing(folder) as temporary:
+        temporary.mkdir()
         text, ids = temporary / "text.bin", temporary / "ids.bin"
         # Shown only after a moment, when the bar of a download is gone.
         bar = partial(tqdm, unit="B", unit_scale=True, delay=0.5, disable=None if show_progress else True)
@@ -172,12 +170,9 @@ def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bo
             "ids_sha256": sha256_of(ids),
             "splits": splits,
         }
-        (temporary / "corpus.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        write_whole(temporary / "corpus.json", json.dumps(record, indent=2) + "\n")
         sync(ids)  # the folder's name must not survive a power cut that its content does not
-        shutil.rmtree(folder, ignore_errors=True)  # damaged, or made from another text
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(folder)  # damaged, or made from another text
 
 
 def _write_text(source: Source, path: Path, bar: Callable[..., tqdm]) -> tuple[str, dict[str, range], int | None]:

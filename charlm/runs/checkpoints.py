@@ -84,8 +84,8 @@ class Checkpoint:
         """Put parameters and optimizer state back, on each parameter's device and in its shards.
 
         Raises:
-            UserError: names, shapes or types of tensors are not those of this model, or some parameters of an optimizer
-                have less state than others. A parameter that never received a gradient has none.
+            UserError: names, shapes or types of tensors are not those of this model, or a parameter has some of its
+                optimizer's state and not all.
         """
         tensors, expected = self.tensors(), model.state_dict()
         check_tensors(self.path / MODEL, tensors, expected, "the model of config.yaml and provenance.json")
@@ -176,7 +176,7 @@ def newest_whole_checkpoint(run: Run) -> tuple[Checkpoint | None, list[str]]:
 
 
 def checkpoint_folders(run: Run) -> dict[int, Path]:
-    """The folders of the run's checkpoints by step, in order. Of one that a kill left half replaced, the old folder."""
+    """The folders of the run's checkpoints by step, in order; the old one where a kill left two of a step."""
     folders = {}
     if run.checkpoints_path.is_dir():
         for path in sorted(run.checkpoints_path.iterdir()):  # .step-00000001.old before step-00000001
@@ -188,9 +188,9 @@ def checkpoint_folders(run: Run) -> dict[int, Path]:
 def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[str]:
     """Make `checkpoint` the run's newest: drop the metrics and checkpoints that come after it.
 
-    With `discard`, later whole checkpoints are removed. All other later ones are put aside, because the disk may have
-    failed only for a moment. `best` becomes the best that the checkpoint's state names; if that is gone, the one that
-    `best` named before; else the checkpoint itself.
+    With `discard`, whole ones are removed; all others are put aside, because the disk may have failed only for a
+    moment. `best` becomes the best that the checkpoint's state names, if it is there, else the one that `best` named
+    before, else the checkpoint itself.
 
     Returns:
         Warnings about checkpoints put aside and damaged rows of metrics dropped.
@@ -252,12 +252,9 @@ def digest(record: Any) -> str:
 
 
 def _read(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder, which must hold the three files, the manifest written for them, and nothing else.
+    """The checkpoint in a folder; UserError if it is damaged, or cannot be read now.
 
-    The paths that are read do not depend on any file's content, and sizes are compared before anything is hashed.
-
-    Raises:
-        UserError: it is damaged, or cannot be read now.
+    No path depends on what a file says, and sizes are compared before anything is hashed.
     """
     if folder.is_symlink() or not folder.is_dir():
         raise UserError(f"{folder} is damaged: it is no folder")

@@ -148,8 +148,8 @@ class Run:
             yield row
 
     def forget_metrics_after(self, step: int, validated_step: int | None = None) -> list[str]:
-        """Drop the rows that a run resumed at `step` will write again, and damaged ones; return a warning for each
-        damaged row. `validated_step` is the last step whose validation it knows, by default `step`."""
+        """Drop the rows that a run resumed at `step` will write again, and damaged ones; return a warning for each of
+        these. `validated_step` is the last step whose validation it knows, by default `step`."""
         known = step if validated_step is None else min(step, validated_step)
         kept, warnings = [], []
         for number, row in self._numbered_metrics():

@@ -1,7 +1,4 @@
-"""Tensors between modules and safetensors files, copied to the CPU and gathered on the way if they are sharded.
-
-The library limits the headers of files to 100 MB and checks every offset.
-"""
+"""Tensors of models and optimizers: copied to the CPU, written to safetensors files, read and compared."""
 
 import errno
 import os
@@ -33,8 +30,8 @@ class Snapshot:
     model: dict[str, Tensor]
     """Parameters by name."""
     optimizer: dict[str, Tensor]
-    """The state of all optimizers by `parameter.key`, with a prefix where several optimizers update the same parameters
-    for different losses. Parameters that never received a gradient have no state."""
+    """State of all optimizers by `parameter.key`, the parameter named as in `owned_parameters`. Parameters that never
+    received a gradient have none."""
     state: dict[str, Any]
     """JSON-able; `state["step"]` is the number of completed optimizer steps."""
 
@@ -55,16 +52,16 @@ def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer], state: Mapp
 
 
 def owned_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of an optimizer by the names used for their state in a snapshot.
+    """The parameters of an optimizer by the model's name for each.
 
-    That is the model's name for each, after the "state_prefix" of its parameter group if it has one.
+    The "state_prefix" of the parameter group comes first, if it has one: several optimizers may update the same
+    parameters for different losses.
     """
-    prefixes = {
-        parameter: group.get("state_prefix", "") for group in optimizer.param_groups for parameter in group["params"]
-    }
-    return {
-        prefixes[parameter] + name: parameter for name, parameter in model.named_parameters() if parameter in prefixes
-    }
+    prefixes = {}
+    for group in optimizer.param_groups:
+        prefixes |= dict.fromkeys(group["params"], group.get("state_prefix", ""))
+    named = model.named_parameters()
+    return {prefixes[parameter] + name: parameter for name, parameter in named if parameter in prefixes}
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
@@ -115,9 +112,13 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str
             raise UserError(f"{path} has no tensor {name}, which {owner} has")
         if name not in expected:
             raise UserError(f"{path} has a tensor {name}, which {owner} has not")
-        kinds = [f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in (found[name], expected[name])]
-        if kinds[0] != kinds[1]:
-            raise UserError(f"{path}: its tensor {name} is {kinds[0]}, and that of {owner} {kinds[1]}")
+        kind, due = _shown(found[name]), _shown(expected[name])
+        if kind != due:
+            raise UserError(f"{path}: its tensor {name} is {kind}, and that of {owner} {due}")
+
+
+def _shown(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _whole(tensor: Tensor) -> Tensor | None:
