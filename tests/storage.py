@@ -5,9 +5,12 @@ import json
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from charlm.config import Config, RunConfig
 from charlm.runs.checkpoints import Checkpoint, checkpoint_folders, save_checkpoint
@@ -100,3 +103,27 @@ def replaced(name: str, put: Callable[[Path], object]) -> Callable[[Path], objec
 
 def missing(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).unlink()
+
+
+def entries(name: str, **changes: object) -> Callable[[Path], object]:
+    """Other entries of a JSON file; an entry is named by its path, with two underscores between the parts."""
+
+    def change(folder: Path) -> None:
+        record = json.loads((folder / name).read_text())
+        for entry, value in changes.items():
+            *path, last = entry.split("__")
+            reduce(getitem, path, record)[last] = value
+        (folder / name).write_text(json.dumps(record))
+
+    return change
+
+
+def tensors(name: str, **changes: torch.Tensor | None) -> Callable[[Path], object]:
+    """Other tensors in a file, by name with two underscores for each dot; None removes one."""
+
+    def change(folder: Path) -> None:
+        held = {key: tensor.clone() for key, tensor in load_tensors(folder / name)[0].items()}
+        held |= {key.replace("__", "."): tensor for key, tensor in changes.items()}
+        save_file({key: tensor for key, tensor in held.items() if tensor is not None}, folder / name)
+
+    return change

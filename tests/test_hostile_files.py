@@ -30,7 +30,7 @@ from charlm.config.load import load_config, to_yaml
 from charlm.data.sources import PUBLISHED
 from charlm.files import read_json
 from charlm.objective.build import build_objective
-from storage import manifest_for, replaced, written
+from storage import entries, replaced, written
 from tiny import SCRIPTS, TINY, run_script
 
 TEXT = b"the text that enwik8 stands for in these tests. " * 40
@@ -264,28 +264,6 @@ def changed(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], obj
     return lambda run: (run / name).write_bytes(change((run / name).read_bytes()))
 
 
-def corpus(**changes: object) -> Callable[[Path], object]:
-    """Change entries of the corpus in provenance.json."""
-
-    def change(text: bytes) -> bytes:
-        record = json.loads(text)
-        return json.dumps(record | {"corpus": record["corpus"] | changes}).encode()
-
-    return changed("provenance.json", change)
-
-
-def state(**changes: object) -> Callable[[Path], object]:
-    """Change entries of state.json under a manifest that fits."""
-
-    def change(run: Path) -> None:
-        folder = run / LAST
-        record = json.loads((folder / "state.json").read_text())
-        (folder / "state.json").write_text(json.dumps(record | changes))
-        (folder / "manifest.json").write_text(manifest_for(folder))
-
-    return change
-
-
 RUNS: dict[str, tuple[tuple[str, list[str]], Callable[[Path], object], list[str]]] = {
     "run that is a file": (EVALUATE, lambda run: (shutil.rmtree(run), run.write_text("run")), ["run is not a run"]),
     "config of rubbish": (EVALUATE, changed("config.yaml", lambda _: bytes(range(256))), ["config.yaml", "utf-8"]),
@@ -306,11 +284,18 @@ RUNS: dict[str, tuple[tuple[str, list[str]], Callable[[Path], object], list[str]
         replaced("provenance.json", lambda path: path.symlink_to("/dev/zero")),
         ["run is not a run"],
     ),
-    "hash that is a list": (RESUME_FROM, corpus(sha256=[]), ["provenance.json", "corpus.sha256"]),
-    "vocabulary of nothing": (EVALUATE, corpus(vocabulary=None), ["run", "vocabulary"]),
-    "vocabulary of text": (EVALUATE, corpus(vocabulary="bytes"), ["provenance.json", "corpus.vocabulary"]),
+    "hash that is a list": (
+        RESUME_FROM,
+        entries("provenance.json", corpus__sha256=[]),
+        ["provenance.json", "corpus.sha256"],
+    ),
+    "vocabulary of nothing": (EVALUATE, entries("provenance.json", corpus__vocabulary=None), ["run", "vocabulary"]),
+    "vocabulary of text": (
+        EVALUATE,
+        entries("provenance.json", corpus__vocabulary="bytes"),
+        ["provenance.json", "corpus.vocabulary"],
+    ),
     "metrics that are a pipe": (REPORT, replaced("metrics.jsonl", os.mkfifo), ["metrics.jsonl"]),
-    "validated step that is a list": (RESUME_FROM, state(validated_step=[]), [f"{LAST}/state.json", "validated_step"]),
     "optimizer, truncated": (RESUME_FROM, changed(f"{LAST}/optimizer.safetensors", lambda it: it[:-1]), ["optimizer"]),
 }
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from charlm.config import Config, ModelConfig, RunConfig, UserError
 from charlm.data.vocabulary import ByteVocabulary
@@ -23,7 +23,7 @@ from charlm.runs.checkpoints import find_checkpoint, newest_whole_checkpoint, sa
 from charlm.runs.folder import Run
 from charlm.runs.load import load
 from charlm.runs.tensors import Snapshot
-from storage import CORPUS, content, manifest_for, missing, replaced, written
+from storage import CORPUS, content, entries, manifest_for, missing, replaced, tensors, written
 
 WEIGHT = "transformer.blocks.0.attention.query.weight"
 
@@ -55,19 +55,6 @@ def restored(path: Path, device: str = "cpu", apart: Sequence[str] = ()) -> None
     find_checkpoint(run, 1).restore(objective, optimizers)
 
 
-def tensors(name: str, **changes):
-    """Change tensors of a file by name: to another, or to None for none. Dots are written as two underscores."""
-
-    def change(folder: Path) -> None:
-        held = load_file(folder / name)
-        held |= {key.replace("__", "."): tensor for key, tensor in changes.items()}
-        held = {key: tensor.clone() for key, tensor in held.items() if tensor is not None}
-        (folder / name).unlink()
-        save_file(held, folder / name)
-
-    return change
-
-
 def linked(name: str):
     """Move a file out of the run, and leave a link to it."""
 
@@ -77,17 +64,6 @@ def linked(name: str):
         (folder / name).symlink_to(outside)
 
     return change
-
-
-def manifest(change):
-    """Change the manifest's own record."""
-
-    def write(folder: Path) -> None:
-        record = json.loads((folder / "manifest.json").read_text())
-        change(record)
-        (folder / "manifest.json").write_text(json.dumps(record, indent=2) + "\n")
-
-    return write
 
 
 def tensor_file(header: bytes, data: bytes = b"", header_bytes: int | None = None) -> bytes:
@@ -104,21 +80,17 @@ PICKLE = b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93\x94."
 DAMAGED = {
     "no manifest": (missing(MANIFEST), [MANIFEST, "missing"]),
     "an empty manifest": (written(MANIFEST, ""), [MANIFEST, "JSON"]),
-    "a manifest nested deeply": (written(MANIFEST, "[" * 100_000), [MANIFEST, "nested too deeply"]),
     "an entry nested deeply": (
-        manifest(lambda record: record.update({STATE: json.loads("[" * 500 + "]" * 500)})),
+        entries(MANIFEST, **{STATE: json.loads("[" * 500 + "]" * 500)}),
         [MANIFEST, STATE],
     ),
-    "a manifest with an enormous number": (written(MANIFEST, "9" * 100_000), [MANIFEST]),
     "a manifest of megabytes": (written(MANIFEST, "[" + "0," * 2**20 + "0]"), [MANIFEST, "more than 1,048,576 bytes"]),
     "a manifest that names a file outside": (
-        manifest(lambda record: record.update({"../../../outside": OUTSIDE})),
+        entries(MANIFEST, **{"../../../outside": OUTSIDE}),
         [MANIFEST, "damaged"],
     ),
-    "a manifest of an absurd size": (manifest(lambda record: record[MODEL].update(bytes=10**18)), [MANIFEST]),
     "an extra file": (written("model.bin", "x"), ["model.bin", "no checkpoint has such a file"]),
     "linked parameters": (linked(MODEL), [MODEL, "a link"]),
-    "a linked manifest": (linked(MANIFEST), [MANIFEST, "a link"]),
     "a folder in place of a file": (replaced(OPTIMIZER, Path.mkdir), [OPTIMIZER, "no file at all"]),
     "a pipe that never ends": (replaced(MODEL, os.mkfifo), [MODEL, "no file at all"]),
     "a pickle": (written(MODEL, PICKLE), [MODEL, "does not match"]),
@@ -157,7 +129,6 @@ FORGED = {
     "a step beyond numbers": (written(STATE, '{"step": ' + "9" * 100_000 + "}"), [STATE, "step"]),
     "a best step that is text": (written(STATE, '{"step": 1, "best_step": "1"}'), [STATE, "best_step"]),
     "a best score that is a list": (written(STATE, '{"step": 1, "best_bits": [1]}'), [STATE, "best_bits"]),
-    "a state nested deeply": (written(STATE, '{"step": 1, "a": ' + "[" * 100_000), [STATE, "nested too deeply"]),
     "a state of megabytes": (written(STATE, " " * 2**21), [STATE, "more than 1,048,576 bytes"]),
 }
 
