@@ -16,12 +16,8 @@ from charlm.report import figures
 from charlm.report.style import save
 
 
-def letters(length: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(ord("a"), ord("z") + 1, length).astype(np.uint8)
-
-
 @pytest.fixture
-def setting(build_model, build_corpus):
+def setting(build_model, build_corpus, letters):
     """A model of three layers with a head on each, and a corpus with a validation split."""
     trained = build_model(num_layers=3)
     config = Config(model=trained.config.model, train=TrainConfig(valid_symbols=90))
@@ -31,29 +27,20 @@ def setting(build_model, build_corpus):
     return replace(trained, config=config), corpus
 
 
-@torch.no_grad()
-def brute_force(trained, ids: np.ndarray) -> tuple[list, list]:
-    """Bits and entropies in bits of each symbol by each layer, each from a forward pass of its own."""
-    bits, entropies = [[8.0] * 3], [[8.0] * 3]
-    for target in range(1, len(ids)):
-        context = torch.from_numpy(ids[max(0, target - 8) : target].astype(np.int64))[None]
-        rows = [
-            trained.heads(trained.transformer(context, layers=[layer])[layer], layer)[0, -1, 0].double().softmax(0)
-            for layer in (1, 2, 3)
-        ]
-        bits.append([-math.log2(row[int(ids[target])]) for row in rows])
-        entropies.append([-float((row * row.log2()).sum()) for row in rows])
-    return bits, entropies
-
-
 @pytest.mark.parametrize("batch_size", [None, 7])
-def test_the_curve_equals_brute_force(setting, batch_size):
+def test_the_curve_equals_brute_force(setting, brute_force, batch_size):
     """Guards against an exit at the last sure layer, thresholds from the scored text, layers that are off by one, sums
     that lose a batch, and validation text beyond what the run was validated on."""
     trained, corpus = setting
     ids, valid = corpus.splits["test"].ids[:50], corpus.splits["valid"].ids[:90]
-    valid_entropies = sorted(entropy for row in brute_force(trained, valid)[1] for entropy in row[:2])
-    bits, entropies = brute_force(trained, ids)
+
+    def bits_and_entropies(text: np.ndarray) -> tuple[list, list]:
+        logarithms_LNV = brute_force(trained, text, stride=1) / math.log(2)
+        entropies_LN = -(logarithms_LNV * 2**logarithms_LNV).sum(-1)
+        return (-logarithms_LNV[:, range(len(text)), text]).T.tolist(), entropies_LN.T.tolist()
+
+    valid_entropies = sorted(entropy for row in bits_and_entropies(valid)[1] for entropy in row[:2])
+    bits, entropies = bits_and_entropies(ids)
     options = {"stride": 1, "limit": 50, "batch_size": batch_size, "quantiles": [0.3, 0.6]}
     found = early_exit(trained, corpus, show_progress=False, **options)
     for point, quantile in zip(found.early_exit.points, (0.3, 0.6), strict=True):

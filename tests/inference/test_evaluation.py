@@ -17,43 +17,18 @@ from charlm.inference.scoring import negative_log_likelihoods
 from charlm.model import kernels_cpu as matmul
 
 
-def letters(length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(ord("a"), ord("z") + 1, length).astype(np.uint8)
-
-
-@torch.no_grad()
-def brute_force(trained, ids: np.ndarray, stride: int, layer: int) -> list[float]:
-    """Nats of each symbol, one forward pass each over its own context, which follows from the protocol alone."""
-    context_length = trained.config.model.context_length
-    costs = [math.log(256)]
-    for target in range(1, len(ids)):
-        start = 0
-        while start + context_length < target:
-            start += stride
-        start = max(0, min(start, len(ids) - 1 - context_length))
-        context = torch.from_numpy(ids[start:target].astype(np.int64))[None]
-        logits = trained.heads(trained.transformer(context, layers=[layer])[layer], layer)[0, -1, 0].double()
-        costs.append(float(logits.logsumexp(0) - logits[int(ids[target])]))
-    return costs
-
-
 @pytest.mark.parametrize("stride", range(1, 9))
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_uniform_model_scores_exactly_eight_bits(build_model, build_corpus, stride, precision):
+def test_a_uniform_model_scores_exactly_eight_bits(build_model, build_corpus, letters, stride, precision):
     """Guards against a wrong denominator, a forgotten first symbol, and sums that round."""
-    score = bits_per_character(
-        build_model(zero_heads=True),
-        build_corpus(letters(1001).tobytes()),
-        stride=stride,
-        precision=precision,
-        all_layers=True,
-    )
+    trained, corpus = build_model(zero_heads=True), build_corpus(letters(1001).tobytes())
+    score = bits_per_character(trained, corpus, stride=stride, precision=precision, all_layers=True)
     assert (score.bits_per_character, score.bits_per_byte) == (8.0, 8.0)
     assert score.layers == {"1": 8.0, "2": 8.0}
     assert score.standard_error == pytest.approx(0, abs=1e-12)
 
 
-def test_only_what_is_scored_is_computed(build_model):
+def test_only_what_is_scored_is_computed(build_model, letters):
     """Guards against a highest layer and logits for positions that are not scored, and against windows that are cut
     where one scores more."""
     trained, ids, read = build_model(), letters(50), []
@@ -66,9 +41,10 @@ def test_only_what_is_scored_is_computed(build_model):
 
 
 @pytest.mark.parametrize("setting", range(20))
-def test_each_symbol_is_scored_once_from_the_right_context(build_model, build_corpus, setting):
-    """Guards against symbols that are skipped, scored twice or from a wrong context, averages of per-batch averages,
-    and windows lost at the end of the last batch; at any length, context, stride, batch size and limit."""
+def test_each_symbol_is_scored_once_from_the_right_context(build_model, build_corpus, letters, brute_force, setting):
+    """Guards against symbols that are skipped, scored twice or from a wrong context, a first symbol that is free or
+    predicted from nothing, averages of per-batch averages, and windows lost at the end of the last batch; at any
+    length, context, stride, batch size and limit."""
     random = np.random.default_rng(setting)
     context_length = int(random.integers(1, 13))
     trained = build_model(context_length=context_length)
@@ -78,24 +54,18 @@ def test_each_symbol_is_scored_once_from_the_right_context(build_model, build_co
     limit = int(random.integers(1, 71)) if setting % 2 else None
     layer = int(random.integers(1, 3))
 
-    expected = brute_force(trained, ids[:limit], stride, layer)
+    scored = ids[:limit]
+    expected = -brute_force(trained, scored, stride)[layer - 1, range(len(scored)), scored]
     found = negative_log_likelihoods(
-        trained.transformer, trained.heads, ids[:limit], stride=stride, layers=[layer], batch_size=batch_size
+        trained.transformer, trained.heads, scored, stride=stride, layers=[layer], batch_size=batch_size
     )
     assert list(found) == [layer]
     np.testing.assert_allclose(found[layer], expected, rtol=0, atol=1e-5)
     score = bits_per_character(
         trained, build_corpus(ids.tobytes()), stride=stride, batch_size=batch_size, limit=limit, all_layers=True
     )
-    assert score.layers[str(layer)] == pytest.approx(sum(expected) / len(expected) / math.log(2), abs=1e-6)
-    assert score.symbols == len(expected)
-
-
-def test_the_first_symbol_costs_the_logarithm_of_the_vocabulary(build_model):
-    """Guards against a first symbol that is free, or predicted from nothing by a model that learned no such thing."""
-    trained = build_model()
-    nats = negative_log_likelihoods(trained.transformer, trained.heads, letters(1), stride=4)
-    assert nats[2].tolist() == [math.log(256)]
+    assert score.layers[str(layer)] == pytest.approx(float(expected.mean()) / math.log(2), abs=1e-6)
+    assert score.symbols == len(scored)
 
 
 def test_a_text_in_several_bytes_per_character(build_model, build_corpus):
@@ -109,25 +79,17 @@ def test_a_text_in_several_bytes_per_character(build_model, build_corpus):
     assert part.bits_per_character == pytest.approx(32 / 3, abs=1e-12)
 
 
-@torch.no_grad()
-def test_a_mixture_equals_brute_force(build_model, build_corpus):
+def test_a_mixture_equals_brute_force(build_model, build_corpus, letters, brute_force):
     """Guards against costs that are averaged in place of probabilities, weights that are not scaled to add up to 1, or
     given to another layer, and a layer of weight zero that makes the cost infinite."""
     weights = {1: 0.1, 2: 0.3, 4: 0.6, 3: 0.0}
     trained, ids = replace(build_model(num_layers=4), hedge_weights=weights), letters(40)
-    costs = [8.0]
-    for target in range(1, 40):
-        context = torch.from_numpy(ids[max(0, target - 8) : target].astype(np.int64))[None]
-        hidden = trained.transformer(context, layers=range(1, 5))
-        mixed = sum(
-            weight * trained.heads(hidden[layer], layer)[0, -1, 0].double().softmax(0)
-            for layer, weight in weights.items()
-        )
-        assert float(mixed.sum()) == pytest.approx(1)
-        costs.append(-math.log2(mixed[int(ids[target])]))
+    probabilities_LNV = np.exp(brute_force(trained, ids, stride=1))
+    mixed_NV = sum(weight * probabilities_LNV[layer - 1] for layer, weight in weights.items())
+    costs = -np.log2(mixed_NV[range(40), ids])
     corpus = build_corpus(ids.tobytes())
     score = bits_per_character(trained, corpus, stride=1, mixture="hedge", all_layers=True)
-    assert score.bits_per_character == pytest.approx(sum(costs) / 40, abs=1e-6)
+    assert score.bits_per_character == pytest.approx(float(costs.mean()), abs=1e-6)
     assert score.mixture == score.as_dict()["mixture"] == {"1": 0.1, "2": 0.3, "3": 0.0, "4": 0.6}
     alone = bits_per_character(trained, corpus, stride=1, all_layers=True)
     assert alone.mixture is None and "mixture" not in alone.as_dict()
@@ -136,7 +98,7 @@ def test_a_mixture_equals_brute_force(build_model, build_corpus):
     np.testing.assert_allclose(mixture_nats(nats, {1: 1.0, 2: 1.0}), -np.log([(1 / 2 + 1 / 8) / 2, (1 / 4 + 1) / 2]))
 
 
-def test_standard_error_by_hand():
+def test_standard_error_by_hand(letters):
     """Guards against a formula that ignores the blocks, the small-sample factor or the denominator."""
     vocabulary = ByteVocabulary()
     # 10 blocks of one symbol each, costing 1 or 3 bits: residuals of 1, sqrt(10/9 * 10) / 10 = 1/3.
@@ -158,7 +120,7 @@ def test_sums_lose_nothing():
     assert bits_per(nats, 1000) == pytest.approx(1.0, rel=1e-2)
 
 
-def test_modules_in_training_are_left_as_they_were(build_model):
+def test_modules_in_training_are_left_as_they_were(build_model, letters):
     """Guards against validation with dropout on, and against training that goes on without dropout after it."""
     trained, ids = build_model(residual_dropout=0.5, attention_dropout=0.5), letters(40)
     expected = negative_log_likelihoods(trained.transformer, trained.heads, ids, stride=4)[2]
@@ -170,7 +132,7 @@ def test_modules_in_training_are_left_as_they_were(build_model):
     assert all(parameter.grad is None for parameter in trained.transformer.parameters())
 
 
-def test_bf16_is_close_to_fp32_but_not_equal(build_model, build_corpus):
+def test_bf16_is_close_to_fp32_but_not_equal(build_model, build_corpus, letters):
     """Guards against a precision that is accepted and ignored, and against logits rounded to bf16."""
     trained, corpus = build_model(), build_corpus(letters(300).tobytes())
     fp32, bf16 = (
@@ -181,34 +143,32 @@ def test_bf16_is_close_to_fp32_but_not_equal(build_model, build_corpus):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "value"),
     [
-        ({"stride": 9}, "stride=9"),
-        ({"stride": 0}, "stride=0"),
-        ({"limit": 0}, "limit=0"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"precision": "fp16"}, "precision=fp16"),
-        ({"precision": "int8"}, "precision=int8"),
-        ({"split": "dev"}, "split=dev"),
-        ({"mixture": "hedge"}, "mixture=hedge"),
+        ("stride", 9),
+        ("stride", 0),
+        ("limit", 0),
+        ("batch_size", 0),
+        ("precision", "fp16"),
+        ("precision", "int8"),
+        ("split", "dev"),
+        ("mixture", "hedge"),
     ],
 )
-def test_bad_options_are_refused(build_model, build_corpus, options, message):
+def test_bad_options_are_refused(build_model, build_corpus, option, value):
     """Guards against a figure under a protocol that nobody asked for, or the last layer's called a mixture's."""
+    with pytest.raises(UserError, match=f"{option}={value}"):
+        bits_per_character(build_model(), build_corpus(b"some text"), **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "sha256", "message"),
+    [(b"some text", "def", "trained on letters"), (b"\x80\x80", "abc", "no character begins")],
+)
+def test_other_texts_are_refused(build_model, build_corpus, text, sha256, message):
+    """Guards against a score on text that was not the run's, under the run's name, and a division by zero."""
     with pytest.raises(UserError, match=message):
-        bits_per_character(build_model(), build_corpus(b"some text"), **options)
-
-
-def test_another_corpus_is_refused(build_model, build_corpus):
-    """Guards against a score on text that was not the run's, under the run's name."""
-    with pytest.raises(UserError, match="trained on letters"):
-        bits_per_character(build_model(), build_corpus(b"some text").model_copy(update={"sha256": "def"}))
-
-
-def test_a_text_in_which_no_character_begins_is_refused(build_model, build_corpus):
-    """Guards against a division by zero."""
-    with pytest.raises(UserError, match="no character begins"):
-        bits_per_character(build_model(), build_corpus(b"\x80\x80"))
+        bits_per_character(build_model(), build_corpus(text).model_copy(update={"sha256": sha256}))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +187,7 @@ def test_matmul_stays_fp32_and_is_put_back(monkeypatch, plain_fp32, has_amx, num
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_progress_is_quiet_where_it_is_no_terminal(build_model, build_corpus, capfd):
+def test_progress_is_quiet_where_it_is_no_terminal(build_model, build_corpus, letters, capfd):
     """Guards against logs filled with progress bars."""
     bits_per_character(build_model(), build_corpus(letters(100).tobytes()), show_progress=True)
     assert capfd.readouterr() == ("", "")

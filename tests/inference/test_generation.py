@@ -30,39 +30,14 @@ def naive_text(trained, prompt: bytes, length: int, **options) -> str:
     return bytes(text).decode(errors="replace")
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("positions", ["per_layer", "input", "rotary"])
-@pytest.mark.parametrize("chunks", [[1] * 8, [8], [3, 1, 4], [5, 3]])
-def test_cached_and_uncached_logits_agree(build_model, norm, positions, chunks):
-    """Guards against a causal mask aligned to the wrong corner, positions counted from the chunk, and layers that share
-    a buffer."""
-    trained = build_model(norm=norm, position_encoding=positions, num_layers=3)
-    ids = np.random.default_rng(0).integers(0, 256, 8).tolist()
-    expected = all_logits(trained, ids)
-    assert expected.std() > 0.1
-    cache = KVCache(trained.config.model, 1, trained.device)
-    for _ in range(2):  # and again after the cache was emptied
-        end = 0
-        for chunk in chunks:
-            (logits,) = Reader(trained).next_logits([ids[end : end + chunk]], cache)
-            end += chunk
-            torch.testing.assert_close(logits, expected[end - 1], rtol=1e-4, atol=1e-5)
-        cache.reset()
-
-
-@pytest.mark.parametrize("context_length", [1, 2, 7, 8])
+@pytest.mark.parametrize(("context_length", "prompt"), [(1, b"a"), (2, b"a"), (7, b"a"), (8, b"a"), (8, b"abcdefgh")])
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_text_beyond_the_context_equals_a_naive_implementation(build_model, context_length, temperature):
-    """Guards against a context that is shifted by one, forgotten too early or never, when it is full."""
+def test_text_beyond_the_context_equals_a_naive_implementation(build_model, context_length, prompt, temperature):
+    """Guards against a context that is shifted by one, forgotten too early or never, when it is full, and a lost symbol
+    where the prompt fills it."""
     trained = build_model(context_length=context_length)
     options = {"temperature": temperature, "top_k": 20, "seed": 5}
-    assert generate(trained, "a", length=40, **options) == naive_text(trained, b"a", 40, **options)
-
-
-def test_a_prompt_that_fills_the_context(build_model):
-    """Guards against an error, or a lost symbol, where prompt and context are equally long."""
-    trained = build_model()
-    assert generate(trained, b"abcdefgh", length=20) == naive_text(trained, b"abcdefgh", 20)
+    assert generate(trained, prompt, length=40, **options) == naive_text(trained, prompt, 40, **options)
 
 
 @pytest.mark.parametrize("ngrams", [(), (2, 4)])
@@ -101,12 +76,6 @@ def test_several_prompts_are_written_as_each_alone(build_model, prompts):
     texts = generate(trained, prompts, length=30, seed=4)
     assert texts == [generate(trained, prompt, length=30, seed=4 + row) for row, prompt in enumerate(prompts)]
     assert len(set(texts)) == len(texts)
-
-
-def test_no_prompt_at_all_is_refused(build_model):
-    """Guards against an error from deep inside."""
-    with pytest.raises(UserError, match="prompt: give at least one"):
-        generate(build_model(), [], length=5)
 
 
 def test_a_model_is_trainable_after_it_has_written(build_model):
@@ -180,3 +149,9 @@ def test_bad_requests_are_refused_before_anything_is_written(build_model, prompt
     """Guards against errors that come from deep inside, or only when the first piece is asked for."""
     with pytest.raises(UserError, match=message):
         stream(build_model(), prompt, **({"length": 5} | options))
+
+
+def test_no_prompt_at_all_is_refused(build_model):
+    """Guards against an error from deep inside."""
+    with pytest.raises(UserError, match="prompt"):
+        generate(build_model(), [], length=5)

@@ -41,11 +41,9 @@ def test_two_processes_and_the_library_agree(run_on_disk):
     )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert found.pop("bits_per_character") == pytest.approx(expected.bits_per_character, abs=1e-6)
-    assert found.pop("bits_per_byte") == pytest.approx(expected.bits_per_byte, abs=1e-6)
-    assert found.pop("standard_error") == pytest.approx(expected.standard_error, abs=1e-6)
-    assert found.pop("layers") == pytest.approx(expected.layers, abs=1e-6)
     assert found.pop("seconds") > 0
+    for name in ("bits_per_character", "bits_per_byte", "standard_error", "layers"):
+        assert found.pop(name) == pytest.approx(getattr(expected, name), abs=1e-6)
     test = corpus.splits["test"]
     assert found == {
         "symbols": test.symbols,
@@ -81,19 +79,15 @@ def test_a_corpus_that_has_moved(run_on_disk, script):
     assert json.loads(out)["corpus_sha256"] == load(run_on_disk).corpus["sha256"]
 
 
-def test_generate_prints_prompt_and_text(run_on_disk, script):
-    """Guards against a script that leaves out options, the prompt or the end."""
+def test_generate_prints_prompts_and_texts(run_on_disk, script):
+    """Guards against a script that leaves out options, a prompt or the end, or a text under another's prompt."""
+    trained = load(run_on_disk)
     arguments = ["--prompt=12é ", "--length=40", "--temperature=0.9", "--top-k=30", "--top-p=0.9", "--seed=7"]
-    code, out, err = script("generate", *arguments)
-    text = generate(load(run_on_disk), "12é ", length=40, temperature=0.9, top_k=30, top_p=0.9, seed=7)
-    assert (code, out, err) == (0, f"12é {text}\n", "")
-
-
-def test_generate_continues_several_prompts(run_on_disk, script):
-    """Guards against a prompt that is dropped, or a text under another's prompt."""
-    code, out, err = script("generate", "--prompt=12é ", "--prompt", "7", "--length=20", "--seed=3")
-    texts = generate(load(run_on_disk), ["12é ", "7"], length=20, seed=3)
-    assert (code, out, err) == (0, f"12é {texts[0]}\n--------------------\n7{texts[1]}\n", "")
+    options = {"length": 40, "temperature": 0.9, "top_k": 30, "top_p": 0.9, "seed": 7}
+    assert script("generate", *arguments) == (0, f"12é {generate(trained, '12é ', **options)}\n", "")
+    texts = generate(trained, ["12é ", "7"], **options)
+    expected = f"12é {texts[0]}\n--------------------\n7{texts[1]}\n"
+    assert script("generate", *arguments, "--prompt", "7") == (0, expected, "")
 
 
 @pytest.mark.parametrize("draft", [None, "offsets"])

@@ -57,10 +57,9 @@ def count_upwards(transformer: CharTransformer, heads: Heads) -> None:
     for name, parameter in transformer.named_parameters():
         if "norm" not in name and not name.startswith("embedding"):
             parameter.mul_(0.3)
-    for norm in (
-        module for model in (transformer, heads) for module in model.modules() if isinstance(module, nn.LayerNorm)
-    ):
-        norm.reset_parameters()
+    for module in (*transformer.modules(), *heads.modules()):
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
     for layer, offset in heads.pairs:
         classifier = heads.exits[f"layer{layer}"][f"offset{offset}"]
         classifier.weight.copy_(rows_VD.roll(offset, dims=0))
@@ -261,11 +260,11 @@ def test_several_prompts_and_seeds(build_drafting_model, draft):
     ("draft", "num_draft_tokens", "message"),
     [
         ("offsets", 4, r"num_draft_tokens=4: must lie between 1 and 3 \(the run's heads\)"),
-        ("offsets", 0, "num_draft_tokens=0: must lie between 1 and 3"),
+        ("offsets", 0, "num_draft_tokens=0"),
         (1, 17, r"num_draft_tokens=17: must lie between 1 and 16 \(the context\)"),
         (1, 0, "num_draft_tokens=0"),
-        (3, None, "draft=3: this run has no exit at such a layer; draft from offsets, 1, 2"),
-        (0, None, "draft=0: this run has no exit"),
+        (3, None, "draft=3: .*; draft from offsets, 1, 2"),
+        (0, None, "draft=0"),
         (None, 2, "num_draft_tokens=2: requires draft"),
     ],
 )
@@ -275,14 +274,14 @@ def test_bad_requests_are_refused_before_anything_is_written(build_drafting_mode
         stream(build_drafting_model(), "a", length=5, draft=draft, num_draft_tokens=num_draft_tokens)
 
 
-def test_heads_that_a_run_lacks_are_refused(build_model):
+@pytest.mark.parametrize(
+    ("num_layers", "draft", "way_out"),
+    [(2, "offsets", "draft from 1"), (1, "offsets", "it has none to draft from"), (1, 1, "it has none to draft from")],
+)
+def test_heads_that_a_run_lacks_are_refused(build_model, num_layers, draft, way_out):
     """Guards against drafts from heads that were never trained."""
-    with pytest.raises(UserError, match=r"draft=offsets: the run trained no head .*; draft from 1"):
-        stream(build_model(), "a", length=5, draft="offsets")
-    alone = build_model(num_layers=1)
-    for draft in ("offsets", 1):
-        with pytest.raises(UserError, match=f"draft={draft}: .*; it has none to draft from"):
-            stream(alone, "a", length=5, draft=draft)
+    with pytest.raises(UserError, match=f"draft={draft}: .*; {way_out}"):
+        stream(build_model(num_layers=num_layers), "a", length=5, draft=draft)
 
 
 @pytest.mark.slow
