@@ -59,19 +59,20 @@ def plain_fp32() -> Iterator[Callable[[], bool]]:
 
 @pytest.fixture
 def build_model(randomise) -> Callable[..., TrainedModel]:
-    """`build_model(zero_heads=..., **model options)`: a random model with a head on every layer."""
+    """`build_model(zero_heads=..., pairs=..., vocabulary_size=..., **model options)`: a random model with a head on
+    every layer, or with heads for other pairs of layer and offset."""
 
-    def build(*, zero_heads: bool = False, **options) -> TrainedModel:
+    def build(*, zero_heads: bool = False, pairs=None, vocabulary_size: int = 256, **options) -> TrainedModel:
         small = {"num_layers": 2, "num_heads": 2, "d_model": 8, "d_ff": 16, "context_length": 8}
         config = Config(model=ModelConfig(**(small | options)))
-        vocabulary = ByteVocabulary()
-        transformer = randomise(CharTransformer(config.model, vocabulary.size))
-        heads = Heads(config.model, vocabulary.size, [(layer, 1) for layer in range(1, config.model.num_layers + 1)])
+        transformer = randomise(CharTransformer(config.model, vocabulary_size))
+        pairs = pairs or [(layer, 1) for layer in range(1, config.model.num_layers + 1)]
+        heads = Heads(config.model, vocabulary_size, pairs)
         return TrainedModel(
             config=config,
             transformer=transformer.eval(),
             heads=heads.eval() if zero_heads else randomise(heads).eval(),
-            vocabulary=vocabulary,
+            vocabulary=ByteVocabulary(),
             checkpoint="step-00000007",
             step=7,
             corpus={"name": "letters", "sha256": "abc"},

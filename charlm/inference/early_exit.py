@@ -1,8 +1,7 @@
 """Early exit: every symbol is predicted by the first layer that is sure enough.
 
 A layer with a head predicts a symbol if the entropy of its prediction is under a threshold; otherwise the next one
-decides (Teerapittayanon et al. 2016, "BranchyNet"). This measures the number of layers used. It saves no time: scoring
-reads a text in parallel and computes all layers of every symbol.
+decides (Teerapittayanon et al. 2016, "BranchyNet"). This counts layers; scoring computes all of them.
 
 Shapes: M symbols of a batch, N symbols, E layers with an exit including the last, Q thresholds.
 """
@@ -81,9 +80,9 @@ def early_exit(
 
 
 def choose_thresholds(entropies_EN: np.ndarray, quantiles: Sequence[float]) -> Tensor:
-    """The thresholds [Q] at these quantiles of the entropies of all exits except the last, which needs none.
+    """The thresholds [Q] at these quantiles of the entropies of all exits but the last, which needs none.
 
-    Quantile 0 gives 0 and 1 gives infinity, so that nothing or everything is under it whatever text is scored.
+    Quantile 0 gives 0 and 1 gives infinity: nothing or everything is under it, whatever text is scored.
     """
     thresholds_Q = np.quantile(entropies_EN[:-1], quantiles)
     ends = [np.equal(quantiles, 0), np.equal(quantiles, 1)]

@@ -98,8 +98,7 @@ def bits_per_character(
 ) -> Score:
     """Score a split of the corpus that the model was trained on (see `charlm.data.windows`).
 
-    Where torch.distributed is initialised, every process must call this; each scores its share of the windows, and all
-    return the same score.
+    Where torch.distributed is initialised, every process must call this; all return the same score.
 
     Args:
         corpus: the one that `charlm.load_corpus(trained.config.data)` returns.
@@ -110,7 +109,6 @@ def bits_per_character(
         all_layers: also score every layer that has a head for the next symbol, in the same pass.
         mixture: "hedge" scores the prediction sum_i alpha_i f_i in place of the last layer's, with the weights alpha
             that hedge backpropagation has learned (Sahoo et al. 2018).
-        show_progress: show a bar on stderr if that is a terminal.
 
     Raises:
         UserError: a value out of range, fp16 on a CPU, a corpus other than the run's, or a mixture without weights.
@@ -211,8 +209,7 @@ def score_at(score: Score, depth: int) -> dict[str, Any]:
 
 
 def mixture_nats(nats: Mapping[int, np.ndarray], weights: Mapping[int, float]) -> np.ndarray:
-    """The cost of each symbol if the layers predict it together: -log sum_i weight_i exp(-nats_i), float64 [N]. The
-    weights are scaled to sum to 1."""
+    """-log sum_i weight_i exp(-nats_i), float64 [N]: the cost of each symbol. The weights are scaled to sum to 1."""
     total = math.fsum(weights.values())
     log_shares = [math.log(weight / total) - nats[layer] for layer, weight in weights.items() if weight > 0]
     return -np.logaddexp.reduce(log_shares, axis=0)
@@ -224,7 +221,7 @@ def bits_per(nats: np.ndarray, count: int) -> float:
 
 
 def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
-    """The number of characters that begin in a text, and of its bytes. Raises UserError if there is no character."""
+    """The numbers of characters that begin in a text, and of bytes. Raises UserError if there is no character."""
     characters = vocabulary.count_characters(ids)
     if characters == 0:
         raise UserError(f"a text of {len(ids)} symbols: no character begins in it, so it has no bits per character")
@@ -234,9 +231,9 @@ def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
 def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) -> float | None:
     """Standard error of bits per character, if the text is a sample of all such texts.
 
-    Neighbouring symbols are not independent, so the text is cut into K blocks of equal numbers of symbols: 100, or
-    fewer so that each holds 1,000 symbols, but at least 10. With b_k bits and c_k characters in block k and R = sum b /
-    sum c, it is that of the ratio estimator (None if there is only one symbol):
+    Neighbouring symbols are not independent, so the text is cut into K equal blocks: 100, or fewer so that each holds
+    1,000 symbols, but at least 10. With b_k bits and c_k characters in block k and R = sum b / sum c, it is that of the
+    ratio estimator (None if there is only one symbol):
 
         sqrt(K / (K - 1) * sum_k (b_k - R c_k)^2) / sum_k c_k
     """

@@ -38,28 +38,25 @@ def generate(
 ) -> str | list[str]:
     """The text that the model writes after `prompt`, without the prompt; the same seed gives the same text.
 
-    While prompt and text fit into the model's context, every symbol is predicted from all before it. When the context
-    is full, its newest half is kept and the older half forgotten. So a symbol costs one step of the model, and every
-    context_length / 2 symbols one pass over half a context. The weights must not change before the text ends.
+    Every symbol is predicted from all before it, until the model's context is full: then its older half is forgotten,
+    and the newest is read again. The weights must not change before the text ends.
 
-    Several prompts, of any lengths, are continued together, which takes less time; with drafts they are continued one
-    after the other. Each text is the one it would be alone, except for rounding in the model: the first with `seed`,
-    the next with `seed` + 1 and so on.
+    Several prompts are continued together, which takes less time; with drafts, one after the other. Each text is the
+    one it would be alone, except for rounding in the model: the first with `seed`, the next with `seed` + 1 and so on.
 
     Args:
         prompt: at least one symbol and at most context_length.
         length: symbols to write. Bytes that form no UTF-8 character become U+FFFD.
         temperature, top_k, top_p: see `Sampling`.
         draft: write several symbols per pass of the model, with drafts from "offsets", the last layer's heads for the
-            symbols after the next, or from the exit at this layer. At temperature 0 the text stays the same; other
-            texts follow the same distribution, but differ from those of the same seed without drafts.
+            symbols after the next, or from the exit at this layer. At temperature 0 the text stays the same; others
+            follow the same distribution.
         num_draft_tokens: the most symbols to draft before a pass; by default as many as there are heads, or 5.
         statistics: counts how useful the drafts were.
-        show_progress: show a bar on stderr if that is a terminal.
 
     Raises:
-        UserError: a value out of range; an empty prompt, one longer than the context, or one with a character that the
-            vocabulary lacks; drafts from heads that the model lacks.
+        UserError: a value out of range, a prompt that is empty, too long or has a character that the vocabulary lacks,
+            or drafts from heads that the model lacks.
     """
     prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
     if not prompts:

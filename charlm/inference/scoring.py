@@ -1,7 +1,6 @@
 """The scoring loop: a model reads a text in windows and predicts every symbol once.
 
-Where torch.distributed is initialised, each process predicts a contiguous share of the symbols. The context of a symbol
-(see `charlm.data.windows`) depends neither on the batch size nor on the number of processes.
+Where torch.distributed is initialised, each process predicts a contiguous share of the symbols.
 
 Shapes: B batch, T positions, W = T + 1 symbols of a window, D d_model, V vocabulary, N symbols, M predictions of a
 batch, L layers asked for, K figures of a prediction.
@@ -158,7 +157,7 @@ def read_windows(
         before_batch: called before each batch, equally often by every process.
 
     Yields:
-        symbols_M: indices in the text of the symbols predicted from there, in the windows' order; on the CPU.
+        symbols_M: indices in the text of the symbols predicted from there; on the CPU.
         hidden_states: {layer: [M, D]}, in ascending order.
     """
     layers = sorted(layers)
@@ -192,8 +191,7 @@ def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
 def _batches(
     windows: EvaluationWindows, batch_size: int, rank: int, num_processes: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One process's share of the windows, in batches: indices into the text, int64 [B, W], and which of the predictions
-    of all but the first count, bool [B, T].
+    """Batches of one process's windows: indices into the text [B, W], and which predictions count, bool [B, T].
 
     Compiled modules need batches of one size, and sharded ones equally many batches in every process. So the last
     batches are filled up with windows that belong to another process or were read before, and count nothing.

@@ -1,8 +1,8 @@
 """Writing several symbols per pass of the model: cheap drafts, which the whole model verifies at once.
 
 The drafts come from the model itself: from the last layer's heads for the symbols after the next (Gloeckle et al. 2024,
-"Better & Faster Large Language Models via Multi-token Prediction", after Stern et al. 2018, blockwise parallel
-decoding), or from an exit, that is the layers up to it and its head (Elhoushi et al. 2024, LayerSkip).
+multi-token prediction; Stern et al. 2018, blockwise parallel decoding), or from an exit, that is the layers up to it
+and its head (Elhoushi et al. 2024, LayerSkip).
 
 Shapes: P positions of a pass, K drafts, D d_model, V vocabulary. P is K + 1, or K if the last draft was not read.
 """
@@ -25,9 +25,8 @@ Draft = Literal["offsets"] | int
 """Source of drafts: the last layer's heads for offsets 2, 3, ..., or the exit at this layer."""
 EXIT_DRAFT_TOKENS = 5
 NEAR_TIE = 2e-6
-"""Per layer. Two logits that differ by less than this share of the largest may change places when a symbol is read
-together with others, because products of other shapes add in another order. In a trained model of 6 layers a logit
-moves by at most 2e-7 of the largest per layer, and about one symbol in 8,000 is too close to call."""
+"""Two logits that differ by less than this share of the largest, per layer, may change places when a symbol is read
+together with others. In a trained model of 6 layers, about one symbol in 8,000 is too close to call."""
 
 
 @dataclass
@@ -55,9 +54,9 @@ class DraftStatistics:
 class Speculation:
     """A text that is being written with drafts.
 
-    Where the likeliest symbol is always taken, the text equals that of plain generation. Symbols read together have
-    logits that differ in the last bits from those of symbols read alone, so when the top two are too close to call, the
-    symbols since the last exact position are read again one at a time; none is read again more than once.
+    Where the likeliest symbol is always taken, the text equals that of plain generation. But the logits of symbols read
+    together differ in the last bits. So when two are too close to call, all symbols since the last exact position are
+    read again one at a time; none more than once.
     """
 
     reader: Reader
@@ -67,11 +66,11 @@ class Speculation:
     generator: torch.Generator
     statistics: DraftStatistics
     context: list[int]
-    """All symbols that the model sees, at first the prompt; the older half is forgotten when it exceeds the context."""
+    """All symbols that the model sees, at first the prompt."""
     hidden_11D: Tensor | None = None
-    """The last layer's at the newest position in the cache; None before anything was read."""
+    """At the newest position in the cache; None before anything was read."""
     num_exact: int = 0
-    """Positions from the beginning of the cache that were read one at a time, or with the prompt."""
+    """Positions that were read one at a time, or with the prompt."""
 
     def __post_init__(self):
         self.near_tie = NEAR_TIE * self.reader.config.num_layers
@@ -200,8 +199,8 @@ def accept(
     """The symbols that a pass adds: the accepted drafts, and one drawn from the model if it predicts one more.
 
     A draft that was drawn with chance q and has probability p is accepted with chance min(1, p / q). In place of the
-    first rejected one, a symbol is drawn from the positive part of p - q, normalised. So all symbols follow p exactly,
-    however good the drafts (Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding").
+    first rejected one, a symbol is drawn from the positive part of p - q, normalised. So all symbols follow p exactly
+    (Leviathan et al. 2023, speculative decoding).
 
     Args:
         probabilities_PV: the model's, from the symbol before the first draft on.

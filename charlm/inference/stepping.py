@@ -1,11 +1,11 @@
 """Reading text with a cache, for generation.
 
-On a CPU, half the time of reading one symbol with a small model passes between operations, not in them. So a few
-symbols of one text are read with as few operations as possible: query, key and value come from one product with weights
-that are joined once, all layers' buffers are sliced at once, and no module is called, nor any hook.
+On a CPU, half the time of a small model's step passes between operations. So a few symbols of one text take a short
+way: query, key and value come from one product with joined weights, all layers' buffers are sliced at once, and no
+module or hook is called.
 
-This short way is a second forward pass beside `CharTransformer`: whoever adds an option to the model adds it here, too.
-tests/inference/test_stepping.py compares the two for every option of `ModelConfig`.
+This is a second forward pass beside `CharTransformer`: whoever adds an option to the model adds it here, too.
+tests/inference/test_stepping.py compares the two for every option.
 
 Shapes: B texts, T symbols, D d_model, H heads, C = D / H head size, S positions up to the newest, I inputs, E outputs,
 K offsets, V vocabulary.
@@ -134,9 +134,8 @@ class Reader:
 class _Linear(NamedTuple):
     """A linear layer for a few vectors: for each, the sum of the transposed weight's rows, weighted by the vector.
 
-    Of torch's operations such sums read memory fastest: with two threads of an AMD EPYC (Zen 5), one vector takes half
-    the time of dot products and a third of that of a matrix product. The bits of a vector's result do not depend on the
-    vectors beside it.
+    One vector takes half the time of dot products and a third of that of a matrix product (AMD EPYC, Zen 5, two
+    threads). The bits of a vector's result do not depend on the vectors beside it.
     """
 
     rows_IE: Tensor

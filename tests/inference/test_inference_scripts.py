@@ -144,17 +144,13 @@ def test_early_exit_as_json(script):
     ("name", "arguments", "message"),
     [
         ("evaluate", ["--precision=fp16"], "precision=fp16"),
-        ("evaluate", ["--stride=17"], "stride=17"),
         ("evaluate", ["--checkpoint=4"], "has no checkpoint '4'"),
-        ("evaluate", ["--mixture=hedge"], "mixture=hedge"),
         ("evaluate", ["--mixture=hedge", "--early-exit"], "--mixture and --early-exit cannot be combined"),
         ("evaluate", ["--picture=curve.png"], "--picture requires --early-exit"),
         ("evaluate", ["--early-exit", "--picture=curve.txt"], "curve.txt"),
         ("generate", [], "prompt"),
         ("generate", ["--prompt=12345678901234567"], "prompt: has 17 symbols"),
-        ("generate", ["--prompt=a", "--draft=2"], "draft=2"),
         ("generate", ["--prompt=a", "--draft=all"], "draft=all"),
-        ("generate", ["--prompt=a", "--num-draft-tokens=2"], "num_draft_tokens=2"),
     ],
 )
 def test_bad_input(run_on_disk, script, name, arguments, message):

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from charlm.config import Config, ModelConfig, UserError
-from charlm.data.vocabulary import ByteVocabulary
+from charlm.config import UserError
 from charlm.inference import speculative
 from charlm.inference.generation import generate, stream
 from charlm.inference.sampling import Sampling
@@ -21,29 +20,18 @@ from charlm.runs.trained import TrainedModel
 
 
 @pytest.fixture
-def build_drafting_model(randomise):
-    """`build_drafting_model(agreeing=..., vocabulary_size=..., **model options)`: a random model of three layers with
-    heads for offsets 1 to 4 on the last, and an exit on the others. With `agreeing` it counts: a symbol is mostly that
-    before it plus 1, and most drafts are right."""
+def build_drafting_model(build_model):
+    """`build_drafting_model(agreeing=..., **options)`: a random model of three layers with heads for offsets 1 to 4 on
+    the last, and an exit on the others. With `agreeing` it counts: a symbol is mostly that before it plus 1, and most
+    drafts are right. Its symbols are ASCII: each is a character."""
 
-    def build(*, agreeing: bool = False, vocabulary_size: int = 128, **options) -> TrainedModel:
-        small = {"num_layers": 3, "num_heads": 2, "d_model": 8, "d_ff": 16, "context_length": 16}
-        config = Config(model=ModelConfig(**(small | options)))
-        transformer = randomise(CharTransformer(config.model, vocabulary_size)).eval()
+    def build(*, agreeing: bool = False, **options) -> TrainedModel:
         pairs = [(1, 1), (2, 1), *((3, offset) for offset in range(1, 5))]
-        heads = randomise(Heads(config.model, vocabulary_size, pairs), seed=1).eval()
+        small = {"num_layers": 3, "context_length": 16, "vocabulary_size": 128}
+        trained = build_model(pairs=pairs, **(small | options))
         if agreeing:
-            count_upwards(transformer, heads)
-        return TrainedModel(
-            config=config,
-            transformer=transformer,
-            heads=heads,
-            vocabulary=ByteVocabulary(),  # its first symbols are ASCII: each is a character, and none is hidden
-            checkpoint="step-00000001",
-            step=1,
-            corpus={},
-            device=torch.device("cpu"),
-        )
+            count_upwards(trained.transformer, trained.heads)
+        return trained
 
     return build
 

@@ -109,24 +109,15 @@ def test_steps_are_few_operations(build_model, monkeypatch):
     assert len(passes) == 1  # the prompt
 
 
-def fused_step(weight: torch.nn.Parameter) -> None:
-    weight.grad = torch.ones_like(weight)
-    torch.optim.AdamW([weight], lr=3, fused=True).step()
-
-
-def in_place(weight: torch.nn.Parameter) -> None:
-    with torch.no_grad():
-        weight.mul_(-3)
-
-
 @pytest.mark.parametrize("part", ["attention.key.weight", "feed_forward.up.bias"])
-@pytest.mark.parametrize("change", [in_place, fused_step])
 @pytest.mark.parametrize("draft", [None, 1])
-def test_text_follows_training(build_model, part, change, draft):
+def test_text_follows_training(build_model, part, draft):
     """Guards against text of weights that were: a fused optimizer does not even count what it writes."""
     trained = build_model()
     first = generate(trained, "ab", length=30, draft=draft)
-    change(trained.transformer.blocks[0].get_parameter(part))
+    weight = trained.transformer.blocks[0].get_parameter(part)
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=3, fused=True).step()
     fresh = CharTransformer(trained.config.model, 256).eval()
     fresh.load_state_dict(trained.transformer.state_dict())
     expected = generate(replace(trained, transformer=fresh), "ab", length=30, draft=draft)
@@ -147,13 +138,6 @@ def test_what_goes_the_long_way(build_model, reason):
         reader = Reader(trained)
         assert torch.equal(reader.read(ids_BT.tolist(), caches[1]), expected)
     assert "_layers" not in vars(reader)  # nothing was copied for it
-
-
-def test_a_model_of_inference_mode_writes(build_model):
-    """Guards against bookkeeping that tensors made in inference mode do not take part in."""
-    with torch.inference_mode():
-        trained = build_model()
-    assert len(generate(trained, b"ab", length=5).encode()) >= 5
 
 
 def test_a_model_goes_after_its_text(build_model):
