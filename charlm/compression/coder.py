@@ -18,17 +18,18 @@ import numpy as np
 from pydantic import BaseModel, computed_field
 from tqdm import tqdm
 
-from charlm.compression.container import Header, pack_block, read_block, read_header, seal
-from charlm.compression.content import blocks_of, open_regular, output, scan
+from charlm.compression.container import Header, checksum, pack_block, read_block, read_header
+from charlm.compression.content import blocks_of, open_regular, output, pieces_of, scan
 from charlm.compression.fingerprint import environment, model_digest, probe, vocabulary_digest
 from charlm.compression.settings import CodingSettings, check_settings, choose_settings
 from charlm.compression.streams import FAMILY, Streams, probabilities, threads_set
 from charlm.config import Precision, UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import id_type
-from charlm.files import sha256_of
 from charlm.inference.evaluation import Score, Scorer
 from charlm.runs.trained import TrainedModel
+
+SAME_MACHINE = "decompress it on the machine that compressed it"
 
 
 class Compressed(BaseModel, frozen=True):
@@ -81,13 +82,14 @@ def compress(
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
-        digest, content = sha256_of(source), scan(file, source, trained.vocabulary)
-        settings = choose_settings(trained, content.symbols, **options)
+        scanned, coded = hashlib.sha256(), hashlib.sha256()
+        content = scan(pieces_of(file, scanned), source, trained.vocabulary)
+        settings = choose_settings(trained, content["symbols"], **options)
         with output(target, source) as written, threads_set(settings.threads):
             header = Header(
-                length=content.bytes,
-                symbols=content.symbols,
-                content=bytes.fromhex(digest),
+                length=content["bytes"],
+                symbols=content["symbols"],
+                content=scanned.digest(),
                 model=model_digest(trained),
                 vocabulary=vocabulary_digest(trained.vocabulary),
                 probe=probe(trained, settings),
@@ -95,22 +97,22 @@ def compress(
                 environment=environment(trained.device),
             )
             started = time.perf_counter()
-            blocks = blocks_of(file, source, trained.vocabulary, settings.block)
-            with _bar("compressing", content.symbols, show_progress) as bar:
+            blocks = blocks_of(pieces_of(file, coded), trained.vocabulary, settings.block)
+            with _bar("compressing", content["symbols"], show_progress) as bar:
                 _encode(trained, header, blocks, written, bar)
-            coded = time.perf_counter()
-            if sha256_of(source) != digest:
+            seconds = time.perf_counter() - started
+            if coded.digest() != scanned.digest():
                 raise UserError(f"{source}: changed while it was compressed; begin anew")
-            compressed_bytes = written.tell()
+            compressed_bytes, started = written.tell(), time.perf_counter()
             if verify:
-                with _bar("verifying", content.symbols, show_progress) as bar:
+                with _bar("verifying", content["symbols"], show_progress) as bar:
                     _verify(trained, written, target, bar)
     return Compressed(
-        **content._asdict(),
+        **content,
         compressed_bytes=compressed_bytes,
         protocol=settings,
-        seconds=coded - started,
-        verify_seconds=time.perf_counter() - coded if verify else None,
+        seconds=seconds,
+        verify_seconds=time.perf_counter() - started if verify else None,
     )
 
 
@@ -118,8 +120,8 @@ def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *,
     """Restore the file that `compress` made `source` of, and return its size in bytes.
 
     Raises:
-        UserError: the file is damaged or not one of `compress`; it needs another model, vocabulary, format version or
-            machine; or there is no space. `target` is then as it was.
+        UserError: `source` is damaged, or needs another model, format version or machine; or `target` cannot be
+            written. It is then as it was.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
@@ -127,10 +129,7 @@ def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *,
         _check_decodable(trained, header, source)
         with output(target, source, header.length) as written, threads_set(header.settings.threads):
             if probe(trained, header.settings) != header.probe:
-                raise UserError(
-                    f"{source}: the model's predictions differ here in their last bits, though versions and processor "
-                    f"are the same ({header.environment}); decompress it on the machine that compressed it"
-                )
+                raise UserError(f"{source}: the model's predictions differ here in their last bits; {SAME_MACHINE}")
             with _bar("decompressing", header.symbols, show_progress) as bar:
                 for data in _decode(trained, header, file, source, bar):
                     written.write(data)
@@ -167,12 +166,7 @@ def score_as_compressor(
 ) -> Score:
     """Score a split of the corpus that the model was trained on as `compress` would code it, without writing a file.
 
-    Args:
-        split, limit, precision: as for `charlm.bits_per_character`.
-        options: as for `compress`.
-
-    Raises:
-        UserError: a value out of range, or a corpus other than the run's.
+    Arguments and errors as for `charlm.bits_per_character` and, in `options`, for `compress`.
     """
     scorer = Scorer(trained, corpus, split, limit=limit, precision=precision)
     nats_N, settings = compressed_nats(trained, scorer.ids, precision=precision, show_progress=show_progress, **options)
@@ -192,11 +186,11 @@ def _encode(trained: TrainedModel, header: Header, blocks: Iterator[np.ndarray],
         for where_A, logits_AV in streams.walk(ids, bar):
             encoder.encode(ids[where_A].astype(np.int32), FAMILY, probabilities(logits_AV))
         written.write(pack_block(encoder.get_compressed()))
-    seal(written)
+    written.write(checksum(written, written.tell()))
 
 
 def _decode(trained: TrainedModel, header: Header, file: BinaryIO, name: Path, bar: tqdm) -> Iterator[bytes]:
-    """The content, block by block, of a file that is at its first block; UserError if it is not the one encoded."""
+    """The content of a file that is at its first block, block by block; UserError if it is not the one encoded."""
     digest, streams, V = hashlib.sha256(), Streams(trained, header.settings), trained.vocabulary.size
     refused = UserError(f"{name}: does not decode to the content it was made of; get a whole copy, or compress anew")
     length = 0
@@ -238,20 +232,13 @@ def _check_decodable(trained: TrainedModel, header: Header, source: Path) -> Non
     if vocabulary_digest(trained.vocabulary) != header.vocabulary:
         raise UserError(f"{source}: was compressed by a model with another vocabulary; name the run that made it")
     if model_digest(trained) != header.model:
-        raise UserError(
-            f"{source}: was compressed by another model than {trained.checkpoint} of this run; "
-            "name the run and checkpoint that made it"
-        )
+        raise UserError(f"{source}: was compressed by another model; name the run and checkpoint that made it")
+    if header.environment != (here := environment(trained.device)):
+        raise UserError(f"{source}: was compressed with {header.environment}; here it is {here}; {SAME_MACHINE}")
     try:
         check_settings(trained, header.settings)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    here = environment(trained.device)
-    if header.environment != here:
-        raise UserError(
-            f"{source}: was compressed with {header.environment}; here it is {here}, whose last bits may differ; "
-            "decompress it on the machine that compressed it"
-        )
 
 
 def _bar(description: str, num_symbols: int, show_progress: bool) -> tqdm:

@@ -72,20 +72,20 @@ def pack_block(words: np.ndarray) -> bytes:
     return _COUNT.pack(len(words)) + words.astype("<u4").tobytes()
 
 
-def seal(file: BinaryIO) -> None:
-    """Write the checksum behind the blocks."""
-    file.write(_checksum(file, file.tell()))
+def checksum(file: BinaryIO, size: int) -> bytes:
+    """The checksum of the first `size` bytes; the file is left behind them."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while piece := file.read(min(_PIECE, max(0, size - file.tell()))):
+        digest.update(piece)
+    return digest.digest()[:_CHECKSUM_BYTES]
 
 
 def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
     """The header of a whole, undamaged file, which is left at its first block.
 
     The number of symbols that it claims must suit the number of words: every symbol costs a little, as the coder leaves
-    V - 1 of its 2^24 units to the others, and none costs more than 24 bits.
-
-    Args:
-        name: the file's, for messages.
-        vocabulary_size: V, of the model that is to decode it.
+    V - 1 of its 2^24 units to the others, and none costs more than 24 bits. `name` is the file's, for messages.
 
     Raises:
         UserError: not such a file, another format version, a damaged file, or a header that cannot be true.
@@ -98,7 +98,7 @@ def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
     _, version = _PREFIX.unpack(prefix)
     if version != VERSION:
         raise UserError(f"{name}: has format version {version}, and this charlm reads {VERSION}; use the one it is of")
-    if _checksum(file, end) != file.read(_CHECKSUM_BYTES):
+    if checksum(file, end) != file.read(_CHECKSUM_BYTES):
         raise UserError(f"{name}: is damaged or cut short, its checksum does not match; get a whole copy")
     file.seek(_PREFIX.size)
     try:
@@ -121,15 +121,6 @@ def largest_claim(words: int, vocabulary_size: int) -> int:
     """The most symbols that a number of words can hold; up to 64 bits of the coder's last words may go unused."""
     bits_per_symbol = -math.log2(1 - (vocabulary_size - 1) / 2**CODER_BITS)
     return math.floor((32 * words + 64) / bits_per_symbol)
-
-
-def _checksum(file: BinaryIO, size: int) -> bytes:
-    """The checksum of the first `size` bytes; the file is left behind them."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while piece := file.read(min(_PIECE, max(0, size - file.tell()))):
-        digest.update(piece)
-    return digest.digest()[:_CHECKSUM_BYTES]
 
 
 def _unpack(file: BinaryIO, end: int) -> Header:

@@ -2,10 +2,10 @@
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -15,28 +15,36 @@ from charlm.data.vocabulary import EncodingError, Vocabulary, whole_characters
 from charlm.files import replacing
 
 
-class Content(NamedTuple):
-    """Sizes of a file's content."""
+def pieces_of(file: BinaryIO, digest: Any) -> Iterator[bytes]:
+    """A whole file, cut between characters; `digest`, of hashlib, is updated with what is read."""
+    file.seek(0)
+    for piece in whole_characters(blocks(file)):
+        digest.update(piece)
+        yield piece
 
-    bytes: int
-    symbols: int
-    characters: int
 
-
-def scan(file: BinaryIO, name: Path, vocabulary: Vocabulary) -> Content:
-    """Read a file once; UserError if the vocabulary cannot express it."""
-    symbols = characters = 0
-    for ids in _pieces(file, name, vocabulary):
+def scan(pieces: Iterable[bytes], name: Path, vocabulary: Vocabulary) -> dict[str, int]:
+    """Count the bytes, symbols and characters of a text; UserError if the vocabulary cannot express it."""
+    length = symbols = characters = 0
+    for piece in pieces:
+        try:
+            ids = vocabulary.encode(piece)
+        except EncodingError as error:
+            raise UserError(
+                f"{name}: {error.problem} at byte {length + error.offset:,}, and the model's vocabulary "
+                f"({vocabulary.name}) cannot express it; use a model of bytes"
+            ) from None
+        length += len(piece)
         symbols += len(ids)
         characters += vocabulary.count_characters(ids)
-    return Content(file.tell(), symbols, characters)
+    return {"bytes": length, "symbols": symbols, "characters": characters}
 
 
-def blocks_of(file: BinaryIO, name: Path, vocabulary: Vocabulary, block: int) -> Iterator[np.ndarray]:
-    """The ids of a file, `block` of them at a time; the last array may be shorter."""
+def blocks_of(pieces: Iterable[bytes], vocabulary: Vocabulary, block: int) -> Iterator[np.ndarray]:
+    """The ids of a text, `block` of them at a time; the last array may be shorter."""
     waiting = vocabulary.encode(b"")
-    for ids in _pieces(file, name, vocabulary):
-        waiting = np.concatenate([waiting, ids])
+    for piece in pieces:
+        waiting = np.concatenate([waiting, vocabulary.encode(piece)])
         while len(waiting) >= block:
             yield waiting[:block]
             waiting = waiting[block:]
@@ -58,9 +66,7 @@ def open_regular(path: Path) -> BinaryIO:
 def output(path: Path, source: Path, size: int = 0) -> Iterator[BinaryIO]:
     """A file to write and read that becomes `path` when the block ends without an error.
 
-    Raises:
-        UserError: `path` is `source` or no regular file, the disk has no room for `size` bytes or is full, or the
-            folder cannot be written.
+    Raises UserError if `path` is `source` or no regular file, has no room for `size` bytes, or cannot be written.
     """
     if path.exists() and (not path.is_file() or path.samefile(source)):
         raise UserError(f"{path}: is {'the input' if path.is_file() else 'no file'}; name another output")
@@ -72,17 +78,3 @@ def output(path: Path, source: Path, size: int = 0) -> Iterator[BinaryIO]:
     except OSError as error:
         way_out = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise UserError(f"{path}: cannot be written ({error.strerror or error}){way_out}") from error
-
-
-def _pieces(file: BinaryIO, name: Path, vocabulary: Vocabulary) -> Iterator[np.ndarray]:
-    """The ids of a whole file, cut between UTF-8 characters."""
-    offset = file.seek(0)
-    for piece in whole_characters(blocks(file)):
-        try:
-            yield vocabulary.encode(piece)
-        except EncodingError as error:
-            raise UserError(
-                f"{name}: {error.problem} at byte {offset + error.offset:,}, and the model's vocabulary "
-                f"({vocabulary.name}) cannot express it; use a model of bytes"
-            ) from None
-        offset += len(piece)

@@ -15,8 +15,6 @@ from charlm.compression.streams import FAMILY, Streams, probabilities
 from charlm.data.vocabulary import Vocabulary
 from charlm.runs.trained import TrainedModel
 
-PROBE_SYMBOLS = 16
-
 
 def model_digest(trained: TrainedModel) -> bytes:
     """16 bytes that identify the model: its shape, and the parameters that predict the next symbol."""
@@ -40,7 +38,7 @@ def predicting_tensors(trained: TrainedModel) -> dict[str, Tensor]:
 
 def vocabulary_digest(vocabulary: Vocabulary) -> bytes:
     """8 bytes that identify the vocabulary."""
-    return _digest(vocabulary.to_dict())[:8]
+    return hashlib.sha256(json.dumps(vocabulary.to_dict(), sort_keys=True).encode()).digest()[:8]
 
 
 def environment(device: torch.device) -> str:
@@ -49,8 +47,9 @@ def environment(device: torch.device) -> str:
         place = f"{torch.cuda.get_device_name(device)} cuda {torch.version.cuda}"
     else:
         found = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest supported torch lacks it
-        features = _digest({name: value for name, value in found.items() if not name.startswith("num_")})  # of cores
-        place = f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {features.hex()[:8]}"
+        features = {name: value for name, value in found.items() if not name.startswith("num_")}  # of cores, sockets
+        features = hashlib.sha256(json.dumps(features, sort_keys=True).encode()).hexdigest()[:8]
+        place = f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {features}"
     return f"torch {torch.__version__}, constriction {version('constriction')}, {place}"
 
 
@@ -60,7 +59,7 @@ def probe(trained: TrainedModel, settings: CodingSettings) -> bytes:
     The model reads it symbol by symbol and once more in one pass, in as many streams as the settings say. Call it
     inside `threads_set`.
     """
-    context = min(settings.context, PROBE_SYMBOLS)
+    context = min(settings.context, 16)
     streams = Streams(trained, settings.replace(context=context, stride=1))
     random_NS = np.random.Philox(key=0).random_raw((context + 2, settings.streams)) % trained.vocabulary.size
     digest, encoder = hashlib.sha256(), constriction.stream.queue.RangeEncoder()
@@ -70,7 +69,3 @@ def probe(trained: TrainedModel, settings: CodingSettings) -> bytes:
         encoder.encode(symbols_S.astype(np.int32), FAMILY, probabilities(logits_SV))
     digest.update(encoder.get_compressed().astype("<u4").tobytes())
     return digest.digest()[:8]
-
-
-def _digest(record: object) -> bytes:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()

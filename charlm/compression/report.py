@@ -1,14 +1,10 @@
-"""The size of a compressed file beside those of other compressors, as a table and a picture.
-
-Shapes: S streams, V vocabulary, N steps.
-"""
+"""The size of a compressed file beside those of other compressors, as a table and a picture."""
 
 import bz2
 import lzma
 import time
 import zlib
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import constriction
@@ -20,7 +16,7 @@ from charlm.compression.content import open_regular
 from charlm.compression.fingerprint import predicting_tensors
 from charlm.compression.settings import CodingSettings, check_settings
 from charlm.compression.streams import FAMILY, Streams, probabilities, threads_set
-from charlm.config import UserError
+from charlm.data.sources import blocks
 from charlm.inference.generation import generate
 from charlm.report.style import PICTURE, TRAIN, VALID, new_figure, save
 from charlm.runs.trained import TrainedModel
@@ -90,26 +86,22 @@ class CompressionReport(BaseModel, frozen=True):
 
 
 def weigh(
-    trained: TrainedModel, file: Path, compressed: Compressed, *, others: bool = True, speeds: Sequence[int] = ()
+    trained: TrainedModel, file: Path, compressed: Compressed, others: bool, speeds: Sequence[int]
 ) -> CompressionReport:
     """The report of a file that was compressed.
 
     Args:
         others: also measure what other compressors make of the file, and the size of the model.
         speeds: also measure the speed of encoding with each of these numbers of streams, and of generation.
-
-    Raises:
-        UserError: the file cannot be read, or is too short to measure speeds.
     """
     with open_regular(file) as content:
-        pieces = iter(partial(content.read, 2**20), b"")
         return CompressionReport(
             file=str(file),
             compressed=compressed,
-            others=compressed_sizes(pieces) if others else None,
+            others=compressed_sizes(blocks(content)) if others else None,
             model=model_size(trained) if others else None,
             speeds={streams: _encoding_speed(trained, compressed.protocol, streams) for streams in speeds},
-            generation_speed=_generation_speed(trained, file, compressed.protocol) if speeds else None,
+            generation_speed=_generation_speed(trained, compressed.protocol) if speeds else None,
         )
 
 
@@ -135,23 +127,18 @@ def model_size(trained: TrainedModel) -> dict[str, int]:
 
 
 def draw(report: CompressionReport, path: Path) -> Path:
-    """Draw the sizes as bars, and speeds against streams if they were measured; returns the file's path.
-
-    Raises:
-        UserError: a suffix that matplotlib does not write, or a place where nothing can be written.
-    """
+    """Draw the sizes as bars, and speeds against streams if they were measured. Returns and raises what `save` does."""
     sizes, speeds = report.sizes(), report.speeds
     with new_figure(PICTURE, 1.2 + 0.3 * len(sizes) + (2.2 if speeds else 0)) as figure:
         above, *below = figure.subplots(2 if speeds else 1, squeeze=False)[:, 0]
-        bars = above.barh(list(sizes), list(sizes.values()), color=[VALID if it == "charlm" else TRAIN for it in sizes])
+        colours = [VALID if name == "charlm" else TRAIN for name in sizes]
+        bars = above.barh(list(sizes), list(sizes.values()), color=colours)
         above.bar_label(bars, [f"{size:,}" for size in sizes.values()], padding=3)
         above.grid(False)
         above.margins(x=0.15)
         above.set_xlabel("bytes")
-        title = f"{Path(report.file).name}, {report.compressed.bytes:,} bytes"
-        above.set_title(
-            title + (f" (the model by itself: {report.model['compressed_bytes']:,})" if report.model else "")
-        )
+        model = f" (the model by itself: {report.model['compressed_bytes']:,})" if report.model else ""
+        above.set_title(f"{Path(report.file).name}, {report.compressed.bytes:,} bytes{model}")
         for axes in below:
             axes.plot(list(speeds), list(speeds.values()), "o-", color=VALID, label="encoding")
             axes.axhline(report.generation_speed, color=TRAIN, label="generation of one text")
@@ -178,14 +165,9 @@ def _encoding_speed(trained: TrainedModel, settings: CodingSettings, num_streams
         return settings.stride * num_streams / (time.perf_counter() - started)
 
 
-def _generation_speed(trained: TrainedModel, file: Path, settings: CodingSettings) -> float:
-    """Symbols per second of one text that continues the beginning of the file."""
-    with open_regular(file) as content:
-        data = content.read(settings.context)
-    # In a vocabulary of characters as many bytes are no more symbols, so the prompt fits into the context.
-    prompt = data if trained.vocabulary.name == "bytes" else data.decode(errors="ignore")
-    if not prompt:
-        raise UserError(f"{file}: is too short to measure generation, which continues it; leave out --speeds")
+def _generation_speed(trained: TrainedModel, settings: CodingSettings) -> float:
+    """Symbols per second of one text, from one full context to the next."""
+    prompt = trained.vocabulary.symbols[-1] * settings.context
     with threads_set(settings.threads):
         generate(trained, prompt, length=1)
         started = time.perf_counter()

@@ -13,8 +13,6 @@ from charlm.process import physical_memory
 from charlm.runs.trained import TrainedModel
 
 MAX_BLOCK = 2**26
-DEFAULT_MAX_STREAMS = {"cpu": 64, "cuda": 512}
-"""By type of device."""
 SYMBOLS_PER_STREAM = 2**13
 """Default minimum. Each stream begins without context, so shorter ones cost more than a few per cent."""
 BLOCK_PER_STREAM = 2**16
@@ -43,11 +41,6 @@ class CodingSettings(Section):
         return self
 
     @property
-    def kept(self) -> int:
-        """Symbols that remain when the oldest are forgotten."""
-        return self.context - self.stride + 1
-
-    @property
     def dtype(self) -> torch.dtype:
         """The type of keys and values."""
         return AUTOCAST_DTYPES[self.precision] or torch.float32
@@ -60,7 +53,7 @@ def choose_settings(trained: TrainedModel, num_symbols: int, **options: Any) -> 
         UserError: a value out of range, or more streams than the machine's memory holds caches for.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    most = DEFAULT_MAX_STREAMS.get(trained.device.type, DEFAULT_MAX_STREAMS["cpu"])
+    most = 512 if trained.device.type == "cuda" else 64
     streams = given.get("streams", min(max(1, num_symbols // SYMBOLS_PER_STREAM), most))
     context = given.get("context", trained.config.model.context_length)
     defaults = {
@@ -80,8 +73,7 @@ def check_settings(trained: TrainedModel, settings: CodingSettings) -> None:
     """Raise UserError if the model or the machine does not allow these settings."""
     model = trained.config.model
     if settings.context > model.context_length:
-        text = f"must lie between 1 and the model's {model.context_length:,}"
-        raise UserError(f"context={settings.context}: {text}", "context")
+        raise UserError(f"context={settings.context}: the model's is {model.context_length:,}; give no more", "context")
     check_precision(settings.precision, trained.device)
     on_gpu = trained.device.type == "cuda"
     memory = torch.cuda.mem_get_info(trained.device)[1] if on_gpu else physical_memory()

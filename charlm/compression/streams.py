@@ -75,7 +75,7 @@ class Streams:
         start, ids_SC = self._cache.length, self._cache.ids
         if start == self.settings.context:
             self._cache.reset()
-            earlier = self.settings.kept - 1
+            earlier = self.settings.context - self.settings.stride
             ids_SC[:, :earlier] = ids_SC[:, start - earlier : start].clone()
             start = earlier
         ids_SC[:, start] = torch.from_numpy(symbols_S.astype(np.int64))
