@@ -2,7 +2,9 @@ import hashlib
 import os
 import re
 import struct
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import constriction
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from charlm.compression import coder, container
-from charlm.compression.coder import compress, compressed_nats, decompress
+from charlm.compression.coder import compressed_nats
 from charlm.compression.container import largest_claim
 from charlm.compression.settings import CodingSettings
 from charlm.compression.streams import FAMILY
@@ -21,6 +23,9 @@ from charlm.config import UserError
 from charlm.data.vocabulary import CharacterVocabulary, SentencePieceVocabulary
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
+
+compress = partial(coder.compress, show_progress=False)
+decompress = partial(coder.decompress, show_progress=False)
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def coded(build_model, tmp_path):
     def make(data: bytes, trained=None, **options):
         trained = trained or build_model()
         (tmp_path / "text").write_bytes(data)
-        compress(trained, tmp_path / "text", tmp_path / "text.clm", show_progress=False, **options)
+        compress(trained, tmp_path / "text", tmp_path / "text.clm", **options)
         return trained, tmp_path / "text.clm"
 
     return make
@@ -39,7 +44,7 @@ def coded(build_model, tmp_path):
 def decoded(trained, path: Path) -> bytes:
     target = path.with_name("back")
     target.unlink(missing_ok=True)
-    length = decompress(trained, path, target, show_progress=False)
+    length = decompress(trained, path, target)
     assert length == target.stat().st_size
     return target.read_bytes()
 
@@ -51,7 +56,7 @@ def refused(trained, path: Path, data: bytes) -> str:
     target.write_bytes(b"older")
     before = sorted(path.parent.iterdir())
     with pytest.raises(UserError) as error:
-        decompress(trained, path, target, show_progress=False)
+        decompress(trained, path, target)
     assert target.read_bytes() == b"older" and sorted(path.parent.iterdir()) == before
     assert str(path.parent) in str(error.value) and len(str(error.value)) < 500
     return str(error.value)
@@ -62,13 +67,6 @@ def sealed(data: bytes) -> bytes:
     return data[:-8] + hashlib.sha256(data[:-8]).digest()[:8]
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"\0" * 300, bytes(range(256)) * 2], ids=["empty", "one", "zeros", "all"])
-def test_bytes_come_back(coded, data):
-    """Guards against a special case that is lost: no symbol, one, one only, every one."""
-    trained, path = coded(data, streams=5)
-    assert decoded(trained, path) == data
-
-
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.binary(max_size=50),
@@ -77,15 +75,17 @@ def test_bytes_come_back(coded, data):
     stride=st.integers(1, 8),
     block=st.integers(5, 40),
 )
+@example(data=b"", streams=5, context=8, stride=5, block=40)
+@example(data=b"x", streams=5, context=8, stride=5, block=40)
+@example(data=b"\0" * 300, streams=5, context=8, stride=5, block=300)
+@example(data=bytes(range(256)) * 2, streams=5, context=8, stride=5, block=300)
 @example(data=b"abcdefgh" * 2, streams=2, context=8, stride=8, block=40)
 @example(data=b"abcdefgh" * 2 + b"!", streams=2, context=8, stride=1, block=17)
-def test_any_bytes_come_back(build_model, tmp_path, data, streams, context, stride, block):
-    """Guards against an encoder and a decoder that part at some boundary of streams, contexts or blocks."""
-    trained = build_model()
-    (tmp_path / "text").write_bytes(data)
-    options = {"streams": streams, "context": context, "stride": min(stride, context), "block": block}
-    compress(trained, tmp_path / "text", tmp_path / "text.clm", verify=False, show_progress=False, **options)
-    assert decoded(trained, tmp_path / "text.clm") == data
+def test_any_bytes_come_back(coded, data, streams, context, stride, block):
+    """Guards against an encoder and a decoder that part at some boundary of streams, contexts or blocks, and special
+    cases that are lost: no symbol, one, one only, every one."""
+    trained, path = coded(data, streams=streams, context=context, stride=min(stride, context), block=block)
+    assert decoded(trained, path) == data
 
 
 @pytest.mark.parametrize("around", [0, 8, 16, 24, 40])  # streams x (nothing, context, 2 context), block, 2 blocks ...
@@ -111,7 +111,7 @@ def test_the_size_is_what_the_score_predicts(coded, streams, length):
 def test_what_compress_tells(coded, build_model, tmp_path):
     """Guards against figures of something other than the file."""
     (tmp_path / "text").write_bytes("aé".encode() * 20)
-    result = compress(build_model(), tmp_path / "text", tmp_path / "out", streams=3, verify=False, show_progress=False)
+    result = compress(build_model(), tmp_path / "text", tmp_path / "out", streams=3, verify=False)
     size = (tmp_path / "out").stat().st_size
     assert (result.bytes, result.symbols, result.characters, result.compressed_bytes) == (60, 60, 40, size)
     assert (result.bits_per_character, result.bits_per_byte) == (8 * size / 40, 8 * size / 60)
@@ -119,25 +119,14 @@ def test_what_compress_tells(coded, build_model, tmp_path):
 
 
 def damages(data: bytes, count: int, seed: int) -> list[bytes]:
-    """`count` different files that are not `data`: bits turned, bytes changed, lost, added, moved."""
+    """`count` different files that are not `data`: a bit turned, the end lost, bytes lost, changed or added."""
     random, found = np.random.default_rng(seed), []
     while len(found) < count:
-        at, kind = int(random.integers(len(data))), len(found) % 5
-        length = int(random.integers(1, 20))
-        spoilt = bytearray(data)
-        if kind == 0:
-            spoilt[at] ^= 1 << int(random.integers(8))
-        elif kind == 1:
-            spoilt[at : at + length] = random.bytes(length)
-        elif kind == 2:
-            del spoilt[at : at + length]
-        elif kind == 3:
-            spoilt[at:at] = random.bytes(length)
-        else:
-            spoilt = spoilt[:at]
-        if spoilt != data:
-            found.append(bytes(spoilt))
-    return found
+        at, lost, added = int(random.integers(len(data))), int(random.integers(20)), int(random.integers(20))
+        turned = bytes([data[at] ^ 1 << int(random.integers(8))])
+        found += [data[:at] + turned + data[at + 1 :], data[:at]]
+        found += [data[:at] + random.bytes(added) + data[at + lost :]] * (lost + added > 0)
+    return found[:count]
 
 
 def test_200_random_damages_are_refused(coded):
@@ -153,10 +142,8 @@ def test_damage_with_a_checksum_that_matches(coded):
     trained, path = coded(text, streams=2, block=30)
     for spoilt in damages(path.read_bytes(), 40, seed=1):
         path.write_bytes(sealed(spoilt))
-        try:
+        with suppress(UserError):
             assert decoded(trained, path) == text
-        except UserError as error:
-            assert "Traceback" not in str(error)
 
 
 def header_with(path: Path, **changes) -> bytes:
@@ -177,15 +164,9 @@ LIES = {
     "a block less": ({"length": 50, "symbols": 50}, "more bytes follow"),
     "a block more": ({"length": 101, "symbols": 101}, "ends before them|symbols in"),
     "no streams": ({"streams": 0}, "streams=0"),
-    "a million streams": ({"streams": 10**6, "block": 10**6}, "streams=1000000"),
-    "no block": ({"block": 0}, "block=0"),
     "a block of 2^32 - 1": ({"block": 2**32 - 1}, "block=4294967295"),
-    "no context": ({"context": 0}, "context=0"),
     "a context beyond the model's": ({"context": 9}, "context=9"),
     "a stride beyond the context": ({"stride": 9}, "stride=9"),
-    "no stride": ({"stride": 0}, "stride=0"),
-    "no threads": ({"threads": 0}, "threads=0"),
-    "60,000 threads": ({"threads": 60_000}, "threads=60000"),
     "fp16 on a CPU": ({"precision": "fp16"}, "needs a GPU"),
     "another model": ({"model": bytes(16)}, "another model"),
     "another vocabulary": ({"vocabulary": bytes(8)}, "another vocabulary"),
@@ -199,34 +180,27 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_a_header_that_lies(coded, lie):
+@pytest.mark.parametrize(("changes", "message"), LIES.values(), ids=LIES)
+def test_a_header_that_lies(coded, changes, message):
     """Guards against memory and time by what a file claims rather than by what it can hold, and against rubbish."""
     trained, path = coded(b"a text that is damaged " * 4, streams=2, block=50)
-    changes, message = LIES[lie]
     assert re.search(message, refused(trained, path, header_with(path, **changes)))
 
 
 FOREIGN = {
     "empty": (b"", "not a file that charlm has compressed"),
-    "one byte": (b"c", "not a file that charlm has compressed"),
     "another's": (b"PK\3\4" + bytes(300), "not a file that charlm has compressed"),
     "the magic alone": (b"charlm", "not a file that charlm has compressed"),
     "no more than magic and version": (b"charlm\3\0", "damaged or cut short"),
     "sealed without header": (sealed(b"charlm\3\0" + bytes(8)), "more bytes than the file"),
-    "sealed, half a header": (sealed(b"charlm\3\0" + bytes(80)), "more bytes than the file"),
-    "a name longer than the file": (
-        sealed(b"charlm\3\0" + bytes(99) + b"\xff" + bytes(20)),
-        "more bytes than the file",
-    ),
+    "a name longer than the file": (sealed(b"charlm\3\0" + bytes(99) + b"\xff" + bytes(20)), "more bytes than"),
     "version 1": (b"charlm\1\0" + bytes(200), "version 1, and this charlm reads 3"),
 }
 
 
-@pytest.mark.parametrize("case", FOREIGN)
-def test_a_foreign_file(build_model, tmp_path, case):
+@pytest.mark.parametrize(("data", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_file(build_model, tmp_path, data, message):
     """Guards against a traceback, or a guess, for what is no compressed file at all."""
-    data, message = FOREIGN[case]
     assert message in refused(build_model(), tmp_path / "text.clm", data)
 
 
@@ -258,20 +232,14 @@ def test_a_machine_that_computes_otherwise(coded, monkeypatch):
     assert "last bits" in refused(trained, path, path.read_bytes())
 
 
-def test_what_does_not_decode_is_not_kept(build_model, tmp_path, monkeypatch):
+def test_what_does_not_decode_is_not_kept(coded, build_model, tmp_path, monkeypatch):
     """Guards against a file that nobody can read, reported as a success, where arithmetic is not repeatable."""
     trained = build_model()
-    forward = trained.heads.forward
-    generator = torch.Generator().manual_seed(0)
-
-    def noisy(*arguments):
-        logits = forward(*arguments)
-        return logits + torch.randn(logits.shape, generator=generator)
-
-    monkeypatch.setattr(trained.heads, "forward", noisy)
-    (tmp_path / "text").write_bytes(b"some text" * 5)
+    forward, generator = trained.heads.forward, torch.Generator().manual_seed(0)
+    noise = partial(torch.randn, 1, 1, 1, 256, generator=generator)
+    monkeypatch.setattr(trained.heads, "forward", lambda *arguments: forward(*arguments) + noise())
     with pytest.raises(UserError, match="nothing was kept"):
-        compress(trained, tmp_path / "text", tmp_path / "out", show_progress=False)
+        coded(b"some text" * 5, trained)
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
@@ -281,23 +249,20 @@ def test_places_that_cannot_be(build_model, tmp_path):
     text = tmp_path / "text"
     text.write_bytes(b"some text")
     os.mkfifo(tmp_path / "pipe")
-    for source, target, message in (
-        (tmp_path / "none", tmp_path / "out", "No such file"),
-        (tmp_path, tmp_path / "out", "is a folder"),
-        (tmp_path / "pipe", tmp_path / "out", "a pipe or a device"),
-        (text, text, "is the input"),
-        (text, tmp_path, "is no file"),
-        (text, tmp_path / "none" / "out", "cannot be written"),
+    packed, out = tmp_path / "text.clm", tmp_path / "out"
+    compress(trained, text, packed)
+    for work, source, target, message in (
+        (compress, tmp_path / "none", out, "No such file"),
+        (decompress, tmp_path, out, "is a folder"),
+        (compress, tmp_path / "pipe", out, "a pipe or a device"),
+        (compress, text, text, "is the input"),
+        (decompress, packed, packed, "is the input"),
+        (decompress, packed, tmp_path, "is no file"),
+        (compress, text, tmp_path / "none" / "out", "cannot be written"),
     ):
-        for work in (compress, decompress):
-            if work is decompress and source == text:
-                continue
-            with pytest.raises(UserError, match=message):
-                work(trained, source, target, show_progress=False)
-    compress(trained, text, tmp_path / "out", show_progress=False)
-    with pytest.raises(UserError, match="is the input"):
-        decompress(trained, tmp_path / "out", tmp_path / "out", show_progress=False)
-    assert text.read_bytes() == b"some text"
+        with pytest.raises(UserError, match=message):
+            work(trained, source, target)
+    assert text.read_bytes() == b"some text" and not out.exists()
 
 
 def test_a_disk_that_is_full(coded, monkeypatch, tmp_path):
@@ -307,21 +272,19 @@ def test_a_disk_that_is_full(coded, monkeypatch, tmp_path):
     assert "needs 9 bytes, and 8 are free" in refused(trained, path, path.read_bytes())
 
 
-def test_a_text_that_changes_meanwhile(build_model, tmp_path, monkeypatch):
+def test_a_text_that_changes_meanwhile(coded, tmp_path, monkeypatch):
     """Guards against a file whose header tells of an earlier content."""
-    text = tmp_path / "text"
-    text.write_bytes(b"some text")
-    scan = coder.scan
 
-    def change(*arguments):
+    def scan_and_change(*arguments):
         result = scan(*arguments)
-        text.write_bytes(b"more text")
+        (tmp_path / "text").write_bytes(b"more text")
         return result
 
-    monkeypatch.setattr(coder, "scan", change)
+    scan = coder.scan
+    monkeypatch.setattr(coder, "scan", scan_and_change)
     with pytest.raises(UserError, match="changed while it was compressed"):
-        compress(build_model(), text, tmp_path / "out", show_progress=False)
-    assert not (tmp_path / "out").exists()
+        coded(b"some text")
+    assert not (tmp_path / "text.clm").exists()
 
 
 @pytest.fixture
@@ -343,7 +306,7 @@ def model_of(build_model, randomise):
 def test_characters_and_sentencepiece(coded, model_of, monkeypatch):
     """Guards against characters of several bytes that are cut between two pieces of a file, and lengths in the wrong
     unit."""
-    monkeypatch.setattr("charlm.data.corpus.CHUNK", 5)
+    monkeypatch.setattr("charlm.data.sources.CHUNK", 5)
     text = "aé漢🙂 b" * 9
     counts = np.bincount([ord(c) for c in text], minlength=0x110000)
     for vocabulary in (CharacterVocabulary("".join(sorted(set(text)))), SentencePieceVocabulary.train(counts, 1.0)):
@@ -368,13 +331,12 @@ def test_a_vocabulary_of_one_symbol(coded, model_of):
         (b"abc" * 5 + "é".encode()[:1], "not UTF-8 at byte 15"),
     ],
 )
-def test_symbols_outside_the_vocabulary(model_of, tmp_path, monkeypatch, data, message):
+def test_symbols_outside_the_vocabulary(coded, model_of, tmp_path, monkeypatch, data, message):
     """Guards against a traceback after hours, and against a message that names the wrong place."""
-    monkeypatch.setattr("charlm.data.corpus.CHUNK", 4)
-    (tmp_path / "text").write_bytes(data)
+    monkeypatch.setattr("charlm.data.sources.CHUNK", 4)
     with pytest.raises(UserError, match=message):
-        compress(model_of(CharacterVocabulary("abc")), tmp_path / "text", tmp_path / "out", show_progress=False)
-    assert not (tmp_path / "out").exists()
+        coded(data, model_of(CharacterVocabulary("abc")))
+    assert not (tmp_path / "text.clm").exists()
 
 
 def test_the_layout_of_the_file(coded):

@@ -7,12 +7,11 @@ import lzma
 import math
 import shlex
 
+import numpy as np
 import pytest
 
-from charlm.compression.coder import score_as_compressor
-from charlm.config import UserError
+from charlm.compression.report import compressed_sizes
 from charlm.data.corpus import load_corpus
-from charlm.inference.evaluation import bits_per_character
 from charlm.runs.load import load
 from tiny import run_script
 
@@ -112,19 +111,6 @@ def test_the_score_is_that_of_the_file(run_on_disk, script, tmp_path):
         assert part in out
 
 
-def test_evaluation_at_a_stride_explains_the_score(run_on_disk):
-    """Guards against a difference that nothing explains: with one stream, and windows that end with the text, there is
-    none."""
-    trained = load(run_on_disk)
-    corpus = load_corpus(trained.config.data, show_progress=False)
-    one = score_as_compressor(trained, corpus, limit=17 + 9 * 12, streams=1, show_progress=False)
-    assert one.stride == 9
-    expected = bits_per_character(trained, corpus, limit=17 + 9 * 12, stride=9, show_progress=False)
-    assert one.bits_per_character == pytest.approx(expected.bits_per_character, rel=1e-5)
-    with pytest.raises(UserError, match="another text"):
-        score_as_compressor(trained, corpus.model_copy(update={"sha256": "0" * 64}), show_progress=False)
-
-
 @pytest.mark.parametrize(
     "arguments", [("--streams=3",), ("--as-compressor", "--all-layers"), ("--as-compressor", "--batch-size=3")]
 )
@@ -132,3 +118,12 @@ def test_options_that_do_not_go_together(run_on_disk, script, arguments):
     """Guards against an option that is silently ignored."""
     code, out, err = script("evaluate", run_on_disk, *arguments)
     assert (code, out) == (2, "") and "--as-compressor" in err
+
+
+def test_sizes_of_noise_and_of_a_long_period():
+    """Guards against bits in place of bytes, pieces that are lost, and a compressor that is not at its best."""
+    noise = np.random.default_rng(0).bytes(100_000)
+    assert all(1 < size / 100_000 < 1.02 for size in compressed_sizes([noise[:30_000], noise[30_000:]]).values())
+    # A period of 50,000 is beyond gzip's window of 32 KiB, but within bzip2's block of 900 kB and xz's dictionary.
+    sizes = compressed_sizes([noise[:50_000]] * 4)
+    assert sizes["gzip -9"] > 200_000 > 80_000 > sizes["bzip2 -9"] > sizes["xz -9e"]
