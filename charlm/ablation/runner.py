@@ -36,7 +36,7 @@ class Child(NamedTuple):
     run: VariantRun
     process: subprocess.Popen
     log_start: int
-    """Position in the log file at which its output begins; earlier processes of the run may have written before."""
+    """Position in the log file at which its output begins, behind that of earlier processes."""
 
 
 @dataclass
@@ -103,8 +103,9 @@ class Runner:
                     child.run.add_costs(usage.ru_maxrss * RSS_UNIT, usage.ru_utime + usage.ru_stime, failure)
                     self.after_each()
             if time.monotonic() - drawn > REDRAW_SECONDS:
+                stopping = ", stopping" if told else ""
                 bar.n = sum(1.0 if run in self.failed else run.fraction_done() for run in runs)
-                bar.set_description_str(f"{self.done}/{len(runs)} runs" + (", stopping" if told else ""), refresh=False)
+                bar.set_description_str(f"{self.done}/{len(runs)} runs{stopping}", refresh=False)
                 bar.set_postfix_str("; ".join(f"{run} {run.fraction_done():.0%}" for run, *_ in self.children))
                 drawn = time.monotonic()
             time.sleep(POLL_SECONDS)

@@ -52,11 +52,12 @@ class Row:
 
     @cached_property
     def figures(self) -> dict[str, Any]:
-        """By their names in the CSV file; None if there are too few seeds. delta_95 is half the interval of delta."""
+        """By their names in the CSV file; None if there are too few seeds."""
         scores, deltas = self.scores, self.deltas
         delta, margin, verdict = statistics.fmean(deltas) if deltas else None, None, ""
         if len(deltas) > 1:
-            margin = T95[min(len(deltas) - 1, len(T95)) - 1] * statistics.stdev(deltas) / math.sqrt(len(deltas))
+            t = T95[min(len(deltas) - 1, len(T95)) - 1]
+            margin = t * statistics.stdev(deltas) / math.sqrt(len(deltas))
             outside = "better" if delta < 0 else "worse"
             verdict = outside if abs(delta) > margin else "within noise"
         paper, reference = self.variant.paper, self.reference and self.reference.variant.paper
@@ -157,8 +158,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 def draw(rows: Sequence[Row], path: Path) -> Path:
     """Draw every seed of every row, with the mean and its figure, and return the picture's path.
 
-    The axis covers the rows near the reference; the mean of a row far outside is an arrow at the edge. Raises UserError
-    if the picture cannot be written.
+    The axis covers the rows near the reference; the mean of a row far outside is an arrow at the edge.
     """
     shown = [row for row in rows if row.results]
     left, right = _limits(shown)

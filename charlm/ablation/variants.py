@@ -16,7 +16,7 @@ from charlm.files import read_json, write_whole
 from charlm.runs.folder import Run
 
 PAPER_SGD_RATE = 0.3
-"""Learning rate of plain SGD whose steps are as long as the paper's with momentum: 0.003 / (1 - 0.99)."""
+"""Plain SGD's steps are then as long as the paper's with momentum: 0.003 / (1 - 0.99)."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class VariantRun:
         return self.config.run.dir
 
     def beside(self, suffix: str) -> Path:
-        """A file beside the run's folder: its config (.yaml), its output (.log) or its costs (.json)."""
+        """The config (.yaml), output (.log) or costs (.json) beside the run's folder."""
         return self.folder.with_name(self.folder.name + suffix)
 
     def check_unchanged(self) -> None:
-        """Raise UserError if the run was begun with other options, apart from those that do not affect its result."""
+        """Raise UserError if the run was begun with other options that affect its result."""
         run = Run(self.folder)
         found = differences(run.config(), self.config) if run.config_path.exists() else {}
         changed = [
@@ -71,11 +71,11 @@ class VariantRun:
 
     def fraction_done(self) -> float:
         """The share of the steps that the metrics show, from 0 to 1."""
-        return max((row["step"] for row in Run(self.folder).metrics()), default=0) / self.config.train.steps
+        steps = [row["step"] for row in Run(self.folder).metrics()]
+        return max(steps, default=0) / self.config.train.steps
 
     def result(self) -> dict[str, Any] | None:
-        """Bits per character and per byte of the validation after the last step, seconds per step, and `costs`. None if
-        the run has not finished, or diverged."""
+        """The validation after the last step, seconds_per_step, and `costs`; None if unfinished or diverged."""
         train, rows = self.config.train, list(Run(self.folder).metrics())
         scores = [row["valid"] for row in rows if "valid" in row and row["step"] == train.steps]
         if not scores or not math.isfinite(scores[-1]["bits_per_character"]):
@@ -84,10 +84,12 @@ class VariantRun:
         return scores[-1] | {"seconds_per_step": seconds} | self.costs()
 
     def costs(self) -> dict[str, Any]:
-        """The costs of the run's processes: peak_memory (the largest resident size, in bytes) and cpu_seconds; failure,
-        the reason why the last one failed. None where there is none."""
+        """The costs of the run's processes: peak_memory (the largest resident size, in bytes), cpu_seconds, and
+        failure, the reason why the last one failed. Each may be None."""
         path = self.beside(".json")
-        return read_json(path) if path.exists() else {"peak_memory": None, "cpu_seconds": None, "failure": None}
+        if path.exists():
+            return read_json(path)
+        return {"peak_memory": None, "cpu_seconds": None, "failure": None}
 
     def add_costs(self, peak_memory: int, cpu_seconds: float, failure: str | None) -> None:
         """Record the costs of a process on top of earlier ones."""
@@ -99,21 +101,19 @@ class VariantRun:
 
 
 def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -> float | None:
-    """Mean time of a training step, without validation; None if fewer than two rows of metrics have a speed.
+    """Mean time of a training step, without validation; None if fewer than two rows have a speed.
 
-    A row's characters per second are measured since the row before. The first row is left out: it holds the warm-up.
+    A row's speed is measured since the row before. The first row is left out: it holds the warm-up.
     """
-    logged = [(row["step"], row["characters_per_second"]) for row in rows if "characters_per_second" in row]
+    speed = "characters_per_second"
+    logged = [(row["step"], row[speed]) for row in rows if speed in row]
     spans = [(step - before, speed) for (before, _), (step, speed) in pairwise(logged)]
     seconds = sum(steps * characters_per_step / speed for steps, speed in spans)
     return seconds / sum(steps for steps, _ in spans) if spans else None
 
 
 def paper_variants(base: Config) -> list[Variant]:
-    """The rows of the paper's ablation, with its figures.
-
-    "SGD in place of momentum" takes the base's learning rate over 1 minus its momentum, so that steps stay as long.
-    """
+    """The rows of the paper's ablation, with its figures. The steps of plain SGD are as long as the base's."""
     train = base.train
     sgd_rate = train.learning_rate / (1 - train.momentum) if train.optimizer == "sgd" else PAPER_SGD_RATE
     sgd = {"train.optimizer": "sgd", "train.momentum": 0, "train.learning_rate": f"{sgd_rate:.6g}"}
@@ -128,10 +128,7 @@ def paper_variants(base: Config) -> list[Variant]:
 
 
 def parse_row(text: str) -> Variant:
-    """The variant that `--row` describes: `name: --section.field=value ...`, or flags alone, which then are its name.
-
-    Raises UserError for a text of another form.
-    """
+    """The variant of `name: --section.field=value ...`, or of flags alone, which then are its name."""
     name, has_name, changes = text.partition(": ") if not text.lstrip().startswith("--") else ("", "", text)
     try:
         flags = shlex.split(changes)
@@ -144,10 +141,7 @@ def parse_row(text: str) -> Variant:
 
 
 def parse_sweeps(sweeps: Sequence[str]) -> list[Variant]:
-    """A variant for every combination of the values in `sweeps`, each of the form `section.field=a,b,c`.
-
-    Raises UserError if a sweep has another form, or an option two sweeps.
-    """
+    """A variant for every combination of the values of sweeps such as `section.field=a,b,c`."""
     axes: dict[str, list[str]] = {}
     for sweep in sweeps:
         name, _, text = sweep.removeprefix("--").partition("=")
@@ -162,7 +156,7 @@ def parse_sweeps(sweeps: Sequence[str]) -> list[Variant]:
 
 
 def read_methods(paths: Sequence[Path]) -> list[Variant]:
-    """A variant for every YAML file, named after it; a folder stands for the YAML files in it, at least one."""
+    """A variant for every YAML file, named after it; a folder stands for the YAML files in it."""
     variants = []
     for path in paths:
         files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]

@@ -1,7 +1,7 @@
 """Lossless compression with a model: a range coder over its distribution of the next symbol.
 
-A file takes as many bits as the model's predictions cost, so a file that decodes to the same bytes proves a score.
-`charlm.compression.streams` describes how predictions are made, `charlm.compression.container` the file's layout.
+A file takes as many bits as its predictions cost, so one that decodes to the same bytes proves a score.
+`charlm.compression.streams` makes the predictions, `charlm.compression.container` is the file's layout.
 
 Shapes: A streams that still have symbols, V vocabulary, N symbols of a text or a block.
 """
@@ -67,9 +67,9 @@ def compress(
     show_progress: bool = True,
     **options: Any,
 ) -> Compressed:
-    """Compress the file `source` into `target`; `decompress` restores it with the same model on the same machine.
+    """Compress a file into `target`, for the same model on the same machine to `decompress`.
 
-    Memory is bounded, whatever the file's size. `target` appears, or is replaced, only when it is complete.
+    Memory is bounded, whatever the file's size. `target` appears only when it is complete.
 
     Args:
         verify: decode the result and compare before it takes its place.
@@ -77,8 +77,8 @@ def compress(
         options: the fields of `CodingSettings`; those left out, or None, have defaults.
 
     Raises:
-        UserError: an option out of range, no such file, a text that the vocabulary cannot express, a full disk, or a
-            result that does not decode to the same bytes.
+        UserError: an option out of range, a file that cannot be read or written, a text that the vocabulary
+            cannot express, or a result that does not decode to the same bytes.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
@@ -120,8 +120,8 @@ def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *,
     """Restore the file that `compress` made `source` of, and return its size in bytes.
 
     Raises:
-        UserError: `source` is damaged, or needs another model, format version or machine; or `target` cannot be
-            written. It is then as it was.
+        UserError: `source` is damaged, or needs another model, format version or machine; or `target` cannot
+            be written. It is then as it was.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
@@ -164,12 +164,13 @@ def score_as_compressor(
     show_progress: bool = True,
     **options: Any,
 ) -> Score:
-    """Score a split of the corpus that the model was trained on as `compress` would code it, without writing a file.
+    """Score a split of the model's corpus as `compress` would code it, without writing a file.
 
     Arguments and errors as for `charlm.bits_per_character` and, in `options`, for `compress`.
     """
     scorer = Scorer(trained, corpus, split, limit=limit, precision=precision)
-    nats_N, settings = compressed_nats(trained, scorer.ids, precision=precision, show_progress=show_progress, **options)
+    options |= {"precision": precision, "show_progress": show_progress}
+    nats_N, settings = compressed_nats(trained, scorer.ids, **options)
     return scorer.score(
         nats_N,
         stride=settings.stride,
@@ -190,10 +191,10 @@ def _encode(trained: TrainedModel, header: Header, blocks: Iterator[np.ndarray],
 
 
 def _decode(trained: TrainedModel, header: Header, file: BinaryIO, name: Path, bar: tqdm) -> Iterator[bytes]:
-    """The content of a file that is at its first block, block by block; UserError if it is not the one encoded."""
+    """The content by blocks, of a file that is at its first; UserError if it is not the one encoded."""
     digest, streams, V = hashlib.sha256(), Streams(trained, header.settings), trained.vocabulary.size
-    refused = UserError(f"{name}: does not decode to the content it was made of; get a whole copy, or compress anew")
-    length = 0
+    problem = "does not decode to the content it was made of; get a whole copy, or compress anew"
+    refused, length = UserError(f"{name}: {problem}"), 0
     for symbols in header.block_sizes():
         decoder = constriction.stream.queue.RangeDecoder(read_block(file))
         ids = np.zeros(symbols, id_type(V))
@@ -204,7 +205,7 @@ def _decode(trained: TrainedModel, header: Header, file: BinaryIO, name: Path, b
                     raise refused
                 ids[where_A] = symbols_A
             data = trained.vocabulary.decode(ids)
-        except (AssertionError, ValueError) as error:  # the coder raises them for words that no encoder writes
+        except (AssertionError, ValueError) as error:  # raised for words that no encoder writes
             raise refused from error
         if not decoder.maybe_exhausted():
             raise refused

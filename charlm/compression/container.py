@@ -5,9 +5,9 @@
     blocks                      each: uint32 W, then W words of 32 bits from the range coder
     checksum                    the first 8 bytes of the SHA-256 of everything before
 
-All numbers are little-endian. The checksum finds damage before anything is decoded; the SHA-256 of the content, in the
-header, proves that the decoded bytes are right. The header's claims are checked against the file's size (see
-`read_header`), so that a malicious file costs no more memory and time than an honest file of its size.
+All numbers are little-endian. The checksum finds damage before anything is decoded; the SHA-256 of the content, in
+the header, proves that the decoded bytes are right. The header's claims are checked against the file's size, so that
+a malicious file costs no more memory and time than an honest one.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ _PIECE = 2**20
 
 
 class Header(NamedTuple):
-    """Settings and environment that a decoder must share with the encoder; see `charlm.compression.fingerprint`."""
+    """What a decoder must share with the encoder; see `charlm.compression.fingerprint`."""
 
     length: int
     """Bytes of the content."""
@@ -84,8 +84,8 @@ def checksum(file: BinaryIO, size: int) -> bytes:
 def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
     """The header of a whole, undamaged file, which is left at its first block.
 
-    The number of symbols that it claims must suit the number of words: every symbol costs a little, as the coder leaves
-    V - 1 of its 2^24 units to the others, and none costs more than 24 bits. `name` is the file's, for messages.
+    The number of symbols that it claims must suit the number of words: every symbol costs a little, as the coder
+    leaves V - 1 of its 2^24 units to the others, and none costs more than 24 bits. `name` is for messages.
 
     Raises:
         UserError: not such a file, another format version, a damaged file, or a header that cannot be true.
@@ -118,7 +118,7 @@ def read_block(file: BinaryIO) -> np.ndarray:
 
 
 def largest_claim(words: int, vocabulary_size: int) -> int:
-    """The most symbols that a number of words can hold; up to 64 bits of the coder's last words may go unused."""
+    """The most symbols that a number of words can hold; the coder's last 64 bits may go unused."""
     bits_per_symbol = -math.log2(1 - (vocabulary_size - 1) / 2**CODER_BITS)
     return math.floor((32 * words + 64) / bits_per_symbol)
 
@@ -130,15 +130,16 @@ def _unpack(file: BinaryIO, end: int) -> Header:
         raise ValueError("more bytes than the file has")
     *values, precision, length = _FIELDS.unpack(packed)
     word = PRECISIONS[precision] if precision < len(PRECISIONS) else f"number {precision}"
-    settings = CodingSettings.read(dict(zip(CodingSettings.model_fields, [*values[6:], word], strict=True)))
-    header = Header(*values[:6], settings, file.read(length).decode(errors="backslashreplace"))
+    settings = dict(zip(CodingSettings.model_fields, [*values[6:], word], strict=True))
+    environment = file.read(length).decode(errors="backslashreplace")
+    header = Header(*values[:6], CodingSettings.read(settings), environment)
     if not header.symbols <= header.length <= MAX_SYMBOL_BYTES * header.symbols:
         raise ValueError(f"{header.length:,} bytes in {header.symbols:,} symbols")
     return header
 
 
 def _check_blocks(file: BinaryIO, end: int, header: Header, vocabulary_size: int) -> None:
-    """Raise ValueError, as `_unpack` does, unless the blocks up to `end` can hold the symbols that are claimed."""
+    """Raise ValueError, as `_unpack`, unless the blocks up to `end` can hold the symbols claimed."""
     for symbols in header.block_sizes():
         packed = file.read(_COUNT.size)
         count = _COUNT.unpack(packed)[0] if len(packed) == _COUNT.size else end

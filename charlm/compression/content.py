@@ -24,7 +24,7 @@ def pieces_of(file: BinaryIO, digest: Any) -> Iterator[bytes]:
 
 
 def scan(pieces: Iterable[bytes], name: Path, vocabulary: Vocabulary) -> dict[str, int]:
-    """Count the bytes, symbols and characters of a text; UserError if the vocabulary cannot express it."""
+    """The size of a text in three units; UserError if the vocabulary cannot express it."""
     length = symbols = characters = 0
     for piece in pieces:
         try:

@@ -1,4 +1,4 @@
-"""Digests of what encoder and decoder must have in common: the model, its vocabulary, and the machine's arithmetic."""
+"""Digests of what encoder and decoder must share: the model, its vocabulary, and the machine's arithmetic."""
 
 import hashlib
 import json

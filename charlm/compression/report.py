@@ -35,9 +35,8 @@ class CompressionReport(BaseModel, frozen=True):
     file: str
     compressed: Compressed
     others: dict[str, int] | None = None
-    """Bytes that other compressors need for the same file; None if not asked for, as `model`."""
+    """Bytes that other compressors need for the same file; None if not asked for."""
     model: dict[str, int] | None = None
-    """See `model_size`."""
     speeds: dict[int, float] = {}
     """Characters per second of encoding, by number of streams."""
     generation_speed: float | None = None
@@ -116,8 +115,8 @@ def compressed_sizes(pieces: Iterable[bytes]) -> dict[str, int]:
 
 
 def model_size(trained: TrainedModel) -> dict[str, int]:
-    """The model, which a decompressor has to bring along: its parameters that predict the next symbol, and the bytes
-    of their values in 16 bits, compressed by xz. The code, which is small, is not counted."""
+    """The number of parameters that predict the next symbol, and the bytes of their values in 16 bits, compressed by
+    xz: the model that a decompressor has to bring along, without its code."""
     # Told that numbers take two bytes, xz finds what the bytes of their signs and exponents have in common.
     packer = lzma.LZMACompressor(filters=[{"id": lzma.FILTER_LZMA2, "preset": 1, "lp": 1, "lc": 3, "pb": 1}])
     tensors = predicting_tensors(trained).values()
@@ -127,7 +126,7 @@ def model_size(trained: TrainedModel) -> dict[str, int]:
 
 
 def draw(report: CompressionReport, path: Path) -> Path:
-    """Draw the sizes as bars, and speeds against streams if they were measured. Returns and raises what `save` does."""
+    """Draw the sizes as bars, and speeds against streams if they were measured; returns and raises as `save`."""
     sizes, speeds = report.sizes(), report.speeds
     with new_figure(PICTURE, 1.2 + 0.3 * len(sizes) + (2.2 if speeds else 0)) as figure:
         above, *below = figure.subplots(2 if speeds else 1, squeeze=False)[:, 0]

@@ -14,7 +14,7 @@ from charlm.runs.trained import TrainedModel
 
 MAX_BLOCK = 2**26
 SYMBOLS_PER_STREAM = 2**13
-"""Default minimum. Each stream begins without context, so shorter ones cost more than a few per cent."""
+"""Default minimum: each begins without context, so shorter ones cost more than a few per cent."""
 BLOCK_PER_STREAM = 2**16
 
 
@@ -47,7 +47,7 @@ class CodingSettings(Section):
 
 
 def choose_settings(trained: TrainedModel, num_symbols: int, **options: Any) -> CodingSettings:
-    """The settings for a text of `num_symbols`: the given `options`, with defaults for those that are None.
+    """The given `options`, with defaults for a text of `num_symbols` in place of None.
 
     Raises:
         UserError: a value out of range, or more streams than the machine's memory holds caches for.

@@ -1,12 +1,12 @@
-"""Streams of text that a model reads side by side, one symbol of each per step; encoder, decoder and scorer share them.
+"""Streams of text that a model reads side by side, for encoder, decoder and scorer alike.
 
-A text is cut into blocks, and each block into S streams whose lengths differ by one symbol at most. Every step computes
-the next symbol's logits in all streams, whatever the symbols are. So the decoder does exactly the encoder's arithmetic:
-the same operations on the same shapes, up to the last step, with the same number of threads.
+A text is cut into blocks, and each block into S streams whose lengths differ by one symbol at most. Every step
+computes the next symbol's logits in all streams, whatever the symbols are. So the decoder does exactly the encoder's
+arithmetic: the same operations on the same shapes, up to the last step, with the same number of threads.
 
-A stream begins without context: its first symbol costs log2 V bits. When `context` symbols have been read, the newest
-`context - stride + 1` are kept and read again in one pass; the older ones are forgotten. With a single stream every
-symbol therefore has the context that `evaluate --stride` gives it, and the default stride forgets as generation does.
+A stream begins without context: its first symbol costs log2 V bits. When `context` symbols have been read, the
+newest `context - stride + 1` are kept and read again in one pass; the older ones are forgotten. With one stream every
+symbol therefore has the context that `evaluate --stride` gives it; the default stride forgets as generation does.
 
 Shapes: S streams, A of which still have symbols, T symbols read at once, V vocabulary.
 """
@@ -28,7 +28,7 @@ from charlm.model.kernels_cpu import exact_matmul
 from charlm.runs.trained import TrainedModel
 
 FAMILY = constriction.stream.model.Categorical(perfect=False)
-"""Gives each symbol one unit of 2^-24 and its share of the rest, computed in float64, symbol by symbol."""
+"""Gives each symbol one unit of 2^-24 and its share of the rest, in float64, symbol by symbol."""
 READ_AT_ONCE = 2**13
 """Symbols of all streams together; bounds the memory that reading again needs."""
 
@@ -46,7 +46,7 @@ class Streams:
         """Go through a block of at least one symbol, step by step, beginning without context.
 
         Args:
-            ids_N: the block's symbols. A decoder fills in those of a step before it asks for the next step.
+            ids_N: the block's symbols. A decoder fills in those of a step before it asks for the next.
             bar: counts the symbols.
 
         Yields:
@@ -97,7 +97,7 @@ class Streams:
 def threads_set(num_threads: int) -> Iterator[None]:
     """Compute with this number of threads inside the context."""
     before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)  # even if it is the same: this keeps MKL from choosing fewer by itself
+    torch.set_num_threads(num_threads)  # even if it is the same, to keep MKL from choosing fewer
     try:
         yield
     finally:
@@ -105,12 +105,14 @@ def threads_set(num_threads: int) -> Iterator[None]:
 
 
 def probabilities(logits_AV: Tensor) -> np.ndarray:
-    """The coder's probabilities, float64 [A, max(V, 2)]: it does not support a vocabulary of one symbol.
+    """The coder's probabilities, float64 [A, max(V, 2)], as it knows no vocabulary of one symbol.
 
     Raises:
         UserError: they are not finite.
     """
     probabilities_AV = logits_AV.double().softmax(dim=-1).cpu().numpy()
     if not np.isfinite(probabilities_AV).all():
-        raise UserError("the model's probabilities are not finite, so its training diverged; use another model")
-    return np.pad(probabilities_AV, ((0, 0), (0, 1))) if probabilities_AV.shape[1] == 1 else probabilities_AV
+        raise UserError("the model's probabilities are not finite: its training diverged; use another model")
+    if probabilities_AV.shape[1] == 1:
+        probabilities_AV = np.pad(probabilities_AV, ((0, 0), (0, 1)))
+    return probabilities_AV

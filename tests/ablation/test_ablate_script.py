@@ -20,9 +20,7 @@ def place(tmp_path, monkeypatch) -> Path:
     ("arguments", "parts"),
     [
         (["--sweep", "aux.layers.weigth=0,1"], ["row 'aux.layers.weigth=0'", "aux.layers.weight"]),
-        (["--row", "a: b"], ["row 'a: b'"]),
         (["--methods", "one.yaml", "two.yaml", "--seeds=0"], ["seeds=0"]),
-        (["--seed=3"], ["--seed", "--seeds"]),
         (["--run.dir=file"], ["run.dir=file"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 
 from charlm import load_config
-from charlm.ablation.variants import Variant, paper_variants, parse_row, parse_sweeps, plan, read_methods
+from charlm.ablation.variants import Variant, VariantRun, paper_variants, parse_row, parse_sweeps, plan, read_methods
 from charlm.config import Config, TrainConfig, UserError, flatten
 
 FLAGS = {"run.dir": "out", "train.seed": "5", "model.num_layers": "4"}
+
+
+def planned(*variants: Variant, seeds: int = 1) -> list[VariantRun]:
+    return plan(variants, [], FLAGS, seeds)
 
 
 def changes(config: Config, base: Config) -> dict[str, object]:
@@ -20,7 +24,7 @@ def changes(config: Config, base: Config) -> dict[str, object]:
 def test_the_papers_rows() -> None:
     """Guards against a row that changes something other than its name says, or has another row's figure."""
     base = load_config(overrides=FLAGS)
-    runs = plan(paper_variants(base), [], FLAGS, seeds=1)
+    runs = planned(*paper_variants(base))
     assert {run.variant.name: changes(run.config, base) for run in runs} == {
         "full": {},
         "without positions": {"aux.positions.enabled": False},
@@ -36,7 +40,7 @@ def test_the_papers_rows() -> None:
 
 def test_the_runs_of_a_plan() -> None:
     """Guards against seeds in the wrong place, an early stop that leaves rows without any run, and lost folders."""
-    runs = plan([Variant("full"), Variant("no head: at all!", {"aux.layers.enabled": "false"})], [], FLAGS, 2)
+    runs = planned(Variant("full"), Variant("no head: at all!", {"aux.layers.enabled": "false"}), seeds=2)
     assert [(run.variant.name, run.seed, run.config.train.seed) for run in runs] == [
         ("full", 5, 5), ("no head: at all!", 5, 5), ("full", 6, 6), ("no head: at all!", 6, 6),
     ]  # fmt: skip
@@ -102,20 +106,19 @@ def test_methods(tmp_path: Path) -> None:
     [
         (lambda: parse_sweeps(["aux.layers.weight"]), ["sweep=aux.layers.weight", "section.field=value,value"]),
         (lambda: parse_sweeps(["train.steps=1", "train.steps=2"]), ["sweep=", "swept twice"]),
-        (lambda: plan(parse_sweeps(["train.steps=1,1"]), [], FLAGS, 1), ["row 'train.steps=1'", "another name"]),
+        (lambda: planned(*parse_sweeps(["train.steps=1,1"])), ["row 'train.steps=1'", "another name"]),
         (lambda: parse_row("x: model.norm=post"), ["'name: --section.field=value ...'"]),
         (lambda: parse_row(": --model.norm=post"), ["'name: --section.field=value ...'"]),
         (lambda: parse_row("x: '--model.norm=post"), ["No closing quotation"]),
-        (lambda: plan(parse_sweeps(["aux.layers.weigth=1"]), [], FLAGS, 1), ["row 'aux.layers.weigth=1'"]),
-        (lambda: plan(parse_sweeps(["train.seed=1,2"]), [], FLAGS, 1), ["train.seed"]),
-        (lambda: plan([Variant("x", {"run.dir": "y"})], [], FLAGS, 1), ["row 'x'", "run.dir"]),
-        (lambda: plan([Variant("..")], [], FLAGS, 1), ["row '..'"]),
-        (lambda: plan(read_methods([Path("nowhere.yaml")]), [], FLAGS, 1), ["row 'nowhere'", "nowhere.yaml"]),
+        (lambda: planned(Variant("x", {"aux.layers.weigth": "1"})), ["row 'x'"]),
+        (lambda: planned(Variant("x", {"train.seed": "1"})), ["row 'x'", "train.seed"]),
+        (lambda: planned(Variant("x", {"run.dir": "y"})), ["row 'x'", "run.dir"]),
+        (lambda: planned(Variant("..")), ["row '..'"]),
+        (lambda: planned(*read_methods([Path("nowhere.yaml")])), ["row 'nowhere'", "nowhere.yaml"]),
     ],
 )
 def test_bad_input(make, parts: list[str]) -> None:
     """Guards against hours of runs before a mistake is found, and messages that do not name the row."""
     with pytest.raises(UserError) as error:
         make()
-    for part in parts:
-        assert part in str(error.value)
+    assert all(part in str(error.value) for part in parts)
