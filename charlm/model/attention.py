@@ -1,6 +1,6 @@
-"""Causal self-attention by the kernel that is fastest on the device, with or without a cache of keys and values.
+"""Causal self-attention by the fastest kernel of the device, with or without a cache.
 
-Shapes: B batch, T positions, Q queries (of the last positions), D d_model, H heads, C = D / H head size, F = C / 2.
+Shapes: B batch, T positions, Q queries of the last positions, D d_model, H heads, C = D / H head size, F = C / 2.
 """
 
 import math
@@ -17,7 +17,7 @@ from charlm.model.kernels_cpu import BlockwiseAttention, attend_by_text, many_te
 
 
 class RotaryTable(NamedTuple):
-    """Rotary position embedding (Su et al. 2021, eq. 34): rotates each pair (c, c + C/2) by an angle per position."""
+    """Rotary position embedding (Su et al. 2021, eq. 34): rotates each pair (c, c + C/2)."""
 
     cos: Tensor
     """[T, C] or [B, 1, T, C]; both halves of the last dimension hold the same angles."""
@@ -27,7 +27,9 @@ class RotaryTable(NamedTuple):
     def at(self, positions: slice | Tensor) -> "RotaryTable":
         """The entries of a slice of positions, or of [B, T] positions."""
         cos, sin = self.cos[positions], self.sin[positions]
-        return RotaryTable(cos, sin) if isinstance(positions, slice) else RotaryTable(cos[:, None], sin[:, None])
+        if isinstance(positions, slice):
+            return RotaryTable(cos, sin)
+        return RotaryTable(cos[:, None], sin[:, None])
 
     def last(self, num_positions: int) -> "RotaryTable":
         return RotaryTable(self.cos[..., -num_positions:, :], self.sin[..., -num_positions:, :])
@@ -68,16 +70,15 @@ class _Rotate(torch.autograd.Function):
 
 
 def attends_in_blocks(backend: AttentionBackend, device_type: str) -> bool:
-    """Whether attention without dropout uses `BlockwiseAttention`. A GPU's flash kernel skips masked scores itself."""
+    """Whether attention without dropout uses `BlockwiseAttention`; GPU kernels skip masked scores themselves."""
     return backend == "blocks" or (backend == "auto" and device_type == "cpu")
 
 
 class Attention(nn.Module):
     """Causal multi-head self-attention.
 
-    `backend` "sdpa" uses torch's `scaled_dot_product_attention`. "blocks" uses `BlockwiseAttention`, but sdpa with
-    dropout or for a single query. "auto" means blocks on a CPU and sdpa elsewhere. A few queries of many texts use
-    `attend_by_text` on a CPU.
+    `backend` "sdpa" uses torch's `scaled_dot_product_attention`, "blocks" uses `BlockwiseAttention`, except with
+    dropout or for a single query; "auto" is blocks on a CPU and sdpa elsewhere.
     """
 
     def __init__(self, config: ModelConfig, backend: AttentionBackend):
@@ -94,7 +95,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, rotation: RotaryTable | None, cache: LayerCache | None, num_last: int | None = None
     ) -> Tensor:
-        """Let each position attend to itself and those before it; only the last `num_last` positions, if given."""
+        """The output at all positions, or at the last `num_last`; each attends to itself and those before it."""
         B, T, D = x_BTD.shape
         num_queries = T if num_last is None else min(num_last, T)
         queried_BQD = x_BTD[:, T - num_queries :]
@@ -120,7 +121,7 @@ class Attention(nn.Module):
         return self.out(mixed_BHQC.transpose(1, 2).reshape(B, num_queries, D))
 
     def _mix(self, query_BHQC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor, visible: Tensor | None) -> Tensor:
-        """Attend from the last positions; each sees the positions up to its own, or those that are `visible`."""
+        """Each of the last positions attends to those up to its own, or to those that are `visible`."""
         num_queries, num_keys = query_BHQC.shape[2], key_BHTC.shape[2]
         dropout = self.dropout if self.training else 0.0
         is_causal = visible is None and num_queries > 1

@@ -20,8 +20,7 @@ class Places(NamedTuple):
     end: int
     """S, the length of the longest row afterwards."""
     visible_B1TS: Tensor | None
-    """Mask of the positions that each new one attends to; None means plain causal attention. Rows of different lengths
-    have a mask, and so have 2 to 16 new positions, where it is faster than attention in blocks."""
+    """Mask of the positions that each new one attends to; None means plain causal attention."""
 
 
 class LayerCache(NamedTuple):
@@ -43,9 +42,9 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Keys and values, [L, B, H, context_length, C] each, and ids, [B, context_length], in buffers that never move.
+    """Buffers of keys and values, [L, B, H, context_length, C], and ids, [B, context_length]; they never move.
 
-    Every row has its own length. Lowering it forgets the newest positions, such as rejected drafts.
+    Every row has its own length. Lowering it forgets the newest positions.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32):
@@ -78,14 +77,14 @@ class KVCache:
         lengths = self.lengths.tolist()
         end = max(lengths) + num_new
         equal = min(lengths) == max(lengths)
-        if equal and not 1 < num_new <= 16:
+        if equal and not 1 < num_new <= 16:  # where a mask is faster than attention in blocks
             return Places(slice(end - num_new, end), end, None)
         positions_BT = (self.lengths[:, None] + torch.arange(num_new)).to(self.keys.device)
         visible_BTS = torch.arange(end, device=self.keys.device) <= positions_BT[:, :, None]
         return Places(slice(end - num_new, end) if equal else positions_BT, end, visible_BTS[:, None])
 
     def extend_ids(self, ids_BT: Tensor, places: Places, num_earlier: int) -> Tensor:
-        """Store new ids; return them and up to `num_earlier` before them, -1 where there is none."""
+        """Store new ids; return them after up to `num_earlier` earlier ones, -1 where there is none."""
         if isinstance(places.positions, slice):
             self.ids[:, places.positions] = ids_BT
             return self.ids[:, max(0, places.positions.start - num_earlier) : places.end]

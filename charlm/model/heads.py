@@ -1,6 +1,6 @@
-"""Prediction heads: they map the hidden states of a layer to logits of the characters at one or several offsets.
+"""Prediction heads: they map a layer's hidden states to logits of the characters at some offsets.
 
-Shapes: B batch, T positions, D d_model, E input width of a classifier (D, or a tower's width), K offsets, V vocabulary.
+Shapes: B batch, T positions, D d_model, E input width of a classifier, K offsets, V vocabulary.
 """
 
 from collections import OrderedDict
@@ -17,17 +17,16 @@ from charlm.config import LayersConfig, ModelConfig
 class Heads(nn.Module):
     """One linear classifier with bias per (layer, offset), tied to nothing (Al-Rfou et al. 2018, section 3).
 
-    Under pre-norm the head of an intermediate layer begins with a layer norm. Classifiers start at zero, so every loss
-    starts at exactly ln V, and no head disturbs the trunk before it has learned something itself.
+    Under pre-norm the head of an intermediate layer begins with a layer norm. Classifiers start at zero: every loss
+    starts at ln V, and no head disturbs the trunk before it has learned something.
 
-    Intermediate layers may have another kind (`aux.layers.head`); the last layer may not, except in a model that was
-    cut off above a tower:
+    Intermediate layers may have another kind (`aux.layers.head`):
 
-    - shared: the model's final norm and the last layer's classifier of the same offset, without parameters of its own
-      (Elhoushi et al. 2024, LayerSkip, section 4.1.2).
-    - shared_frozen: the same, but as constants: the gradient reaches the trunk only.
-    - tower: norm, a hidden layer that the offsets share, ReLU, dropout, and a classifier per offset, as GoogLeNet
-      (Szegedy et al. 2015, section 5) and PSPNet (Zhao et al. 2017, section 4) have for images.
+    - shared: the final norm and the last layer's classifier of the same offset (Elhoushi et al. 2024, LayerSkip,
+      section 4.1.2).
+    - shared_frozen: the same as constants; the gradient reaches the trunk only.
+    - tower: norm, a hidden layer that the offsets share, ReLU, dropout, and a classifier per offset (Szegedy et al.
+      2015, GoogLeNet, section 5; Zhao et al. 2017, PSPNet, section 4).
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class Heads(nn.Module):
             pairs: (layer, offset) of each classifier; layers are 1-based, offset 1 is the next character.
             layers: names the kind of the intermediate layers' heads; linear by default.
             final_norm: the transformer's final norm; shared heads need it.
-            last_tower: the last layer also has a tower, after the final norm.
+            last_tower: the last layer also has a tower, after the final norm: a model that was cut off above one.
         """
         super().__init__()
         layers = layers or LayersConfig()
@@ -53,7 +52,7 @@ class Heads(nn.Module):
         self.last_layer = config.num_layers
         self.last_tower = last_tower
         self.frozen = layers.head == "shared_frozen"
-        self._final_norm = (final_norm,)  # in a tuple: its parameters belong to the transformer, not to this module
+        self._final_norm = (final_norm,)  # in a tuple, as its parameters belong to the transformer
         wanted = set(pairs)
         owned = {(self.last_layer, offset) for _, offset in wanted} if shared else wanted
         self.pairs = sorted(wanted | owned)
@@ -75,18 +74,18 @@ class Heads(nn.Module):
             self.exits[f"layer{layer}"] = nn.ModuleDict(parts)
 
     def norm(self, layer: int) -> nn.Module:
-        """The norm that the head of `layer` applies first; the identity where states are already normalised."""
+        """The norm that the head of `layer` begins with; the identity where states are already normalised."""
         home = self._homes[layer]
         return self.exits[f"layer{layer}"]["norm"] if home == layer else self._final_norm[0]
 
     def linears(self, layer: int, offsets: Sequence[int]) -> list[nn.Linear]:
-        """The linear layers that predict `offsets` from `layer`: the tower's, if it has one, and the classifiers."""
+        """The linear layers that predict `offsets` from `layer`: a tower's, and the classifiers."""
         parts = self._parts(layer)
         tower = [parts["tower"].hidden] if "tower" in parts else []
         return tower + [parts[f"offset{offset}"] for offset in offsets]
 
     def classifiers(self, hidden_BTD: Tensor, layer: int, offsets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The input of the classifiers of `layer`, [B, T, E], and their weights [K * V, E] and biases [K * V], joined.
+        """The input of the classifiers of `layer`, [B, T, E], their weights, [K * V, E], and biases, [K * V].
 
         A classifier that is not asked for gets no gradient at all, so no optimizer moves it.
         """
@@ -101,7 +100,7 @@ class Heads(nn.Module):
         return self.states(hidden_BTD, layer), weight, bias
 
     def states(self, hidden_BTD: Tensor, layer: int) -> Tensor:
-        """The input of the classifiers of `layer`, [B, T, E]: the hidden states after the norm and the tower."""
+        """The hidden states after the norm and the tower of `layer`: [B, T, E]."""
         parts, states_BTE = self._parts(layer), self.norm(layer)(hidden_BTD)
         return parts["tower"](states_BTE) if "tower" in parts else states_BTE
 
@@ -115,7 +114,7 @@ class Heads(nn.Module):
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # generation reads one, and a copy would cost time
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # spares generation a copy
 
 
 def _tower(d_model: int, width: int, dropout: float) -> nn.Sequential:

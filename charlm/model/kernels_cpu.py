@@ -1,6 +1,6 @@
 """Computations that torch's own kernels do slower on a CPU.
 
-Shapes: B batch, T positions, Q queries (of the last positions), D inputs of a linear layer, H heads, C head size.
+Shapes: B batch, T positions, Q queries of the last positions, D inputs of a linear layer, H heads, C head size.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 FEW_ROWS = 16
-"""Below this many rows a CPU multiplies fp32 matrices faster at precision "highest", above it at "medium"."""
+"""With fewer rows a CPU multiplies fp32 matrices faster at precision "highest", else at "medium"."""
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def exact_matmul(device: torch.device, num_rows: int = FEW_ROWS) -> Iterator[Non
 
 
 def medium_is_fp32() -> bool:
-    """Whether "medium" computes in fp32 on this CPU: it takes bf16 where it finds AMX, and may on other makes."""
+    """Whether "medium" computes in fp32 on this CPU: with AMX it takes bf16, and may on other makes."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # younger than the oldest torch supported
     return capabilities.get("architecture") == "x86_64" and not any(
         present for name, present in capabilities.items() if name.startswith("amx_")
@@ -35,7 +35,7 @@ def medium_is_fp32() -> bool:
 
 
 def apply_linear(layer: nn.Linear, x_BTD: Tensor) -> Tensor:
-    """The output of a linear layer. On a CPU dot products are 2 to 3 times as fast for a single vector."""
+    """The output of a linear layer; for one vector on a CPU by dot products, 2 to 3 times as fast."""
     if x_BTD.shape[:-1].numel() > 1 or x_BTD.device.type != "cpu" or torch.is_grad_enabled():
         return layer(x_BTD)
     return (torch.linalg.vecdot(layer.weight, x_BTD.flatten()) + layer.bias).expand(*x_BTD.shape[:-1], -1)
@@ -50,7 +50,7 @@ def many_texts_few_queries(query_BHQC: Tensor) -> bool:
 
 def attend_by_text(query_BHQC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor, visible: Tensor | None) -> Tensor:
     """Attention in two batched products, which read keys and values faster than the fused kernel."""
-    with exact_matmul(query_BHQC.device, query_BHQC.shape[2]):  # a text's queries are few, whatever the batch
+    with exact_matmul(query_BHQC.device, query_BHQC.shape[2]):
         scores_BHQT = (query_BHQC @ key_BHTC.mT).mul_(query_BHQC.shape[3] ** -0.5)
         if visible is not None:
             scores_BHQT.masked_fill_(~visible, -math.inf)
@@ -65,10 +65,8 @@ def block_length(head_size: int) -> int:
 class BlockwiseAttention(torch.autograd.Function):
     """Causal attention in blocks of queries, each over the keys up to the block's end.
 
-    The Q queries belong to the last of the keys' T positions.
-
-    The CPU's fused kernel also computes the masked half of the scores, and its backward pass uses the processor's
-    matrix instructions poorly. The attention weights, B x H x T x T / 2 of them, are kept for the backward pass in the
+    The Q queries belong to the last of the keys' T positions. The CPU's fused kernel also computes the masked half of
+    the scores, and its backward pass is slow. This one keeps B x H x T x T / 2 attention weights for it, in the
     precision of the queries.
     """
 
@@ -95,15 +93,17 @@ class BlockwiseAttention(torch.autograd.Function):
         query, key, value, *weights = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
         grad = grad_BHQC.reshape(query.shape)
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
         for (_, end, own), block in zip(_blocks(query, key), weights, strict=True):
             grad_value[:, :end].baddbmm_(block.mT, grad[:, own])
             grad_block = torch.bmm(grad[:, own], value[:, :end].mT)
-            # torch has no public name for this gradient; public operations take twice as long and round otherwise.
+            # It has no public name; public operations take twice as long and round otherwise.
             grad_scores = torch.ops.aten._softmax_backward_data(grad_block, block, -1, block.dtype)
             torch.baddbmm(query.new_empty(1), grad_scores, key[:, :end], beta=0, alpha=scale, out=grad_query[:, own])
             grad_key[:, :end].baddbmm_(grad_scores.mT, query[:, own], alpha=scale)
-        return tuple(gradient.unflatten(0, grad_BHQC.shape[:2]) for gradient in (grad_query, grad_key, grad_value))
+        gradients = grad_query, grad_key, grad_value
+        return tuple(gradient.unflatten(0, grad_BHQC.shape[:2]) for gradient in gradients)
 
 
 def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[int, int, slice]]:

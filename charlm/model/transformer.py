@@ -1,6 +1,6 @@
 """A deep causal Transformer over characters. It returns hidden states, never logits.
 
-Shapes: B batch, T positions, S characters seen, N characters of the longest n-gram, D d_model, V vocabulary, L layers.
+Shapes: B batch, T positions, S characters seen, N length of the longest n-gram, D d_model, V vocabulary, L layers.
 """
 
 from collections.abc import Iterable
@@ -42,11 +42,11 @@ HASH_BASE, HASH_MODULUS = 1_000_003, 2**31 - 1
 
 
 class NgramEmbedding(nn.Module):
-    """Embeddings of the n-grams that end at each position, from hashed tables (Pagnoni et al. 2024, section 3.2.1).
+    """Embeddings of the n-grams that end at each position (Pagnoni et al. 2024, section 3.2.1).
 
-    The last n characters are hashed to a row of a table, for each n. One matrix projects the rows of all n to the
-    model's width: narrow tables and a matrix (Lan et al. 2020, section 3.1) replace the source's tables of full width.
-    The gradients of the tables are sparse: a step costs as much as the rows that it reads, however large the tables.
+    For each n the last n characters are hashed to a row of a table. Narrow tables and one matrix (Lan et al. 2020,
+    section 3.1) replace the source's tables of full width. The tables' gradients are sparse: a step costs as much as
+    the rows that it reads.
     """
 
     def __init__(self, config: ModelConfig):
@@ -126,10 +126,10 @@ class Block(nn.Module):
 class CharTransformer(nn.Module):
     """Maps character ids to the hidden states of chosen layers (Al-Rfou et al. 2018, section 3).
 
-    Initialisation: matrices are normal with variance 1 / fan-in, biases zero, embeddings normal with standard deviation
-    0.3, position tables with 0.02. The two matrices of each layer that write to the residual stream are scaled down by
-    sqrt(2L) (Radford et al. 2019), so that 2L sublayers together add about as much variance as one unscaled one. Under
-    post-norm this keeps the product of the 2L norms' gradients bounded. With `residual_init` "zero" they start at zero.
+    Matrices start normal with variance 1 / fan-in, biases at zero, embeddings with standard deviation 0.3, position
+    tables with 0.02. The two matrices of each layer that write to the residual stream are divided by sqrt(2L) (Radford
+    et al. 2019), so that 2L sublayers add about as much variance as one, and under post-norm the product of the norms'
+    gradients stays bounded. With `residual_init` "zero" they start at zero.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class CharTransformer(nn.Module):
         attention: AttentionBackend = "auto",
         activation_checkpointing: bool = False,
     ):
-        """`activation_checkpointing` recomputes each layer in the backward pass; for `attention` see `Attention`."""
+        """`activation_checkpointing` recomputes each layer in the backward pass; `attention`: see `Attention`."""
         super().__init__()
         self.config = config
         self.vocabulary_size = vocabulary_size
@@ -177,14 +177,14 @@ class CharTransformer(nn.Module):
 
         Args:
             ids_BT: character ids, at most `context_length` of them counting those that `cache` holds.
-            layers: 1-based numbers of the layers wanted; by default the last. Layers above the highest do not run.
-            cache: keys and values of earlier positions. It advances by T, but only in the layers that run, so use a
-                cache for one depth only. Not in training with activation checkpointing.
+            layers: numbers of the layers wanted, from 1; by default the last. Layers above the highest do not run.
+            cache: keys and values of earlier positions. It advances by T in the layers that run, so use a cache for
+                one depth only, and none in training with activation checkpointing.
             num_last: number of last positions to return, at least 1; by default all.
 
         Returns:
-            {layer: hidden_BTD}. Under pre-norm the last layer's states went through the final norm; an intermediate
-            layer's are the raw residual stream, which its head normalises.
+            {layer: hidden_BTD}. Under pre-norm the last layer's states went through the final norm, and others are
+            the raw residual stream.
 
         Raises:
             ValueError: no such layer, or the positions exceed the context.
@@ -196,9 +196,9 @@ class CharTransformer(nn.Module):
         return self._run(self.embed(ids_BT, places, cache), 0, wanted, places, cache, num_last)
 
     def resume(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
-        """The last layer's hidden states from those of `layer`, which `forward` returned for the newest T positions.
+        """The last layer's hidden states from those of `layer`, which `forward` returned for the newest positions.
 
-        Reset the lengths of `cache` to before these positions first; it advances by T again.
+        Lower the lengths of `cache` to before these first; it advances over them again.
         """
         places = self.places(hidden_BTD.shape[1], cache)
         last = self.config.num_layers
@@ -254,7 +254,8 @@ class CharTransformer(nn.Module):
                 x_BTD = block(x_BTD, rotation, layer_cache, num_last if layer == highest else None)
             if layer in wanted:
                 kept_BTD = x_BTD if num_last is None else x_BTD[:, -num_last:]
-                hidden_states[layer] = self.final_norm(kept_BTD) if layer == self.config.num_layers else kept_BTD
+                is_last = layer == self.config.num_layers
+                hidden_states[layer] = self.final_norm(kept_BTD) if is_last else kept_BTD
         if cache is not None:
             cache.lengths += T
         return hidden_states

@@ -1,1 +1,1 @@
-"""The objective: the table of prediction tasks, their weights over training, and the loss they add up to."""
+"""Prediction tasks, their weights over training, and the loss that they add up to."""

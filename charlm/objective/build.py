@@ -20,20 +20,19 @@ _task_builders: dict[str, Callable[[ModelConfig, int], nn.Module]] = {}
 
 
 def auxiliary_task(name: str) -> Callable[[Builder], Builder]:
-    """A decorator that registers a task; `--aux.tasks='{NAME: 0.1}'` then adds 0.1 times its loss to the objective.
+    """A decorator that registers a task; `--aux.tasks='{NAME: 0.1}'` adds 0.1 times its loss.
 
         @charlm.auxiliary_task("order")
         class Order(nn.Module):
             def __init__(self, config, vocabulary_size): ...
             def forward(self, hidden_BTD, windows_BW): ...
 
-    The decorated class or function builds the module from the model's options and the size of the vocabulary. The
-    module maps the hidden states [B, T, D] of its layer, and the windows [B, W] whose first T characters they were
-    computed from, to losses in nats: one for each prediction, in any shape; their mean is used. The module is trained
-    and saved with the model; `charlm.load` leaves it out. Under pre-norm the states of a layer below the last are not
-    normalised.
+    The decorated class or function builds a module from the model's options and the size of the vocabulary. The module
+    maps the hidden states of its layer, [B, T, D], and the windows of which they read the first T characters, [B, W],
+    to losses in nats, of any shape; their mean is used. It is trained and saved with the model; `charlm.load` leaves
+    it out. Under pre-norm the states of a layer below the last are not normalised.
 
-    Any randomness must come from torch, whose seed is set before each micro-batch, so that a resumed run repeats it.
+    Draw random numbers from torch alone, whose seed is set before each micro-batch, so that a resumed run repeats them.
     Registering a name again replaces the earlier task.
 
     Raises:
@@ -65,13 +64,12 @@ def build_objective(config: Config, vocabulary_size: int, *, training: bool = Tr
     """A fresh model, with the heads and the table of terms that the config asks for.
 
     Args:
-        training: false leaves out the user's own tasks, which then need not be registered, and leaves the choice of the
-            attention kernel to the device.
+        training: false leaves out the user's own tasks, which need not be registered then.
 
     Raises:
         UserError: a task of aux.tasks is not registered.
-        ConfigError: the machine has less memory than the parameters need; at some point of training no row of the table
-            weighs anything; or aux.hedge has fewer than two layers to weigh.
+        ConfigError: the parameters need more memory than the machine has, no row of the table weighs anything at some
+            point of training, or aux.hedge has fewer than two layers to weigh.
     """
     model, aux, train = config.model, config.aux, config.train
     if torch.get_default_device().type != "meta":
@@ -82,7 +80,7 @@ def build_objective(config: Config, vocabulary_size: int, *, training: bool = Tr
     transformer = CharTransformer(
         model,
         vocabulary_size,
-        attention=train.attention if training else "auto",
+        attention=train.attention if training else "auto",  # the device of a run may be another
         activation_checkpointing=train.activation_checkpointing,
     )
     pairs = head_pairs(terms, model.num_layers)

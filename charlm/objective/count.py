@@ -25,7 +25,7 @@ def num_parameters(*modules: nn.Module) -> int:
 
 
 def transformer_parameters(config: ModelConfig, vocabulary_size: int) -> int:
-    """The parameters of `CharTransformer`, without building it: a size may be too large even to be built."""
+    """The parameters of `CharTransformer`, without building it: it may be too large."""
     L, T, D, F = config.num_layers, config.context_length, config.d_model, config.d_ff
     block = 4 * (D * D + D) + (2 * D * F + F + D) + 2 * 2 * D
     positions = {"per_layer": L, "input": 1, "rotary": 0}[config.position_encoding] * T * D
@@ -35,10 +35,7 @@ def transformer_parameters(config: ModelConfig, vocabulary_size: int) -> int:
 
 
 def check_memory(config: ModelConfig, vocabulary_size: int) -> None:
-    """Raise ConfigError if the transformer's parameters alone, four bytes each, need more memory than the machine has.
-
-    Heads, gradients, optimizer state and activations come on top, so a model that passes may still be too large.
-    """
+    """Raise ConfigError if the transformer's parameters alone need more memory than the machine has."""
     parameters, memory = transformer_parameters(config, vocabulary_size), physical_memory()
     if 4 * parameters > memory:
         raise ConfigError(
@@ -52,8 +49,8 @@ def check_memory(config: ModelConfig, vocabulary_size: int) -> None:
 def dense_flops(parameters: float, depth: int, d_model: int, context_length: int) -> int:
     """FLOPs per character of a training step of `depth` layers: 6 * parameters + 12 * depth * D * T.
 
-    A matrix product costs 2 operations for each of its `parameters` forward and 4 backward. Attention makes two
-    products of 2 * D * T per layer and position, counted in full although half of it is masked.
+    A matrix product costs 2 operations per parameter forward and 4 backward. Attention makes two products of 2 * D * T
+    per layer and position, counted in full although half of it is masked.
     """
     return round(6 * parameters + 12 * depth * d_model * context_length)
 
@@ -62,20 +59,21 @@ def training_flops(transformer: CharTransformer, heads: Heads, active_terms: Seq
     """`dense_flops` of a training step on windows of T inputs.
 
     Only layers up to the highest active one run. A layer's heads run at all T positions if one of its rows does, else
-    at the last alone; in a rotation they count as often as they have a turn. Look-ups in tables, norms and activations
-    are small, and the cost of a task of the user's own is unknown: none of them counts.
+    at the last alone; in a rotation they count as often as they have a turn. Tables, norms, activations and tasks of
+    the user's own do not count.
     """
     config, depth = transformer.config, max(term.layer for term in active_terms)
     parameters = float(_trunk_matrices(transformer, depth))
     for layer in {term.layer for term in active_terms}:
         rows = [term for term in active_terms if term.layer == layer]
-        products = 2 / 3 if heads.frozen and layer < config.num_layers else 1  # none for the head's own gradient
+        frozen = heads.frozen and layer < config.num_layers
+        products = 2 / 3 if frozen else 1  # none for the head's own gradient
         parameters += products * _head_matrices(heads, rows, config.context_length) / rows[0].weight.period
     return dense_flops(parameters, depth, config.d_model, config.context_length)
 
 
 def inference_flops(transformer: CharTransformer, head: Heads) -> int:
-    """FLOPs per character generated with a full KV cache, an upper bound: 2 * matrix parameters + 4 * L * D * T."""
+    """FLOPs per character generated with a full KV cache: 2 * matrix parameters + 4 * L * D * T."""
     config = transformer.config
     parameters = _trunk_matrices(transformer, config.num_layers) + _matrices(head)
     return 2 * parameters + 4 * config.num_layers * config.d_model * config.context_length
@@ -83,11 +81,11 @@ def inference_flops(transformer: CharTransformer, head: Heads) -> int:
 
 @dataclass(frozen=True)
 class RouteCost:
-    """Cost of a route at the start of training, when the most losses are active, relative to the joint route.
+    """Cost of a route at the start of training, when the most losses are active.
 
     `forward`, `backward` and their `total` are FLOPs of a step; the joint route's are 1. The others are numbers kept
-    in memory: `gradients` beyond one for each parameter, `optimizer_state` beyond the joint route's, and `copies` of
-    parameters and their state in each step, in case it must be undone.
+    in memory: `gradients` and `optimizer_state` beyond the joint route's, and `copies` of parameters and their state,
+    in case a step must be undone.
     """
 
     forward: float
@@ -101,9 +99,9 @@ class RouteCost:
 def route_cost(config: Config, objective: Objective) -> RouteCost:
     """The cost of `aux.route` for a model, which may be on the meta device.
 
-    Up to the highest active layer there are n, each of f FLOPs per character in a forward pass (2 for each matrix
-    parameter, and 4 D T for attention). Layers l_1 < ... < l_K = n have losses, whose heads take h_1, ..., h_K. A
-    backward pass takes r = 2 times the FLOPs of a layer, or r = 3 where activations are recomputed.
+    n layers run, up to the highest active one. Each takes f FLOPs per character in a forward pass (2 per matrix
+    parameter, and 4 D T for attention), and r f in a backward pass: r = 2, or 3 where activations are recomputed.
+    Layers l_1 < ... < l_K = n have losses, and their heads take h_1, ..., h_K in a forward pass.
 
               forward             backward
         joint      n f + sum h_k       r n f + 2 sum h_k
@@ -114,12 +112,17 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
     where a is the highest layer whose loss reaches everything. Embeddings and updates are not counted.
     """
     aux, transformer, model = config.aux, objective.transformer, config.model
-    rows = {layer: [term for term, _ in own] for layer, own in active_by_layer(objective.terms, 0.0).items()}
-    losses = list(rows)
-    blocked = blocked_layers(losses, model.num_layers, aux.relay_layers)
-    relayed = max((layer for layer in losses if layer not in blocked), default=0) + aux.relay_layers * len(blocked)
-    once, each = losses[-1], sum(losses)
-    layers = {"joint": (once, once), "relay": (once, relayed), "pairwise": (each, each), "multiway": (once, each)}
+    active = active_by_layer(objective.terms, 0.0)
+    rows = {layer: [term for term, _ in own] for layer, own in active.items()}
+    blocked = blocked_layers(list(rows), model.num_layers, aux.relay_layers)
+    once, each = max(rows), sum(rows)
+    relayed = max(rows.keys() - blocked, default=0) + aux.relay_layers * len(blocked)
+    layers = {
+        "joint": (once, once),
+        "relay": (once, relayed),
+        "pairwise": (each, each),
+        "multiway": (once, each),
+    }
     of_layer = 2 * _matrices(transformer.blocks[0]) + 4 * model.d_model * model.context_length
     of_heads = sum(2 * _head_matrices(objective.heads, own, model.context_length) for own in rows.values())
     factor = 3 if config.train.activation_checkpointing else 2
@@ -130,8 +133,11 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
 
     (forward, backward), joint = passes(aux.route), passes("joint")
     learning = [_learning_from(objective, own) for own in rows.values()]
-    repeated = Counter(chain(*learning)) - Counter(set(chain(*learning))) if aux.route == "multiway" else Counter()
-    moved = set(chain(*learning[:-1])) if aux.route == "pairwise" else set()
+    repeated, moved = Counter(), set()
+    if aux.route == "multiway":
+        repeated = Counter(chain(*learning)) - Counter(set(chain(*learning)))
+    if aux.route == "pairwise":
+        moved = set(chain(*learning[:-1]))
     return RouteCost(
         forward=forward / joint[0],
         backward=backward / joint[1],
@@ -143,7 +149,7 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
 
 
 def _head_matrices(heads: Heads, rows: Sequence[Term], context_length: int) -> float:
-    """Matrix parameters that a layer's predictions use per position; a task of the user's own does not count."""
+    """Matrix parameters that a layer's predictions use per position."""
     predictions = [term for term in rows if term.task is None]
     if not predictions:
         return 0.0
@@ -172,7 +178,8 @@ def _learning_from(objective: Objective, rows: Sequence[Term]) -> list[nn.Parame
     if offsets and (last or not objective.heads.frozen):
         modules += [objective.heads.norm(layer), *objective.heads.linears(layer, offsets)]
     modules += [objective.tasks[term.task] for term in rows if term.task is not None]
-    return [*trunk_parameters(objective.transformer, 1, layer), *(p for module in modules for p in module.parameters())]
+    heads = [parameter for module in modules for parameter in module.parameters()]
+    return [*trunk_parameters(objective.transformer, 1, layer), *heads]
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:

@@ -1,6 +1,6 @@
 """Cross-entropy of linear classifiers, computed from hidden states without keeping the logits.
 
-Shapes: N positions, D d_model, K offsets, V vocabulary, R = K * V rows of the classifiers of all offsets together.
+Shapes: N positions, D d_model, K offsets, V vocabulary, R = K * V rows of all classifiers.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from charlm.config import CrossEntropyBackend
 
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
-"""Logits computed at once, by type of device: as many as fit the caches of two CPU cores, or keep a GPU busy."""
+"""Logits computed at once: as many as fit the caches of two CPU cores, or keep a GPU busy."""
 
 
 def linear_cross_entropy(
@@ -22,22 +22,19 @@ def linear_cross_entropy(
     backend: CrossEntropyBackend = "chunked",
     hinge: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The losses of K linear classifiers that read the same hidden states, and the weighted sum to minimise.
+    """The losses of K linear classifiers of the same hidden states, and the weighted sum to minimise.
 
-    Matrix products run in the precision of autocast, if it is on; the softmax and the losses are always fp32.
-
-    With a `hinge` each prediction's loss counts as max(0, loss - hinge). Lee et al. 2015 (Deeply-Supervised Nets,
-    section 2) put such a threshold on a companion's objective as a whole; on single predictions it does not depend on
-    how a batch is cut into micro-batches.
+    Matrix products run in the precision of autocast, if it is on; softmax and losses are always fp32.
 
     Args:
         weight_RD, bias_R: the parameters of the K classifiers, stacked.
         targets_NK: the ids that the classifier of each offset should predict.
-        loss_weights_NK: the weight of each loss, at least 0, one of them above; fp32, without a gradient.
-        hinge: in nats, at least 0.
+        loss_weights_NK: at least 0, one of them above; fp32, without a gradient.
+        hinge: in nats, at least 0. Lee et al. 2015 (Deeply-Supervised Nets, section 2) put it on a companion's whole
+            objective; on single predictions it does not depend on how a batch is cut into micro-batches.
 
     Returns:
-        total: sum of loss_weights * max(0, losses - hinge); differentiable in hidden states, weight and bias.
+        total: sum of loss_weights * max(0, losses - hinge); differentiable in states, weight and bias.
         losses_NK: -ln softmax(logits)[target] in nats, whatever the hinge; without a gradient.
     """
     function = _reference if backend == "reference" else ChunkedLinearCrossEntropy.apply
@@ -58,8 +55,7 @@ def _weighted_sum(losses_NK: Tensor, loss_weights_NK: Tensor, hinge: float) -> T
 
 
 class ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradient in the forward pass, chunk by chunk while the logits are at hand, and keeps it in their
-    place: one matrix of the hidden states' shape, however many classifiers read them."""
+    """Computes the gradient in the forward pass, chunk by chunk, and keeps it in place of the logits."""
 
     @staticmethod
     def forward(
@@ -91,7 +87,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
                 targets = targets_NK[chunk].flatten()[:, None]
                 logits = F.linear(hidden[chunk], weight, bias).float().view(len(targets), -1)
                 probabilities = logits.softmax(dim=-1)
-                # -ln p of the target by way of the largest p, at least 1 / V: the target's own p may underflow to 0.
+                # -ln p of the target by way of the largest p, as the target's own may underflow to 0.
                 behind = logits.amax(dim=-1, keepdim=True) - logits.gather(1, targets)
                 losses_NK[chunk] = (behind - probabilities.amax(dim=-1, keepdim=True).log()).view(-1, K)
                 if differentiable:

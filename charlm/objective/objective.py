@@ -25,11 +25,11 @@ class LossReport(NamedTuple):
     parts: dict[str, Tensor]
     """Each active term's own loss, unweighted and detached, by name."""
     by_layer: dict[int, Tensor]
-    """Contribution of each layer's rows to the total. Differentiable, like the total, which is their sum."""
+    """Each layer's share of the total. Differentiable, like the total."""
 
 
 def head_pairs(terms: Sequence[Term], num_layers: int) -> set[tuple[int, int]]:
-    """The (layer, offset) pairs that need a head: those in the table, and the one that predicts after training."""
+    """The (layer, offset) pairs that need a head: the table's, and the one that predicts after training."""
     return {(term.layer, term.offset) for term in terms if term.task is None} | {(num_layers, 1)}
 
 
@@ -40,7 +40,7 @@ class Hedge(nn.Module):
 
         alpha_i <- max(alpha_i * beta^loss_i, smoothing / n), then all divided by their sum
 
-    (Sahoo et al. 2018, Online Deep Learning, section 3.2 and algorithm 1). Nothing here waits for the device.
+    (Sahoo et al. 2018, Online Deep Learning, section 3.2, algorithm 1). Nothing here waits for the device.
     """
 
     def __init__(self, layers: Iterable[int], beta: float, smoothing: float):
@@ -59,7 +59,7 @@ class Hedge(nn.Module):
     def adapt(self, losses: Mapping[int, Tensor], skip: Tensor | None = None) -> None:
         """Adapt the weights to the layers' losses of one update, unless `skip` is true.
 
-        A layer without a loss, because its rows have weight zero, keeps its weight; the others share the rest.
+        A layer without a loss, as its rows weigh nothing, keeps its weight; the others share the rest.
         """
         heard = [index for index, layer in enumerate(self.layers) if layer in losses]
         if not heard:
@@ -87,11 +87,7 @@ class Objective(nn.Module):
         tasks: nn.ModuleDict | None = None,
         cross_entropy: CrossEntropyBackend = "chunked",
     ):
-        """
-        Args:
-            hedge: multiplies the losses of the heads of its layers, on top of the table's weights.
-            tasks: the modules of the rows that have a task, by its name (see `charlm.auxiliary_task`).
-        """
+        """`hedge` multiplies the losses of its layers' heads; `tasks` are the modules of the user's own, by name."""
         super().__init__()
         self.transformer = transformer
         self.heads = heads
@@ -106,13 +102,12 @@ class Objective(nn.Module):
         """The loss of `windows_BW` at `progress`; only of the rows of `layers`, if given.
 
         The first T characters of a window are the input; position t (0-based) predicts character t + offset. With
-        T = 4 and two offsets a window "abcdef" is read as "abcd": at offset 1 the targets are "bcde", at offset 2
-        "cdef", and the last position alone predicts "e" and "f".
+        T = 4 and two offsets "abcdef" is read as "abcd": the targets are "bcde" at offset 1 and "cdef" at offset 2.
 
-        Rows of weight zero cost nothing: neither their heads and losses nor layers above the highest active one run.
+        Rows of weight zero cost nothing, nor do layers above the highest active one.
 
         Raises:
-            ValueError: the windows hold no input or more than `window_length` characters, or no row is active.
+            ValueError: windows without input or longer than `window_length`, or no active row.
         """
         T = windows_BW.shape[1] - self.longest_offset
         if not 1 <= T <= self.transformer.config.context_length:
@@ -127,8 +122,8 @@ class Objective(nn.Module):
     def adapt(self, parts: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
         """Adapt the hedge's weights to the losses of an update by name: global means, on the device.
 
-        A layer is judged by its loss of the next character, at all positions where there is such a row. With a true
-        `skip` (a bool scalar on the device) nothing changes.
+        A layer is judged by its loss of the next character, at all positions if there is such a row. Nothing changes
+        if `skip` (a bool scalar on the device) is true.
         """
         losses: dict[int, Tensor] = {}
         for positions in ("last", "all"):  # the later wins
@@ -164,7 +159,7 @@ class Objective(nn.Module):
     def _layer_losses(
         self, hidden_BTD: Tensor, windows_BW: Tensor, rows: Sequence[tuple[Term, float]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the active rows of a layer's heads, and each one's loss, all from one matrix product."""
+        """The weighted sum of the rows of a layer's heads, and each one's loss, from one matrix product."""
         layer, hinge = rows[0][0].layer, rows[0][0].hinge
         offsets = sorted({term.offset for term, _ in rows})
         T = hidden_BTD.shape[1]

@@ -1,10 +1,10 @@
 """Routes: ways in which the gradients of several losses reach the trunk (`aux.route`).
 
-Each layer l has one loss: the weighted sum of its rows, or lambda_l times their weighted mean, lambda_l being the sum
-of their weights. theta_l, the trunk up to layer l, consists of embeddings, position tables and blocks. All other
-parameters are heads, including the exits' norms and the final norm.
+Each layer l has one loss: the weighted sum of its rows, or lambda_l, the sum of their weights, times the weighted mean.
+theta_l, the trunk up to layer l, consists of embeddings, position tables and blocks. All other parameters are heads,
+the exits' norms and the final norm too.
 
-Each update clips and decays weights by itself, so a parameter is decayed once per update that moves it.
+Each update clips by itself, and decays the parameters that it moves.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +49,7 @@ class Joint:
     """One backward pass of the sum of all losses, and one update. Gradients stay in `.grad`."""
 
     one_backward = True
-    """Whether a forward pass has one backward pass, as DDP's reducer expects. Otherwise `average` is called."""
+    """Whether a forward pass has one backward pass, as DDP's reducer expects."""
 
     def __init__(self, objective: Objective, aux: AuxConfig, build: OptimizerFactory):
         self.objective, self.aux = objective, aux
@@ -59,11 +59,11 @@ class Joint:
         self.optimizers = self._build(build)
 
     def passes(self, progress: float) -> list[list[int] | None]:
-        """The layers whose losses each pass over a step's windows computes (None: all); updates follow each pass."""
+        """The layers whose losses each pass over a step's windows computes; None: all."""
         return [None]
 
     def backward(self, report: LossReport, factor: float, backward: Callable[..., None]) -> None:
-        """Add `factor` times a micro-batch's gradient to the pass's, by a function like torch.autograd.backward."""
+        """Add `factor` times a micro-batch's gradient to that of the pass, by torch.autograd.backward or its like."""
         backward(report.total * factor)
 
     def updates(self, progress: float) -> list[Update]:
@@ -75,11 +75,11 @@ class Joint:
 
 
 class Relay(Joint):
-    """The loss of layer l < L reaches its head and layers l-k+1 to l, k = `aux.relay_layers`, and nothing below, as if
-    the output of layer l-k were constant (the method that PSPNet compares itself with).
+    """The loss of layer l < L reaches its head and layers l-k+1 to l, k = `aux.relay_layers`, and nothing below (the
+    method that PSPNet compares itself with).
 
-    A layer includes its own position table. Embeddings, and a table at the input, learn from the last layer's loss,
-    which reaches everything, and from the losses of layers l <= k.
+    A layer includes its own position table. Embeddings, and a table at the input, learn from the last layer's loss and
+    from those of layers l <= k.
     """
 
     one_backward = False
@@ -98,7 +98,7 @@ class Relay(Joint):
 
 class Pairwise(Joint):
     """For each loss in turn, from the lowest layer up: a forward pass to its layer, a backward pass, and an update of
-    theta_l and the layer's heads; the next loss sees the updated parameters (AuxNet, "pair-wise").
+    theta_l and the layer's heads (AuxNet, "pair-wise").
 
     A micro-batch has the same dropout noise in all passes. All losses share one optimizer state.
     """
@@ -112,8 +112,8 @@ class Multiway(Joint):
     and the layer's heads per loss, by optimizers of its own (AuxNet, "multi-way").
 
     Under `aux.step_sizes` "auxnet" the trunk's learning rate is divided by the sum of lambda_j over the active layers
-    j >= l, as lower layers get more updates, and the heads learn from the mean loss, not from lambda_l times it. Under
-    "common" neither holds: plain SGD then makes the same step as the joint route.
+    j >= l, and the heads learn from the mean loss itself. Under "common" plain SGD makes the same step as the joint
+    route.
     """
 
     one_backward = False
@@ -127,7 +127,7 @@ class Multiway(Joint):
             for optimizer in (*self.of_trunk[layer], *self.of_heads[layer]):
                 for group in optimizer.param_groups:
                     group["state_prefix"] = f"layer{layer}/"
-        return [optimizer for of in (self.of_trunk, self.of_heads) for own in of.values() for optimizer in own]
+        return [optimizer for own in (*self.of_trunk.values(), *self.of_heads.values()) for optimizer in own]
 
     def backward(self, report: LossReport, factor: float, backward: Callable[..., None]) -> None:
         highest = max(report.by_layer)
@@ -147,13 +147,14 @@ class Multiway(Joint):
                 step_size = 1.0 / sum(weight for above, weight in weights.items() if above >= layer)
                 for parameter in gradients.keys() & set(self.heads):
                     gradients[parameter] /= weights[layer]
-            step_sizes = dict.fromkeys(self.of_trunk[layer], step_size) | dict.fromkeys(self.of_heads[layer], 1.0)
+            step_sizes = dict.fromkeys(self.of_trunk[layer], step_size)
+            step_sizes |= dict.fromkeys(self.of_heads[layer], 1.0)
             updates.append(Update(step_sizes, gradients))
         self.gradients = {}
         return updates
 
 
-ROUTES: dict[str, type[Joint]] = {"joint": Joint, "relay": Relay, "pairwise": Pairwise, "multiway": Multiway}
+ROUTES = {"joint": Joint, "relay": Relay, "pairwise": Pairwise, "multiway": Multiway}
 
 
 def check_route(config: Config, precision: str | None = None, sharded: bool = False) -> None:
@@ -162,19 +163,15 @@ def check_route(config: Config, precision: str | None = None, sharded: bool = Fa
     `precision` is the one in use, where train.mixed_precision leaves the choice to the machine.
     """
     aux, train = config.aux, config.train
-    auxnet = aux.route == "multiway" and aux.step_sizes == "auxnet"
-    complaints = {
-        "fp16 scales gradients by one factor for one loss; use --train.mixed_precision=bf16 or fp32": (
-            (precision or train.mixed_precision) == "fp16"
-        ),
-        "FSDP2 gathers and frees shards for one backward pass per step; use --train.sharding=no": sharded,
-        "train.micro_batch_size=auto measures the memory of a joint step; give a number": (
-            train.micro_batch_size == "auto"
-        ),
-        "AuxNet's step sizes need fixed weights, and aux.hedge learns them; use --aux.step_sizes=common, or another "
-        "route": auxnet and aux.hedge.enabled,
-    }
-    for complaint, holds in complaints.items():
+    fp16 = (precision or train.mixed_precision) == "fp16"
+    searched = train.micro_batch_size == "auto"
+    learned = aux.hedge.enabled and aux.route == "multiway" and aux.step_sizes == "auxnet"
+    for holds, complaint in (
+        (fp16, "fp16 scales gradients by one factor for one loss; use --train.mixed_precision=bf16 or fp32"),
+        (sharded, "FSDP2 gathers and frees shards for one backward pass per step; use --train.sharding=no"),
+        (searched, "train.micro_batch_size=auto measures the memory of a joint step; give a number"),
+        (learned, "AuxNet's step sizes need fixed weights, and aux.hedge learns them; use --aux.step_sizes=common"),
+    ):
         if holds and aux.route != "joint":
             raise UserError(f"aux.route={aux.route}: {complaint}", "aux.route")
 
@@ -186,17 +183,17 @@ def loss_weights(terms: Sequence[Term], progress: float) -> dict[int, float]:
 
 
 def blocked_layers(layers: Sequence[int], num_layers: int, depth: int) -> list[int]:
-    """Layers whose loss does not reach the embeddings, if a loss is blocked `depth` layers below its head."""
+    """Layers whose loss does not reach the embeddings if it stops `depth` layers below its head."""
     return [layer for layer in layers if depth < layer < num_layers]
 
 
 def trunk_parameters(transformer: CharTransformer, lowest: int, highest: int) -> list[nn.Parameter]:
-    """The parameters of layers `lowest` to `highest` with their position tables; if `lowest` is 1 or less, also the
-    embeddings."""
+    """The parameters of layers `lowest` to `highest` and their position tables; with layer 1 the embeddings."""
     layers = slice(max(lowest, 1) - 1, highest)
     modules: list[nn.Module] = [*transformer.blocks[layers]]
     if lowest <= 1:
         modules += [transformer.embedding]
         if transformer.ngram_embedding is not None:
             modules += [transformer.ngram_embedding]
-    return [*transformer.position_tables[layers], *(p for module in modules for p in module.parameters())]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return [*transformer.position_tables[layers], *parameters]

@@ -1,7 +1,7 @@
 """Weights as pure functions of training progress p = completed optimizer steps / all optimizer steps.
 
-A schedule runs on a clock that reads u = 0 until p = start and u = 1 from p = end on. Weights are half-open: one that
-stops at c is positive while p < c, and zero from c on.
+A schedule runs on a clock that reads u = 0 until p = start and u = 1 from p = end on. A weight that stops at c is
+positive while p < c, and zero from c on.
 """
 
 import math
@@ -33,9 +33,9 @@ class EveryNthStep:
 class Schedule:
     """A weight over progress: `schedule(p)` for p in [0, 1).
 
-    `breakpoints` are the points at which the formula changes. Between two of them `weight` is either zero or positive
-    throughout (except for an isolated zero), so that `stops_at` is exact. With a `rotation` the schedule is zero at
-    the steps between its turns; `stops_at` and `limit` describe its turns.
+    The formula changes at `breakpoints`. Between two of them `weight` is either zero or positive throughout (except
+    for an isolated zero), so that `stops_at` is exact. With a `rotation` the schedule is zero at the steps between its
+    turns; `stops_at` and `limit` describe its turns.
     """
 
     weight: Callable[[float], float]
@@ -70,12 +70,12 @@ class Schedule:
 
     @property
     def limit(self) -> float:
-        """The weight that the last steps of a long run approach: the limit at p = 1 from the left."""
+        """The weight that the last steps approach: the limit at p = 1 from the left."""
         return round(self.weight(math.nextafter(1.0, 0.0)), 12)
 
     @property
     def stops_at(self) -> float | None:
-        """The progress from which the weight is zero for good; 0.0 if it always is, None if it never is."""
+        """The progress from which the weight is zero for good; None if it never is."""
         stop = None
         for left, right in reversed(intervals(self)):
             if self.weight((left + right) / 2) != 0.0:
@@ -97,8 +97,8 @@ def constant(value: float) -> Schedule:
 def _at(clock: Fraction, start: float, end: float) -> float:
     """The progress at which the clock reads `clock`.
 
-    Computed in exact decimal arithmetic and rounded once, so that a schedule switches at the exact step (0.1 + 0.8 *
-    0.25 as floats is a hair above 0.3 and would switch one step late).
+    Exact decimal arithmetic, rounded once, makes schedules switch at the exact step: as floats 0.1 + 0.8 * 0.25 is a
+    hair above 0.3.
     """
     exact_start, exact_end = Fraction(repr(start)), Fraction(repr(end))
     return float(exact_start + (exact_end - exact_start) * clock)
@@ -123,7 +123,11 @@ def linear(start: float = 0.0, end: float = 1.0) -> Schedule:
 
 def cosine(start: float = 0.0, end: float = 1.0) -> Schedule:
     """(1 + cos(pi u)) / 2: a fall from 1 at `start` to 0 at `end` that is flat at both ends."""
-    return Schedule(lambda p: (1.0 + math.cos(math.pi * _clock(p, start, end))) / 2, frozenset({start, end}))
+
+    def weight(p: float) -> float:
+        return (1.0 + math.cos(math.pi * _clock(p, start, end))) / 2
+
+    return Schedule(weight, frozenset({start, end}))
 
 
 DECAYS: dict[str, Callable[[float, float], Schedule]] = {
@@ -156,8 +160,7 @@ def rotational(index: int, turns: int, steps: int) -> Schedule:
 def staged(weights: Sequence[float], ends: Sequence[float], start: float, end: float, passage: str) -> Schedule:
     """`weights[i]` until the clock reads `ends[i]`; the ends rise to 1.
 
-    With `passage` "linear" a stage's weight moves on a straight line to the next stage's, which it reaches as the stage
-    ends; the last stage keeps its own.
+    With `passage` "linear" a stage's weight moves on a straight line to the next stage's; the last stage's stays.
     """
     edges = [_at(Fraction(repr(clock)), start, end) for clock in (0.0, *ends)]
 

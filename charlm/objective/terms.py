@@ -31,7 +31,7 @@ class Term:
     """Predict the character `offset` steps ahead from the hidden states of `layer`.
 
     `layer` is 1-based and offset 1 is the next character. The loss is the mean cross-entropy over "all" positions of
-    the window, or that of the "last" one. `weight` is a function of progress; a row of weight zero is not computed.
+    the window, or that of the "last" one. A row of weight zero is not computed.
     """
 
     layer: int
@@ -52,7 +52,7 @@ class Term:
 
     @staticmethod
     def parse(name: str) -> TermName | None:
-        """The parts of a `name`, or of its beginning, such as "layer3" or "layer3/offset2"; None for another text."""
+        """The parts of a name, or of its beginning: "layer3" or "layer3/offset2"; None for another text."""
         found = re.fullmatch(r"layer(\d+)(?:/offset(\d+)(?:/(all|last))?|/task/(.+))?", name)
         if found is None:
             return None
@@ -63,8 +63,8 @@ class Term:
 def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tuple[Term, ...]:
     """The table of a config, ordered by layer, offset and positions; the user's own tasks come last.
 
-    A layer's weight multiplies all its rows, and so does an offset's. With the share w of `aux.positions`, each task
-    has an "all" row of weight w and a "last" row of weight 1 - w. Rows that are zero throughout are not listed.
+    A row's weight is the product of its layer's, its offset's, and its share: w of `aux.positions` for "all" positions,
+    1 - w for the "last". Rows that are zero throughout are not listed.
 
     Args:
         steps: optimizer steps of the whole run; needed by a rotational schedule alone.
@@ -107,7 +107,9 @@ def _layer_weights(aux: AuxConfig, num_layers: int, steps: int | None) -> dict[i
     schedules = _schedules(aux.layers, tuple(base), num_layers, by_stage, steps)
     weights = {layer: constant(base[layer]) * schedule for layer, schedule in schedules.items()}
     weights[num_layers] = constant(aux.main_weight)
-    return weights if aux.reduction == "sum" else _averaged(weights, weighted=aux.reduction == "weighted_mean")
+    if aux.reduction == "sum":
+        return weights
+    return _averaged(weights, weighted=aux.reduction == "weighted_mean")
 
 
 def _base_weights(layers: LayersConfig, num_layers: int) -> dict[int, float]:
@@ -132,8 +134,8 @@ def _offset_weights(targets: TargetsConfig) -> dict[int, Schedule]:
     schedules = _schedules(targets, range(1, count + 1), count, by_stage)
     if targets.schedule == "stages":
         return schedules
-    extra = {offset: constant(targets.weight) * schedule for offset, schedule in schedules.items() if offset > 1}
-    return {1: constant(1.0)} | extra
+    weights = {offset: constant(targets.weight) * schedule for offset, schedule in schedules.items()}
+    return weights | {1: constant(1.0)}
 
 
 def _schedules(
@@ -143,7 +145,7 @@ def _schedules(
     by_stage: Sequence[tuple[float, ...]],
     steps: int | None = None,
 ) -> dict[int, Schedule]:
-    """The schedules of the layers or offsets `numbers` of `count`. A stage of `by_stage` has a weight for each."""
+    """The schedules of layers or offsets `numbers` of `count`; `by_stage` has the weights of each in every stage."""
     span = loss.start, loss.end
     if loss.schedule in SWITCHES:
         return {number: SWITCHES[loss.schedule](number, count, *span) for number in numbers}
@@ -158,7 +160,6 @@ def _schedules(
 
 
 def _task_rows(aux: AuxConfig, num_layers: int) -> list[Term]:
-    """A row for each of the user's own tasks, in order of layer and name."""
     rows = []
     for name, task in aux.tasks.items():
         layer = num_layers if task.layer is None else layer_at(task.layer, num_layers)
@@ -168,7 +169,7 @@ def _task_rows(aux: AuxConfig, num_layers: int) -> list[Term]:
 
 
 def _averaged(weights: dict[int, Schedule], weighted: bool) -> dict[int, Schedule]:
-    """Each weight divided by the number of layers active at the same progress, or by the sum of their weights."""
+    """The weights divided by the number of layers active at the same time, or by the sum of their weights."""
     schedules = tuple(weights.values())
 
     def share(p: float) -> float:
