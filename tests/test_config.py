@@ -15,6 +15,7 @@ OUT_OF_RANGE = {
     "aux.layers.tower_width aux.targets.num_targets aux.layers.total train.steps train.batch_size": "0",
     "train.micro_batch_size train.log_every train.valid_symbols train.keep_checkpoints train.max_skipped": "0",
     "model.d_model": "0 | 513",
+    "model.ngrams": "[1] | [2, 2] | [0, 3]",
     "model.residual_dropout train.spike_threshold": "nan",
     "model.num_heads aux.layers.weight aux.layers.gamma train.warmup train.valid_every": "-1",
     "train.checkpoint_every train.diagnose_every run.resume_from": "-1",

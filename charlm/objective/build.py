@@ -28,9 +28,9 @@ def auxiliary_task(name: str) -> Callable[[Builder], Builder]:
             def forward(self, hidden_BTD, windows_BW): ...
 
     The decorated class or function builds a module from the model's options and the size of the vocabulary. The module
-    maps the hidden states of its layer, [B, T, D], and the windows of which they read the first T characters, [B, W],
-    to losses in nats, of any shape; their mean is used. It is trained and saved with the model; `charlm.load` leaves
-    it out. Under pre-norm the states of a layer below the last are not normalised.
+    maps hidden states of its layer, [B, T, D], and windows, [B, W], whose first T characters the layer has read, to
+    losses in nats, of any shape; their mean is used. It is trained and saved with the model; `charlm.load` leaves it
+    out. Under pre-norm the states of a layer below the last are not normalised.
 
     Draw random numbers from torch alone, whose seed is set before each micro-batch, so that a resumed run repeats them.
     Registering a name again replaces the earlier task.
@@ -96,5 +96,6 @@ def build_objective(config: Config, vocabulary_size: int, *, training: bool = Tr
     tasks = None
     if training and aux.tasks:
         check_registered(aux.tasks)
-        tasks = nn.ModuleDict({name: _task_builders[name](model, vocabulary_size) for name in sorted(aux.tasks)})
+        builders = {name: _task_builders[name] for name in sorted(aux.tasks)}
+        tasks = nn.ModuleDict({name: build(model, vocabulary_size) for name, build in builders.items()})
     return Objective(transformer, heads, terms, hedge=hedge, tasks=tasks, cross_entropy=train.cross_entropy)

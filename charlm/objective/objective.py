@@ -14,7 +14,7 @@ from charlm.config import CrossEntropyBackend
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.cross_entropy import linear_cross_entropy
-from charlm.objective.terms import Term, active_by_layer
+from charlm.objective.terms import Rows, Term, active_by_layer
 
 
 class LossReport(NamedTuple):
@@ -87,7 +87,7 @@ class Objective(nn.Module):
         tasks: nn.ModuleDict | None = None,
         cross_entropy: CrossEntropyBackend = "chunked",
     ):
-        """`hedge` multiplies the losses of its layers' heads; `tasks` are the modules of the user's own, by name."""
+        """`hedge` multiplies the losses of its layers' heads; `tasks` are the user's own modules, by name."""
         super().__init__()
         self.transformer = transformer
         self.heads = heads
@@ -131,16 +131,14 @@ class Objective(nn.Module):
             losses |= {term.layer: parts[term.name] for term in rows if term.name in parts}
         self.hedge.adapt(losses, skip)
 
-    def _active_rows(self, progress: float, layers: Collection[int] | None) -> dict[int, list[tuple[Term, float]]]:
+    def _active_rows(self, progress: float, layers: Collection[int] | None) -> dict[int, Rows]:
         rows = active_by_layer(self.terms, progress)
         wanted = rows if layers is None else {layer: rows[layer] for layer in rows if layer in layers}
         if not wanted:
             raise ValueError(f"no row of the table weighs anything at progress {progress}")
         return wanted
 
-    def _losses(
-        self, hidden_states: Mapping[int, Tensor], windows_BW: Tensor, rows: Mapping[int, list[tuple[Term, float]]]
-    ) -> LossReport:
+    def _losses(self, hidden_states: Mapping[int, Tensor], windows_BW: Tensor, rows: Mapping[int, Rows]) -> LossReport:
         by_layer, parts = {}, {}
         for layer, layer_rows in rows.items():
             shares = []
@@ -156,9 +154,7 @@ class Objective(nn.Module):
             by_layer[layer] = reduce(torch.add, shares)
         return LossReport(torch.stack(list(by_layer.values())).sum(), parts, by_layer)
 
-    def _layer_losses(
-        self, hidden_BTD: Tensor, windows_BW: Tensor, rows: Sequence[tuple[Term, float]]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _layer_losses(self, hidden_BTD: Tensor, windows_BW: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the rows of a layer's heads, and each one's loss, from one matrix product."""
         layer, hinge = rows[0][0].layer, rows[0][0].hinge
         offsets = sorted({term.offset for term, _ in rows})

@@ -60,6 +60,10 @@ class Term:
         return TermName(int(layer), None if offset is None else int(offset), positions, task)
 
 
+Rows = list[tuple[Term, float]]
+"""Rows of the table with their weights."""
+
+
 def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tuple[Term, ...]:
     """The table of a config, ordered by layer, offset and positions; the user's own tasks come last.
 
@@ -187,9 +191,9 @@ def active(terms: Sequence[Term], progress: float) -> Iterator[tuple[Term, float
             yield term, weight
 
 
-def active_by_layer(terms: Sequence[Term], progress: float) -> dict[int, list[tuple[Term, float]]]:
+def active_by_layer(terms: Sequence[Term], progress: float) -> dict[int, Rows]:
     """The same rows by layer, from the lowest on."""
-    rows: dict[int, list[tuple[Term, float]]] = {}
+    rows: dict[int, Rows] = {}
     for term, weight in active(terms, progress):
         rows.setdefault(term.layer, []).append((term, weight))
     return dict(sorted(rows.items()))

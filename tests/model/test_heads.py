@@ -43,22 +43,6 @@ def test_logits_by_hand():
     assert torch.equal(heads(hidden_BTD, 1), expected_BTKV[:, :, :1])
 
 
-@pytest.mark.parametrize(("norm", "layer", "normalised"), [("pre", 1, True), ("pre", 3, False), ("post", 1, False)])
-def test_only_raw_states_are_normalised(randomise, norm, layer, normalised):
-    """An exit that reads the raw residual stream, or a state that is normalised twice."""
-    heads = randomise(Heads(small(norm), V, PAIRS))
-    hidden_BTD = some_states()
-    exit_ = heads.exits[f"layer{layer}"]
-    states = hidden_BTD
-    if normalised:
-        centred = hidden_BTD - hidden_BTD.mean(dim=-1, keepdim=True)
-        deviation = (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
-        states = centred / deviation * exit_["norm"].weight + exit_["norm"].bias
-    assert bool(list(exit_["norm"].parameters())) == normalised
-    expected_BTV = states @ exit_["offset1"].weight.T + exit_["offset1"].bias
-    torch.testing.assert_close(heads(hidden_BTD, layer)[:, :, 0], expected_BTV)
-
-
 def test_pairs_are_listed_once_and_in_order():
     """Heads in the order of a set: parameters, and with them optimizer state, would be numbered differently."""
     heads = Heads(small(), V, [(3, 2), (1, 1), (3, 1), (1, 1)])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from charlm.config import ModelConfig
 from charlm.model.cache import KVCache
-from charlm.model.transformer import CharTransformer
+from charlm.model.transformer import CharTransformer, NgramEmbedding
 
 V = 11
 POSITIONS = ("per_layer", "input", "rotary")
@@ -226,3 +226,28 @@ def test_activation_checkpointing_gives_the_same_bits(randomise, settings):
         assert len(projections) == (2 if checkpointing else 1)
     for name, gradient in gradients[False].items():
         assert torch.equal(gradient, gradients[True][name]), name
+
+
+def test_rows_are_those_of_the_hashed_ngrams():
+    """An n-gram read in the wrong order or of the wrong length, a table of another n, a start that is not padded."""
+    config = small(**NGRAMS, context_length=9)
+    embedding, ids_BS = NgramEmbedding(config), some_ids(config)
+    result_BTD = embedding(ids_BS, 9)
+    for b in range(2):
+        for t in range(9):
+            rows = []
+            for n, table in zip((2, 4), embedding.tables, strict=True):
+                ngram = [ids_BS[b, t - j].item() + 1 if t >= j else 0 for j in range(n)]
+                rows.append(table.weight[sum(sign * 1_000_003**j for j, sign in enumerate(ngram)) % (2**31 - 1) % 11])
+            torch.testing.assert_close(result_BTD[b, t], embedding.up(torch.cat(rows)))
+
+
+def test_only_the_last_positions_are_embedded():
+    """Decoding one character at a time that embeds another position, or does not see the characters before it."""
+    config = small(**NGRAMS, context_length=9)
+    embedding, ids_BS = NgramEmbedding(config), some_ids(config)
+    whole = embedding(ids_BS, 9)
+    for length in (1, 2, 3, 9):
+        for positions in range(1, length + 1):
+            part = embedding(ids_BS[:, :length], positions)
+            torch.testing.assert_close(part, whole[:, length - positions : length])
