@@ -41,7 +41,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = ("a GPU", "a network", "a cluster")
 ELSEWHERE = {
     "python scripts/ablate.py": "tests/ablation/test_ablate_script.py",
-    "python scripts/benchmark.py": "tests/benchmark/test_benchmark_script.py",
+    "python scripts/benchmark.py": "tests/benchmark/test_benchmark_races.py",
     "make test": ".ci/run",
     "make soak": "tests/soak.py",
     "make lint": "Makefile",

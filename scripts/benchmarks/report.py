@@ -19,7 +19,7 @@ PACKAGES = ("torch", "accelerate", "x-transformers", "transformers")
 
 
 def document(settings: Settings, result: BenchmarkResult) -> dict[str, Any]:
-    """JSON-able. The headline figures are those of the first race: the paper's shape and stride, one prompt."""
+    """The result for JSON. Its headline figures are those of the first race."""
     found: dict[str, Any] = {
         "benchmark": settings.benchmark,
         "machine": machine(settings.device),
@@ -66,7 +66,7 @@ def machine(device: str) -> str:
 
 
 def point_dict(point: Point) -> dict[str, Any]:
-    """A point of `auxiliary` or `scaling`, JSON-able."""
+    """A point of `auxiliary` or `scaling`, for JSON."""
     on, off = point.trials[ALL_LOSSES], point.trials[MAIN_LOSS]
     found = {
         point.axis: point.value,

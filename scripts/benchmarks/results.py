@@ -1,4 +1,4 @@
-"""From the seconds of a race to rates, ratios and utilisation; as JSON and Markdown."""
+"""Rates, ratios and utilisation from the seconds of a race, as JSON and Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +98,6 @@ class RaceResult:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
         return {
             "title": self.title,
             **self.headline(),

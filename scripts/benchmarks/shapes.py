@@ -5,17 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from charlm.config import (
-    AuxConfig,
-    Config,
-    DataConfig,
-    LayersConfig,
-    ModelConfig,
-    RunConfig,
-    TargetsConfig,
-    TrainConfig,
-    UserError,
-)
+from charlm.config import AuxConfig, Config, DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
 
 VOCABULARY = 256
 DIMENSIONS = ("num_layers", "d_model", "num_heads", "d_ff", "context_length")
@@ -49,10 +39,10 @@ class Shape:
 
 
 def named_shape(name: str, *, gpu: bool) -> Shape:
-    """S, P (T12 of Al-Rfou et al. 2018) or D (T64).
+    """S, a small model; P, T12 of Al-Rfou et al. 2018; or D, their T64.
 
     Raises:
-        UserError: D without a GPU, where a step takes minutes and all models together more than 24 GB.
+        UserError: D without a GPU, where a step takes minutes.
     """
     if name == "D" and not gpu:
         raise UserError("shape=D: needs a GPU; take S or P")
@@ -91,9 +81,7 @@ def charlm_config(shape: Shape, text: Path, *, auxiliary: bool = True, **train: 
     return Config(
         data=text_config(text),
         model=ModelConfig(**{name: getattr(shape, name) for name in DIMENSIONS}),
-        aux=AuxConfig(
-            layers=LayersConfig(enabled=auxiliary, schedule="constant"), targets=TargetsConfig(enabled=auxiliary)
-        ),
+        aux=AuxConfig(layers={"enabled": auxiliary, "schedule": "constant"}, targets={"enabled": auxiliary}),
         train=TrainConfig(
             steps=ENDLESS,
             batch_size=shape.batch_size,

@@ -164,11 +164,8 @@ def races(settings: Settings, peers: Sequence[str]) -> Iterator[tuple[str, list[
     elif benchmark == "evaluate":
         for stride in [stride for stride in STRIDES if stride <= shape.context_length]:
             options = {"task": "evaluate", "stride": stride, "windows": WINDOWS[settings.device]}
-            yield (
-                f"Evaluation at stride {stride}, shape {shape.name}, {precision}",
-                evaluation_lineup(precision),
-                options,
-            )
+            title = f"Evaluation at stride {stride}, shape {shape.name}, {precision}"
+            yield title, evaluation_lineup(precision), options
     elif benchmark == "generate":
         contestants = generation_lineup(settings.compile, peers)
         for prompts in PROMPTS:
@@ -185,9 +182,8 @@ def races(settings: Settings, peers: Sequence[str]) -> Iterator[tuple[str, list[
             yield f"Drafts, {how}", contestants, options | {"temperature": temperature}
     else:
         pair = [charlm(precision), charlm(precision, MAIN_LOSS)]
-        checkpointed = [
-            charlm(precision, CHECKPOINTED)
-        ]  # in a race of its own: 64 layers of P fit into 24 GB only twice
+        # A race of its own, as 64 layers of P fit into 24 GB only twice.
+        checkpointed = [charlm(precision, CHECKPOINTED)]
         for axis, value, point in axis_points(benchmark, shape, settings.device):
             for contestants in [pair] if benchmark == "auxiliary" else [pair, checkpointed]:
                 yield f"{axis} {value}", contestants, {"task": "train", "shape": point}

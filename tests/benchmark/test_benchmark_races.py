@@ -1,4 +1,4 @@
-"""Trials at a toy shape: that they run, not how fast."""
+"""Trials run at a toy shape, and mistakes on the command line are refused."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.tensors import take_snapshot
-from tiny import table_cells
+from tiny import run_script, table_cells
 
 TOY = Shape(name="toy", num_layers=2, d_model=16, num_heads=2, d_ff=32, context_length=16, batch_size=2)
 
@@ -209,3 +209,27 @@ def test_a_missing_peer_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peers == ["transformers GPT-2", "transformers Llama", "torch TransformerEncoder"]
     assert len(lines) == 1 and lines[0].startswith("x-transformers is not installed")
     assert setups.installed_peers(["torch TransformerEncoder"]) == (["torch TransformerEncoder"], [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["race"], "benchmark=race"),
+        (["train", "--rounds=0"], "rounds=0"),
+        (["train", "--shape=D"], "shape=D"),
+        (["train", "--peers=nanoGPT"], "peers=nanoGPT"),
+        (["generate", "--precision=bf16"], "precision=bf16"),
+        (["drafts"], "run=None"),
+        (["drafts", "--run=nowhere"], "nowhere"),
+        (["train", "--picture=speed.doc"], "speed.doc"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypatch, capfd) -> None:
+    """Guards against a traceback, and against minutes of measuring before a mistake is found."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert run_script("benchmark", *arguments) == 2
+    shown, printed = capfd.readouterr()
+    assert (shown, len(printed.splitlines()), list(tmp_path.iterdir())) == ("", 1, [])
+    assert printed.startswith("error: ") and message in printed
