@@ -1,1 +1,1 @@
-"""How fast charlm is beside its peers: `scripts/benchmark.py`."""
+"""Races of charlm against its peers: `scripts/benchmark.py`."""

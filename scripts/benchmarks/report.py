@@ -33,7 +33,7 @@ def document(settings: Settings, result: BenchmarkResult) -> dict[str, Any]:
 
 
 def protocol(settings: Settings, result: BenchmarkResult) -> dict[str, Any]:
-    """How it was measured."""
+    """The conditions of the measurement."""
     first = result.races[0].trials[0] if result.races else result.points[0].trials[ALL_LOSSES]
     return {
         "shape": asdict(settings.shape),

@@ -58,7 +58,7 @@ class RaceResult:
         return [trial for trial in self.trials if trial.setup.library != "charlm"]
 
     def ratio(self, ours: TrialResult, theirs: TrialResult) -> dict[str, float]:
-        """How many times as fast ours is."""
+        """Our rate over theirs."""
         return spread(paired(ours.rates(), theirs.rates()))
 
     def product_rates(self, trial: TrialResult) -> list[float] | None:

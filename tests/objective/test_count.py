@@ -1,4 +1,4 @@
-"""What the ways of gradients cost, against sums written out and against optimizers that ran."""
+"""The cost of routes, against sums written out and against optimizers that ran."""
 
 from functools import partial
 
