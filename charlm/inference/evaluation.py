@@ -205,7 +205,14 @@ def score_at(score: Score, depth: int) -> dict[str, Any]:
     """The figure of one layer out of a score of all, for the card of a model that ends there."""
     bits = score.layers[str(depth)]
     per_byte = bits * score.characters / score.bytes
-    return replace(score, bits_per_character=bits, bits_per_byte=per_byte, standard_error=None, layers=None).as_dict()
+    figure = replace(
+        score,
+        bits_per_character=bits,
+        bits_per_byte=per_byte,
+        standard_error=None,
+        layers=None,
+    )
+    return figure.as_dict()
 
 
 def mixture_nats(nats: Mapping[int, np.ndarray], weights: Mapping[int, float]) -> np.ndarray:

@@ -49,7 +49,8 @@ class Reader:
     @torch.inference_mode()
     def next_logits(self, ids: Sequence[list[int]], cache: KVCache) -> Tensor:
         """Logits after `ids`, which follow those that the cache holds of each text: [B, V] on the CPU."""
-        if len({len(own) for own in ids}) > 1:  # all but the last symbol text by text, then the last of all together
+        if len({len(own) for own in ids}) > 1:
+            # All but the last symbol text by text, then the last of all together.
             for row, own in enumerate(ids):
                 if len(own) > 1:
                     self.read([own[:-1]], cache.row(row), num_last=1)
@@ -58,7 +59,12 @@ class Reader:
 
     @torch.inference_mode()
     def read(
-        self, ids: Sequence[Sequence[int]], cache: KVCache, *, layer: int | None = None, num_last: int | None = None
+        self,
+        ids: Sequence[Sequence[int]],
+        cache: KVCache,
+        *,
+        layer: int | None = None,
+        num_last: int | None = None,
     ) -> Tensor:
         """Hidden states of `layer` (by default the last) at the last `num_last` of `ids` (by default all), [B, T, D].
         The ids are equally many for each text, and follow those that the cache holds."""
@@ -145,7 +151,8 @@ class _Linear(NamedTuple):
     def of(*linears: nn.Linear) -> "_Linear":
         """Several layers with the same input, joined; their outputs follow one another."""
         weight_EI = torch.cat([linear.weight.detach() for linear in linears])
-        return _Linear(weight_EI.t().contiguous(), torch.cat([linear.bias.detach() for linear in linears]))
+        bias_E = torch.cat([linear.bias.detach() for linear in linears])
+        return _Linear(weight_EI.t().contiguous(), bias_E)
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         T = len(x_TI)
