@@ -54,20 +54,21 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
 def leave_group() -> None:
     """End the process group and its threads, which end with the last reference to it.
 
-    A gloo thread that frees a tensor while Python shuts down asks for the GIL, and the process aborts ("terminate
-    called without an active exception").
+    A gloo thread that frees a tensor while Python shuts down asks for the GIL, and aborts the process.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
         for thing in gc.get_objects():
-            if type(thing) is dist.DeviceMesh:  # knows the group, and caches of DTensor know it: no public way out
+            if type(thing) is dist.DeviceMesh:  # private caches of DTensor hold it, and it holds the group
                 vars(thing).clear()
         gc.collect()
 
 
 def _rejoin_group() -> None:
-    """Build the process group where a launcher of one machine has restarted its processes: in the launcher's store
-    torch would find the addresses of the earlier processes, and wait for them."""
+    """Build the process group where a launcher of one machine has restarted its processes.
+
+    In the launcher's store torch would find the addresses of the earlier ones, and wait for them.
+    """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
         return
@@ -83,7 +84,7 @@ def on_cpu() -> bool:
 
 
 def choose_precision(train: TrainConfig) -> tuple[str, str]:
-    """Mixed precision in accelerate's words, and its reason: train.mixed_precision, else the launcher's, else the best.
+    """Mixed precision, in accelerate's words, and its reason: the config's, else the launcher's, else the best.
 
     Raises:
         UserError: fp16 on a CPU, which accelerate would silently run in fp32.
@@ -110,7 +111,7 @@ def has_fast_bf16() -> bool:
 
 
 def choose_compile(train: TrainConfig) -> bool:
-    """Whether to compile: train.compile decides, or else whether the launcher was given a dynamo backend."""
+    """Whether to compile: as the config says, or else if the launcher was given a dynamo backend."""
     if train.compile != "auto":
         return train.compile == "yes"
     return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
@@ -128,8 +129,7 @@ def describe_attention(config: Config) -> str:
 @contextmanager
 def torch_settings(config: Config) -> Iterator[None]:
     """Process-wide settings of a run inside, restored after."""
-    # Of several backward passes the first must not give its buffers away. There is no public option for it: torch's own
-    # error message advises this one.
+    # The first of several backward passes must not give its buffers away. torch's error message advises this way.
     from torch._functorch import config as functorch
 
     matmul, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()

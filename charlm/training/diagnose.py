@@ -1,7 +1,7 @@
-"""Diagnostics of a model in training: bits per character of each head, and gradients of the losses at each layer.
+"""Diagnostics in training: bits per character of each head, and gradients of the losses at each layer.
 
-All is measured without dropout on the same text, so a curve moves only with the model: bits per character on the first
-`SYMBOLS` symbols that validation scores, gradients on `WINDOWS` windows spread evenly over all that it scores.
+All is measured without dropout on the same text, so a curve moves only with the model: bits per character on the
+beginning of what validation scores, gradients on windows spread evenly over all of it.
 
 Shapes: B batch, T positions, D d_model, K offsets, M predictions of a batch, W characters of a window.
 """
@@ -40,18 +40,17 @@ def diagnose(
     progress: float,
     micro_batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Diagnostics of a run at `progress`, as a row of metrics.jsonl has them: the results of `bits_per_head` and
-    `gradient_figures`, and how many symbols and windows they are of. For a sharded model, gradients are left out.
+    """The results of `bits_per_head` and, unless the model is sharded, `gradient_figures`, as metrics.jsonl has them.
 
-    Parameters, their `.grad`, optimizers and random state stay as they were. Each process computes everything by
-    itself. `objective` is in training mode, and not in DDP, whose reducer must not see these gradients.
+    Parameters, their `.grad`, optimizers and random state stay as they were. Each process computes everything.
+    `objective` is in training mode, and not in DDP, whose reducer must not see these gradients.
     """
     train, ids = config.train, corpus.splits["valid"].ids
     text, part = ids[: min(train.valid_symbols, SYMBOLS)], ids[: max(train.valid_symbols, objective.window_length)]
     autocast_dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision)
     eager = torch.compiler.set_stance("force_eager") if choose_compile(train) else nullcontext()
     objective.eval()
-    # The transformer's own mode only switches activation checkpointing, without which memory may not suffice.
+    # The transformer's own mode only switches activation checkpointing, which saves memory here, too.
     objective.transformer.training = True
     with unsharded(objective), eager:  # compiling would not pay off for something so rare
         characters, _ = count_units(text, corpus.vocabulary)
@@ -77,9 +76,8 @@ def bits_per_head(
 ) -> Figures:
     """Bits per character of a text by each head, {"layer3/offset2": ...}, silent heads included.
 
-    Scored as in validation: windows at a stride of half the context, heads and softmax in fp32, every symbol once. The
-    head of offset k predicts a symbol from those at least k before it; the first k symbols cost ln V. The figure of the
-    last layer and offset 1 is validation's. Those that are not finite are left out.
+    Scored as in validation, whose figure is that of the last layer and offset 1. The head of offset k predicts a symbol
+    from those at least k before it; the first k symbols cost ln V. Figures that are not finite are left out.
 
     `ids` is the text, [N], in which `characters` begin.
     """
@@ -127,8 +125,7 @@ def gradient_figures(
         gradient_norm[l]          = |a + m|
 
     (Guo et al. 2016, AuxNet, for the ratio of one output; a layer's own output counts with 1.) Figures that are not
-    finite, or that no output defines, are left out. The gradients are those of the full losses, whatever aux.route lets
-    through.
+    finite, or that no output defines, are left out. aux.route does not count.
 
     Args:
         windows_BW: windows of at most `objective.window_length` symbols.

@@ -49,7 +49,7 @@ def micro_batches(
     objective: Objective,
     step: int,
 ) -> list[tuple[float, Tensor]]:
-    """This process's windows of a step in parts of at most `micro_batch_size`, and each part's share of the batch."""
+    """This process's windows of a step, cut up, and the share of each part in the batch."""
     train = config.train
     divisor = train.context_divisor if step / train.steps < train.full_context_from else 1
     windows = training_windows(
@@ -89,8 +89,8 @@ def accumulate_gradients(
 def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper: int) -> int:
     """The most windows, up to `upper`, that every process has the memory for, optimizer state included.
 
-    Tries the passes of the first step, when most terms are active, with a tenth less each time. Leaves parameters,
-    gradients and random state as they were. Raises UserError if not even one window fits.
+    Tries the first step, when most terms are active, with a tenth less each time. Leaves parameters, gradients and
+    random state as they were. Raises UserError if not even one window fits.
     """
     windows = upper
     with torch.random.fork_rng():

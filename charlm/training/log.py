@@ -1,4 +1,4 @@
-"""Logging of a run: rows of metrics.jsonl, the same numbers to accelerate's trackers, and a live progress line.
+"""Logging of a run: metrics.jsonl, the same numbers for accelerate's trackers, and a progress line.
 
 tensorboard, wandb, dvclive and swanlab write into RUN/trackers; the others write where they are configured to. A
 resumed run continues its record in tensorboard, wandb, dvclive, swanlab, trackio and comet_ml; other trackers start a
@@ -37,7 +37,7 @@ class Tracker:
     """
 
     def __init__(self, run: Run, config: Config, split: Split, terms: Sequence[Term], state: TrainState, main: bool):
-        """Begin or continue a log of training on `split`. Raises UserError if one of run.tracker does not start."""
+        """Log training on `split`. Raises UserError if one of run.tracker does not start."""
         self.run, self.terms, self.main = run, terms, main
         self.bits_per_nat = split.symbols / split.characters / math.log(2)
         self.total_steps = config.train.steps
@@ -172,12 +172,12 @@ class Tracker:
         ]
 
     def _show(self, rest: str) -> None:
-        """Put the time left and `rest` on the progress line. tqdm's own estimate would jump with every validation."""
+        """Put the time left and `rest` on the line. tqdm's estimate would jump with every validation."""
         self.shown = rest
         self.bar.set_description_str(f"{self.time_left} left{rest}", refresh=False)
 
     def _keeping_on(self, name: str, call: Callable[..., None], *arguments: Any, **options: Any) -> bool:
-        """Whether the call succeeded. A tracker that fails does not end the run: metrics.jsonl has everything."""
+        """Whether the call succeeded. A tracker that fails does not end the run."""
         try:
             call(*arguments, **options)
         except Exception as error:
@@ -226,8 +226,8 @@ def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
 def numbers(row: dict[str, Any]) -> dict[str, float]:
     """The numbers of a row of metrics.jsonl by path, such as `terms/layer3/offset1/all/loss`, without its step.
 
-    A tracker keeps one value per name and step. So everything in a validation row gets the prefix `valid/`, and a row
-    of diagnostics yields its diagnostics only: the training row of the same step has the progress.
+    A tracker keeps one value per name and step. So all of a validation gets the prefix `valid/`, and of diagnostics
+    the progress, which the training row has, is left out.
     """
     if "valid" in row:
         row = {"valid": {name: value for name, value in row.items() if name not in ("step", "valid")} | row["valid"]}
@@ -256,6 +256,6 @@ def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:
         "trackio": {"name": f"{title}-{key[:8]}", "resume": "allow"},  # resumed by name
         "wandb": {"dir": str(folder), "name": title, "id": key, "resume": "allow"},
     }.get(name, {})
-    # The project's name is a folder for tensorboard; aim finds the nearest .aim by itself, unless given a folder.
+    # tensorboard takes the project for a folder; aim looks for the nearest .aim, unless given a folder.
     places = {"tensorboard": ("tensorboard", folder), "aim": (title, None)}.get(name, (config.run.project,))
     return LOGGER_TYPE_TO_CLASS[name](*places, **options)

@@ -89,7 +89,7 @@ class Training:
     stop: StopRequests
 
     def fit(self) -> None:
-        """Train to the last step. A step depends on the config, the corpus and the number of completed steps only."""
+        """Train to the last step. A step depends on config, corpus and number of completed steps only."""
         train, state = self.config.train, self.state
         self.prepare()
         try:
@@ -135,12 +135,12 @@ class Training:
         self.saved_step, self.newest_update = self.state.step, None
 
     def due(self, cadence: float) -> bool:
-        """Whether something that happens every `cadence` is due now. All but cadence 0 are due at the last step."""
+        """Whether something with this cadence is due now. All but cadence 0 are due at the last step."""
         every, step = steps_of(cadence, self.config.train.steps), self.state.step
         return every > 0 and (step % every == 0 or step == self.config.train.steps)
 
     def step(self) -> None:
-        """Forward, backward, clip, and step or skip. Other routes than joint have several passes or updates."""
+        """Forward, backward, clip, and step or skip. Some routes have several passes or updates."""
         config, accelerator, step = self.config, self.accelerator, self.state.step
         progress, factor = step / config.train.steps, learning_rate_factor(config.train, step)
         ids = self.corpus.splits["train"].ids
@@ -203,7 +203,7 @@ class Training:
             self.tracker.record(self.state.step, {"diagnostics": diagnostics})
 
     def validate(self) -> None:
-        """Score the validation split, in the precision of training and at a stride of half the context, and save."""
+        """Score the validation split in the precision of training, and save."""
         config, state = self.config, self.state
         ids = self.corpus.splits["valid"].ids[: config.train.valid_symbols]
         with self.tracker.speed_paused("validating"):
@@ -236,7 +236,7 @@ class Training:
         if snapshot is not None and not all(tensor.isfinite().all() for tensor in snapshot.model.values()):
             self.tracker.say(f"step {state.step}: no checkpoint: the parameters are no longer finite")
         elif snapshot is not None:
-            self.writer.save(snapshot, best or state.best_step is None)  # without validations the newest is the best
+            self.writer.save(snapshot, best or state.best_step is None)  # the newest, before the first validation
         self.saved_step = state.step
 
 
@@ -259,7 +259,7 @@ class CheckpointWriter:
         return self._newest.result() if self._newest is not None else None
 
     def close(self) -> None:
-        """End the thread. Raises UserError if the newest snapshot could not be written: the end of the run is lost."""
+        """End the thread. Raises UserError if the newest snapshot could not be written."""
         self._thread.shutdown()
         if complaint := self.wait():
             raise UserError(

@@ -42,7 +42,7 @@ def wants_shards(train: TrainConfig, num_processes: int) -> bool:
 
 
 def shard(objective: Objective) -> None:
-    """Shard the parameters over the processes, before optimizers are built, which must own the sharded parameters."""
+    """Shard the parameters. Optimizers, which must own the shards, are built after it."""
     for block in objective.transformer.blocks:
         fully_shard(block)
     fully_shard(objective)  # heads and embeddings together: the objective reads them directly

@@ -32,7 +32,7 @@ from charlm.training.sharding import is_sharded
 
 @dataclass
 class TrainState:
-    """State of a run beside parameters and optimizer state. Windows and dropout follow from (seed, step)."""
+    """State beside parameters and optimizer state. Windows and dropout follow from (seed, step)."""
 
     step: int = 0
     seconds: float = 0.0
@@ -54,7 +54,7 @@ class TrainState:
 
 
 def refusal(config: Config, option: str, text: str) -> UserError:
-    """The error for the value of `option`, a dotted name; `text` says what is wrong with it, and a way out."""
+    """The error for the value of an option; `text` says what is wrong with it, and a way out."""
     value = reduce(getattr, option.split("."), config)
     return UserError(f"{option}={written(value)}: {text}", option)
 
@@ -97,15 +97,15 @@ def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator
 def open_run(
     config: Config, corpus: Corpus, accelerator: Accelerator, objective: Objective, optimizers: Sequence[Optimizer]
 ) -> Iterator[tuple[Run, TrainState, list[str]]]:
-    """Create a run or open one to continue: its folder, its state, and lines to print. Inside, the folder is locked.
+    """A new run or one to continue: its folder, its state, and lines to print. Inside, the folder is locked.
 
     Raises:
-        UserError: the folder holds something else, is in use, or holds a run that cannot be continued with this config.
+        UserError: the folder holds something else, is in use, or holds a run that cannot be continued so.
     """
     main, run, news = accelerator.is_main_process, Run(config.run.dir), []
     resumes, chosen = check_folder(config.run), config.run.resume_from
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    if chosen is not None and (requeued or _begun_by_this_launcher(run)):  # which would discard the steps since then
+    if chosen is not None and (requeued or _begun_by_this_launcher(run)):  # keep the steps made since
         news.append(f"run.resume_from={chosen}: ignored after a restart; continues from the newest checkpoint")
         chosen = None
     accelerator.wait_for_everyone()  # all processes have seen the folder as it was
@@ -126,7 +126,7 @@ def open_run(
                 run.checkpoints_path.mkdir(exist_ok=True)
                 discard = chosen is not None
                 news += rewind(run, checkpoint, discard=discard) if checkpoint else run.forget_metrics_after(0)
-                # Repeating this command later continues from the newest checkpoint, not from the chosen one again.
+                # The same command continues from the newest checkpoint later, not from the chosen one.
                 write_whole(run.config_path, to_yaml(config.replace(run=config.run.replace(resume_from=None))))
         accelerator.wait_for_everyone()
         state = replace(state, valid_symbols=config.train.valid_symbols, **_machine(accelerator))
@@ -174,7 +174,7 @@ def _restored(
 def _changes(
     state: TrainState, old: Config, new: Config, objective: Objective, accelerator: Accelerator
 ) -> Iterator[str]:
-    """Lines about what has changed since the state was saved. Scores that cannot be compared leave the state."""
+    """Lines about what has changed. Removes a best score that cannot be compared from the state."""
     if old.train.steps != new.train.steps:
         yield from rescaled(objective.terms, state.step, old.train.steps, new.train.steps)
     for name, now in _machine(accelerator).items():
@@ -188,7 +188,7 @@ def _changes(
 
 
 def check_resumable(old: Config, new: Config) -> list[str]:
-    """Lines to print about the changes from `old` to `new`. Raises UserError, naming all that may not change."""
+    """Lines about the changes from `old` to `new`. Raises UserError, naming all that may not change."""
     changed = differences(old, new)
     lines = {name: f"{name}: {before} -> {after}" for name, (before, after) in changed.items()}
     refused = [name for name in changed if not has_mark(name, Mark.MAY_CHANGE)]
@@ -215,7 +215,7 @@ def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None
 
 
 def rescaled(terms: Sequence[Term], step: int, old_steps: int, new_steps: int) -> Iterator[str]:
-    """Lines about another train.steps: the progress at `step`, and the terms that become active or silent by it."""
+    """Lines about another train.steps: the progress, and terms that become active or silent by it."""
     old, new = step / old_steps, step / new_steps
     yield f"train.steps changed: progress at this step was {old:.3f} and is now {new:.3f}"
     before, after = (
@@ -227,7 +227,7 @@ def rescaled(terms: Sequence[Term], step: int, old_steps: int, new_steps: int) -
 
 
 def check_agreed(run: Run, step: int, accelerator: Accelerator) -> None:
-    """Raise UserError unless all processes, each of which has read the folder, continue from the same step."""
+    """Raise UserError unless all processes, which read the folder each, continue from the same step."""
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
     if min(steps) != max(steps):
         raise UserError(
@@ -237,7 +237,7 @@ def check_agreed(run: Run, step: int, accelerator: Accelerator) -> None:
 
 
 def check_folder(config: RunConfig) -> bool:
-    """Whether to continue the run in the folder, as options or a restart by the launcher (`--max_restarts`) say.
+    """Whether to continue the run in the folder: by the options, or after a restart by the launcher.
 
     Raises:
         UserError: there is no run to continue, or something is in the way of a new one.
@@ -253,7 +253,7 @@ def check_folder(config: RunConfig) -> bool:
 
 
 def _begun_by_this_launcher(run: Run) -> bool:
-    """Whether a launcher has restarted its processes after earlier ones had begun or continued this very run."""
+    """Whether processes that this launcher started before have begun or continued the run."""
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and run.config_path.exists()
     return restarted and run.config_path.stat().st_mtime > psutil.Process(os.getppid()).create_time()
 

@@ -27,7 +27,7 @@ NO_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe
 
 
 class StopRequests:
-    """Collects requests to stop while the context is open: signals, a time limit, the death of the launcher.
+    """Collects requests to stop: signals, a time limit, the death of the launcher.
 
     A request is kept until `agreed` or `check`; inside `interrupting` it raises at once. A second signal ends the
     process immediately.
@@ -73,7 +73,7 @@ class StopRequests:
             self._interrupts = False
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop. All processes call it at the same point and get the same answer."""
+        """Whether any process was asked to stop. All call it at the same point and get the same answer."""
         if self.reason is None and time.time() >= self._deadline:
             self.reason = "run.max_time is over"
         if self.reason is None and self._launcher not in (None, os.getppid()):
@@ -114,7 +114,7 @@ def explained(train: TrainConfig, stop: StopRequests) -> Iterator[None]:
                 "train.micro_batch_size",
             ) from error
         if any(words in str(error) for words in NO_PEER):
-            stop.stays = True  # the launcher ends this process, too, and its SIGTERM must not cut off the message
+            stop.stays = True  # the launcher's SIGTERM must not cut off the message
             raise UserError(
                 "another process of this run has ended or hangs, and its own message says why; "
                 f"--run.resume=true continues from the newest checkpoint ({first_line(error)})"
@@ -128,7 +128,7 @@ def is_about_memory(error: Exception) -> bool:
 
 
 def _exit_at_the_second(watched: int) -> None:
-    """Read signals as they arrive, even while the main thread is in a library, where no handler of Python's runs."""
+    """Read signals as they arrive, even while the main thread is in a library, where no handler runs."""
     first = None
     with os.fdopen(watched, "rb", buffering=0) as numbers:
         while number := numbers.read(1):

@@ -1,4 +1,4 @@
-"""Optimizers, their learning rates, and their updates: made, or skipped if a loss or gradient is not finite or spikes.
+"""Optimizers, learning rates, and updates, which are skipped if a loss or gradient is not finite or spikes.
 
 A skipped step leaves parameters and optimizer state as they were, on all processes alike. The decision is made on the
 device; the host learns of it when it reads the losses, so it never waits for the device in between.
@@ -109,8 +109,8 @@ class Updates:
         accepted_losses: Sequence[float],
         adapt: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
     ):
-        """`accepted_losses`: those of a checkpoint; `adapt`: called after each step with the global mean loss of each
-        active term, by name, and whether the step was skipped, a scalar on the device."""
+        """`adapt` is called after each step with the global mean loss of each active term, by name, and whether the
+        step was skipped, a scalar on the device."""
         self.train, self.accelerator, self.adapt = train, accelerator, adapt
         self.parameters = route.parameters
         losses = [math.nan] * HISTORY + list(accepted_losses)
@@ -165,7 +165,7 @@ class Updates:
         self.unread.append((step + 1, losses, torch.stack([skip, spikes])))
 
     def read(self) -> list[StepReport]:
-        """Reports of the newest step made and of all skipped ones since the last call; waits for the device."""
+        """Reports of the newest step made and of all skipped since the last call; waits for the device."""
         flags = torch.stack([flags for *_, flags in self.unread]).tolist() if self.unread else []
         made = [step for (step, *_), (skip, _) in zip(self.unread, flags, strict=True) if not skip]
         reports = []
@@ -198,7 +198,7 @@ class Updates:
         return torch.stack([norm, *(values.norm() for values in sparse)]).norm()
 
     def _spikes(self, total: Tensor) -> Tensor:
-        """Whether `total` exceeds the median of accepted losses by `spike_threshold` robust standard deviations."""
+        """Whether `total` is too many robust standard deviations above the median of accepted losses."""
         median = self.history.nanmedian()
         deviation = (self.history - median).abs().nanmedian() * DEVIATION
         limit = median + self.train.spike_threshold * deviation
@@ -206,8 +206,8 @@ class Updates:
 
 
 def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
-    """Step, or leave everything as it is if `skip` holds, a bool scalar on the device; never wait for the device."""
-    if optimizer.defaults.get("fused"):  # fused optimizers read these two, as torch.amp.GradScaler sets them
+    """Step, or leave all as it is if `skip` holds, a bool on the device; never wait for the device."""
+    if optimizer.defaults.get("fused"):  # it reads these two, as torch.amp.GradScaler sets them
         optimizer.grad_scale, optimizer.found_inf = torch.ones((), device=skip.device), skip.float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
@@ -219,7 +219,7 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
 
 
 class Undo:
-    """Parameters and optimizer state from before the first update of a step, of those that its updates move."""
+    """Parameters and optimizer state from before the first update of a step."""
 
     def __init__(self):
         self.before: dict[nn.Parameter, tuple[Optimizer, Tensor, dict[str, Any]]] = {}
