@@ -77,10 +77,9 @@ def net_and_updates(accepted: tuple = (), **options) -> tuple[Net, list, Updates
     return model, optimizers, updates_of(optimizers, accepted, **options)
 
 
-def apply(updates: Updates, optimizers: list, step: int, *row: float, **options) -> None:
-    """One update by all optimizers, after losses of `row`: the total, and the term "a"."""
-    losses = Losses(("a",), torch.tensor(row))
-    updates.apply(step, losses, [Update(dict.fromkeys(optimizers, 1.0))], **options)
+def apply(updates: Updates, optimizers: list, step: int, *row: float, names: tuple = ("a",), last: bool = True) -> None:
+    """One update by all optimizers, after losses of `row`: the total, and the terms `names`."""
+    updates.apply(step, Losses(names, torch.tensor(row)), [Update(dict.fromkeys(optimizers, 1.0))], last)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
@@ -134,11 +133,7 @@ def test_the_term_that_broke_is_named():
     """Guards against a message that leaves the user to guess which head it was."""
     model, optimizers, updates = net_and_updates()
     model.loss(float("inf")).backward()
-    updates.apply(
-        6,
-        Losses(("layer1/offset1/all", "layer2/offset1/all"), torch.tensor([float("inf"), 2, torch.inf])),
-        [Update(dict.fromkeys(optimizers, 1.0))],
-    )
+    apply(updates, optimizers, 6, torch.inf, 2, torch.inf, names=("layer1/offset1/all", "layer2/offset1/all"))
     (report,) = updates.read()
     assert report.skipped == "the loss of layer2/offset1/all is inf"
 
@@ -186,8 +181,7 @@ def test_a_step_of_several_passes_is_made_whole_or_not_at_all(broken_pass, kind,
                 continue
             for number in range(3):
                 model.loss(float("nan") if broken and number == broken_pass else 1.0 + number).backward()
-                losses = Losses((f"layer{number}",), torch.tensor([1.0, 1.0]))
-                updates.apply(step, losses, [Update(dict.fromkeys(optimizers, 1.0))], last=number == 2)
+                apply(updates, optimizers, step, 1.0, 1.0, names=(f"layer{number}",), last=number == 2)
         assert [report.step for report in updates.read() if report.skipped] == ([1, 3] if model is skipping else [])
         assert updates.unread == []
         if model is skipping:
@@ -200,8 +194,7 @@ def test_the_losses_of_passes_make_one_report():
     model, optimizers, updates = net_and_updates()
     for number in range(3):
         model.loss().backward()
-        losses = Losses((f"layer{number}",), torch.tensor([2.0**number, 10.0 + number]))
-        updates.apply(4, losses, [Update(dict.fromkeys(optimizers, 1.0))], last=number == 2)
+        apply(updates, optimizers, 4, 2.0**number, 10.0 + number, names=(f"layer{number}",), last=number == 2)
     (report,) = updates.read()
     assert (report.step, report.loss, report.skipped) == (5, 7.0, None)
     assert report.parts == {"layer0": 10.0, "layer1": 11.0, "layer2": 12.0}
@@ -224,16 +217,12 @@ def test_each_update_is_clipped_by_its_own_norm():
 
 def test_the_weights_adapt_to_updates_that_were_made():
     """Guards against layer weights that learn from a skipped update, or from sums in place of means."""
-    model = Net()
-    optimizers = build_optimizers(TrainConfig(), model)
     told = []
-    updates = updates_of(optimizers)
+    model, optimizers, updates = net_and_updates()
     updates.adapt = lambda *heard: told.append(heard)
     for step, total in enumerate([3.0, float("nan")]):
         model.loss().backward()
-        updates.apply(
-            step, Losses(("a", "b"), torch.tensor([total, 1.0, 2.0])), [Update(dict.fromkeys(optimizers, 1.0))]
-        )
+        apply(updates, optimizers, step, total, 1.0, 2.0, names=("a", "b"))
     assert [parts for parts, _ in told] == [{"a": 1.0, "b": 2.0}] * 2
     assert [bool(skipped) for _, skipped in told] == [False, True]
 
@@ -247,25 +236,17 @@ def test_a_run_goes_on_after_a_bad_step(tmp_path, text_corpus_flags, break_losse
     flags = [*FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"]
     rows = list(Run.open(train(*flags)).metrics())
     skipped = [row for row in rows if "skipped" in row]
-    assert [(row["step"], row["reason"]) for row in skipped] == [
-        (5, "the loss of layer1/offset1/all is nan"),
-        (6, "the loss of layer1/offset1/all is nan"),
-    ]
+    reason = "the loss of layer1/offset1/all is nan"
+    assert [(row["step"], row["reason"]) for row in skipped] == [(5, reason), (6, reason)]
     assert [row["step"] for row in rows if "loss" in row] == [3, 4, 9, 12, 15, 18, 21]
     assert all(row["loss"] == row["loss"] for row in rows if "loss" in row)
-    assert "step 5: update skipped, the loss of layer1/offset1/all is nan" in capfd.readouterr().err
+    assert f"step 5: update skipped, {reason}" in capfd.readouterr().err
 
 
 def test_a_run_that_skips_without_end_stops_with_a_checkpoint_from_before(tmp_path, text_corpus_flags, break_losses):
     """Guards against days of steps that learn nothing, and against losing what was learned before them."""
-    whole = [
-        *FLAGS,
-        *text_corpus_flags,
-        f"--run.dir={tmp_path / 'whole'}",
-        "--train.valid_every=9",
-        "--train.keep_checkpoints=9",
-    ]
-    train(*whole)
+    whole = ["--train.valid_every=9", "--train.keep_checkpoints=9", f"--run.dir={tmp_path / 'whole'}"]
+    train(*FLAGS, *text_corpus_flags, *whole)
     break_losses(range(9, 1000), term=0)
     flags = [*FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}", "--train.max_skipped=5"]
     with pytest.raises(UserError, match="the last 6 updates") as caught:
