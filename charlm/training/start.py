@@ -205,7 +205,8 @@ def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None
     if recorded["sha256"] != current["sha256"]:
         raise UserError(
             f"the run was trained on another corpus: sha256 was {recorded['sha256']}, now {current['sha256']}; "
-            "point data.path or data.hub_id at the same text, or start another --run.dir"
+            "point data.path or data.hub_id at the same text, or start another --run.dir",
+            "data.path",
         )
     if vocabulary_from_dict(recorded.get("vocabulary")) != vocabulary_from_dict(current["vocabulary"]):
         raise UserError(

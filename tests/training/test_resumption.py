@@ -123,7 +123,7 @@ CONTINUE = "--run.resume=true"
         ([CONTINUE, "--train.seed=1"], "train.seed", "0 -> 1"),
         ([CONTINUE, "--data.test_fraction=0.2"], "data.test_fraction", "0.05 -> 0.2"),
         ([CONTINUE, "--train.steps=5"], "train.steps", "at step 24"),
-        ([CONTINUE, "--data.path={other}"], None, "another corpus"),
+        ([CONTINUE, "--data.path={other}"], "data.path", "another corpus"),
         (["--run.resume_from=7000"], "checkpoint", "its steps are: 1, 2"),
         # The folder is looked at before the corpus is.
         (["--data.path=nowhere"], "run.dir", "--run.resume=true"),
