@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,11 +24,15 @@ from charlm.config.objective import TaskConfig
 from charlm.objective.build import auxiliary_task
 from charlm.objective.schedules import cutoff
 from charlm.report.explain import explain, stops_at_step
+from tiny import run_script
 
 TINY = {"num_heads": 2, "d_model": 4, "d_ff": 8, "context_length": 4}
 NEXT_ONLY = {"targets": TargetsConfig(enabled=False)}
+HEADS = {
+    "layers": LayersConfig(schedule="rotational", head="shared_frozen", hinge=1.23),
+    "reduction": "weighted_mean",
+}
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "explain.py"
 
 
 def tiny(num_layers: int, steps: int = 1000, **aux) -> Config:
@@ -221,12 +223,6 @@ def test_rows_of_own_tasks(monkeypatch):
         explain(tiny(2, tasks={"order": TaskConfig(weight=0.1)}))
 
 
-def test_sizes_of_the_run():
-    """Fault: characters per step that count the targets beyond the context, or only one window."""
-    found = explain(tiny(2, steps=77)).to_dict()
-    assert (found["steps"], found["characters_per_step"], found["context_length"]) == (77, 3 * 4, 4)
-
-
 def test_text_draws_each_term_over_training():
     """Fault: a strip scaled or shifted wrongly, or a small weight drawn as if it were zero."""
     header, *lines = explain(tiny(3, layers=LayersConfig(schedule="linear"))).to_text(width=77).splitlines()[-7:]
@@ -250,34 +246,23 @@ def test_text_leaves_silent_stretches_blank():
     assert table[3].split() == ["layer2/offset1/all", "1", "never", 32 * "█"]
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_text_fits_80_columns(reduction, schedule):
-    """Fault: long names, small weights or many steps push the drawing out of the terminal."""
-    config = Config(
-        model=ModelConfig(num_layers=64),
-        aux=AuxConfig(reduction=reduction, positions=PositionsConfig(schedule=schedule)),
-        train=TrainConfig(steps=4_000_000),
-    )
-    lines = explain(config).to_text().splitlines()
+@pytest.mark.parametrize(
+    ("rows", "aux"),
+    [
+        (128, {"reduction": "mean"}),
+        (256, {"positions": PositionsConfig(schedule="cosine")}),
+        (256, {"positions": PositionsConfig(schedule="cosine"), "reduction": "mean"}),
+        *((None, HEADS | {"route": route}) for route in ("relay", "pairwise", "multiway")),
+    ],
+)
+def test_text_fits_80_columns(rows, aux):
+    """Fault: long names, small weights, many steps or a route's costs push the drawing out of the terminal."""
+    steps = TrainConfig(steps=4_000_000)
+    lines = explain(Config(model=ModelConfig(num_layers=64), aux=AuxConfig(**aux), train=steps)).to_text().splitlines()
     assert max(map(len, lines)) <= 80
-    assert sum(line.startswith("layer") for line in lines) == 64 * 2 * (1 if schedule == "constant" else 2)
-    assert "235.5M in training, 218.8M at inference" in lines[1]
-
-
-@pytest.mark.parametrize("route", ["relay", "pairwise", "multiway"])
-def test_methods_fit_80_columns(route):
-    """Fault: a route's costs, or rotating heads, that push a line out of the terminal."""
-    config = Config(
-        model=ModelConfig(num_layers=64),
-        aux=AuxConfig(
-            layers=LayersConfig(schedule="rotational", head="shared_frozen", hinge=1.23),
-            reduction="weighted_mean",
-            route=route,
-        ),
-        train=TrainConfig(steps=4_000_000),
-    )
-    assert max(map(len, explain(config).to_text().splitlines())) <= 80
+    if rows:
+        assert sum(line.startswith("layer") for line in lines) == rows
+        assert "235.5M in training, 218.8M at inference" in lines[1]
 
 
 def test_the_rows_in_the_document():
@@ -290,19 +275,12 @@ def test_the_rows_in_the_document():
         assert shown[name] == explain(load_config([ROOT / "configs" / "demo.yaml", path])).to_text(), name
 
 
-def test_script_prints_one_document_and_draws(tmp_path):
+def test_script_prints_one_document_and_draws(tmp_path, capsys):
     """Fault: something else on stdout beside the JSON, a flag that does not reach the table, a picture not written."""
     picture = tmp_path / "weights.png"
     flags = ["--model.num_layers=3", "--model.d_model=8", "--aux.targets.enabled=false", f"--picture={picture}"]
-    done = subprocess.run([sys.executable, SCRIPT, *flags, "--json"], capture_output=True, text=True, check=True)
-    assert [(term["layer"], term["offset"]) for term in json.loads(done.stdout)["terms"]] == [(1, 1), (2, 1), (3, 1)]
+    assert run_script("explain", *flags, "--train.batch_size=3", "--train.steps=77", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(term["layer"], term["offset"]) for term in found["terms"]] == [(1, 1), (2, 1), (3, 1)]
+    assert (found["steps"], found["characters_per_step"], found["context_length"]) == (77, 3 * 512, 512)
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_script_answers_a_mistake_with_one_message(tmp_path):
-    """Fault: a traceback, another exit code than 2, or a broken file left behind."""
-    flags = ["--model.num_layers=3", "--picture", tmp_path / "weights.xyz"]
-    done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == "" and list(tmp_path.iterdir()) == []
-    assert "weights.xyz" in done.stderr and "png" in done.stderr and "Traceback" not in done.stderr

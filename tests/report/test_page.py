@@ -50,33 +50,23 @@ from charlm.runs.tensors import take_snapshot
 from tiny import run_script
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> &amp; \x1b[31m \u202e"
+FETCHED = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
 DRAWN = {"learning", "terms", "weights", "layers", "positions", "passage", "samples", "speed", "diagnostics"}
 
 
-class Page(html.parser.HTMLParser):
-    """The elements of a page, their attributes, and its text."""
+def elements_of(page: str) -> list[tuple[str, dict[str, str]]]:
+    """The tag and the attributes of every element."""
+    found, parser = [], html.parser.HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.feed(page)
+    return found
 
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
 
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def ids(self) -> list[str]:
-        return [attributes["id"] for _, attributes in self.elements if "id" in attributes]
-
-    @property
-    def drawn(self) -> set[str]:
-        names = {attributes.get("data-figure") for _, attributes in self.elements}
-        return (names | {own["id"] for tag, own in self.elements if tag == "figure"}) & DRAWN
+def figures_in(page: str) -> set[str]:
+    """The figures of a page, on which no id may be there twice."""
+    ids = [own["id"] for _, own in elements_of(page) if "id" in own]
+    assert len(ids) == len(set(ids))
+    return DRAWN & {*ids, *(own.get("data-figure") for _, own in elements_of(page))}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -163,12 +153,10 @@ def page(run, measured, tmp_path_factory) -> str:
 
 def requests_of(text: str) -> Iterator[str]:
     """Everything in a page that a browser would fetch."""
-    for tag, attributes in Page(text).elements:
-        for name, value in attributes.items():
-            if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
-                yield value
-            if name == "style" or tag == "style":
-                yield from re.findall(r"url\(([^)]*)\)", value)
+    for _, attributes in elements_of(text):
+        yield from (value for name, value in attributes.items() if name in FETCHED)
+        if "style" in attributes:
+            yield from re.findall(r"url\(([^)]*)\)", attributes["style"])
     for style in re.findall(r"<style>(.*?)</style>", text, re.S):
         assert "@import" not in style
         yield from re.findall(r"url\(([^)]*)\)", style)
@@ -176,12 +164,11 @@ def requests_of(text: str) -> Iterator[str]:
 
 def test_every_figure_is_there_twice_and_nothing_is_fetched(page):
     """Faults: a figure lost, for one width alone, without words for those who do not see it; an id twice; a request."""
-    parsed = Page(page)
-    assert parsed.drawn == DRAWN
-    assert len(parsed.ids) == len(set(parsed.ids))
-    classes = [attributes.get("class") for tag, attributes in parsed.elements if tag == "div"]
+    assert figures_in(page) == DRAWN
+    elements = elements_of(page)
+    classes = [own.get("class") for tag, own in elements if tag == "div"]
     assert classes.count("wide") == classes.count("narrow") == 7
-    labels = [own["aria-label"] for tag, own in parsed.elements if tag == "svg" and own.get("role") == "img"]
+    labels = [own["aria-label"] for tag, own in elements if tag == "svg" and own.get("role") == "img"]
     assert len(labels) == 14 and all(labels)
     found = list(requests_of(page))
     assert found and all(request.strip("'\"").startswith(("#", "data:")) for request in found)
@@ -192,28 +179,31 @@ def test_colours_come_from_the_style_sheet(page):
     """Fault: a line or a label that is drawn in one colour on light and dark pages, and is lost on one of them."""
     drawings = "".join(re.findall(r'<svg role="img".*?</svg>', page, re.S))
     assert set(re.findall(r"#[0-9a-fA-F]{6}\b", drawings)) == set()
-    variables = set(re.findall(r"var\((--[\w-]+)\)", page))
     style = re.search(r"<style>(.*?)</style>", page, re.S)[1]
-    for variable in variables:
+    for variable in set(re.findall(r"var\((--[\w-]+)\)", page)):
         assert len(re.findall(rf"{variable}: ", style)) == 2, variable  # for a light page and a dark one
 
 
 def test_the_table_says_what_the_rows_say(run, measured, page):
     """Fault: figures of another row, or without their step; characters counted by steps of another size."""
-    (recorded,) = read_runs([run.path])
+    (recorded,), splits = read_runs([run.path]), run.provenance()["corpus"]["splits"]
     (found,) = tables.results([recorded], [measured])
-    splits = run.provenance()["corpus"]["splits"]
-    assert found["steps"] == "40 of 40"
-    assert found["training bpc"] == "4.000"
-    assert found["best validation bpc"] == "5.0000 at step 40"
-    assert found["training time"] == "0:01:20"
-    assert found["characters/s"] == "1,022"
-    assert "memory" not in found and "skipped updates" not in found
+    score = f"{measured.score.bits_per_character:.4f} ± {measured.score.standard_error:.4f}"
+    assert found == {
+        "steps": "40 of 40",
+        "characters seen": f"{40 * recorded.characters_per_step / 1000:.3g}k",
+        "training bpc": "4.000",
+        "best validation bpc": "5.0000 at step 40",
+        "validation bpc, by this page": score,
+        "training time": "0:01:20",
+        "characters/s": "1,022",
+    }
     assert f"on the first 100 of {splits['valid']['symbols']:,} symbols; this page" in page
     assert f" on the first {measured.score.symbols}." in page
     assert "best validation 5.0000 bits per character at step 40" in page
-    size = splits["train"]
-    assert recorded.characters_per_step == pytest.approx(4 * 16 * size["characters"] / size["symbols"])
+    assert recorded.characters_per_step == pytest.approx(
+        4 * 16 * splits["train"]["characters"] / splits["train"]["symbols"]
+    )
     losses = recorded.points("terms/layer2/offset2/all/loss")[1]
     assert losses == pytest.approx(5.2 - np.arange(4, 41, 4) / 20)
 
@@ -283,10 +273,8 @@ def test_surprise_against_brute_force(run):
     passage = read_passage(trained, ids, 50, 12)
     assert sum(piece.num_symbols for piece in passage) == 12
     first_of_window = {50: 34, 51: 38, 52: 38, 53: 38, 54: 38, 55: 42}  # windows of 16, each 4 further than the last
-    places = np.cumsum([50] + [piece.num_symbols for piece in passage])
-    checked = [
-        (piece, int(place)) for piece, place in zip(passage, places[:-1], strict=True) if place in first_of_window
-    ]
+    places = np.cumsum([50] + [piece.num_symbols for piece in passage]).tolist()
+    checked = [(piece, place) for piece, place in zip(passage, places, strict=False) if place in first_of_window]
     assert len(checked) >= 4
     for piece, place in checked:
         context = torch.from_numpy(ids[first_of_window[place] : place].astype(np.int64))[None]
@@ -295,8 +283,8 @@ def test_surprise_against_brute_force(run):
         top, symbols = probabilities_V.topk(5)
         if piece.num_symbols == 1:
             assert piece.bits == pytest.approx(-math.log2(probabilities_V[int(ids[place])]), rel=1e-4)
-        assert [p for _, p in piece.likeliest] == pytest.approx(top.tolist(), rel=1e-4)
-        assert [text for text, _ in piece.likeliest] == [visible(bytes([symbol])) for symbol in symbols.tolist()]
+        expected = [(visible(bytes([symbol])), p) for symbol, p in zip(symbols.tolist(), top.tolist(), strict=True)]
+        assert piece.likeliest == [(text, pytest.approx(p, rel=1e-4, abs=1e-6)) for text, p in expected]
 
 
 def test_symbols_that_spell_a_character_are_one_piece():
@@ -324,10 +312,10 @@ def test_hostile_text_stays_text(run, measured, tmp_path):
     sample = Sample(20, ["best"], HOSTILE)
     hostile = Probe(prompt=HOSTILE, samples=[sample], passage=passage, missing={"score": HOSTILE})
     text = write_report([folder], tmp_path / "report.html", [hostile]).read_text()
-    parsed = Page(text)
-    assert [own for tag, own in parsed.elements if tag == "img"] == []
-    assert [own for tag, own in parsed.elements if tag == "script"] == [{"type": "application/json"}, {}]
-    assert not any(name.startswith("on") for _, attributes in parsed.elements for name in attributes)
+    elements = elements_of(text)
+    assert [own for tag, own in elements if tag == "img"] == []
+    assert [own for tag, own in elements if tag == "script"] == [{"type": "application/json"}, {}]
+    assert not any(name.startswith("on") for _, attributes in elements for name in attributes)
     assert "\x1b" not in text and "\u202e" not in text
     assert all(request.strip("'\"").startswith(("#", "data:")) for request in requests_of(text))
     (data,) = re.findall(r'<script type="application/json">(.*?)</script>', text)
@@ -336,15 +324,11 @@ def test_hostile_text_stays_text(run, measured, tmp_path):
 
 def test_several_runs_are_overlaid(run, other, tmp_path):
     """Fault: runs under one colour or name, a difference not listed or one that is none, a run left out."""
-    code = run_script(
-        "report", str(run.path), str(other.path), "-o", str(tmp_path / "new" / "two.html"), "--characters=200"
-    )
-    assert code == 0
-    text = (tmp_path / "new" / "two.html").read_text()
-    parsed = Page(text)
-    assert parsed.drawn == DRAWN
-    assert len(parsed.ids) == len(set(parsed.ids))
-    assert {"first", "second"} <= {word.strip() for word in parsed.words}
+    path = tmp_path / "new" / "two.html"
+    assert run_script("report", str(run.path), str(other.path), "-o", str(path), "--characters=200") == 0
+    text = path.read_text()
+    assert figures_in(text) == DRAWN
+    assert {"first", "second"} <= set(re.findall(r">\s*([a-z]+)</th>", text))
     assert "24 of 40" in text and "going on or stopped" in text
     runs = read_runs([run.path, other.path])
     named = dict(tables.differences([own.config for own in runs]))
@@ -419,7 +403,7 @@ def test_draws_what_there_is(run, tmp_path, rows):
         folder.append_metrics({"step": 3, "valid": {"bits_per_character": None}})
         folder.append_metrics({"step": 4, "diagnostics": {"gradient_norm": 3, "bits_per_character": {"layer1": "x"}}})
     text = write_report([folder.path], tmp_path / "report.html").read_text()
-    drawn = Page(text).drawn
+    drawn = figures_in(text)
     assert "weights" in drawn and ("learning" in drawn) == (rows == "one validation")
     assert "not measured when this page was made" in text
     if rows == "one validation":
@@ -431,30 +415,25 @@ def test_parts_that_need_what_is_not_there_say_so(run, undrawn, tmp_path):
     without_corpus = measure(run, UserError("data.path=gone: no such file"), show_progress=False)
     text = render(read_runs([run.path]), [without_corpus])
     assert "data.path=gone: no such file" in text
-    assert Page(text).drawn == DRAWN - {"layers", "positions", "passage"}
+    assert figures_in(text) == DRAWN - {"layers", "positions", "passage"}
     bare = Run(shutil.copytree(run.path, tmp_path / "run"))
     shutil.rmtree(bare.checkpoints_path)
     text = render(read_runs([bare.path]), [measure(bare, corpus_of(run), show_progress=False)])
     assert "has no checkpoint" in text
-    assert Page(text).drawn == DRAWN - {"layers", "positions", "passage", "samples"}
+    assert figures_in(text) == DRAWN - {"layers", "positions", "passage", "samples"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [
-        (["{tmp}/nowhere"], ["nowhere", "not a run"]),
-        (["{run}", "-o", "{tmp}/file/report.html", "--records-only"], ["report", "cannot be written"]),
-        (["{run}", "--characters=1"], ["characters=1", "equal to 2"]),
-        ([], ["RUN"]),
-    ],
+    [(["{tmp}/nowhere"], ["nowhere", "not a run"]), (["{run}", "-o", "{tmp}/file/report.html"], ["report", "file/"])],
 )
 def test_mistakes_are_answered_with_one_message(run, tmp_path, capsys, arguments, words):
     """Fault: a traceback, another exit code, or a page begun."""
     (tmp_path / "file").write_text("")
-    code = run_script("report", *(part.format(tmp=tmp_path, run=run.path) for part in arguments))
+    paths = [part.format(tmp=tmp_path, run=run.path) for part in arguments]
+    assert run_script("report", "--records-only", *paths) == 2
     message = capsys.readouterr().err
-    assert code == 2 and message.count("error: ") == 1 and "Traceback" not in message
-    assert all(word in message for word in words)
+    assert message.count("error: ") == 1 and all(word in message for word in words)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

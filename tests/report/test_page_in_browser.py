@@ -15,6 +15,7 @@ from charlm.runs.folder import Run
 from tiny import TINY
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+DRAWN = {"learning", "terms", "weights", "layers", "positions", "passage", "samples", "speed", "diagnostics"}
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
     "--no-first-run", "--hide-scrollbars", "--enable-logging=stderr", "--virtual-time-budget=3000",
@@ -109,10 +110,7 @@ def test_the_page_is_whole_in_a_browser(page, tmp_path, width):
     told = opened(page, tmp_path, width)
     assert told["width"] == width
     assert (told["noticed"], told["requests"], told["console"]) == ([], [], [])
-    names = {re.sub(r"-\d+(-\d+)?$", "", name) for name in told["seen"]}
-    assert names == {
-        "learning", "terms", "weights", "layers", "positions", "passage", "samples", "speed", "diagnostics",
-    }  # fmt: skip
+    assert {re.sub(r"-\d+(-\d+)?$", "", name) for name in told["seen"]} == DRAWN
     for name, figure in told["seen"].items():
         assert figure["shown"] == 1, name
         assert figure["left"] >= 0 and figure["right"] <= width, name
