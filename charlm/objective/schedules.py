@@ -138,18 +138,16 @@ DECAYS: dict[str, Callable[[float, float], Schedule]] = {
 }
 
 SWITCHES: dict[str, Callable[[int, int, float, float], Schedule]] = {
+    # The lowest layer stops first, at u = 1/2 all (Al-Rfou et al. 2018, "Intermediate Layer Losses").
     "staggered": lambda i, n, *span: cutoff(*span, Fraction(i, 2 * n)),
+    # Layers start from the top down (Elhoushi et al. 2024, LayerSkip, section 4.1.2).
     "gradual": lambda i, n, *span: cutoff(*span, Fraction(n - i, 2 * n)).complement(),
+    # The next target starts as each of n equal parts begins.
     "growing": lambda i, n, *span: cutoff(*span, Fraction(i - 1, n)).complement(),
+    # The farthest target stops as each of n equal parts ends.
     "shrinking": lambda i, n, *span: cutoff(*span, Fraction(n - i + 1, n)),
 }
-"""Schedules of layer or target i of n that switch once, on the clock from `start` to `end`.
-
-staggered: the lowest layer stops first; at u = 1/2 all below the last have stopped (Al-Rfou et al. 2018, "Intermediate
-Layer Losses"). gradual: from the top down, one more layer starts every 1/(2n) of the clock (Elhoushi et al. 2024,
-LayerSkip, section 4.1.2). growing: target i starts as the i-th of n equal parts begins. shrinking: the farthest target
-stops as each of the n parts ends.
-"""
+"""Schedules of layer or target i of n that switch once, on the clock from `start` to `end`."""
 
 
 def rotational(index: int, turns: int, steps: int) -> Schedule:
