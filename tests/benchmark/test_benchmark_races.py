@@ -1,4 +1,4 @@
-"""Trials run at a toy shape, and mistakes on the command line are refused."""
+"""Trials run at a toy shape, and mistakes on the command line of scripts/benchmark.py are refused."""
 
 from collections.abc import Iterator
 from pathlib import Path
