@@ -17,24 +17,20 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "parts"),
+    ("arguments", "message"),
     [
-        (["--sweep", "aux.layers.weigth=0,1"], ["row 'aux.layers.weigth=0'", "aux.layers.weight"]),
-        (["--methods", "one.yaml", "two.yaml", "--seeds=0"], ["seeds=0"]),
-        (["--run.dir=file"], ["run.dir=file"]),
+        (["--sweep", "aux.layers.weigth=0,1"], "row 'aux.layers.weigth=0'"),
+        (["--methods", "one.yaml", "two.yaml", "--seeds=0"], "seeds=0"),
+        (["--run.dir=file"], "run.dir=file"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_bad_input(place, capfd, arguments: list[str], parts: list[str]) -> None:
+def test_bad_input(place, capfd, arguments: list[str], message: str) -> None:
     """Guards against tracebacks, and folders made before a mistake is found."""
     (place / "file").write_text("")
     assert run_script("ablate", *arguments) == 2
     shown, printed = capfd.readouterr()
-    assert (shown, printed.count("error:")) == ("", 1)
-    assert "Traceback" not in printed
-    for part in parts:
-        assert part in printed
-    assert [path.name for path in place.iterdir()] == ["file"]
+    assert (shown, printed.count("error:")) == ("", 1) and "Traceback" not in printed
+    assert message in printed and [path.name for path in place.iterdir()] == ["file"]
 
 
 @pytest.mark.slow

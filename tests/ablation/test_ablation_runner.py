@@ -14,10 +14,10 @@ from filelock import FileLock
 from charlm.ablation.runner import Runner
 from charlm.ablation.table import write_tables
 from charlm.ablation.variants import Variant, VariantRun, plan, seconds_per_step
-from charlm.config import UserError
+from charlm.config import UserError, flatten
 
 STUB = [sys.executable, Path(__file__).with_name("stub_train.py")]
-SMALL = ["--train.steps=4", "--train.batch_size=4", "--model.context_length=16"]
+SMALL = {"train.steps": 4, "train.batch_size": 4, "model.context_length": 16}
 
 
 def rates(*values: float) -> list[Variant]:
@@ -26,9 +26,8 @@ def rates(*values: float) -> list[Variant]:
 
 @pytest.fixture
 def runs_of(tmp_path):
-    def make(rows: Sequence[Variant], seeds: int = 1, *flags: str) -> list[VariantRun]:
-        given = [*SMALL, f"--run.dir={tmp_path / 'out'}", *flags]
-        return plan(rows, [], dict(flag.removeprefix("--").split("=", 1) for flag in given), seeds)
+    def make(rows: Sequence[Variant], seeds: int = 1, **options: dict) -> list[VariantRun]:
+        return plan(rows, [], SMALL | {"run.dir": tmp_path / "out"} | flatten(options, "."), seeds)
 
     return make
 
@@ -108,9 +107,9 @@ def test_another_configuration_is_refused(runs_of, train, tmp_path) -> None:
     Options that do not affect the result may change."""
     rows = rates(0.1)
     train(runs_of(rows))
-    moved = runs_of(rows, 1, "--train.keep_checkpoints=5", "--run.max_time=5h", "--data.path=elsewhere")
-    assert train(moved)[0] == 1
-    changed = runs_of([*rates(0.3), *rows], 1, "--train.steps=5", "--aux.layers.every=2")
+    moved = {"train": {"keep_checkpoints": 5}, "run": {"max_time": "5h"}, "data": {"path": "elsewhere"}}
+    assert train(runs_of(rows, **moved))[0] == 1
+    changed = runs_of([*rates(0.3), *rows], train={"steps": 5}, aux={"layers": {"every": 2}})
     with pytest.raises(UserError) as error:
         train(changed)
     for part in ("rate_0.1/seed-0", "aux.layers.every: 1 -> 2; train.steps: 4 -> 5", "--run.dir", "remove the folder"):

@@ -6,7 +6,7 @@ import pytest
 
 from charlm import load_config
 from charlm.ablation.variants import Variant, VariantRun, paper_variants, parse_row, parse_sweeps, plan, read_methods
-from charlm.config import Config, TrainConfig, UserError, flatten
+from charlm.config import Config, TrainConfig, UserError, differences
 
 FLAGS = {"run.dir": "out", "train.seed": "5", "model.num_layers": "4"}
 
@@ -15,17 +15,12 @@ def planned(*variants: Variant, seeds: int = 1) -> list[VariantRun]:
     return plan(variants, [], FLAGS, seeds)
 
 
-def changes(config: Config, base: Config) -> dict[str, object]:
-    """The options in which a run's config differs from the base, without those of `run`."""
-    before, now = flatten(base.model_dump(), "."), flatten(config.model_dump(), ".")
-    return {name: value for name, value in now.items() if before[name] != value and not name.startswith("run.")}
-
-
 def test_the_papers_rows() -> None:
     """Guards against a row that changes something other than its name says, or has another row's figure."""
     base = load_config(overrides=FLAGS)
-    runs = planned(*paper_variants(base))
-    assert {run.variant.name: changes(run.config, base) for run in runs} == {
+    rows = paper_variants(base)
+    changes = {run.variant.name: differences(base.replace(run=run.config.run), run.config) for run in planned(*rows)}
+    assert {row: {name: new for name, (_, new) in found.items()} for row, found in changes.items()} == {
         "full": {},
         "without positions": {"aux.positions.enabled": False},
         "without intermediate layers": {"aux.layers.enabled": False},
@@ -33,7 +28,7 @@ def test_the_papers_rows() -> None:
         "without per-layer positions": {"model.position_encoding": "input"},
         "SGD in place of momentum": {"train.optimizer": "sgd", "train.momentum": 0.0, "train.learning_rate": 0.3},
     }
-    assert [row.paper for row in paper_variants(base)] == [1.062, 2.482, 1.158, 1.068, 1.069, 1.065]
+    assert [row.paper for row in rows] == [1.062, 2.482, 1.158, 1.068, 1.069, 1.065]
     with_momentum = Config(train=TrainConfig(optimizer="sgd", momentum=0.9, learning_rate=0.02))
     assert paper_variants(with_momentum)[-1].options["train.learning_rate"] == "0.2"  # steps as long as the base's
 
@@ -41,9 +36,8 @@ def test_the_papers_rows() -> None:
 def test_the_runs_of_a_plan() -> None:
     """Guards against seeds in the wrong place, an early stop that leaves rows without any run, and lost folders."""
     runs = planned(Variant("full"), Variant("no head: at all!", {"aux.layers.enabled": "false"}), seeds=2)
-    assert [(run.variant.name, run.seed, run.config.train.seed) for run in runs] == [
-        ("full", 5, 5), ("no head: at all!", 5, 5), ("full", 6, 6), ("no head: at all!", 6, 6),
-    ]  # fmt: skip
+    names = ["full, seed 5", "no head: at all!, seed 5", "full, seed 6", "no head: at all!, seed 6"]
+    assert [f"{run.variant.name}, seed {run.config.train.seed}" for run in runs] == list(map(str, runs)) == names
     assert runs[3].folder == Path("out/no_head_at_all/seed-6")
     assert runs[3].beside(".log") == Path("out/no_head_at_all/seed-6.log")
     assert all(run.config.run.auto_resume for run in runs)
