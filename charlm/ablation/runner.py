@@ -99,8 +99,9 @@ class Runner:
                 if pid:
                     child.process.returncode = os.waitstatus_to_exitcode(status)
                     self.children.remove(child)
+                    cpu_seconds = usage.ru_utime + usage.ru_stime
                     failure = self._note_end(child, len(runs))
-                    child.run.add_costs(usage.ru_maxrss * RSS_UNIT, usage.ru_utime + usage.ru_stime, failure)
+                    child.run.add_costs(usage.ru_maxrss * RSS_UNIT, cpu_seconds, failure)
                     self.after_each()
             if time.monotonic() - drawn > REDRAW_SECONDS:
                 stopping = ", stopping" if told else ""

@@ -52,9 +52,11 @@ class Row:
 
     @cached_property
     def figures(self) -> dict[str, Any]:
-        """By their names in the CSV file; None if there are too few seeds."""
+        """The row's figures by their names in the CSV file; None if there are too few seeds. delta_95 is half the
+        95 % interval of delta."""
         scores, deltas = self.scores, self.deltas
-        delta, margin, verdict = statistics.fmean(deltas) if deltas else None, None, ""
+        delta = statistics.fmean(deltas) if deltas else None
+        margin, verdict = None, ""
         if len(deltas) > 1:
             t = T95[min(len(deltas) - 1, len(T95)) - 1]
             margin = t * statistics.stdev(deltas) / math.sqrt(len(deltas))

@@ -105,8 +105,8 @@ def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -
 
     A row's speed is measured since the row before. The first row is left out: it holds the warm-up.
     """
-    speed = "characters_per_second"
-    logged = [(row["step"], row[speed]) for row in rows if speed in row]
+    key = "characters_per_second"
+    logged = [(row["step"], row[key]) for row in rows if key in row]
     spans = [(step - before, speed) for (before, _), (step, speed) in pairwise(logged)]
     seconds = sum(steps * characters_per_step / speed for steps, speed in spans)
     return seconds / sum(steps for steps, _ in spans) if spans else None

@@ -39,7 +39,7 @@ _PIECE = 2**20
 
 
 class Header(NamedTuple):
-    """What a decoder must share with the encoder; see `charlm.compression.fingerprint`."""
+    """Facts that a decoder must share with the encoder; see `charlm.compression.fingerprint`."""
 
     length: int
     """Bytes of the content."""
