@@ -72,7 +72,7 @@ def test_a_stopped_run_leaves_its_curves_and_a_refused_one_nothing(tmp_path, fla
 
 
 @pytest.mark.parametrize("stops", [False, True])
-def test_a_signal_while_pictures_are_drawn_changes_nothing(stops, flags, monkeypatch):
+def test_a_signal_while_pictures_are_drawn_changes_nothing(stops, flags, monkeypatch, capfd):
     """Fault: a signal that cuts off the message of a stopped run, or the success of a finished one. Here it would end
     the tests."""
     plain = finish.train

@@ -33,7 +33,7 @@ def test_a_lost_process_is_said_in_words_and_other_errors_are_left_alone():
         torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 
-def test_the_message_about_a_lost_process_survives_the_launchers_signal():
+def test_the_message_about_a_lost_process_survives_the_launchers_signal(capfd):
     """Guards against a SIGTERM that ends the process between the end of training and the message: here it would end
     the tests."""
     with pytest.raises(UserError), StopRequests() as stop, explained(TrainConfig(), stop):
