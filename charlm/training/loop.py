@@ -25,10 +25,11 @@ from charlm.training.device import build_accelerator, choose_compile, torch_sett
 from charlm.training.diagnose import diagnose
 from charlm.training.gradients import accumulate_gradients, find_micro_batch_size, micro_batches
 from charlm.training.log import Tracker, check_installed
+from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
 from charlm.training.sharding import average, is_sharded, shard, unsharded, wants_shards
 from charlm.training.start import TrainState, check_fits, check_folder, describe, open_run, refusal
 from charlm.training.stop import StopRequests, explained
-from charlm.training.update import Updates, build_optimizers, learning_rate_factor, set_learning_rates
+from charlm.training.update import Updates
 
 
 def train(config: Config, kind: "type[Training] | None" = None, stop: StopRequests | None = None) -> Path:

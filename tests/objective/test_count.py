@@ -11,7 +11,7 @@ from charlm.model.transformer import CharTransformer
 from charlm.objective.build import build_objective
 from charlm.objective.count import num_parameters, route_cost, transformer_parameters
 from charlm.objective.routes import ROUTES
-from charlm.training.update import build_optimizers
+from charlm.training.optimizers import build_optimizers
 
 V = 5
 

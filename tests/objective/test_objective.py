@@ -18,7 +18,7 @@ from charlm.objective.build import build_objective
 from charlm.objective.objective import Hedge, Objective, head_pairs
 from charlm.objective.schedules import constant, cutoff
 from charlm.objective.terms import Term, active, build_terms
-from charlm.training.update import build_optimizers
+from charlm.training.optimizers import build_optimizers
 
 V = 4
 WINDOWS_BW = torch.tensor([[0, 1, 2, 3, 1, 0], [3, 3, 2, 1, 0, 2]])

@@ -12,7 +12,7 @@ from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.objective import Objective, head_pairs
 from charlm.objective.terms import build_terms
-from charlm.training.update import build_optimizers, learning_rate_factor, set_learning_rates
+from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
 from tiny import typed
 
 

@@ -14,7 +14,8 @@ from charlm.config import TrainConfig, UserError
 from charlm.objective.routes import Update
 from charlm.runs.folder import Run
 from charlm.training.gradients import Losses
-from charlm.training.update import ENOUGH, Updates, build_optimizers, step_unless
+from charlm.training.optimizers import build_optimizers
+from charlm.training.update import ENOUGH, Updates, step_unless
 from tiny import TINY, train
 
 

@@ -1,0 +1,73 @@
+"""Optimizers, and the learning rate as a function of the step."""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from charlm.config import TrainConfig, steps_of
+
+
+def learning_rate_factor(train: TrainConfig, step: int) -> float:
+    """Factor of the peak learning rate for the update after `step` completed steps.
+
+    Linear from 1/w to 1 over the w steps of the warm-up; then constant, or a cosine or line from 1 to `final_lr` at
+    step `train.steps`.
+    """
+    warmup = steps_of(train.warmup, train.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    u = (step - warmup) / max(1, train.steps - warmup)
+    fall = {"constant": 1.0, "linear": 1.0 - u, "cosine": (1.0 + math.cos(math.pi * u)) / 2}[train.lr_schedule]
+    return train.final_lr + (1.0 - train.final_lr) * fall
+
+
+def set_learning_rates(step_sizes: Mapping[Optimizer, float], factor: float) -> None:
+    """Set the rate of every group to `factor` times its peak times its optimizer's step size."""
+    for optimizer, step_size in step_sizes.items():
+        for group in optimizer.param_groups:
+            group["lr"] = factor * step_size * group["peak_lr"]
+
+
+def build_optimizers(
+    train: TrainConfig, model: nn.Module, only: Collection[nn.Parameter] | None = None
+) -> list[Optimizer]:
+    """Optimizers that together own every parameter of `model` once, or every parameter in `only`.
+
+    Weight decay applies to matrices only, not to biases, norms, embeddings and position tables. Optimizers skip
+    parameters without a gradient, so a silent head stops moving; in n-gram tables they skip rows.
+    """
+    wanted = set(model.parameters() if only is None else only)
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module.sparse}
+    sparse, matrices, decayed, plain = [], [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter not in wanted:
+            continue
+        if parameter in tables:
+            sparse.append(parameter)
+        elif parameter.ndim < 2 or "embedding" in name or "position_tables" in name:
+            plain.append(parameter)
+        elif train.optimizer == "muon" and "blocks" in name:
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [_group(decayed, train.learning_rate, train.weight_decay), _group(plain, train.learning_rate)]
+    optimizers: list[Optimizer] = []
+    if matrices:
+        hidden = _group(matrices, train.muon_learning_rate, train.weight_decay)
+        optimizers.append(torch.optim.Muon([hidden], momentum=train.muon_momentum, nesterov=True))
+    if train.optimizer == "sgd":
+        optimizers.append(torch.optim.SGD(groups, momentum=train.momentum))
+    else:
+        optimizers.append(torch.optim.AdamW(groups, betas=train.adam_betas, fused=True))
+    if sparse:
+        rows = _group(sparse, train.ngram_learning_rate)
+        optimizers.append(torch.optim.SparseAdam([rows], betas=train.adam_betas))
+    return optimizers
+
+
+def _group(parameters: list[Tensor], peak_lr: float, weight_decay: float = 0.0) -> dict[str, Any]:
+    return {"params": parameters, "lr": peak_lr, "peak_lr": peak_lr, "weight_decay": weight_decay}
