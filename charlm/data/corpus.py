@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -181,16 +181,15 @@ def _write_text(source: Source, path: Path, bar: Callable[..., tqdm]) -> tuple[s
     with bar(desc=f"preparing {source.origin}", total=source.size) as shown, path.open("wb") as file:
         for part in source.parts:
             start = written
-            with closing(source.chunks(part)) as chunks:
-                for block in whole_characters(chunks):
-                    try:
-                        block.decode()
-                    except UnicodeDecodeError as error:
-                        not_utf8_at = written + error.start if not_utf8_at is None else not_utf8_at
-                    file.write(block)
-                    digest.update(block)
-                    written += len(block)
-                    shown.update(len(block))
+            for block in whole_characters(source.chunks(part)):
+                try:
+                    block.decode()
+                except UnicodeDecodeError as error:
+                    not_utf8_at = written + error.start if not_utf8_at is None else not_utf8_at
+                file.write(block)
+                digest.update(block)
+                written += len(block)
+                shown.update(len(block))
             parts[part] = range(start, written)
     return digest.hexdigest(), parts, not_utf8_at
 

@@ -39,7 +39,6 @@ class Published:
     """Checksum of the member, by `algorithm`."""
     size: int = 100_000_000
     split_sizes: tuple[int, int, int] = (90_000_000, 5_000_000, 5_000_000)
-    """Bytes of train, valid and test."""
     mirror: str | None = None
     """A dataset on the hub whose splits train, validation and test are this text, in this order."""
 

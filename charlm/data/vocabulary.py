@@ -18,10 +18,9 @@ CODE_POINTS = sys.maxunicode + 1
 
 
 class EncodingError(UserError):
-    """A text has something that the vocabulary cannot express."""
+    """A text has something that the vocabulary cannot express, `offset` bytes behind its start."""
 
     def __init__(self, problem: str, offset: int):
-        """`offset`: position of the problem in the text, in bytes."""
         super().__init__(f"{problem} at byte {offset:,}")
         self.problem, self.offset = problem, offset
 
