@@ -59,18 +59,27 @@ class FakeHub:
 
 
 @contextmanager
-def fake_hub(folder: Path) -> Iterator[FakeHub]:
-    """Serve a hub while the context is open."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.hub = FakeHub(folder, f"http://127.0.0.1:{server.server_port}")
+def serving(handler: type[BaseHTTPRequestHandler], **state) -> Iterator[ThreadingHTTPServer]:
+    """A server on the loopback interface while the context is open; `state` and `url` are attributes of it."""
+    handler.log_message = lambda *_: None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    vars(server).update(state, url=f"http://127.0.0.1:{server.server_port}")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield server.hub
+        yield server
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def fake_hub(folder: Path) -> Iterator[FakeHub]:
+    """Serve a hub while the context is open."""
+    with serving(_Handler) as server:
+        server.hub = FakeHub(folder, server.url)
+        yield server.hub
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -121,18 +130,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.files.setdefault(name, {})
             return self.answer({"url": f"{self.hub.url}/{name}"})
         if "/preupload/" in self.path:
-            modes = {True: "lfs", False: "regular"}
-            files = [
-                {"path": file["path"], "uploadMode": modes[".safetensors" in file["path"]], "shouldIgnore": False}
-                for file in asked["files"]
-            ]
-            return self.answer({"files": files})
+            for file in asked["files"]:
+                mode = "lfs" if ".safetensors" in file["path"] else "regular"
+                file |= {"uploadMode": mode, "shouldIgnore": False}
+            return self.answer({"files": asked["files"]})
         if self.path.endswith("/objects/batch"):
-            address = f"{self.hub.url}/put"
-            objects = [
-                file | {"actions": {"upload": {"href": f"{address}/{file['oid']}"}}} for file in asked["objects"]
-            ]
-            return self.answer({"transfer": "basic", "objects": objects})
+            for file in asked["objects"]:
+                file["actions"] = {"upload": {"href": f"{self.hub.url}/put/{file['oid']}"}}
+            return self.answer({"transfer": "basic", "objects": asked["objects"]})
         return self.answer({"errors": [], "warnings": []})  # the check of a card's first lines
 
     def body(self) -> bytes:
@@ -155,6 +160,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass

@@ -2,63 +2,56 @@
 
 import hashlib
 import io
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from charlm.config import UserError
 from charlm.data.sources import PUBLISHED, Published
+from fake_hub import serving
 
 
-class FileServer:
-    """Serves one file. Tests set its faults from outside."""
+class OneFile(BaseHTTPRequestHandler):
+    """Serves the `content` of its server. Tests set the server's faults, one entry per request:
 
-    def __init__(self):
-        self.content = b""
-        self.cuts: list[int] = []
-        """Bytes after which to close the connection, one entry per request; later requests are served whole."""
-        self.statuses: list[int] = []
-        """Errors to answer with, one entry per request, before any other answer."""
-        self.requests = 0
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._server.server_port}/dc/some.zip"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        self._thread.start()
+    errors to answer with (`statuses`), and bytes after which to close the connection (`cuts`).
+    """
 
-    def stop(self) -> None:
-        if self._thread.is_alive():
-            self._server.shutdown()
-            self._thread.join()
-        self._server.server_close()
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                server.requests += 1
-                if server.statuses:
-                    return self.send_error(server.statuses.pop(0))
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(server.content)))
-                self.end_headers()
-                self.wfile.write(server.content[: server.cuts.pop(0) if server.cuts else None])
-
-            def log_message(self, *args):
-                pass
-
-        return Handler
+    def do_GET(self):
+        server = self.server
+        server.requests += 1
+        if server.statuses:
+            return self.send_error(server.statuses.pop(0))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(server.content)))
+        self.end_headers()
+        self.wfile.write(server.content[: server.cuts.pop(0) if server.cuts else None])
 
 
 @pytest.fixture
-def server(monkeypatch) -> Iterator[FileServer]:
+def server(monkeypatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)  # pauses between attempts
-    file_server = FileServer()
-    yield file_server
-    file_server.stop()
+    with serving(OneFile, content=b"", cuts=[], statuses=[], requests=0) as server:
+        yield server
+
+
+@pytest.fixture
+def refused() -> Callable[..., object]:
+    """`with refused(option, *parts)`: the block must raise a UserError about the option whose message has the parts."""
+
+    @contextmanager
+    def refuse(option: str | None, *parts: str) -> Iterator[None]:
+        with pytest.raises(UserError) as caught:
+            yield
+        assert caught.value.option == option
+        for part in parts:
+            assert part in str(caught.value)
+
+    return refuse
 
 
 @pytest.fixture
@@ -82,7 +75,7 @@ def enwik8(monkeypatch, server, zipped) -> bytes:
     assert (len(content), len(content.decode())) == (500, 490)
     server.content = zipped(README=b"not this one", enwik8=content)
     little = Published(
-        url=server.url,
+        url=f"{server.url}/dc/some.zip",
         archive_sha256=hashlib.sha256(server.content).hexdigest(),
         member="enwik8",
         size=len(content),

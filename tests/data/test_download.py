@@ -1,10 +1,10 @@
 """Downloads from a server on the loopback interface that misbehaves as told."""
 
-from dataclasses import replace
+import gc
 
 import pytest
 
-from charlm.config import DataConfig, UserError
+from charlm.config import DataConfig
 from charlm.data.corpus import load_corpus
 from charlm.data.sources import DOWNLOAD_RETRIES, PUBLISHED
 
@@ -25,12 +25,17 @@ def files(tmp_path) -> list[str]:
     return sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock")
 
 
+def stop(server) -> None:
+    server.shutdown()
+    server.server_close()
+
+
 def test_a_corpus_is_fetched_once_and_quietly(prepare, enwik8, server, tmp_path, capfd):
     """Guards against progress bars and log lines in a log file, an archive that stays, and a second download."""
     assert prepare() == enwik8
     assert files(tmp_path) == ["corpus.json", "ids.bin"]
     assert capfd.readouterr() == ("", "")
-    server.stop()
+    stop(server)
     assert prepare() == enwik8
 
 
@@ -41,53 +46,38 @@ def test_a_fault_that_passes_is_tried_again(prepare, enwik8, server, faults):
     assert prepare() == enwik8
 
 
-# pooch leaves the connection of a download that was cut to the garbage collector.
 @pytest.mark.filterwarnings("ignore:.*socket:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize(
     ("fault", "complaint"),
     [
-        (lambda server: server.stop(), "no connection"),
+        (stop, "no connection"),
         (lambda server: server.statuses.extend([404] * 9), "404"),
         (lambda server: server.cuts.extend([100] * 9), "Incomplete"),
         (lambda server: setattr(server, "content", bytes(1000)), "hash"),
-        (lambda server: setattr(server, "content", b""), "hash"),
     ],
-    ids=["no network", "not there", "always cut", "another file", "nothing"],
+    ids=["no network", "not there", "always cut", "another file"],
 )
-def test_a_file_that_cannot_be_fetched_is_refused_with_the_way_out(prepare, server, tmp_path, fault, complaint):
+def test_a_file_that_cannot_be_fetched_is_refused_with_the_way_out(
+    prepare, server, tmp_path, fault, complaint, refused
+):
     """Guards against a user of an offline machine without a next step, text that is not the corpus, endless attempts,
     and half a file that stays."""
     fault(server)
-    with pytest.raises(UserError) as error:
+    with refused("data.corpus", server.url, complaint, PUBLISHED["enwik8"].archive_sha256, "--data.path=FILE"):
         prepare()
-    for part in (server.url, complaint, PUBLISHED["enwik8"].archive_sha256, "--data.path=FILE"):
-        assert part in str(error.value)
+    gc.collect()  # pooch leaves the connection of a download that was cut to the garbage collector
     assert files(tmp_path) == []
     assert server.requests in (0, 1 + DOWNLOAD_RETRIES)
 
 
-def test_an_archive_from_before_is_used_only_if_it_is_whole(prepare, enwik8, server, tmp_path):
+@pytest.mark.parametrize("missing", [0, 1])
+def test_an_archive_from_before_is_used_only_if_it_is_whole(prepare, enwik8, server, tmp_path, missing):
     """Guards against 36 MB fetched again because unpacking them failed, and against trusting a name."""
     folder = tmp_path / "cache" / "enwik8.download"
     folder.mkdir(parents=True)
-    (folder / "enwik8.zip").write_bytes(server.content)
+    (folder / "enwik8.zip").write_bytes(server.content[missing:])
     (folder / "tmp123").write_bytes(b"left by a process that was killed")
     assert prepare() == enwik8
-    assert server.requests == 0
+    assert server.requests == missing
     assert files(tmp_path) == ["corpus.json", "ids.bin"]
-
-
-def test_a_damaged_archive_from_before_is_replaced(prepare, enwik8, server, tmp_path):
-    """Guards against trusting a name without looking at the bytes."""
-    (tmp_path / "cache" / "enwik8.download").mkdir(parents=True)
-    (tmp_path / "cache" / "enwik8.download" / "enwik8.zip").write_bytes(server.content[:-1])
-    assert prepare() == enwik8
-    assert server.requests == 1
-
-
-def test_the_archive_must_hold_the_published_text(prepare, server, zipped, monkeypatch):
-    """Guards against an archive that is believed for its own checksum alone."""
-    monkeypatch.setitem(PUBLISHED, "enwik8", replace(PUBLISHED["enwik8"], digest="0" * 64))
-    with pytest.raises(UserError, match="has sha256"):
-        prepare()

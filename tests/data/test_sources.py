@@ -20,18 +20,12 @@ def read(tmp_path: Path, path: Path | None, corpus: str = "file") -> bytes:
     return b"".join(find_source(config, config.cache_dir, show_progress=False).chunks())
 
 
-def test_the_published_facts():
-    """Guards against a slip in an address, a size or a checksum, which no test on little texts would see."""
-    enwik8, text8 = PUBLISHED["enwik8"], PUBLISHED["text8"]
-    assert (enwik8.url, enwik8.member) == ("http://mattmahoney.net/dc/enwik8.zip", "enwik8")
-    assert (text8.url, text8.member) == ("http://mattmahoney.net/dc/text8.zip", "text8")
-    assert enwik8.archive_sha256 == "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
-    assert text8.archive_sha256 == "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"
-    assert enwik8.digest == "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
-    assert (text8.algorithm, text8.digest) == ("md5", "3bea1919949baf155f99411df5fada7e")
-    for published in (enwik8, text8):
-        assert published.size == sum(published.split_sizes) == 100_000_000
-        assert published.split_sizes[1:] == (5_000_000, 5_000_000)
+@pytest.mark.parametrize("name", ["enwik8", "text8"])
+def test_the_published_facts(name):
+    """Guards against another protocol than the usual splits, which no test on little texts would see."""
+    published = PUBLISHED[name]
+    assert (published.url, published.member) == (f"http://mattmahoney.net/dc/{name}.zip", name)
+    assert (published.size, published.split_sizes) == (10**8, (90_000_000, 5_000_000, 5_000_000))
 
 
 @pytest.mark.parametrize("name", ["enwik8", "enwik8.zip", "enwik8.gz", "enwik8.xz", "no.suffix"])
@@ -57,15 +51,12 @@ def test_a_local_copy_may_be_packed(tmp_path, enwik8, zipped, name):
         (lambda text: b"", "has 0 bytes"),
     ],
 )
-def test_another_text_is_refused(tmp_path, enwik8, zipped, pack, change, complaint):
+def test_another_text_is_refused(tmp_path, enwik8, zipped, pack, change, complaint, refused):
     """Guards against training on something that only bears the corpus's name."""
-    text = change(enwik8)
-    copy = tmp_path / "copy"
-    copy.write_bytes(zipped(enwik8=text) if pack == "zip" else pack(text))
-    with pytest.raises(UserError) as error:
-        read(tmp_path, copy, "enwik8")
-    for part in (f"data.path={copy}", complaint, "500 bytes", PUBLISHED["enwik8"].digest, PUBLISHED["enwik8"].url):
-        assert part in str(error.value)
+    text, published = change(enwik8), PUBLISHED["enwik8"]
+    (tmp_path / "copy").write_bytes(zipped(enwik8=text) if pack == "zip" else pack(text))
+    with refused("data.path", f"data.path={tmp_path / 'copy'}", complaint, published.digest, published.url):
+        read(tmp_path, tmp_path / "copy", "enwik8")
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, "zip"])
@@ -86,33 +77,24 @@ def test_a_damaged_archive_is_refused_in_one_message_or_harmless(tmp_path, enwik
     assert refused > len(whole) / 2
 
 
-def test_bytes_after_the_end_of_an_xz_archive(tmp_path, enwik8):
-    """Guards against text taken from behind the archive."""
-    copy = tmp_path / "copy"
-    copy.write_bytes(lzma.compress(enwik8) + b"rubbish")
-    assert read(tmp_path, copy, "enwik8") == enwik8
-
-
-@pytest.mark.parametrize("corpus", ["enwik8", "text8", "file"])
-def test_what_is_not_there_is_refused(tmp_path, corpus):
+@pytest.mark.parametrize("corpus", ["enwik8", "file"])
+@pytest.mark.parametrize("name", ["missing", "loop", "file/below", "n" * 300, "~nobody-of-this-name/text"])
+def test_what_is_not_there_is_refused(tmp_path, corpus, name, refused):
     """Guards against tracebacks for paths that lead nowhere, and against a download where a file was named."""
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("text")
-    for name in ("missing", "loop", "file/below", "n" * 300):
-        with pytest.raises(UserError, match=f"data.path={tmp_path / name}: cannot read"):
-            read(tmp_path, tmp_path / name, corpus)
-    with pytest.raises(UserError, match="~nobody-of-this-name"):
-        read(tmp_path, Path("~nobody-of-this-name/text"), corpus)
+    with refused("data.path", f"cannot read {'' if name[0] == '~' else tmp_path / name}"):
+        read(tmp_path, Path(name) if name[0] == "~" else tmp_path / name, corpus)
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_what_is_no_file_is_refused(tmp_path, refused):
     """Guards against a folder opened as a file, and against waiting for ever on a pipe or a device."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(UserError, match=r"not a file; give a copy of text8"):
+        with refused("data.path", "not a file; give a copy of text8"):
             read(tmp_path, path, "text8")
     for path in (tmp_path / "pipe", Path("/dev/null")):
-        with pytest.raises(UserError, match="neither a file nor a folder"):
+        with refused("data.path", "neither a file nor a folder"):
             read(tmp_path, path)
 
 
@@ -145,14 +127,14 @@ def test_links_lead_to_files_but_not_in_circles(tmp_path):
     assert read(tmp_path, folder) == b"texttext"
 
 
-def test_a_cache_inside_the_text_is_refused(tmp_path):
+def test_a_cache_inside_the_text_is_refused(tmp_path, refused):
     """Guards against a corpus that contains itself, and so changes while it is prepared."""
     (tmp_path / "text").write_text("text")
-    with pytest.raises(UserError, match=r"data\.cache_dir=.*lies inside"):
+    with refused("data.path", f"data.cache_dir={tmp_path / 'cache'}"):
         read(tmp_path, tmp_path)
 
 
-def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path):
+def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, refused):
     """Guards against a mixture of two versions that is served as one of them."""
     (tmp_path / "folder").mkdir()
     for name in "ab":
@@ -161,11 +143,11 @@ def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path):
     chunks = find_source(config, config.cache_dir, show_progress=False).chunks()
     next(chunks)
     (tmp_path / "folder" / "a").write_bytes(b"after!")
-    with pytest.raises(UserError, match="changed while it was read"):
+    with refused("data.path", "changed while it was read"):
         list(chunks)
 
 
-def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
+def test_an_unreadable_file_is_named(tmp_path, monkeypatch, refused):
     """Guards against a text that silently lacks the files its reader may not see."""
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -175,28 +157,23 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "open", refuse)  # a test may run as root, whom no file refuses
-    with pytest.raises(UserError, match=rf"data.path={folder}: cannot read {folder / 'secret'} \(Permission denied\)"):
+    with refused("data.path", f"data.path={folder}", f"cannot read {folder / 'secret'} (Permission denied)"):
         read(tmp_path, folder)
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=rf"cannot read {folder} \(Permission denied\)"):
+    with refused("data.path", f"cannot read {folder} (Permission denied)"):
         read(tmp_path, folder)
 
 
 def test_the_standard_library_without_tests_and_packages(tmp_path, monkeypatch):
     """Guards against a demo that learns from tests or from what happens to be installed."""
-    names = ["zip.py", "json/tool.py", "json/tests/a.py", "test/b.py", "idlelib/idle_test/c.py", "unittest/case.py"]
-    names += [
-        "site-packages/d.py",
-        "dist-packages/e/f.py",
-        "json/__pycache__/tool.py",
-        "lib-dynload/g.so",
-        "LICENSE.txt",
-    ]
-    for name in names:
+    kept = ["json/tool.py", "unittest/case.py", "zip.py"]
+    skipped = ["json/tests/a.py", "test/b.py", "idlelib/idle_test/c.py", "site-packages/d.py", "dist-packages/e/f.py"]
+    skipped += ["json/__pycache__/tool.py", "lib-dynload/g.so", "LICENSE.txt"]
+    for name in kept + skipped:
         (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "lib" / name).write_text(f"<{name}>")
     monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(tmp_path / "lib")}.get)
-    assert read(tmp_path, None, "python-stdlib") == b"<json/tool.py><unittest/case.py><zip.py>"
+    assert read(tmp_path, None, "python-stdlib").decode() == "".join(f"<{name}>" for name in kept)
 
 
 def test_the_standard_library_is_the_running_interpreters(tmp_path):

@@ -1,13 +1,13 @@
-"""Training windows: a pure function of (seed, step), uniform over the text. Shapes: B windows, W their length."""
+"""Windows: those of training from a published generator, those of evaluation over every symbol once.
 
-import subprocess
-import sys
-from collections import Counter
+Shapes: B windows, W their length.
+"""
 
 import numpy as np
 import pytest
 
-from charlm.data.windows import training_windows
+from charlm.config import UserError
+from charlm.data.windows import evaluation_windows, training_windows
 
 MASK = 2**64 - 1
 
@@ -50,28 +50,12 @@ def test_windows_are_stretches_of_the_text():
 
 
 def test_nothing_is_remembered_between_calls():
-    """Windows that depend on what was drawn before, on global random state or on the process: no exact resuming."""
-    arguments = {"batch_size": 4, "window_length": 10}
-    in_order = {step: starts(1000, seed=3, step=step, **arguments) for step in range(20)}
+    """Windows that depend on what was drawn before, or on global random state: no exact resuming."""
+    arguments = {"seed": 3, "batch_size": 4, "window_length": 10}
+    in_order = {step: starts(1000, step=step, **arguments) for step in range(20)}
     for step in (19, 0, 7, 7):
         np.random.seed(step)
-        assert starts(1000, seed=3, step=step, **arguments) == in_order[step]
-    code = (
-        "import numpy as np; from charlm.data.windows import training_windows as windows;"
-        "print(windows(np.arange(1000), seed=3, step=7, batch_size=4, window_length=10)[:, 0].tolist())"
-    )
-    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert elsewhere.stdout.strip() == str(in_order[7])
-
-
-def test_every_step_and_seed_has_its_own_windows():
-    """The same batch again and again, or seed 1 that repeats seed 0 a step later."""
-    batches = {
-        tuple(starts(100_003, seed=seed, step=step, batch_size=4, window_length=10))
-        for seed in range(10)
-        for step in range(10)
-    }
-    assert len(batches) == 10 * 10
+        assert starts(1000, step=step, **arguments) == in_order[step]
 
 
 def test_a_window_does_not_depend_on_the_batch_it_is_in():
@@ -88,17 +72,49 @@ def test_first_and_last_window_are_drawn_and_none_beyond(num_starts):
     assert set(drawn) == set(range(num_starts))
 
 
-def test_starts_are_uniform():
-    """Starts that favour a part of the text: chi-square over 50 bins, within its central 99.8 %."""
-    drawn = [
-        start for step in range(200) for start in starts(50_009, seed=0, step=step, batch_size=50, window_length=10)
-    ]
-    counts = Counter(start // 1000 for start in drawn)
-    statistic = sum((counts[part] - 200) ** 2 / 200 for part in range(50))
-    assert 23.98 < statistic < 85.35  # quantiles of chi-square with 49 degrees of freedom
-
-
 def test_a_text_shorter_than_a_window_is_refused():
     """A negative number of starts, taken modulo."""
     with pytest.raises(ValueError, match="a text of 19 symbols holds no window of 20"):
         starts(19, seed=0, step=0, batch_size=1, window_length=20)
+
+
+def targets(windows):
+    """The symbols that count, window by window, by the definition of the fields."""
+    return [
+        [start + position + 1 for position in range(first, windows.length)]
+        for start, first in zip(windows.starts.tolist(), windows.first_scored.tolist(), strict=True)
+    ]
+
+
+def test_evaluation_windows_by_hand():
+    """Guards against an off-by-one in starts, in scored positions or in the tail that is moved back."""
+    windows = evaluation_windows(num_symbols=12, context_length=4, stride=3)
+    assert windows.length == 4
+    assert windows.starts.tolist() == [0, 3, 6, 7]
+    assert targets(windows) == [[1, 2, 3, 4], [5, 6, 7], [8, 9, 10], [11]]
+
+
+@pytest.mark.parametrize("num_symbols", [1, 2, 3, 7, 8, 9, 10, 40])
+@pytest.mark.parametrize("stride", [1, 2, 3, 8])
+def test_every_symbol_but_the_first_is_scored_once_and_in_order(num_symbols, stride):
+    """Guards against dropped tails and double counting, and windows that leave the text."""
+    windows = evaluation_windows(num_symbols, context_length=8, stride=stride)
+    assert [target for window in targets(windows) for target in window] == list(range(1, num_symbols))
+    assert np.all(windows.starts >= 0)
+    assert np.all(windows.starts + windows.length <= num_symbols - 1)
+    assert all(targets(windows))
+
+
+def test_stride_one_gives_every_symbol_the_whole_context():
+    """Guards against a protocol that is not the paper's: from symbol T on, exactly T symbols of context each."""
+    windows = evaluation_windows(num_symbols=30, context_length=8, stride=1)
+    assert windows.length == 8
+    assert windows.starts.tolist() == list(range(22))
+    assert windows.first_scored.tolist() == [0] + [7] * 21
+
+
+@pytest.mark.parametrize("stride", [0, -1, 9])
+def test_a_stride_out_of_range_is_refused(stride):
+    """Guards against strides that would skip symbols (above the context) or never advance."""
+    with pytest.raises(UserError, match=rf"stride={stride}: .* context of 8"):
+        evaluation_windows(100, context_length=8, stride=stride)
