@@ -115,29 +115,19 @@ def run(tmp_path) -> Run:
     return run
 
 
-def test_a_vocabulary_that_is_not_the_models_is_refused(run):
-    """Guards against a provenance.json of another run, whose vocabulary is sound and as large."""
+@pytest.mark.parametrize(
+    ("vocabulary", "complaint"),
+    [(CharacterVocabulary("abc").to_dict(), "another vocabulary"), ({"name": "bytes", "utf8": True}, r"float32 \[256")],
+)
+def test_a_vocabulary_that_is_not_the_models_is_refused(run, vocabulary, complaint):
+    """Guards against a provenance.json of another run, whose vocabulary is sound and as large, and against a traceback
+    about shapes, where the parameters name a vocabulary that they do not fit."""
     provenance = run.provenance()
-    provenance["corpus"]["vocabulary"] = CharacterVocabulary("abc").to_dict()
+    provenance["corpus"]["vocabulary"] = vocabulary
     run.provenance_path.write_text(json.dumps(provenance))
-    with pytest.raises(UserError, match="was trained with another vocabulary"):
-        charlm.load(run.path)
-
-
-def test_a_vocabulary_of_another_size_is_refused(run):
-    """Guards against a traceback about shapes, where the parameters name a vocabulary that they do not fit."""
-    provenance = run.provenance()
-    provenance["corpus"]["vocabulary"] = {"name": "bytes", "utf8": True}
-    run.provenance_path.write_text(json.dumps(provenance))
-    save_checkpoint(run, take_snapshot(build_objective(run.config(), 3), [], {"step": 1}), best=True, keep=1)
-    with pytest.raises(UserError, match=r"provenance.json float32 \[256"):
-        charlm.load(run.path)
-
-
-def test_a_damaged_vocabulary_is_refused(run):
-    """Guards against text that is spelled with symbols changed by hand."""
-    run.provenance_path.write_text(run.provenance_path.read_text().replace('" ab"', '" ac"'))
-    with pytest.raises(UserError, match="vocabulary"):
+    if vocabulary["name"] == "bytes":
+        save_checkpoint(run, take_snapshot(build_objective(run.config(), 3), [], {"step": 1}), best=True, keep=1)
+    with pytest.raises(UserError, match=complaint):
         charlm.load(run.path)
 
 
@@ -145,9 +135,7 @@ def test_a_prompt_outside_the_vocabulary_is_refused(run, script):
     """Guards against a KeyError, and against a character that is silently left out."""
     message = script("generate", str(run.path), "--prompt=abc")
     assert message.startswith("error: prompt: the character 'c' (U+0063) is not among the vocabulary's 3 at byte 2")
-    assert "prompt: not UTF-8 at byte 1" in script(
-        "generate", str(run.path), f"--prompt={os.fsdecode(b'a' + bytes([255]))}"
-    )
+    assert "not UTF-8 at byte 1" in script("generate", str(run.path), "--prompt=a" + os.fsdecode(bytes([255])))
 
 
 def test_explain_knows_the_vocabulary_once_it_is_prepared(run, script):

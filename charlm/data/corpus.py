@@ -138,10 +138,10 @@ def _open(folder: Path, source: Source) -> Corpus:
 
 def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bool) -> None:
     """Write the folder whole or not at all."""
-    if source.size is not None and source.size > (free := shutil.disk_usage(folder.parent).free):
-        room = f"data.cache_dir={folder.parent} has {free:,} bytes free"
-        raise source.choice.error(f"has {source.size:,} bytes, but {room}; make room, or choose another")
     with replacing(folder) as temporary:
+        if source.size is not None and source.size > (free := shutil.disk_usage(folder.parent).free):
+            room = f"data.cache_dir={folder.parent} has {free:,} bytes free"
+            raise source.choice.error(f"has {source.size:,} bytes, but {room}; make room, or choose another")
         temporary.mkdir()
         text, ids = temporary / "text.bin", temporary / "ids.bin"
         # Shown only after a moment, when the bar of a download is gone.

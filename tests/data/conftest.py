@@ -1,7 +1,9 @@
 """A web server on the loopback interface in place of the corpora's own, and a little enwik8 for it to serve."""
 
+import gc
 import hashlib
 import io
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +39,9 @@ def server(monkeypatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)  # pauses between attempts
     with serving(OneFile, content=b"", cuts=[], statuses=[], requests=0) as server:
         yield server
+    with warnings.catch_warnings():  # pooch leaves the connection of a download that failed to the garbage collector
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture

@@ -1,12 +1,15 @@
 """Downloads from a server on the loopback interface that misbehaves as told."""
 
-import gc
-
 import pytest
 
 from charlm.config import DataConfig
 from charlm.data.corpus import load_corpus
 from charlm.data.sources import DOWNLOAD_RETRIES, PUBLISHED
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*socket:pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
 
 
 @pytest.fixture
@@ -46,8 +49,6 @@ def test_a_fault_that_passes_is_tried_again(prepare, enwik8, server, faults):
     assert prepare() == enwik8
 
 
-@pytest.mark.filterwarnings("ignore:.*socket:pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize(
     ("fault", "complaint"),
     [
@@ -66,7 +67,6 @@ def test_a_file_that_cannot_be_fetched_is_refused_with_the_way_out(
     fault(server)
     with refused("data.corpus", server.url, complaint, PUBLISHED["enwik8"].archive_sha256, "--data.path=FILE"):
         prepare()
-    gc.collect()  # pooch leaves the connection of a download that was cut to the garbage collector
     assert files(tmp_path) == []
     assert server.requests in (0, 1 + DOWNLOAD_RETRIES)
 
