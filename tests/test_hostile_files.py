@@ -30,7 +30,7 @@ from charlm.config.load import load_config, to_yaml
 from charlm.data.sources import PUBLISHED
 from charlm.files import read_json
 from charlm.objective.build import build_objective
-from storage import entries, replaced, written
+from storage import entries, manifest_for, replaced, written
 from tiny import SCRIPTS, TINY, run_script
 
 TEXT = b"the text that enwik8 stands for in these tests. " * 40
@@ -264,6 +264,16 @@ def changed(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], obj
     return lambda run: (run / name).write_bytes(change((run / name).read_bytes()))
 
 
+def state(**changes: object) -> Callable[[Path], object]:
+    """Other entries of state.json, under a manifest that fits."""
+
+    def change(run: Path) -> None:
+        entries("state.json", **changes)(run / LAST)
+        (run / LAST / "manifest.json").write_text(manifest_for(run / LAST))
+
+    return change
+
+
 RUNS: dict[str, tuple[tuple[str, list[str]], Callable[[Path], object], list[str]]] = {
     "run that is a file": (EVALUATE, lambda run: (shutil.rmtree(run), run.write_text("run")), ["run is not a run"]),
     "config of rubbish": (EVALUATE, changed("config.yaml", lambda _: bytes(range(256))), ["config.yaml", "utf-8"]),
@@ -296,6 +306,8 @@ RUNS: dict[str, tuple[tuple[str, list[str]], Callable[[Path], object], list[str]
         ["provenance.json", "corpus.vocabulary"],
     ),
     "metrics that are a pipe": (REPORT, replaced("metrics.jsonl", os.mkfifo), ["metrics.jsonl"]),
+    "losses that are text": (RESUME_FROM, state(accepted_losses="abc"), [f"{LAST}/state.json", "accepted_losses"]),
+    "state of no run": (RESUME_FROM, state(virus=1), [f"{LAST}/state.json", "virus"]),
     "optimizer, truncated": (RESUME_FROM, changed(f"{LAST}/optimizer.safetensors", lambda it: it[:-1]), ["optimizer"]),
 }
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -233,7 +233,7 @@ class Training:
         state, scaler = self.state, self.accelerator.scaler
         state.seconds, state.accepted_losses = self.tracker.seconds, self.updates.accepted_losses()
         state.scaler = scaler.state_dict() if scaler else None
-        snapshot = take_snapshot(self.objective, self.route.optimizers, asdict(state))
+        snapshot = take_snapshot(self.objective, self.route.optimizers, state.model_dump())
         if snapshot is not None and not all(tensor.isfinite().all() for tensor in snapshot.model.values()):
             self.tracker.say(f"step {state.step}: no checkpoint: the parameters are no longer finite")
         elif snapshot is not None:

@@ -3,13 +3,13 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
+from pydantic import BaseModel
 from torch.optim import Optimizer
 
 from charlm.config import Config, Mark, RunConfig, UserError, differences, has_mark
@@ -17,21 +17,20 @@ from charlm.config.errors import written
 from charlm.config.load import to_yaml
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import vocabulary_from_dict
-from charlm.files import write_whole
+from charlm.files import read_json, write_whole
 from charlm.objective.count import num_parameters, route_cost
 from charlm.objective.objective import Objective
 from charlm.objective.routes import check_route
 from charlm.objective.terms import Term
 from charlm.process import physical_memory
-from charlm.runs.checkpoints import Checkpoint, find_checkpoint, newest_whole_checkpoint, rewind
+from charlm.runs.checkpoints import STATE, Checkpoint, find_checkpoint, newest_whole_checkpoint, rewind
 from charlm.runs.folder import Run
 from charlm.text import counted
 from charlm.training.device import describe_attention, on_cpu
 from charlm.training.sharding import is_sharded
 
 
-@dataclass
-class TrainState:
+class TrainState(BaseModel, strict=True, extra="forbid"):
     """State beside parameters and optimizer state. Windows and dropout follow from (seed, step)."""
 
     step: int = 0
@@ -43,14 +42,14 @@ class TrainState:
     """A run can stop between a step and its validation."""
     updated_step: int = 0
     """Newest step whose update was not skipped, as far as the losses have been read."""
-    accepted_losses: list[float] = field(default_factory=list)
+    accepted_losses: list[float] = []
     processes: int | None = None
     threads: int | None = None
     precision: str | None = None
     """What the run last used; threads are per process, and None on a GPU."""
     valid_symbols: int | None = None
     """Number of symbols that `best_bits` was scored on."""
-    scaler: dict[str, Any] | None = None
+    scaler: dict[str, int | float] | None = None
 
 
 def refusal(config: Config, option: str, text: str) -> UserError:
@@ -129,7 +128,7 @@ def open_run(
                 # The same command continues from the newest checkpoint later, not from the chosen one.
                 write_whole(run.config_path, to_yaml(config.replace(run=config.run.replace(resume_from=None))))
         accelerator.wait_for_everyone()
-        state = replace(state, valid_symbols=config.train.valid_symbols, **_machine(accelerator))
+        state = state.model_copy(update={"valid_symbols": config.train.valid_symbols} | _machine(accelerator))
         if state.validated_step == state.step == config.train.steps:
             news.append(f"finished before, at step {state.step:,}; to train on, give more --train.steps")
         yield run, state, news
@@ -162,12 +161,9 @@ def _restored(
 ) -> TrainState:
     """Restore model, optimizers and scaler, and return the state of the checkpoint."""
     checkpoint.restore(objective, optimizers)
-    try:
-        state = TrainState(**checkpoint.state)
-        if state.scaler and accelerator.scaler:
-            accelerator.scaler.load_state_dict(state.scaler)
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{checkpoint.path / 'state.json'} is not what training writes: {error}") from error
+    state = read_json(checkpoint.path / STATE, kind=TrainState)
+    if state.scaler and accelerator.scaler:
+        accelerator.scaler.load_state_dict(state.scaler)
     return state
 
 

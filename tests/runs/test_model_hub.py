@@ -75,7 +75,7 @@ def test_what_cannot_be_had(hub, tmp_path):
     hub.files["owner/other"] = {"pytorch_model.bin": b"x"}
     (tmp_path / "runs").mkdir()
     names = {
-        "owner/nothing": "is no folder, and no model of the hub",
+        "owner/nothing": "is no folder, and cannot be fetched from the hub",
         "owner/other": "was not exported by charlm: it has no config.json",
         "runs/mistyped": "is not a run",
         "mistyped": "is not a run",
