@@ -228,8 +228,8 @@ def _encode(
             ids = vocabulary.encode(piece)
         except EncodingError as error:
             raise source.choice.error(
-                f"at byte {sizes['bytes'] + error.offset:,} of its {split} split, {error.problem}, those of the "
-                "training split; use --data.vocabulary=sentencepiece or bytes"
+                f"at byte {sizes['bytes'] + error.offset:,} of its {split} split, {error.problem}, which are "
+                "those of the training split; use --data.vocabulary=sentencepiece or bytes"
             ) from error
         file.write(ids)
         sizes["symbols"] += len(ids)

@@ -95,11 +95,11 @@ class Source:
     origin: str
     """Origin of the text, for people: an address, a path, or a version."""
     parts: Mapping[str, Callable[[], Generator[bytes]]]
-    """Readers of the main text ("train") and of separate texts for valid and test, which may turn out to be empty."""
+    """Readers of the main text ("train"), and of separate texts for valid and test, which may be empty."""
     fingerprint: str | None = None
     """Changes when the text at `origin` does; None for a text that never changes."""
     files: Callable[[], list[Path]] | None = None
-    """Lists the files of the fingerprint, if nothing else tells that they have changed while they were read."""
+    """Lists the files that must not change while they are read; None if there are no such files."""
     split_sizes: tuple[int, int, int] | None = None
     """Bytes of train, valid and test in the text; None if the config's fractions decide."""
     size: int | None = None
