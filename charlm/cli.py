@@ -77,14 +77,15 @@ def parse(kind: type[S], argv: Sequence[str] | None = None) -> S:
     """
     parser = _Parser(kind)
     argcomplete.autocomplete(parser)
-    given = vars(parser.parse_args([_spelt(word) for word in (sys.argv[1:] if argv is None else argv)]))
+    words = sys.argv[1:] if argv is None else argv
+    given = vars(parser.parse_args([_spelt(word) for word in words]))
     if issubclass(kind, WithConfig):
         given["flags"] = {name: given.pop(name) for name in list(given) if "." in name}
     options = validate(kind, {name: Setting(value) for name, value in given.items()})
     if isinstance(options, WithConfig):
-        config = options.config
+        values = {name: reduce(getattr, name.split("."), options.config) for name in OPTIONS}
         if options.help:
-            parser.set_defaults(**{name: shown(reduce(getattr, name.split("."), config)) for name in OPTIONS})
+            parser.set_defaults(**{name: shown(value) for name, value in values.items()})
             parser.print_help()
             sys.exit(0)
     return options
@@ -124,8 +125,11 @@ class _Parser(argparse.ArgumentParser):
                         self._add(group, name, info, in_words(schemas[option]), is_own=options is kind)
 
     def _add(self, group: Any, name: str, info: FieldInfo, kinds: str, *, is_own: bool) -> None:
-        flag = next((mark for mark in info.metadata if isinstance(mark, Flag)), Flag(_spelt(f"--{name}")))
-        text = info.description.replace("%", "%%") + (" Required." if info.is_required() else "")
+        marks = [mark for mark in info.metadata if isinstance(mark, Flag)]
+        flag = marks[0] if marks else Flag(_spelt(f"--{name}"))
+        text = info.description.replace("%", "%%")
+        if info.is_required():
+            text += " Required."
         how = {"metavar": kinds.removesuffix(" | null") if is_own else kinds, "help": text}
         if len(kinds) > 55:  # in the text it can be broken
             how = {"metavar": "WORD", "help": f"{kinds}. {text}"}
@@ -175,7 +179,8 @@ def in_words(schema: dict[str, Any]) -> str:
 def script(main: Callable[[], None]) -> NoReturn:
     """Run `main` and exit: 0, also when asked to stop; 2 after one message for a UserError; 130 when interrupted.
 
-    If several processes fail alike, only the first prints: a launcher ends the others while they wait their turn.
+    If several processes fail alike, the first prints its message at once and the others after ten seconds, unless a
+    launcher has ended them by then.
     """
     try:
         main()
