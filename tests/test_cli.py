@@ -1,20 +1,23 @@
-"""What the scripts share: parsing, help, and how a script ends."""
+"""What the scripts share: parsing, help, how a script ends, and completion in a shell."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
+from unittest.mock import Mock
 
 import pytest
 
 from charlm import cli
-from charlm.config import Config, ConfigError, Section, UserError
+from charlm.config import Config, ConfigError, Section, Stopped, UserError
 from charlm.config.load import load_config
 from charlm.config.types import Count
+from launched import TORCHRUN, launch
+from tiny import SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN = str(ROOT / "scripts/train.py")
 
 
 class Sample(Section):
@@ -150,74 +153,97 @@ def test_help_is_laid_out(capsys, monkeypatch) -> None:
     assert max(map(len, lines)) <= 60
 
 
-def end_of(main) -> int:
-    with pytest.raises(SystemExit) as caught:
-        cli.script(main)
-    return caught.value.code
-
-
-def raising(error: BaseException):
-    def main() -> None:
-        raise error
-
-    return main
-
-
-def test_script_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against a success that prints or exits like a failure."""
-    assert end_of(lambda: print("done")) == 0
-    assert capsys.readouterr() == ("done\n", "")
-
-
-@pytest.mark.parametrize(("rank", "waits"), [(None, []), ("0", []), ("1", [10])])
-def test_user_error_is_one_message(rank: str | None, waits: list[float], capsys, monkeypatch) -> None:
-    """Guards against a traceback, a wrong code, and an error that only a later process meets being lost."""
+@pytest.mark.parametrize(
+    ("error", "rank", "code", "printed", "waits"),
+    [
+        (None, None, 0, "", []),
+        (ConfigError("no"), None, 2, "error: no\n", []),
+        (ConfigError("no"), "0", 2, "error: no\n", []),
+        (ConfigError("no"), "1", 2, "error: no\n", [10]),
+        (Stopped("saved"), "0", 0, "saved\n", []),
+        (Stopped("saved"), "1", 0, "", []),
+        (KeyboardInterrupt(), None, 130, "interrupted\n", []),
+    ],
+)
+def test_how_a_script_ends(error, rank, code, printed, waits, capsys, monkeypatch) -> None:
+    """Guards against tracebacks, wrong codes, and an error that only a later process meets being lost."""
     waited: list[float] = []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
         if rank is not None:
             monkeypatch.setenv(name, rank)
-    assert end_of(raising(ConfigError("no"))) == 2
-    assert capsys.readouterr() == ("", "error: no\n")
+    with pytest.raises(SystemExit) as caught:
+        cli.script(Mock(side_effect=error))
+    assert caught.value.code == code
+    assert capsys.readouterr() == ("", printed)
     assert waited == waits
-
-
-def test_launched_processes_print_one_message() -> None:
-    """Guards against as many messages as processes, and against none: a launcher ends all when the first one exits."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", TRAIN, "--train.stepz=3"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode != 0
-    assert done.stderr.count("error: unrecognized arguments: --train.stepz") == 1
 
 
 def test_other_errors_keep_their_traceback() -> None:
     """Guards against hiding a fault of ours as if it were the user's."""
     with pytest.raises(ValueError, match="ours"):
-        cli.script(raising(ValueError("ours")))
+        cli.script(Mock(side_effect=ValueError("ours")))
 
 
-def test_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against a traceback on Ctrl-C."""
-    assert end_of(raising(KeyboardInterrupt())) == 130
-    assert capsys.readouterr() == ("", "interrupted\n")
+def test_launched_processes_print_one_message() -> None:
+    """Guards against as many messages as processes, and against none: a launcher ends all when the first one exits."""
+    done = launch([*TORCHRUN, SCRIPTS / "train.py", "--train.stepz=3"])
+    assert done.returncode != 0
+    assert done.stderr.count("error: unrecognized arguments: --train.stepz") == 1
 
 
 def test_reader_that_leaves() -> None:
     """Guards against a traceback when the output goes to `head`."""
     program = "from charlm import cli\ncli.script(lambda: [print('x' * 100) for _ in range(100_000)])"
-    with subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, **pipes) as process:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def offered(line: str, folder: Path) -> set[str]:
+    """The words that may stand at the end of a line of bash, which calls a script as a program or by a launcher."""
+    out = folder / "out"
+    environment = os.environ | {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(out),
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "COMP_WORDBREAKS": " ",
+    }
+    (script,) = [word for word in line.split() if word.endswith(".py")]
+    subprocess.run([sys.executable, SCRIPTS / script], cwd=folder, env=environment, capture_output=True, timeout=120)
+    return set(out.read_text().replace("\\", "").split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train.py --train.mixed_p", {"--train.mixed_precision "}),
+        ("train.py --train.mixed_precision ", {"fp32", "bf16", "fp16", "auto"}),
+        ("train.py --train.mixed_precision=b", {"--train.mixed_precision=bf16"}),
+        ("train.py --run.tracker tens", {"tensorboard "}),
+        ("train.py --run.resume ", {"true", "false"}),
+        ("train.py --config set", {"settings.yaml "}),
+        ("evaluate.py runs/x --spl", {"--split "}),
+        ("evaluate.py runs/x --split t", {"test "}),
+        ("compress.py --no", {"--no-verify "}),
+        ("accelerate launch --config_file x.yaml train.py --train.mixed_p", {"--train.mixed_precision "}),
+        ("torchrun --nproc_per_node=2 train.py --train.seed=3 --run.resume ", {"true", "false"}),
+    ],
+)
+def test_a_line_is_completed(line: str, words: set[str], tmp_path: Path) -> None:
+    """Guards against options and words that are not offered, and a script that does its work when it is asked."""
+    (tmp_path / "settings.yaml").touch()
+    assert {word.strip() for word in offered(line, tmp_path)} == {word.strip() for word in words}
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.yaml", "out"}
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+def test_scripts_are_marked(script: Path) -> None:
+    """Guards against a script that argcomplete does not take for one that answers."""
+    assert "PYTHON_ARGCOMPLETE_OK" in script.read_text()[:1024]

@@ -8,21 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from charlm import cli
-from charlm.config import (
-    AuxConfig,
-    Config,
-    DataConfig,
-    LayersConfig,
-    Mark,
-    ModelConfig,
-    PositionsConfig,
-    RunConfig,
-    TargetsConfig,
-    TrainConfig,
-    UserError,
-    differences,
-    has_mark,
-)
+from charlm.config import Config, Mark, UserError, differences, has_mark
 from charlm.config.load import OPTIONS, load_config, to_yaml
 from charlm.config.objective import Stage, TaskConfig
 
@@ -126,6 +112,7 @@ GOOD = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with FILES."""
     for name, text in FILES.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -278,55 +265,39 @@ finite = st.floats(0, allow_infinity=False)
 positive = st.floats(0, allow_infinity=False, exclude_min=True)
 clocks = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted).map(lambda ends: {"start": ends[0], "end": ends[1]})
 depths = st.integers(1, 12) | st.floats(0, 1, exclude_min=True) | st.sampled_from(["1/3", "3/4", "1/1"])
-stages = st.lists(st.tuples(st.floats(0, 1, exclude_min=True, exclude_max=True), finite), unique_by=lambda s: s[0]).map(
-    lambda pairs: (
-        *(Stage(until=until, weights=(weight, 1.0)) for until, weight in sorted(pairs)),
+ends = st.floats(0, 1, exclude_min=True, exclude_max=True)
+stages = st.dictionaries(ends, finite).map(
+    lambda weights: (
+        *(Stage(until=until, weights=(weights[until], 1.0)) for until in sorted(weights)),
         Stage(weights=(1.0, 0.5, 0.25)),
     )
 )
-configs = st.builds(
-    Config,
-    data=st.builds(DataConfig, corpus=st.just("text8"), path=st.none() | paths, cache_dir=paths),
-    model=st.builds(
-        ModelConfig, num_layers=st.integers(12, 99), residual_dropout=unit, norm=st.sampled_from(["pre", "post"])
-    ),
-    aux=st.builds(
-        AuxConfig,
-        positions=clocks.map(lambda clock: PositionsConfig(**clock)),
-        layers=st.builds(
-            LayersConfig,
-            enabled=st.booleans(),
-            at=st.none() | st.lists(depths, unique_by=str).map(tuple),
-            weight=finite,
-            total=st.none() | positive,
-            stages=stages,
-        ),
-        targets=st.builds(TargetsConfig, num_targets=st.integers(3, 9), weight=finite, stages=stages),
-        tasks=st.dictionaries(
-            st.from_regex(r"[A-Za-z_][A-Za-z0-9_-]{0,9}", fullmatch=True),
-            st.builds(
-                lambda clock, **rest: TaskConfig(**clock, **rest), clocks, weight=finite, layer=st.none() | depths
-            ),
-            max_size=3,
-        ),
-    ),
-    train=st.builds(
-        TrainConfig,
-        micro_batch_size=st.none() | st.integers(1, 9),
-        learning_rate=positive,
-        adam_betas=st.tuples(unit, unit),
-        mixed_precision=st.sampled_from(["fp32", "bf16", "fp16", "auto"]),
-        warmup=finite,
-        seed=st.integers(0, 2**63 - 1),
-    ),
-    run=st.builds(
-        RunConfig,
-        dir=paths,
-        resume=st.booleans(),
-        resume_from=st.none() | st.integers(0, 10**9),
-        tracker=st.sampled_from([(), ("wandb",), ("tensorboard", "wandb")]),
-    ),
-)
+names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_-]{0,9}", fullmatch=True)
+tasks = st.builds(lambda clock, **more: clock | more, clocks, weight=finite, layer=st.none() | depths)
+values = {
+    "data.path": st.none() | paths,
+    "data.cache_dir": paths,
+    "model.num_layers": st.integers(12, 99),
+    "model.residual_dropout": unit,
+    "model.norm": st.sampled_from(["pre", "post"]),
+    "aux.positions": clocks,
+    "aux.layers.enabled": st.booleans(),
+    "aux.layers.at": st.none() | st.lists(depths, unique_by=str),
+    "aux.layers.weight": finite,
+    "aux.layers.total": st.none() | positive,
+    "aux.layers.stages": stages,
+    "aux.targets.num_targets": st.integers(3, 9),
+    "aux.targets.stages": stages,
+    "aux.tasks": st.dictionaries(names, tasks, max_size=3),
+    "train.micro_batch_size": st.none() | st.integers(1, 9),
+    "train.learning_rate": positive,
+    "train.adam_betas": st.tuples(unit, unit),
+    "train.mixed_precision": st.sampled_from(["fp32", "bf16", "fp16", "auto"]),
+    "train.seed": st.integers(0, 2**63 - 1),
+    "run.resume_from": st.none() | st.integers(0, 10**9),
+    "run.tracker": st.sampled_from([(), ("wandb",), ("tensorboard", "wandb")]),
+}
+configs = st.fixed_dictionaries({"data.corpus": st.just("text8")} | values).map(partial(load_config, ()))
 
 
 @settings(max_examples=50)

@@ -76,9 +76,14 @@ class _Dumper(yaml.SafeDumper):
     """Writes paths, too, and a file that is named null as ./null."""
 
 
-_Dumper.add_multi_representer(
-    PurePath, lambda dumper, path: dumper.represent_str(f"./{path}" if str(path).lower() in NULLS else str(path))
-)
+def _write_text(dumper: yaml.SafeDumper, value: str | PurePath) -> yaml.ScalarNode:
+    text = f"./{value}" if isinstance(value, PurePath) and str(value).lower() in NULLS else str(value)
+    ends_line = any(character in text for character in "\x85\u2028\u2029")  # for PyYAML, which leaves them unquoted
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if ends_line else None)
+
+
+_Dumper.add_representer(str, _write_text)
+_Dumper.add_multi_representer(PurePath, _write_text)
 
 
 def _read(file: Path) -> Mapping[str, Any]:
