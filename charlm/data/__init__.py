@@ -1,1 +1,1 @@
-"""Text in, verified ids in three splits out, and the windows that training and evaluation look through."""
+"""From a text to verified ids in three splits, and the windows of training and evaluation."""

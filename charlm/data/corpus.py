@@ -1,7 +1,7 @@
 """load_corpus: text -> verified ids in three splits, prepared once and memory-mapped from then on.
 
-A prepared corpus is a folder in the cache: CACHE/KEY/{ids.bin, corpus.json}. ids.bin is a plain array: the ids of
-train, then those of valid, then those of test.
+A prepared corpus is a folder in the cache: CACHE/KEY/{ids.bin, corpus.json}. ids.bin is a plain array of
+the ids of train, valid and test, in this order.
 """
 
 import hashlib
@@ -55,10 +55,10 @@ class Corpus(BaseModel, arbitrary_types_allowed=True, frozen=True, strict=True):
     source: str
     """Origin of the text: an address, a path, or a version of Python."""
     sha256: str
-    """SHA-256 of the whole text, in bytes."""
+    """SHA-256 of the whole text."""
     vocabulary: Annotated[Vocabulary, PlainSerializer(lambda vocabulary: vocabulary.to_dict())]
     splits: dict[str, Split]
-    """train, valid and test, in the order of the text."""
+    """train, valid and test, in this order."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the ids, JSON-able."""
@@ -66,17 +66,17 @@ class Corpus(BaseModel, arbitrary_types_allowed=True, frozen=True, strict=True):
 
 
 def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
-    """The corpus the config asks for. It is prepared first if the cache lacks it or its text has changed.
+    """The corpus that the config names, prepared if the cache lacks it or its text has changed.
 
-    enwik8 and text8 are split 90M / 5M / 5M bytes (Al-Rfou et al. 2018); datasets keep their own splits. For other
-    texts, the last data.valid_fraction + data.test_fraction of the bytes are held out; in UTF-8 text both cuts fall
-    between characters. When several processes call this at once, one prepares and the others wait. Progress bars are
-    shown only where stderr is a terminal.
+    enwik8 and text8 are split 90M / 5M / 5M bytes (Al-Rfou et al. 2018); datasets keep their own splits.
+    Other texts hold out the last data.valid_fraction + data.test_fraction of their bytes; UTF-8 text is
+    cut between characters. When several processes call this at once, one prepares and the others wait.
+    Progress bars are shown only on a terminal.
 
     Raises:
-        UserError: the text cannot be fetched or read, fails verification, is too short to split or cannot be expressed
-            in the vocabulary, or the cache cannot be written. The cache then holds what it held before, plus any
-            completed download.
+        UserError: the text cannot be fetched or read, fails verification, is too short to split, cannot
+            be expressed in the vocabulary, or the cache cannot be written. The cache then holds what it
+            held before, plus any completed download.
     """
     cache_dir = absolute(config.cache_dir)
     source = find_source(config, cache_dir, show_progress)
@@ -92,11 +92,12 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
             _prepare(config, source, folder, show_progress)
             return _open(folder, source)
     except OSError as error:
-        raise Choice("data.cache_dir", cache_dir).error(f"cannot be written ({error.strerror or error})") from error
+        problem = f"cannot be written ({error.strerror or error})"
+        raise Choice("data.cache_dir", cache_dir).error(problem) from error
 
 
 def prepared_corpus(config: DataConfig) -> Corpus | None:
-    """The corpus the config asks for if the cache holds it; nothing is fetched or prepared."""
+    """The corpus that the config names if the cache holds it; nothing is fetched or prepared."""
     cache_dir = absolute(config.cache_dir)
     with suppress(UserError):
         source = find_source(config, cache_dir, show_progress=False)
@@ -107,7 +108,9 @@ def prepared_corpus(config: DataConfig) -> Corpus | None:
 def _folder_name(config: DataConfig, source: Source) -> str:
     if config.vocabulary == "sentencepiece":
         return f"{source.key}-sentencepiece-{config.character_coverage}"
-    return source.key if config.vocabulary == "bytes" else f"{source.key}-{config.vocabulary}"
+    if config.vocabulary == "characters":
+        return f"{source.key}-characters"
+    return source.key
 
 
 def _cached(folder: Path, source: Source) -> Corpus | None:
@@ -118,11 +121,13 @@ def _cached(folder: Path, source: Source) -> Corpus | None:
 
 
 def _open(folder: Path, source: Source) -> Corpus:
-    record, ids_path = read_json(folder / "corpus.json"), folder / "ids.bin"
+    record = read_json(folder / "corpus.json")
     if record["format"] != FORMAT or source.fingerprint not in (None, record["fingerprint"]):
         raise ValueError("made by another version, or from another text")
     vocabulary = vocabulary_from_dict(record["vocabulary"])
-    if ids_path.is_symlink() or not ids_path.is_file() or sha256_of(ids_path) != record["ids_sha256"]:
+    ids_path = folder / "ids.bin"
+    is_file = ids_path.is_file() and not ids_path.is_symlink()
+    if not is_file or sha256_of(ids_path) != record["ids_sha256"]:
         raise ValueError("ids.bin is damaged")
     ids = np.memmap(ids_path, dtype=id_type(vocabulary.size), mode="r")
     splits, start = {}, 0
@@ -139,25 +144,29 @@ def _open(folder: Path, source: Source) -> Corpus:
 def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bool) -> None:
     """Write the folder whole or not at all."""
     with replacing(folder) as temporary:
-        if source.size is not None and source.size > (free := shutil.disk_usage(folder.parent).free):
+        free = shutil.disk_usage(folder.parent).free
+        if source.size is not None and source.size > free:
             room = f"data.cache_dir={folder.parent} has {free:,} bytes free"
             raise source.choice.error(f"has {source.size:,} bytes, but {room}; make room, or choose another")
         temporary.mkdir()
-        text, ids = temporary / "text.bin", temporary / "ids.bin"
-        # Shown only after a moment, when the bar of a download is gone.
+        text = temporary / "text.bin"
+        ids = temporary / "ids.bin"
+        # The delay lets the bar of a download disappear first.
         bar = partial(tqdm, unit="B", unit_scale=True, delay=0.5, disable=None if show_progress else True)
         sha256, parts, not_utf8_at = _write_text(source, text, bar)
-        if config.vocabulary != ByteVocabulary.name and not_utf8_at is not None:
+        utf8 = not_utf8_at is None
+        if not utf8 and config.vocabulary != ByteVocabulary.name:
             problem = f"not UTF-8 at byte {not_utf8_at:,}, which data.vocabulary={config.vocabulary} needs"
             raise source.choice.error(f"{problem}; convert it, or use --data.vocabulary=bytes")
-        ranges = _cut(config, source, text, parts, not_utf8_at is None)
+        ranges = _cut(config, source, text, parts, utf8)
         pieces = partial(_pieces, text, bar)
         training_text = pieces(ranges["train"], "reading the training split")
-        vocabulary = train_vocabulary(config, not_utf8_at is None, training_text)
+        vocabulary = train_vocabulary(config, utf8, training_text)
         splits = {}
         with ids.open("wb") as file:
             for split in SPLITS:
-                splits[split] = _encode(pieces(ranges[split], f"encoding {split}"), split, vocabulary, file, source)
+                split_text = pieces(ranges[split], f"encoding {split}")
+                splits[split] = _encode(split_text, split, vocabulary, file, source)
         text.unlink()
         record = {
             "format": FORMAT,
@@ -171,13 +180,16 @@ def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bo
             "splits": splits,
         }
         write_whole(temporary / "corpus.json", json.dumps(record, indent=2) + "\n")
-        sync(ids)  # the folder's name must not survive a power cut that its content does not
+        sync(ids)  # so that after a power cut no folder stands without its content
         remove(folder)  # damaged, or made from another text
 
 
 def _write_text(source: Source, path: Path, bar: Callable[..., tqdm]) -> tuple[str, dict[str, range], int | None]:
-    """Returns the text's SHA-256, the range of each part in bytes, and the position of the first byte not in UTF-8."""
-    digest, parts, not_utf8_at, written = hashlib.sha256(), {}, None, 0
+    """Returns the SHA-256, the range of each part in bytes, and the first byte that is not UTF-8."""
+    digest = hashlib.sha256()
+    parts = {}
+    not_utf8_at = None
+    written = 0
     with bar(desc=f"preparing {source.origin}", total=source.size) as shown, path.open("wb") as file:
         for part in source.parts:
             start = written
@@ -185,7 +197,8 @@ def _write_text(source: Source, path: Path, bar: Callable[..., tqdm]) -> tuple[s
                 try:
                     block.decode()
                 except UnicodeDecodeError as error:
-                    not_utf8_at = written + error.start if not_utf8_at is None else not_utf8_at
+                    if not_utf8_at is None:
+                        not_utf8_at = written + error.start
                 file.write(block)
                 digest.update(block)
                 written += len(block)
@@ -202,19 +215,22 @@ def _cut(config: DataConfig, source: Source, path: Path, parts: dict[str, range]
     size = cut = end = len(parts["train"])
     if not size:
         raise source.choice.error("there is no text in it; give some")
-    text, ranges = np.memmap(path, np.uint8, mode="r"), {}
-    for split, fraction in {"test": config.test_fraction, "valid": config.valid_fraction}.items():
+    text = np.memmap(path, np.uint8, mode="r")
+    fractions = {"test": config.test_fraction, "valid": config.valid_fraction}
+    ranges = {}
+    for split, fraction in fractions.items():
         ranges[split] = parts.get(split)
         if not ranges[split]:
             cut -= round(size * fraction)
             start = last_start(text[: cut + 1]) if utf8 and cut < size else cut
-            ranges[split], end = range(start, end), start
+            ranges[split] = range(start, end)
+            end = start
     ranges["train"] = range(end)
     for split in SPLITS:
         if not ranges[split]:
-            fractions = f"data.valid_fraction={config.valid_fraction} and data.test_fraction={config.test_fraction}"
-            way_out = f"give more text or change {fractions}"
-            raise source.choice.error(f"its {size:,} bytes leave the {split} split empty; {way_out}")
+            problem = f"its {size:,} bytes leave the {split} split empty"
+            options = [f"data.{name}_fraction={fractions[name]}" for name in ("valid", "test")]
+            raise source.choice.error(f"{problem}; give more text or change {' and '.join(options)}")
     return ranges
 
 
@@ -227,10 +243,10 @@ def _encode(
         try:
             ids = vocabulary.encode(piece)
         except EncodingError as error:
-            raise source.choice.error(
-                f"at byte {sizes['bytes'] + error.offset:,} of its {split} split, {error.problem}, which are "
-                "those of the training split; use --data.vocabulary=sentencepiece or bytes"
-            ) from error
+            place = f"at byte {sizes['bytes'] + error.offset:,} of its {split} split"
+            problem = f"{place}, {error.problem}, which are those of the training split"
+            way_out = "use --data.vocabulary=sentencepiece or bytes"
+            raise source.choice.error(f"{problem}; {way_out}") from error
         file.write(ids)
         sizes["symbols"] += len(ids)
         sizes["characters"] += vocabulary.count_characters(ids)
@@ -242,6 +258,7 @@ def _pieces(path: Path, bar: Callable[..., tqdm], part: range, description: str)
     """A part of the file, cut between characters. It is read, not mapped, so that memory stays small."""
     with bar(desc=description, total=len(part)) as shown, path.open("rb") as file:
         file.seek(part.start)
-        for piece in whole_characters(iter(lambda: file.read(min(CHUNK, part.stop - file.tell())), b"")):
+        chunks = iter(lambda: file.read(min(CHUNK, part.stop - file.tell())), b"")
+        for piece in whole_characters(chunks):
             yield piece
             shown.update(len(piece))

@@ -1,6 +1,6 @@
 """Sources of text: published files (downloaded or local), datasets, and the user's files and folders.
 
-A source gives the same bytes each time, or an error: published files are verified, all others have a fingerprint.
+A source gives the same bytes each time, or an error: published files are verified, others have a fingerprint.
 """
 
 import gzip
@@ -40,7 +40,7 @@ class Published:
     size: int = 100_000_000
     split_sizes: tuple[int, int, int] = (90_000_000, 5_000_000, 5_000_000)
     mirror: str | None = None
-    """A dataset on the hub whose splits train, validation and test are this text, in this order."""
+    """A dataset on the hub whose train, validation and test, joined, are this text."""
 
 
 PUBLISHED = {
@@ -62,11 +62,11 @@ PUBLISHED = {
 }
 
 HUB_IDS = {"lm1b": "dvruette/lm1b"}
-"""Datasets with a corpus name of their own. The hub's "lm1b" itself needs a loading script, so this is a copy."""
+"""Datasets with their own corpus name. The hub's "lm1b" needs a loading script; this is a copy."""
 
 
 class Choice(NamedTuple):
-    """The option that chose a text, and its value; errors about the text begin with both."""
+    """The option that chose a text, and its value; errors begin with both."""
 
     option: str
     value: Path | str
@@ -93,13 +93,13 @@ class Source:
     key: str
     """Name of the prepared corpus in the cache."""
     origin: str
-    """Origin of the text, for people: an address, a path, or a version."""
+    """An address, a path, or a version of Python."""
     parts: Mapping[str, Callable[[], Generator[bytes]]]
     """Readers of the main text ("train"), and of separate texts for valid and test, which may be empty."""
     fingerprint: str | None = None
     """Changes when the text at `origin` does; None for a text that never changes."""
     files: Callable[[], list[Path]] | None = None
-    """Lists the files that must not change while they are read; None if there are no such files."""
+    """Lists the files that must not change while they are read, if any."""
     split_sizes: tuple[int, int, int] | None = None
     """Bytes of train, valid and test in the text; None if the config's fractions decide."""
     size: int | None = None
@@ -122,10 +122,11 @@ def find_source(config: DataConfig, cache_dir: Path, show_progress: bool) -> Sou
     with choice.named_in_errors():
         if config.corpus in PUBLISHED:
             return _published(config, choice, cache_dir / f"{config.corpus}.download", show_progress)
-        source = _dataset(config, choice, show_progress) if choice.option == "data.hub_id" else _files(config, choice)
         if isinstance(choice.value, Path) and cache_dir.is_relative_to(choice.value):
             raise UserError(f"data.cache_dir={cache_dir} lies inside; move one of them")
-        return source
+        if choice.option == "data.hub_id":
+            return _dataset(config, choice, show_progress)
+        return _files(config, choice)
 
 
 def _choice(config: DataConfig) -> Choice:
@@ -134,16 +135,20 @@ def _choice(config: DataConfig) -> Choice:
     if config.corpus in (*PUBLISHED, "python-stdlib"):
         return Choice("data.corpus", config.corpus)
     name = config.hub_id or HUB_IDS[config.corpus]
-    local = os.path.isdir(os.path.expanduser(name)) or name.startswith(("/", "./", "../", "~"))
+    local = name.startswith(("/", "./", "../", "~")) or os.path.isdir(name)
     return Choice("data.hub_id", absolute(Path(name)) if local else name)
 
 
 def _published(config: DataConfig, choice: Choice, downloads: Path, show_progress: bool) -> Source:
     """A published text, from the user's own copy if there is one."""
     published = PUBLISHED[config.corpus]
-    origin, fingerprint, text = published.url, None, partial(_fetched, published, downloads, show_progress)
+    origin = published.url
+    fingerprint = None
+    text = partial(_fetched, published, downloads, show_progress)
     if isinstance(path := choice.value, Path):
-        origin, fingerprint, text = str(path), _fingerprint([path]), partial(_unpacked, path, published.member)
+        origin = str(path)
+        fingerprint = _fingerprint([path])
+        text = partial(_unpacked, path, published.member)
         if not path.is_file():
             raise UserError(f"not a file; give a copy of {published.member}, raw or as .zip, .gz or .xz")
     return Source(
@@ -158,7 +163,7 @@ def _published(config: DataConfig, choice: Choice, downloads: Path, show_progres
 
 
 def _fetched(published: Published, downloads: Path, show_progress: bool) -> Generator[bytes]:
-    """The text of the downloaded archive, which is removed after the last byte; of the mirror if that fails."""
+    """The text from the archive, which is removed afterwards; from the mirror if the download fails."""
     try:
         archive = _download(published, downloads, show_progress)
     except UserError as error:
@@ -176,7 +181,7 @@ def _fetched(published: Published, downloads: Path, show_progress: bool) -> Gene
 
 
 def _download(published: Published, folder: Path, show_progress: bool) -> Path:
-    """The archive in `folder`, verified; fetched unless it is there. Two processes must not do so at once."""
+    """Fetch and verify the archive unless `folder` has it. Two processes must not do so at once."""
     import pooch  # takes a moment to import, and most runs download nothing
     from requests.exceptions import ConnectionError
 
@@ -185,8 +190,9 @@ def _download(published: Published, folder: Path, show_progress: bool) -> Path:
     known = {"registry": {name: published.archive_sha256}, "urls": {name: published.url}}
     fetcher = pooch.create(folder, "", **known, retry_if_failed=DOWNLOAD_RETRIES)
     show = show_progress and sys.stderr.isatty()
+    downloader = pooch.HTTPDownloader(show, headers={"User-Agent": "charlm"})
     try:
-        return Path(fetcher.fetch(name, downloader=pooch.HTTPDownloader(show, headers={"User-Agent": "charlm"})))
+        return Path(fetcher.fetch(name, downloader=downloader))
     except (OSError, ValueError) as error:  # the network, a full disk, or a wrong checksum
         why = "no connection" if isinstance(error, ConnectionError) else first_line(error)
         raise UserError(
@@ -196,19 +202,23 @@ def _download(published: Published, folder: Path, show_progress: bool) -> Path:
 
 
 def _files(config: DataConfig, choice: Choice) -> Source:
-    """One file, or all files of a folder, joined in the order of their relative paths with nothing between them."""
-    root, origin, files = choice.value, str(choice.value), partial(_list_files, choice.value)
+    """A file, or the files of a folder, joined in the order of relative paths with nothing in between."""
+    root = choice.value
+    origin = str(root)
+    files = partial(_list_files, root)
     if config.corpus == "python-stdlib":
-        root, origin = Path(sysconfig.get_path("stdlib")), f"Python {platform.python_version()}, standard library"
-        tests_and_packages = ("__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests")
-        files = partial(_list_files, root, ".py", tests_and_packages)
+        root = Path(sysconfig.get_path("stdlib"))
+        origin = f"Python {platform.python_version()}, standard library"
+        skip = ("__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests")
+        files = partial(_list_files, root, ".py", skip)
 
     def text() -> Generator[bytes]:
         for file in files():
             with file.open("rb") as stream:
                 yield from blocks(stream)
 
-    fingerprint, size = _fingerprint(files()), sum(file.stat().st_size for file in files())
+    fingerprint = _fingerprint(files())
+    size = sum(file.stat().st_size for file in files())
     if not root.is_file() and not root.is_dir():
         raise UserError("neither a file nor a folder")
     return Source(
@@ -224,7 +234,8 @@ def _files(config: DataConfig, choice: Choice) -> Source:
 
 def _dataset(config: DataConfig, choice: Choice, show_progress: bool) -> Source:
     """The documents of a dataset on the hub, or of a folder of parquet files."""
-    where, revision = choice.value, config.hub_revision
+    where = choice.value
+    revision = config.hub_revision
     opened = cache(partial(open_dataset, where, config.hub_config, revision, show_progress))
     named = (config.train_split, config.valid_split, config.test_split)
 
@@ -248,13 +259,14 @@ def _dataset(config: DataConfig, choice: Choice, show_progress: bool) -> Source:
 
 
 def _key(config: DataConfig, *identity: str | None) -> str:
-    """A name for the prepared corpus, unique to a text's identity and the fractions by which it is split."""
+    """A name for the prepared corpus, unique to the text and the fractions that split it."""
     everything = repr((*identity, config.valid_fraction, config.test_fraction))
-    return f"{config.corpus}-{hashlib.sha256(os.fsencode(everything)).hexdigest()[:16]}"
+    digest = hashlib.sha256(os.fsencode(everything)).hexdigest()
+    return f"{config.corpus}-{digest[:16]}"
 
 
 def _list_files(root: Path, suffix: str = "", skip: tuple[str, ...] = ()) -> list[Path]:
-    """All files below `root`. Links to files are followed; links to folders are not, as they could form a circle."""
+    """All files below `root`. Links to files are followed; those to folders are not, to avoid circles."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -269,26 +281,27 @@ def _list_files(root: Path, suffix: str = "", skip: tuple[str, ...] = ()) -> lis
 
 
 def _fingerprint(files: list[Path]) -> str:
-    """Hash of paths, sizes and times of change; the content may be gigabytes, too many to read at every start."""
+    """Hash of paths, sizes and times of change; reading gigabytes at every start would take too long."""
     digest = hashlib.sha256()
     for file in files:
         info = file.stat()
-        digest.update(repr((os.fsencode(file), info.st_size, info.st_mtime_ns, info.st_ctime_ns)).encode())
+        entry = (os.fsencode(file), info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        digest.update(repr(entry).encode())
     return digest.hexdigest()
 
 
 def absolute(path: Path) -> Path:
-    """`path` without ~, links or the working folder, so that a file has one name."""
+    """The one full name of a path, without ~ or links."""
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 
 def blocks(stream: BinaryIO) -> Iterator[bytes]:
-    """The rest of a file, in pieces that do not depend on its size."""
+    """The rest of a file, in pieces of at most CHUNK bytes."""
     return iter(partial(stream.read, CHUNK), b"")
 
 
 def _unpacked(path: Path, member: str) -> Generator[bytes]:
-    """The named member of a .zip, the content of a .gz or .xz, or the file itself, told apart by the first bytes."""
+    """The member of a .zip, the content of a .gz or .xz (known by the first bytes), or the file itself."""
     with path.open("rb") as file:
         magic = file.read(2)
     try:
@@ -296,14 +309,15 @@ def _unpacked(path: Path, member: str) -> Generator[bytes]:
             with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
                 yield from blocks(stream)
         else:
-            with {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}.get(magic, open)(path, "rb") as stream:
+            opener = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}.get(magic, open)
+            with opener(path, "rb") as stream:
                 yield from blocks(stream)
-    except Exception as error:  # every format has its own, and an xz header may ask for gigabytes: MemoryError
+    except Exception as error:  # each format has its own, and an xz header can cause a MemoryError
         raise UserError(f"cannot be read to its end ({first_line(error)}); fetch it again") from error
 
 
 def _verified(chunks: Iterator[bytes], published: Published) -> Generator[bytes]:
-    """Pass chunks on; raise UserError if they are longer than the published text, or at the end do not equal it."""
+    """Pass chunks on; raise UserError after the last one if they are not the published text."""
     digest = hashlib.new(published.algorithm, usedforsecurity=False)
     size = 0
     for chunk in chunks:
@@ -318,7 +332,5 @@ def _verified(chunks: Iterator[bytes], published: Published) -> Generator[bytes]
         found = f"{published.algorithm} {digest.hexdigest()}"
     else:
         return
-    raise UserError(
-        f"has {found}; {published.member} has {published.size:,} bytes and {published.algorithm} "
-        f"{published.digest}. Get it from {published.url}"
-    )
+    expected = f"{published.size:,} bytes and {published.algorithm} {published.digest}"
+    raise UserError(f"has {found}; {published.member} has {expected}. Get it from {published.url}")

@@ -18,7 +18,7 @@ CODE_POINTS = sys.maxunicode + 1
 
 
 class EncodingError(UserError):
-    """A text has something that the vocabulary cannot express, `offset` bytes behind its start."""
+    """The vocabulary cannot express a text; `offset` is the position of the first byte at fault."""
 
     def __init__(self, problem: str, offset: int):
         super().__init__(f"{problem} at byte {offset:,}")
@@ -43,34 +43,38 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able record from which `vocabulary_from_dict` makes an equal vocabulary."""
+        """A JSON-able record, which `vocabulary_from_dict` reads."""
 
     def encode(self, data: bytes) -> np.ndarray:
-        """The ids of a text, in the type that `id_type` gives. Raises EncodingError if a character has no symbol."""
+        """The ids of a text, of type `id_type(V)`. Raises EncodingError if it cannot be expressed."""
         ids = self._ids_of_code_points[_code_points(data)]
         if ids.size and ids.min() < 0:
-            text, position = data.decode(), int(ids.argmin())
-            unknown, offset = text[position], len(text[:position].encode())
-            problem = f"the character {unknown!r} (U+{ord(unknown):04X}) is not among the vocabulary's {self.size:,}"
-            raise EncodingError(problem, offset)
+            text = data.decode()
+            position = int(ids.argmin())
+            offset = len(text[:position].encode())
+            unknown = text[position]
+            shown = f"the character {unknown!r} (U+{ord(unknown):04X})"
+            raise EncodingError(f"{shown} is not among the vocabulary's {self.size:,}", offset)
         return ids.astype(id_type(self.size))
 
     def decode(self, ids: np.ndarray) -> bytes:
-        """The text of some ids, the inverse of `encode`. Raises ValueError for an id outside [0, V)."""
+        """The text of some ids. Raises ValueError for an id outside [0, V)."""
         ids = np.asarray(ids)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.size:
-            raise ValueError(f"ids run from {ids.min()} to {ids.max()}; the vocabulary's lie in [0, {self.size})")
+            found = f"ids run from {ids.min()} to {ids.max()}"
+            raise ValueError(f"{found}; the vocabulary's lie in [0, {self.size})")
         return b"".join(map(self.symbols.__getitem__, ids.tolist()))
 
     def count_characters(self, ids: np.ndarray) -> int:
-        """Characters that start in the text of some ids. Counts of consecutive pieces add up to that of the whole."""
+        """Characters that start in the text of some ids; counts of consecutive pieces add up."""
         return int(np.count_nonzero(self._starts_V[ids]))
 
     @cached_property
     def _ids_of_code_points(self) -> np.ndarray:
         """The id of each code point, -1 if it has none."""
+        characters = b"".join(self.symbols[self.first_character :])
         table = np.full(CODE_POINTS, -1, np.int32)
-        table[_code_points(b"".join(self.symbols[self.first_character :]))] = np.arange(self.first_character, self.size)
+        table[_code_points(characters)] = np.arange(self.first_character, self.size)
         return table
 
     @cached_property
@@ -80,7 +84,7 @@ class Vocabulary(ABC):
 
 @dataclass(frozen=True)
 class ByteVocabulary(Vocabulary):
-    """The 256 byte values, for any text (Al-Rfou et al. 2018 use it for text8 and enwik8 alike)."""
+    """The 256 byte values, for any text (Al-Rfou et al. 2018 use it for text8 and enwik8)."""
 
     name: ClassVar[str] = "bytes"
     symbols: ClassVar[tuple[bytes, ...]] = tuple(bytes([byte]) for byte in range(256))
@@ -117,30 +121,31 @@ class CharacterVocabulary(Vocabulary):
 
 @dataclass(frozen=True)
 class SentencePieceVocabulary(Vocabulary):
-    """A character model of the sentencepiece library with byte fallback: common characters, and bytes for the rest.
+    """A character model of sentencepiece with byte fallback: common characters, and bytes for the rest.
 
-    The ids are the library's own. Encoding is a table look-up, which is faster than the library, and exact where the
-    library is not: it reads U+2581 as a space, and a space without a piece as U+2581. Here both keep their own bytes.
+    The ids are those of the library. Encoding is a table look-up, which is faster than the library, and
+    exact where the library confuses U+2581 with a space; here both keep their own bytes.
     """
 
     name: ClassVar[str] = "sentencepiece"
     first_character: ClassVar[int] = 257
 
     symbols: tuple[bytes, ...]
-    """The text of each piece: U+FFFD for the unknown piece, which no text has; the 256 bytes; the characters."""
+    """U+FFFD for the unknown piece, which is never used; the 256 bytes; the characters."""
     model: bytes = field(compare=False, repr=False)
-    """The library's own file; releases of the library may write the same symbols differently."""
+    """The library's model file, which its releases may write differently for the same symbols."""
 
     @classmethod
     def from_model(cls, model: bytes) -> "SentencePieceVocabulary":
-        """The vocabulary of a model file. Raises ValueError unless it is one that `train` could have made."""
+        """The vocabulary of a model file. Raises ValueError unless `train` could have made it."""
         import sentencepiece
 
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+        expected = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
         characters = [piece.replace("\u2581", " ") for piece in pieces[cls.first_character :]]
         if (
-            pieces[: cls.first_character] != ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+            pieces[: cls.first_character] != expected
             or len(set(characters)) < len(characters)
             or any(len(character) != 1 for character in characters)
         ):
@@ -149,24 +154,25 @@ class SentencePieceVocabulary(Vocabulary):
 
     @classmethod
     def train(cls, counts: np.ndarray, character_coverage: float) -> "SentencePieceVocabulary":
-        """The library's choice of characters, which make up this share of a text, in [0.98, 1].
+        """Let the library choose the characters that make up a share in [0.98, 1] of a text.
 
-        It depends on the frequency of each code point only, so the library reads these counts in place of the text:
-        this needs little memory, and no long line is skipped.
+        The choice depends on nothing but `counts`, the frequency of each code point. The library reads
+        these in place of the text, which needs little memory and skips no long line.
         """
         import sentencepiece
 
-        counts[[0x00, 0x09, 0x2581, 0x2585]] = 0  # marks of the library, which it would not read as text
+        counts[[0x00, 0x09, 0x2581, 0x2585]] = 0  # marks of the library, which it reads as no text
         if not counts.any():  # the library cannot be trained on nothing
             counts[0x20] = 1
+        codes = np.flatnonzero(counts)
         model = BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(f"{chr(code)}\t{counts[code]}" for code in np.flatnonzero(counts)),
+            sentence_iterator=(f"{chr(code)}\t{counts[code]}" for code in codes),
             input_format="tsv",
             model_writer=model,
             model_type="char",
             character_coverage=character_coverage,
-            vocab_size=cls.first_character + np.count_nonzero(counts),  # the upper bound
+            vocab_size=cls.first_character + len(codes),  # the upper bound
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -192,9 +198,9 @@ class SentencePieceVocabulary(Vocabulary):
 
 
 def train_vocabulary(config: DataConfig, utf8: bool, texts: Iterable[bytes]) -> Vocabulary:
-    """The vocabulary the config asks for, made from a training text in pieces that end between characters.
+    """The vocabulary that the config names, made from a training text in pieces of whole characters.
 
-    `utf8`: whether the whole text is UTF-8.
+    `utf8` is whether the whole text is UTF-8.
     """
     if config.vocabulary == ByteVocabulary.name:
         return ByteVocabulary(utf8)
@@ -207,7 +213,7 @@ def train_vocabulary(config: DataConfig, utf8: bool, texts: Iterable[bytes]) -> 
 
 
 def vocabulary_from_dict(record: dict[str, Any]) -> Vocabulary:
-    """The vocabulary that `to_dict` described. Raises UserError if the record is damaged or none of a vocabulary."""
+    """The vocabulary of a record made by `to_dict`. Raises UserError if it is damaged or of no known kind."""
     try:
         match record:
             case {"name": ByteVocabulary.name, "utf8": bool(utf8)}:
@@ -231,7 +237,7 @@ def id_type(size: int) -> np.dtype:
 
 
 def whole_characters(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The same text in blocks that end between UTF-8 characters. Other text is passed on, however it is cut."""
+    """The same text in blocks that end between characters, if it is UTF-8; other text in any blocks."""
     rest = b""
     for block in blocks:
         text = rest + block
@@ -242,13 +248,15 @@ def whole_characters(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def last_start(text: bytes | np.ndarray) -> int:
-    """Where the last UTF-8 character of a text starts, complete or not; the end if none starts in the last 4 bytes."""
-    starts = np.flatnonzero(_starts_character(np.frombuffer(text[-4:], np.uint8)))
-    return len(text) - len(text[-4:]) + int(starts[-1]) if starts.size else len(text)
+    """Where the last UTF-8 character starts, whole or not; the end if none starts in the last 4 bytes."""
+    tail = np.frombuffer(text[-4:], np.uint8)
+    starts = np.flatnonzero(_starts_character(tail))
+    last = int(starts[-1]) if starts.size else len(tail)
+    return len(text) - len(tail) + last
 
 
 def _starts_character(bytes_N: np.ndarray) -> np.ndarray:
-    """A mask of the bytes that start a UTF-8 character: all but the continuation bytes 0b10xxxxxx."""
+    """A mask of the bytes that start a UTF-8 character: all except 0b10xxxxxx."""
     return bytes_N & 0b11000000 != 0b10000000
 
 
