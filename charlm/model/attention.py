@@ -1,6 +1,6 @@
 """Causal self-attention by the fastest kernel of the device, with or without a cache.
 
-Shapes: B batch, T positions, Q queries of the last positions, D d_model, H heads, C = D / H head size, F = C / 2.
+Shapes: B batch, T positions, Q last positions, D d_model, H heads, C = D / H, F = C / 2.
 """
 
 import math
@@ -35,7 +35,6 @@ class RotaryTable(NamedTuple):
         return RotaryTable(self.cos[..., -num_positions:, :], self.sin[..., -num_positions:, :])
 
     def __call__(self, x_BHTC: Tensor) -> Tensor:
-        """Rotate the queries or keys of T positions."""
         cos, sin = self.cos.to(x_BHTC.dtype), self.sin.to(x_BHTC.dtype)
         return _Rotate.apply(x_BHTC, cos, sin) if torch.is_grad_enabled() else _rotate(x_BHTC, cos, sin)
 
@@ -70,15 +69,15 @@ class _Rotate(torch.autograd.Function):
 
 
 def attends_in_blocks(backend: AttentionBackend, device_type: str) -> bool:
-    """Whether attention without dropout uses `BlockwiseAttention`; GPU kernels skip masked scores themselves."""
+    """Whether attention without dropout runs in blocks; GPU kernels skip masked scores anyway."""
     return backend == "blocks" or (backend == "auto" and device_type == "cpu")
 
 
 class Attention(nn.Module):
     """Causal multi-head self-attention.
 
-    `backend` "sdpa" uses torch's `scaled_dot_product_attention`, "blocks" uses `BlockwiseAttention`, except with
-    dropout or for a single query; "auto" is blocks on a CPU and sdpa elsewhere.
+    `backend` "sdpa" is torch's `scaled_dot_product_attention`; "blocks" is `BlockwiseAttention`, except
+    with dropout or for a single query; "auto" is blocks on a CPU and sdpa elsewhere.
     """
 
     def __init__(self, config: ModelConfig, backend: AttentionBackend):
@@ -93,9 +92,13 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.d_model, config.d_model)
 
     def forward(
-        self, x_BTD: Tensor, rotation: RotaryTable | None, cache: LayerCache | None, num_last: int | None = None
+        self,
+        x_BTD: Tensor,
+        rotation: RotaryTable | None,
+        cache: LayerCache | None,
+        num_last: int | None = None,
     ) -> Tensor:
-        """The output at all positions, or at the last `num_last`; each attends to itself and those before it."""
+        """The output at the last `num_last` positions, [B, Q, D]; at all by default."""
         B, T, D = x_BTD.shape
         num_queries = T if num_last is None else min(num_last, T)
         queried_BQD = x_BTD[:, T - num_queries :]
@@ -105,7 +108,8 @@ class Attention(nn.Module):
             projected = [self.query(queried_BQD), *_project(x_BTD, self.key, self.value)]
         else:
             projected = _project(x_BTD, self.query, self.key, self.value)
-        query, key, value = (x.view(B, -1, self.num_heads, D // self.num_heads).transpose(1, 2) for x in projected)
+        per_head = (x.view(B, -1, self.num_heads, D // self.num_heads) for x in projected)
+        query, key, value = (x.transpose(1, 2) for x in per_head)
         if rotation is not None:
             if cache is None or num_queries < T:
                 query, key = rotation.last(num_queries)(query), rotation(key)
@@ -120,7 +124,13 @@ class Attention(nn.Module):
         mixed_BHQC = self._mix(query, key, value, visible)
         return self.out(mixed_BHQC.transpose(1, 2).reshape(B, num_queries, D))
 
-    def _mix(self, query_BHQC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor, visible: Tensor | None) -> Tensor:
+    def _mix(
+        self,
+        query_BHQC: Tensor,
+        key_BHTC: Tensor,
+        value_BHTC: Tensor,
+        visible: Tensor | None,
+    ) -> Tensor:
         """Each of the last positions attends to those up to its own, or to those that are `visible`."""
         num_queries, num_keys = query_BHQC.shape[2], key_BHTC.shape[2]
         dropout = self.dropout if self.training else 0.0
@@ -129,7 +139,8 @@ class Attention(nn.Module):
             return BlockwiseAttention.apply(query_BHQC, key_BHTC, value_BHTC)
         if is_causal and num_queries < num_keys:  # is_causal aligns the triangle top-left
             visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BHQC.device)
-            visible, is_causal = visible.tril(num_keys - num_queries), False
+            visible = visible.tril(num_keys - num_queries)
+            is_causal = False
         if not is_causal and dropout == 0.0 and many_texts_few_queries(query_BHQC):
             return attend_by_text(query_BHQC, key_BHTC, value_BHTC, visible)
         return F.scaled_dot_product_attention(

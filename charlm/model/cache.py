@@ -42,12 +42,18 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Buffers of keys and values, [L, B, H, context_length, C], and ids, [B, context_length]; they never move.
+    """Buffers of keys and values, [L, B, H, context_length, C], and of ids, [B, context_length].
 
-    Every row has its own length. Lowering it forgets the newest positions.
+    Buffers never move. Every row has its own length; lowering it forgets the newest positions.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ):
         head_size = config.d_model // config.num_heads
         shape = (config.num_layers, batch_size, config.num_heads, config.context_length, head_size)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -62,14 +68,15 @@ class KVCache:
         return max(self.lengths.tolist())
 
     def reset(self) -> None:
-        """Forget every position."""
         self.lengths.zero_()
 
     def row(self, row: int) -> "KVCache":
         """A view of one row: it shares the buffers and the length."""
         view = copy.copy(self)
-        view.keys, view.values = self.keys[:, row : row + 1], self.values[:, row : row + 1]
-        view.ids, view.lengths = self.ids[row : row + 1], self.lengths[row : row + 1]
+        view.keys = self.keys[:, row : row + 1]
+        view.values = self.values[:, row : row + 1]
+        view.ids = self.ids[row : row + 1]
+        view.lengths = self.lengths[row : row + 1]
         return view
 
     def places(self, num_new: int) -> Places:
@@ -89,5 +96,6 @@ class KVCache:
             self.ids[:, places.positions] = ids_BT
             return self.ids[:, max(0, places.positions.start - num_earlier) : places.end]
         self.ids.scatter_(1, places.positions, ids_BT)
-        wanted_BS = places.positions[:, :1] + torch.arange(-num_earlier, ids_BT.shape[1], device=ids_BT.device)
+        offsets = torch.arange(-num_earlier, ids_BT.shape[1], device=ids_BT.device)
+        wanted_BS = places.positions[:, :1] + offsets
         return self.ids.gather(1, wanted_BS.clamp(min=0)).masked_fill(wanted_BS < 0, -1)

@@ -15,18 +15,18 @@ from charlm.config import LayersConfig, ModelConfig
 
 
 class Heads(nn.Module):
-    """One linear classifier with bias per (layer, offset), tied to nothing (Al-Rfou et al. 2018, section 3).
+    """One untied linear classifier with bias per layer and offset (Al-Rfou et al. 2018, section 3).
 
-    Under pre-norm the head of an intermediate layer begins with a layer norm. Classifiers start at zero: every loss
-    starts at ln V, and no head disturbs the trunk before it has learned something.
+    Under pre-norm the head of an intermediate layer begins with a layer norm. Classifiers start at zero:
+    every loss starts at ln V, and no head disturbs the trunk before it has learned something.
 
-    Intermediate layers may have another kind (`aux.layers.head`):
+    Intermediate layers may have another kind of head (`aux.layers.head`):
 
-    - shared: the final norm and the last layer's classifier of the same offset (Elhoushi et al. 2024, LayerSkip,
-      section 4.1.2).
+    - shared: the final norm and the last layer's classifier of the same offset (Elhoushi et al. 2024,
+      LayerSkip, section 4.1.2).
     - shared_frozen: the same as constants; the gradient reaches the trunk only.
-    - tower: norm, a hidden layer that the offsets share, ReLU, dropout, and a classifier per offset (Szegedy et al.
-      2015, GoogLeNet, section 5; Zhao et al. 2017, PSPNet, section 4).
+    - tower: norm, a hidden layer that the offsets share, ReLU, dropout, and a classifier per offset
+      (Szegedy et al. 2015, GoogLeNet, section 5; Zhao et al. 2017, PSPNet, section 4).
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Heads(nn.Module):
             pairs: (layer, offset) of each classifier; layers are 1-based, offset 1 is the next character.
             layers: names the kind of the intermediate layers' heads; linear by default.
             final_norm: the transformer's final norm; shared heads need it.
-            last_tower: the last layer also has a tower, after the final norm: a model that was cut off above one.
+            last_tower: the last layer also has a tower, as in a model cut off above one.
         """
         super().__init__()
         layers = layers or LayersConfig()
@@ -60,9 +60,11 @@ class Heads(nn.Module):
         self._homes = {layer: self.last_layer if shared else layer for layer in self.layers}
         self.exits = nn.ModuleDict()
         for layer in sorted({layer for layer, _ in owned}):
-            intermediate, width = layer < self.last_layer, config.d_model
+            intermediate = layer < self.last_layer
             own_norm = config.norm == "pre" and intermediate
-            parts: dict[str, nn.Module] = {"norm": nn.LayerNorm(width) if own_norm else nn.Identity()}
+            width = config.d_model
+            parts: dict[str, nn.Module] = {}
+            parts["norm"] = nn.LayerNorm(width) if own_norm else nn.Identity()
             if layers.head == "tower" and (intermediate or last_tower):
                 width = layers.tower_width or config.d_model
                 parts["tower"] = _tower(config.d_model, width, layers.tower_dropout)
@@ -74,7 +76,7 @@ class Heads(nn.Module):
             self.exits[f"layer{layer}"] = nn.ModuleDict(parts)
 
     def norm(self, layer: int) -> nn.Module:
-        """The norm that the head of `layer` begins with; the identity where states are already normalised."""
+        """The norm that the head of `layer` begins with; the identity if states are normalised."""
         home = self._homes[layer]
         return self.exits[f"layer{layer}"]["norm"] if home == layer else self._final_norm[0]
 
@@ -85,9 +87,9 @@ class Heads(nn.Module):
         return tower + [parts[f"offset{offset}"] for offset in offsets]
 
     def classifiers(self, hidden_BTD: Tensor, layer: int, offsets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The input of the classifiers of `layer`, [B, T, E], their weights, [K * V, E], and biases, [K * V].
+        """The classifiers' input, [B, T, E], weights, [K * V, E], and biases, [K * V].
 
-        A classifier that is not asked for gets no gradient at all, so no optimizer moves it.
+        Classifiers of other offsets get no gradient at all, so no optimizer moves them.
         """
         parts = self._parts(layer)
         linears = [parts[f"offset{offset}"] for offset in offsets]
@@ -101,15 +103,16 @@ class Heads(nn.Module):
 
     def states(self, hidden_BTD: Tensor, layer: int) -> Tensor:
         """The hidden states after the norm and the tower of `layer`: [B, T, E]."""
-        parts, states_BTE = self._parts(layer), self.norm(layer)(hidden_BTD)
-        return parts["tower"](states_BTE) if "tower" in parts else states_BTE
+        parts = self._parts(layer)
+        states_BTD = self.norm(layer)(hidden_BTD)
+        return parts["tower"](states_BTD) if "tower" in parts else states_BTD
 
     def forward(self, hidden_BTD: Tensor, layer: int, offsets: Sequence[int] = (1,)) -> Tensor:
         """Logits of `offsets` from the hidden states of `layer`: [B, T, K, V]."""
-        return F.linear(*self.classifiers(hidden_BTD, layer, offsets)).unflatten(-1, (len(offsets), -1))
+        logits = F.linear(*self.classifiers(hidden_BTD, layer, offsets))
+        return logits.unflatten(-1, (len(offsets), -1))
 
     def _parts(self, layer: int) -> nn.ModuleDict:
-        """The modules of the head of `layer`; the last layer's where they are shared."""
         return self.exits[f"layer{self._homes[layer]}"]
 
 
@@ -121,4 +124,5 @@ def _tower(d_model: int, width: int, dropout: float) -> nn.Sequential:
     hidden = nn.Linear(d_model, width)
     nn.init.normal_(hidden.weight, std=d_model**-0.5)
     nn.init.zeros_(hidden.bias)
-    return nn.Sequential(OrderedDict(hidden=hidden, activation=nn.ReLU(), dropout=nn.Dropout(dropout)))
+    parts = OrderedDict(hidden=hidden, activation=nn.ReLU(), dropout=nn.Dropout(dropout))
+    return nn.Sequential(parts)

@@ -1,6 +1,6 @@
 """Computations that torch's own kernels do slower on a CPU.
 
-Shapes: B batch, T positions, Q queries of the last positions, D inputs of a linear layer, H heads, C head size.
+Shapes: B batch, T positions, Q last positions, D inputs, H heads, C head size.
 """
 
 import math
@@ -16,7 +16,7 @@ FEW_ROWS = 16
 
 @contextmanager
 def exact_matmul(device: torch.device, num_rows: int = FEW_ROWS) -> Iterator[None]:
-    """Inside, products of `num_rows` rows run at the fastest precision that is still fp32 throughout."""
+    """Inside, products of `num_rows` rows run at the fastest precision that is fp32 throughout."""
     medium = device.type == "cpu" and num_rows >= FEW_ROWS and medium_is_fp32()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if medium else "highest")
@@ -27,29 +27,31 @@ def exact_matmul(device: torch.device, num_rows: int = FEW_ROWS) -> Iterator[Non
 
 
 def medium_is_fp32() -> bool:
-    """Whether "medium" computes in fp32 on this CPU: with AMX it takes bf16, and may on other makes."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # younger than the oldest torch supported
-    return capabilities.get("architecture") == "x86_64" and not any(
-        present for name, present in capabilities.items() if name.startswith("amx_")
-    )
+    """Whether "medium" is fp32 on this CPU: with AMX it is bf16, and may be on other makes."""
+    # The oldest supported torch does not have the function yet.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    has_amx = any(present for name, present in capabilities.items() if name.startswith("amx_"))
+    return capabilities.get("architecture") == "x86_64" and not has_amx
 
 
 def apply_linear(layer: nn.Linear, x_BTD: Tensor) -> Tensor:
     """The output of a linear layer; for one vector on a CPU by dot products, 2 to 3 times as fast."""
-    if x_BTD.shape[:-1].numel() > 1 or x_BTD.device.type != "cpu" or torch.is_grad_enabled():
+    leading = x_BTD.shape[:-1]
+    if leading.numel() > 1 or x_BTD.device.type != "cpu" or torch.is_grad_enabled():
         return layer(x_BTD)
-    return (torch.linalg.vecdot(layer.weight, x_BTD.flatten()) + layer.bias).expand(*x_BTD.shape[:-1], -1)
+    output = torch.linalg.vecdot(layer.weight, x_BTD.flatten()) + layer.bias
+    return output.expand(*leading, -1)
 
 
 def many_texts_few_queries(query_BHQC: Tensor) -> bool:
-    """Whether `attend_by_text` is faster, and as exact: bf16 would round the scores before their softmax."""
+    """Whether `attend_by_text` is faster, and as exact: bf16 would round the scores."""
     B, _, num_queries, _ = query_BHQC.shape
     in_fp32 = query_BHQC.device.type == "cpu" and query_BHQC.dtype == torch.float32
     return num_queries < FEW_ROWS <= B and in_fp32 and not torch.is_grad_enabled()
 
 
 def attend_by_text(query_BHQC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor, visible: Tensor | None) -> Tensor:
-    """Attention in two batched products, which read keys and values faster than the fused kernel."""
+    """Attention in two batched products, which read keys and values faster than a fused kernel."""
     with exact_matmul(query_BHQC.device, query_BHQC.shape[2]):
         scores_BHQT = (query_BHQC @ key_BHTC.mT).mul_(query_BHQC.shape[3] ** -0.5)
         if visible is not None:
@@ -65,9 +67,8 @@ def block_length(head_size: int) -> int:
 class BlockwiseAttention(torch.autograd.Function):
     """Causal attention in blocks of queries, each over the keys up to the block's end.
 
-    The Q queries belong to the last of the keys' T positions. The CPU's fused kernel also computes the masked half of
-    the scores, and its backward pass is slow. This one keeps B x H x T x T / 2 attention weights for it, in the
-    precision of the queries.
+    Torch's fused CPU kernel also computes masked scores, and its backward pass is slow. This one keeps
+    B x H x T x T / 2 attention weights for the backward pass, in the precision of the queries.
     """
 
     @staticmethod
@@ -79,7 +80,13 @@ class BlockwiseAttention(torch.autograd.Function):
         weights = []
         with torch.autocast(query.device.type, enabled=False):
             for start, end, own in _blocks(query, key):
-                scores = torch.baddbmm(query.new_empty(1), query[:, own], key[:, :end].mT, beta=0, alpha=C**-0.5)
+                scores = torch.baddbmm(
+                    query.new_empty(1),
+                    query[:, own],
+                    key[:, :end].mT,
+                    beta=0,
+                    alpha=C**-0.5,
+                )
                 scores[:, :, start:] += future[: end - start, : end - start]
                 block = scores.softmax(dim=-1)
                 torch.bmm(block, value[:, :end], out=mixed[:, own])
@@ -98,9 +105,16 @@ class BlockwiseAttention(torch.autograd.Function):
         for (_, end, own), block in zip(_blocks(query, key), weights, strict=True):
             grad_value[:, :end].baddbmm_(block.mT, grad[:, own])
             grad_block = torch.bmm(grad[:, own], value[:, :end].mT)
-            # It has no public name; public operations take twice as long and round otherwise.
+            # No public name; public operations take twice as long and round otherwise.
             grad_scores = torch.ops.aten._softmax_backward_data(grad_block, block, -1, block.dtype)
-            torch.baddbmm(query.new_empty(1), grad_scores, key[:, :end], beta=0, alpha=scale, out=grad_query[:, own])
+            torch.baddbmm(
+                query.new_empty(1),
+                grad_scores,
+                key[:, :end],
+                beta=0,
+                alpha=scale,
+                out=grad_query[:, own],
+            )
             grad_key[:, :end].baddbmm_(grad_scores.mT, query[:, own], alpha=scale)
         gradients = grad_query, grad_key, grad_value
         return tuple(gradient.unflatten(0, grad_BHQC.shape[:2]) for gradient in gradients)

@@ -1,6 +1,6 @@
 """A deep causal Transformer over characters. It returns hidden states, never logits.
 
-Shapes: B batch, T positions, S characters seen, N length of the longest n-gram, D d_model, V vocabulary, L layers.
+Shapes: B batch, T positions, S characters seen, N longest n-gram, D d_model, L layers.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from charlm.model.kernels_cpu import apply_linear
 
 
 class ReluSquared(torch.autograd.Function):
-    """max(x, 0)^2 (So et al. 2021, Primer). Keeps one tensor, and the backward pass reads it once."""
+    """max(x, 0)^2 (So et al. 2021, Primer). Keeps one tensor, which the backward pass reads once."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -44,9 +44,8 @@ HASH_BASE, HASH_MODULUS = 1_000_003, 2**31 - 1
 class NgramEmbedding(nn.Module):
     """Embeddings of the n-grams that end at each position (Pagnoni et al. 2024, section 3.2.1).
 
-    For each n the last n characters are hashed to a row of a table. Narrow tables and one matrix (Lan et al. 2020,
-    section 3.1) replace the source's tables of full width. The tables' gradients are sparse: a step costs as much as
-    the rows that it reads.
+    For each n the last n characters are hashed to a row of a table. Narrow tables and one matrix (Lan
+    et al. 2020, section 3.1) replace the source's tables of full width. The tables' gradients are sparse.
     """
 
     def __init__(self, config: ModelConfig):
@@ -78,8 +77,9 @@ class NgramEmbedding(nn.Module):
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # or powers computed during generation could not be used in training
 def _powers(count: int, device: torch.device) -> Tensor:
-    """base^j modulo a prime, for j = 0 ... count - 1: factors of (id + 1) of the character j steps back."""
-    return torch.tensor([pow(HASH_BASE, j, HASH_MODULUS) for j in range(count)], device=device)
+    """base^j modulo a prime for j = 0 ... count - 1: the factor of the character j steps back."""
+    powers = [pow(HASH_BASE, j, HASH_MODULUS) for j in range(count)]
+    return torch.tensor(powers, device=device)
 
 
 class FeedForward(nn.Module):
@@ -93,7 +93,8 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return apply_linear(self.down, self.dropout(self.activation(apply_linear(self.up, x_BTD))))
+        inner = self.activation(apply_linear(self.up, x_BTD))
+        return apply_linear(self.down, self.dropout(inner))
 
 
 class Block(nn.Module):
@@ -117,19 +118,20 @@ class Block(nn.Module):
     ) -> Tensor:
         kept_BTD = x_BTD if num_last is None else x_BTD[:, -num_last:]
         if self.pre_norm:
-            x_BTD = kept_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotation, cache, num_last))
+            attended_BTD = self.attention(self.attention_norm(x_BTD), rotation, cache, num_last)
+            x_BTD = kept_BTD + self.dropout(attended_BTD)
             return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
-        x_BTD = self.attention_norm(kept_BTD + self.dropout(self.attention(x_BTD, rotation, cache, num_last)))
+        attended_BTD = self.attention(x_BTD, rotation, cache, num_last)
+        x_BTD = self.attention_norm(kept_BTD + self.dropout(attended_BTD))
         return self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
 
 
 class CharTransformer(nn.Module):
     """Maps character ids to the hidden states of chosen layers (Al-Rfou et al. 2018, section 3).
 
-    Matrices start normal with variance 1 / fan-in, biases at zero, embeddings with standard deviation 0.3, position
-    tables with 0.02. The two matrices of each layer that write to the residual stream are divided by sqrt(2L) (Radford
-    et al. 2019), so that 2L sublayers add about as much variance as one, and under post-norm the product of the norms'
-    gradients stays bounded. With `residual_init` "zero" they start at zero.
+    Matrices start normal with variance 1 / fan-in, biases at zero, embeddings with standard deviation
+    0.3, position tables with 0.02. Matrices that write to the residual stream are divided by sqrt(2L)
+    (Radford et al. 2019), or start at zero (`residual_init`).
     """
 
     def __init__(
@@ -140,7 +142,6 @@ class CharTransformer(nn.Module):
         attention: AttentionBackend = "auto",
         activation_checkpointing: bool = False,
     ):
-        """`activation_checkpointing` recomputes each layer in the backward pass; `attention`: see `Attention`."""
         super().__init__()
         self.config = config
         self.vocabulary_size = vocabulary_size
@@ -155,14 +156,17 @@ class CharTransformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        residual_scale = 0.0 if self.config.residual_init == "zero" else (2 * self.config.num_layers) ** -0.5
+        residual_scale = (2 * self.config.num_layers) ** -0.5
+        if self.config.residual_init == "zero":
+            residual_scale = 0.0
         nn.init.normal_(self.embedding.weight, std=0.3)
         for table in self.position_tables:
             nn.init.normal_(table, std=0.02)
         for block in self.blocks:
-            for linear in (module for module in block.modules() if isinstance(module, nn.Linear)):
-                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-                nn.init.zeros_(linear.bias)
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                    nn.init.zeros_(module.bias)
             for linear in (block.attention.out, block.feed_forward.down):
                 linear.weight.data.mul_(residual_scale)
 
@@ -177,14 +181,13 @@ class CharTransformer(nn.Module):
 
         Args:
             ids_BT: character ids, at most `context_length` of them counting those that `cache` holds.
-            layers: numbers of the layers wanted, from 1; by default the last. Layers above the highest do not run.
-            cache: keys and values of earlier positions. It advances by T in the layers that run, so use a cache for
-                one depth only, and none in training with activation checkpointing.
+            layers: the layers wanted, from 1; by default the last. Higher layers do not run.
+            cache: the earlier positions. It advances by T in the layers that run, so use it for one depth
+                only, and not in training with activation checkpointing.
             num_last: number of last positions to return, at least 1; by default all.
 
         Returns:
-            {layer: hidden_BTD}. Under pre-norm the last layer's states went through the final norm, and others are
-            the raw residual stream.
+            {layer: hidden_BTD}. Under pre-norm only the last layer's went through the final norm.
 
         Raises:
             ValueError: no such layer, or the positions exceed the context.
@@ -196,9 +199,9 @@ class CharTransformer(nn.Module):
         return self._run(self.embed(ids_BT, places, cache), 0, wanted, places, cache, num_last)
 
     def resume(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
-        """The last layer's hidden states from those of `layer`, which `forward` returned for the newest positions.
+        """The last layer's hidden states from those that `forward` returned for a lower `layer`.
 
-        Lower the lengths of `cache` to before these first; it advances over them again.
+        First lower the lengths of `cache` to before these positions; it advances over them again.
         """
         places = self.places(hidden_BTD.shape[1], cache)
         last = self.config.num_layers
@@ -206,7 +209,7 @@ class CharTransformer(nn.Module):
 
     def places(self, num_new: int, cache: KVCache | None) -> Places:
         """Slots for the next `num_new` positions. Raises ValueError if they exceed the context."""
-        places = cache.places(num_new) if cache is not None else Places(slice(0, num_new), num_new, None)
+        places = Places(slice(0, num_new), num_new, None) if cache is None else cache.places(num_new)
         if places.end > self.config.context_length:
             raise ValueError(f"{places.end} positions exceed the context of {self.config.context_length}")
         return places

@@ -1,4 +1,4 @@
-"""A fresh model with its heads, the user's own tasks and the objective that a config describes."""
+"""A fresh model, its heads, the user's own tasks and the objective that a config describes."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -27,19 +27,19 @@ def auxiliary_task(name: str) -> Callable[[Builder], Builder]:
             def __init__(self, config, vocabulary_size): ...
             def forward(self, hidden_BTD, windows_BW): ...
 
-    The decorated class or function builds a module from the model's options and the size of the vocabulary. The module
-    maps hidden states of its layer, [B, T, D], and windows, [B, W], whose first T characters the layer has read, to
-    losses in nats, of any shape; their mean is used. It is trained and saved with the model; `charlm.load` leaves it
-    out. Under pre-norm the states of a layer below the last are not normalised.
+    The decorated class or function builds a module from the model's options and the vocabulary's size.
+    The module maps hidden states of its layer, [B, T, D], and windows, [B, W], whose first T characters
+    the layer has read, to losses in nats, of any shape; their mean is used. It is trained and saved with
+    the model; `charlm.load` leaves it out. Under pre-norm only the last layer's states are normalised.
 
-    Draw random numbers from torch alone, whose seed is set before each micro-batch, so that a resumed run repeats them.
-    Registering a name again replaces the earlier task.
+    Draw random numbers from torch alone: it is seeded before each micro-batch, so that a resumed run
+    repeats them. Registering a name again replaces the earlier task.
 
     Raises:
         UserError: the name cannot be a module's.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", name) or hasattr(nn.ModuleDict(), name):
-        raise UserError(f"auxiliary task {name!r}: choose a plain name of letters, digits, _ and -, at most 64")
+        raise UserError(f"auxiliary task {name!r}: choose a plain name of up to 64 letters, digits, _ and -")
 
     def register(build: Builder) -> Builder:
         _task_builders[name] = build
@@ -54,22 +54,20 @@ def check_registered(names: Iterable[str]) -> None:
         if name not in _task_builders:
             known = ", ".join(sorted(_task_builders)) or "none"
             raise UserError(
-                f"aux.tasks: {name!r} is not registered; registered: {known}. Register it with "
-                "charlm.auxiliary_task in a script of your own, and train from there (docs/tasks.md)",
+                f"aux.tasks: {name!r} is not registered; registered: {known}. "
+                "Register it with charlm.auxiliary_task in a script of your own, "
+                "and train from there (docs/tasks.md)",
                 "aux.tasks",
             )
 
 
 def build_objective(config: Config, vocabulary_size: int, *, training: bool = True) -> Objective:
-    """A fresh model, with the heads and the table of terms that the config asks for.
-
-    Args:
-        training: false leaves out the user's own tasks, which need not be registered then.
+    """A fresh model, with the heads and terms of the config; the user's tasks only for `training`.
 
     Raises:
         UserError: a task of aux.tasks is not registered.
-        ConfigError: the parameters need more memory than the machine has, no row of the table weighs anything at some
-            point of training, or aux.hedge has fewer than two layers to weigh.
+        ConfigError: the parameters do not fit in memory, no row weighs anything at some point of
+            training, or aux.hedge has fewer than two layers to weigh.
     """
     model, aux, train = config.model, config.aux, config.train
     if torch.get_default_device().type != "meta":
@@ -88,14 +86,16 @@ def build_objective(config: Config, vocabulary_size: int, *, training: bool = Tr
     next_character = {term.layer for term in terms if term.offset == 1}
     if aux.hedge.enabled and len(next_character) < 2:
         raise ConfigError(
-            f"aux.hedge.enabled=true: weighs layers against each other, but only {len(next_character)} predicts the "
-            "next character; give more layers a head (aux.layers), or switch it off",
+            "aux.hedge.enabled=true: weighs layers against each other, "
+            f"but only {len(next_character)} predicts the next character; "
+            "give more layers a head (aux.layers), or switch it off",
             "aux.hedge.enabled",
         )
     hedge = Hedge(next_character, aux.hedge.beta, aux.hedge.smoothing) if aux.hedge.enabled else None
     tasks = None
     if training and aux.tasks:
         check_registered(aux.tasks)
-        builders = {name: _task_builders[name] for name in sorted(aux.tasks)}
-        tasks = nn.ModuleDict({name: build(model, vocabulary_size) for name, build in builders.items()})
+        tasks = nn.ModuleDict()
+        for name in sorted(aux.tasks):
+            tasks[name] = _task_builders[name](model, vocabulary_size)
     return Objective(transformer, heads, terms, hedge=hedge, tasks=tasks, cross_entropy=train.cross_entropy)

@@ -1,4 +1,4 @@
-"""Parameters, floating-point operations (FLOPs) and memory, counted before anything is trained.
+"""Parameters, floating-point operations (FLOPs) and memory, counted before training.
 
 Shapes: T positions of the context, D d_model, V vocabulary, L layers.
 """
@@ -20,12 +20,11 @@ from charlm.process import physical_memory
 
 
 def num_parameters(*modules: nn.Module) -> int:
-    """All parameters of the modules."""
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return _size(chain(*(module.parameters() for module in modules)))
 
 
 def transformer_parameters(config: ModelConfig, vocabulary_size: int) -> int:
-    """The parameters of `CharTransformer`, without building it: it may be too large."""
+    """The parameters of a `CharTransformer` that may be too large to build."""
     L, T, D, F = config.num_layers, config.context_length, config.d_model, config.d_ff
     block = 4 * (D * D + D) + (2 * D * F + F + D) + 2 * 2 * D
     positions = {"per_layer": L, "input": 1, "rotary": 0}[config.position_encoding] * T * D
@@ -35,22 +34,24 @@ def transformer_parameters(config: ModelConfig, vocabulary_size: int) -> int:
 
 
 def check_memory(config: ModelConfig, vocabulary_size: int) -> None:
-    """Raise ConfigError if the transformer's parameters alone need more memory than the machine has."""
-    parameters, memory = transformer_parameters(config, vocabulary_size), physical_memory()
+    """Raise ConfigError if the transformer's parameters do not fit in memory."""
+    parameters = transformer_parameters(config, vocabulary_size)
+    memory = physical_memory()
     if 4 * parameters > memory:
         raise ConfigError(
             f"model.num_layers={config.num_layers}, d_model={config.d_model}, d_ff={config.d_ff}, "
-            f"context_length={config.context_length}, ngrams={list(config.ngrams)} of {config.ngram_buckets} buckets: "
-            f"make {parameters:.3g} parameters, {4 * parameters / 1e9:,.0f} GB, and this machine has "
-            f"{memory / 1e9:,.0f} GB of memory; make them smaller"
+            f"context_length={config.context_length}, "
+            f"ngrams={list(config.ngrams)} of {config.ngram_buckets} buckets: "
+            f"make {parameters:.3g} parameters, {4 * parameters / 1e9:,.0f} GB, "
+            f"and this machine has {memory / 1e9:,.0f} GB of memory; make them smaller"
         )
 
 
 def dense_flops(parameters: float, depth: int, d_model: int, context_length: int) -> int:
     """FLOPs per character of a training step of `depth` layers: 6 * parameters + 12 * depth * D * T.
 
-    A matrix product costs 2 operations per parameter forward and 4 backward. Attention makes two products of 2 * D * T
-    per layer and position, counted in full although half of it is masked.
+    A matrix product costs 2 operations per parameter forward and 4 backward. Attention makes two
+    products of 2 * D * T per layer and position; the masked half counts too.
     """
     return round(6 * parameters + 12 * depth * d_model * context_length)
 
@@ -58,17 +59,18 @@ def dense_flops(parameters: float, depth: int, d_model: int, context_length: int
 def training_flops(transformer: CharTransformer, heads: Heads, active_terms: Sequence[Term]) -> int:
     """`dense_flops` of a training step on windows of T inputs.
 
-    Only layers up to the highest active one run. A layer's heads run at all T positions if one of its rows does, else
-    at the last alone; in a rotation they count as often as they have a turn. Tables, norms, activations and tasks of
-    the user's own do not count.
+    Matrix products count, up to the highest active layer and without the user's own tasks. A layer's
+    heads run at all T positions if a row does, else at the last; rotated heads count when on turn.
     """
-    config, depth = transformer.config, max(term.layer for term in active_terms)
+    config = transformer.config
+    depth = max(term.layer for term in active_terms)
     parameters = float(_trunk_matrices(transformer, depth))
     for layer in {term.layer for term in active_terms}:
         rows = [term for term in active_terms if term.layer == layer]
         frozen = heads.frozen and layer < config.num_layers
         products = 2 / 3 if frozen else 1  # none for the head's own gradient
-        parameters += products * _head_matrices(heads, rows, config.context_length) / rows[0].weight.period
+        matrices = _head_matrices(heads, rows, config.context_length)
+        parameters += products * matrices / rows[0].weight.period
     return dense_flops(parameters, depth, config.d_model, config.context_length)
 
 
@@ -83,9 +85,9 @@ def inference_flops(transformer: CharTransformer, head: Heads) -> int:
 class RouteCost:
     """Cost of a route at the start of training, when the most losses are active.
 
-    `forward`, `backward` and their `total` are FLOPs of a step; the joint route's are 1. The others are numbers kept
-    in memory: `gradients` and `optimizer_state` beyond the joint route's, and `copies` of parameters and their state,
-    in case a step must be undone.
+    `forward`, `backward` and their `total` are FLOPs of a step; the joint route's are 1. The others
+    count numbers in memory: `gradients` and `optimizer_state` beyond the joint route's, and `copies` of
+    parameters and their state, for a step that must be undone.
     """
 
     forward: float
@@ -99,9 +101,9 @@ class RouteCost:
 def route_cost(config: Config, objective: Objective) -> RouteCost:
     """The cost of `aux.route` for a model, which may be on the meta device.
 
-    n layers run, up to the highest active one. Each takes f FLOPs per character in a forward pass (2 per matrix
-    parameter, and 4 D T for attention), and r f in a backward pass: r = 2, or 3 where activations are recomputed.
-    Layers l_1 < ... < l_K = n have losses, and their heads take h_1, ..., h_K in a forward pass.
+    n layers run, each at f FLOPs per character in a forward pass (2 per matrix parameter, and 4 D T for
+    attention), and r f in a backward pass: r = 2, or 3 where activations are recomputed. Layers
+    l_1 < ... < l_K = n have losses, and heads that take h_1, ..., h_K in a forward pass.
 
               forward             backward
         joint      n f + sum h_k       r n f + 2 sum h_k
@@ -131,7 +133,8 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
         forward, backward = layers[route]
         return forward * of_layer + of_heads, factor * backward * of_layer + 2 * of_heads
 
-    (forward, backward), joint = passes(aux.route), passes("joint")
+    forward, backward = passes(aux.route)
+    joint = passes("joint")
     learning = [_learning_from(objective, own) for own in rows.values()]
     repeated, moved = Counter(), set()
     if aux.route == "multiway":
@@ -153,15 +156,18 @@ def _head_matrices(heads: Heads, rows: Sequence[Term], context_length: int) -> f
     predictions = [term for term in rows if term.task is None]
     if not predictions:
         return 0.0
-    linears = heads.linears(predictions[0].layer, sorted({term.offset for term in predictions}))
+    offsets = sorted({term.offset for term in predictions})
+    linears = heads.linears(predictions[0].layer, offsets)
     everywhere = any(term.positions == "all" for term in predictions)
     return _matrices(*linears) / (1 if everywhere else context_length)
 
 
 def _trunk_matrices(transformer: CharTransformer, depth: int) -> int:
     """Matrix parameters that run once per position, up to layer `depth`."""
-    ngrams = transformer.ngram_embedding
-    return _matrices(transformer.blocks[:depth], *([ngrams] if ngrams is not None else []))
+    modules: list[nn.Module] = [transformer.blocks[:depth]]
+    if transformer.ngram_embedding is not None:
+        modules.append(transformer.ngram_embedding)
+    return _matrices(*modules)
 
 
 def _matrices(*modules: nn.Module) -> int:
@@ -170,7 +176,6 @@ def _matrices(*modules: nn.Module) -> int:
 
 
 def _learning_from(objective: Objective, rows: Sequence[Term]) -> list[nn.Parameter]:
-    """The parameters that learn from the rows of a layer."""
     layer = rows[0].layer
     offsets = sorted({term.offset for term in rows if term.task is None})
     last = layer == objective.transformer.config.num_layers
@@ -187,10 +192,12 @@ def _size(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _state_size(parameters: Iterable[nn.Parameter], train: TrainConfig, transformer: CharTransformer) -> int:
-    """Numbers that optimizers keep for the parameters: one or two moments of each element, or none."""
-    moments = {"adamw": 2, "muon": 2, "sgd": 1 if train.momentum else 0}[train.optimizer]
-    ngrams = transformer.ngram_embedding
-    exceptions = dict.fromkeys(ngrams.tables.parameters() if ngrams is not None else (), 2)  # SparseAdam's
+    """Numbers that optimizers keep: up to two moments of each element."""
+    usual = {"adamw": 2, "muon": 2, "sgd": 1 if train.momentum else 0}[train.optimizer]
+    moments: dict[nn.Parameter, int] = {}
+    if (ngrams := transformer.ngram_embedding) is not None:
+        moments |= dict.fromkeys(ngrams.tables.parameters(), 2)  # SparseAdam's
     if train.optimizer == "muon":
-        exceptions |= {parameter: 1 for parameter in transformer.blocks.parameters() if parameter.ndim == 2}
-    return sum(exceptions.get(parameter, moments) * parameter.numel() for parameter in parameters)
+        matrices = [parameter for parameter in transformer.blocks.parameters() if parameter.ndim == 2]
+        moments |= dict.fromkeys(matrices, 1)
+    return sum(moments.get(parameter, usual) * parameter.numel() for parameter in parameters)

@@ -10,7 +10,7 @@ from torch import Tensor
 from charlm.config import CrossEntropyBackend
 
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
-"""Logits computed at once: as many as fit the caches of two CPU cores, or keep a GPU busy."""
+"""Logits computed at once: they fit the caches of two CPU cores, or keep a GPU busy."""
 
 
 def linear_cross_entropy(
@@ -22,16 +22,16 @@ def linear_cross_entropy(
     backend: CrossEntropyBackend = "chunked",
     hinge: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The losses of K linear classifiers of the same hidden states, and the weighted sum to minimise.
+    """The losses of K linear classifiers of the same hidden states, and their weighted sum.
 
-    Matrix products run in the precision of autocast, if it is on; softmax and losses are always fp32.
+    Matrix products run in autocast's precision, if it is on; softmax and losses are always fp32.
 
     Args:
         weight_RD, bias_R: the parameters of the K classifiers, stacked.
-        targets_NK: the ids that the classifier of each offset should predict.
+        targets_NK: the ids to predict at each offset.
         loss_weights_NK: at least 0, one of them above; fp32, without a gradient.
-        hinge: in nats, at least 0. Lee et al. 2015 (Deeply-Supervised Nets, section 2) put it on a companion's whole
-            objective; on single predictions it does not depend on how a batch is cut into micro-batches.
+        hinge: in nats, at least 0, for each prediction, so that micro-batches of any size agree. Lee et
+            al. 2015 (Deeply-Supervised Nets, section 2) put it on a companion's whole objective.
 
     Returns:
         total: sum of loss_weights * max(0, losses - hinge); differentiable in states, weight and bias.
@@ -42,7 +42,12 @@ def linear_cross_entropy(
 
 
 def _reference(
-    hidden_ND: Tensor, weight_RD: Tensor, bias_R: Tensor, targets_NK: Tensor, loss_weights_NK: Tensor, hinge: float
+    hidden_ND: Tensor,
+    weight_RD: Tensor,
+    bias_R: Tensor,
+    targets_NK: Tensor,
+    loss_weights_NK: Tensor,
+    hinge: float,
 ) -> tuple[Tensor, Tensor]:
     N, K = targets_NK.shape
     logits = F.linear(hidden_ND, weight_RD, bias_R).float().view(N * K, -1)
@@ -51,11 +56,12 @@ def _reference(
 
 
 def _weighted_sum(losses_NK: Tensor, loss_weights_NK: Tensor, hinge: float) -> Tensor:
-    return (loss_weights_NK * (F.relu(losses_NK - hinge) if hinge else losses_NK)).sum()
+    counted_NK = F.relu(losses_NK - hinge) if hinge else losses_NK
+    return (loss_weights_NK * counted_NK).sum()
 
 
 class ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradient in the forward pass, chunk by chunk, and keeps it in place of the logits."""
+    """Computes the gradient in the forward pass, chunk by chunk; keeps it in place of the logits."""
 
     @staticmethod
     def forward(
@@ -68,17 +74,20 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         hinge: float,
     ) -> tuple[Tensor, Tensor]:
         device = hidden_ND.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        dtype = hidden_ND.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             hidden, weight, bias = hidden_ND.to(dtype), weight_RD.to(dtype), bias_R.to(dtype)
             N, K = targets_NK.shape
             losses_NK = torch.empty(N, K, device=hidden.device)
-            differentiable, constant = any(ctx.needs_input_grad), not any(ctx.needs_input_grad[1:3])
+            differentiable = any(ctx.needs_input_grad)
+            constant = not any(ctx.needs_input_grad[1:3])  # the classifiers' parameters
             if differentiable:
                 grad_hidden = torch.empty_like(hidden)
                 grad_weight = None if constant else torch.zeros_like(weight_RD)
                 grad_bias = None if constant else torch.zeros_like(bias_R)
-                # Scaled to order 1 whatever the weights are, so that fp16 can hold the gradients.
+                # Scaled to order 1, so that fp16 can hold the gradients.
                 scale = loss_weights_NK.max()
                 factors_NK = loss_weights_NK / scale
             rows = max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // len(weight))
@@ -87,14 +96,18 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
                 targets = targets_NK[chunk].flatten()[:, None]
                 logits = F.linear(hidden[chunk], weight, bias).float().view(len(targets), -1)
                 probabilities = logits.softmax(dim=-1)
-                # -ln p of the target by way of the largest p, as the target's own may underflow to 0.
+                # -ln p by way of the largest p, as the target's own may underflow to 0.
                 behind = logits.amax(dim=-1, keepdim=True) - logits.gather(1, targets)
-                losses_NK[chunk] = (behind - probabilities.amax(dim=-1, keepdim=True).log()).view(-1, K)
+                largest = probabilities.amax(dim=-1, keepdim=True)
+                losses_NK[chunk] = (behind - largest.log()).view(-1, K)
                 if differentiable:
                     # d loss / d logits = softmax - onehot
                     grad_logits = probabilities
-                    grad_logits.scatter_add_(1, targets, grad_logits.new_full((1, 1), -1.0).expand_as(targets))
-                    factors = factors_NK[chunk] * (losses_NK[chunk] > hinge) if hinge else factors_NK[chunk]
+                    minus_one = grad_logits.new_full((1, 1), -1.0)
+                    grad_logits.scatter_add_(1, targets, minus_one.expand_as(targets))
+                    factors = factors_NK[chunk]
+                    if hinge:
+                        factors = factors * (losses_NK[chunk] > hinge)
                     grad_logits = grad_logits.mul_(factors.reshape(-1, 1)).view(-1, len(weight))
                     if not constant:
                         grad_bias += grad_logits.sum(dim=0)

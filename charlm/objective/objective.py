@@ -25,12 +25,13 @@ class LossReport(NamedTuple):
     parts: dict[str, Tensor]
     """Each active term's own loss, unweighted and detached, by name."""
     by_layer: dict[int, Tensor]
-    """Each layer's share of the total. Differentiable, like the total."""
+    """Each layer's share of the total, differentiable like it."""
 
 
 def head_pairs(terms: Sequence[Term], num_layers: int) -> set[tuple[int, int]]:
-    """The (layer, offset) pairs that need a head: the table's, and the one that predicts after training."""
-    return {(term.layer, term.offset) for term in terms if term.task is None} | {(num_layers, 1)}
+    """The (layer, offset) pairs that need a head, with the one that predicts after training."""
+    trained = {(term.layer, term.offset) for term in terms if term.task is None}
+    return trained | {(num_layers, 1)}
 
 
 class Hedge(nn.Module):
@@ -40,33 +41,34 @@ class Hedge(nn.Module):
 
         alpha_i <- max(alpha_i * beta^loss_i, smoothing / n), then all divided by their sum
 
-    (Sahoo et al. 2018, Online Deep Learning, section 3.2, algorithm 1). Nothing here waits for the device.
+    (Sahoo et al. 2018, Online Deep Learning, section 3.2, algorithm 1). It never waits for the device.
     """
 
     def __init__(self, layers: Iterable[int], beta: float, smoothing: float):
         super().__init__()
         self.layers = sorted(set(layers))
-        self.beta, self.smoothing = beta, smoothing
+        self.beta = beta
+        self.smoothing = smoothing
         self.weights: Tensor
-        """A buffer, so that checkpoints hold it: an entry for each of `layers`, from the lowest on."""
-        self.register_buffer("weights", torch.full((len(self.layers),), 1.0 / len(self.layers)))
+        """An entry for each of `layers`; a buffer, so that checkpoints hold it."""
+        equal = torch.full((len(self.layers),), 1.0 / len(self.layers))
+        self.register_buffer("weights", equal)
 
     def weight(self, layer: int) -> Tensor:
-        """The factor on the losses of `layer`: a scalar on the device, without a gradient."""
-        return self.weights[self.layers.index(layer)].clone()  # a backward pass may come after `adapt`
+        """The factor on the losses of `layer`: a scalar without a gradient."""
+        weight = self.weights[self.layers.index(layer)]
+        return weight.clone()  # a backward pass may come after `adapt`
 
     @torch.no_grad()
     def adapt(self, losses: Mapping[int, Tensor], skip: Tensor | None = None) -> None:
-        """Adapt the weights to the layers' losses of one update, unless `skip` is true.
-
-        A layer without a loss, as its rows weigh nothing, keeps its weight; the others share the rest.
-        """
+        """Adapt to an update's losses, unless `skip`; a layer without a loss keeps its weight."""
         heard = [index for index, layer in enumerate(self.layers) if layer in losses]
         if not heard:
             return
         before = torch.stack([self.weights[index] for index in heard])
-        factors = self.beta ** torch.stack([losses[self.layers[index]].to(before) for index in heard])
-        raised = (before * factors).clamp(min=self.smoothing / len(self.layers))
+        own_losses = torch.stack([losses[self.layers[index]].to(before) for index in heard])
+        raised = before * self.beta**own_losses
+        raised = raised.clamp(min=self.smoothing / len(self.layers))
         after = raised / raised.sum() * (1.0 - self.weights.sum() + before.sum())
         if skip is not None:
             after = torch.where(skip, before, after)
@@ -75,7 +77,7 @@ class Hedge(nn.Module):
 
 
 class Objective(nn.Module):
-    """The transformer, its heads and the table of terms; maps windows and progress to a loss."""
+    """The transformer, its heads and the table of terms: from windows to their loss."""
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class Objective(nn.Module):
         tasks: nn.ModuleDict | None = None,
         cross_entropy: CrossEntropyBackend = "chunked",
     ):
-        """`hedge` multiplies the losses of its layers' heads; `tasks` are the user's own modules, by name."""
+        """`hedge` weighs the losses of its layers' heads; `tasks` are the user's own, by name."""
         super().__init__()
         self.transformer = transformer
         self.heads = heads
@@ -98,13 +100,17 @@ class Objective(nn.Module):
         self.longest_offset = max(offset for _, offset in heads.pairs)
         self.window_length = transformer.config.context_length + self.longest_offset
 
-    def forward(self, windows_BW: Tensor, progress: float, layers: Collection[int] | None = None) -> LossReport:
-        """The loss of `windows_BW` at `progress`; only of the rows of `layers`, if given.
+    def forward(
+        self,
+        windows_BW: Tensor,
+        progress: float,
+        layers: Collection[int] | None = None,
+    ) -> LossReport:
+        """The loss of `windows_BW` at `progress`, of all layers or only of `layers`.
 
-        The first T characters of a window are the input; position t (0-based) predicts character t + offset. With
-        T = 4 and two offsets "abcdef" is read as "abcd": the targets are "bcde" at offset 1 and "cdef" at offset 2.
-
-        Rows of weight zero cost nothing, nor do layers above the highest active one.
+        The first T characters of a window are the input; position t (0-based) predicts character
+        t + offset. With T = 4 and two offsets "abcdef" is read as "abcd": the targets are "bcde" at
+        offset 1 and "cdef" at offset 2. Inactive rows and layers cost nothing.
 
         Raises:
             ValueError: windows without input or longer than `window_length`, or no active row.
@@ -115,15 +121,20 @@ class Objective(nn.Module):
         rows = self._active_rows(progress, layers)
         return self._losses(self.transformer(windows_BW[:, :T], rows), windows_BW, rows)
 
-    def losses(self, hidden_states: Mapping[int, Tensor], windows_BW: Tensor, progress: float) -> LossReport:
+    def losses(
+        self,
+        hidden_states: Mapping[int, Tensor],
+        windows_BW: Tensor,
+        progress: float,
+    ) -> LossReport:
         """Like `forward`, for the layers whose `hidden_states` are given, [B, T, D] each."""
-        return self._losses(hidden_states, windows_BW, self._active_rows(progress, hidden_states))
+        rows = self._active_rows(progress, hidden_states)
+        return self._losses(hidden_states, windows_BW, rows)
 
     def adapt(self, parts: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
-        """Adapt the hedge's weights to the losses of an update by name: global means, on the device.
+        """Adapt the hedge to an update's losses, means over all processes, unless scalar `skip` is true.
 
-        A layer is judged by its loss of the next character, at all positions if there is such a row. Nothing changes
-        if `skip` (a bool scalar on the device) is true.
+        A layer is judged by its loss of the next character, at all positions if there is such a row.
         """
         losses: dict[int, Tensor] = {}
         for positions in ("last", "all"):  # the later wins
@@ -133,12 +144,13 @@ class Objective(nn.Module):
 
     def _active_rows(self, progress: float, layers: Collection[int] | None) -> dict[int, Rows]:
         rows = active_by_layer(self.terms, progress)
-        wanted = rows if layers is None else {layer: rows[layer] for layer in rows if layer in layers}
-        if not wanted:
+        if layers is not None:
+            rows = {layer: rows[layer] for layer in rows if layer in layers}
+        if not rows:
             raise ValueError(f"no row of the table weighs anything at progress {progress}")
-        return wanted
+        return rows
 
-    def _losses(self, hidden_states: Mapping[int, Tensor], windows_BW: Tensor, rows: Mapping[int, Rows]) -> LossReport:
+    def _losses(self, hidden_states: Mapping[int, Tensor], windows_BW: Tensor, rows: dict[int, Rows]) -> LossReport:
         by_layer, parts = {}, {}
         for layer, layer_rows in rows.items():
             shares = []
@@ -154,13 +166,19 @@ class Objective(nn.Module):
             by_layer[layer] = reduce(torch.add, shares)
         return LossReport(torch.stack(list(by_layer.values())).sum(), parts, by_layer)
 
-    def _layer_losses(self, hidden_BTD: Tensor, windows_BW: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the rows of a layer's heads, and each one's loss, from one matrix product."""
+    def _layer_losses(
+        self,
+        hidden_BTD: Tensor,
+        windows_BW: Tensor,
+        rows: Rows,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of a layer's losses, and each row's loss, from one matrix product."""
         layer, hinge = rows[0][0].layer, rows[0][0].hinge
         offsets = sorted({term.offset for term, _ in rows})
         T = hidden_BTD.shape[1]
         first = 0 if any(term.positions == "all" for term, _ in rows) else T - 1
-        targets_BTK = torch.stack([windows_BW[:, first + offset : T + offset] for offset in offsets], dim=-1)
+        by_offset = [windows_BW[:, first + offset : T + offset] for offset in offsets]
+        targets_BTK = torch.stack(by_offset, dim=-1)
         weights_BTK = torch.zeros(targets_BTK.shape, device=hidden_BTD.device)
         chosen = {}
         for term, weight in rows:

@@ -1,15 +1,14 @@
 """Routes: ways in which the gradients of several losses reach the trunk (`aux.route`).
 
-Each layer l has one loss: the weighted sum of its rows, or lambda_l, the sum of their weights, times the weighted mean.
-theta_l, the trunk up to layer l, consists of embeddings, position tables and blocks. All other parameters are heads,
-the exits' norms and the final norm too.
-
-Each update clips by itself, and decays the parameters that it moves.
+Each layer l has one loss, the weighted sum of its rows: lambda_l, the sum of their weights, times the
+weighted mean. theta_l, the trunk up to layer l, is embeddings, position tables and blocks. All other
+parameters count as heads. Each update clips by itself, and decays what it moves.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from charlm.objective.objective import LossReport, Objective
 from charlm.objective.terms import Term, active_by_layer
 
 OptimizerFactory = Callable[[Sequence[nn.Parameter]], list[Optimizer]]
-"""Builds optimizers that together own each of the given parameters once."""
+"""Builds optimizers that together own each parameter once."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,11 @@ class Joint:
     """Whether a forward pass has one backward pass, as DDP's reducer expects."""
 
     def __init__(self, objective: Objective, aux: AuxConfig, build: OptimizerFactory):
-        self.objective, self.aux = objective, aux
+        self.objective = objective
+        self.aux = aux
         self.parameters = list(objective.parameters())
-        trunk = set(trunk_parameters(objective.transformer, 1, objective.transformer.config.num_layers))
+        transformer = objective.transformer
+        trunk = set(trunk_parameters(transformer, 1, transformer.config.num_layers))
         self.heads = [parameter for parameter in self.parameters if parameter not in trunk]
         self.optimizers = self._build(build)
 
@@ -63,7 +64,7 @@ class Joint:
         return [None]
 
     def backward(self, report: LossReport, factor: float, backward: Callable[..., None]) -> None:
-        """Add `factor` times a micro-batch's gradient to that of the pass, by torch.autograd.backward or its like."""
+        """Add `factor` times a micro-batch's gradient; `backward` is like torch.autograd.backward."""
         backward(report.total * factor)
 
     def updates(self, progress: float) -> list[Update]:
@@ -75,11 +76,10 @@ class Joint:
 
 
 class Relay(Joint):
-    """The loss of layer l < L reaches its head and layers l-k+1 to l, k = `aux.relay_layers`, and nothing below (the
-    method that PSPNet compares itself with).
+    """The loss of layer l < L reaches its head and layers l-k+1 to l, k = `aux.relay_layers`.
 
-    A layer includes its own position table. Embeddings, and a table at the input, learn from the last layer's loss and
-    from those of layers l <= k.
+    Nothing below learns from it (the method that PSPNet compares itself with). A layer includes its own
+    position table, and layer 1 the embeddings and a table at the input.
     """
 
     one_backward = False
@@ -97,10 +97,10 @@ class Relay(Joint):
 
 
 class Pairwise(Joint):
-    """For each loss in turn, from the lowest layer up: a forward pass to its layer, a backward pass, and an update of
-    theta_l and the layer's heads (AuxNet, "pair-wise").
+    """A forward and a backward pass and an update for each loss (AuxNet, "pair-wise").
 
-    A micro-batch has the same dropout noise in all passes. All losses share one optimizer state.
+    From the lowest layer up each pass runs to its layer, and each update moves theta_l and the layer's
+    heads. Dropout noise is the same in all passes. All losses share one optimizer state.
     """
 
     def passes(self, progress: float) -> list[list[int] | None]:
@@ -108,26 +108,26 @@ class Pairwise(Joint):
 
 
 class Multiway(Joint):
-    """One forward pass and a separate gradient for every loss; then, from the lowest layer up, one update of theta_l
-    and the layer's heads per loss, by optimizers of its own (AuxNet, "multi-way").
+    """One forward pass, and for each loss a gradient, an update and optimizers (AuxNet, "multi-way").
 
-    Under `aux.step_sizes` "auxnet" the trunk's learning rate is divided by the sum of lambda_j over the active layers
-    j >= l, and the heads learn from the mean loss itself. Under "common" plain SGD makes the same step as the joint
-    route.
+    From the lowest layer up each update moves theta_l and the layer's heads. Under `aux.step_sizes`
+    "auxnet" the trunk's learning rate is divided by the sum of lambda_j over the active layers j >= l,
+    and the heads learn from the mean loss. Under "common" plain SGD makes the joint route's step.
     """
 
     one_backward = False
 
     def _build(self, build: OptimizerFactory) -> list[Optimizer]:
         self.gradients: dict[int, dict[nn.Parameter, Tensor]] = {}
-        self.of_trunk, self.of_heads = {}, {}
+        self.of_trunk: dict[int, list[Optimizer]] = {}
+        self.of_heads: dict[int, list[Optimizer]] = {}
         for layer in sorted({term.layer for term in self.objective.terms}):
             self.of_trunk[layer] = build(trunk_parameters(self.objective.transformer, 1, layer))
             self.of_heads[layer] = build(self.heads)
             for optimizer in (*self.of_trunk[layer], *self.of_heads[layer]):
                 for group in optimizer.param_groups:
                     group["state_prefix"] = f"layer{layer}/"
-        return [optimizer for own in (*self.of_trunk.values(), *self.of_heads.values()) for optimizer in own]
+        return list(chain(*self.of_trunk.values(), *self.of_heads.values()))
 
     def backward(self, report: LossReport, factor: float, backward: Callable[..., None]) -> None:
         highest = max(report.by_layer)
@@ -144,7 +144,8 @@ class Multiway(Joint):
         for layer, gradients in self.gradients.items():
             step_size = 1.0
             if self.aux.step_sizes == "auxnet":
-                step_size = 1.0 / sum(weight for above, weight in weights.items() if above >= layer)
+                above = [weight for other, weight in weights.items() if other >= layer]
+                step_size = 1.0 / sum(above)
                 for parameter in gradients.keys() & set(self.heads):
                     gradients[parameter] /= weights[layer]
             step_sizes = dict.fromkeys(self.of_trunk[layer], step_size)
@@ -158,19 +159,16 @@ ROUTES = {"joint": Joint, "relay": Relay, "pairwise": Pairwise, "multiway": Mult
 
 
 def check_route(config: Config, precision: str | None = None, sharded: bool = False) -> None:
-    """Raise UserError if `aux.route` cannot be combined with the other options.
-
-    `precision` is the one in use, where train.mixed_precision leaves the choice to the machine.
-    """
+    """Raise UserError if `aux.route` excludes another option; `precision` is the one in use."""
     aux, train = config.aux, config.train
     fp16 = (precision or train.mixed_precision) == "fp16"
     searched = train.micro_batch_size == "auto"
     learned = aux.hedge.enabled and aux.route == "multiway" and aux.step_sizes == "auxnet"
     for holds, complaint in (
-        (fp16, "fp16 scales gradients by one factor for one loss; use --train.mixed_precision=bf16 or fp32"),
-        (sharded, "FSDP2 gathers and frees shards for one backward pass per step; use --train.sharding=no"),
+        (fp16, "fp16 has one gradient scale for one loss; use --train.mixed_precision=bf16 or fp32"),
+        (sharded, "FSDP2 frees shards after one backward pass per step; use --train.sharding=no"),
         (searched, "train.micro_batch_size=auto measures the memory of a joint step; give a number"),
-        (learned, "AuxNet's step sizes need fixed weights, and aux.hedge learns them; use --aux.step_sizes=common"),
+        (learned, "aux.hedge learns weights that AuxNet needs fixed; use --aux.step_sizes=common"),
     ):
         if holds and aux.route != "joint":
             raise UserError(f"aux.route={aux.route}: {complaint}", "aux.route")
@@ -183,12 +181,12 @@ def loss_weights(terms: Sequence[Term], progress: float) -> dict[int, float]:
 
 
 def blocked_layers(layers: Sequence[int], num_layers: int, depth: int) -> list[int]:
-    """Layers whose loss does not reach the embeddings if it stops `depth` layers below its head."""
+    """The layers whose loss, if it reaches `depth` layers, stops short of the embeddings."""
     return [layer for layer in layers if depth < layer < num_layers]
 
 
 def trunk_parameters(transformer: CharTransformer, lowest: int, highest: int) -> list[nn.Parameter]:
-    """The parameters of layers `lowest` to `highest` and their position tables; with layer 1 the embeddings."""
+    """Parameters and position tables of layers `lowest` to `highest`; with layer 1 the embeddings."""
     layers = slice(max(lowest, 1) - 1, highest)
     modules: list[nn.Module] = [*transformer.blocks[layers]]
     if lowest <= 1:

@@ -1,6 +1,6 @@
-"""Weights as pure functions of training progress p = completed optimizer steps / all optimizer steps.
+"""Weights as functions of training progress p = completed optimizer steps / all of them.
 
-A schedule runs on a clock that reads u = 0 until p = start and u = 1 from p = end on. A weight that stops at c is
+A schedule's clock reads u = 0 until p = start and u = 1 from p = end on. A weight that stops at c is
 positive while p < c, and zero from c on.
 """
 
@@ -14,7 +14,7 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class EveryNthStep:
-    """On at every `turns`-th of the run's `steps` optimizer steps, first at step `index`."""
+    """On at every `turns`-th of a run's `steps` optimizer steps, first at step `index`."""
 
     index: int
     turns: int
@@ -24,7 +24,7 @@ class EveryNthStep:
         return (round(progress * self.steps) - self.index) % self.turns == 0
 
     def next_on(self, progress: float) -> float:
-        """The progress of the first step at or after `progress` at which it is on."""
+        """The progress of the first such step at or after `progress`."""
         step = round(progress * self.steps)
         return (step + (self.index - step) % self.turns) / self.steps
 
@@ -33,9 +33,9 @@ class EveryNthStep:
 class Schedule:
     """A weight over progress: `schedule(p)` for p in [0, 1).
 
-    The formula changes at `breakpoints`. Between two of them `weight` is either zero or positive throughout (except
-    for an isolated zero), so that `stops_at` is exact. With a `rotation` the schedule is zero at the steps between its
-    turns; `stops_at` and `limit` describe its turns.
+    The formula changes at `breakpoints`. Between two of them `weight` is zero or positive throughout
+    (except for an isolated zero), so that `stops_at` is exact. With a `rotation` the schedule is zero
+    between its turns; `stops_at` and `limit` describe the turns.
     """
 
     weight: Callable[[float], float]
@@ -43,10 +43,10 @@ class Schedule:
     rotation: EveryNthStep | None = None
 
     def __call__(self, progress: float) -> float:
-        return self.weight(progress) if self.rotation is None or self.rotation.is_on(progress) else 0.0
+        off = self.rotation is not None and not self.rotation.is_on(progress)
+        return 0.0 if off else self.weight(progress)
 
     def __mul__(self, other: "Schedule") -> "Schedule":
-        """The product; one of the two may have a rotation."""
         assert self.rotation is None or other.rotation is None
         return Schedule(
             lambda p: self.weight(p) * other.weight(p),
@@ -60,7 +60,7 @@ class Schedule:
         return Schedule(lambda p: 1.0 - self.weight(p), self.breakpoints)
 
     def at_next_turn(self, progress: float) -> float:
-        """The weight at the first step at or after `progress` at which the rotation is on."""
+        """The weight at the rotation's first turn at or after `progress`."""
         return self.weight(progress if self.rotation is None else self.rotation.next_on(progress))
 
     @property
@@ -70,7 +70,7 @@ class Schedule:
 
     @property
     def limit(self) -> float:
-        """The weight that the last steps approach: the limit at p = 1 from the left."""
+        """The limit of the weight at p = 1 from the left."""
         return round(self.weight(math.nextafter(1.0, 0.0)), 12)
 
     @property
@@ -86,20 +86,16 @@ class Schedule:
 
 def intervals(*schedules: Schedule) -> list[tuple[float, float]]:
     """The parts of training, in order, within which no schedule's formula changes."""
-    return list(pairwise(sorted({0.0, 1.0}.union(*(schedule.breakpoints for schedule in schedules)))))
+    edges = {0.0, 1.0}.union(*(schedule.breakpoints for schedule in schedules))
+    return list(pairwise(sorted(edges)))
 
 
 def constant(value: float) -> Schedule:
-    """The same weight throughout."""
     return Schedule(lambda p: value)
 
 
 def _at(clock: Fraction, start: float, end: float) -> float:
-    """The progress at which the clock reads `clock`.
-
-    Exact decimal arithmetic, rounded once, makes schedules switch at the exact step: as floats 0.1 + 0.8 * 0.25 is a
-    hair above 0.3.
-    """
+    """The progress at which the clock reads `clock`: exact, as 0.1 + 0.8 * 0.25 in floats is not 0.3."""
     exact_start, exact_end = Fraction(repr(start)), Fraction(repr(end))
     return float(exact_start + (exact_end - exact_start) * clock)
 
@@ -117,12 +113,12 @@ def cutoff(start: float = 0.0, end: float = 1.0, clock: Fraction = Fraction(1)) 
 
 
 def linear(start: float = 0.0, end: float = 1.0) -> Schedule:
-    """1 - u: a straight fall from 1 at `start` to 0 at `end`."""
+    """1 - u: a straight fall from 1 to 0."""
     return Schedule(lambda p: 1.0 - _clock(p, start, end), frozenset({start, end}))
 
 
 def cosine(start: float = 0.0, end: float = 1.0) -> Schedule:
-    """(1 + cos(pi u)) / 2: a fall from 1 at `start` to 0 at `end` that is flat at both ends."""
+    """(1 + cos(pi u)) / 2: a fall from 1 to 0 that is flat at both ends."""
 
     def weight(p: float) -> float:
         return (1.0 + math.cos(math.pi * _clock(p, start, end))) / 2
@@ -147,7 +143,7 @@ SWITCHES: dict[str, Callable[[int, int, float, float], Schedule]] = {
     # The farthest target stops as each of n equal parts ends.
     "shrinking": lambda i, n, *span: cutoff(*span, Fraction(n - i + 1, n)),
 }
-"""Schedules of layer or target i of n that switch once, on the clock from `start` to `end`."""
+"""Schedules of layer or target i of n that switch once."""
 
 
 def rotational(index: int, turns: int, steps: int) -> Schedule:
@@ -155,10 +151,16 @@ def rotational(index: int, turns: int, steps: int) -> Schedule:
     return Schedule(lambda p: 1.0, rotation=EveryNthStep(index, turns, steps))
 
 
-def staged(weights: Sequence[float], ends: Sequence[float], start: float, end: float, passage: str) -> Schedule:
+def staged(
+    weights: Sequence[float],
+    ends: Sequence[float],
+    start: float,
+    end: float,
+    passage: str,
+) -> Schedule:
     """`weights[i]` until the clock reads `ends[i]`; the ends rise to 1.
 
-    With `passage` "linear" a stage's weight moves on a straight line to the next stage's; the last stage's stays.
+    With `passage` "linear" a stage's weight moves straight to the next stage's; the last one stays.
     """
     edges = [_at(Fraction(repr(clock)), start, end) for clock in (0.0, *ends)]
 

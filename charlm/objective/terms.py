@@ -30,8 +30,8 @@ class TermName(NamedTuple):
 class Term:
     """Predict the character `offset` steps ahead from the hidden states of `layer`.
 
-    `layer` is 1-based and offset 1 is the next character. The loss is the mean cross-entropy over "all" positions of
-    the window, or that of the "last" one. A row of weight zero is not computed.
+    `layer` is 1-based and offset 1 is the next character. The loss is the mean cross-entropy over "all"
+    positions of the window, or that of the "last" one.
     """
 
     layer: int
@@ -40,19 +40,19 @@ class Term:
     positions: Literal["all", "last"]
     weight: Schedule
     hinge: float = 0.0
-    """Threshold in nats: only the part of the loss above it counts."""
+    """In nats: only the part of the loss above it counts."""
     task: str | None = None
-    """Name of the user's own task, if the row belongs to one."""
+    """Name of the user's own task, if it is one."""
 
     @property
     def name(self) -> str:
-        """Unique in a table; trackers that group by slashes read it as a path."""
+        """Unique in a table; a path for trackers that group by slashes."""
         what = f"offset{self.offset}/{self.positions}" if self.task is None else f"task/{self.task}"
         return f"layer{self.layer}/{what}"
 
     @staticmethod
     def parse(name: str) -> TermName | None:
-        """The parts of a name, or of its beginning: "layer3" or "layer3/offset2"; None for another text."""
+        """The parts of a name, or of its beginning such as "layer3/offset2"; else None."""
         found = re.fullmatch(r"layer(\d+)(?:/offset(\d+)(?:/(all|last))?|/task/(.+))?", name)
         if found is None:
             return None
@@ -65,13 +65,11 @@ Rows = list[tuple[Term, float]]
 
 
 def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tuple[Term, ...]:
-    """The table of a config, ordered by layer, offset and positions; the user's own tasks come last.
+    """The table of a config, by layer, offset and positions; the user's own tasks come last.
 
-    A row's weight is the product of its layer's, its offset's, and its share: w of `aux.positions` for "all" positions,
-    1 - w for the "last". Rows that are zero throughout are not listed.
-
-    Args:
-        steps: optimizer steps of the whole run; needed by a rotational schedule alone.
+    A row's weight is the product of its layer's, its offset's, and its share: w of `aux.positions` for
+    "all" positions, 1 - w for the "last". Rows that are always zero are not listed. Only a rotational
+    schedule needs the optimizer `steps` of the run.
 
     Raises:
         ConfigError: at some point of training no row weighs anything.
@@ -79,7 +77,9 @@ def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tu
     layer_weights = _layer_weights(aux, num_layers, steps)
     offset_weights = _offset_weights(aux.targets)
     positions = aux.positions
-    share = DECAYS[positions.schedule](positions.start, positions.end) if positions.enabled else constant(0.0)
+    share = constant(0.0)
+    if positions.enabled:
+        share = DECAYS[positions.schedule](positions.start, positions.end)
     hinges = dict.fromkeys(layer_weights, aux.layers.hinge) | {num_layers: 0.0}
     rows = [
         Term(layer, offset, kind, layer_weight * offset_weight * position_weight, hinges[layer])
@@ -88,7 +88,8 @@ def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tu
         if offset == 1 or layer == num_layers or aux.targets.layers == "all"
         for kind, position_weight in (("all", share), ("last", share.complement()))
     ]
-    terms = tuple(row for row in [*rows, *_task_rows(aux, num_layers)] if row.weight.stops_at != 0.0)
+    rows += _task_rows(aux, num_layers)
+    terms = tuple(row for row in rows if row.weight.stops_at != 0.0)
     _require_a_loss(terms, aux)
     return terms
 
@@ -117,7 +118,7 @@ def _layer_weights(aux: AuxConfig, num_layers: int, steps: int | None) -> dict[i
 
 
 def _base_weights(layers: LayersConfig, num_layers: int) -> dict[int, float]:
-    """The weights of intermediate layers that have a head, before their schedules."""
+    """The weights of intermediate layers with a head, before their schedules."""
     heads = layers.intermediate(num_layers)
     if isinstance(layers.weights, dict):
         by_layer = {layer_at(depth, num_layers): weight for depth, weight in layers.weights.items()}
@@ -149,7 +150,7 @@ def _schedules(
     by_stage: Sequence[tuple[float, ...]],
     steps: int | None = None,
 ) -> dict[int, Schedule]:
-    """The schedules of layers or offsets `numbers` of `count`; `by_stage` has the weights of each in every stage."""
+    """The schedules of layers or offsets `numbers` of `count`; `by_stage`: their weights by stage."""
     span = loss.start, loss.end
     if loss.schedule in SWITCHES:
         return {number: SWITCHES[loss.schedule](number, count, *span) for number in numbers}
@@ -173,19 +174,21 @@ def _task_rows(aux: AuxConfig, num_layers: int) -> list[Term]:
 
 
 def _averaged(weights: dict[int, Schedule], weighted: bool) -> dict[int, Schedule]:
-    """The weights divided by the number of layers active at the same time, or by the sum of their weights."""
+    """The weights divided by the number of layers active, or by the sum of their weights."""
     schedules = tuple(weights.values())
 
     def share(p: float) -> float:
         active_weights = [weight for schedule in schedules if (weight := schedule(p)) > 0.0]
-        return 1.0 / ((sum(active_weights) if weighted else len(active_weights)) or 1)
+        divisor = sum(active_weights) if weighted else len(active_weights)
+        return 1.0 / (divisor or 1)
 
-    factor = Schedule(share, frozenset().union(*(schedule.breakpoints for schedule in schedules)))
+    breakpoints = frozenset().union(*(schedule.breakpoints for schedule in schedules))
+    factor = Schedule(share, breakpoints)
     return {layer: weight * factor for layer, weight in weights.items()}
 
 
 def active(terms: Sequence[Term], progress: float) -> Iterator[tuple[Term, float]]:
-    """The rows whose weight is not zero at `progress`, with their weights."""
+    """The rows of nonzero weight at `progress`, with their weights."""
     for term in terms:
         if weight := term.weight(progress):
             yield term, weight
