@@ -3,24 +3,29 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from charlm.config.errors import UserError
 
 MAX_JSON_BYTES = 2**24
+TEMPORARY = re.compile(r"\.(.+)\.(\d{1,9})\.tmp", re.ASCII | re.DOTALL)
+"""Name of what `replacing` writes: the target's name and the id of the writing process."""
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, kind: Any = Any) -> Any:
     """The content of a JSON file, as a `kind`: a model or another type that pydantic can check.
 
     Raises:
-        UserError: it is missing, no regular file, larger than `max_bytes`, damaged, nested too deeply, or no `kind`.
+        UserError: it is missing, no regular file, larger than `max_bytes`, damaged, nested too deeply,
+            or no `kind`.
     """
     try:
         if not path.is_file():  # a reader of a pipe could wait for ever
@@ -47,19 +52,26 @@ def parse_json(text: bytes) -> Any:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it holds either its old or its new content, whenever the process or the machine dies."""
+    """Write a file that holds either its old or its new content, whenever process or machine die."""
     with replacing(path) as temporary:
         temporary.write_text(text, "utf-8")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A hidden path beside `path`, for a file or folder that takes its place when the context ends without an error.
+    """A hidden path beside `path`; the file or folder made there moves to `path` when the context ends.
 
-    The content of a folder must be on disk by then, and no folder may stand at `path`.
+    It is removed instead if there was an error. The content of a folder must be on disk by then, and
+    no folder may stand at `path`. Every process has its own hidden path, so that several may write the
+    same `path`: the last file stays, or the first folder. Call it once at a time for a path.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    remove(temporary)  # left by a process that was killed
+    for left in path.parent.glob(".*.tmp"):
+        match = TEMPORARY.fullmatch(left.name)
+        if match and match[1] == path.name and not psutil.pid_exists(int(match[2])):
+            with suppress(OSError):  # another user's, perhaps
+                remove(left)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove(temporary)  # left by a process that was killed and had the same id
     try:
         yield temporary
         sync(temporary)
@@ -70,7 +82,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder if there is one; what cannot be removed from a folder now is left to the next time."""
+    """Remove a file or folder if there is one; a folder as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -19,6 +19,8 @@ from charlm.runs.tensors import Snapshot, load_tensors
 
 CORPUS = {"name": "none", "sha256": "0"}
 """A run's record of a corpus that no test reads."""
+NO_PROCESS = 999_999_999
+"""An id that no process has."""
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 

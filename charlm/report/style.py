@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from charlm.config import UserError
+from charlm.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -156,9 +157,8 @@ def save(figure: "Figure", path: Path) -> Path:
     check_suffix(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")  # a kill leaves no half a picture
-        figure.savefig(temporary, dpi=160, format=path.suffix[1:])
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=160, format=path.suffix[1:])
     except OSError as error:
         raise UserError(f"picture {path} cannot be written: {error}") from error
     return path

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,8 +30,8 @@ from charlm.files import parse_json, read_json, write_whole
 from charlm.process import processor_name
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
-UNFINISHED = {"checkpoints", "provenance.json", ".provenance.json.tmp", ".config.yaml.tmp", ".lock"}
-"""Files that a process killed while creating a run may leave; config.yaml is written last."""
+UNFINISHED = re.compile(r"checkpoints|\.lock|provenance\.json|\.(provenance\.json|config\.yaml)\.\d+\.tmp")
+"""Names of what a process killed while creating a run may leave; config.yaml is written last."""
 MAX_ROW_BYTES = 2**20
 
 
@@ -85,7 +86,7 @@ class Run:
         """Raise UserError if a new run cannot take this folder."""
         if self.config_path.exists():
             raise self._refusal("holds a run already; continue it with --run.resume=true, or choose another --run.dir")
-        others = (path for path in self.path.rglob("*") if path.name not in UNFINISHED)
+        others = (path for path in self.path.rglob("*") if not UNFINISHED.fullmatch(path.name))
         if (self.path.exists() and not self.path.is_dir()) or any(others):
             raise self._refusal("exists and is not empty; choose another --run.dir")
 

@@ -164,17 +164,19 @@ def test_nothing_relies_on_what_is_not_on_disk_yet(run, monkeypatch):
     monkeypatch.setattr(os, "rename", moving(os.rename))
     monkeypatch.setattr(os, "replace", moving(os.replace))
     save(run, 2, best=True, keep=1)
-    temporary, target = ".step-00000002.tmp", "step-00000002"
+    suffix = f"{os.getpid()}.tmp"
+    temporary, target = f".step-00000002.{suffix}", "step-00000002"
     moment = events.index((temporary, target))
     before = events[:moment]
     assert {("sync", name) for name in FILES[:2]} <= set(before)
     assert before[-1] == ("sync", temporary)
-    assert before.index((".manifest.json.tmp", "manifest.json")) > before.index(("sync", ".manifest.json.tmp"))
+    manifest = f".manifest.json.{suffix}"
+    assert before.index((manifest, "manifest.json")) > before.index(("sync", manifest))
     assert events[moment + 1] == ("sync", "checkpoints")
     removal = events.index(("step-00000001", ".step-00000001.tmp"))
     for pointer in ("last", "best"):
-        written = events.index((f".{pointer}.tmp", pointer))
-        assert moment < events.index(("sync", f".{pointer}.tmp")) < written < removal
+        written = events.index((f".{pointer}.{suffix}", pointer))
+        assert moment < events.index(("sync", f".{pointer}.{suffix}")) < written < removal
         assert events[written + 1] == ("sync", "checkpoints")
 
 

@@ -24,7 +24,7 @@ from charlm.runs import exported
 from charlm.runs.exported import save_model
 from charlm.runs.load import load
 from charlm.runs.trained import TrainedModel, shallowest, truncate
-from storage import content
+from storage import NO_PROCESS, content
 from tiny import SCRIPTS, run_script
 
 PAIRS = [(layer, offset) for layer in (1, 2, 4) for offset in (1, 2)]
@@ -236,8 +236,9 @@ def test_bad_input(run_on_disk, tmp_path, capfd, monkeypatch, arguments, message
 
 def test_nothing_half_written_stays(build, tmp_path, monkeypatch):
     """Guards against a folder that looks whole, or rubbish, when the disk is full or the process was killed before."""
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp" / "rubbish").touch()
+    left = tmp_path / f".out.{NO_PROCESS}.tmp"
+    left.mkdir()
+    (left / "rubbish").touch()
     with monkeypatch.context() as patch:
         patch.setattr(exported, "save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(UserError, match=r"out cannot be written \(No space left\)"):

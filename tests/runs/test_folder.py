@@ -60,7 +60,9 @@ def test_a_damaged_record_is_named(content, tmp_path):
         run.provenance()
 
 
-@pytest.mark.parametrize("made", [[], ["checkpoints"], ["checkpoints", "provenance.json", ".config.yaml.tmp", ".lock"]])
+@pytest.mark.parametrize(
+    "made", [[], ["checkpoints"], ["checkpoints", "provenance.json", ".config.yaml.9.tmp", ".lock"]]
+)
 def test_a_folder_that_a_kill_left_unfinished_is_taken(made, tmp_path):
     """Guards against a queue's job that can neither begin nor go on, since its first try died in its first moment."""
     folder = tmp_path / "run"
