@@ -1,1 +1,1 @@
-"""Ablations: variants of one configuration, trained with several seeds and compared in a table."""
+"""Variants of a configuration, trained with several seeds and compared."""

@@ -1,4 +1,4 @@
-"""Trains runs in processes of their own: skips finished ones, resumes interrupted ones, notes failures."""
+"""Trains runs, each in a process of its own; finished ones are skipped, others resumed."""
 
 import os
 import signal
@@ -23,7 +23,12 @@ from charlm.text import fitted
 
 POLL_SECONDS, REDRAW_SECONDS = 0.2, 2.0
 LONGEST_MESSAGE = 300
-BAR = {"bar_format": "{desc}, {remaining} left{postfix}", "smoothing": 0, "disable": None, "leave": False}
+BAR = {
+    "bar_format": "{desc}, {remaining} left{postfix}",
+    "smoothing": 0,
+    "disable": None,
+    "leave": False,
+}
 SAME_REQUEST = 1.0
 """Seconds within which further signals belong to the same request to stop."""
 STOPPED = (0, -signal.SIGTERM, -signal.SIGKILL)
@@ -36,7 +41,7 @@ class Child(NamedTuple):
     run: VariantRun
     process: subprocess.Popen
     log_start: int
-    """Position in the log file at which its output begins, behind that of earlier processes."""
+    """Position in the log file at which its output begins."""
 
 
 @dataclass
@@ -48,34 +53,36 @@ class Runner:
     threads: int
     """Threads of each process, unless OMP_NUM_THREADS is set."""
     after_each: Callable[[], object]
-    """Called after each process."""
     children: list[Child] = field(default_factory=list)
     done: int = 0
     """Number of runs that have finished, now or earlier."""
     failed: list[VariantRun] = field(default_factory=list)
     signals: int = 0
-    """Number of requests to stop."""
     signalled_at: float = float("-inf")
 
     def run(self, runs: Sequence[VariantRun], folder: Path) -> None:
-        """Train the unfinished ones of `runs`, in order, until all have ended or SIGINT, SIGTERM or SIGHUP arrives.
+        """Train the unfinished ones of `runs`, in order.
 
-        The first signal makes the current runs write a checkpoint and stop; the second kills them.
+        The first SIGINT, SIGTERM or SIGHUP makes the current runs save and stop; the second kills them.
 
         Raises:
-            UserError: a run was begun with another configuration, or another process works in `folder`. Nothing has
-                been trained then.
+            UserError: a run was begun with another configuration, or another process works in `folder`;
+                nothing has been trained then.
         """
         for run in runs:
             run.check_unchanged()
-        hangup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is signal.SIG_DFL)  # nohup ignores it
+        stopping = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+            stopping.append(signal.SIGHUP)
         with Run(folder).lock(), ExitStack() as stack:
-            for number in (signal.SIGINT, signal.SIGTERM, *hangup):
-                stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
+            for number in stopping:
+                earlier = signal.signal(number, self._on_signal)
+                stack.callback(signal.signal, number, earlier)
             waiting = [run for run in runs if run.result() is None]
             self.done = len(runs) - len(waiting)
             threads = os.environ.get("OMP_NUM_THREADS", self.threads)
-            _say(f"{folder}: {len(runs)} runs, {self.done} finished; {self.at_once} at once, {threads} threads each")
+            state = f"{len(runs)} runs, {self.done} finished"
+            _say(f"{folder}: {state}; {self.at_once} at once, {threads} threads each")
             try:
                 with tqdm(total=len(runs), initial=sum(run.fraction_done() for run in runs), **BAR) as bar:
                     self._train(waiting, runs, bar)
@@ -92,8 +99,9 @@ class Runner:
                 self.children.append(self._start(waiting.pop(0)))
             if told < self.signals:
                 told = self.signals
+                number = signal.SIGTERM if told == 1 else signal.SIGKILL
                 for child in self.children:
-                    os.kill(child.process.pid, signal.SIGTERM if told == 1 else signal.SIGKILL)
+                    os.kill(child.process.pid, number)
             for child in list(self.children):
                 pid, status, usage = os.wait4(child.process.pid, os.WNOHANG)
                 if pid:
@@ -107,7 +115,8 @@ class Runner:
                 stopping = ", stopping" if told else ""
                 bar.n = sum(1.0 if run in self.failed else run.fraction_done() for run in runs)
                 bar.set_description_str(f"{self.done}/{len(runs)} runs{stopping}", refresh=False)
-                bar.set_postfix_str("; ".join(f"{run} {run.fraction_done():.0%}" for run, *_ in self.children))
+                training = [f"{run} {run.fraction_done():.0%}" for run, *_ in self.children]
+                bar.set_postfix_str("; ".join(training))
                 drawn = time.monotonic()
             time.sleep(POLL_SECONDS)
 
@@ -122,7 +131,7 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={"OMP_NUM_THREADS": str(self.threads)} | os.environ,
-                start_new_session=True,  # else Ctrl-C would reach it twice: from the terminal and from here
+                start_new_session=True,  # or Ctrl-C would reach it from the terminal too
             )
         return Child(run, process, start)
 
@@ -130,7 +139,8 @@ class Runner:
         """Count an ended process and report it; returns why it failed, if it did."""
         if result := child.run.result():
             self.done += 1
-            _say(f"{self.done} of {total}: {child.run}: {result['bits_per_character']:.4f} bits per character")
+            score = f"{result['bits_per_character']:.4f} bits per character"
+            _say(f"{self.done} of {total}: {child.run}: {score}")
         elif not self.signals or child.process.returncode not in STOPPED:
             self.failed.append(child.run)
             failure = _failure(child)
@@ -149,7 +159,7 @@ def _say(line: str) -> None:
 
 
 def _failure(child: Child) -> str:
-    """Why a process failed: its error message, else its last line; and the path of its log."""
+    """The error message of a process, or its last line, and the path of its log."""
     log = child.run.beside(".log")
     output = log.read_bytes()[child.log_start :].decode(errors="replace")
     lines = [line.strip() for line in output.splitlines() if line.strip()]

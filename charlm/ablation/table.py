@@ -1,4 +1,4 @@
-"""The table of an ablation: means, differences and verdicts, as Markdown, CSV and a picture."""
+"""The table of an ablation, as Markdown, CSV and a picture."""
 
 import csv
 import io
@@ -17,13 +17,17 @@ from charlm.report.style import GREY, PICTURE, TRAIN, VALID, new_figure, save
 from charlm.text import markdown_table
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, two-sided 95 %, for 1 to 9 degrees of freedom. More use the last one, which errs on the safe side."""
+"""Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; more use the last one, the safe side."""
 HOW_TO_READ = (
-    "Bits per character: mean ± standard deviation over seeds. Δ: mean difference to `{reference}`, seed by seed (a "
-    "seed means the same windows in every row), ± half the 95 % interval by Student's t. Better and worse: zero lies "
-    "outside the interval; of 20 rows that change nothing, one is expected to look so. Time per step: median over "
-    "seeds, without validation. CPU s: processor time of a whole run, median over seeds; it hardly depends on other "
-    "work on the machine. Memory: the largest resident size of the process, libraries included."
+    "Bits per character: mean ± standard deviation over seeds. "
+    "Δ: mean difference to `{reference}`, seed by seed (a seed means the same windows in every row), "
+    "± half the 95 % interval by Student's t. "
+    "Better and worse: zero lies outside the interval; "
+    "of 20 rows that change nothing, one is expected to look so. "
+    "Time per step: median over seeds, without validation. "
+    "CPU s: processor time of a whole run, median over seeds; "
+    "it hardly depends on other work on the machine. "
+    "Memory: the largest resident size of the process, libraries included."
 )
 
 
@@ -33,9 +37,9 @@ class Row:
 
     variant: Variant
     results: Mapping[int, Mapping[str, Any]]
-    """The result of each seed whose run has finished, see `VariantRun.result`."""
+    """`VariantRun.result` of each seed whose run has finished."""
     reference: "Row | None" = None
-    """The row to compare with; None for the first row, which is the others' reference."""
+    """The row to compare with; None for the first row."""
     failures: Sequence[str] = ()
     """Messages of the runs that failed."""
 
@@ -46,14 +50,16 @@ class Row:
     @property
     def deltas(self) -> list[float]:
         """Bits per character minus the reference's, for the seeds that both have."""
-        others = self.reference.results if self.reference else {}
+        name, others = "bits_per_character", self.reference.results if self.reference else {}
         both = [seed for seed in self.results if seed in others]
-        return [self.results[seed]["bits_per_character"] - others[seed]["bits_per_character"] for seed in both]
+        return [self.results[seed][name] - others[seed][name] for seed in both]
 
     @cached_property
     def figures(self) -> dict[str, Any]:
-        """The row's figures by their names in the CSV file; None if there are too few seeds. delta_95 is half the
-        95 % interval of delta."""
+        """The row's figures by their names in the CSV file; None if there are too few seeds.
+
+        delta_95 is half the 95 % interval of delta.
+        """
         scores, deltas = self.scores, self.deltas
         delta = statistics.fmean(deltas) if deltas else None
         margin, verdict = None, ""
@@ -62,7 +68,8 @@ class Row:
             margin = t * statistics.stdev(deltas) / math.sqrt(len(deltas))
             outside = "better" if delta < 0 else "worse"
             verdict = outside if abs(delta) > margin else "within noise"
-        paper, reference = self.variant.paper, self.reference and self.reference.variant.paper
+        paper = self.variant.paper
+        reference = self.reference and self.reference.variant.paper
         return {
             "row": self.variant.name,
             "bits_per_character": self._over_seeds("bits_per_character", statistics.fmean),
@@ -91,13 +98,15 @@ class Row:
 
 
 def write_tables(runs: Sequence[VariantRun], folder: Path) -> list[Row]:
-    """Write table.md and table.csv from what is on disk, and return their rows, the reference first."""
+    """Write table.md and table.csv from what is on disk; returns their rows, the reference first."""
     rows: list[Row] = []
     for variant in [run.variant for run in runs if run.seed == runs[0].seed]:
-        own = [run for run in runs if run.variant == variant]
-        results = {run.seed: result for run in own if (result := run.result())}
-        failed = [(run, run.costs()["failure"]) for run in own if run.seed not in results]
-        failures = [f"{run}: {failure}" for run, failure in failed if failure]
+        results, failures = {}, []
+        for run in [run for run in runs if run.variant == variant]:
+            if result := run.result():
+                results[run.seed] = result
+            elif failure := run.costs()["failure"]:
+                failures.append(f"{run}: {failure}")
         rows.append(Row(variant, results, rows[0] if rows else None, failures))
     write_whole(folder / "table.md", to_markdown(rows, protocols(runs)))
     write_whole(folder / "table.csv", to_csv(rows))
@@ -105,14 +114,15 @@ def write_tables(runs: Sequence[VariantRun], folder: Path) -> list[Row]:
 
 
 def protocols(runs: Iterable[VariantRun]) -> list[str]:
-    """The protocol of the scores: one line if all rows share it, else one line for each protocol."""
+    """A line for each protocol by which rows were scored."""
     rows: dict[str, list[str]] = {}
     for run in runs:
-        train, context = run.config.train, run.config.model.context_length
+        train = run.config.train
+        context = run.config.model.context_length
         protocol = (
-            f"first {train.valid_symbols:,} symbols of the valid split of {run.config.data.corpus}, context {context}, "
-            f"stride {default_stride(context)}; after {train.steps:,} steps of {train.batch_size * context:,} "
-            "characters."
+            f"first {train.valid_symbols:,} symbols of the valid split of {run.config.data.corpus}, "
+            f"context {context}, stride {default_stride(context)}; "
+            f"after {train.steps:,} steps of {train.batch_size * context:,} characters."
         )
         rows.setdefault(protocol, []).append(run.variant.name)
     if len(rows) == 1:
@@ -149,7 +159,8 @@ def to_csv(rows: Sequence[Row]) -> str:
     """The same figures unrounded, with one column per seed."""
     seeds = sorted({seed for row in rows for seed in row.results})
     file = io.StringIO()
-    writer = csv.DictWriter(file, [*rows[0].figures, *(f"seed_{seed}" for seed in seeds)], lineterminator="\n")
+    columns = [*rows[0].figures, *(f"seed_{seed}" for seed in seeds)]
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         scores = {f"seed_{seed}": result["bits_per_character"] for seed, result in row.results.items()}
@@ -158,25 +169,29 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
-    """Draw every seed of every row, with the mean and its figure, and return the picture's path.
+    """Draw the seeds and the mean of every row; returns the picture's path.
 
-    The axis covers the rows near the reference; the mean of a row far outside is an arrow at the edge.
+    The axis covers the rows near the best; the mean of a row far outside is an arrow at the edge.
     """
     shown = [row for row in rows if row.results]
     left, right = _limits(shown)
-    beside = {"xycoords": ("axes fraction", "data"), "xytext": (6, 0), "textcoords": "offset points", "va": "center"}
     with new_figure(PICTURE, 0.9 + 0.26 * len(shown)) as figure:
         axes = figure.subplots()
+        beside = axes.get_yaxis_transform()
         for place, row in enumerate(shown):
             scores, figures = row.scores, row.figures
             mean = figures["bits_per_character"]
-            axes.plot(scores, [place] * len(scores), "o", markersize=3, color=TRAIN, alpha=0.6)
-            marker = (">", 6) if mean > right else ("|", 12)
-            axes.plot(min(mean, right), place, marker[0], markersize=marker[1], markeredgewidth=2, color=VALID)
+            places = [place] * len(scores)
+            axes.plot(scores, places, "o", markersize=3, color=TRAIN, alpha=0.6)
+            marker, size = (">", 6) if mean > right else ("|", 12)
+            mark = {"marker": marker, "markersize": size, "markeredgewidth": 2}
+            axes.plot(min(mean, right), place, color=VALID, **mark)
             star = "*" if figures["verdict"] in ("better", "worse") else ""
-            axes.annotate(f"{mean:.3f}" + row.cell("delta", "  {:+.3f}") + star, (1, place), **beside)
+            text = f"{mean:.3f}" + row.cell("delta", "  {:+.3f}") + star
+            axes.text(1.01, place, text, transform=beside, va="center")
         if rows[0].results:
-            axes.axvline(rows[0].figures["bits_per_character"], color=GREY, linewidth=0.8, linestyle="--")
+            reference = rows[0].figures["bits_per_character"]
+            axes.axvline(reference, color=GREY, linewidth=0.8, linestyle="--")
         axes.set_xlim(left, right + 0.02 * (right - left))
         axes.set_yticks(range(len(shown)), [row.variant.name for row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
@@ -188,7 +203,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """The lowest and highest score shown: up to four times as far from the best as the middle row."""
+    """The lowest and highest score shown: up to four times as far from the best as the middle."""
     means = sorted(row.figures["bits_per_character"] for row in rows)
     far = means[0] + 4 * max(means[len(means) // 2] - means[0], 0.02)
     lowest = min(min(row.scores) for row in rows)

@@ -1,4 +1,4 @@
-"""The variants that an ablation compares: what each changes in the configuration, and its runs."""
+"""The variants that an ablation compares, and their runs."""
 
 import json
 import math
@@ -21,7 +21,7 @@ PAPER_SGD_RATE = 0.3
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: options and files on top of the configuration that all rows share."""
+    """A row of the table: options and files on top of the shared configuration."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -49,11 +49,10 @@ class VariantRun:
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
         return self.config.run.dir
 
     def beside(self, suffix: str) -> Path:
-        """The config (.yaml), output (.log) or costs (.json) beside the run's folder."""
+        """The config (.yaml), output (.log) or costs (.json) of the run."""
         return self.folder.with_name(self.folder.name + suffix)
 
     def check_unchanged(self) -> None:
@@ -65,8 +64,9 @@ class VariantRun:
         ]
         if changed:
             raise UserError(
-                f"{run.path} was made with another configuration ({'; '.join(changed)}): restore it, choose "
-                "another --run.dir, or remove the folder to train this run again"
+                f"{run.path} was made with another configuration ({'; '.join(changed)}): "
+                "restore it, choose another --run.dir, "
+                "or remove the folder to train this run again"
             )
 
     def fraction_done(self) -> float:
@@ -75,17 +75,20 @@ class VariantRun:
         return max(steps, default=0) / self.config.train.steps
 
     def result(self) -> dict[str, Any] | None:
-        """The validation after the last step, seconds_per_step, and `costs`; None if unfinished or diverged."""
+        """The last validation, seconds_per_step and `costs`; None if unfinished or diverged."""
         train, rows = self.config.train, list(Run(self.folder).metrics())
         scores = [row["valid"] for row in rows if "valid" in row and row["step"] == train.steps]
         if not scores or not math.isfinite(scores[-1]["bits_per_character"]):
             return None
-        seconds = seconds_per_step(rows, train.batch_size * self.config.model.context_length)
+        characters = train.batch_size * self.config.model.context_length
+        seconds = seconds_per_step(rows, characters)
         return scores[-1] | {"seconds_per_step": seconds} | self.costs()
 
     def costs(self) -> dict[str, Any]:
-        """The costs of the run's processes: peak_memory (the largest resident size, in bytes), cpu_seconds, and
-        failure, the reason why the last one failed. Each may be None."""
+        """The costs of the run's processes; each may be None.
+
+        peak_memory: largest resident size, in bytes; cpu_seconds; failure: why the last one failed.
+        """
         path = self.beside(".json")
         if path.exists():
             return read_json(path)
@@ -103,7 +106,7 @@ class VariantRun:
 def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -> float | None:
     """Mean time of a training step, without validation; None if fewer than two rows have a speed.
 
-    A row's speed is measured since the row before. The first row is left out: it holds the warm-up.
+    A row's speed is measured since the row before. The first is left out: it holds the warm-up.
     """
     key = "characters_per_second"
     logged = [(row["step"], row[key]) for row in rows if key in row]
@@ -113,9 +116,11 @@ def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -
 
 
 def paper_variants(base: Config) -> list[Variant]:
-    """The rows of the paper's ablation, with its figures. The steps of plain SGD are as long as the base's."""
+    """The rows of the paper's ablation; the steps of plain SGD are as long as the base's."""
     train = base.train
-    sgd_rate = train.learning_rate / (1 - train.momentum) if train.optimizer == "sgd" else PAPER_SGD_RATE
+    sgd_rate = PAPER_SGD_RATE
+    if train.optimizer == "sgd":
+        sgd_rate = train.learning_rate / (1 - train.momentum)
     sgd = {"train.optimizer": "sgd", "train.momentum": 0, "train.learning_rate": f"{sgd_rate:.6g}"}
     return [
         Variant("full", paper=1.062),
@@ -128,16 +133,20 @@ def paper_variants(base: Config) -> list[Variant]:
 
 
 def parse_row(text: str) -> Variant:
-    """The variant of `name: --section.field=value ...`, or of flags alone, which then are its name."""
-    name, has_name, changes = text.partition(": ") if not text.lstrip().startswith("--") else ("", "", text)
+    """The variant of `name: --section.field=value ...`, or of flags alone, which then name it."""
+    name, has_name, changes = "", "", text
+    if not text.lstrip().startswith("--"):
+        name, has_name, changes = text.partition(": ")
     try:
         flags = shlex.split(changes)
     except ValueError as error:
         raise UserError(f"row {text!r}: {error}", "row") from None
-    if not (name.strip() if has_name else flags) or not all(re.match(r"--[\w.-]+=", flag) for flag in flags):
+    named = name.strip() if has_name else flags
+    if not named or not all(re.match(r"--[\w.-]+=", flag) for flag in flags):
         raise UserError(f"row {text!r}: give it as 'name: --section.field=value ...'", "row")
     changes = [flag.removeprefix("--") for flag in flags]
-    return Variant(name.strip() or " ".join(changes), dict(change.split("=", 1) for change in changes))
+    options = dict(change.split("=", 1) for change in changes)
+    return Variant(name.strip() or " ".join(changes), options)
 
 
 def parse_sweeps(sweeps: Sequence[str]) -> list[Variant]:
@@ -145,18 +154,19 @@ def parse_sweeps(sweeps: Sequence[str]) -> list[Variant]:
     axes: dict[str, list[str]] = {}
     for sweep in sweeps:
         name, _, text = sweep.removeprefix("--").partition("=")
-        values = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", text)]  # not at commas inside brackets
+        parts = re.split(r",(?![^\[{]*[\]}])", text)  # not at commas inside brackets
+        values = [part.strip() for part in parts]
         if not name or not all(values):
             raise UserError(f"sweep={sweep}: give it as section.field=value,value,...", "sweep")
         if name in axes:
-            raise UserError(f"sweep={sweep}: an option is swept twice; give all its values to one sweep", "sweep")
+            raise UserError(f"sweep={sweep}: swept twice; give all values to one sweep", "sweep")
         axes[name] = values
     combinations = [dict(zip(axes, values, strict=True)) for values in product(*axes.values()) if values]
     return [Variant(" ".join(map("=".join, options.items())), options) for options in combinations]
 
 
 def read_methods(paths: Sequence[Path]) -> list[Variant]:
-    """A variant for every YAML file, named after it; a folder stands for the YAML files in it."""
+    """A variant for every YAML file, named after it; a folder stands for its YAML files."""
     variants = []
     for path in paths:
         files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
@@ -166,22 +176,27 @@ def read_methods(paths: Sequence[Path]) -> list[Variant]:
     return variants
 
 
-def plan(variants: Sequence[Variant], files: Sequence[Path], flags: Mapping[str, Any], seeds: int) -> list[VariantRun]:
+def plan(
+    variants: Sequence[Variant],
+    files: Sequence[Path],
+    flags: Mapping[str, Any],
+    seeds: int,
+) -> list[VariantRun]:
     """The runs in the order of training: all variants with the first seed, then all with the next.
 
-    So a table that is stopped early still has every row. Later options win: the shared `files`, the variant's files,
-    the shared `flags`, the variant's options. The shared run.dir holds all runs; the shared train.seed is the first.
+    Later options win: the shared `files`, the variant's files, the shared `flags`, the variant's
+    options. The shared run.dir holds all runs; the shared train.seed is the first.
 
     Raises:
-        UserError: a configuration cannot work (the message names the row), or two rows would share a folder.
+        UserError: a configuration cannot work, or two rows would share a folder.
     """
     base = load_config(files, flags)
     folders = [variant.folder for variant in variants]
     for variant in variants:
         if not variant.folder or folders.count(variant.folder) > 1:
             raise UserError(
-                f"row {variant.name!r}: its folder would be {variant.folder!r}, which is empty or another row's; "
-                "choose another name"
+                f"row {variant.name!r}: its folder would be {variant.folder!r}, "
+                "which is empty or another row's; choose another name"
             )
     configs = [_config_of(variant, files, flags) for variant in variants]
     # Without a report: its time would count.
@@ -203,7 +218,8 @@ def plan(variants: Sequence[Variant], files: Sequence[Path], flags: Mapping[str,
 def _config_of(variant: Variant, files: Sequence[Path], flags: Mapping[str, Any]) -> Config:
     for name in variant.options:
         if name == "train.seed" or name.startswith("run."):
-            raise UserError(f"row {variant.name!r}: a row cannot set {name}, since every run has its own", name)
+            problem = f"a row cannot set {name}, since every run has its own"
+            raise UserError(f"row {variant.name!r}: {problem}", name)
     try:
         return load_config([*files, *variant.files], {**flags, **variant.options})
     except UserError as error:

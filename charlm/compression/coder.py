@@ -1,7 +1,6 @@
 """Lossless compression with a model: a range coder over its distribution of the next symbol.
 
-A file takes as many bits as its predictions cost, so one that decodes to the same bytes proves a score.
-`charlm.compression.streams` makes the predictions, `charlm.compression.container` is the file's layout.
+A file takes as many bits as its predictions cost, so a file that decodes to its text proves a score.
 
 Shapes: A streams that still have symbols, V vocabulary, N symbols of a text or a block.
 """
@@ -33,19 +32,17 @@ SAME_MACHINE = "decompress it on the machine that compressed it"
 
 
 class Compressed(BaseModel, frozen=True):
-    """The result of `compress`. Rates are None for an empty file."""
+    """The result of `compress`; rates are None for an empty file."""
 
     bytes: int
-    """Size of the content."""
     symbols: int
     characters: int
     compressed_bytes: int
-    """Size of the whole compressed file."""
     protocol: CodingSettings
     seconds: float
-    """Time for coding, without reading the file first and without verifying."""
+    """Time for coding."""
     verify_seconds: float | None
-    """Time for decoding; None without."""
+    """Time for decoding; None if the result was not verified."""
 
     @computed_field
     @property
@@ -69,16 +66,16 @@ def compress(
 ) -> Compressed:
     """Compress a file into `target`, for the same model on the same machine to `decompress`.
 
-    Memory is bounded, whatever the file's size. `target` appears only when it is complete.
+    Memory is bounded. `target` appears only when it is complete.
 
     Args:
         verify: decode the result and compare before it takes its place.
         show_progress: show bars on stderr if that is a terminal.
-        options: the fields of `CodingSettings`; those left out, or None, have defaults.
+        options: fields of `CodingSettings`; those left out, or None, have defaults.
 
     Raises:
-        UserError: an option out of range, a file that cannot be read or written, a text that the vocabulary
-            cannot express, or a result that does not decode to the same bytes.
+        UserError: an option out of range, a file that cannot be read or written, a text that the
+            vocabulary cannot express, or a result that decodes to other bytes.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
@@ -97,13 +94,15 @@ def compress(
                 environment=environment(trained.device),
             )
             started = time.perf_counter()
-            blocks = blocks_of(pieces_of(file, coded), trained.vocabulary, settings.block)
+            pieces = pieces_of(file, coded)
+            blocks = blocks_of(pieces, trained.vocabulary, settings.block)
             with _bar("compressing", content["symbols"], show_progress) as bar:
                 _encode(trained, header, blocks, written, bar)
             seconds = time.perf_counter() - started
             if coded.digest() != scanned.digest():
                 raise UserError(f"{source}: changed while it was compressed; begin anew")
-            compressed_bytes, started = written.tell(), time.perf_counter()
+            compressed_bytes = written.tell()
+            started = time.perf_counter()
             if verify:
                 with _bar("verifying", content["symbols"], show_progress) as bar:
                     _verify(trained, written, target, bar)
@@ -117,11 +116,11 @@ def compress(
 
 
 def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *, show_progress: bool = True) -> int:
-    """Restore the file that `compress` made `source` of, and return its size in bytes.
+    """Restore the file that `compress` made `source` of; returns its size in bytes.
 
     Raises:
-        UserError: `source` is damaged, or needs another model, format version or machine; or `target` cannot
-            be written. It is then as it was.
+        UserError: `source` is damaged, or needs another model, format version or machine, or `target`
+            cannot be written; it is then as it was.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
@@ -139,7 +138,7 @@ def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *,
 def compressed_nats(
     trained: TrainedModel, ids: np.ndarray, *, show_progress: bool = False, **options: Any
 ) -> tuple[np.ndarray, CodingSettings]:
-    """The cost of each symbol of `ids` as `compress` would code it, float64 nats [N], and the settings.
+    """The cost of each symbol as `compress` would code it, float64 nats [N], and the settings.
 
     Options and errors as for `compress`.
     """
@@ -148,9 +147,10 @@ def compressed_nats(
     with threads_set(settings.threads), _bar("scoring", len(ids), show_progress) as bar:
         for begin in range(0, len(ids), settings.block):
             own = slice(begin, begin + settings.block)
-            for where_A, logits_AV in streams.walk(ids[own], bar):
+            block = ids[own]
+            for where_A, logits_AV in streams.walk(block, bar):
                 costs_AV = -logits_AV.double().log_softmax(dim=-1).cpu().numpy()
-                nats_N[own][where_A] = costs_AV[np.arange(len(where_A)), ids[own][where_A]]
+                nats_N[own][where_A] = costs_AV[np.arange(len(where_A)), block[where_A]]
     return nats_N, settings
 
 
@@ -191,10 +191,12 @@ def _encode(trained: TrainedModel, header: Header, blocks: Iterator[np.ndarray],
 
 
 def _decode(trained: TrainedModel, header: Header, file: BinaryIO, name: Path, bar: tqdm) -> Iterator[bytes]:
-    """The content by blocks, of a file that is at its first; UserError if it is not the one encoded."""
-    digest, streams, V = hashlib.sha256(), Streams(trained, header.settings), trained.vocabulary.size
-    problem = "does not decode to the content it was made of; get a whole copy, or compress anew"
-    refused, length = UserError(f"{name}: {problem}"), 0
+    """The content by blocks; `file` is at the first. Raises UserError unless it is what was encoded."""
+    problem = "does not decode to the content it was made of"
+    refused = UserError(f"{name}: {problem}; get a whole copy, or compress anew")
+    digest, length = hashlib.sha256(), 0
+    streams = Streams(trained, header.settings)
+    V = trained.vocabulary.size
     for symbols in header.block_sizes():
         decoder = constriction.stream.queue.RangeDecoder(read_block(file))
         ids = np.zeros(symbols, id_type(V))
@@ -205,7 +207,7 @@ def _decode(trained: TrainedModel, header: Header, file: BinaryIO, name: Path, b
                     raise refused
                 ids[where_A] = symbols_A
             data = trained.vocabulary.decode(ids)
-        except (AssertionError, ValueError) as error:  # raised for words that no encoder writes
+        except (AssertionError, ValueError) as error:  # words that no encoder writes
             raise refused from error
         if not decoder.maybe_exhausted():
             raise refused
@@ -223,19 +225,20 @@ def _verify(trained: TrainedModel, written: BinaryIO, target: Path, bar: tqdm) -
             pass
     except UserError as error:
         raise UserError(
-            f"{target}: decoding gives other bytes than were compressed, so nothing was kept: the arithmetic of this "
-            "machine is not repeatable; try --threads 1, --precision fp32, or a CPU"
+            f"{target}: decoding gives other bytes than were compressed, so nothing was kept: "
+            "the arithmetic is not repeatable; try --threads 1, --precision fp32, or a CPU"
         ) from error
 
 
 def _check_decodable(trained: TrainedModel, header: Header, source: Path) -> None:
     """Raise UserError unless this model can decode the file on this machine."""
+    compressed = f"{source}: was compressed"
     if vocabulary_digest(trained.vocabulary) != header.vocabulary:
-        raise UserError(f"{source}: was compressed by a model with another vocabulary; name the run that made it")
+        raise UserError(f"{compressed} by a model with another vocabulary; name the run that made it")
     if model_digest(trained) != header.model:
-        raise UserError(f"{source}: was compressed by another model; name the run and checkpoint that made it")
+        raise UserError(f"{compressed} by another model; name the run and checkpoint that made it")
     if header.environment != (here := environment(trained.device)):
-        raise UserError(f"{source}: was compressed with {header.environment}; here it is {here}; {SAME_MACHINE}")
+        raise UserError(f"{compressed} with {header.environment}; here it is {here}; {SAME_MACHINE}")
     try:
         check_settings(trained, header.settings)
     except UserError as error:

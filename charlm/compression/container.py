@@ -1,13 +1,13 @@
-"""The file that compression writes: a header, blocks of coded symbols, and a checksum over all of it.
+"""The layout of a compressed file.
 
     charlm, format version      6 bytes, uint16
     header                      see `Header`; its last field is a text of up to 255 bytes
     blocks                      each: uint32 W, then W words of 32 bits from the range coder
     checksum                    the first 8 bytes of the SHA-256 of everything before
 
-All numbers are little-endian. The checksum finds damage before anything is decoded; the SHA-256 of the content, in
-the header, proves that the decoded bytes are right. The header's claims are checked against the file's size, so that
-a malicious file costs no more memory and time than an honest one.
+Numbers are little-endian. The checksum finds damage before anything is decoded; the header's SHA-256
+proves the decoded content. What the header claims is checked against the file's size, so that a
+malicious file costs no more memory and time than an honest one.
 """
 
 import hashlib
@@ -27,24 +27,21 @@ VERSION = 3
 PRECISIONS = ("fp32", "bf16", "fp16")
 """A file holds the index of one: keep the order."""
 CODER_BITS = 24
-"""The range coder counts probabilities in units of 2^-24 and gives every symbol at least one unit."""
-MAX_SYMBOL_BYTES = 4
-"""A symbol of any vocabulary is a byte or a character."""
+"""The coder counts probabilities in units of 2^-24; every symbol gets at least one unit."""
 _PREFIX = struct.Struct("<6sH")
 _FIELDS = struct.Struct("<QQ32s16s8s8sIIIIHBB")
-"""The fields of `Header` and of its settings in their order, then the length of the environment."""
+"""The fields of `Header` and of its settings, then the length of the environment."""
 _COUNT = struct.Struct("<I")
 _CHECKSUM_BYTES = 8
 _PIECE = 2**20
 
 
 class Header(NamedTuple):
-    """Facts that a decoder must share with the encoder; see `charlm.compression.fingerprint`."""
+    """Facts that decoder and encoder share; see `charlm.compression.fingerprint`."""
 
     length: int
     """Bytes of the content."""
     symbols: int
-    """Symbols of the content in the model's vocabulary."""
     content: bytes
     """SHA-256 of the content."""
     model: bytes
@@ -84,11 +81,11 @@ def checksum(file: BinaryIO, size: int) -> bytes:
 def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
     """The header of a whole, undamaged file, which is left at its first block.
 
-    The number of symbols that it claims must suit the number of words: every symbol costs a little, as the coder
-    leaves V - 1 of its 2^24 units to the others, and none costs more than 24 bits. `name` is for messages.
+    Its number of symbols must suit the number of words: every symbol costs a little, as the coder
+    leaves V - 1 of its 2^24 units to the others, and none costs more than 24 bits.
 
     Raises:
-        UserError: not such a file, another format version, a damaged file, or a header that cannot be true.
+        UserError: not such a file, another version, damage, or a header that cannot be true.
     """
     end = file.seek(0, os.SEEK_END) - _CHECKSUM_BYTES
     file.seek(0)
@@ -97,16 +94,17 @@ def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
         raise UserError(f"{name}: not a file that charlm has compressed")
     _, version = _PREFIX.unpack(prefix)
     if version != VERSION:
-        raise UserError(f"{name}: has format version {version}, and this charlm reads {VERSION}; use the one it is of")
+        problem = f"has format version {version}, and this charlm reads {VERSION}"
+        raise UserError(f"{name}: {problem}; use the charlm that wrote it")
     if checksum(file, end) != file.read(_CHECKSUM_BYTES):
-        raise UserError(f"{name}: is damaged or cut short, its checksum does not match; get a whole copy")
+        raise UserError(f"{name}: is damaged or cut short; get a whole copy")
     file.seek(_PREFIX.size)
     try:
         header = _unpack(file, end)
         first_block = file.tell()
         _check_blocks(file, end, header, max(2, vocabulary_size))
     except (ValueError, UserError) as error:
-        raise UserError(f"{name}: its header claims {error}, which is impossible; get a whole copy") from None
+        raise UserError(f"{name}: its header claims {error}; get a whole copy") from None
     file.seek(first_block)
     return header
 
@@ -118,7 +116,7 @@ def read_block(file: BinaryIO) -> np.ndarray:
 
 
 def largest_claim(words: int, vocabulary_size: int) -> int:
-    """The most symbols that a number of words can hold; the coder's last 64 bits may go unused."""
+    """The most symbols that so many words hold; the coder's last 64 bits may go unused."""
     bits_per_symbol = -math.log2(1 - (vocabulary_size - 1) / 2**CODER_BITS)
     return math.floor((32 * words + 64) / bits_per_symbol)
 
@@ -133,7 +131,7 @@ def _unpack(file: BinaryIO, end: int) -> Header:
     settings = dict(zip(CodingSettings.model_fields, [*values[6:], word], strict=True))
     environment = file.read(length).decode(errors="backslashreplace")
     header = Header(*values[:6], CodingSettings.read(settings), environment)
-    if not header.symbols <= header.length <= MAX_SYMBOL_BYTES * header.symbols:
+    if not header.symbols <= header.length <= 4 * header.symbols:  # a symbol is a byte or a character
         raise ValueError(f"{header.length:,} bytes in {header.symbols:,} symbols")
     return header
 

@@ -1,4 +1,4 @@
-"""The file to compress, read in pieces as symbols of a vocabulary, and the file to write."""
+"""The file to compress, in pieces, and the file to write."""
 
 import errno
 import shutil
@@ -16,7 +16,7 @@ from charlm.files import replacing
 
 
 def pieces_of(file: BinaryIO, digest: Any) -> Iterator[bytes]:
-    """A whole file, cut between characters; `digest`, of hashlib, is updated with what is read."""
+    """A whole file, cut between characters; `digest`, of hashlib, is updated with it."""
     file.seek(0)
     for piece in whole_characters(blocks(file)):
         digest.update(piece)
@@ -24,15 +24,16 @@ def pieces_of(file: BinaryIO, digest: Any) -> Iterator[bytes]:
 
 
 def scan(pieces: Iterable[bytes], name: Path, vocabulary: Vocabulary) -> dict[str, int]:
-    """The size of a text in three units; UserError if the vocabulary cannot express it."""
+    """The size of a text in each unit; UserError if the vocabulary cannot express it."""
     length = symbols = characters = 0
     for piece in pieces:
         try:
             ids = vocabulary.encode(piece)
         except EncodingError as error:
             raise UserError(
-                f"{name}: {error.problem} at byte {length + error.offset:,}, and the model's vocabulary "
-                f"({vocabulary.name}) cannot express it; use a model of bytes"
+                f"{name}: {error.problem} at byte {length + error.offset:,}, "
+                f"and the model's vocabulary ({vocabulary.name}) cannot express it; "
+                "use a model of bytes"
             ) from None
         length += len(piece)
         symbols += len(ids)
@@ -41,7 +42,7 @@ def scan(pieces: Iterable[bytes], name: Path, vocabulary: Vocabulary) -> dict[st
 
 
 def blocks_of(pieces: Iterable[bytes], vocabulary: Vocabulary, block: int) -> Iterator[np.ndarray]:
-    """The ids of a text, `block` of them at a time; the last array may be shorter."""
+    """The ids of a text by blocks; the last may be shorter."""
     waiting = vocabulary.encode(b"")
     for piece in pieces:
         waiting = np.concatenate([waiting, vocabulary.encode(piece)])
@@ -64,12 +65,15 @@ def open_regular(path: Path) -> BinaryIO:
 
 @contextmanager
 def output(path: Path, source: Path, size: int = 0) -> Iterator[BinaryIO]:
-    """A file to write and read that becomes `path` when the block ends without an error.
+    """A file to write and read that becomes `path` when the context ends without an error.
 
-    Raises UserError if `path` is `source` or no regular file, has no room for `size` bytes, or cannot be written.
+    Raises:
+        UserError: `path` is `source` or no file, has no room for `size` bytes, or cannot be written.
     """
-    if path.exists() and (not path.is_file() or path.samefile(source)):
-        raise UserError(f"{path}: is {'the input' if path.is_file() else 'no file'}; name another output")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no file; name another output")
+    if path.exists() and path.samefile(source):
+        raise UserError(f"{path}: is the input; name another output")
     try:
         if size > (free := shutil.disk_usage(path.parent).free):
             raise UserError(f"{path}: needs {size:,} bytes, and {free:,} are free; free some space")

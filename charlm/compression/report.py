@@ -1,4 +1,4 @@
-"""The size of a compressed file beside those of other compressors, as a table and a picture."""
+"""The size of a compressed file beside those of other compressors."""
 
 import bz2
 import lzma
@@ -35,24 +35,27 @@ class CompressionReport(BaseModel, frozen=True):
     file: str
     compressed: Compressed
     others: dict[str, int] | None = None
-    """Bytes that other compressors need for the same file; None if not asked for."""
+    """Bytes that other compressors need for the file."""
     model: dict[str, int] | None = None
     speeds: dict[int, float] = {}
     """Characters per second of encoding, by number of streams."""
     generation_speed: float | None = None
-    """Characters per second that the same model writes as a single text."""
+    """Characters per second of generating one text."""
 
     def to_text(self) -> str:
         """Lines for people: the file and its settings, then whatever was asked for."""
         made, settings = self.compressed, self.compressed.protocol
-        rate = "" if made.bits_per_character is None else f", {made.bits_per_character:.4f} bits per character"
+        rate = ""
+        if made.bits_per_character is not None:
+            rate = f", {made.bits_per_character:.4f} bits per character"
         verified = "not verified" if made.verify_seconds is None else f"verified in {made.verify_seconds:,.1f} s"
+        speed = made.symbols / max(made.seconds, 1e-9)
         lines = [
             f"{self.file}: {made.bytes:,} bytes in {made.compressed_bytes:,}{rate}",
-            f"  {made.symbols:,} symbols in {counted(settings.streams, 'stream')}, context {settings.context:,}, "
-            f"stride {settings.stride:,}",
+            f"  {made.symbols:,} symbols in {counted(settings.streams, 'stream')}, "
+            f"context {settings.context:,}, stride {settings.stride:,}",
             f"  {settings.precision}, {counted(settings.threads, 'thread')}, "
-            f"{made.symbols / max(made.seconds, 1e-9):,.0f} characters per second, {made.seconds:,.1f} s; {verified}",
+            f"{speed:,.0f} characters per second, {made.seconds:,.1f} s; {verified}",
         ]
         if self.model is not None:
             sizes = {"the file": made.bytes} | self.sizes()
@@ -66,8 +69,11 @@ class CompressionReport(BaseModel, frozen=True):
                 )
                 for name, size in sizes.items()
             ]
-            lines += ["", markdown_table(("", "bytes", "bits per character", "of the file"), rows), ""]
+            columns = ("", "bytes", "bits per character", "of the file")
             lines += [
+                "",
+                markdown_table(columns, rows),
+                "",
                 f"The model: {self.model['parameters']:,} parameters in 16 bits each, compressed by xz;",
                 "contests that count the decompressor count it.",
             ]
@@ -90,8 +96,8 @@ def weigh(
     """The report of a file that was compressed.
 
     Args:
-        others: also measure what other compressors make of the file, and the size of the model.
-        speeds: also measure the speed of encoding with each of these numbers of streams, and of generation.
+        others: also measure other compressors, and the size of the model.
+        speeds: numbers of streams; also measure the speed of encoding with each, and of generation.
     """
     with open_regular(file) as content:
         return CompressionReport(
@@ -105,7 +111,7 @@ def weigh(
 
 
 def compressed_sizes(pieces: Iterable[bytes]) -> dict[str, int]:
-    """The size in bytes that each of `COMPRESSORS` needs for the concatenated pieces."""
+    """The bytes that each of `COMPRESSORS` needs for the concatenated pieces."""
     packers = {name: make() for name, make in COMPRESSORS.items()}
     sizes = dict.fromkeys(COMPRESSORS, 0)
     for piece in pieces:
@@ -115,20 +121,23 @@ def compressed_sizes(pieces: Iterable[bytes]) -> dict[str, int]:
 
 
 def model_size(trained: TrainedModel) -> dict[str, int]:
-    """The number of parameters that predict the next symbol, and the bytes of their values in 16 bits, compressed by
-    xz: the model that a decompressor has to bring along, without its code."""
-    # Told that numbers take two bytes, xz finds what the bytes of their signs and exponents have in common.
-    packer = lzma.LZMACompressor(filters=[{"id": lzma.FILTER_LZMA2, "preset": 1, "lp": 1, "lc": 3, "pb": 1}])
-    tensors = predicting_tensors(trained).values()
-    size = sum(len(packer.compress(tensor.detach().half().cpu().numpy().tobytes())) for tensor in tensors)
-    parameters = sum(tensor.numel() for tensor in tensors)
+    """The number of parameters that predict, and their bytes in 16 bits each, compressed by xz."""
+    # So xz finds what signs and exponents of 16-bit numbers have in common.
+    two_bytes = {"id": lzma.FILTER_LZMA2, "preset": 1, "lp": 1, "lc": 3, "pb": 1}
+    packer = lzma.LZMACompressor(filters=[two_bytes])
+    parameters = size = 0
+    for tensor in predicting_tensors(trained).values():
+        parameters += tensor.numel()
+        halves = tensor.detach().half().cpu().numpy()
+        size += len(packer.compress(halves.tobytes()))
     return {"parameters": parameters, "compressed_bytes": size + len(packer.flush())}
 
 
 def draw(report: CompressionReport, path: Path) -> Path:
-    """Draw the sizes as bars, and speeds against streams if they were measured; returns and raises as `save`."""
+    """Draw sizes as bars, and speeds against streams; returns and raises as `save`."""
     sizes, speeds = report.sizes(), report.speeds
-    with new_figure(PICTURE, 1.2 + 0.3 * len(sizes) + (2.2 if speeds else 0)) as figure:
+    height = 1.2 + 0.3 * len(sizes) + (2.2 if speeds else 0)
+    with new_figure(PICTURE, height) as figure:
         above, *below = figure.subplots(2 if speeds else 1, squeeze=False)[:, 0]
         colours = [VALID if name == "charlm" else TRAIN for name in sizes]
         bars = above.barh(list(sizes), list(sizes.values()), color=colours)
@@ -136,8 +145,10 @@ def draw(report: CompressionReport, path: Path) -> Path:
         above.grid(False)
         above.margins(x=0.15)
         above.set_xlabel("bytes")
-        model = f" (the model by itself: {report.model['compressed_bytes']:,})" if report.model else ""
-        above.set_title(f"{Path(report.file).name}, {report.compressed.bytes:,} bytes{model}")
+        title = f"{Path(report.file).name}, {report.compressed.bytes:,} bytes"
+        if report.model:
+            title += f" (the model by itself: {report.model['compressed_bytes']:,})"
+        above.set_title(title)
         for axes in below:
             axes.plot(list(speeds), list(speeds.values()), "o-", color=VALID, label="encoding")
             axes.axhline(report.generation_speed, color=TRAIN, label="generation of one text")
@@ -149,11 +160,13 @@ def draw(report: CompressionReport, path: Path) -> Path:
 
 
 def _encoding_speed(trained: TrainedModel, settings: CodingSettings, num_streams: int) -> float:
-    """Symbols per second of encoding random ones, from one full context to the next."""
+    """Random symbols encoded per second, from one full context to the next."""
     settings = settings.replace(streams=num_streams, block=max(settings.block, num_streams))
     check_settings(trained, settings)
-    streams, encoder = Streams(trained, settings), constriction.stream.queue.RangeEncoder()
-    random_NS = np.random.default_rng(0).integers(0, trained.vocabulary.size, (settings.context, num_streams))
+    streams = Streams(trained, settings)
+    encoder = constriction.stream.queue.RangeEncoder()
+    shape = (settings.context, num_streams)
+    random_NS = np.random.default_rng(0).integers(0, trained.vocabulary.size, shape)
     with threads_set(settings.threads):
         for symbols_S in random_NS:
             streams.append(symbols_S)

@@ -1,4 +1,4 @@
-"""The settings that, besides the model, decide every probability of a compressed file."""
+"""The settings that, with the model, decide every probability of a compressed file."""
 
 from typing import Annotated, Any, Self
 
@@ -14,12 +14,12 @@ from charlm.runs.trained import TrainedModel
 
 MAX_BLOCK = 2**26
 SYMBOLS_PER_STREAM = 2**13
-"""Default minimum: each begins without context, so shorter ones cost more than a few per cent."""
+"""Default minimum. Streams begin without context: shorter ones cost more than a few per cent."""
 BLOCK_PER_STREAM = 2**16
 
 
 class CodingSettings(Section):
-    """Encoder and decoder must agree on all of them; a compressed file holds them in its header."""
+    """Settings that the header of a compressed file holds for the decoder."""
 
     streams: Annotated[Count, Field(le=2**14)]
     """Parts of a block that are read side by side."""
@@ -50,7 +50,7 @@ def choose_settings(trained: TrainedModel, num_symbols: int, **options: Any) -> 
     """The given `options`, with defaults for a text of `num_symbols` in place of None.
 
     Raises:
-        UserError: a value out of range, or more streams than the machine's memory holds caches for.
+        UserError: a value out of range, or too many streams for the memory.
     """
     given = {name: value for name, value in options.items() if value is not None}
     most = 512 if trained.device.type == "cuda" else 64
@@ -73,7 +73,8 @@ def check_settings(trained: TrainedModel, settings: CodingSettings) -> None:
     """Raise UserError if the model or the machine does not allow these settings."""
     model = trained.config.model
     if settings.context > model.context_length:
-        raise UserError(f"context={settings.context}: the model's is {model.context_length:,}; give no more", "context")
+        problem = f"context={settings.context}: the model's is {model.context_length:,}"
+        raise UserError(f"{problem}; give no more", "context")
     check_precision(settings.precision, trained.device)
     on_gpu = trained.device.type == "cuda"
     memory = torch.cuda.mem_get_info(trained.device)[1] if on_gpu else physical_memory()
@@ -81,7 +82,7 @@ def check_settings(trained: TrainedModel, settings: CodingSettings) -> None:
     needed = 2 * symbols * model.num_layers * model.d_model * settings.dtype.itemsize
     if needed > memory:
         raise UserError(
-            f"streams={settings.streams}: their keys and values take {needed / 1e9:,.0f} GB, and there are "
-            f"{memory / 1e9:,.0f} GB of memory; take fewer streams",
+            f"streams={settings.streams}: their keys and values take {needed / 1e9:,.0f} GB, "
+            f"and the memory has {memory / 1e9:,.0f} GB; take fewer streams",
             "streams",
         )

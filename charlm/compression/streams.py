@@ -1,12 +1,12 @@
 """Streams of text that a model reads side by side, for encoder, decoder and scorer alike.
 
-A text is cut into blocks, and each block into S streams whose lengths differ by one symbol at most. Every step
-computes the next symbol's logits in all streams, whatever the symbols are. So the decoder does exactly the encoder's
-arithmetic: the same operations on the same shapes, up to the last step, with the same number of threads.
+A block of text is cut into S streams whose lengths differ by one symbol at most. Every step computes the
+next symbol's logits in all streams. So the decoder does exactly the encoder's arithmetic: the same
+operations on the same shapes, with as many threads.
 
-A stream begins without context: its first symbol costs log2 V bits. When `context` symbols have been read, the
-newest `context - stride + 1` are kept and read again in one pass; the older ones are forgotten. With one stream every
-symbol therefore has the context that `evaluate --stride` gives it; the default stride forgets as generation does.
+A stream begins without context: its first symbol costs log2 V bits. When `context` symbols have been
+read, the newest `context - stride + 1` are kept and read again in one pass. With one stream every symbol
+therefore has the context that `evaluate --stride` gives it; the default stride forgets as generation does.
 
 Shapes: S streams, A of which still have symbols, T symbols read at once, V vocabulary.
 """
@@ -28,13 +28,13 @@ from charlm.model.kernels_cpu import exact_matmul
 from charlm.runs.trained import TrainedModel
 
 FAMILY = constriction.stream.model.Categorical(perfect=False)
-"""Gives each symbol one unit of 2^-24 and its share of the rest, in float64, symbol by symbol."""
+"""Gives each symbol one unit of 2^-24 and its share of the rest, in float64."""
 READ_AT_ONCE = 2**13
 """Symbols of all streams together; bounds the memory that reading again needs."""
 
 
 class Streams:
-    """The model's state in all streams. Use it inside `threads_set` with the same settings."""
+    """The model's state in all streams; use it inside `threads_set`."""
 
     def __init__(self, trained: TrainedModel, settings: CodingSettings):
         self.trained, self.settings = trained, settings
@@ -43,10 +43,10 @@ class Streams:
 
     @torch.inference_mode()
     def walk(self, ids_N: np.ndarray, bar: tqdm) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Go through a block of at least one symbol, step by step, beginning without context.
+        """Go through a block of at least one symbol, step by step.
 
         Args:
-            ids_N: the block's symbols. A decoder fills in those of a step before it asks for the next.
+            ids_N: the block; a decoder fills in the symbols of a step before it asks for the next.
             bar: counts the symbols.
 
         Yields:
@@ -71,7 +71,7 @@ class Streams:
 
     @torch.inference_mode()
     def append(self, symbols_S: np.ndarray) -> Tensor:
-        """Read one more symbol of each stream; returns the logits [S, V] of the next."""
+        """Read a symbol of each stream; returns the logits [S, V] of the next."""
         start, ids_SC = self._cache.length, self._cache.ids
         if start == self.settings.context:
             self._cache.reset()
@@ -85,7 +85,8 @@ class Streams:
         return logits_SV
 
     def _read(self, ids_ST: Tensor) -> Tensor:
-        last, device, dtype = self.trained.config.model.num_layers, self.trained.device, self.settings.dtype
+        last = self.trained.config.model.num_layers
+        device, dtype = self.trained.device, self.settings.dtype
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         with exact_matmul(device, ids_ST.numel()), autocast:
             hidden_S1D = self.trained.transformer(ids_ST, cache=self._cache, num_last=1)[last]
@@ -95,7 +96,7 @@ class Streams:
 
 @contextmanager
 def threads_set(num_threads: int) -> Iterator[None]:
-    """Compute with this number of threads inside the context."""
+    """Use this number of threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)  # even if it is the same, to keep MKL from choosing fewer
     try:
@@ -105,7 +106,7 @@ def threads_set(num_threads: int) -> Iterator[None]:
 
 
 def probabilities(logits_AV: Tensor) -> np.ndarray:
-    """The coder's probabilities, float64 [A, max(V, 2)], as it knows no vocabulary of one symbol.
+    """The coder's probabilities, float64 [A, max(V, 2)]: it needs two symbols.
 
     Raises:
         UserError: they are not finite.
