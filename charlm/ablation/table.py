@@ -50,7 +50,8 @@ class Row:
     @property
     def deltas(self) -> list[float]:
         """Bits per character minus the reference's, for the seeds that both have."""
-        name, others = "bits_per_character", self.reference.results if self.reference else {}
+        name = "bits_per_character"
+        others = self.reference.results if self.reference else {}
         both = [seed for seed in self.results if seed in others]
         return [self.results[seed][name] - others[seed][name] for seed in both]
 
