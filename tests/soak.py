@@ -198,7 +198,7 @@ def soak_one(folder: Path, corpus: list[str], choose: random.Random, strikes: in
     settings = {name: choose.choice(values) for name, values in (MOVING if moving else FREE).items()}
     fixed = choose.choice([1, 1, 2])
     flags = [*FLAGS, *corpus, *settings.values()]
-    shown = " ".join(flag.rpartition(".")[2] for flag in settings.values())
+    shown = " ".join(flag.partition(".")[2] for flag in settings.values())
     outcome = Outcome(shown, "1 and 2" if moving else str(fixed))
     assert wait(start(flags, folder / "whole", fixed)) == [0] * fixed, (folder / "said.txt").read_text()
     run = folder / "run"

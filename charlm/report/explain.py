@@ -128,7 +128,7 @@ def _summary(explanation: Explanation) -> list[str]:
     lines = {
         "model": f"{model.num_layers} layers of width {model.d_model}, context {model.context_length}",
         "parameters": f"{parameters['training']} in training, {parameters['inference']} at inference",
-        "FLOPs per character": f"{flops['training_start']} in training ({flops['training_end']} at its end), "
+        "FLOPs per character": f"{flops['training_start']} in training ({flops['training_end']} at the end), "
         f"{flops['inference']} at inference",
         "training": f"{train.steps:,} steps of {train.batch_size * model.context_length:,} characters",
     }
