@@ -1,8 +1,10 @@
 """A web server on the loopback interface in place of the corpora's own, and a little enwik8 for it to serve."""
 
 import gc
+import gzip
 import hashlib
 import io
+import lzma
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -59,26 +61,27 @@ def refused() -> Callable[..., object]:
     return refuse
 
 
+def zipped(text: bytes) -> bytes:
+    """A zip archive of enwik8, behind another file."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("README", b"not this one")
+        archive.writestr("enwik8", text)
+    return buffer.getvalue()
+
+
+@pytest.fixture(params=[bytes, gzip.compress, lzma.compress, zipped], ids=["raw", "gzip", "xz", "zip"])
+def pack(request) -> Callable[[bytes], bytes]:
+    """Packs a copy of enwik8, in each way that a user may have one."""
+    return request.param
+
+
 @pytest.fixture
-def zipped() -> Callable[..., bytes]:
-    """`zipped(enwik8=b"...")` is a zip archive with that member."""
-
-    def make(**members: bytes) -> bytes:
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, content in members.items():
-                archive.writestr(name, content)
-        return buffer.getvalue()
-
-    return make
-
-
-@pytest.fixture
-def enwik8(monkeypatch, server, zipped) -> bytes:
+def enwik8(monkeypatch, server) -> bytes:
     """A text of 500 bytes, 490 characters, in place of the real enwik8; split 450 / 25 / 25."""
     content = "".join(f"<page {number:04d}>\u00e9\n" + "x" * 36 for number in range(10)).encode()
     assert (len(content), len(content.decode())) == (500, 490)
-    server.content = zipped(README=b"not this one", enwik8=content)
+    server.content = zipped(content)
     little = Published(
         url=f"{server.url}/dc/some.zip",
         archive_sha256=hashlib.sha256(server.content).hexdigest(),

@@ -151,11 +151,13 @@ def test_utf8_is_recognised_across_chunks_and_files(tmp_path, monkeypatch):
     assert sum(split.characters for split in corpus.splits.values()) == len(text)
 
 
-def test_a_corpus_is_prepared_once(file_config, monkeypatch):
-    """Guards against reading the text at every start."""
+def test_a_corpus_is_prepared_once_and_read_without_a_lock(file_config, monkeypatch):
+    """Guards against reading the text at every start, and a lock, for which a shared read-only cache has no room."""
     first = load_corpus(file_config)
     monkeypatch.setattr(module, "_prepare", None)
+    monkeypatch.setattr(module, "FileLock", None)
     assert load_corpus(file_config).to_dict() == first.to_dict()
+    assert whole(load_corpus(file_config)) == TEXT
 
 
 def test_a_changed_file_is_prepared_anew(file_config):
@@ -301,13 +303,6 @@ def test_a_cache_that_cannot_be_written_is_named(file_config, tmp_path, refused)
     (tmp_path / "file").write_text("in the way")
     with refused("data.cache_dir", f"data.cache_dir={cache_dir}", "Not a directory"):
         load_corpus(file_config.replace(cache_dir=cache_dir))
-
-
-def test_a_prepared_corpus_is_read_from_a_cache_without_room_for_a_lock(file_config, monkeypatch):
-    """Guards against a lock, which a shared read-only cache does not allow, taken only to read."""
-    load_corpus(file_config)
-    monkeypatch.setattr(module, "FileLock", None)
-    assert whole(load_corpus(file_config)) == TEXT
 
 
 def test_the_cache_may_lie_in_the_users_home(file_config, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from fake_hub import FakeHub, fake_hub
 from tiny import SCRIPTS
 
 DOCUMENTS = [f"document {number} é" for number in range(100)]
+FIRST, SECOND = "train-00000-of-00002.parquet", "train-00001-of-00002.parquet"
 PREPARE = f"""
 import runpy, sys, time
 time.sleep = lambda _: None  # between the attempts of a download
@@ -32,8 +33,8 @@ def write_split(path: Path, documents: list, **columns: list) -> Path:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A training split in two files, and nothing else."""
-    write_split(tmp_path / "set" / "train-00000-of-00002.parquet", DOCUMENTS[:70], number=list(range(70)))
-    write_split(tmp_path / "set" / "train-00001-of-00002.parquet", DOCUMENTS[70:], number=list(range(30)))
+    write_split(tmp_path / "set" / FIRST, DOCUMENTS[:70], number=list(range(70)))
+    write_split(tmp_path / "set" / SECOND, DOCUMENTS[70:], number=list(range(30)))
     return tmp_path / "set"
 
 
@@ -49,18 +50,12 @@ def texts(corpus: Corpus) -> dict[str, str]:
 @pytest.mark.parametrize("separator", ["\n", "", "<end>\n\n"])
 def test_documents_are_joined_by_the_separator(config, separator):
     """Guards against documents that run together, a separator that is doubled where batches or files meet, and one
-    before the first or after the last document."""
+    before the first or after the last document; against fractions of the documents in place of the text."""
     corpus = load_corpus(config.replace(separator=separator))
-    assert "".join(texts(corpus).values()) == separator.join(DOCUMENTS)
-
-
-def test_validation_and_test_are_held_out_where_there_are_none(config):
-    """Guards against fractions of the documents in place of the text, and against a split that is used twice."""
-    corpus = load_corpus(config)
-    size = len("\n".join(DOCUMENTS).encode())
-    assert abs(corpus.splits["valid"].bytes - size * 0.05) <= 2
-    assert abs(corpus.splits["test"].bytes - size * 0.05) <= 2
-    assert corpus.splits["train"].ids[0] == ord("d")
+    text = separator.join(DOCUMENTS)
+    assert "".join(texts(corpus).values()) == text
+    for split in ("valid", "test"):
+        assert abs(corpus.splits[split].bytes - 0.05 * len(text.encode())) <= 2
 
 
 @pytest.mark.parametrize("there", [["validation"], ["test"], ["validation", "test"]])
@@ -79,10 +74,10 @@ def test_splits_of_the_dataset_are_kept(config, folder, there, vocabulary):
 
 def test_splits_and_column_by_name(config, folder):
     """Guards against names that are ignored, and a split that is both named and found by default."""
-    (folder / "train-00001-of-00002.parquet").unlink()
+    (folder / SECOND).unlink()
     for split in ("validation", "test"):
         write_split(folder / f"{split}-00000-of-00001.parquet", [split] * 3, body=[f"{split} body"] * 3)
-    write_split(folder / "train-00000-of-00002.parquet", ["x"], body=["train body"])
+    write_split(folder / FIRST, ["x"], body=["train body"])
     options = {"text_column": "body", "train_split": "validation", "valid_split": "train", "valid_fraction": 0.1}
     found = texts(load_corpus(config.replace(**options)))
     assert found == {
@@ -95,7 +90,7 @@ def test_splits_and_column_by_name(config, folder):
 def test_a_changed_folder_is_prepared_anew(config, folder):
     """Guards against the old text served for the new."""
     load_corpus(config)
-    write_split(folder / "train-00001-of-00002.parquet", ["another"])
+    write_split(folder / SECOND, ["another"])
     assert "".join(texts(load_corpus(config)).values()) == "\n".join([*DOCUMENTS[:70], "another"])
 
 
@@ -116,25 +111,20 @@ def test_what_a_dataset_lacks_is_named(config, options, option, parts, refused):
     assert [path.suffix for path in config.cache_dir.iterdir()] == [".lock"]
 
 
-def test_a_row_without_text_is_named(config, folder, refused):
-    """Guards against the word None in the text, and documents that are silently left out."""
-    write_split(folder / "train-00001-of-00002.parquet", ["one", None, "two"], number=[0, 1, 2])
-    with refused("data.text_column", "row 71 of split 'train' holds NoneType, not text"):
-        load_corpus(config)
-
-
 @pytest.mark.parametrize(
-    ("spoil", "complaint"),
+    ("spoil", "option", "complaint"),
     [
-        (lambda folder: [file.unlink() for file in folder.iterdir()], "cannot be read"),
-        (lambda folder: (folder / "train-00001-of-00002.parquet").write_bytes(b"no parquet"), "cannot be read"),
-        (lambda folder: (folder / f"{folder.name}.py").write_text("raise SystemExit"), "--data.hub_revision"),
+        (lambda folder: [file.unlink() for file in folder.iterdir()], "hub_id", "cannot be read"),
+        (lambda folder: (folder / SECOND).write_bytes(b"no parquet"), "hub_id", "cannot be read"),
+        (lambda folder: (folder / "set.py").write_text("raise SystemExit"), "hub_id", "--data.hub_revision"),
+        (lambda folder: write_split(folder / SECOND, ["a", None], number=[0, 1]), "text_column", "row 71 "),
     ],
 )
-def test_a_folder_that_is_no_dataset_is_refused(config, folder, spoil, complaint, refused):
-    """Guards against a traceback from the library, and a dataset's script that is run or silently passed over."""
+def test_a_folder_that_is_no_dataset_is_refused(config, folder, spoil, option, complaint, refused):
+    """Guards against a traceback from the library, a dataset's script that is run or silently passed over, the word
+    None in the text, and documents that are silently left out."""
     spoil(folder)
-    with refused("data.hub_id", f"data.hub_id={folder}: ", complaint):
+    with refused(f"data.{option}", f"data.hub_id={folder}: ", complaint):
         load_corpus(config)
 
 

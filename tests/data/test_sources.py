@@ -3,7 +3,6 @@
 import argparse
 import gzip
 import json
-import lzma
 import os
 import sysconfig
 from pathlib import Path
@@ -20,6 +19,12 @@ def read(tmp_path: Path, path: Path | None, corpus: str = "file") -> bytes:
     return b"".join(find_source(config, config.cache_dir, show_progress=False).chunks())
 
 
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "folder").mkdir()
+    return tmp_path / "folder"
+
+
 @pytest.mark.parametrize("name", ["enwik8", "text8"])
 def test_the_published_facts(name):
     """Guards against another protocol than the usual splits, which no test on little texts would see."""
@@ -28,20 +33,12 @@ def test_the_published_facts(name):
     assert (published.size, published.split_sizes) == (10**8, (90_000_000, 5_000_000, 5_000_000))
 
 
-@pytest.mark.parametrize("name", ["enwik8", "enwik8.zip", "enwik8.gz", "enwik8.xz", "no.suffix"])
-def test_a_local_copy_may_be_packed(tmp_path, enwik8, zipped, name):
-    """Guards against a format that is refused, or told by its name when a browser has changed that."""
-    content = {
-        "enwik8.zip": zipped(enwik8=enwik8),
-        "enwik8.gz": gzip.compress(enwik8),
-        "enwik8.xz": lzma.compress(enwik8),
-        "no.suffix": zipped(README=b"first", enwik8=enwik8),
-    }.get(name, enwik8)
-    (tmp_path / name).write_bytes(content)
-    assert read(tmp_path, tmp_path / name, "enwik8") == enwik8
+def test_a_local_copy_may_be_packed(tmp_path, enwik8, pack):
+    """Guards against a format that is refused, or known by its suffix only, which a browser may have removed."""
+    (tmp_path / "copy").write_bytes(pack(enwik8))
+    assert read(tmp_path, tmp_path / "copy", "enwik8") == enwik8
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress, "zip"])
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -51,18 +48,17 @@ def test_a_local_copy_may_be_packed(tmp_path, enwik8, zipped, name):
         (lambda text: b"", "has 0 bytes"),
     ],
 )
-def test_another_text_is_refused(tmp_path, enwik8, zipped, pack, change, complaint, refused):
+def test_another_text_is_refused(tmp_path, enwik8, pack, change, complaint, refused):
     """Guards against training on something that only bears the corpus's name."""
-    text, published = change(enwik8), PUBLISHED["enwik8"]
-    (tmp_path / "copy").write_bytes(zipped(enwik8=text) if pack == "zip" else pack(text))
+    published = PUBLISHED["enwik8"]
+    (tmp_path / "copy").write_bytes(pack(change(enwik8)))
     with refused("data.path", f"data.path={tmp_path / 'copy'}", complaint, published.digest, published.url):
         read(tmp_path, tmp_path / "copy", "enwik8")
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, "zip"])
-def test_a_damaged_archive_is_refused_in_one_message_or_harmless(tmp_path, enwik8, zipped, pack):
+def test_a_damaged_copy_is_refused_in_one_message_or_harmless(tmp_path, enwik8, pack):
     """Guards against a traceback from the depths of a decompressor, and against damage that goes unnoticed."""
-    whole = zipped(enwik8=enwik8) if pack == "zip" else pack(enwik8)
+    whole = pack(enwik8)
     copy = tmp_path / "copy"
     refused = 0
     for place in range(len(whole)):
@@ -74,7 +70,7 @@ def test_a_damaged_archive_is_refused_in_one_message_or_harmless(tmp_path, enwik
             assert read(tmp_path, copy, "enwik8") == enwik8  # as when a time stamp was hit
         except UserError:
             refused += 1
-    assert refused > len(whole) / 2
+    assert refused > len(whole) / 3  # in a zip, much of the rest belongs to another file
 
 
 @pytest.mark.parametrize("corpus", ["enwik8", "file"])
@@ -105,19 +101,17 @@ def test_a_file_is_taken_as_it_is(tmp_path):
     assert read(tmp_path, tmp_path / "text.gz") == content
 
 
-def test_a_folder_is_read_in_the_order_of_relative_paths(tmp_path):
+def test_a_folder_is_read_in_the_order_of_relative_paths(tmp_path, folder):
     """Guards against an order that depends on the file system, and against a separator between files."""
-    folder = tmp_path / "folder"
     for name in ("b", "a/z", "a.txt", "a/b/c", "B", "é"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"<{name}>")
     assert read(tmp_path, folder).decode() == "<B><a.txt><a/b/c><a/z><b><é>"
 
 
-def test_links_lead_to_files_but_not_in_circles(tmp_path):
+def test_links_lead_to_files_but_not_in_circles(tmp_path, folder):
     """Guards against an endless walk, and against links to nowhere and pipes that stop it."""
-    folder = tmp_path / "folder"
-    (folder / "below").mkdir(parents=True)
+    (folder / "below").mkdir()
     (folder / "below" / "text").write_text("text")
     (folder / "again").symlink_to("below/text")
     (folder / "below" / "circle").symlink_to(folder)
@@ -134,23 +128,20 @@ def test_a_cache_inside_the_text_is_refused(tmp_path, refused):
         read(tmp_path, tmp_path)
 
 
-def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, refused):
+def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, folder, refused):
     """Guards against a mixture of two versions that is served as one of them."""
-    (tmp_path / "folder").mkdir()
     for name in "ab":
-        (tmp_path / "folder" / name).write_bytes(b"before")
-    config = DataConfig(corpus="file", path=tmp_path / "folder", cache_dir=tmp_path / "cache")
+        (folder / name).write_bytes(b"before")
+    config = DataConfig(corpus="file", path=folder, cache_dir=tmp_path / "cache")
     chunks = find_source(config, config.cache_dir, show_progress=False).chunks()
     next(chunks)
-    (tmp_path / "folder" / "a").write_bytes(b"after!")
+    (folder / "a").write_bytes(b"after!")
     with refused("data.path", "changed while it was read"):
         list(chunks)
 
 
-def test_an_unreadable_file_is_named(tmp_path, monkeypatch, refused):
+def test_an_unreadable_file_is_named(tmp_path, folder, monkeypatch, refused):
     """Guards against a text that silently lacks the files its reader may not see."""
-    folder = tmp_path / "folder"
-    folder.mkdir()
     (folder / "secret").write_text("text")
 
     def refuse(path, *args):
