@@ -1,7 +1,8 @@
 """Early exit: every symbol is predicted by the first layer that is sure enough.
 
-A layer with a head predicts a symbol if the entropy of its prediction is under a threshold; otherwise the next one
-decides (Teerapittayanon et al. 2016, "BranchyNet"). This counts layers; scoring computes all of them.
+A layer with a head predicts a symbol if the entropy of its prediction is under a threshold; otherwise
+the next one decides (Teerapittayanon et al. 2016, "BranchyNet"). Layers are only counted: scoring
+computes all of them.
 
 Shapes: M symbols of a batch, N symbols, E layers with an exit including the last, Q thresholds.
 """
@@ -18,7 +19,13 @@ from torch import Tensor
 from charlm.config import UserError
 from charlm.data.corpus import Corpus
 from charlm.inference.evaluation import EarlyExit, ExitPoint, Score, Scorer, bits_per
-from charlm.inference.scoring import entropies, measure_text, nats_and_entropies, predictions, sum_over_processes
+from charlm.inference.scoring import (
+    entropies,
+    measure_text,
+    nats_and_entropies,
+    predictions,
+    sum_over_processes,
+)
 from charlm.model.kernels_cpu import exact_matmul
 from charlm.runs.trained import TrainedModel, exit_layers
 
@@ -26,12 +33,17 @@ QUANTILES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def early_exit(
-    trained: TrainedModel, corpus: Corpus, *, quantiles: Sequence[float] = QUANTILES, **protocol: Any
+    trained: TrainedModel,
+    corpus: Corpus,
+    *,
+    quantiles: Sequence[float] = QUANTILES,
+    **protocol: Any,
 ) -> Score:
     """Score the model, each layer that has a head, and early exit at several thresholds.
 
-    These are quantiles of the entropies on the symbols that the run was validated on. At quantile 0 the last layer
-    predicts everything, at 1 the first exit. `protocol` and errors as for `charlm.bits_per_character`.
+    The thresholds are quantiles of the entropies on the symbols that the run was validated on. At
+    quantile 0 the last layer predicts everything, at 1 the first exit. `protocol` and errors as for
+    `charlm.bits_per_character`.
 
     Raises:
         UserError: also if only the last layer has a head, or a quantile is not in [0, 1].
@@ -40,8 +52,8 @@ def early_exit(
     layers = exit_layers(trained)
     if len(layers) < 2:
         raise UserError(
-            "early exit: only the last layer has a head for the next symbol; train with --aux.layers.enabled=true, or "
-            "export with --keep-heads"
+            "early exit: only the last layer has a head for the next symbol; "
+            "train with --aux.layers.enabled=true, or export with --keep-heads"
         )
     if any(not 0 <= quantile <= 1 for quantile in quantiles):
         raise UserError(f"quantiles={list(quantiles)}: must lie in [0, 1]", option="quantiles")
@@ -90,16 +102,19 @@ def choose_thresholds(entropies_EN: np.ndarray, quantiles: Sequence[float]) -> T
 
 
 def first_sure(entropies_EM: Tensor, thresholds_Q: Tensor) -> Tensor:
-    """The index of the first exit whose entropy is under each threshold, or that of the last exit, [Q, M]."""
+    """The first exit whose entropy is under each threshold, or the last exit: indices [Q, M]."""
     sure_QEM = entropies_EM < thresholds_Q[:, None, None]
     sure_QEM[:, -1] = True
     return sure_QEM.int().argmax(dim=1)
 
 
 def _sums(
-    batches: Iterable[tuple[Tensor, Tensor]], thresholds_Q: Tensor, num_exits: int, num_symbols: int
+    batches: Iterable[tuple[Tensor, Tensor]],
+    thresholds_Q: Tensor,
+    num_exits: int,
+    num_symbols: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Nats of the last layer [N], of each layer [E], at each threshold [Q]; symbols that each layer predicts [Q, E]."""
+    """Nats of the last layer [N], of each layer [E], at each threshold [Q]; symbols per layer [Q, E]."""
     last_nats_N = torch.zeros(num_symbols, dtype=torch.float64)
     nats, counts = [], []
     for symbols_M, figures in batches:

@@ -1,7 +1,8 @@
 """Scores: bits per character and per byte of a text, with their protocol.
 
-Every symbol is scored exactly once. Costs are kept in float64 nats, added exactly (`math.fsum`) and divided once. So a
-score does not depend on the batch size or the number of processes, except for rounding inside the model.
+Every symbol is scored once. Costs are kept in float64 nats, added exactly (`math.fsum`) and divided
+once. So a score does not depend on the batch size or the number of processes, except for rounding
+inside the model.
 
 Shapes: N symbols.
 """
@@ -107,11 +108,12 @@ def bits_per_character(
         batch_size: windows per batch and process; by default as many as `BATCH_SYMBOLS` allows.
         precision: the transformer's; heads are always computed in fp32 and the softmax in float64.
         all_layers: also score every layer that has a head for the next symbol, in the same pass.
-        mixture: "hedge" scores the prediction sum_i alpha_i f_i in place of the last layer's, with the weights alpha
-            that hedge backpropagation has learned (Sahoo et al. 2018).
+        mixture: "hedge" scores the prediction sum_i alpha_i f_i in place of the last layer's, with the
+            weights alpha that hedge backpropagation has learned (Sahoo et al. 2018).
 
     Raises:
-        UserError: a value out of range, fp16 on a CPU, a corpus other than the run's, or a mixture without weights.
+        UserError: a value out of range, fp16 on a CPU, another corpus than the run's, or a mixture
+            without weights.
     """
     scorer = Scorer(trained, corpus, split, stride, limit, batch_size, precision, show_progress)
     last = trained.config.model.num_layers
@@ -137,7 +139,7 @@ def bits_per_character(
 
 
 class Scorer:
-    """A text to score with a model, and the protocol; arguments and errors as for `bits_per_character`."""
+    """A text to score and the protocol; arguments and errors as for `bits_per_character`."""
 
     def __init__(
         self,
@@ -153,9 +155,9 @@ class Scorer:
         self.started = time.perf_counter()
         if corpus.sha256 != trained.corpus["sha256"] or corpus.vocabulary != trained.vocabulary:
             raise UserError(
-                f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on {trained.corpus['name']} "
-                f"({trained.corpus['sha256'][:12]}), another text or vocabulary; score it on that one "
-                "(--data.path, --data.hub_id)"
+                f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on "
+                f"{trained.corpus['name']} ({trained.corpus['sha256'][:12]}), another text or vocabulary; "
+                "score it on that one (--data.path, --data.hub_id)"
             )
         if split not in corpus.splits:
             raise UserError(f"split={split}: must be one of {', '.join(corpus.splits)}", option="split")
@@ -202,7 +204,7 @@ class Scorer:
 
 
 def score_at(score: Score, depth: int) -> dict[str, Any]:
-    """The figure of one layer out of a score of all, for the card of a model that ends there."""
+    """The score of one layer, out of one of all layers: for the card of a model that ends there."""
     bits = score.layers[str(depth)]
     per_byte = bits * score.characters / score.bytes
     figure = replace(
@@ -216,7 +218,7 @@ def score_at(score: Score, depth: int) -> dict[str, Any]:
 
 
 def mixture_nats(nats: Mapping[int, np.ndarray], weights: Mapping[int, float]) -> np.ndarray:
-    """-log sum_i weight_i exp(-nats_i), float64 [N]: the cost of each symbol. The weights are scaled to sum to 1."""
+    """-log sum_i weight_i exp(-nats_i), float64 [N], with the weights scaled to sum to 1."""
     total = math.fsum(weights.values())
     log_shares = [math.log(weight / total) - nats[layer] for layer, weight in weights.items() if weight > 0]
     return -np.logaddexp.reduce(log_shares, axis=0)
@@ -228,7 +230,7 @@ def bits_per(nats: np.ndarray, count: int) -> float:
 
 
 def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
-    """The numbers of characters that begin in a text, and of bytes. Raises UserError if there is no character."""
+    """The numbers of characters that begin in a text, and of bytes; UserError if no character does."""
     characters = vocabulary.count_characters(ids)
     if characters == 0:
         raise UserError(f"a text of {len(ids)} symbols: no character begins in it, so it has no bits per character")
@@ -238,9 +240,9 @@ def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
 def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) -> float | None:
     """Standard error of bits per character, if the text is a sample of all such texts.
 
-    Neighbouring symbols are not independent, so the text is cut into K equal blocks: 100, or fewer so that each holds
-    1,000 symbols, but at least 10. With b_k bits and c_k characters in block k and R = sum b / sum c, it is that of the
-    ratio estimator (None if there is only one symbol):
+    Neighbouring symbols are not independent, so the text is cut into K equal blocks: 100, or fewer so
+    that each holds 1,000 symbols, but at least 10. With b_k bits and c_k characters in block k, and
+    R = sum b / sum c, it is that of the ratio estimator (None if there is only one symbol):
 
         sqrt(K / (K - 1) * sum_k (b_k - R c_k)^2) / sum_k c_k
     """

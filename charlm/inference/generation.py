@@ -1,4 +1,4 @@
-"""Text generation. Shapes: V vocabulary."""
+"""Text generation. Shapes: B texts, V vocabulary."""
 
 import codecs
 from collections import deque
@@ -36,37 +36,44 @@ def generate(
     statistics: DraftStatistics | None = None,
     show_progress: bool = False,
 ) -> str | list[str]:
-    """The text that the model writes after `prompt`, without the prompt; the same seed gives the same text.
+    """The text that the model writes after `prompt`, without it; the same seed gives the same text.
 
-    Every symbol is predicted from all before it, until the model's context is full: then its older half is forgotten,
-    and the newest is read again. The weights must not change before the text ends.
+    Every symbol is predicted from all before it, until the model's context is full: then its older half
+    is forgotten, and the newer half is read again. The weights must not change before the text ends.
 
-    Several prompts are continued together, which takes less time; with drafts, one after the other. Each text is the
-    one it would be alone, except for rounding in the model: the first with `seed`, the next with `seed` + 1 and so on.
+    Several prompts are continued together, which takes less time; with drafts, one after the other. The
+    first text is the one that `seed` gives alone, the next that of `seed` + 1 and so on, except for
+    rounding in the model.
 
     Args:
         prompt: at least one symbol and at most context_length.
         length: symbols to write. Bytes that form no UTF-8 character become U+FFFD.
         temperature, top_k, top_p: see `Sampling`.
-        draft: write several symbols per pass of the model, with drafts from "offsets", the last layer's heads for the
-            symbols after the next, or from the exit at this layer. At temperature 0 the text stays the same; others
-            follow the same distribution.
-        num_draft_tokens: the most symbols to draft before a pass; by default as many as there are heads, or 5.
+        draft: write several symbols per pass of the model. "offsets" drafts with the last layer's heads
+            for the symbols after the next, a number with the exit at this layer. At temperature 0 the
+            text stays the same; others follow the same distribution.
+        num_draft_tokens: the most symbols to draft before a pass; by default one per head, or 5.
         statistics: counts how useful the drafts were.
 
     Raises:
-        UserError: a value out of range, a prompt that is empty, too long or has a character that the vocabulary lacks,
-            or drafts from heads that the model lacks.
+        UserError: a value out of range, a prompt that is empty, too long or not in the vocabulary, or
+            drafts from heads that the model lacks.
     """
     prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
     if not prompts:
         raise UserError("prompt: give at least one", option="prompt")
-    encoded, texts = [_encode(trained, own) for own in prompts], []
+    encoded = [_encode(trained, own) for own in prompts]
     groups = [encoded] if draft is None else [[own] for own in encoded]
     options = {"length": length, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     options |= {"draft": draft, "num_draft_tokens": num_draft_tokens, "statistics": statistics}
-    disable = None if show_progress else True
-    with tqdm(total=len(groups) * length, desc="generating", unit=" symbols", leave=False, disable=disable) as bar:
+    texts = []
+    with tqdm(
+        total=len(groups) * length,
+        desc="generating",
+        unit=" symbols",
+        leave=False,
+        disable=None if show_progress else True,
+    ) as bar:
         for group in groups:
             data, ids = zip(*group, strict=True)
             steps = []
@@ -79,10 +86,11 @@ def generate(
 
 
 def stream(trained: TrainedModel, prompt: str | bytes, **options) -> Iterator[str]:
-    """The text that the model writes after `prompt`, piece by piece. Options and errors as for `generate`."""
+    """The text that the model writes after `prompt`, piece by piece; as `generate`."""
     data, ids = _encode(trained, prompt)
     steps = _write(trained, [ids], **options)
-    return (piece for piece in _decode(trained, data, (symbols for (symbols,) in steps)) if piece)
+    pieces = _decode(trained, data, (symbols for (symbols,) in steps))
+    return (piece for piece in pieces if piece)
 
 
 def _write(
@@ -104,7 +112,8 @@ def _write(
         raise UserError(f"seed={seed}: must lie in [0, 2^63)", option="seed")
     if draft is None and num_draft_tokens is not None:
         raise UserError(
-            f"num_draft_tokens={num_draft_tokens}: requires draft, which names their source", option="num_draft_tokens"
+            f"num_draft_tokens={num_draft_tokens}: requires draft, which names their source",
+            option="num_draft_tokens",
         )
     reader = Reader(trained)
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(ids))]
@@ -119,7 +128,11 @@ def _write(
 
 
 def _write_plainly(
-    reader: Reader, ids: Sequence[list[int]], length: int, sampling: Sampling, generators: Sequence[torch.Generator]
+    reader: Reader,
+    ids: Sequence[list[int]],
+    length: int,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
 ) -> Iterator[list[list[int]]]:
     """The symbol that each step adds to each text, as a list of one."""
     context_length = reader.config.context_length
@@ -131,7 +144,8 @@ def _write_plainly(
             if seen + len(unread[row]) > context_length:
                 cache.lengths[row] = 0
                 unread[row] = list(recent[row])
-        rows = zip(reader.next_logits(unread, cache).split(1), generators, strict=True)
+        logits_BV = reader.next_logits(unread, cache)
+        rows = zip(logits_BV.split(1), generators, strict=True)
         unread = [sampling.choose(logits_1V, generator)[0] for logits_1V, generator in rows]
         for symbols, symbol in zip(recent, unread, strict=True):
             symbols.extend(symbol)
@@ -139,7 +153,7 @@ def _write_plainly(
 
 
 def _decode(trained: TrainedModel, prompt: bytes, steps: Iterable[list[int]]) -> Iterator[str]:
-    """The text that each step adds: an empty string while a character is incomplete, be it the prompt's last."""
+    """The text that each step adds: empty while a character is incomplete, even the prompt's last."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     decoder.decode(prompt)
     for symbols in steps:
@@ -157,6 +171,7 @@ def _encode(trained: TrainedModel, prompt: str | bytes) -> tuple[bytes, list[int
     context_length = trained.config.model.context_length
     if not 1 <= len(ids) <= context_length:
         raise UserError(
-            f"prompt: has {len(ids)} symbols; give at least 1, at most the context of {context_length}", option="prompt"
+            f"prompt: has {len(ids)} symbols; give at least 1, at most the context of {context_length}",
+            option="prompt",
         )
     return data, ids

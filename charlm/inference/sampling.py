@@ -1,4 +1,4 @@
-"""The choice of the next symbol. Shapes: V vocabulary, K rows; `...` any dimensions, such as positions."""
+"""The choice of the next symbol. Shapes: V vocabulary, K rows; `...` any dimensions."""
 
 import math
 from dataclasses import dataclass
@@ -18,12 +18,15 @@ class Sampling:
     top_k: int | None = None
     """Draw from the k likeliest symbols only."""
     top_p: float | None = None
-    """Draw from the fewest likeliest symbols that have at least this probability after temperature and top_k (Holtzman
-    et al. 2020, "nucleus sampling")."""
+    """Draw from the fewest likeliest symbols that together have this probability after temperature and
+    top_k (Holtzman et al. 2020, "nucleus sampling")."""
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature={self.temperature}: must be finite and at least 0", option="temperature")
+            raise UserError(
+                f"temperature={self.temperature}: must be finite and at least 0",
+                option="temperature",
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k={self.top_k}: must be at least 1", option="top_k")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -39,7 +42,8 @@ class Sampling:
         temperature, top_k = (1.0, 1) if self.temperature == 0 else (self.temperature, self.top_k)
         logits = logits.double()
         # Subtracting the largest first keeps a tiny temperature from dividing infinity by infinity.
-        probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+        below_largest = logits - logits.amax(dim=-1, keepdim=True)
+        probabilities = (below_largest / temperature).softmax(dim=-1)
         if top_k is None and self.top_p is None:
             return probabilities
         descending, symbols = probabilities.sort(descending=True, stable=True)
@@ -47,12 +51,13 @@ class Sampling:
             descending[..., top_k:] = 0
             descending /= descending.sum(dim=-1, keepdim=True)
         if self.top_p is not None:
-            descending[..., 1:][descending.cumsum(dim=-1)[..., :-1] >= self.top_p] = 0
+            before = descending.cumsum(dim=-1)[..., :-1]  # probability of all symbols that are likelier
+            descending[..., 1:][before >= self.top_p] = 0
             descending /= descending.sum(dim=-1, keepdim=True)
         return probabilities.scatter_(-1, symbols, descending)
 
     def choose(self, logits_KV: Tensor, generator: torch.Generator) -> tuple[list[int], Tensor | None]:
-        """A symbol for each row, and the distributions [K, V] that they were drawn from, if they were drawn."""
+        """A symbol for each row, and the distributions [K, V] if the symbols were drawn from them."""
         if self.is_greedy:
             return logits_KV.argmax(dim=-1).tolist(), None
         probabilities_KV = self.distribution(logits_KV)
@@ -60,7 +65,8 @@ class Sampling:
 
 
 def draw(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """A symbol for each row of `weights` [..., V], which need not sum to 1; takes one random number for each row."""
+    """A symbol for each row of `weights` [..., V], which need not sum to 1; a random number for each."""
     cumulative = weights.cumsum(dim=-1)
     uniform = torch.rand(weights.shape[:-1], dtype=torch.float64, generator=generator)
-    return (cumulative[..., :-1] <= uniform[..., None] * cumulative[..., -1:]).sum(dim=-1)
+    thresholds = uniform[..., None] * cumulative[..., -1:]
+    return (cumulative[..., :-1] <= thresholds).sum(dim=-1)

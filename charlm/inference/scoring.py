@@ -2,8 +2,8 @@
 
 Where torch.distributed is initialised, each process predicts a contiguous share of the symbols.
 
-Shapes: B batch, T positions, W = T + 1 symbols of a window, D d_model, V vocabulary, N symbols, M predictions of a
-batch, L layers asked for, K figures of a prediction.
+Shapes: B batch, T positions, W = T + 1 symbols of a window, D d_model, V vocabulary, N symbols,
+M predictions of a batch, L layers asked for, K figures of a prediction.
 """
 
 import math
@@ -20,7 +20,7 @@ from charlm.data.windows import EvaluationWindows, evaluation_windows
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 
-AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of the transformer's matrix products, by precision; None leaves that of its parameters."""
 BATCH_SYMBOLS = {"cpu": 2**11, "cuda": 2**16}
 """Default number of symbols that a batch reads, by type of device. On a CPU more is no faster."""
@@ -55,16 +55,21 @@ def nats_and_entropies(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tenso
 
 
 def negative_log_likelihoods(
-    transformer: CharTransformer, heads: Heads, ids: np.ndarray, *, layers: Iterable[int] | None = None, **options
+    transformer: CharTransformer,
+    heads: Heads,
+    ids: np.ndarray,
+    *,
+    layers: Iterable[int] | None = None,
+    **options,
 ) -> dict[int, np.ndarray]:
-    """The cost of each symbol in nats, by each layer: {layer: float64 [N]}. Options and errors as for `predictions`."""
+    """The cost of each symbol in nats, {layer: float64 [N]}. Options and errors as for `predictions`."""
     layers = sorted(layers) if layers is not None else [transformer.config.num_layers]
     nats_L1N = measure_text(transformer, heads, ids, layers=layers, **options)
     return dict(zip(layers, nats_L1N[:, 0], strict=True))
 
 
 def measure_text(transformer: CharTransformer, heads: Heads, ids: np.ndarray, **options) -> np.ndarray:
-    """The figures of all symbols, float64 [L, K, N], for every process. Options and errors as for `predictions`."""
+    """The figures of all symbols, float64 [L, K, N], in every process; options as for `predictions`."""
     found_LKN = None
     for symbols_M, figures_LKM in predictions(transformer, heads, ids, **options):
         if found_LKN is None:
@@ -85,9 +90,10 @@ def predictions(
     show_progress: bool = False,
     **options,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Predict every symbol of a text once, batch by batch. Dropout is off, and the modules' modes are put back.
+    """Predict every symbol of a text once, batch by batch, without dropout.
 
-    No window predicts the first symbol, which has no context: it counts as predicted with equal probabilities.
+    The first symbol has no context: it counts as predicted with equal probabilities. The modules' modes
+    are restored at the end.
 
     Args:
         ids: the text, [N], at least one symbol.
@@ -103,9 +109,11 @@ def predictions(
     """
     rank, num_processes = _rank_and_processes()
     windows = evaluation_windows(len(ids), transformer.config.context_length, stride)
-    first_M, V = torch.arange(int(rank == 0)), transformer.vocabulary_size
+    V = transformer.vocabulary_size
+    first_M = torch.arange(int(rank == 0))
+    targets_M = torch.tensor([int(ids[0])])[first_M]
     uniform_MV = torch.full((len(first_M), V), -math.log(V), dtype=torch.float64)
-    yield first_M, measure(uniform_MV, torch.tensor([int(ids[0])])[first_M]).repeat(len(layers), 1, 1)
+    yield first_M, measure(uniform_MV, targets_M).repeat(len(layers), 1, 1)
     bar = tqdm(
         total=math.ceil(len(ids) / num_processes),
         desc="evaluating",
@@ -145,7 +153,7 @@ def read_windows(
     share: bool = True,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
-    """Read a text in windows, batch by batch: the hidden states at every position whose prediction counts.
+    """Read a text in windows, batch by batch: the hidden states where predictions count.
 
     The transformer runs without gradients, in the mode that it is in.
 
@@ -166,7 +174,8 @@ def read_windows(
     if batch_size is None:
         budget = BATCH_SYMBOLS.get(device.type, BATCH_SYMBOLS["cpu"])
         batch_size = max(1, budget // (transformer.config.context_length * len(layers)))
-    # Window 0 scores all it predicts, later ones as a rule their last predictions: the top layer computes no others.
+    # Window 0 scores all it predicts, later ones as a rule only their last predictions. The top layer
+    # computes no others.
     num_later = int((windows.length - windows.first_scored[1:]).max(initial=1))
     for symbols_BW, counts_BT in _batches(windows, batch_size, rank, num_processes):
         before_batch()
@@ -191,12 +200,14 @@ def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
 def _batches(
     windows: EvaluationWindows, batch_size: int, rank: int, num_processes: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of one process's windows: indices into the text [B, W], and which predictions count, bool [B, T].
+    """Batches of one process's windows: indices [B, W], and which predictions count, bool [B, T].
 
-    Compiled modules need batches of one size, and sharded ones equally many batches in every process. So the last
-    batches are filled up with windows that belong to another process or were read before, and count nothing.
+    Compiled modules need batches of one size, and sharded ones equally many batches in every process. So
+    the last batches are filled up with windows that belong to another process or were read before; their
+    predictions do not count.
     """
-    num_windows, offsets = len(windows.starts), np.arange(windows.length + 1)
+    num_windows = len(windows.starts)
+    offsets = np.arange(windows.length + 1)
     share = math.ceil(num_windows / num_processes)
     first, end = rank * share, min((rank + 1) * share, num_windows)
     batch_size = min(batch_size, share)

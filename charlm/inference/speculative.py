@@ -1,10 +1,11 @@
 """Writing several symbols per pass of the model: cheap drafts, which the whole model verifies at once.
 
-The drafts come from the model itself: from the last layer's heads for the symbols after the next (Gloeckle et al. 2024,
-multi-token prediction; Stern et al. 2018, blockwise parallel decoding), or from an exit, that is the layers up to it
-and its head (Elhoushi et al. 2024, LayerSkip).
+The drafts come from the last layer's heads for the symbols after the next (Gloeckle et al. 2024,
+multi-token prediction; Stern et al. 2018, blockwise parallel decoding), or from an exit: the layers up to
+it and its head (Elhoushi et al. 2024, LayerSkip).
 
-Shapes: P positions of a pass, K drafts, D d_model, V vocabulary. P is K + 1, or K if the last draft was not read.
+Shapes: P positions of a pass, K drafts, D d_model, V vocabulary. P is K + 1, or K if the last draft was
+not read.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,8 +26,9 @@ Draft = Literal["offsets"] | int
 """Source of drafts: the last layer's heads for offsets 2, 3, ..., or the exit at this layer."""
 EXIT_DRAFT_TOKENS = 5
 NEAR_TIE = 2e-6
-"""Two logits that differ by less than this share of the largest, per layer, may change places when a symbol is read
-together with others. In a trained model of 6 layers, about one symbol in 8,000 is too close to call."""
+"""Two logits that differ by less than this share of the largest, per layer, may change places when a
+symbol is read together with others. In a trained model of 6 layers, about one symbol in 8,000 is too
+close to call."""
 
 
 @dataclass
@@ -37,7 +39,7 @@ class DraftStatistics:
     """The most symbols that were drafted before a pass."""
     characters: int = 0
     passes: int = 0
-    """Passes of the whole model, including the one over the prompt. Plain generation takes one per symbol."""
+    """Passes of the whole model, with that over the prompt. Plain generation takes one per symbol."""
     drafted: int = 0
     accepted: int = 0
 
@@ -54,9 +56,9 @@ class DraftStatistics:
 class Speculation:
     """A text that is being written with drafts.
 
-    Where the likeliest symbol is always taken, the text equals that of plain generation. But the logits of symbols read
-    together differ in the last bits. So when two are too close to call, all symbols since the last exact position are
-    read again one at a time; none more than once.
+    Where the likeliest symbol is always taken, the text equals that of plain generation. The logits of
+    symbols read together differ in the last bits. So when two are too close to call, all symbols since
+    the last exact position are read again one at a time; none more than once.
     """
 
     reader: Reader
@@ -86,7 +88,7 @@ class Speculation:
 
     @torch.inference_mode()
     def advance(self, limit: int) -> list[int]:
-        """The next symbols, at least one and at most `limit`, from one pass, or more if one is too close to call."""
+        """The next symbols, at least 1 and at most `limit`. One pass, or more if two are too close to call."""
         room = self.reader.config.context_length + 1 - len(self.context)
         if self.hidden_11D is None or room < 1:
             symbols = [self._fill()]
@@ -98,7 +100,7 @@ class Speculation:
         return symbols
 
     def _fill(self) -> int:
-        """Read the prompt, or the newest half of a full context again."""
+        """Read the prompt, or the newer half of a full context again."""
         context_length = self.reader.config.context_length
         if len(self.context) > context_length:
             self.context = self.context[-default_stride(context_length) :]
@@ -110,7 +112,8 @@ class Speculation:
         """Read `ids` in one pass as plain generation does; returns the symbol that follows."""
         self.hidden_11D = self.reader.read([ids], self.cache, num_last=1)
         self.statistics.passes += 1
-        (symbol,), _ = self.sampling.choose(self.reader.logits(self.hidden_11D)[0, :, 0], self.generator)
+        logits_1V = self.reader.logits(self.hidden_11D)[0, :, 0]
+        (symbol,), _ = self.sampling.choose(logits_1V, self.generator)
         return symbol
 
     def _speculate(self, num_positions: int) -> list[int]:
@@ -135,16 +138,20 @@ class Speculation:
         return symbols
 
     def _draft_by_offsets(self, num_positions: int) -> tuple[list[int], Tensor | None, Tensor]:
-        """Draft the symbols after the newest, and read it and them into the cache: the drafts, the distributions [K, V]
-        that they were drawn from (None where the likeliest were taken), and the last layer's hidden states."""
+        """Draft the symbols after the newest, and read it and them into the cache.
+
+        Returns the drafts, the distributions [K, V] that they were drawn from (None where the likeliest
+        were taken), and the last layer's hidden states.
+        """
         offsets = range(2, self.num_drafts + 2)  # from one symbol before the newest
         logits_KV = self.reader.logits(self.hidden_11D, offsets=offsets)[0, 0, : num_positions - 1]
         drafts, chances_KV = self.sampling.choose(logits_KV, self.generator)
         return drafts, chances_KV, self.reader.read([[self.context[-1], *drafts]], self.cache)
 
     def _draft_by_exit(self, num_positions: int) -> tuple[list[int], Tensor | None, Tensor]:
-        """As `_draft_by_offsets`, symbol by symbol; the layers above the exit then read all positions at once."""
-        symbols, chances, states = [self.context[-1]], [], []
+        """As `_draft_by_offsets`, symbol by symbol; the layers above the exit then read all at once."""
+        symbols = [self.context[-1]]
+        chances, states = [], []
         for _ in range(num_positions):
             states.append(self.reader.read([symbols[-1:]], self.cache, layer=self.draft))
             logits_1V = self.reader.logits(states[-1], self.draft)[0, :, 0]
@@ -153,7 +160,8 @@ class Speculation:
             chances.append(chances_1V)
         self.cache.lengths -= num_positions
         hidden_1PD = self.reader.resume(torch.cat(states, dim=1), self.draft, self.cache)
-        return symbols[1:], None if chances[0] is None else torch.cat(chances), hidden_1PD
+        chances_KV = None if chances[0] is None else torch.cat(chances)
+        return symbols[1:], chances_KV, hidden_1PD
 
     def _reread(self, ids: list[int]) -> int:
         """The symbol after `ids`, as plain generation decides it."""
@@ -170,15 +178,19 @@ def choose_num_drafts(reader: Reader, draft: Draft, num_draft_tokens: int | None
     Raises:
         UserError: the model lacks the heads, or `num_draft_tokens` is out of range.
     """
-    last, pairs = reader.config.num_layers, reader.heads.pairs
+    last = reader.config.num_layers
+    pairs = reader.heads.pairs
     num_extra = sum(layer == last and offset > 1 for layer, offset in pairs)
     exits = [layer for layer, offset in pairs if offset == 1 and layer < last]
     sources = ["offsets", *exits] if num_extra else exits
     if draft == "offsets":
-        most, default, limit = num_extra, num_extra, "the run's heads"
+        most = default = num_extra
+        limit = "the run's heads"
         lacking = "the run trained no head for symbols after the next (aux.targets.num_targets of 2 or more)"
     else:
-        most, default, limit = reader.config.context_length, EXIT_DRAFT_TOKENS, "the context"
+        most = reader.config.context_length
+        default = EXIT_DRAFT_TOKENS
+        limit = "the context"
         lacking = "this run has no exit at such a layer"
     if draft not in sources:
         names = ", ".join(map(str, sources))
@@ -188,19 +200,23 @@ def choose_num_drafts(reader: Reader, draft: Draft, num_draft_tokens: int | None
         return min(default, most)
     if not 1 <= num_draft_tokens <= most:
         raise UserError(
-            f"num_draft_tokens={num_draft_tokens}: must lie between 1 and {most} ({limit})", option="num_draft_tokens"
+            f"num_draft_tokens={num_draft_tokens}: must lie between 1 and {most} ({limit})",
+            option="num_draft_tokens",
         )
     return num_draft_tokens
 
 
 def accept(
-    probabilities_PV: Tensor, drafts: list[int], chances_KV: Tensor, generator: torch.Generator | None = None
+    probabilities_PV: Tensor,
+    drafts: list[int],
+    chances_KV: Tensor,
+    generator: torch.Generator | None = None,
 ) -> list[int]:
-    """The symbols that a pass adds: the accepted drafts, and one drawn from the model if it predicts one more.
+    """The symbols that a pass adds: the accepted drafts, and one more if the model predicts one more.
 
-    A draft that was drawn with chance q and has probability p is accepted with chance min(1, p / q). In place of the
-    first rejected one, a symbol is drawn from the positive part of p - q, normalised. So all symbols follow p exactly
-    (Leviathan et al. 2023, speculative decoding).
+    A draft that was drawn with chance q and has probability p is accepted with chance min(1, p / q). In
+    place of the first rejected one, a symbol is drawn from the positive part of p - q, normalised. So all
+    symbols follow p exactly (Leviathan et al. 2023, speculative decoding).
 
     Args:
         probabilities_PV: the model's, from the symbol before the first draft on.
@@ -209,7 +225,8 @@ def accept(
     drafts_K1 = torch.tensor(drafts, dtype=torch.long)[:, None]
     uniform_K = torch.rand((len(drafts),), dtype=torch.float64, generator=generator)
     own_K = probabilities_PV[: len(drafts)].gather(1, drafts_K1)[:, 0]
-    kept = _num_leading((uniform_K * chances_KV.gather(1, drafts_K1)[:, 0] < own_K).tolist())
+    chances_K = chances_KV.gather(1, drafts_K1)[:, 0]
+    kept = _num_leading((uniform_K * chances_K < own_K).tolist())
     if kept == len(probabilities_PV):
         return drafts
     weights_V = probabilities_PV[kept]
@@ -220,12 +237,16 @@ def accept(
 
 
 def accept_likeliest(logits_PV: Tensor, drafts: list[int], near_tie: float) -> tuple[list[int], int]:
-    """`accept` where the likeliest symbol is always taken; also returns the number of symbols before the first that is
-    too close to call: its two likeliest logits differ by no more than the share `near_tie` of the largest logit."""
+    """`accept` where the likeliest symbol is always taken, and the number of symbols that are certain.
+
+    The first uncertain symbol is one whose two likeliest logits differ by no more than the share
+    `near_tie` of the largest logit.
+    """
     best_P2, symbols_P2 = logits_PV.topk(min(2, logits_PV.shape[-1]))
     symbols = symbols_P2[:, 0].tolist()
     symbols = symbols[: _num_leading(map(eq, drafts, symbols)) + 1]
-    gaps_P, bound = best_P2[:, 0] - best_P2[:, -1], near_tie * float(logits_PV.abs().max())
+    gaps_P = best_P2[:, 0] - best_P2[:, -1]
+    bound = near_tie * float(logits_PV.abs().max())
     return symbols, _num_leading(gap > bound for gap in gaps_P.tolist()[: len(symbols)])
 
 

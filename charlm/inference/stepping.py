@@ -1,14 +1,14 @@
 """Reading text with a cache, for generation.
 
-On a CPU, half the time of a small model's step passes between operations. So a few symbols of one text take a short
-way: query, key and value come from one product with joined weights, all layers' buffers are sliced at once, and no
-module or hook is called.
+On a CPU, half the time of a small model's step passes between operations. So a few symbols of one text
+take a short way: query, key and value come from one product with joined weights, all layers' buffers are
+sliced at once, and no module or hook is called.
 
-This is a second forward pass beside `CharTransformer`: whoever adds an option to the model adds it here, too.
+This is a second forward pass beside `CharTransformer`: an option of the model must be added here, too.
 tests/inference/test_stepping.py compares the two for every option.
 
-Shapes: B texts, T symbols, D d_model, H heads, C = D / H head size, S positions up to the newest, I inputs, E outputs,
-K offsets, V vocabulary.
+Shapes: B texts, T symbols, D d_model, H heads, C = D / H head size, S positions up to the newest,
+I inputs, E outputs, K offsets, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ NUM_BAGS = 8
 
 
 class Reader:
-    """A model that reads texts. It copies weights when it first goes the short way: make a new one for each text."""
+    """A model that reads texts. It copies weights on first use: make a new one for each text."""
 
     def __init__(self, trained: TrainedModel):
         self.config = trained.config.model
@@ -66,8 +66,11 @@ class Reader:
         layer: int | None = None,
         num_last: int | None = None,
     ) -> Tensor:
-        """Hidden states of `layer` (by default the last) at the last `num_last` of `ids` (by default all), [B, T, D].
-        The ids are equally many for each text, and follow those that the cache holds."""
+        """Hidden states of `layer` at the last `num_last` of `ids`, [B, T, D].
+
+        The ids are equally many for each text, and follow those that the cache holds. The defaults are
+        the last layer and all ids.
+        """
         layer = layer or self.config.num_layers
         ids_BT = torch.tensor(ids, device=self.device)
         with exact_matmul(self.device, ids_BT.numel()):
@@ -89,13 +92,14 @@ class Reader:
 
     @torch.inference_mode()
     def logits(self, hidden_BTD: Tensor, layer: int | None = None, offsets: Sequence[int] = (1,)) -> Tensor:
-        """Logits of `offsets` from hidden states of `layer` (by default the last), [B, T, K, V] on the CPU."""
+        """Logits of `offsets` from hidden states of `layer`, [B, T, K, V] on the CPU."""
         layer = layer or self.config.num_layers
         if not self._goes_short_way(hidden_BTD):
             return self.heads(hidden_BTD, layer, offsets).cpu()
         key = (layer, *offsets)
         if key not in self._classifiers:
-            self._classifiers[key] = _Linear.of(*self.heads.linears(layer, offsets)[-len(offsets) :])
+            classifiers = self.heads.linears(layer, offsets)[-len(offsets) :]
+            self._classifiers[key] = _Linear.of(*classifiers)
         logits_TR = self._classifiers[key](self.heads.states(hidden_BTD, layer)[0])
         return logits_TR.view(1, len(logits_TR), len(offsets), -1)
 
@@ -138,10 +142,10 @@ class Reader:
 
 
 class _Linear(NamedTuple):
-    """A linear layer for a few vectors: for each, the sum of the transposed weight's rows, weighted by the vector.
+    """A linear layer for a few vectors: each weights the rows of the transposed weight, which are added.
 
-    One vector takes half the time of dot products and a third of that of a matrix product (AMD EPYC, Zen 5, two
-    threads). The bits of a vector's result do not depend on the vectors beside it.
+    One vector takes half the time of dot products and a third of that of a matrix product (AMD EPYC,
+    Zen 5, two threads). The bits of a vector's result do not depend on the vectors beside it.
     """
 
     rows_IE: Tensor
@@ -165,14 +169,14 @@ class _Linear(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _bags(num_vectors: int, num_inputs: int) -> tuple[int, Tensor, Tensor]:
-    """The number of bags that the rows are split into, the rows in each bag of each vector, and where each begins."""
+    """The number of bags for the rows, the rows in each bag of each vector, and where each begins."""
     num_bags = gcd(num_inputs, NUM_BAGS)
     rows = torch.arange(num_inputs).view(num_bags, 1, -1).expand(-1, num_vectors, -1).flatten()
     return num_bags, rows, torch.arange(0, len(rows), num_inputs // num_bags)
 
 
 class _Layer:
-    """A block's operations, without calls of modules; the norms of attention and feed-forward are pairs."""
+    """A block's operations as plain functions; pairs of norms are attention's and feed-forward's."""
 
     def __init__(self, block: Block, table_TD: Tensor | None):
         attention = block.attention

@@ -1,7 +1,4 @@
-"""A config explained before anything is trained: its table of terms, parameters and FLOPs.
-
-Shapes: T positions, D d_model, V vocabulary, L layers.
-"""
+"""A config explained before anything is trained: its table of terms, parameters and FLOPs."""
 
 import math
 from bisect import bisect_left
@@ -40,8 +37,10 @@ class Explanation:
     route_cost: RouteCost
 
     def to_dict(self) -> dict:
-        """For JSON. `terms[].weights` are pairs [progress, weight]: in a rotation the weight at the next turn, at
-        progress 1 the limit from the left. aux.hedge multiplies them by weights that it learns."""
+        """For JSON. `terms[].weights` are pairs [progress, weight], before hedge learns its factors.
+
+        In a rotation the weight is that at the next turn, at progress 1 the limit from the left.
+        """
         aux, train, context_length = self.config.aux, self.config.train, self.config.model.context_length
         return {
             "parameters": self.parameters,
@@ -67,7 +66,7 @@ class Explanation:
         }
 
     def to_text(self, width: int = 80) -> str:
-        """For people: sizes and costs, then a line per term, `width` wide, with its weight over training."""
+        """For people: sizes and costs, then the table of terms, `width` characters wide."""
         return "\n".join([*_summary(self), "", *_table(self.terms, self.config.train.steps, width)])
 
 
@@ -92,7 +91,10 @@ def explain(config: Config) -> Explanation:
         vocabulary_size=vocabulary_size,
         vocabulary_is_known=corpus is not None or config.data.vocabulary == ByteVocabulary.name,
         terms=objective.terms,
-        parameters={"training": num_parameters(objective), "inference": num_parameters(transformer, last_head)},
+        parameters={
+            "training": num_parameters(objective),
+            "inference": num_parameters(transformer, last_head),
+        },
         flops_per_character={
             "training_start": training_flops(transformer, heads, starting),
             "training_end": training_flops(transformer, heads, ending),
@@ -103,9 +105,9 @@ def explain(config: Config) -> Explanation:
 
 
 def stops_at_step(weight: Schedule, steps: int) -> int | None:
-    """The first optimizer step of a run of `steps` from which `weight` stays zero; None if it never does.
+    """The first optimizer step of a run of `steps` from which `weight` stays zero, or None.
 
-    Step s runs at progress s / steps: the same division as in the training loop, and so the same rounding.
+    Step s runs at progress s / steps: divided and rounded as in the training loop.
     """
     if weight.stops_at is None:
         return None
@@ -136,14 +138,17 @@ def _summary(explanation: Explanation) -> list[str]:
     if explanation.config.aux.route != "joint":
         lines |= _route(explanation.config.aux, explanation.route_cost)
     if not explanation.vocabulary_is_known:
-        lines["vocabulary"] = f"{explanation.vocabulary_size} symbols assumed: scripts/prepare.py counts them"
+        size = explanation.vocabulary_size
+        lines["vocabulary"] = f"{size} symbols assumed: scripts/prepare.py counts them"
     return [f"{name:<20} {text}" for name, text in lines.items()]
 
 
 def _methods(explanation: Explanation) -> dict[str, str]:
     """Settings that the table does not show and that are not the default."""
-    aux, model, lines = explanation.config.aux, explanation.config.model, {}
-    layers, turns = aux.layers, max(term.weight.period for term in explanation.terms)
+    aux, model = explanation.config.aux, explanation.config.model
+    layers = aux.layers
+    turns = max(term.weight.period for term in explanation.terms)
+    lines = {}
     heads = {
         "shared": "the last layer's, on every layer",
         "shared_frozen": "the last layer's, as constants on intermediate layers",
@@ -163,9 +168,10 @@ def _methods(explanation: Explanation) -> dict[str, str]:
 
 
 def _route(aux: AuxConfig, cost: RouteCost) -> dict[str, str]:
-    """The gradients' route, and its cost relative to the joint route."""
+    """The route of the gradients, and its cost relative to the joint route."""
+    plural = "s" if aux.relay_layers > 1 else ""
     routes = {
-        "relay": f"relay, down to {aux.relay_layers} layer{'s' if aux.relay_layers > 1 else ''} below each head",
+        "relay": f"relay, down to {aux.relay_layers} layer{plural} below each head",
         "pairwise": "pairwise, an update per exit layer",
         "multiway": f"multiway, an update per exit layer, step sizes: {aux.step_sizes}",
     }
@@ -180,11 +186,12 @@ def _route(aux: AuxConfig, cost: RouteCost) -> dict[str, str]:
 
 
 def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
-    """The table in columns as wide as their content; the strips take the rest of `width`."""
+    """Columns are as wide as their content; the strips take the rest of `width`."""
     rows = [("term", "at start", "stops at step")]
     for term in terms:
         step = stops_at_step(term.weight, steps)
-        rows.append((term.name, f"{term.weight.at_next_turn(0.0):.3g}", "never" if step is None else f"{step:,}"))
+        stop = "never" if step is None else f"{step:,}"
+        rows.append((term.name, f"{term.weight.at_next_turn(0.0):.3g}", stop))
     names, weights, stops = (max(map(len, column)) for column in zip(*rows, strict=True))
     cells = max(16, width - names - weights - stops - 6)
     title = " weight over training " if cells > 24 else " weight "
@@ -196,7 +203,7 @@ def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
 
 
 def _strips(terms: tuple[Term, ...], cells: int) -> list[str]:
-    """One strip of `cells` blocks per term: the weight at the beginning of each cell, relative to the highest.
+    """A strip of blocks per term: the weight at the beginning of each cell, relative to the highest.
 
     Heights are rounded up, so that only a weight of zero looks like one.
     """

@@ -1,7 +1,7 @@
 """The figures of runs, of a config's weights, and of early exit.
 
-Most functions take a `Style` and return a matplotlib figure, or None if there is nothing to draw. Figures of several
-runs give each a colour and a dash pattern, in the order of the runs.
+Most functions take a `Style` and return a matplotlib figure, or None if there is nothing to draw. In
+figures of several runs each has a colour and a dash pattern.
 """
 
 import math
@@ -56,7 +56,7 @@ DIAGNOSTICS = {
 def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
     """Draw a run's learning curves above the weights of its terms, over optimizer steps.
 
-    Returns `path`, by default RUN/run.png; its suffix says the format.
+    Returns `path`, by default RUN/run.png; its suffix is the format.
 
     Raises:
         UserError: no run, no metrics yet, or a suffix that matplotlib does not write.
@@ -68,9 +68,9 @@ def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
 
 
 def draw_diagnostics(run_dir: Path | str, path: Path | str | None = None) -> Path:
-    """Draw a run's diagnostics over optimizer steps, a line for each layer (docs/diagnostics.md explains them).
+    """Draw a run's diagnostics over steps (docs/diagnostics.md), by default into RUN/diagnostics.png.
 
-    As `draw_run`, by default into RUN/diagnostics.png.
+    Raises: as `draw_run`.
     """
     (run,) = read_runs([run_dir])
     figure = diagnostics(run, PICTURE)
@@ -84,8 +84,10 @@ def run_figure(run: Metrics) -> "Figure":
     factor, steps = run.characters_per_step, run.config.train.steps
     terms = build_terms(run.config.aux, run.config.model.num_layers, steps)
     heights = [2.9, _heat_height(terms, PICTURE)]
-    result = "not validated yet" if run.best is None else "validation {1:.3f} bits per character after {0:,} steps"
-    title = f"{run.name}: {result.format(*run.best or ())}"
+    result = "not validated yet"
+    if run.best is not None:
+        result = "validation {1:.3f} bits per character after {0:,} steps".format(*run.best)
+    title = f"{run.name}: {result}"
     with new_figure(PICTURE, 1.5 + sum(heights), title) as figure:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=heights)
         _draw_learning(above, [run], [1.0], False)
@@ -133,7 +135,8 @@ def tasks(runs: Sequence[Metrics], style: Style) -> "Figure | None":
 
 def terms(run: Metrics, style: Style) -> "Figure | None":
     """The loss of every term over training: a panel for each task, a line for each layer."""
-    return draw_panels(style, [(title, _draw_layers, run, lines) for title, lines in _losses_by_task(run).items()])
+    losses = _losses_by_task(run)
+    return draw_panels(style, [(title, _draw_layers, run, lines) for title, lines in losses.items()])
 
 
 def hedge(run: Metrics, style: Style) -> "Figure | None":
@@ -162,7 +165,7 @@ def diagnostics(run: Metrics, style: Style) -> "Figure | None":
 def bits_against(lines: dict[int, tuple[np.ndarray, ...]], label: str, style: Style) -> "Figure | None":
     """Bits per character against "layer" or "symbols of context".
 
-    `lines` maps the place of a run to x, bits and, if known, the bits' standard errors.
+    `lines` maps the place of a run to x, bits and, if known, their standard errors.
     """
 
     def draw(axes: "Axes") -> None:
@@ -186,8 +189,11 @@ def speed(runs: Sequence[Metrics], style: Style) -> "Figure | None":
     panels = []
     kinds = [("characters per second", "characters_per_second", 1), ("memory, GiB", "memory", 2**30)]
     for title, path, unit in kinds:
-        found = {place: run.points(path) for place, run in enumerate(runs) if path in run.series}
-        lines = {place: (x * runs[place].characters_per_step, y / unit) for place, (x, y) in found.items()}
+        lines = {}
+        for place, run in enumerate(runs):
+            steps, values = run.points(path)
+            if len(steps):
+                lines[place] = steps * run.characters_per_step, values / unit
         if lines:
             panels.append((title, _draw_lines, lines, _looks, "characters seen", "zero"))
     return draw_panels(style, panels)
@@ -235,16 +241,23 @@ def _draw_learning(axes: "Axes", runs: Sequence[Metrics], scales: Sequence[float
 
     A single run has a colour for each, and the raw curve.
     """
-    shown, alone = [], len(runs) == 1
+    shown = []
+    alone = len(runs) == 1
     for place, (run, scale) in enumerate(zip(runs, scales, strict=True)):
         x, bits = run.points("bits_per_character", timed)
         valid_x, valid_bits = run.points("valid/bits_per_character", timed)
-        train, valid = thinned(x * scale, bits, FEW_POINTS), thinned(valid_x * scale, valid_bits)
+        train = thinned(x * scale, bits, FEW_POINTS)
+        valid = thinned(valid_x * scale, valid_bits)
         looks = _looks(place)
         if alone:
             axes.plot(*thinned(x * scale, bits), color=TRAIN, alpha=0.3, linewidth=0.8, label="training")
             looks = {"color": VALID}
-        axes.plot(*train, color=_looks(place)["color"], linewidth=1.6 if alone else 0.9, label="training, smoothed")
+        axes.plot(
+            *train,
+            color=_looks(place)["color"],
+            linewidth=1.6 if alone else 0.9,
+            label="training, smoothed",
+        )
         looks |= {"linewidth": 1.6, "marker": "o", "markersize": 4}
         axes.plot(*valid, clip_on=False, label="validation", **looks)
         shown += [train, valid]
@@ -253,12 +266,19 @@ def _draw_learning(axes: "Axes", runs: Sequence[Metrics], scales: Sequence[float
 
 
 def _draw_lines(
-    axes: "Axes", lines: dict[int, Points], looks: Callable, label: str, y: str = "cut", end: int | None = None
+    axes: "Axes",
+    lines: dict[int, Points],
+    looks: Callable,
+    label: str,
+    y: str = "cut",
+    end: int | None = None,
 ) -> None:
     """Lines over training as means over the same stretches: none is smoothed more than another.
 
-    `y` says how the axis is scaled: "cut" by `_cut_fall`, "log", or from "zero".
+    `y` is the scale of the axis: "cut" by `_cut_fall`, "log", or from "zero".
     """
+    from matplotlib.ticker import MaxNLocator
+
     last = max(float(x[-1]) for x, _ in lines.values())
     lines = {key: thinned(*points, FEW_POINTS, last) for key, points in sorted(lines.items())}
     for key, points in lines.items():
@@ -267,7 +287,11 @@ def _draw_lines(
         _cut_fall(axes, lines.values())
     elif y == "log":
         axes.set_yscale("log")
-        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5), numticks=6)
+        bottom, top = axes.get_ylim()
+        if top < 10 * bottom:  # a decade has ticks at 1, 2 and 5, a part of one perhaps none
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
+        else:
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5), numticks=6)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
     else:
@@ -283,8 +307,13 @@ def _draw_layers(axes: "Axes", run: Metrics, lines: dict[int, Points], y: str = 
     few = len(lines) <= 12 and all(len(steps) < 30 for steps, _ in lines.values())
 
     def looks(layer: int) -> dict[str, Any]:
-        width, marker = 2.0 if layer == last else 1.2, {"marker": "o", "markersize": 3 if few else 0}
-        return {"color": layer_colour(layer, last), "linewidth": width, "label": f"layer {layer}"} | marker
+        return {
+            "color": layer_colour(layer, last),
+            "linewidth": 2.0 if layer == last else 1.2,
+            "label": f"layer {layer}",
+            "marker": "o",
+            "markersize": 3 if few else 0,
+        }
 
     _draw_lines(axes, lines, looks, "optimizer steps", y, run.config.train.steps)
 
@@ -307,14 +336,15 @@ def _draw_profile(axes: "Axes", run: Metrics, newest: int) -> None:
 def _draw_weights(axes: "Axes", terms: Sequence[Term], steps: int, wrapped: bool = False) -> None:
     """A heat map of the weights over `steps` optimizer steps: a row per term, empty while it is silent.
 
-    Rows form one block per task, the next character first; within a block the deepest layer is on top. Each column
-    shows the weight at its middle. `wrapped` breaks the labels of the blocks, for narrow figures.
+    Rows form one block per task, the next character first; within a block the deepest layer is on top.
+    A column shows the weight at its middle. `wrapped` breaks the labels of the blocks.
     """
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     rows = sorted(terms, key=lambda term: (term.task or "", term.offset, term.positions, -term.layer))
     progresses = (np.arange(HEAT_COLUMNS) + 0.5) / HEAT_COLUMNS
     weights = np.array([[term.weight.at_next_turn(progress) for progress in progresses] for term in rows])
+    peaks = [max(term.weight.at_next_turn(0.0), term.weight.limit) for term in rows]
     image = axes.imshow(
         np.ma.masked_equal(weights, 0.0),
         aspect="auto",
@@ -323,23 +353,26 @@ def _draw_weights(axes: "Axes", terms: Sequence[Term], steps: int, wrapped: bool
         # One colour that fades suits light and dark backgrounds.
         cmap=LinearSegmentedColormap.from_list("weights", [(*to_rgb(MAP), 0.2), (*to_rgb(MAP), 1.0)]),
         vmin=0.0,
-        vmax=max(weights.max(), *(max(term.weight.at_next_turn(0.0), term.weight.limit) for term in rows)),
+        vmax=max(weights.max(), *peaks),
     )
     _label_rows(axes, rows, wrapped)
     axes.grid(False)
     _over(axes, "optimizer steps", steps)
-    axes.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04, label="weight").outline.set_visible(False)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04, label="weight")
+    bar.outline.set_visible(False)
 
 
 def _label_rows(axes: "Axes", terms: Sequence[Term], wrapped: bool) -> None:
     """The task of each block of rows, and the layer of every row or of every n-th."""
     titles = [_task_title(term.offset, term.positions, term.task) for term in terms]
     stride = math.ceil(len(terms) / MOST_ROW_LABELS)
-    labels, place = {}, {"textcoords": "offset fontsize", "ha": "right", "va": "center"}
+    labels = {}
+    place = {"textcoords": "offset fontsize", "ha": "right", "va": "center"}
     for title in dict.fromkeys(titles):
         top, count = titles.index(title), titles.count(title)
         labels |= {row: str(terms[row].layer) for row in range(top, top + count, stride)}
-        name, middle = title.replace(" ", "\n") if wrapped else title, (0, top + (count - 1) / 2)
+        name = title.replace(" ", "\n") if wrapped else title
+        middle = (0, top + (count - 1) / 2)
         axes.annotate(name, middle, xytext=(-2.8, 0), xycoords=axes.get_yaxis_transform(), **place)
         if top:
             axes.axhline(top - 0.5, color=GREY, linewidth=0.8)
@@ -355,7 +388,7 @@ def _heat_height(terms: Sequence[Term], style: Style) -> float:
 
 
 def _task_title(offset: int, positions: str, task: str | None) -> str:
-    """The task of a term in words; loss positions are named only for terms of the last position alone."""
+    """The task of a term in words; loss positions are named only if they are the last one."""
     title = task or ("next character" if offset == 1 else f"{offset} ahead")
     return title if task or positions == "all" else f"{title}, last position"
 
@@ -377,13 +410,17 @@ def _over(axes: "Axes", label: str, end: float | None = None) -> None:
 
 def _looks(place: int) -> dict[str, Any]:
     """Colour and dashes of a run, by its place among the runs."""
-    return {"color": SERIES[place % len(SERIES)], "linestyle": DASHES[place % len(DASHES)], "markersize": 4.5}
+    return {
+        "color": SERIES[place % len(SERIES)],
+        "linestyle": DASHES[place % len(DASHES)],
+        "markersize": 4.5,
+    }
 
 
 def _cut_fall(axes: "Axes", lines: Iterable[Points]) -> None:
     """End the y axis where the lines are after a fiftieth of their length.
 
-    A run starts at 8 bits and falls within its first steps: drawn whole, that fall would flatten all the rest.
+    A run falls from 8 bits within its first steps: drawn whole, that fall would flatten the rest.
     """
     lines = [line for line in lines if len(line[0])]
     last = max((float(x[-1]) for x, _ in lines), default=0.0)

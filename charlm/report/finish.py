@@ -21,8 +21,8 @@ from charlm.training.loop import train
 from charlm.training.stop import StopRequests
 
 QUICK_SECONDS, QUICK_LAYERS = 10, 16
-"""The page shows what the model does with text if training reads that text in so many seconds, and the model has at
-most so many layers: each symbol of a sample passes all layers."""
+"""The page has the parts that need the model if training reads their text in so many seconds, and the
+model has at most so many layers: each symbol of a sample passes all layers."""
 
 
 def train_and_report(config: Config) -> Path:
@@ -38,11 +38,13 @@ def train_and_report(config: Config) -> Path:
     """
     run = Run(config.run.dir)
     before = _last_change(run)
-    with StopRequests(config.run.max_seconds) as stop:  # a signal also waits for the drawing to end; a second one kills
+    # A signal also waits for the drawing to end; a second one kills.
+    with StopRequests(config.run.max_seconds) as stop:
         try:
             train(config, stop=stop)
         except BaseException:
-            if is_main_process() and _last_change(run) != before:  # the folder of a refused run may be another run's
+            # The folder of a refused run may be another run's.
+            if is_main_process() and _last_change(run) != before:
                 draw_pictures(run, config)
             raise
         if is_main_process():
@@ -50,7 +52,8 @@ def train_and_report(config: Config) -> Path:
                 draw_pictures(run, config)
                 if config.run.report:
                     write_page(run, config)
-            if made := [name for name in ("report.html", "run.png", "diagnostics.png") if (run.path / name).exists()]:
+            names = ("report.html", "run.png", "diagnostics.png")
+            if made := [name for name in names if (run.path / name).exists()]:
                 print(fitted(f"{run.path} has {', '.join(made)}"), file=sys.stderr)
     return run.path
 
@@ -66,7 +69,7 @@ def draw_pictures(run: Run, config: Config) -> None:
 def write_page(run: Run, config: Config) -> None:
     """Write RUN/report.html. If that fails, an error is printed: the run itself is done and safe.
 
-    The parts that need the model are left to scripts/report.py unless they are quick and this is the only process.
+    The parts that need the model are left out unless they are quick and this is the only process.
     """
     try:
         probes = None
@@ -74,8 +77,8 @@ def write_page(run: Run, config: Config) -> None:
             probes = [measure(run, load_corpus(config.data, show_progress=False), show_progress=False)]
         write_report([run.path], run.path / "report.html", probes)
     except Exception as error:
-        failure = f"report.html was not written ({error!r}); python scripts/report.py {run.path} tries again"
-        print(fitted(failure), file=sys.stderr)
+        failure = f"report.html was not written ({error!r})"
+        print(fitted(f"{failure}; python scripts/report.py {run.path} tries again"), file=sys.stderr)
 
 
 def is_quick(run: Metrics) -> bool:

@@ -27,20 +27,21 @@ class Metrics:
     provenance: dict[str, Any]
     """The record of what the run was made from, by path such as "corpus/splits/valid/symbols"."""
     series: dict[str, np.ndarray]
-    """Everything finite in metrics.jsonl by its path in a row, such as "terms/layer1/offset1/all/loss": steps, seconds
+    """The finite numbers in metrics.jsonl by path, such as "terms/layer1/offset1/all/loss": steps, seconds
     of training (NaN if not recorded) and values, float64 [3, N]."""
 
     @property
     def symbols_per_character(self) -> float:
         """In the training split; 1 if the run did not record it."""
-        sizes = (self.provenance.get(f"corpus/splits/train/{unit}", 1) for unit in ("symbols", "characters"))
-        symbols, characters = map(number, sizes)
-        return symbols / characters
+        symbols = self.provenance.get("corpus/splits/train/symbols", 1)
+        characters = self.provenance.get("corpus/splits/train/characters", 1)
+        return number(symbols) / number(characters)
 
     @property
     def characters_per_step(self) -> float:
         """Characters that an optimizer step predicts: one for each position, as in the paper."""
-        return self.config.train.batch_size * self.config.model.context_length / self.symbols_per_character
+        symbols = self.config.train.batch_size * self.config.model.context_length
+        return symbols / self.symbols_per_character
 
     @property
     def step(self) -> int:

@@ -1,6 +1,6 @@
 """Style sheets of the figures: one for pictures, two for the page of runs.
 
-matplotlib is imported when a figure is drawn, through `Figure` objects that know no display and share no state.
+matplotlib is imported when a figure is drawn. `Figure` objects need no display and share no state.
 """
 
 import math
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7a5195", "#8c6d31")
-"""The palette of Okabe and Ito, readable without colour vision; its yellow is darkened to be visible on white."""
+"""The palette of Okabe and Ito, readable without colour vision; its yellow is darkened."""
 TRAIN, VALID = SERIES[:2]
 INK, GREY, GRID, MAP = "#1a1a1b", "#555556", "#ddddde", "#2389d0"
-"""Text, axes, grid, and the heat map of weights. No two colours are alike: in a page each is a variable."""
+"""Text, axes, grid, heat map. No two colours are alike, because in the page each becomes a variable."""
 DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 LAYER_STEPS = 16
 """Number of colours for layers."""
@@ -81,7 +81,8 @@ def new_figure(style: Style, height: float, title: str = "") -> Iterator["Figure
 
     with matplotlib.rc_context(style.rc):
         figure = Figure(figsize=(style.width, height), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.1)  # else a title seems to be the label of the axis above it
+        # Else a title seems to be the label of the axis above it.
+        figure.get_layout_engine().set(h_pad=0.1)
         if title and style.explains:
             figure.suptitle(title, fontweight="bold")
         yield figure
@@ -118,7 +119,7 @@ def draw_panels(
 
 
 def layer_colours(dark: bool = False) -> list[str]:
-    """Viridis from the lowest layer to the last, without the end that is hard to see on the background."""
+    """Viridis from the lowest layer to the last, without the end that hardly shows on the background."""
     import matplotlib
     from matplotlib.colors import to_hex
 

@@ -1,9 +1,10 @@
 """The behaviour of a run's model on held-out text: bits by layer and by position, a passage, samples.
 
-Scores are of the validation split, because pages are used to choose between runs. The test split serves only for the
-passage.
+Scores are of the validation split, because pages are used to choose between runs. Only the passage comes
+from the test split.
 
-Shapes: V vocabulary, N symbols, M predictions of a batch, K likeliest symbols, W windows, T positions of a window.
+Shapes: V vocabulary, N symbols, M predictions of a batch, K likeliest symbols, W windows, T positions of
+a window, B bins.
 """
 
 import math
@@ -39,8 +40,10 @@ TEMPERATURE = 0.8
 MOST_SAMPLES = 4
 MOST_BINS = 24
 SIGNS = {code: chr(0x2400 + code) for code in range(0x20)} | {ord("\n"): "↵", ord("\t"): "⇥"}
+SIGNS |= {ord(sign): f"\\u{ord(sign):04X}" for sign in SIGNS.values()}
 SIGNS |= {0xDC00 + byte: f"\\x{byte:02X}" for byte in range(0x80, 0x100)}
-"""Signs for control characters, and for stray bytes as `surrogateescape` decodes them."""
+"""Signs for control characters, for these signs themselves, and for stray bytes as `surrogateescape`
+decodes them."""
 
 
 class Piece(NamedTuple):
@@ -86,7 +89,13 @@ class Probe:
         return cls(missing=dict.fromkeys(("score", "passage", "samples"), reason))
 
 
-def measure(run: Run, corpus: Corpus | UserError, *, characters: int = CHARACTERS, show_progress: bool = True) -> Probe:
+def measure(
+    run: Run,
+    corpus: Corpus | UserError,
+    *,
+    characters: int = CHARACTERS,
+    show_progress: bool = True,
+) -> Probe:
     """Score a run's best checkpoint, and let its checkpoints write samples.
 
     Args:
@@ -105,9 +114,15 @@ def measure(run: Run, corpus: Corpus | UserError, *, characters: int = CHARACTER
         valid, ids = corpus.splits["valid"], corpus.splits["test"].ids
         limit = symbols_of(characters, valid.ids, corpus.vocabulary)
         probe.score = bits_per_character(
-            trained, corpus, split="valid", limit=limit, all_layers=True, show_progress=show_progress
+            trained,
+            corpus,
+            split="valid",
+            limit=limit,
+            all_layers=True,
+            show_progress=show_progress,
         )
-        nats_WT = nats_by_position(trained, valid.ids, max(1, limit // trained.config.model.context_length))
+        num_windows = max(1, limit // trained.config.model.context_length)
+        nats_WT = nats_by_position(trained, valid.ids, num_windows)
         probe.by_position = binned(nats_WT, valid.symbols / valid.characters)
         probe.passage_start = start_of_passage(trained, ids)
         probe.passage = read_passage(trained, ids, probe.passage_start, PASSAGE)
@@ -123,34 +138,37 @@ def measure(run: Run, corpus: Corpus | UserError, *, characters: int = CHARACTER
 
 
 def symbols_of(characters: int, ids: np.ndarray, vocabulary: Vocabulary) -> int:
-    """The number of symbols that spell the first characters of a text: the same text for every vocabulary."""
+    """The number of symbols that spell the first characters: the same text for every vocabulary."""
     most = min(len(ids), 4 * characters)  # a character of UTF-8 has at most 4 bytes
-    return bisect_right(range(1, most + 1), characters, key=lambda count: vocabulary.count_characters(ids[:count]))
+
+    def spelled(count: int) -> int:
+        return vocabulary.count_characters(ids[:count])
+
+    return bisect_right(range(1, most + 1), characters, key=spelled)
 
 
 def nats_by_position(trained: TrainedModel, ids: np.ndarray, num_windows: int) -> np.ndarray:
-    """Nats in windows spread evenly over a text, float64 [W, T]; column t has t + 1 symbols of context."""
-    model = trained.config.model
-    length = min(model.context_length, len(ids) - 1)
-    starts = np.linspace(0, len(ids) - length - 1, num_windows).astype(int)
-    parts = [ids[start : start + length + 1] for start in starts]
+    """Nats in windows spread over a text, float64 [W, T]; column t has t + 1 symbols of context."""
+    models = (trained.transformer, trained.heads)
+    length = min(trained.config.model.context_length, len(ids) - 1)
+    found = []
     with exact_matmul(trained.device):
-        found = [
-            negative_log_likelihoods(trained.transformer, trained.heads, part, stride=length)[model.num_layers]
-            for part in parts
-        ]
-    return np.stack(found)[:, 1:]
+        for start in np.linspace(0, len(ids) - length - 1, num_windows).astype(int):
+            window = ids[start : start + length + 1]
+            (nats_N,) = negative_log_likelihoods(*models, window, stride=length).values()
+            found.append(nats_N[1:])
+    return np.stack(found)
 
 
 def binned(nats_WT: np.ndarray, symbols_per_character: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`Probe.by_position`, in bins that grow by a constant factor: neighbouring late positions hardly differ.
+    """`Probe.by_position`, in bins that grow by a constant factor.
 
     The context of a bin is its geometric middle. The standard error of a single window is 0.
     """
     num_windows, length = nats_WT.shape
     edges = np.unique(np.geomspace(1, length + 1, MOST_BINS + 1).round().astype(int))
-    bits_WB = np.stack([nats_WT[:, first - 1 : end - 1].mean(axis=1) for first, end in pairwise(edges)], axis=1)
-    bits_WB *= symbols_per_character / math.log(2)
+    means = [nats_WT[:, first - 1 : end - 1].mean(axis=1) for first, end in pairwise(edges)]
+    bits_WB = np.stack(means, axis=1) * (symbols_per_character / math.log(2))
     errors = bits_WB.std(axis=0, ddof=min(1, num_windows - 1)) / math.sqrt(num_windows)
     return np.sqrt(edges[:-1] * (edges[1:] - 1)), bits_WB.mean(axis=0), errors
 
@@ -165,7 +183,7 @@ def start_of_passage(trained: TrainedModel, ids: np.ndarray) -> int:
 
 
 def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int) -> list[Piece]:
-    """`count` symbols of a text from `start` on, with their costs and the likeliest symbols in their places.
+    """`count` symbols of a text from `start` on, with their costs and the likeliest in their places.
 
     Every symbol is predicted from at least three quarters of a context, as far as the text reaches back.
     """
@@ -189,20 +207,26 @@ def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int)
         )
     nats_N, probabilities_NK, symbols_NK = np.split(found_KN.T[before:], [1, 1 + width], axis=1)
     bits_N = nats_N[:, 0] / math.log(2)
-    return pieces_of(trained.vocabulary, text[before:], bits_N, probabilities_NK, symbols_NK.astype(np.int64))
+    symbols_NK = symbols_NK.astype(np.int64)
+    return pieces_of(trained.vocabulary, text[before:], bits_N, probabilities_NK, symbols_NK)
 
 
 def pieces_of(
-    vocabulary: Vocabulary, ids_N: np.ndarray, bits_N: np.ndarray, probabilities_NK: np.ndarray, symbols_NK: np.ndarray
+    vocabulary: Vocabulary,
+    ids_N: np.ndarray,
+    bits_N: np.ndarray,
+    probabilities_NK: np.ndarray,
+    symbols_NK: np.ndarray,
 ) -> list[Piece]:
     """The pieces of a passage: each has a symbol that begins a character, and those that continue it."""
-    begins = [place for place in range(len(ids_N)) if not place or vocabulary.count_characters(ids_N[[place]])]
+    begins = [place for place in range(1, len(ids_N)) if vocabulary.count_characters(ids_N[[place]])]
     pieces = []
-    for first, end in pairwise([*begins, len(ids_N)]):
+    for first, end in pairwise([0, *begins, len(ids_N)]):
         candidates = [visible(vocabulary.decode(symbol)) for symbol in symbols_NK[first][:, None]]
         likeliest = list(zip(candidates, probabilities_NK[first].round(6).tolist(), strict=True))
         text = visible(vocabulary.decode(ids_N[first:end]))
-        pieces.append(Piece(text, round(bits_N[first:end].sum().item(), 4), end - first, likeliest))
+        bits = round(bits_N[first:end].sum().item(), 4)
+        pieces.append(Piece(text, bits, end - first, likeliest))
     return pieces
 
 
@@ -217,7 +241,7 @@ def visible(data: bytes) -> str:
 
 
 def write_samples(run: Run, prompt: bytes) -> list[Sample]:
-    """A sample of each of four checkpoints spread over the run, the newest among them, and of the best."""
+    """A sample of each of four checkpoints spread over the run, the newest included, and of the best."""
     named = {which: find_checkpoint(run, which).step for which in ("best", "last")}
     steps = list(checkpoint_folders(run))
     places = np.linspace(0, len(steps) - 1, MOST_SAMPLES).round().astype(int)

@@ -1,6 +1,6 @@
 """write_report: the page of one or several runs.
 
-Its figures are SVG with text in the page's font, and colours that its style sheet sets for light and dark.
+Its figures are SVG with text in the page's font, and colours that its style sheet sets.
 """
 
 import re
@@ -20,7 +20,18 @@ from charlm.report import figures
 from charlm.report.metrics import Metrics, read_runs
 from charlm.report.page import tables
 from charlm.report.page.probe import LIKELIEST, TEMPERATURE, Probe, visible
-from charlm.report.style import DASHES, GREY, GRID, INK, LAYER_STEPS, PHONE, SERIES, WINDOW, Style, layer_colours
+from charlm.report.style import (
+    DASHES,
+    GREY,
+    GRID,
+    INK,
+    LAYER_STEPS,
+    PHONE,
+    SERIES,
+    WINDOW,
+    Style,
+    layer_colours,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,12 +51,20 @@ FIGURES_OF_A_RUN = {
         "Empty where silent.",
     ),
     "hedge": (figures.hedge, "Weights learned by hedge", "They multiply the weights above."),
-    "diagnostics": (figures.diagnostics, "Diagnostics", "On the validation split; see docs/diagnostics.md."),
+    "diagnostics": (
+        figures.diagnostics,
+        "Diagnostics",
+        "On the validation split; see docs/diagnostics.md.",
+    ),
 }
 """Function, heading and caption."""
 
 
-def write_report(folders: Sequence[Path | str], path: Path | str, probes: Sequence[Probe | None] | None = None) -> Path:
+def write_report(
+    folders: Sequence[Path | str],
+    path: Path | str,
+    probes: Sequence[Probe | None] | None = None,
+) -> Path:
     """Write the page of some runs, making its folder, and return `path`.
 
     Args:
@@ -69,14 +88,19 @@ def write_report(folders: Sequence[Path | str], path: Path | str, probes: Sequen
 def render(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
     """The page's HTML."""
     again = "not measured when this page was made; python scripts/report.py {} measures it"
-    probes = [probe or Probe.without(again.format(run.folder.path)) for run, probe in zip(runs, probes, strict=True)]
+    missing = [Probe.without(again.format(run.folder.path)) for run in runs]
+    probes = [probe or other for probe, other in zip(probes, missing, strict=True)]
     configs = [run.config for run in runs]
-    scores = {place: probe.score.layers for place, probe in enumerate(probes) if probe.score is not None}
-    layers = {place: (list(map(int, bits)), list(bits.values())) for place, bits in scores.items()}
-    positions = {place: probe.by_position for place, probe in enumerate(probes) if probe.by_position is not None}
+    layers, positions = {}, {}
+    for place, probe in enumerate(probes):
+        if probe.score is not None:
+            bits = probe.score.layers
+            layers[place] = (list(map(int, bits)), list(bits.values()))
+        if probe.by_position is not None:
+            positions[place] = probe.by_position
     drawn = [
-        ("learning", "Bits per character against characters seen, and against time", figures.learning, runs),
-        ("tasks", "The losses of the highest layer over training, a line for each run", figures.tasks, runs),
+        ("learning", "Bits per character over characters and over time", figures.learning, runs),
+        ("tasks", "The losses of each run's highest layer over training", figures.tasks, runs),
         ("speed", "Characters per second over training", figures.speed, runs),
         ("layers", "Bits per character by layer", figures.bits_against, layers, "layer"),
         ("positions", "Bits per character by context", figures.bits_against, positions, "symbols of context"),
@@ -159,10 +183,10 @@ def palette(dark: bool) -> dict[str, str]:
 
 def _section(place: int, run: Metrics, probe: Probe, row: dict[str, str]) -> dict[str, Any]:
     """The page's parts about one run."""
-    drawn = [
-        (heading, note, picture(name, f"{heading} of {shown(run.name)}, over training", partial(draw, run)))
-        for name, (draw, heading, note) in FIGURES_OF_A_RUN.items()
-    ]
+    drawn = []
+    for name, (draw, heading, note) in FIGURES_OF_A_RUN.items():
+        label = f"{heading} of {shown(run.name)}, over training"
+        drawn.append((heading, note, picture(name, label, partial(draw, run))))
     return {
         "name": run.name,
         "series": place % len(SERIES),

@@ -27,7 +27,9 @@ def results(runs: Sequence[Metrics], probes: Sequence[Probe]) -> list[dict[str, 
 
 def protocols(run: Metrics, probe: Probe) -> dict[str, dict[str, str]]:
     """How the run was validated, by itself and by this page, and what it was started with."""
-    record, context_length, score = run.provenance, run.config.model.context_length, probe.score
+    record = run.provenance
+    score = probe.score
+    context_length = run.config.model.context_length
     found = {
         "Validation": {
             "split": "valid",
@@ -35,7 +37,7 @@ def protocols(run: Metrics, probe: Probe) -> dict[str, dict[str, str]]:
             "stride": str(default_stride(context_length)),
             "context": str(context_length),
             "precision": "that of training",
-            "corpus": f"{run.provenance.get('corpus/name')} (SHA-256 {run.provenance.get('corpus/sha256')})",
+            "corpus": f"{record.get('corpus/name')} (SHA-256 {record.get('corpus/sha256')})",
         }
     }
     if score is not None:
@@ -61,8 +63,8 @@ def protocols(run: Metrics, probe: Probe) -> dict[str, dict[str, str]]:
 def mismatch(runs: Sequence[Metrics]) -> tuple[str, Table] | None:
     """Why the runs' bits per character do not compare, and what differs; None if they do.
 
-    Runs of different vocabularies compare, as bits are divided by the characters of the text, but only if both
-    validate on all of the split: the first symbols of two vocabularies are not the same text.
+    Runs of different vocabularies compare, as bits are divided by the characters of the text, but only if
+    both validate on all of the split: the first symbols of two vocabularies are not the same text.
     """
     rows = {
         "text": [f"SHA-256 {str(run.provenance.get('corpus/sha256'))[:12]}…" for run in runs],
@@ -88,8 +90,11 @@ def differences(configs: Sequence[Config]) -> Table:
     columns = [flatten(config.model_dump(), ".") for config in configs]
     names = dict.fromkeys(name for other in others for name in differences_of(first, other))
     names = [name for name in names if not has_mark(name, Mark.NO_EFFECT)]
-    values = {name: [written(column[name]) if name in column else NONE for column in columns] for name in names}
-    return list(values.items())
+
+    def row(name: str) -> list[str]:
+        return [written(column[name]) if name in column else NONE for column in columns]
+
+    return [(name, row(name)) for name in names]
 
 
 def vocabulary(run: Metrics) -> str:
@@ -106,18 +111,16 @@ def validated(run: Metrics) -> str:
 
 
 def _result(run: Metrics, probe: Probe) -> dict[str, str]:
-    bits, speeds, memory, seconds, skipped = (
-        run.points(path)[1] for path in ("bits_per_character", "characters_per_second", "memory", "seconds", "skipped")
-    )
+    paths = ("bits_per_character", "characters_per_second", "memory", "seconds", "skipped")
+    bits, speeds, memory, seconds, skipped = (run.points(path)[1] for path in paths)
     score = probe.score
+    error = score and (score.standard_error or 0)
     return {
         "steps": f"{run.step:,} of {run.config.train.steps:,}",
         "characters seen": engineering()(float(f"{run.step * run.characters_per_step:.3g}")),
         "training bpc": f"{bits[-1]:.3f}" if len(bits) else NONE,
         "best validation bpc": f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else NONE,
-        "validation bpc, by this page": f"{score.bits_per_character:.4f} ± {score.standard_error or 0:.4f}"
-        if score
-        else NONE,
+        "validation bpc, by this page": f"{score.bits_per_character:.4f} ± {error:.4f}" if score else NONE,
         "training time": str(timedelta(seconds=round(seconds.max()))) if len(seconds) else NONE,
         "characters/s": f"{np.median(speeds):,.0f}" if len(speeds) else NONE,
         "memory": f"{memory[-1] / 2**30:.2f} GiB" if len(memory) else NONE,
@@ -126,7 +129,8 @@ def _result(run: Metrics, probe: Probe) -> dict[str, str]:
 
 
 def _sizes(run: Metrics) -> str:
-    sizes = [number(run.provenance.get(f"corpus/splits/{split}/bytes")) for split in ("train", "valid", "test")]
+    splits = ("train", "valid", "test")
+    sizes = [number(run.provenance.get(f"corpus/splits/{split}/bytes")) for split in splits]
     return " + ".join(f"{size:,.0f}" for size in sizes) + " bytes"
 
 
