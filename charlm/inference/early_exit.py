@@ -1,10 +1,9 @@
 """Early exit: every symbol is predicted by the first layer that is sure enough.
 
 A layer with a head predicts a symbol if the entropy of its prediction is under a threshold; otherwise
-the next one decides (Teerapittayanon et al. 2016, "BranchyNet"). Layers are only counted: scoring
-computes all of them.
+the next one decides (Teerapittayanon et al. 2016, "BranchyNet"). Scoring computes all layers.
 
-Shapes: M symbols of a batch, N symbols, E layers with an exit including the last, Q thresholds.
+Shapes: M symbols of a batch, N symbols, E exits including the last layer, Q thresholds.
 """
 
 import math
@@ -19,13 +18,7 @@ from torch import Tensor
 from charlm.config import UserError
 from charlm.data.corpus import Corpus
 from charlm.inference.evaluation import EarlyExit, ExitPoint, Score, Scorer, bits_per
-from charlm.inference.scoring import (
-    entropies,
-    measure_text,
-    nats_and_entropies,
-    predictions,
-    sum_over_processes,
-)
+from charlm.inference.scoring import measure_text, nats_and_entropies, predictions, sum_over_processes
 from charlm.model.kernels_cpu import exact_matmul
 from charlm.runs.trained import TrainedModel, exit_layers
 
@@ -41,12 +34,11 @@ def early_exit(
 ) -> Score:
     """Score the model, each layer that has a head, and early exit at several thresholds.
 
-    The thresholds are quantiles of the entropies on the symbols that the run was validated on. At
-    quantile 0 the last layer predicts everything, at 1 the first exit. `protocol` and errors as for
-    `charlm.bits_per_character`.
+    The thresholds are quantiles of the entropies on the symbols that the run was validated on: at 0 the
+    last layer predicts everything, at 1 the first exit. `protocol` as for `charlm.bits_per_character`.
 
     Raises:
-        UserError: also if only the last layer has a head, or a quantile is not in [0, 1].
+        UserError: as there, or only the last layer has a head, or a quantile is not in [0, 1].
     """
     scorer = Scorer(trained, corpus, **protocol)
     layers = exit_layers(trained)
@@ -61,11 +53,11 @@ def early_exit(
     valid = corpus.splits["valid"]
     valid_ids = valid.ids[: trained.config.train.valid_symbols]
     num_symbols = len(scorer.ids)
-    options = scorer.options | {"layers": layers}
+    options = scorer.options | {"layers": layers, "measure": nats_and_entropies}
     with exact_matmul(trained.device):
-        entropies_EN = measure_text(*models, valid_ids, measure=entropies, **options)[:, 0]
-        thresholds_Q = choose_thresholds(entropies_EN, quantiles)
-        batches = predictions(*models, scorer.ids, measure=nats_and_entropies, **options)
+        figures_EKN = measure_text(*models, valid_ids, **options)
+        thresholds_Q = choose_thresholds(figures_EKN[:, 1], quantiles)
+        batches = predictions(*models, scorer.ids, **options)
         sums = _sums(batches, thresholds_Q, len(layers), num_symbols)
     last_nats_N, nats_E, nats_Q, counts_QE = (sum_over_processes(part, trained.device) for part in sums)
     points = []
@@ -92,9 +84,9 @@ def early_exit(
 
 
 def choose_thresholds(entropies_EN: np.ndarray, quantiles: Sequence[float]) -> Tensor:
-    """The thresholds [Q] at these quantiles of the entropies of all exits but the last, which needs none.
+    """The thresholds [Q] at these quantiles of the entropies of all exits but the last.
 
-    Quantile 0 gives 0 and 1 gives infinity: nothing or everything is under it, whatever text is scored.
+    Quantile 0 gives 0 and 1 gives infinity, whatever text is scored.
     """
     thresholds_Q = np.quantile(entropies_EN[:-1], quantiles)
     ends = [np.equal(quantiles, 0), np.equal(quantiles, 1)]
@@ -114,7 +106,7 @@ def _sums(
     num_exits: int,
     num_symbols: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Nats of the last layer [N], of each layer [E], at each threshold [Q]; symbols per layer [Q, E]."""
+    """Nats of the last layer [N], of each exit [E], at each threshold [Q]; symbols per exit [Q, E]."""
     last_nats_N = torch.zeros(num_symbols, dtype=torch.float64)
     nats, counts = [], []
     for symbols_M, figures in batches:

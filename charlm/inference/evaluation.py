@@ -1,8 +1,7 @@
 """Scores: bits per character and per byte of a text, with their protocol.
 
-Every symbol is scored once. Costs are kept in float64 nats, added exactly (`math.fsum`) and divided
-once. So a score does not depend on the batch size or the number of processes, except for rounding
-inside the model.
+Costs are kept in float64 nats, added exactly (`math.fsum`) and divided once. So a score does not depend on
+the batch size or the number of processes, except for rounding inside the model.
 
 Shapes: N symbols.
 """
@@ -29,11 +28,11 @@ class ExitPoint:
     """A point of the curve of early exit: one threshold for all exits."""
 
     quantile: float
-    """Share of the exits' predictions on the validation text whose entropy is under the threshold."""
+    """Share of exits' predictions on validation text with entropy under the threshold."""
     threshold: float | None
     """In bits; None means infinity."""
     mean_layers: float
-    """Mean number of the layer that predicts, over all symbols."""
+    """Mean number of the layer that predicts."""
     bits_per_character: float
     bits_per_byte: float
     shares: dict[str, float]
@@ -42,7 +41,7 @@ class ExitPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExit:
-    """The curve of early exit; `chosen_on` describes the text on which the thresholds were chosen."""
+    """The curve of early exit; the thresholds were chosen on the text `chosen_on`."""
 
     chosen_on: str
     points: tuple[ExitPoint, ...]
@@ -50,7 +49,7 @@ class EarlyExit:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A score with its protocol. `scripts/evaluate.py --json` prints `as_dict`."""
+    """A score with its protocol."""
 
     bits_per_character: float
     bits_per_byte: float
@@ -71,17 +70,20 @@ class Score:
     layers: dict[str, float] | None = None
     """Bits per character of each layer that has a head for the next symbol."""
     mixture: dict[str, float] | None = None
-    """Weight of each layer in the prediction that was scored; None if it is the last layer's."""
+    """Weight of each layer in the scored prediction; None if it is the last layer's."""
     streams: int | None = None
-    """Parts of the text that were read side by side, if scored as a compressor."""
+    """Parts of the text read side by side, if scored as a compressor."""
     compressed_bytes: int | None = None
     """Bytes that the bits of all symbols fill, if scored as a compressor."""
     early_exit: EarlyExit | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able, without those of the last five that are None."""
-        optional = ("layers", "mixture", "streams", "compressed_bytes", "early_exit")
-        return {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
+        """For JSON, without those of the last five that are None."""
+        fields = asdict(self)
+        for name in ("layers", "mixture", "streams", "compressed_bytes", "early_exit"):
+            if fields[name] is None:
+                del fields[name]
+        return fields
 
 
 def bits_per_character(
@@ -105,9 +107,9 @@ def bits_per_character(
         corpus: the one that `charlm.load_corpus(trained.config.data)` returns.
         stride: symbols from one window to the next; 1 is the paper's, the default half the context.
         limit: score only this many symbols, as if the split ended there.
-        batch_size: windows per batch and process; by default as many as `BATCH_SYMBOLS` allows.
-        precision: the transformer's; heads are always computed in fp32 and the softmax in float64.
-        all_layers: also score every layer that has a head for the next symbol, in the same pass.
+        batch_size: windows per batch and process; the default depends on the device.
+        precision: the transformer's; heads are in fp32 and the softmax in float64.
+        all_layers: also score every layer that has a head for the next symbol.
         mixture: "hedge" scores the prediction sum_i alpha_i f_i in place of the last layer's, with the
             weights alpha that hedge backpropagation has learned (Sahoo et al. 2018).
 
@@ -190,7 +192,7 @@ class Scorer:
         return {str(layer): bits_per(nats[layer], self.characters) for layer in sorted(nats)}
 
     def score(self, nats_N: np.ndarray, **fields: Any) -> Score:
-        """The score from the cost of each symbol, with further `fields`."""
+        """The score of the costs of all symbols, with further `fields`."""
         return Score(
             bits_per_character=bits_per(nats_N, self.characters),
             bits_per_byte=bits_per(nats_N, self.bytes),
@@ -204,23 +206,18 @@ class Scorer:
 
 
 def score_at(score: Score, depth: int) -> dict[str, Any]:
-    """The score of one layer, out of one of all layers: for the card of a model that ends there."""
+    """The score of one layer out of several, for the card of a model that ends there."""
     bits = score.layers[str(depth)]
     per_byte = bits * score.characters / score.bytes
-    figure = replace(
-        score,
-        bits_per_character=bits,
-        bits_per_byte=per_byte,
-        standard_error=None,
-        layers=None,
-    )
-    return figure.as_dict()
+    own = {"bits_per_character": bits, "bits_per_byte": per_byte, "standard_error": None}
+    return replace(score, **own, layers=None).as_dict()
 
 
 def mixture_nats(nats: Mapping[int, np.ndarray], weights: Mapping[int, float]) -> np.ndarray:
     """-log sum_i weight_i exp(-nats_i), float64 [N], with the weights scaled to sum to 1."""
     total = math.fsum(weights.values())
-    log_shares = [math.log(weight / total) - nats[layer] for layer, weight in weights.items() if weight > 0]
+    present = [(layer, weight / total) for layer, weight in weights.items() if weight > 0]
+    log_shares = [math.log(share) - nats[layer] for layer, share in present]
     return -np.logaddexp.reduce(log_shares, axis=0)
 
 
@@ -230,10 +227,10 @@ def bits_per(nats: np.ndarray, count: int) -> float:
 
 
 def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
-    """The numbers of characters that begin in a text, and of bytes; UserError if no character does."""
+    """The numbers of characters that begin in a text, and of bytes; UserError if none begins."""
     characters = vocabulary.count_characters(ids)
     if characters == 0:
-        raise UserError(f"a text of {len(ids)} symbols: no character begins in it, so it has no bits per character")
+        raise UserError(f"a text of {len(ids)} symbols: no character begins in it")
     return characters, len(vocabulary.decode(ids))
 
 

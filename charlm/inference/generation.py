@@ -41,23 +41,21 @@ def generate(
     Every symbol is predicted from all before it, until the model's context is full: then its older half
     is forgotten, and the newer half is read again. The weights must not change before the text ends.
 
-    Several prompts are continued together, which takes less time; with drafts, one after the other. The
-    first text is the one that `seed` gives alone, the next that of `seed` + 1 and so on, except for
-    rounding in the model.
+    Several prompts are continued together or, with drafts, one after the other. The first text is the one
+    that `seed` gives alone, the next that of `seed` + 1, and so on, except for rounding in the model.
 
     Args:
         prompt: at least one symbol and at most context_length.
         length: symbols to write. Bytes that form no UTF-8 character become U+FFFD.
         temperature, top_k, top_p: see `Sampling`.
-        draft: write several symbols per pass of the model. "offsets" drafts with the last layer's heads
-            for the symbols after the next, a number with the exit at this layer. At temperature 0 the
-            text stays the same; others follow the same distribution.
+        draft: write several symbols per pass of the model: "offsets" drafts them with the last layer's
+            heads for later symbols, a number with the exit at this layer. At temperature 0 the text
+            stays the same; others follow the same distribution.
         num_draft_tokens: the most symbols to draft before a pass; by default one per head, or 5.
         statistics: counts how useful the drafts were.
 
     Raises:
-        UserError: a value out of range, a prompt that is empty, too long or not in the vocabulary, or
-            drafts from heads that the model lacks.
+        UserError: a value out of range, a prompt that cannot be read, or drafts without their heads.
     """
     prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
     if not prompts:
@@ -153,7 +151,7 @@ def _write_plainly(
 
 
 def _decode(trained: TrainedModel, prompt: bytes, steps: Iterable[list[int]]) -> Iterator[str]:
-    """The text that each step adds: empty while a character is incomplete, even the prompt's last."""
+    """The text that each step adds; empty while a character is incomplete."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     decoder.decode(prompt)
     for symbols in steps:
@@ -162,7 +160,6 @@ def _decode(trained: TrainedModel, prompt: bytes, steps: Iterable[list[int]]) ->
 
 
 def _encode(trained: TrainedModel, prompt: str | bytes) -> tuple[bytes, list[int]]:
-    """The bytes and the ids of a prompt."""
     try:
         data = prompt.encode("utf-8", "surrogateescape") if isinstance(prompt, str) else prompt
         ids = trained.vocabulary.encode(data).tolist()

@@ -18,8 +18,7 @@ class Sampling:
     top_k: int | None = None
     """Draw from the k likeliest symbols only."""
     top_p: float | None = None
-    """Draw from the fewest likeliest symbols that together have this probability after temperature and
-    top_k (Holtzman et al. 2020, "nucleus sampling")."""
+    """Draw from the fewest likeliest symbols with this share of what top_k leaves (Holtzman et al. 2020)."""
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
@@ -51,7 +50,7 @@ class Sampling:
             descending[..., top_k:] = 0
             descending /= descending.sum(dim=-1, keepdim=True)
         if self.top_p is not None:
-            before = descending.cumsum(dim=-1)[..., :-1]  # probability of all symbols that are likelier
+            before = descending.cumsum(dim=-1)[..., :-1]  # of all likelier symbols
             descending[..., 1:][before >= self.top_p] = 0
             descending /= descending.sum(dim=-1, keepdim=True)
         return probabilities.scatter_(-1, symbols, descending)
@@ -65,7 +64,7 @@ class Sampling:
 
 
 def draw(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """A symbol for each row of `weights` [..., V], which need not sum to 1; a random number for each."""
+    """A symbol for each row of `weights` [..., V], which need not sum to 1."""
     cumulative = weights.cumsum(dim=-1)
     uniform = torch.rand(weights.shape[:-1], dtype=torch.float64, generator=generator)
     thresholds = uniform[..., None] * cumulative[..., -1:]

@@ -21,9 +21,9 @@ from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Type of the transformer's matrix products, by precision; None leaves that of its parameters."""
+"""Type of matrix products by precision; None leaves that of the parameters."""
 BATCH_SYMBOLS = {"cpu": 2**11, "cuda": 2**16}
-"""Default number of symbols that a batch reads, by type of device. On a CPU more is no faster."""
+"""Symbols that a batch reads by default, by type of device. On a CPU more is no faster."""
 CHUNK_LOGITS = 2**18
 """Logits whose softmax is taken at once: keeps their float64 copies small."""
 
@@ -32,7 +32,7 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raise UserError unless the device can compute in this precision."""
+    """Raise UserError unless the device has this precision."""
     if precision not in AUTOCAST_DTYPES:
         raise UserError(f"precision={precision}: must be one of {', '.join(AUTOCAST_DTYPES)}", "precision")
     if precision == "fp16" and device.type == "cpu":
@@ -44,14 +44,10 @@ def nats(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tensor:
     return -log_probabilities_MV.gather(-1, targets_M[:, None]).T
 
 
-def entropies(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """The entropy of each prediction in nats, [1, M]."""
-    return -(log_probabilities_MV.exp() * log_probabilities_MV).sum(-1)[None]
-
-
 def nats_and_entropies(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """`nats` and `entropies`, [2, M]."""
-    return torch.cat([measure(log_probabilities_MV, targets_M) for measure in (nats, entropies)])
+    """The cost of each target, and the entropy of each prediction in nats, [2, M]."""
+    entropies_M = -(log_probabilities_MV.exp() * log_probabilities_MV).sum(-1)
+    return torch.cat([nats(log_probabilities_MV, targets_M), entropies_M[None]])
 
 
 def negative_log_likelihoods(
@@ -62,14 +58,14 @@ def negative_log_likelihoods(
     layers: Iterable[int] | None = None,
     **options,
 ) -> dict[int, np.ndarray]:
-    """The cost of each symbol in nats, {layer: float64 [N]}. Options and errors as for `predictions`."""
+    """The cost of each symbol in nats, {layer: float64 [N]}; options as for `predictions`."""
     layers = sorted(layers) if layers is not None else [transformer.config.num_layers]
     nats_L1N = measure_text(transformer, heads, ids, layers=layers, **options)
     return dict(zip(layers, nats_L1N[:, 0], strict=True))
 
 
 def measure_text(transformer: CharTransformer, heads: Heads, ids: np.ndarray, **options) -> np.ndarray:
-    """The figures of all symbols, float64 [L, K, N], in every process; options as for `predictions`."""
+    """The figures of all symbols, float64 [L, K, N]; options as for `predictions`."""
     found_LKN = None
     for symbols_M, figures_LKM in predictions(transformer, heads, ids, **options):
         if found_LKN is None:
@@ -92,8 +88,7 @@ def predictions(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Predict every symbol of a text once, batch by batch, without dropout.
 
-    The first symbol has no context: it counts as predicted with equal probabilities. The modules' modes
-    are restored at the end.
+    The first symbol has no context: it counts as predicted with equal probabilities.
 
     Args:
         ids: the text, [N], at least one symbol.
@@ -155,7 +150,7 @@ def read_windows(
 ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
     """Read a text in windows, batch by batch: the hidden states where predictions count.
 
-    The transformer runs without gradients, in the mode that it is in.
+    The transformer stays in its mode, with or without dropout.
 
     Args:
         ids: the text, [N].
@@ -165,7 +160,7 @@ def read_windows(
         before_batch: called before each batch, equally often by every process.
 
     Yields:
-        symbols_M: indices in the text of the symbols predicted from there; on the CPU.
+        symbols_M: indices in the text of the predicted symbols; on the CPU.
         hidden_states: {layer: [M, D]}, in ascending order.
     """
     layers = sorted(layers)
@@ -174,8 +169,7 @@ def read_windows(
     if batch_size is None:
         budget = BATCH_SYMBOLS.get(device.type, BATCH_SYMBOLS["cpu"])
         batch_size = max(1, budget // (transformer.config.context_length * len(layers)))
-    # Window 0 scores all it predicts, later ones as a rule only their last predictions. The top layer
-    # computes no others.
+    # Later windows than the first score only their last predictions: the top layer computes no others.
     num_later = int((windows.length - windows.first_scored[1:]).max(initial=1))
     for symbols_BW, counts_BT in _batches(windows, batch_size, rank, num_processes):
         before_batch()
@@ -189,7 +183,7 @@ def read_windows(
 
 
 def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
-    """The sum over all processes of a tensor on the CPU; `device` is this process's."""
+    """The sum over all processes of a tensor on the CPU."""
     if _rank_and_processes()[1] == 1:
         return tensor
     shared = tensor.to(device) if "nccl" in dist.get_backend() else tensor
@@ -202,9 +196,8 @@ def _batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of one process's windows: indices [B, W], and which predictions count, bool [B, T].
 
-    Compiled modules need batches of one size, and sharded ones equally many batches in every process. So
-    the last batches are filled up with windows that belong to another process or were read before; their
-    predictions do not count.
+    Compiled modules need batches of one size, sharded ones equally many in every process. So the last
+    batches are filled up with other windows, whose predictions do not count.
     """
     num_windows = len(windows.starts)
     offsets = np.arange(windows.length + 1)
@@ -219,7 +212,7 @@ def _batches(
 
 
 def _measured(measure: Measure, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """The figures of each prediction, [K, M], computed from a part of the logits at a time."""
+    """The figures of each prediction, [K, M], from a part of the logits at a time."""
     rows = max(1, CHUNK_LOGITS // logits_MV.shape[-1])
     parts = zip(logits_MV.split(rows), targets_M.split(rows), strict=True)
     return torch.cat([measure(logits.double().log_softmax(-1), targets) for logits, targets in parts], dim=-1)

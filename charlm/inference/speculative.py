@@ -1,4 +1,4 @@
-"""Writing several symbols per pass of the model: cheap drafts, which the whole model verifies at once.
+"""Writing several symbols per pass: cheap drafts, which the whole model verifies at once.
 
 The drafts come from the last layer's heads for the symbols after the next (Gloeckle et al. 2024,
 multi-token prediction; Stern et al. 2018, blockwise parallel decoding), or from an exit: the layers up to
@@ -26,9 +26,8 @@ Draft = Literal["offsets"] | int
 """Source of drafts: the last layer's heads for offsets 2, 3, ..., or the exit at this layer."""
 EXIT_DRAFT_TOKENS = 5
 NEAR_TIE = 2e-6
-"""Two logits that differ by less than this share of the largest, per layer, may change places when a
-symbol is read together with others. In a trained model of 6 layers, about one symbol in 8,000 is too
-close to call."""
+"""Two logits that differ by less than this share of the largest, per layer, may change places when symbols
+are read together. In a trained model of 6 layers, about one symbol in 8,000 is too close to call."""
 
 
 @dataclass
@@ -39,7 +38,7 @@ class DraftStatistics:
     """The most symbols that were drafted before a pass."""
     characters: int = 0
     passes: int = 0
-    """Passes of the whole model, with that over the prompt. Plain generation takes one per symbol."""
+    """Passes of the whole model, with the prompt's. Plain generation takes one per symbol."""
     drafted: int = 0
     accepted: int = 0
 
@@ -56,9 +55,8 @@ class DraftStatistics:
 class Speculation:
     """A text that is being written with drafts.
 
-    Where the likeliest symbol is always taken, the text equals that of plain generation. The logits of
-    symbols read together differ in the last bits. So when two are too close to call, all symbols since
-    the last exact position are read again one at a time; none more than once.
+    Where the likeliest symbol is always taken, the text equals that of plain generation: when two logits
+    are too close to call, all symbols since the last exact position are read again one at a time.
     """
 
     reader: Reader
@@ -88,7 +86,7 @@ class Speculation:
 
     @torch.inference_mode()
     def advance(self, limit: int) -> list[int]:
-        """The next symbols, at least 1 and at most `limit`. One pass, or more if two are too close to call."""
+        """The next symbols, at least one and at most `limit`."""
         room = self.reader.config.context_length + 1 - len(self.context)
         if self.hidden_11D is None or room < 1:
             symbols = [self._fill()]
@@ -140,8 +138,7 @@ class Speculation:
     def _draft_by_offsets(self, num_positions: int) -> tuple[list[int], Tensor | None, Tensor]:
         """Draft the symbols after the newest, and read it and them into the cache.
 
-        Returns the drafts, the distributions [K, V] that they were drawn from (None where the likeliest
-        were taken), and the last layer's hidden states.
+        Returns the drafts, their distributions [K, V] if they were drawn, and the last hidden states.
         """
         offsets = range(2, self.num_drafts + 2)  # from one symbol before the newest
         logits_KV = self.reader.logits(self.hidden_11D, offsets=offsets)[0, 0, : num_positions - 1]
@@ -175,8 +172,7 @@ class Speculation:
 def choose_num_drafts(reader: Reader, draft: Draft, num_draft_tokens: int | None) -> int:
     """The most symbols to draft before a pass: `num_draft_tokens`, or the default of the source.
 
-    Raises:
-        UserError: the model lacks the heads, or `num_draft_tokens` is out of range.
+    Raises UserError if the model lacks the heads, or `num_draft_tokens` is out of range.
     """
     last = reader.config.num_layers
     pairs = reader.heads.pairs
@@ -212,10 +208,10 @@ def accept(
     chances_KV: Tensor,
     generator: torch.Generator | None = None,
 ) -> list[int]:
-    """The symbols that a pass adds: the accepted drafts, and one more if the model predicts one more.
+    """The symbols that a pass adds: the accepted drafts, and one more if it is predicted.
 
-    A draft that was drawn with chance q and has probability p is accepted with chance min(1, p / q). In
-    place of the first rejected one, a symbol is drawn from the positive part of p - q, normalised. So all
+    A draft that was drawn with chance q and has probability p is accepted with chance min(1, p / q). The
+    first rejected one is replaced by a symbol drawn from the positive part of p - q, normalised. So all
     symbols follow p exactly (Leviathan et al. 2023, speculative decoding).
 
     Args:
@@ -239,8 +235,7 @@ def accept(
 def accept_likeliest(logits_PV: Tensor, drafts: list[int], near_tie: float) -> tuple[list[int], int]:
     """`accept` where the likeliest symbol is always taken, and the number of symbols that are certain.
 
-    The first uncertain symbol is one whose two likeliest logits differ by no more than the share
-    `near_tie` of the largest logit.
+    A symbol is uncertain if its two largest logits differ by at most `near_tie` times the largest of all.
     """
     best_P2, symbols_P2 = logits_PV.topk(min(2, logits_PV.shape[-1]))
     symbols = symbols_P2[:, 0].tolist()

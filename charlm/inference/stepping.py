@@ -48,7 +48,7 @@ class Reader:
 
     @torch.inference_mode()
     def next_logits(self, ids: Sequence[list[int]], cache: KVCache) -> Tensor:
-        """Logits after `ids`, which follow those that the cache holds of each text: [B, V] on the CPU."""
+        """Logits after `ids`, which follow those in the cache: [B, V] on the CPU."""
         if len({len(own) for own in ids}) > 1:
             # All but the last symbol text by text, then the last of all together.
             for row, own in enumerate(ids):
@@ -66,10 +66,9 @@ class Reader:
         layer: int | None = None,
         num_last: int | None = None,
     ) -> Tensor:
-        """Hidden states of `layer` at the last `num_last` of `ids`, [B, T, D].
+        """Hidden states of `layer` (or the last) at the last `num_last` (or all) of `ids`, [B, T, D].
 
-        The ids are equally many for each text, and follow those that the cache holds. The defaults are
-        the last layer and all ids.
+        The ids are equally many for each text, and follow those in the cache.
         """
         layer = layer or self.config.num_layers
         ids_BT = torch.tensor(ids, device=self.device)
@@ -112,7 +111,7 @@ class Reader:
         return [_Layer(block, table_TD) for block, table_TD in pairs]
 
     def _run(self, x_1TD: Tensor, lowest: int, highest: int, places: Places, cache: KVCache) -> Tensor:
-        """The hidden states of the layer `highest` from those of `lowest`; layer 0 is the embedding."""
+        """Hidden states of the layer `highest` from those of `lowest`; layer 0 is the embedding."""
         x_TD = x_1TD[0]
         T, H = len(x_TD), self.config.num_heads
         rotation = self.transformer.rotation(places)
@@ -142,10 +141,10 @@ class Reader:
 
 
 class _Linear(NamedTuple):
-    """A linear layer for a few vectors: each weights the rows of the transposed weight, which are added.
+    """A linear layer for a few vectors: the transposed weight's rows, weighted by each and added.
 
-    One vector takes half the time of dot products and a third of that of a matrix product (AMD EPYC,
-    Zen 5, two threads). The bits of a vector's result do not depend on the vectors beside it.
+    For one vector this takes half the time of dot products and a third of that of a matrix product (AMD
+    EPYC, Zen 5, two threads). The bits of a result do not depend on the vectors beside it.
     """
 
     rows_IE: Tensor
@@ -176,7 +175,7 @@ def _bags(num_vectors: int, num_inputs: int) -> tuple[int, Tensor, Tensor]:
 
 
 class _Layer:
-    """A block's operations as plain functions; pairs of norms are attention's and feed-forward's."""
+    """A block's operations as plain functions; norms are pairs: attention's, feed-forward's."""
 
     def __init__(self, block: Block, table_TD: Tensor | None):
         attention = block.attention

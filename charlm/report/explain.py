@@ -17,6 +17,7 @@ from charlm.objective.schedules import Schedule
 from charlm.objective.terms import Term
 
 PROGRESSES = (0.0, 0.25, 0.5, 0.75, 1.0)
+TERM_FIELDS = ("name", "layer", "offset", "positions", "task", "hinge")
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -27,13 +28,13 @@ class Explanation:
     config: Config
     vocabulary_size: int
     vocabulary_is_known: bool
-    """False if it depends on a corpus that is not prepared yet; the size is then that of bytes."""
+    """False if the corpus is not prepared yet; the size is then that of bytes."""
     terms: tuple[Term, ...]
-    """The table, ordered by layer, offset and positions; tasks of the user's own come last."""
+    """The table, ordered by layer, offset and positions; the user's own tasks come last."""
     parameters: dict[str, int]
-    """training: with all heads and the user's tasks; inference: with the head that it keeps."""
+    """training: with all heads and own tasks; inference: with the last layer's head."""
     flops_per_character: dict[str, int]
-    """training_start, training_end (both of the joint route) and inference; see `training_flops`."""
+    """training_start and training_end (of the joint route), and inference; see `training_flops`."""
     route_cost: RouteCost
 
     def to_dict(self) -> dict:
@@ -41,7 +42,8 @@ class Explanation:
 
         In a rotation the weight is that at the next turn, at progress 1 the limit from the left.
         """
-        aux, train, context_length = self.config.aux, self.config.train, self.config.model.context_length
+        aux, train = self.config.aux, self.config.train
+        context_length = self.config.model.context_length
         return {
             "parameters": self.parameters,
             "flops_per_character": self.flops_per_character,
@@ -55,7 +57,7 @@ class Explanation:
             "route": {"name": aux.route, "relay_layers": aux.relay_layers, "step_sizes": aux.step_sizes}
             | asdict(self.route_cost),
             "terms": [
-                {name: getattr(term, name) for name in ("name", "layer", "offset", "positions", "task", "hinge")}
+                {name: getattr(term, name) for name in TERM_FIELDS}
                 | {
                     "one_of_steps": term.weight.period,
                     "weights": [[p, term.weight.at_next_turn(p) if p < 1.0 else term.weight.limit] for p in PROGRESSES],
@@ -71,7 +73,7 @@ class Explanation:
 
 
 def explain(config: Config) -> Explanation:
-    """Build the model of `config` on the meta device, where it takes no memory, and count.
+    """Build the model of `config` on the meta device, and count.
 
     Raises:
         ConfigError: at some point of training every loss has weight zero.
@@ -91,10 +93,7 @@ def explain(config: Config) -> Explanation:
         vocabulary_size=vocabulary_size,
         vocabulary_is_known=corpus is not None or config.data.vocabulary == ByteVocabulary.name,
         terms=objective.terms,
-        parameters={
-            "training": num_parameters(objective),
-            "inference": num_parameters(transformer, last_head),
-        },
+        parameters={"training": num_parameters(objective), "inference": num_parameters(transformer, last_head)},
         flops_per_character={
             "training_start": training_flops(transformer, heads, starting),
             "training_end": training_flops(transformer, heads, ending),
@@ -144,7 +143,7 @@ def _summary(explanation: Explanation) -> list[str]:
 
 
 def _methods(explanation: Explanation) -> dict[str, str]:
-    """Settings that the table does not show and that are not the default."""
+    """Settings besides the table that are not the default."""
     aux, model = explanation.config.aux, explanation.config.model
     layers = aux.layers
     turns = max(term.weight.period for term in explanation.terms)
@@ -168,7 +167,7 @@ def _methods(explanation: Explanation) -> dict[str, str]:
 
 
 def _route(aux: AuxConfig, cost: RouteCost) -> dict[str, str]:
-    """The route of the gradients, and its cost relative to the joint route."""
+    """The gradients' route, and its cost relative to the joint one."""
     plural = "s" if aux.relay_layers > 1 else ""
     routes = {
         "relay": f"relay, down to {aux.relay_layers} layer{plural} below each head",
@@ -203,10 +202,11 @@ def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
 
 
 def _strips(terms: tuple[Term, ...], cells: int) -> list[str]:
-    """A strip of blocks per term: the weight at the beginning of each cell, relative to the highest.
+    """A strip of blocks per term: the weight where each cell begins, relative to the highest.
 
     Heights are rounded up, so that only a weight of zero looks like one.
     """
-    weights = [[term.weight.at_next_turn(cell / cells) for cell in range(cells)] for term in terms]
+    places = [cell / cells for cell in range(cells)]
+    weights = [[term.weight.at_next_turn(place) for place in places] for term in terms]
     unit = max(map(max, weights)) / (len(BLOCKS) - 1)
     return ["".join(BLOCKS[math.ceil(round(weight / unit, 8))] for weight in row) for row in weights]

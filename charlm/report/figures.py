@@ -1,7 +1,6 @@
 """The figures of runs, of a config's weights, and of early exit.
 
-Most functions take a `Style` and return a matplotlib figure, or None if there is nothing to draw. In
-figures of several runs each has a colour and a dash pattern.
+Most functions take a `Style` and return a matplotlib figure, or None if there is nothing to draw.
 """
 
 import math
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from charlm.config import Config, UserError
+from charlm.inference.evaluation import Score
 from charlm.objective.terms import Term, build_terms
 from charlm.report.metrics import Metrics, Points, read_runs
 from charlm.report.style import (
@@ -35,12 +35,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from charlm.inference.evaluation import Score
-
 MOST_POINTS = 300
 """Most points of a line; of more, neighbours are averaged."""
 FEW_POINTS = 80
-"""Most points of a line that is smoothed: averages show better which noisy line is above which."""
+"""Most points of a line that is smoothed."""
 HEAT_COLUMNS = 400
 MOST_ROW_LABELS = 32
 BITS = "bits per character"
@@ -63,15 +61,12 @@ def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
     """
     (run,) = read_runs([run_dir])
     if not run.has_bits:
-        raise UserError(f"{run.folder.metrics_path} holds no bits per character; draw the run once it has trained")
+        raise UserError(f"{run.folder.metrics_path} holds no bits per character; train the run first")
     return save(run_figure(run), Path(path or run.folder.path / "run.png"))
 
 
 def draw_diagnostics(run_dir: Path | str, path: Path | str | None = None) -> Path:
-    """Draw a run's diagnostics over steps (docs/diagnostics.md), by default into RUN/diagnostics.png.
-
-    Raises: as `draw_run`.
-    """
+    """Draw a run's diagnostics as `draw_run` does its curves, by default into RUN/diagnostics.png."""
     (run,) = read_runs([run_dir])
     figure = diagnostics(run, PICTURE)
     if figure is None:
@@ -107,7 +102,7 @@ def run_figure(run: Metrics) -> "Figure":
 
 
 def learning(runs: Sequence[Metrics], style: Style) -> "Figure | None":
-    """Bits per character in training and validation, against characters seen and against time."""
+    """Bits per character against characters seen and against time."""
     if not any(run.has_bits for run in runs):
         return None
     longest = max(run.points("seconds")[1].max(initial=0) for run in runs)
@@ -123,7 +118,7 @@ def learning(runs: Sequence[Metrics], style: Style) -> "Figure | None":
 
 
 def tasks(runs: Sequence[Metrics], style: Style) -> "Figure | None":
-    """The losses of each run's highest layer, a panel for each task; None for a single run."""
+    """The losses of each run's highest layer by task; None for a single run."""
     panels: dict[str, dict[int, Points]] = {}
     for place, run in enumerate(runs if len(runs) > 1 else []):
         for title, layers in _losses_by_task(run).items():
@@ -140,13 +135,13 @@ def terms(run: Metrics, style: Style) -> "Figure | None":
 
 
 def hedge(run: Metrics, style: Style) -> "Figure | None":
-    """The weight that hedge backpropagation gives each layer over training."""
+    """The weight that hedge gives each layer over training."""
     lines = {term.layer: points for term, points in run.by_term("hedge/").items()}
     return draw_panels(style, [("weight of a layer", _draw_layers, run, lines)] if lines else [])
 
 
 def diagnostics(run: Metrics, style: Style) -> "Figure | None":
-    """Diagnostics of heads and layers over training, and the newest bits per character of each layer."""
+    """Diagnostics over training, and the newest bits per character of each layer."""
     panels = []
     for kind, title in DIAGNOSTICS.items():
         found = run.by_term(f"diagnostics/{kind}/")
@@ -185,7 +180,7 @@ def bits_against(lines: dict[int, tuple[np.ndarray, ...]], label: str, style: St
 
 
 def speed(runs: Sequence[Metrics], style: Style) -> "Figure | None":
-    """Characters per second over training, and the memory of runs that recorded it."""
+    """Characters per second over training, and memory if recorded."""
     panels = []
     kinds = [("characters per second", "characters_per_second", 1), ("memory, GiB", "memory", 2**30)]
     for title, path, unit in kinds:
@@ -199,8 +194,8 @@ def speed(runs: Sequence[Metrics], style: Style) -> "Figure | None":
     return draw_panels(style, panels)
 
 
-def early_exit(score: "Score") -> "Figure":
-    """Bits per character against layers used: the curve of early exit, and each layer's own score."""
+def early_exit(score: Score) -> "Figure":
+    """Bits per character against layers used: by early exit, and by one layer alone."""
     points = sorted((point.mean_layers, point.bits_per_character) for point in score.early_exit.points)
 
     def draw(axes: "Axes") -> None:
@@ -226,7 +221,7 @@ def weights(config: Config, style: Style) -> "Figure":
 def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS, end: float | None = None) -> Points:
     """A line of at most `most` points: means over equal stretches from 0 to `end`.
 
-    A line that is short enough stays as it is, unless it is given an `end`.
+    Without an `end`, a line that is short enough stays as it is.
     """
     if len(x) <= most and end is None:
         return x, y
@@ -237,7 +232,7 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS, end: float | 
 
 
 def _draw_learning(axes: "Axes", runs: Sequence[Metrics], scales: Sequence[float], timed: bool) -> None:
-    """Training thin and smoothed, validation with points, over steps or seconds times each run's scale.
+    """Training thin and smoothed, validation with points; x is steps or seconds times the run's scale.
 
     A single run has a colour for each, and the raw curve.
     """
@@ -252,12 +247,8 @@ def _draw_learning(axes: "Axes", runs: Sequence[Metrics], scales: Sequence[float
         if alone:
             axes.plot(*thinned(x * scale, bits), color=TRAIN, alpha=0.3, linewidth=0.8, label="training")
             looks = {"color": VALID}
-        axes.plot(
-            *train,
-            color=_looks(place)["color"],
-            linewidth=1.6 if alone else 0.9,
-            label="training, smoothed",
-        )
+        width = 1.6 if alone else 0.9
+        axes.plot(*train, color=_looks(place)["color"], linewidth=width, label="training, smoothed")
         looks |= {"linewidth": 1.6, "marker": "o", "markersize": 4}
         axes.plot(*valid, clip_on=False, label="validation", **looks)
         shown += [train, valid]
@@ -273,7 +264,7 @@ def _draw_lines(
     y: str = "cut",
     end: int | None = None,
 ) -> None:
-    """Lines over training as means over the same stretches: none is smoothed more than another.
+    """Lines over training as means over the same stretches, so equally smooth.
 
     `y` is the scale of the axis: "cut" by `_cut_fall`, "log", or from "zero".
     """
@@ -302,7 +293,6 @@ def _draw_lines(
 
 
 def _draw_layers(axes: "Axes", run: Metrics, lines: dict[int, Points], y: str = "cut") -> None:
-    """A line for each layer over optimizer steps."""
     last = run.config.model.num_layers
     few = len(lines) <= 12 and all(len(steps) < 30 for steps, _ in lines.values())
 
@@ -334,10 +324,10 @@ def _draw_profile(axes: "Axes", run: Metrics, newest: int) -> None:
 
 
 def _draw_weights(axes: "Axes", terms: Sequence[Term], steps: int, wrapped: bool = False) -> None:
-    """A heat map of the weights over `steps` optimizer steps: a row per term, empty while it is silent.
+    """A heat map of the weights over `steps` optimizer steps, with a row for each term.
 
-    Rows form one block per task, the next character first; within a block the deepest layer is on top.
-    A column shows the weight at its middle. `wrapped` breaks the labels of the blocks.
+    Rows form one block per task; within it the deepest layer is on top. Each column shows the weight at
+    its middle. `wrapped` breaks the labels of the blocks.
     """
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
@@ -363,7 +353,7 @@ def _draw_weights(axes: "Axes", terms: Sequence[Term], steps: int, wrapped: bool
 
 
 def _label_rows(axes: "Axes", terms: Sequence[Term], wrapped: bool) -> None:
-    """The task of each block of rows, and the layer of every row or of every n-th."""
+    """Label blocks of rows with their task, and rows with their layer."""
     titles = [_task_title(term.offset, term.positions, term.task) for term in terms]
     stride = math.ceil(len(terms) / MOST_ROW_LABELS)
     labels = {}
@@ -388,13 +378,13 @@ def _heat_height(terms: Sequence[Term], style: Style) -> float:
 
 
 def _task_title(offset: int, positions: str, task: str | None) -> str:
-    """The task of a term in words; loss positions are named only if they are the last one."""
+    """The task of a term in words."""
     title = task or ("next character" if offset == 1 else f"{offset} ahead")
     return title if task or positions == "all" else f"{title}, last position"
 
 
 def _losses_by_task(run: Metrics) -> dict[str, dict[int, Points]]:
-    """The loss of every term by task and layer: bits per character, or nats for a user's task."""
+    """Losses by task and layer: bits per character, or nats for a user's task."""
     panels: dict[str, dict[int, Points]] = {}
     for term, (steps, losses) in run.by_term("terms/", "/loss").items():
         title = _task_title(term.offset, term.positions, term.task and f"{term.task}, nats")
@@ -410,17 +400,14 @@ def _over(axes: "Axes", label: str, end: float | None = None) -> None:
 
 def _looks(place: int) -> dict[str, Any]:
     """Colour and dashes of a run, by its place among the runs."""
-    return {
-        "color": SERIES[place % len(SERIES)],
-        "linestyle": DASHES[place % len(DASHES)],
-        "markersize": 4.5,
-    }
+    colour, dashes = SERIES[place % len(SERIES)], DASHES[place % len(DASHES)]
+    return {"color": colour, "linestyle": dashes, "markersize": 4.5}
 
 
 def _cut_fall(axes: "Axes", lines: Iterable[Points]) -> None:
     """End the y axis where the lines are after a fiftieth of their length.
 
-    A run falls from 8 bits within its first steps: drawn whole, that fall would flatten the rest.
+    A run falls from 8 bits within its first steps, which would flatten all the rest.
     """
     lines = [line for line in lines if len(line[0])]
     last = max((float(x[-1]) for x, _ in lines), default=0.0)

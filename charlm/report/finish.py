@@ -21,14 +21,13 @@ from charlm.training.loop import train
 from charlm.training.stop import StopRequests
 
 QUICK_SECONDS, QUICK_LAYERS = 10, 16
-"""The page has the parts that need the model if training reads their text in so many seconds, and the
-model has at most so many layers: each symbol of a sample passes all layers."""
+"""Training measures the model for its page if that takes so many seconds, for so many layers at most."""
 
 
 def train_and_report(config: Config) -> Path:
     """Train as `charlm.train` does, then leave RUN/run.png, RUN/diagnostics.png and RUN/report.html.
 
-    A run that stops or fails leaves the pictures alone. Only the main process of several draws.
+    A run that stops or fails leaves only the pictures. Only the main process draws.
 
     Returns:
         The run's folder.
@@ -67,7 +66,7 @@ def draw_pictures(run: Run, config: Config) -> None:
 
 
 def write_page(run: Run, config: Config) -> None:
-    """Write RUN/report.html. If that fails, an error is printed: the run itself is done and safe.
+    """Write RUN/report.html, or print an error: the run itself is done and safe.
 
     The parts that need the model are left out unless they are quick and this is the only process.
     """
@@ -82,12 +81,12 @@ def write_page(run: Run, config: Config) -> None:
 
 
 def is_quick(run: Metrics) -> bool:
-    """Whether the model can be measured while the user waits, judged by the speed of training."""
+    """Whether the model can be measured while the user waits."""
     _, speeds = run.points("characters_per_second")
     fast = len(speeds) > 0 and np.median(speeds) * QUICK_SECONDS >= CHARACTERS
     return fast and run.config.model.num_layers <= QUICK_LAYERS
 
 
 def _last_change(run: Run) -> int | None:
-    """When the run's metrics were last written, in nanoseconds; None if there are none."""
+    """When the run's metrics were last written, in nanoseconds."""
     return run.metrics_path.stat().st_mtime_ns if run.metrics_path.exists() else None

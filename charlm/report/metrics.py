@@ -22,13 +22,13 @@ class Metrics:
 
     folder: Run
     name: str
-    """The folder's name, or as much of its path as tells the runs of a page apart."""
+    """The end of the folder's path that tells the runs of a page apart."""
     config: Config
     provenance: dict[str, Any]
-    """The record of what the run was made from, by path such as "corpus/splits/valid/symbols"."""
+    """What the run was made from, by path such as "corpus/splits/valid/symbols"."""
     series: dict[str, np.ndarray]
     """The finite numbers in metrics.jsonl by path, such as "terms/layer1/offset1/all/loss": steps, seconds
-    of training (NaN if not recorded) and values, float64 [3, N]."""
+    of training (NaN if unknown) and values, float64 [3, N]."""
 
     @property
     def symbols_per_character(self) -> float:
@@ -39,13 +39,12 @@ class Metrics:
 
     @property
     def characters_per_step(self) -> float:
-        """Characters that an optimizer step predicts: one for each position, as in the paper."""
+        """Characters that an optimizer step predicts, one for each position."""
         symbols = self.config.train.batch_size * self.config.model.context_length
         return symbols / self.symbols_per_character
 
     @property
     def step(self) -> int:
-        """The newest step on record."""
         return int(self.points("step")[1].max(initial=0))
 
     @property
@@ -56,7 +55,6 @@ class Metrics:
 
     @property
     def has_bits(self) -> bool:
-        """Whether any bits per character are on record."""
         return not self.series.keys().isdisjoint(("bits_per_character", "valid/bits_per_character"))
 
     def points(self, path: str, timed: bool = False) -> Points:
@@ -66,7 +64,7 @@ class Metrics:
         return (seconds[known], values[known]) if timed else (steps, values)
 
     def by_term(self, before: str, after: str = "") -> dict[TermName, Points]:
-        """The series whose paths have a term's name, or its beginning, between `before` and `after`."""
+        """The series with a term's name, or its beginning, between `before` and `after`."""
         paths = [path for path in self.series if path.startswith(before) and path.endswith(after)]
         names = {path: Term.parse(path.removeprefix(before).removesuffix(after)) for path in paths}
         return {name: self.points(path) for path, name in names.items() if name is not None}
@@ -75,8 +73,7 @@ class Metrics:
 def read_runs(folders: Sequence[Path | str]) -> list[Metrics]:
     """The records of runs, finished or going on.
 
-    Raises:
-        UserError: a folder is no run, or a file of it is damaged.
+    Raises UserError if a folder is no run, or a file of it is damaged.
     """
     runs = [Run.open(folder) for folder in folders]
     names = short_names([run.path for run in runs])
@@ -97,7 +94,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def number(value: Any) -> float:
-    """A number from a record that may hold anything; NaN if it is not a finite number."""
+    """A number from a record that may hold anything; NaN if it is none or infinite."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 

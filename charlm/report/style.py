@@ -1,6 +1,6 @@
 """Style sheets of the figures: one for pictures, two for the page of runs.
 
-matplotlib is imported when a figure is drawn. `Figure` objects need no display and share no state.
+matplotlib is imported only to draw. Its `Figure` objects need no display and share no state.
 """
 
 import math
@@ -23,12 +23,12 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7a
 """The palette of Okabe and Ito, readable without colour vision; its yellow is darkened."""
 TRAIN, VALID = SERIES[:2]
 INK, GREY, GRID, MAP = "#1a1a1b", "#555556", "#ddddde", "#2389d0"
-"""Text, axes, grid, heat map. No two colours are alike, because in the page each becomes a variable."""
+"""Text, axes, grid, heat map. All colours differ, because in the page each becomes a variable."""
 DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 LAYER_STEPS = 16
 """Number of colours for layers."""
 WIDTH = 7.5
-"""Inches of a picture."""
+"""Width of a picture in inches."""
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -63,19 +63,19 @@ class Style:
     columns: int
     """Most panels side by side."""
     explains: bool = False
-    """Whether a figure has its own title, legend and colour bar of layers; those of the page are HTML."""
+    """Whether a figure has its own title, legend and colour bar; those of the page are HTML."""
 
 
 PICTURE = Style(_WITH_GRID, WIDTH, 2.3, 2, explains=True)
 _PAGE = _WITH_GRID | {"font.size": 12, "axes.titleweight": "bold"}
 WINDOW = Style(_PAGE, 1080 / 72, 270 / 72, 3)
-"""In the page 72 CSS pixels are an inch: an SVG shown at its own size has one pixel per point."""
+"""In the page 72 CSS pixels are an inch: an SVG at its own size has one pixel per point."""
 PHONE = Style(_PAGE, 358 / 72, 220 / 72, 1)
 
 
 @contextmanager
 def new_figure(style: Style, height: float, title: str = "") -> Iterator["Figure"]:
-    """An empty figure, `height` inches high, to be filled while the context is open."""
+    """An empty figure, `height` inches high, to be filled in the context."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -98,9 +98,9 @@ def draw_panels(
     """A figure with as many panels side by side as `style` allows; None if there are no panels.
 
     Args:
-        panels: the title of each, a function that fills its axes, and more arguments of that function.
+        panels: the title of each, a function that fills its axes, and its further arguments.
         row: scales the height of panels.
-        num_layers: if above 1, a colour bar says which colour is which layer.
+        num_layers: if above 1, a colour bar of layers is drawn.
     """
     if not panels:
         return None
@@ -119,7 +119,7 @@ def draw_panels(
 
 
 def layer_colours(dark: bool = False) -> list[str]:
-    """Viridis from the lowest layer to the last, without the end that hardly shows on the background."""
+    """Viridis from the lowest layer to the last, without the end that the background hides."""
     import matplotlib
     from matplotlib.colors import to_hex
 
@@ -128,7 +128,6 @@ def layer_colours(dark: bool = False) -> list[str]:
 
 
 def layer_colour(layer: int, num_layers: int) -> str:
-    """The colour of a layer's lines."""
     height = (layer - 1) / (num_layers - 1) if num_layers > 1 else 1.0
     return layer_colours()[round(height * (LAYER_STEPS - 1))]
 
@@ -141,7 +140,7 @@ def engineering() -> Any:
 
 
 def check_suffix(path: Path) -> None:
-    """Raise UserError unless matplotlib can write a picture with this suffix."""
+    """Raise UserError unless matplotlib can write files with this suffix."""
     from matplotlib.figure import Figure
 
     formats = Figure().canvas.get_supported_filetypes()
@@ -152,8 +151,7 @@ def check_suffix(path: Path) -> None:
 def save(figure: "Figure", path: Path) -> Path:
     """Write a figure, making its folder, and return `path`.
 
-    Raises:
-        UserError: a suffix that matplotlib does not write, or a place where nothing can be written.
+    Raises UserError as `check_suffix`, or if the file cannot be written.
     """
     check_suffix(path)
     try:

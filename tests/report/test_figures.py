@@ -137,6 +137,16 @@ def test_every_diagnostic_is_a_point(run):
     }
 
 
+@pytest.mark.parametrize("ratios", [(0.9, 4.0), (0.06, 0.3), (1.0, 1.05), (0.5, 0.9), (0.001, 1.0)])
+def test_logarithmic_panels_have_ticks(run, ratios):
+    """Fault: a panel with one tick, because its values span less than a decade."""
+    add(run, diagnosis(50, 2, supervision_ratio={"layer1": ratios[0], "layer2": ratios[1]}))
+    figure = diagnostics(*read_runs([run.path]), PICTURE)
+    (axes,) = (axes for axes in figure.axes if axes.get_title(loc="left") == "supervision ratio, all outputs")
+    bottom, top = axes.get_ylim()
+    assert len([tick for tick in axes.get_yticks() if bottom <= tick <= top]) >= 3
+
+
 def test_reads_what_shards_leave(run):
     """Fault: a run in shards, whose diagnostics are bits per character alone, cannot be drawn."""
     add(run, diagnosis(10, 2) | {"diagnostics": {"bits_per_character": {"layer2/offset1": 3.0}}})

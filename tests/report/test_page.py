@@ -288,7 +288,8 @@ def test_surprise_against_brute_force(run):
 
 
 def test_symbols_that_spell_a_character_are_one_piece():
-    """Fault: half a character shown as two signs, its bits counted once, or stray bytes that end the page."""
+    """Faults: half a character shown as two signs, its bits counted once, stray bytes that end the page, or a sign in
+    the text that looks like the end of a line."""
     data = "é\n€".encode() + b"\xff\x80a"
     ids, bits = np.frombuffer(data, np.uint8), np.arange(1.0, len(data) + 1)
     likeliest, symbols = np.full((len(data), 2), 0.5), np.tile([60, 0xE2], (len(data), 1))
@@ -296,6 +297,7 @@ def test_symbols_that_spell_a_character_are_one_piece():
     assert [piece.text for piece in pieces] == ["é", "↵", "€", "\\xFF\\x80", "a"]
     assert [piece.bits for piece in pieces] == [3.0, 3.0, 15.0, 15.0, 9.0]
     assert pieces[0].likeliest == [("<", 0.5), ("\\xE2", 0.5)]
+    assert visible("↵\n⇥".encode()) == "\\u21B5↵\\u21E5"
     assert pieces_of(ByteVocabulary(), ids[:0], bits[:0], likeliest[:0], symbols[:0]) == []
 
 

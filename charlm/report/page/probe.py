@@ -1,10 +1,8 @@
-"""The behaviour of a run's model on held-out text: bits by layer and by position, a passage, samples.
+"""A run's model on held-out text: bits by layer and by position, a passage, samples.
 
-Scores are of the validation split, because pages are used to choose between runs. Only the passage comes
-from the test split.
+Only the passage is of the test split, because pages help to choose between runs.
 
-Shapes: V vocabulary, N symbols, M predictions of a batch, K likeliest symbols, W windows, T positions of
-a window, B bins.
+Shapes: V vocabulary, N symbols, M predictions, K likeliest, W windows, T positions of a window, B bins.
 """
 
 import math
@@ -32,7 +30,7 @@ from charlm.runs.load import load
 from charlm.runs.trained import TrainedModel
 
 CHARACTERS = 20_000
-"""Default number of characters of the validation split that are scored."""
+"""Characters of the validation split that are scored by default."""
 PASSAGE, PROMPT, SAMPLE = 1_200, 60, 400
 """Symbols of the passage, of the prompt of a sample, and of its text."""
 LIKELIEST = 5
@@ -42,8 +40,7 @@ MOST_BINS = 24
 SIGNS = {code: chr(0x2400 + code) for code in range(0x20)} | {ord("\n"): "↵", ord("\t"): "⇥"}
 SIGNS |= {ord(sign): f"\\u{ord(sign):04X}" for sign in SIGNS.values()}
 SIGNS |= {0xDC00 + byte: f"\\x{byte:02X}" for byte in range(0x80, 0x100)}
-"""Signs for control characters, for these signs themselves, and for stray bytes as `surrogateescape`
-decodes them."""
+"""Signs for control characters, for these signs themselves, and for stray bytes."""
 
 
 class Piece(NamedTuple):
@@ -72,20 +69,19 @@ class Probe:
     """The findings about a run's model."""
 
     score: Score | None = None
-    """Bits per character of the first characters of the validation split, for every layer with a head."""
+    """Score of the first characters of the validation split, for every layer with a head."""
     by_position: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-    """Symbols of context, bits per character there, and their standard errors over windows."""
+    """Symbols of context, bits per character there, and their standard errors."""
     passage: list[Piece] = field(default_factory=list)
     passage_start: int = 0
     """Index in the test split of the passage's first symbol."""
     prompt: str = ""
     samples: list[Sample] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
-    """The reason why a part is left out: score, passage or samples."""
+    """Why a part is left out: score, passage or samples."""
 
     @classmethod
     def without(cls, reason: str) -> "Probe":
-        """No findings, for one reason."""
         return cls(missing=dict.fromkeys(("score", "passage", "samples"), reason))
 
 
@@ -113,14 +109,8 @@ def measure(
             raise corpus
         valid, ids = corpus.splits["valid"], corpus.splits["test"].ids
         limit = symbols_of(characters, valid.ids, corpus.vocabulary)
-        probe.score = bits_per_character(
-            trained,
-            corpus,
-            split="valid",
-            limit=limit,
-            all_layers=True,
-            show_progress=show_progress,
-        )
+        options = {"split": "valid", "limit": limit, "show_progress": show_progress}
+        probe.score = bits_per_character(trained, corpus, all_layers=True, **options)
         num_windows = max(1, limit // trained.config.model.context_length)
         nats_WT = nats_by_position(trained, valid.ids, num_windows)
         probe.by_position = binned(nats_WT, valid.symbols / valid.characters)
@@ -138,13 +128,10 @@ def measure(
 
 
 def symbols_of(characters: int, ids: np.ndarray, vocabulary: Vocabulary) -> int:
-    """The number of symbols that spell the first characters: the same text for every vocabulary."""
+    """The number of symbols that spell the first characters: one text for every vocabulary."""
     most = min(len(ids), 4 * characters)  # a character of UTF-8 has at most 4 bytes
-
-    def spelled(count: int) -> int:
-        return vocabulary.count_characters(ids[:count])
-
-    return bisect_right(range(1, most + 1), characters, key=spelled)
+    count = vocabulary.count_characters
+    return bisect_right(range(1, most + 1), characters, key=lambda end: count(ids[:end]))
 
 
 def nats_by_position(trained: TrainedModel, ids: np.ndarray, num_windows: int) -> np.ndarray:
@@ -183,9 +170,9 @@ def start_of_passage(trained: TrainedModel, ids: np.ndarray) -> int:
 
 
 def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int) -> list[Piece]:
-    """`count` symbols of a text from `start` on, with their costs and the likeliest in their places.
+    """`count` symbols from `start` on, with their costs and the likeliest in their places.
 
-    Every symbol is predicted from at least three quarters of a context, as far as the text reaches back.
+    Each is predicted from at least three quarters of a context, as far as the text reaches back.
     """
     context_length = trained.config.model.context_length
     before = min(start, context_length)
@@ -218,10 +205,10 @@ def pieces_of(
     probabilities_NK: np.ndarray,
     symbols_NK: np.ndarray,
 ) -> list[Piece]:
-    """The pieces of a passage: each has a symbol that begins a character, and those that continue it."""
+    """A piece for each symbol that begins a character, with those that continue it."""
     begins = [place for place in range(1, len(ids_N)) if vocabulary.count_characters(ids_N[[place]])]
     pieces = []
-    for first, end in pairwise([0, *begins, len(ids_N)]):
+    for first, end in pairwise(sorted({0, *begins, len(ids_N)})):
         candidates = [visible(vocabulary.decode(symbol)) for symbol in symbols_NK[first][:, None]]
         likeliest = list(zip(candidates, probabilities_NK[first].round(6).tolist(), strict=True))
         text = visible(vocabulary.decode(ids_N[first:end]))
@@ -233,7 +220,7 @@ def pieces_of(
 def visible(data: bytes) -> str:
     """Text with a sign for every control character; stray bytes read \\xE2.
 
-    Marks that change the direction of writing are spelled out, so that none reorders the text around it.
+    Marks that change the direction of writing are spelled out: none reorders the text around it.
     """
     characters = data.decode("utf-8", "surrogateescape").translate(SIGNS)
     shown = (character.isprintable() or unicodedata.category(character) == "Zs" for character in characters)
@@ -241,7 +228,7 @@ def visible(data: bytes) -> str:
 
 
 def write_samples(run: Run, prompt: bytes) -> list[Sample]:
-    """A sample of each of four checkpoints spread over the run, the newest included, and of the best."""
+    """Samples of four checkpoints spread over the run, with the newest, and of the best."""
     named = {which: find_checkpoint(run, which).step for which in ("best", "last")}
     steps = list(checkpoint_folders(run))
     places = np.linspace(0, len(steps) - 1, MOST_SAMPLES).round().astype(int)

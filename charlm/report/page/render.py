@@ -20,18 +20,7 @@ from charlm.report import figures
 from charlm.report.metrics import Metrics, read_runs
 from charlm.report.page import tables
 from charlm.report.page.probe import LIKELIEST, TEMPERATURE, Probe, visible
-from charlm.report.style import (
-    DASHES,
-    GREY,
-    GRID,
-    INK,
-    LAYER_STEPS,
-    PHONE,
-    SERIES,
-    WINDOW,
-    Style,
-    layer_colours,
-)
+from charlm.report.style import DASHES, GREY, GRID, INK, LAYER_STEPS, PHONE, SERIES, WINDOW, Style, layer_colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,11 +40,7 @@ FIGURES_OF_A_RUN = {
         "Empty where silent.",
     ),
     "hedge": (figures.hedge, "Weights learned by hedge", "They multiply the weights above."),
-    "diagnostics": (
-        figures.diagnostics,
-        "Diagnostics",
-        "On the validation split; see docs/diagnostics.md.",
-    ),
+    "diagnostics": (figures.diagnostics, "Diagnostics", "On the validation split; see docs/diagnostics.md."),
 }
 """Function, heading and caption."""
 
@@ -68,7 +53,7 @@ def write_report(
     """Write the page of some runs, making its folder, and return `path`.
 
     Args:
-        folders: the runs, finished or going on, in the order in which the page lists and colours them.
+        folders: the runs, finished or going on, in the order of the page.
         probes: what `measure` found about each; None leaves that out.
 
     Raises:
@@ -130,14 +115,14 @@ def render(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
 
 
 def shown(text: str) -> str:
-    """Text of several lines without control characters but the ends of lines."""
+    """Text without control characters but the ends of lines."""
     return "\n".join(visible(line.encode(errors="surrogateescape")) for line in text.split("\n"))
 
 
 def picture(name: str, label: str, draw: Callable[[Style], "Figure | None"]) -> dict[str, str] | None:
     """The name of a figure and its SVGs, wide and narrow; None if there is nothing to draw.
 
-    `label` says what the figure shows, for readers who do not see it. Ids are made from it.
+    `label` tells readers who do not see the figure what it shows. Ids are made from it.
     """
     import matplotlib
 
@@ -152,7 +137,7 @@ def picture(name: str, label: str, draw: Callable[[Style], "Figure | None"]) -> 
 
 
 def inline(figure: "Figure", label: str) -> str:
-    """A figure as HTML: no addresses, only the ids that it refers to, colours as variables."""
+    """A figure as HTML without addresses and unused ids, with colours as variables."""
     names = palette(dark=False) | {"--ink": INK, "--muted": GREY, "--grid": GRID}
     variables = {colour: f"var({name})" for name, colour in names.items()}
     file = BytesIO()
@@ -176,13 +161,12 @@ def inline(figure: "Figure", label: str) -> str:
 
 
 def palette(dark: bool) -> dict[str, str]:
-    """The values of the variables for runs and layers, on a light page or a dark one."""
+    """The values of the page's variables for the colours of runs and layers."""
     series = {f"--series-{place}": colour for place, colour in enumerate(SERIES_DARK if dark else SERIES)}
     return series | {f"--layer-{place}": colour for place, colour in enumerate(layer_colours(dark))}
 
 
 def _section(place: int, run: Metrics, probe: Probe, row: dict[str, str]) -> dict[str, Any]:
-    """The page's parts about one run."""
     drawn = []
     for name, (draw, heading, note) in FIGURES_OF_A_RUN.items():
         label = f"{heading} of {shown(run.name)}, over training"

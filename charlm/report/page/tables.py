@@ -19,14 +19,14 @@ Table = list[tuple[str, list[str]]]
 
 
 def results(runs: Sequence[Metrics], probes: Sequence[Probe]) -> list[dict[str, str]]:
-    """The row of each run, by column; columns that are empty for every run are left out."""
+    """The row of each run, by column; columns without any value are left out."""
     rows = [_result(run, probe) for run, probe in zip(runs, probes, strict=True)]
     filled = [name for name in rows[0] if any(row[name] != NONE for row in rows)]
     return [{name: row[name] for name in filled} for row in rows]
 
 
 def protocols(run: Metrics, probe: Probe) -> dict[str, dict[str, str]]:
-    """How the run was validated, by itself and by this page, and what it was started with."""
+    """How the run was validated, by itself and by this page, and its origin."""
     record = run.provenance
     score = probe.score
     context_length = run.config.model.context_length
@@ -63,8 +63,8 @@ def protocols(run: Metrics, probe: Probe) -> dict[str, dict[str, str]]:
 def mismatch(runs: Sequence[Metrics]) -> tuple[str, Table] | None:
     """Why the runs' bits per character do not compare, and what differs; None if they do.
 
-    Runs of different vocabularies compare, as bits are divided by the characters of the text, but only if
-    both validate on all of the split: the first symbols of two vocabularies are not the same text.
+    Runs of different vocabularies compare only if both validate on all of the split: the first symbols of
+    two vocabularies are not the same text.
     """
     rows = {
         "text": [f"SHA-256 {str(run.provenance.get('corpus/sha256'))[:12]}…" for run in runs],
@@ -98,7 +98,7 @@ def differences(configs: Sequence[Config]) -> Table:
 
 
 def vocabulary(run: Metrics) -> str:
-    """The name of a run's vocabulary, and the beginning of its SHA-256 if it has one."""
+    """The name of a run's vocabulary, and the beginning of its SHA-256."""
     name, digest = (run.provenance.get(f"corpus/vocabulary/{key}") for key in ("name", "sha256"))
     return f"{name or NONE}" + (f" (SHA-256 {str(digest)[:12]}…)" if digest else "")
 
@@ -113,14 +113,15 @@ def validated(run: Metrics) -> str:
 def _result(run: Metrics, probe: Probe) -> dict[str, str]:
     paths = ("bits_per_character", "characters_per_second", "memory", "seconds", "skipped")
     bits, speeds, memory, seconds, skipped = (run.points(path)[1] for path in paths)
-    score = probe.score
-    error = score and (score.standard_error or 0)
+    by_page, score = NONE, probe.score
+    if score is not None:
+        by_page = f"{score.bits_per_character:.4f} ± {score.standard_error or 0:.4f}"
     return {
         "steps": f"{run.step:,} of {run.config.train.steps:,}",
         "characters seen": engineering()(float(f"{run.step * run.characters_per_step:.3g}")),
         "training bpc": f"{bits[-1]:.3f}" if len(bits) else NONE,
         "best validation bpc": f"{run.best[1]:.4f} at step {run.best[0]:,}" if run.best else NONE,
-        "validation bpc, by this page": f"{score.bits_per_character:.4f} ± {error:.4f}" if score else NONE,
+        "validation bpc, by this page": by_page,
         "training time": str(timedelta(seconds=round(seconds.max()))) if len(seconds) else NONE,
         "characters/s": f"{np.median(speeds):,.0f}" if len(speeds) else NONE,
         "memory": f"{memory[-1] / 2**30:.2f} GiB" if len(memory) else NONE,
@@ -135,6 +136,5 @@ def _sizes(run: Metrics) -> str:
 
 
 def _pairs(run: Metrics, part: str) -> str:
-    """A part of the run's provenance, as names and values."""
     found = {path: value for path, value in run.provenance.items() if path.startswith(part)}
     return ", ".join(f"{path.removeprefix(part)} {value}" for path, value in found.items()) or "not recorded"
