@@ -32,7 +32,7 @@ are read together. In a trained model of 6 layers, about one symbol in 8,000 is 
 
 @dataclass
 class DraftStatistics:
-    """How useful the drafts were; counted while a text is written."""
+    """How useful the drafts were, counted during writing."""
 
     num_draft_tokens: int = 0
     """The most symbols that were drafted before a pass."""

@@ -1,3 +1,1 @@
-"""Runs and configs as people read them: figures, the page of runs, `explain`, the reference of
-options.
-"""
+"""Runs and configs as people read them: figures, the page of runs, `explain`."""

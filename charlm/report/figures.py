@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from charlm.config import Config, UserError
-from charlm.inference.evaluation import Score
 from charlm.objective.terms import Term, build_terms
 from charlm.report.metrics import Metrics, Points, read_runs
 from charlm.report.style import (
@@ -34,6 +33,8 @@ from charlm.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from charlm.inference.evaluation import Score
 
 MOST_POINTS = 300
 """Most points of a line; of more, neighbours are averaged."""
@@ -61,7 +62,7 @@ def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
     """
     (run,) = read_runs([run_dir])
     if not run.has_bits:
-        raise UserError(f"{run.folder.metrics_path} holds no bits per character; train the run first")
+        raise UserError(f"{run.folder.metrics_path} holds no bits per character; draw the run once it has trained")
     return save(run_figure(run), Path(path or run.folder.path / "run.png"))
 
 
@@ -194,7 +195,7 @@ def speed(runs: Sequence[Metrics], style: Style) -> "Figure | None":
     return draw_panels(style, panels)
 
 
-def early_exit(score: Score) -> "Figure":
+def early_exit(score: "Score") -> "Figure":
     """Bits per character against layers used: by early exit, and by one layer alone."""
     points = sorted((point.mean_layers, point.bits_per_character) for point in score.early_exit.points)
 
@@ -279,7 +280,7 @@ def _draw_lines(
     elif y == "log":
         axes.set_yscale("log")
         bottom, top = axes.get_ylim()
-        if top < 10 * bottom:  # a decade has ticks at 1, 2 and 5, a part of one perhaps none
+        if top < 10 * bottom:  # ticks at 1, 2 and 5 would be too few
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
         else:
             axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5), numticks=6)
@@ -399,7 +400,7 @@ def _over(axes: "Axes", label: str, end: float | None = None) -> None:
 
 
 def _looks(place: int) -> dict[str, Any]:
-    """Colour and dashes of a run, by its place among the runs."""
+    """Colour and dashes of a run by its place."""
     colour, dashes = SERIES[place % len(SERIES)], DASHES[place % len(DASHES)]
     return {"color": colour, "linestyle": dashes, "markersize": 4.5}
 

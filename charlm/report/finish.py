@@ -21,7 +21,7 @@ from charlm.training.loop import train
 from charlm.training.stop import StopRequests
 
 QUICK_SECONDS, QUICK_LAYERS = 10, 16
-"""Training measures the model for its page if that takes so many seconds, for so many layers at most."""
+"""Training also measures the model for the page, up to this estimated time and number of layers."""
 
 
 def train_and_report(config: Config) -> Path:

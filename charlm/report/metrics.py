@@ -49,7 +49,7 @@ class Metrics:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """The step and the bits per character of the best validation."""
+        """Step and bits per character of the best validation."""
         steps, bits = self.points("valid/bits_per_character")
         return (int(steps[bits.argmin()]), float(bits.min())) if len(bits) else None
 

@@ -23,7 +23,7 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7a
 """The palette of Okabe and Ito, readable without colour vision; its yellow is darkened."""
 TRAIN, VALID = SERIES[:2]
 INK, GREY, GRID, MAP = "#1a1a1b", "#555556", "#ddddde", "#2389d0"
-"""Text, axes, grid, heat map. All colours differ, because in the page each becomes a variable."""
+"""Text, axes, grid, heat map. All differ, because in the page each becomes a variable."""
 DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 LAYER_STEPS = 16
 """Number of colours for layers."""
@@ -69,7 +69,7 @@ class Style:
 PICTURE = Style(_WITH_GRID, WIDTH, 2.3, 2, explains=True)
 _PAGE = _WITH_GRID | {"font.size": 12, "axes.titleweight": "bold"}
 WINDOW = Style(_PAGE, 1080 / 72, 270 / 72, 3)
-"""In the page 72 CSS pixels are an inch: an SVG at its own size has one pixel per point."""
+"""In the page an inch is 72 CSS pixels, so that a point is a pixel."""
 PHONE = Style(_PAGE, 358 / 72, 220 / 72, 1)
 
 

@@ -97,7 +97,7 @@ def measure(
     Args:
         corpus: or the reason why it is not available; the samples need none.
         characters: how much of the validation split to score.
-        show_progress: show a bar on stderr if that is a terminal.
+        show_progress: on stderr, if that is a terminal.
     """
     try:
         trained = load(run.path)
@@ -128,7 +128,7 @@ def measure(
 
 
 def symbols_of(characters: int, ids: np.ndarray, vocabulary: Vocabulary) -> int:
-    """The number of symbols that spell the first characters: one text for every vocabulary."""
+    """The number of symbols that spell the first characters: the same text for every vocabulary."""
     most = min(len(ids), 4 * characters)  # a character of UTF-8 has at most 4 bytes
     count = vocabulary.count_characters
     return bisect_right(range(1, most + 1), characters, key=lambda end: count(ids[:end]))
@@ -220,7 +220,7 @@ def pieces_of(
 def visible(data: bytes) -> str:
     """Text with a sign for every control character; stray bytes read \\xE2.
 
-    Marks that change the direction of writing are spelled out: none reorders the text around it.
+    Marks that change the direction of writing are spelled out: none reorders the text.
     """
     characters = data.decode("utf-8", "surrogateescape").translate(SIGNS)
     shown = (character.isprintable() or unicodedata.category(character) == "Zs" for character in characters)
