@@ -24,7 +24,7 @@ from tqdm import tqdm
 from charlm.compression.settings import CodingSettings
 from charlm.config import UserError
 from charlm.model.cache import KVCache
-from charlm.model.kernels_cpu import exact_matmul
+from charlm.model.kernels_cpu import full_fp32_matmul
 from charlm.runs.trained import TrainedModel
 
 FAMILY = constriction.stream.model.Categorical(perfect=False)
@@ -88,9 +88,9 @@ class Streams:
         last = self.trained.config.model.num_layers
         device, dtype = self.trained.device, self.settings.dtype
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        with exact_matmul(device, ids_ST.numel()), autocast:
+        with full_fp32_matmul(device, ids_ST.numel()), autocast:
             hidden_S1D = self.trained.transformer(ids_ST, cache=self._cache, num_last=1)[last]
-        with exact_matmul(device, len(ids_ST)):
+        with full_fp32_matmul(device, len(ids_ST)):
             return self.trained.heads(hidden_S1D.float(), last)[:, 0, 0]
 
 

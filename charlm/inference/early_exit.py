@@ -19,7 +19,7 @@ from charlm.config import UserError
 from charlm.data.corpus import Corpus
 from charlm.inference.evaluation import EarlyExit, ExitPoint, Score, Scorer, bits_per
 from charlm.inference.scoring import measure_text, nats_and_entropies, predictions, sum_over_processes
-from charlm.model.kernels_cpu import exact_matmul
+from charlm.model.kernels_cpu import full_fp32_matmul
 from charlm.runs.trained import TrainedModel, exit_layers
 
 QUANTILES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -54,7 +54,7 @@ def early_exit(
     valid_ids = valid.ids[: trained.config.train.valid_symbols]
     num_symbols = len(scorer.ids)
     options = scorer.options | {"layers": layers, "measure": nats_and_entropies}
-    with exact_matmul(trained.device):
+    with full_fp32_matmul(trained.device):
         figures_EKN = measure_text(*models, valid_ids, **options)
         thresholds_Q = choose_thresholds(figures_EKN[:, 1], quantiles)
         batches = predictions(*models, scorer.ids, **options)

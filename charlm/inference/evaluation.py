@@ -19,7 +19,7 @@ from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import Vocabulary
 from charlm.data.windows import default_stride
 from charlm.inference.scoring import AUTOCAST_DTYPES, check_precision, negative_log_likelihoods
-from charlm.model.kernels_cpu import exact_matmul
+from charlm.model.kernels_cpu import full_fp32_matmul
 from charlm.runs.trained import TrainedModel, exit_layers
 
 
@@ -125,7 +125,7 @@ def bits_per_character(
             "mixture=hedge: the model has no weights for its layers; train one with --aux.hedge.enabled=true",
             option="mixture",
         )
-    with exact_matmul(trained.device):
+    with full_fp32_matmul(trained.device):
         nats = negative_log_likelihoods(
             trained.transformer,
             trained.heads,

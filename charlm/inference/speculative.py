@@ -156,7 +156,7 @@ class Speculation:
             symbols.append(symbol)
             chances.append(chances_1V)
         self.cache.lengths -= num_positions
-        hidden_1PD = self.reader.resume(torch.cat(states, dim=1), self.draft, self.cache)
+        hidden_1PD = self.reader.run_from(torch.cat(states, dim=1), self.draft, self.cache)
         chances_KV = None if chances[0] is None else torch.cat(chances)
         return symbols[1:], chances_KV, hidden_1PD
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from charlm.model.cache import KVCache, Places
-from charlm.model.kernels_cpu import exact_matmul
+from charlm.model.kernels_cpu import full_fp32_matmul
 from charlm.model.transformer import Block
 from charlm.runs.trained import TrainedModel
 
@@ -72,7 +72,7 @@ class Reader:
         """
         layer = layer or self.config.num_layers
         ids_BT = torch.tensor(ids, device=self.device)
-        with exact_matmul(self.device, ids_BT.numel()):
+        with full_fp32_matmul(self.device, ids_BT.numel()):
             if not self._goes_short_way(ids_BT):
                 return self.transformer(ids_BT, [layer], cache, num_last)[layer]
             places = self.transformer.places(ids_BT.shape[1], cache)
@@ -81,11 +81,11 @@ class Reader:
             return hidden_1TD if num_last is None else hidden_1TD[:, -num_last:]
 
     @torch.inference_mode()
-    def resume(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
-        """See `CharTransformer.resume`."""
-        with exact_matmul(self.device, hidden_BTD.shape[1]):
+    def run_from(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
+        """See `CharTransformer.run_from`."""
+        with full_fp32_matmul(self.device, hidden_BTD.shape[1]):
             if not self._goes_short_way(hidden_BTD):
-                return self.transformer.resume(hidden_BTD, layer, cache)
+                return self.transformer.run_from(hidden_BTD, layer, cache)
             places = self.transformer.places(hidden_BTD.shape[1], cache)
             return self._run(hidden_BTD, layer, self.config.num_layers, places, cache)
 

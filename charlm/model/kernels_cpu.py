@@ -15,7 +15,7 @@ FEW_ROWS = 16
 
 
 @contextmanager
-def exact_matmul(device: torch.device, num_rows: int = FEW_ROWS) -> Iterator[None]:
+def full_fp32_matmul(device: torch.device, num_rows: int = FEW_ROWS) -> Iterator[None]:
     """Inside, products of `num_rows` rows run at the fastest precision that is fp32 throughout."""
     medium = device.type == "cpu" and num_rows >= FEW_ROWS and medium_is_fp32()
     before = torch.get_float32_matmul_precision()
@@ -52,7 +52,7 @@ def many_texts_few_queries(query_BHQC: Tensor) -> bool:
 
 def attend_by_text(query_BHQC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor, visible: Tensor | None) -> Tensor:
     """Attention in two batched products, which read keys and values faster than a fused kernel."""
-    with exact_matmul(query_BHQC.device, query_BHQC.shape[2]):
+    with full_fp32_matmul(query_BHQC.device, query_BHQC.shape[2]):
         scores_BHQT = (query_BHQC @ key_BHTC.mT).mul_(query_BHQC.shape[3] ** -0.5)
         if visible is not None:
             scores_BHQT.masked_fill_(~visible, -math.inf)

@@ -198,7 +198,7 @@ class CharTransformer(nn.Module):
         places = self.places(ids_BT.shape[1], cache)
         return self._run(self.embed(ids_BT, places, cache), 0, wanted, places, cache, num_last)
 
-    def resume(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
+    def run_from(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
         """The last layer's hidden states from those that `forward` returned for a lower `layer`.
 
         First lower the lengths of `cache` to before these positions; it advances over them again.

@@ -181,7 +181,7 @@ def test_matmul_stays_fp32_and_is_put_back(monkeypatch, plain_fp32, has_amx, num
     capabilities = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": has_amx, "amx_tile": has_amx}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(ZeroDivisionError), matmul.exact_matmul(torch.device("cpu"), num_rows):
+    with pytest.raises(ZeroDivisionError), matmul.full_fp32_matmul(torch.device("cpu"), num_rows):
         assert torch.get_float32_matmul_precision() == expected
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before

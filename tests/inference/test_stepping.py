@@ -64,7 +64,7 @@ def test_the_upper_layers_go_on_from_a_lower_one(build_model, num_symbols):
     reader.read([ids[:5]], cache)
     lower = reader.read([ids[5:]], cache, layer=1)
     cache.lengths -= num_symbols
-    torch.testing.assert_close(reader.resume(lower, 1, cache), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reader.run_from(lower, 1, cache), expected, rtol=1e-5, atol=1e-5)
     assert cache.length == len(ids)
 
 

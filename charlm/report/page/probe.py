@@ -23,7 +23,7 @@ from charlm.data.vocabulary import Vocabulary
 from charlm.inference.evaluation import Score, bits_per_character
 from charlm.inference.generation import generate
 from charlm.inference.scoring import measure_text, nats, negative_log_likelihoods
-from charlm.model.kernels_cpu import exact_matmul
+from charlm.model.kernels_cpu import full_fp32_matmul
 from charlm.runs.checkpoints import checkpoint_folders, find_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.load import load
@@ -139,7 +139,7 @@ def nats_by_position(trained: TrainedModel, ids: np.ndarray, num_windows: int) -
     models = (trained.transformer, trained.heads)
     length = min(trained.config.model.context_length, len(ids) - 1)
     found = []
-    with exact_matmul(trained.device):
+    with full_fp32_matmul(trained.device):
         for start in np.linspace(0, len(ids) - length - 1, num_windows).astype(int):
             window = ids[start : start + length + 1]
             (nats_N,) = negative_log_likelihoods(*models, window, stride=length).values()
@@ -183,7 +183,7 @@ def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int)
         values, symbols = log_probabilities_MV.topk(width, dim=-1)
         return torch.cat([nats(log_probabilities_MV, targets_M), values.exp().T, symbols.double().T])
 
-    with exact_matmul(trained.device):
+    with full_fp32_matmul(trained.device):
         (found_KN,) = measure_text(
             trained.transformer,
             trained.heads,
