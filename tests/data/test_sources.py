@@ -73,25 +73,27 @@ def test_a_damaged_copy_is_refused_in_one_message_or_harmless(tmp_path, enwik8, 
     assert refused > len(whole) / 3  # in a zip, much of the rest belongs to another file
 
 
-@pytest.mark.parametrize("corpus", ["enwik8", "file"])
-@pytest.mark.parametrize("name", ["missing", "loop", "file/below", "n" * 300, "~nobody-of-this-name/text"])
-def test_what_is_not_there_is_refused(tmp_path, corpus, name, refused):
-    """Guards against tracebacks for paths that lead nowhere, and against a download where a file was named."""
+NOWHERE = ("missing", "loop", "file/below", "n" * 300, "~nobody-of-this-name/text")
+
+
+@pytest.mark.parametrize(
+    ("corpus", "name", "complaint"),
+    [
+        *((corpus, name, f"/{name}: cannot read") for corpus in ("enwik8", "file") for name in NOWHERE),
+        *(("text8", name, "not a file; give a copy of text8") for name in ("", "pipe")),
+        *(("file", name, "neither a file nor a folder") for name in ("pipe", "/dev/null")),
+        ("file", "", "/cache lies inside"),
+    ],
+)
+def test_a_path_that_leads_to_no_text_is_refused(tmp_path, monkeypatch, corpus, name, complaint, refused):
+    """Guards against tracebacks for paths that lead nowhere, a download where a file was named, a folder opened as a
+    file, waiting for ever on a pipe or a device, and a corpus that contains itself, and so changes while it is read."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("text")
-    with refused("data.path", f"cannot read {'' if name[0] == '~' else tmp_path / name}"):
-        read(tmp_path, Path(name) if name[0] == "~" else tmp_path / name, corpus)
-
-
-def test_what_is_no_file_is_refused(tmp_path, refused):
-    """Guards against a folder opened as a file, and against waiting for ever on a pipe or a device."""
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe"):
-        with refused("data.path", "not a file; give a copy of text8"):
-            read(tmp_path, path, "text8")
-    for path in (tmp_path / "pipe", Path("/dev/null")):
-        with refused("data.path", "neither a file nor a folder"):
-            read(tmp_path, path)
+    with refused("data.path", complaint):
+        read(tmp_path, Path(name), corpus)
 
 
 def test_a_file_is_taken_as_it_is(tmp_path):
@@ -119,13 +121,6 @@ def test_links_lead_to_files_but_not_in_circles(tmp_path, folder):
     (folder / "nowhere").symlink_to("missing")
     os.mkfifo(folder / "pipe")
     assert read(tmp_path, folder) == b"texttext"
-
-
-def test_a_cache_inside_the_text_is_refused(tmp_path, refused):
-    """Guards against a corpus that contains itself, and so changes while it is prepared."""
-    (tmp_path / "text").write_text("text")
-    with refused("data.path", f"data.cache_dir={tmp_path / 'cache'}"):
-        read(tmp_path, tmp_path)
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, folder, refused):
