@@ -1,19 +1,18 @@
 """Checkpoints: written whole or not at all, verified when read, and free of pickle.
 
-RUN/checkpoints/step-00001000/model.safetensors       parameters of transformer and heads, by name; its metadata hold
-                                                      a digest of the vocabulary
-                              optimizer.safetensors   optimizer state, by parameter name and state key; where losses
-                                                      have an optimizer each, `layer4/` and the like comes first
-                              state.json              step, best validation so far, gradient scaler
-                              manifest.json           size and SHA-256 of the three, and of its own text without this
-                                                      last entry
-RUN/checkpoints/last, best    text files that name one of the folders
-RUN/checkpoints/.*.tmp        being written or removed; rubbish after a kill
-RUN/checkpoints/.step-*.old   a whole checkpoint that is being replaced by another of the same step
-RUN/checkpoints/.step-*.damaged   could not be read when the run continued from an older one; never looked at again
+RUN/checkpoints/
+    last, best              text files, each with the name of a folder
+    step-00001000/
+        model.safetensors       parameters by name, and a digest of the vocabulary
+        optimizer.safetensors   optimizer state by parameter name and state key; after a prefix such as
+                                `layer4/` where each loss has its own optimizer
+        state.json              step, best validation so far, gradient scaler
+        manifest.json           size and SHA-256 of these three and of the manifest itself
+    .*.tmp                  being written or removed; rubbish after a kill
+    .step-*.old             whole, and being replaced by another of the same step
+    .step-*.damaged         put aside when a run was resumed; ignored
 
-Reading changes nothing on disk, so a run can be evaluated while it trains. Saving and `rewind` clear away what a kill
-has left.
+Reading changes nothing on disk, so a run can be evaluated while it trains.
 """
 
 import hashlib
@@ -43,7 +42,10 @@ from charlm.runs.tensors import (
     save_tensors,
 )
 
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+MANIFEST = "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)
 STEP = r"step-(\d{8}|[1-9]\d{8,17})"
 FOLDER = re.compile(rf"{STEP}|\.{STEP}\.old", re.ASCII)
@@ -51,7 +53,7 @@ MAX_JSON_BYTES = 2**20
 
 
 class State(BaseModel, strict=True, extra="allow"):
-    """Content of state.json, as far as it is used here."""
+    """Content of state.json that is used here."""
 
     step: int
     best_step: int | None = None
@@ -77,49 +79,56 @@ class Checkpoint:
         return self.state["step"]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The model's parameters by name, on the CPU."""
+        """The parameters by name, on the CPU."""
         return load_tensors(self.path / MODEL)[0]
 
     def restore(self, model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
-        """Put parameters and optimizer state back, on each parameter's device and in its shards.
+        """Put back parameters and optimizer state, on each parameter's device and in its shards.
 
         Raises:
-            UserError: names, shapes or types of tensors are not those of this model, or a parameter has some of its
-                optimizer's state and not all.
+            UserError: names, shapes or types of tensors do not fit, or optimizer state is missing.
         """
-        tensors, expected = self.tensors(), model.state_dict()
+        tensors = self.tensors()
+        expected = model.state_dict()
         check_tensors(self.path / MODEL, tensors, expected, "the model of config.yaml and provenance.json")
         model.load_state_dict({name: placed(tensor, expected[name]) for name, tensor in tensors.items()})
+        self._restore_optimizers(model, optimizers)
+
+    def _restore_optimizers(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         found, _ = load_tensors(self.path / OPTIMIZER)
+        split_names = [name.rpartition(".") for name in found]
         owners = {}
         for optimizer in optimizers:
             owned = owned_parameters(model, optimizer)
-            held = [name.rpartition(".") for name in found if name.rpartition(".")[0] in owned]
-            for name, key in product({name for name, _, _ in held}, {key for _, _, key in held}):
+            with_state = {name for name, _, _ in split_names if name in owned}
+            keys = {key for name, _, key in split_names if name in owned}
+            for name, key in product(with_state, keys):
                 owners[f"{name}.{key}"] = (optimizer, owned[name], key)
         expected = {name: parameter for name, (_, parameter, _) in owners.items()}
-        expected |= {name: tensor for name, tensor in found.items() if name in owners and tensor.ndim == 0}
+        for name, tensor in found.items():
+            if name in owners and tensor.ndim == 0:  # such as a step counter
+                expected[name] = tensor
         check_tensors(self.path / OPTIMIZER, found, expected, "the optimizer of config.yaml")
         for name, (optimizer, parameter, key) in owners.items():
             value = found[name]
             if value.ndim > 0:
                 value = placed(value, parameter)
             elif value.dtype == torch.int64:
-                value = value.item()  # SparseAdam counts its steps in a Python int; a tensor would change its results
+                value = value.item()  # SparseAdam counts in a Python int; a tensor changes its results
             elif optimizer.param_groups[0].get("fused"):
-                value = value.to(parameter.device)  # other optimizers read their step counters on the CPU
+                value = value.to(parameter.device)  # others keep step counters on the CPU
             optimizer.state[parameter][key] = value
 
 
 def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> Checkpoint:
-    """Write a checkpoint beside the others, point `last` (and `best`) at it, then prune to `keep` and the best.
+    """Write a checkpoint, point `last` (and `best`) at it, and keep the newest `keep` and the best.
 
-    Raises:
-        OSError: the disk is full or fails. The older checkpoints are left as they were.
+    Raises OSError if the disk is full or fails; older checkpoints are then unchanged.
     """
     target = run.checkpoints_path / _name(snapshot.state["step"])
     _tidy(run)
-    check_space(run.checkpoints_path, [*snapshot.model.values(), *snapshot.optimizer.values()])
+    tensors = [*snapshot.model.values(), *snapshot.optimizer.values()]
+    check_space(run.checkpoints_path, tensors)
     metadata = {"vocabulary": digest(run.provenance()["corpus"].get("vocabulary"))}
     try:
         with replacing(target) as temporary:
@@ -127,9 +136,10 @@ def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> C
             write_whole(temporary / STATE, json.dumps(snapshot.state, indent=2) + "\n")
             save_tensors(snapshot.model, temporary / MODEL, temporary / STATE, metadata)
             save_tensors(snapshot.optimizer, temporary / OPTIMIZER, temporary / STATE)
-            write_whole(temporary / MANIFEST, _manifest({name: _fingerprint(temporary / name) for name in FILES}))
+            fingerprints = {name: _fingerprint(temporary / name) for name in FILES}
+            write_whole(temporary / MANIFEST, _manifest(fingerprints))
             if run.metrics_path.exists():
-                sync(run.metrics_path)  # the history must survive whatever the checkpoint survives
+                sync(run.metrics_path)  # must survive whatever the checkpoint survives
             if target.exists():
                 target.rename(_beside(target, "old"))
     finally:
@@ -137,23 +147,24 @@ def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> C
     for pointer in ("last", "best") if best else ("last",):
         write_whole(run.checkpoints_path / pointer, target.name + "\n")
     best_step = _pointed(run, "best")
-    for step, folder in list(checkpoint_folders(run).items())[:-keep]:
+    oldest_first = list(checkpoint_folders(run).items())
+    for step, folder in oldest_first[:-keep]:
         if step != best_step:
             _remove(folder)
     return Checkpoint(target, snapshot.state)
 
 
 def find_checkpoint(run: Run, which: str | int = "best") -> Checkpoint:
-    """The checkpoint named by `which`: best, last, or a step. It is verified.
+    """The checkpoint named by `which`: best, last, or a step. Its files are verified.
 
     Raises:
-        UserError: it does not exist, or one of its files is damaged; the message lists the whole ones.
+        UserError: it does not exist, or one of its files is damaged.
     """
     step = _pointed(run, which) if which in ("best", "last") else _step_of(f"step-{which:>08}")
     folders = checkpoint_folders(run)
     if step not in folders:
-        there = ", ".join(map(str, folders)) or "none yet"
-        raise UserError(f"{run.path} has no checkpoint {which!r}; its steps are: {there}", "checkpoint")
+        steps = ", ".join(map(str, folders)) or "none yet"
+        raise UserError(f"{run.path} has no checkpoint {which!r}; its steps are: {steps}", "checkpoint")
     try:
         return _read(folders.pop(step))
     except UserError as error:
@@ -162,10 +173,7 @@ def find_checkpoint(run: Run, which: str | int = "best") -> Checkpoint:
 
 
 def newest_whole_checkpoint(run: Run) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, if there is one, and a warning for each newer one that is damaged.
-
-    `last` is ignored: a kill may have come before it was set, or it may be damaged.
-    """
+    """The newest whole checkpoint, whatever `last` says, and warnings of damaged newer ones."""
     warnings = []
     for step, path in reversed(checkpoint_folders(run).items()):
         try:
@@ -176,30 +184,31 @@ def newest_whole_checkpoint(run: Run) -> tuple[Checkpoint | None, list[str]]:
 
 
 def checkpoint_folders(run: Run) -> dict[int, Path]:
-    """The folders of the run's checkpoints by step, in order; the old one where a kill left two of a step."""
+    """The run's checkpoints by step, in order; an `.old` one only until it is replaced."""
     folders = {}
     if run.checkpoints_path.is_dir():
-        for path in sorted(run.checkpoints_path.iterdir()):  # .step-00000001.old before step-00000001
+        for path in sorted(run.checkpoints_path.iterdir()):  # `.old` ones first
             if (step := _step_of(path.name)) is not None:
                 folders[step] = path
     return dict(sorted(folders.items()))
 
 
 def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[str]:
-    """Make `checkpoint` the run's newest: drop the metrics and checkpoints that come after it.
+    """Make `checkpoint` the run's newest: drop later metrics and checkpoints.
 
-    With `discard`, whole ones are removed; all others are put aside, because the disk may have failed only for a
-    moment. `best` becomes the best that the checkpoint's state names, if it is there, else the one that `best` named
+    With `discard`, whole checkpoints are removed; others are put aside, as a disk may fail for a moment.
+    `best` will name the best step of the checkpoint's state, if it is there, else the same step as
     before, else the checkpoint itself.
 
     Returns:
-        Warnings about checkpoints put aside and damaged rows of metrics dropped.
+        Warnings about checkpoints put aside and damaged metrics dropped.
     """
     warnings = []
     _tidy(run)
     folders = checkpoint_folders(run)
     candidates = (checkpoint.state.get("best_step"), _pointed(run, "best"))
-    best = next((step for step in candidates if step in folders and step <= checkpoint.step), checkpoint.step)
+    existing = (step for step in candidates if step in folders and step <= checkpoint.step)
+    best = next(existing, checkpoint.step)
     write_whole(run.checkpoints_path / "last", checkpoint.name + "\n")
     write_whole(run.checkpoints_path / "best", _name(best) + "\n")
     for step in sorted(folders, reverse=True):  # newest first: a kill leaves a run that can continue
@@ -208,7 +217,8 @@ def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[s
         elif step > checkpoint.step:
             aside = _beside(folders[step], "damaged")
             remove(aside)  # an earlier one of the same step
-            warnings.append(f"checkpoint of step {step:,} put aside as {folders[step].rename(aside)}")
+            folders[step].rename(aside)
+            warnings.append(f"checkpoint of step {step:,} put aside as {aside}")
     return warnings + run.forget_metrics_after(checkpoint.step, checkpoint.state.get("validated_step"))
 
 
@@ -217,13 +227,13 @@ def _name(step: int) -> str:
 
 
 def _step_of(name: str) -> int | None:
-    """The step of a folder, or None if no checkpoint's folder is called that."""
+    """The step in a folder's name; None if it is not the name of a checkpoint."""
     match = FOLDER.fullmatch(name)
     return int(match[1] or match[2]) if match else None
 
 
 def _beside(folder: Path, suffix: str) -> Path:
-    """The hidden place beside a checkpoint's folder, such as .step-00001000.tmp."""
+    """A hidden path beside a checkpoint's folder, such as .step-00001000.tmp."""
     return folder.with_name(f".{_name(_step_of(folder.name))}.{suffix}")
 
 
@@ -252,26 +262,28 @@ def digest(record: Any) -> str:
 
 
 def _read(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder; UserError if it is damaged, or cannot be read now.
+    """The checkpoint in a folder; UserError if it is damaged or cannot be read.
 
-    No path depends on what a file says, and sizes are compared before anything is hashed.
+    No path comes from a file, and sizes are compared before anything is hashed.
     """
     if folder.is_symlink() or not folder.is_dir():
-        raise UserError(f"{folder} is damaged: it is no folder")
+        raise UserError(f"{folder} is damaged: it is not a folder")
     paths = [folder / name for name in (*FILES, MANIFEST)]
     for path in paths:
         if path.is_symlink() or not path.is_file():
-            raise UserError(f"{path} is damaged: it is missing, a link, or no file at all")
+            raise UserError(f"{path} is damaged: it is missing, a link, or not a regular file")
     try:
         if extra := sorted({*folder.iterdir()} - {*paths}):
             raise UserError(f"{extra[0]} is in the way: no checkpoint has such a file; remove it")
         manifest = read_json(folder / MANIFEST, MAX_JSON_BYTES, dict[str, dict[str, int | str]])
         files = {name: entry for name, entry in manifest.items() if name in FILES}
-        if len(files) < len(FILES) or (folder / MANIFEST).read_bytes() != _manifest(files).encode():
+        expected_text = _manifest(files).encode()
+        if len(files) < len(FILES) or (folder / MANIFEST).read_bytes() != expected_text:
             raise UserError(f"{folder / MANIFEST} is damaged: it does not match its own SHA-256")
         for name, entry in files.items():
-            if (folder / name).stat().st_size != entry.get("bytes") or _fingerprint(folder / name) != entry:
-                raise UserError(f"{folder / name} is damaged: it does not match manifest.json")
+            size = (folder / name).stat().st_size
+            if size != entry.get("bytes") or _fingerprint(folder / name) != entry:
+                raise UserError(f"{folder / name} is damaged: it does not match {MANIFEST}")
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror})") from error
     state = read_json(folder / STATE, MAX_JSON_BYTES, State)
@@ -288,15 +300,18 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _tidy(run: Run) -> None:
-    """Remove what a kill or a failure left, and restore a checkpoint whose replacement was not finished."""
+    """Remove what a kill or a failure left; put back a checkpoint that was not replaced."""
     for path in run.checkpoints_path.glob(".*"):
         if path.suffix == ".tmp":
             remove(path)
         elif (step := _step_of(path.name)) is not None:  # .old
             target = path.with_name(_name(step))
-            remove(path) if target.exists() else path.rename(target)
+            if target.exists():
+                remove(path)
+            else:
+                path.rename(target)
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint; a part of it never stands under its name."""
+    """Remove a checkpoint, so that its name never stands for a part of it."""
     remove(folder.rename(_beside(folder, "tmp")))

@@ -1,12 +1,12 @@
-"""The folder of an exported model, which needs neither its run nor its corpus to be loaded.
+"""Exported models: folders that can be loaded without a run and a corpus.
 
 FOLDER/config.json          the options it was trained with, its heads, its corpus, its scores
 FOLDER/model.safetensors    parameters of transformer and heads, by name
 FOLDER/vocabulary.json      the vocabulary; for sentencepiece, the library's model in base64
-FOLDER/README.md            a model card: what it is, its scores with their protocols, how to use it
+FOLDER/README.md            a model card: what it is, its scores with their protocols, its use
 
-Such a folder may come from a stranger. Loading never runs code, refuses any path in the files, and checks sizes before
-it reads.
+Such a folder may come from a stranger. Loading never runs code, refuses paths in the files, and checks
+sizes before it reads.
 """
 
 import json
@@ -26,8 +26,11 @@ from charlm.runs.folder import CorpusRecord
 from charlm.runs.tensors import check_space, check_tensors, load_tensors, save_tensors
 from charlm.runs.trained import TrainedModel, empty_model, trained_with
 
-CONFIG, TENSORS, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
-FILES = (CONFIG, TENSORS, VOCABULARY)
+EXPORT_CONFIG = "config.json"
+TENSORS = "model.safetensors"
+VOCABULARY = "vocabulary.json"
+CARD = "README.md"
+FILES = (EXPORT_CONFIG, TENSORS, VOCABULARY)
 """The files needed for loading."""
 MAX_CONFIG_BYTES = 2**20
 MAX_OFFSET = 1000
@@ -43,12 +46,12 @@ tags:
 
 A character-level Transformer in the style of [Al-Rfou et al. 2018](https://arxiv.org/abs/1808.04444), trained with
 charlm: {model.num_layers} layers of width {model.d_model}, context {model.context_length}, {parameters:,} parameters,
-vocabulary {one.vocabulary.name} of {one.vocabulary.size:,} symbols. It was trained for {one.step:,} steps on
-{one.corpus[name]} (SHA-256 {one.corpus[sha256]}) and is checkpoint {one.checkpoint}.
+vocabulary {vocabulary.name} of {vocabulary.size:,} symbols. It was trained for {trained.step:,} steps on
+{trained.corpus[name]} (SHA-256 {trained.corpus[sha256]}) and is checkpoint {trained.checkpoint}.
 
 ## Measured
 
-{figures}
+{scores}
 
 ## Use
 
@@ -71,10 +74,15 @@ What differs from charlm's defaults:
 """
 
 
+Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
+Layer = Annotated[int, Field(strict=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class HeadsRecord(BaseModel, strict=True):
     """Arguments of `Heads`."""
 
-    pairs: Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]], Field(max_length=10_000)]
+    pairs: Annotated[list[Pair], Field(max_length=10_000)]
     last_tower: bool
 
 
@@ -84,7 +92,7 @@ class ModelRecord(BaseModel, strict=True):
     format: Literal[1]
     options: dict[str, Any]
     heads: HeadsRecord
-    hedge_weights: dict[Annotated[int, Field(strict=False)], Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None
+    hedge_weights: dict[Layer, Weight] | None
     checkpoint: str
     step: int
     corpus: CorpusRecord
@@ -93,14 +101,15 @@ class ModelRecord(BaseModel, strict=True):
 
 
 def save_model(trained: TrainedModel, folder: Path | str, name: str | None = None) -> Path:
-    """Export a model to a new folder, whole or not at all. Its card calls it `name`, by default as the folder.
+    """Export a model to a new folder. `name` is its name in the card, by default the folder's.
 
-    Raises:
-        UserError: the folder exists already, or cannot be written.
+    Raises UserError if the folder exists or cannot be written.
     """
     folder = Path(folder)
     check_absent(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.modules.state_dict().items()}
+    state = trained.modules.state_dict()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    corpus_keys = [key for key in ("name", "sha256", "splits") if key in trained.corpus]
     options = portable(trained.config).model_dump(
         mode="json",
         include={"model": True, "data": True, "aux": {"layers": {"head", "tower_width", "tower_dropout"}}},
@@ -114,7 +123,7 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
         "hedge_weights": trained.hedge_weights,
         "checkpoint": trained.checkpoint,
         "step": trained.step,
-        "corpus": {key: trained.corpus[key] for key in ("name", "sha256", "splits") if key in trained.corpus},
+        "corpus": {key: trained.corpus[key] for key in corpus_keys},
         "scores": trained.scores,
         "trained_with": trained_with(trained),
     }
@@ -123,10 +132,12 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
         with replacing(folder) as temporary:
             temporary.mkdir()
             check_space(temporary, tensors.values())
-            write_whole(temporary / CONFIG, json.dumps(record, indent=2) + "\n")
-            write_whole(temporary / VOCABULARY, json.dumps(trained.vocabulary.to_dict(), indent=2) + "\n")
+            config = temporary / EXPORT_CONFIG
+            write_whole(config, json.dumps(record, indent=2) + "\n")
+            vocabulary = trained.vocabulary.to_dict()
+            write_whole(temporary / VOCABULARY, json.dumps(vocabulary, indent=2) + "\n")
             write_whole(temporary / CARD, _card(trained, name or folder.name))
-            save_tensors(tensors, temporary / TENSORS, temporary / CONFIG, {"format": "pt"})
+            save_tensors(tensors, temporary / TENSORS, config, {"format": "pt"})
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
     return folder
@@ -144,7 +155,8 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
     Raises:
         UserError: a file is missing, damaged, or does not fit the others.
     """
-    record, config = _read_config(folder / CONFIG)
+    config_path = folder / EXPORT_CONFIG
+    record, config = _read_config(config_path)
     vocabulary_record = read_json(folder / VOCABULARY)
     try:
         vocabulary = vocabulary_from_dict(vocabulary_record)
@@ -152,13 +164,15 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
         raise UserError(f"{folder / VOCABULARY}: {str(error).partition(';')[0]}") from error
     tensors, _ = load_tensors(folder / TENSORS)
     pairs = {(layer, offset) for layer, offset in record.heads.pairs}
-    if config.model.num_layers > len(tensors):  # whose empty model could take all memory
-        raise UserError(f"{folder / TENSORS} has no tensors for the {config.model.num_layers:,} layers of {CONFIG}")
+    num_layers = config.model.num_layers
+    if num_layers > len(tensors):  # or an empty model could take all memory
+        raise UserError(f"{folder / TENSORS} lacks tensors for the {num_layers:,} layers of {EXPORT_CONFIG}")
     try:
         model = empty_model(config, vocabulary.size, pairs, record.heads.last_tower)
     except RuntimeError as error:  # a size that overflows
-        raise UserError(f"{folder / CONFIG}: describes a model that no machine can hold: {first_line(error)}") from None
-    check_tensors(folder / TENSORS, tensors, model.state_dict(), f"the model of {CONFIG}")
+        fault = f"describes a model that no machine can hold: {first_line(error)}"
+        raise UserError(f"{config_path}: {fault}") from None
+    check_tensors(folder / TENSORS, tensors, model.state_dict(), f"the model of {EXPORT_CONFIG}")
     model.load_state_dict(tensors, assign=True)
     return TrainedModel(
         config=config,
@@ -176,21 +190,25 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
 
 def _card(trained: TrainedModel, name: str) -> str:
     """The text of README.md for a model called `name`."""
+    scores = "\n".join(map(_score_line, trained.scores))
     return CARD_TEMPLATE.format(
         name=name,
-        one=trained,
+        trained=trained,
         model=trained.config.model,
+        vocabulary=trained.vocabulary,
         parameters=sum(parameter.numel() for parameter in trained.modules.parameters()),
-        figures="\n".join(map(_figure, trained.scores)) or "Nothing yet: `scripts/export.py --score test` measures it.",
+        scores=scores or "Nothing yet: `scripts/export.py --score test` measures it.",
         options=trained_with(trained).rstrip(),
     )
 
 
-def _figure(score: dict[str, Any]) -> str:
+def _score_line(score: dict[str, Any]) -> str:
     """One line of the card: a score with its protocol."""
     left_out = ("bits_per_character", "bits_per_byte", "layers", "mixture", "seconds")
-    protocol = ", ".join(f"{key} {value}" for key, value in score.items() if value is not None and key not in left_out)
-    bits, per_byte = score.get("bits_per_character"), score.get("bits_per_byte")
+    shown = [key for key, value in score.items() if value is not None and key not in left_out]
+    protocol = ", ".join(f"{key} {score[key]}" for key in shown)
+    bits = score.get("bits_per_character")
+    per_byte = score.get("bits_per_byte")
     if not isinstance(bits, float):
         return f"- {protocol}"
     in_bytes = f" ({per_byte:.4f} per byte)" if isinstance(per_byte, float) else ""
@@ -198,7 +216,7 @@ def _figure(score: dict[str, Any]) -> str:
 
 
 def portable(config: Config) -> Config:
-    """The config without the places on this machine that it names; of a file or folder, the name stays."""
+    """The config without paths of this machine; only the name of a file or folder stays."""
     data = config.data
     hub_id = data.hub_id
     if hub_id is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id, re.ASCII):
@@ -216,10 +234,12 @@ def _read_config(path: Path) -> tuple[ModelRecord, Config]:
         last = config.model.num_layers
         if portable(config) != config:
             raise UserError("options: must not name a place on a machine")
-        if [last, 1] not in pairs or not all(0 < layer <= last and 0 < offset <= MAX_OFFSET for layer, offset in pairs):
-            raise UserError(f"heads.pairs: must hold [{last}, 1], and only layers of 1 to {last} with their offsets")
+        in_range = all(0 < layer <= last and 0 < offset <= MAX_OFFSET for layer, offset in pairs)
+        if not in_range or [last, 1] not in pairs:
+            limits = f"layers up to {last}, and offsets up to {MAX_OFFSET}"
+            raise UserError(f"heads.pairs: must hold [{last}, 1], {limits}")
         if weights is not None and not (any(weights.values()) and all([layer, 1] in pairs for layer in weights)):
-            raise UserError("hedge_weights: must name layers that have a head for the next symbol, and not be all 0")
+            raise UserError("hedge_weights: must be of layers with a head for the next symbol, and not all 0")
     except (UserError, RecursionError) as error:
         raise UserError(f"{path}: {first_line(error)}") from None
     return record, config

@@ -31,7 +31,7 @@ from charlm.process import processor_name
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
 UNFINISHED = re.compile(r"checkpoints|\.lock|provenance\.json|\.(provenance\.json|config\.yaml)\.\d+\.tmp")
-"""Names of what a process killed while creating a run may leave; config.yaml is written last."""
+"""Names of files that a kill may leave while a run is created; config.yaml is written last."""
 MAX_ROW_BYTES = 2**20
 
 
@@ -50,7 +50,7 @@ class Provenance(BaseModel, strict=True, extra="allow"):
 
 
 class Run:
-    """Paths and small files of one run. The constructor only names the folder; `create` and `open` check it."""
+    """Paths and small files of one run. The constructor does not touch the disk."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -61,12 +61,13 @@ class Run:
 
     @classmethod
     def create(cls, config: Config, corpus: dict[str, Any]) -> "Run":
-        """Make the folder of a new run. Raises UserError if it is not empty, or cannot be made."""
+        """Make the folder of a new run. Raises UserError if it is not empty or cannot be made."""
         run = cls(config.run.dir)
         run.check_absent()
-        with run.refused_unless("made"):
+        with run.os_errors_explained(cannot_be="made"):
             run.checkpoints_path.mkdir(parents=True, exist_ok=True)
-            write_whole(run.provenance_path, json.dumps({"corpus": corpus} | _environment(), indent=2) + "\n")
+            provenance = {"corpus": corpus} | _environment()
+            write_whole(run.provenance_path, json.dumps(provenance, indent=2) + "\n")
             write_whole(run.config_path, to_yaml(config))
         return run
 
@@ -75,30 +76,30 @@ class Run:
         """The run in `path`. Raises UserError if there is none."""
         run = cls(path)
         if not run.config_path.is_file() or not run.provenance_path.is_file():
-            lacks = "it has no config.yaml and provenance.json" if run.path.exists() else "there is no such folder"
-            runs = [beside.parent for beside in run.path.parent.glob("*/provenance.json")]
-            names = [folder.name for folder in runs if (folder / "config.yaml").is_file()]
+            fault = "it lacks config.yaml or provenance.json" if run.path.exists() else "there is no such folder"
+            neighbours = [path.parent for path in run.path.parent.glob("*/provenance.json")]
+            names = [folder.name for folder in neighbours if (folder / "config.yaml").is_file()]
             way_out = did_you_mean(run.path.name, names) or "; give a run's folder"
-            raise UserError(f"{run.path} is not a run: {lacks}{way_out}")
+            raise UserError(f"{run.path} is not a run: {fault}{way_out}")
         return run
 
     def check_absent(self) -> None:
         """Raise UserError if a new run cannot take this folder."""
         if self.config_path.exists():
-            raise self._refusal("holds a run already; continue it with --run.resume=true, or choose another --run.dir")
+            text = "holds a run already; continue it with --run.resume=true, or choose another --run.dir"
+            raise self._refusal(text)
         others = (path for path in self.path.rglob("*") if not UNFINISHED.fullmatch(path.name))
         if (self.path.exists() and not self.path.is_dir()) or any(others):
             raise self._refusal("exists and is not empty; choose another --run.dir")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from training into the folder, which is made if it does not exist.
+        """Keep other processes from training into the folder; make it if it does not exist.
 
-        Raises:
-            UserError: another process is training into it, or it cannot be written.
+        Raises UserError if another one is training into it, or it cannot be written.
         """
         lock = FileLock(self.path / ".lock")
-        with self.refused_unless("written"):
+        with self.os_errors_explained(cannot_be="written"):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0)
@@ -111,20 +112,21 @@ class Run:
             lock.release()
 
     @contextmanager
-    def refused_unless(self, done: str) -> Iterator[None]:
-        """Turn an OSError raised inside into a UserError: the folder cannot be `done`, such as "written"."""
+    def os_errors_explained(self, *, cannot_be: str) -> Iterator[None]:
+        """Turn an OSError raised inside into a UserError: the folder `cannot_be` "read"."""
         try:
             yield
         except OSError as error:
-            text = f"cannot be {done} ({error.strerror or error}); mend that, or choose another --run.dir"
+            reason = error.strerror or error
+            text = f"cannot be {cannot_be} ({reason}); fix that, or choose another --run.dir"
             raise self._refusal(text) from error
 
     def config(self) -> Config:
-        """The resolved config that the run was started with."""
+        """The resolved config of the run."""
         return load_config(self.config_path)
 
     def provenance(self) -> dict[str, Any]:
-        """The record of what the run was made from: corpus, versions, git commit and command."""
+        """Content of provenance.json: corpus, versions, git commit and command."""
         return read_json(self.provenance_path, kind=Provenance).model_dump(exclude_unset=True)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
@@ -140,19 +142,18 @@ class Run:
                 raise
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The rows of metrics.jsonl, without a last line that a kill cut short. Raises UserError for damaged lines."""
+        """The rows of metrics.jsonl, except a last one cut short. UserError for a damaged line."""
         for number, row in self._numbered_metrics():
             if row is None:
-                raise UserError(
-                    f"{self.metrics_path}, line {number} is damaged: it is no row of metrics; remove that line"
-                )
+                fault = f"line {number} is damaged: it is not a row of metrics; remove that line"
+                raise UserError(f"{self.metrics_path}, {fault}")
             yield row
 
     def forget_metrics_after(self, step: int, validated_step: int | None = None) -> list[str]:
-        """Drop the rows that a run resumed at `step` will write again, and damaged ones; return a warning for each of
-        these. `validated_step` is the last step whose validation it knows, by default `step`."""
+        """Drop rows after `step`, validations after `validated_step`, and damaged rows; return warnings."""
         known = step if validated_step is None else min(step, validated_step)
-        kept, warnings = [], []
+        kept = []
+        warnings = []
         for number, row in self._numbered_metrics():
             if row is None:
                 warnings.append(f"{self.metrics_path}, line {number} was damaged and has been dropped")
@@ -162,26 +163,29 @@ class Run:
         return warnings
 
     def _numbered_metrics(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        """Numbers, from 1, and rows of the lines of metrics.jsonl; the row of a damaged line is None."""
+        """Line numbers, from 1, and rows of metrics.jsonl; the row of a damaged line is None."""
         if not self.metrics_path.exists():
             return
         if not self.metrics_path.is_file():
-            raise UserError(f"{self.metrics_path} is no regular file; remove it")
+            raise UserError(f"{self.metrics_path} is not a regular file; remove it")
         with self.metrics_path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES), b""), 1):
+            lines = iter(lambda: file.readline(MAX_ROW_BYTES), b"")
+            for number, line in enumerate(lines, 1):
                 if line.endswith(b"\n") or len(line) == MAX_ROW_BYTES:
                     row = None
                     with suppress(ValueError):
                         row = parse_json(line)
-                    yield number, row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+                    is_row = isinstance(row, dict) and isinstance(row.get("step"), int)
+                    yield number, row if is_row else None
 
     def _refusal(self, text: str) -> UserError:
         return UserError(f"run.dir={self.path}: {text}", "run.dir")
 
 
 def _environment() -> dict[str, Any]:
+    versions = {package: version(package) for package in PACKAGES}
     return {
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "versions": {"python": platform.python_version()} | versions,
         "git_commit": _git_commit(),
         "command": sys.argv,
         "machine": {"processor": processor_name(), "cores": os.cpu_count()},
@@ -189,7 +193,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the code, with `-dirty` if files changed since; None without git or outside a checkout."""
+    """Commit of the code, with `-dirty` if files changed; None without git or a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError):
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub, pushed and downloaded by its own library. No code from the hub is run."""
+"""Push models to the Hugging Face hub, and download them without running code."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from charlm.config import UserError
 from charlm.config.errors import first_line
-from charlm.runs.exported import CONFIG, FILES, save_model
+from charlm.runs.exported import EXPORT_CONFIG, FILES, save_model
 from charlm.runs.trained import TrainedModel
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
@@ -19,14 +19,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASC
 
 
 def push_to_hub(trained: TrainedModel, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
-    """Publish a model with its card as OWNER/NAME on the Hugging Face hub; `charlm.load(repo_id)` reads it back.
+    """Publish a model as OWNER/NAME on the Hugging Face hub; return the address of the commit.
 
     Args:
-        private: whether a new repository is private; by default as the owner's settings say.
-        options: those of `huggingface_hub.HfApi.upload_folder`, such as commit_message, revision or token.
-
-    Returns:
-        The address of the commit.
+        private: whether a new repository is private; by default, the owner's settings decide.
+        options: those of `HfApi.upload_folder`, such as commit_message, revision or token.
     """
     api = HfApi(token=options.get("token"))
     with TemporaryDirectory() as folder:
@@ -37,15 +34,14 @@ def push_to_hub(trained: TrainedModel, repo_id: str, *, private: bool | None = N
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this is OWNER/NAME, with or without @REVISION, and not a mistyped path into an existing folder."""
+    """Whether this can be a name on the hub, and not a mistyped path in an existing folder."""
     return bool(HUB_ID.fullmatch(name)) and not Path(name).parent.exists()
 
 
 def download(hub_id: str) -> Path:
-    """Download a model, OWNER/NAME or OWNER/NAME@REVISION, to the library's cache (HF_HOME); return its folder.
+    """Download a model to the cache of huggingface_hub (HF_HOME); return its folder.
 
-    Raises:
-        UserError: there is no such model, it cannot be fetched, or it was not exported by charlm.
+    Raises UserError if that fails, or the model was not exported by charlm.
     """
     name, _, revision = hub_id.partition("@")
     if not sys.stderr.isatty():
@@ -54,10 +50,10 @@ def download(hub_id: str) -> Path:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
     except Exception as error:  # the library's own, the network's, the disk's
         raise UserError(
-            f"{hub_id} is no folder, and cannot be fetched from the hub ({first_line(error)}); check the name, log in "
-            "with `hf auth login` for a model that is not public, and without a network bring the folder HF_HOME "
-            "along, with HF_HUB_OFFLINE=1"
+            f"{hub_id} is neither a folder nor a model that could be downloaded ({first_line(error)}). "
+            "Check the name; for a private model run `hf auth login`; without a network, "
+            "copy HF_HOME from another machine and set HF_HUB_OFFLINE=1"
         ) from error
-    if not (folder / CONFIG).exists():
-        raise UserError(f"{hub_id} was not exported by charlm: it has no {CONFIG}")
+    if not (folder / EXPORT_CONFIG).exists():
+        raise UserError(f"{hub_id} was not exported by charlm: it has no {EXPORT_CONFIG}")
     return folder

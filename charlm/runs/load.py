@@ -10,7 +10,7 @@ from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.data.windows import default_stride
 from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import MODEL, digest, find_checkpoint
-from charlm.runs.exported import CONFIG, read_model
+from charlm.runs.exported import EXPORT_CONFIG, read_model
 from charlm.runs.folder import Run
 from charlm.runs.tensors import check_tensors, load_tensors
 from charlm.runs.trained import TrainedModel
@@ -20,20 +20,22 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
     """The model of a run or of an exported folder, in evaluation mode and fp32.
 
     Args:
-        run: a folder, or OWNER/NAME or OWNER/NAME@REVISION of an exported model on the Hugging Face hub.
+        run: a folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face hub.
         checkpoint: checkpoint of a run: "best" on validation, "last", or a step.
         device: by default a GPU if there is one.
 
     Raises:
-        UserError: there is no such run, model or checkpoint, a file is damaged, or tensors or vocabulary are not those
-            of the model.
+        UserError: there is no such run, model or checkpoint, or its files are damaged.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device or default)
     if not Path(run).exists():
-        from charlm.runs.hub import download, is_hub_id  # imports a library that most runs do not need
+        from charlm.runs.hub import download, is_hub_id  # a library that most runs do not need
 
         run = download(str(run)) if is_hub_id(str(run)) else run
-    if Path(run, "config.yaml").exists() or not Path(run, CONFIG).exists():
+    is_run = Path(run, "config.yaml").exists()
+    is_exported = Path(run, EXPORT_CONFIG).exists()
+    if is_run or not is_exported:  # for neither, Run.open says what is missing
         return _load_run(Run.open(run), checkpoint, chosen)
     if checkpoint != "best":
         text = f"checkpoint={checkpoint}: {run} is an exported model, which has only one; leave it out"
@@ -43,23 +45,25 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
 
 def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> TrainedModel:
     found = find_checkpoint(folder, checkpoint)
-    config, corpus = folder.config(), folder.provenance()["corpus"]
+    config = folder.config()
+    corpus = folder.provenance()["corpus"]
     tensors, metadata = load_tensors(found.path / MODEL)
     if metadata.get("vocabulary") not in (None, digest(corpus.get("vocabulary"))):
-        raise UserError(
-            f"{found.path}: was trained with another vocabulary than provenance.json has; restore that file"
-        )
+        fault = "was trained with another vocabulary than provenance.json has; restore that file"
+        raise UserError(f"{found.path}: {fault}")
     vocabulary = vocabulary_from_dict(corpus.get("vocabulary"))
     with torch.device("meta"):
         objective = build_objective(config, vocabulary.size, training=False)
-    of_tasks = tuple(f"tasks.{task}." for task in config.aux.tasks)  # modules that exist only in training
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(of_tasks)}
+    task_prefixes = tuple(f"tasks.{task}." for task in config.aux.tasks)  # needed only for training
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(task_prefixes)}
     owner = "the model of config.yaml and provenance.json"
     check_tensors(found.path / MODEL, tensors, objective.state_dict(), owner)
     objective.load_state_dict(tensors, assign=True)
     objective.to(device).eval()
     hedge = objective.hedge
-    bits, context_length = found.state.get("best_bits"), config.model.context_length
+    hedge_weights = dict(zip(hedge.layers, hedge.weights.tolist(), strict=True)) if hedge else None
+    bits = found.state.get("best_bits")
+    context_length = config.model.context_length
     score: dict[str, Any] = {
         "bits_per_character": bits,
         "split": "valid",
@@ -70,6 +74,7 @@ def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> Train
         "corpus": corpus.get("name"),
         "precision": "that of training",
     }
+    is_scored = bits is not None and found.state.get("best_step") == found.step
     return TrainedModel(
         config=config,
         transformer=objective.transformer,
@@ -79,6 +84,6 @@ def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> Train
         step=found.step,
         corpus=corpus,
         device=device,
-        hedge_weights=dict(zip(hedge.layers, hedge.weights.tolist(), strict=True)) if hedge else None,
-        scores=(score,) if bits is not None and found.state.get("best_step") == found.step else (),
+        hedge_weights=hedge_weights,
+        scores=(score,) if is_scored else (),
     )

@@ -1,4 +1,4 @@
-"""Tensors of models and optimizers: copied to the CPU, written to safetensors files, read and compared."""
+"""Tensors of models and optimizers: copied to the CPU, written, read and checked."""
 
 import errno
 import os
@@ -30,8 +30,7 @@ class Snapshot:
     model: dict[str, Tensor]
     """Parameters by name."""
     optimizer: dict[str, Tensor]
-    """State of all optimizers by `parameter.key`, the parameter named as in `owned_parameters`. Parameters that never
-    received a gradient have none."""
+    """State of all optimizers by `parameter.key`, named as in `owned_parameters`."""
     state: dict[str, Any]
     """JSON-able; `state["step"]` is the number of completed optimizer steps."""
 
@@ -52,10 +51,10 @@ def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer], state: Mapp
 
 
 def owned_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of an optimizer by the model's name for each.
+    """The parameters of an optimizer by their names in the model.
 
-    The "state_prefix" of the parameter group comes first, if it has one: several optimizers may update the same
-    parameters for different losses.
+    The "state_prefix" of a parameter group comes first: several optimizers may update the same parameters
+    for different losses.
     """
     prefixes = {}
     for group in optimizer.param_groups:
@@ -65,7 +64,7 @@ def owned_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Par
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every process has, put on the device of `like` and sharded as `like` is."""
+    """A whole tensor, which every process has, moved to the device and shards of `like`."""
     tensor = tensor.to(like.device)
     if not _in_shards(like):
         return tensor
@@ -75,46 +74,49 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def check_space(folder: Path, tensors: Iterable[Tensor]) -> None:
-    """Raise OSError unless the folder's disk has room for the tensors and the small files beside them."""
-    needed, free = SPARE_BYTES + sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(folder).free
+    """Raise OSError unless the folder's disk has room for the tensors and small files."""
+    needed = SPARE_BYTES + sum(tensor.nbytes for tensor in tensors)
+    free = shutil.disk_usage(folder).free
     if free < needed:
-        complaint = f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
-        raise OSError(errno.ENOSPC, complaint, str(folder))
+        sizes = f"{needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {sizes}", str(folder))
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, like: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a file with the access rights of the file `like`. Raises OSError if the disk is full or fails."""
+    """Write a file with the access rights of the file `like`. Raises OSError if that fails."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
         if cause := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(path)) from error
+            number = int(cause[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
     shutil.copymode(like, path)  # safetensors creates files that only their owner may read
     sync(path)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file by name, memory-mapped, and its metadata. Raises UserError if the file is damaged."""
+    """Memory-mapped tensors of a file by name, and its metadata; UserError if it is damaged."""
     try:
         if not path.is_file():
-            raise OSError("it is missing or no regular file")
+            raise OSError("it is missing or not a regular file")
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: str) -> None:
-    """Raise UserError unless the tensors of the file `path` have the names, shapes and types of those of `owner`."""
+    """Raise UserError unless a file has tensors of the names, shapes and types that `owner` needs."""
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise UserError(f"{path} has no tensor {name}, which {owner} has")
         if name not in expected:
-            raise UserError(f"{path} has a tensor {name}, which {owner} has not")
-        kind, due = _shown(found[name]), _shown(expected[name])
-        if kind != due:
-            raise UserError(f"{path}: its tensor {name} is {kind}, and that of {owner} {due}")
+            raise UserError(f"{path} has a tensor {name}, which {owner} does not have")
+        kind, expected_kind = _shown(found[name]), _shown(expected[name])
+        if kind != expected_kind:
+            raise UserError(f"{path}: its tensor {name} is {kind}, and that of {owner} is {expected_kind}")
 
 
 def _shown(tensor: Tensor) -> str:

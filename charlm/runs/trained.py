@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from charlm.config import AuxConfig, Config, LayersConfig, UserError
 from charlm.config.load import to_yaml
@@ -32,18 +32,18 @@ class TrainedModel:
     hedge_weights: dict[int, float] | None = None
     """Weight of each layer learned by aux.hedge, summing to 1; None without it."""
     scores: tuple[dict[str, Any], ...] = ()
-    """Scores for the model card with their protocols, as `Score.as_dict` gives them or parts of that."""
+    """Scores for the model card with their protocols, as in `Score.as_dict`."""
     options: str | None = None
     """YAML of the options it was trained with, if `config` no longer has them all."""
 
     @property
     def modules(self) -> nn.ModuleDict:
-        """Transformer and heads as one module, whose parameters have the names they have in a checkpoint."""
+        """Transformer and heads as one module, with the parameter names of a checkpoint."""
         return nn.ModuleDict({"transformer": self.transformer, "heads": self.heads})
 
 
 def exit_layers(trained: TrainedModel) -> list[int]:
-    """The layers that have a head for the next symbol, which always include the last."""
+    """The layers that have a head for the next symbol; the last layer always has one."""
     return [layer for layer, offset in trained.heads.pairs if offset == 1]
 
 
@@ -57,7 +57,7 @@ def trained_with(trained: TrainedModel) -> str:
 def empty_model(
     config: Config, vocabulary_size: int, pairs: Iterable[tuple[int, int]], last_tower: bool
 ) -> nn.ModuleDict:
-    """Transformer and heads without values, on the meta device; `pairs` and `last_tower` as in `Heads`."""
+    """Transformer and heads on the meta device; `pairs` and `last_tower` as in `Heads`."""
     model, layers = config.model, config.aux.layers
     with torch.device("meta"):
         transformer = CharTransformer(model, vocabulary_size)
@@ -67,34 +67,35 @@ def empty_model(
 
 
 def truncate(trained: TrainedModel, depth: int | None = None, *, keep_heads: bool = False) -> TrainedModel:
-    """The model that ends at layer `depth`, by default the last; it shares its parameters with the whole one.
+    """The model cut at layer `depth`, by default the last; it shares the model's parameters.
 
-    It gives the same logits, to the last bit, as the exit of that layer in the whole model: it runs the same layers,
-    and the exit's norm becomes its final norm.
+    Its logits are, to the last bit, those of that layer's exit in the whole model.
 
     Args:
-        keep_heads: keep the heads of lower layers and for later symbols, which early exit and drafts need. Otherwise
-            only the last layer's head for the next symbol stays.
+        keep_heads: keep the heads of lower layers and for later symbols, for early exit and drafts.
+            Otherwise only the head of layer `depth` for the next symbol stays.
 
     Raises:
         UserError: there is no such layer, or it has no head for the next symbol.
     """
-    num_layers, exits, layers = trained.config.model.num_layers, exit_layers(trained), trained.config.aux.layers
+    num_layers = trained.config.model.num_layers
     depth = num_layers if depth is None else depth
     if not 1 <= depth <= num_layers:
         raise UserError(f"depth={depth}: the model's layers run from 1 to {num_layers}", "depth")
+    exits = exit_layers(trained)
     if depth not in exits:
-        there = ", ".join(map(str, exits))
-        raise UserError(f"depth={depth}: has no head for the next symbol; choose one of {there}", "depth")
-    pairs = [pair for pair in trained.heads.pairs if (pair[0] <= depth if keep_heads else pair == (depth, 1))]
-    cut = replace(trained, options=trained_with(trained), hedge_weights=trained.hedge_weights if keep_heads else None)
-    state, last_tower = dict(trained.modules.state_dict()), trained.heads.last_tower
+        choices = ", ".join(map(str, exits))
+        raise UserError(f"depth={depth}: has no head for the next symbol; choose one of {choices}", "depth")
+    pairs = [(depth, 1)]
+    if keep_heads:
+        pairs = [(layer, offset) for layer, offset in trained.heads.pairs if layer <= depth]
+    hedge_weights = trained.hedge_weights if keep_heads else None
+    cut = replace(trained, options=trained_with(trained), hedge_weights=hedge_weights)
+    state = trained.modules.state_dict()
+    last_tower = trained.heads.last_tower
     if depth < num_layers:
-        if layers.head in ("shared", "shared_frozen"):  # the last layer's classifier becomes the exit's own
-            old, new = (f"heads.exits.layer{layer}." for layer in (num_layers, depth))
-            state |= {name.replace(old, new): tensor for name, tensor in state.items() if name.startswith(old)}
-        norm = trained.heads.norm(depth).state_dict()
-        state |= {f"transformer.final_norm.{name}": tensor for name, tensor in norm.items()}
+        layers = trained.config.aux.layers
+        state = _state_of_exit(trained, depth)
         last_tower = layers.head == "tower"
         kinds = LayersConfig(head=layers.head, tower_width=layers.tower_width, tower_dropout=layers.tower_dropout)
         model = trained.config.model.replace(num_layers=depth)
@@ -106,7 +107,19 @@ def truncate(trained: TrainedModel, depth: int | None = None, *, keep_heads: boo
     return replace(cut, **modules)
 
 
+def _state_of_exit(trained: TrainedModel, depth: int) -> dict[str, Tensor]:
+    """Parameters for a model that ends at `depth`: the exit's norm is the final norm."""
+    state = dict(trained.modules.state_dict())
+    if trained.config.aux.layers.head in ("shared", "shared_frozen"):
+        # the exit has used the last layer's classifier
+        last = f"heads.exits.layer{trained.config.model.num_layers}."
+        own = f"heads.exits.layer{depth}."
+        state |= {name.replace(last, own): tensor for name, tensor in state.items() if name.startswith(last)}
+    norm = trained.heads.norm(depth).state_dict()
+    return state | {f"transformer.final_norm.{name}": tensor for name, tensor in norm.items()}
+
+
 def shallowest(layers: Mapping[int, float], within: float) -> int:
     """The lowest layer whose bits per character are at most `within` above the best layer's."""
-    most = min(layers.values()) + within
-    return min(layer for layer, bits in layers.items() if bits <= most)
+    limit = min(layers.values()) + within
+    return min(layer for layer, bits in layers.items() if bits <= limit)

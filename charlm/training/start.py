@@ -111,7 +111,7 @@ def open_run(
     with run.lock() if main else nullcontext():
         accelerator.wait_for_everyone()
         state, checkpoint = TrainState(), None
-        with run.refused_unless("read and written"):
+        with run.os_errors_explained(cannot_be="read and written"):
             if resumes:
                 checkpoint = _where_to_continue(run, config, corpus, chosen, news)
             check_agreed(run, checkpoint.step if checkpoint else 0, accelerator)
@@ -240,7 +240,7 @@ def check_folder(config: RunConfig) -> bool:
         UserError: there is no run to continue, or something is in the way of a new one.
     """
     run = Run(config.dir)
-    with run.refused_unless("read"):
+    with run.os_errors_explained(cannot_be="read"):
         asked = config.resume or config.resume_from is not None or _begun_by_this_launcher(run)
         if asked or (config.auto_resume and run.config_path.exists()):
             Run.open(run.path)

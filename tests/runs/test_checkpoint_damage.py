@@ -91,8 +91,8 @@ DAMAGED = {
     ),
     "an extra file": (written("model.bin", "x"), ["model.bin", "no checkpoint has such a file"]),
     "linked parameters": (linked(MODEL), [MODEL, "a link"]),
-    "a folder in place of a file": (replaced(OPTIMIZER, Path.mkdir), [OPTIMIZER, "no file at all"]),
-    "a pipe that never ends": (replaced(MODEL, os.mkfifo), [MODEL, "no file at all"]),
+    "a folder in place of a file": (replaced(OPTIMIZER, Path.mkdir), [OPTIMIZER, "regular file"]),
+    "a pipe that never ends": (replaced(MODEL, os.mkfifo), [MODEL, "regular file"]),
     "a pickle": (written(MODEL, PICKLE), [MODEL, "does not match"]),
     "state of another run": (written(STATE, '{"step": 1}'), [STATE, "does not match"]),
 }
@@ -175,7 +175,7 @@ def test_a_folder_that_is_a_link_is_refused(sound_run, tmp_path):
     folder.symlink_to(tmp_path / "outside")
     outside = content(tmp_path / "outside")
     run = Run(tmp_path / "run")
-    with pytest.raises(UserError, match="step-00000001 is damaged: it is no folder"):
+    with pytest.raises(UserError, match="step-00000001 is damaged: it is not a folder"):
         load(run.path, device="cpu")
     assert newest_whole_checkpoint(run)[0] is None
     for step in (2, 3):

@@ -94,7 +94,7 @@ def test_the_newest_whole_checkpoint_is_found_past_damaged_ones(run):
     assert number_of(checkpoint) == 2.0
     assert warnings == [
         f"checkpoint of step 4 skipped: {folders[3]}/model.safetensors is damaged: it does not match manifest.json",
-        f"checkpoint of step 3 skipped: {folders[2]}/state.json is damaged: it is missing, a link, or no file at all",
+        f"checkpoint of step 3 skipped: {folders[2]}/state.json is damaged: it is missing, a link, or not a regular file",
     ]
     with pytest.raises(UserError, match=r"state.json is damaged: .*; whole checkpoints are at the steps: 1, 2"):
         find_checkpoint(run, "best")

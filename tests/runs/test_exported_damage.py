@@ -27,7 +27,7 @@ PLACE = [CONFIG, "name a place on a machine"]
 CASES = {
     "no tensors": (missing(TENSORS), [TENSORS, "is missing"]),
     "no vocabulary": (missing(VOCABULARY), [VOCABULARY, "is missing"]),
-    "a pipe that never ends": (replaced(TENSORS, os.mkfifo), [TENSORS, "no regular file"]),
+    "a pipe that never ends": (replaced(TENSORS, os.mkfifo), [TENSORS, "regular file"]),
     "a config that never ends": (replaced(CONFIG, lambda path: path.symlink_to("/dev/zero")), [CONFIG]),
     "a config that is no JSON": (written(CONFIG, "{"), [CONFIG, "cannot be read as JSON"]),
     "a config of megabytes": (written(CONFIG, "[" + "0," * 2**20 + "0]"), [CONFIG, "more than 1,048,576 bytes"]),

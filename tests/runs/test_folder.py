@@ -20,7 +20,7 @@ def run_in(folder) -> Run:
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     """Guards against a traceback where a file is in the way, or the disk takes no new folder."""
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=rf"run.dir={tmp_path}/file/run: cannot be made \(Not a directory\); mend that"):
+    with pytest.raises(UserError, match=rf"run.dir={tmp_path}/file/run: cannot be made \(Not a directory\); fix that"):
         run_in(tmp_path / "file" / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -75,7 +75,7 @@ def test_what_cannot_be_had(hub, tmp_path):
     hub.files["owner/other"] = {"pytorch_model.bin": b"x"}
     (tmp_path / "runs").mkdir()
     names = {
-        "owner/nothing": "is no folder, and cannot be fetched from the hub",
+        "owner/nothing": "is neither a folder nor a model that could be downloaded",
         "owner/other": "was not exported by charlm: it has no config.json",
         "runs/mistyped": "is not a run",
         "mistyped": "is not a run",
@@ -94,4 +94,4 @@ def test_what_cannot_be_had(hub, tmp_path):
         assert name in line and message in line
     assert not any("mistyped" in path for path in hub.answered)
     offline = hub.run("import charlm; charlm.load('owner/nothing')", HF_HUB_OFFLINE="1")
-    assert "UserError: owner/nothing is no folder, and cannot be fetched from the hub" in offline.stderr
+    assert "UserError: owner/nothing is neither a folder nor a model" in offline.stderr

@@ -233,7 +233,7 @@ def test_a_full_disk_at_the_beginning_is_said(resumed, stopped, tmp_path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(folder.os, "fsync", full)
-    with pytest.raises(UserError, match=r"run.dir=.*: cannot be .* \(No space left on device\); mend that"):
+    with pytest.raises(UserError, match=r"run.dir=.*: cannot be .* \(No space left on device\); fix that"):
         train(*flags)
     assert checkpoint_folder(run, 10).is_dir()
 
