@@ -129,7 +129,8 @@ def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> C
     _tidy(run)
     tensors = [*snapshot.model.values(), *snapshot.optimizer.values()]
     check_space(run.checkpoints_path, tensors)
-    metadata = {"vocabulary": digest(run.provenance()["corpus"].get("vocabulary"))}
+    vocabulary = run.provenance()["corpus"].get("vocabulary")
+    metadata = {"vocabulary": digest(vocabulary)}
     try:
         with replacing(target) as temporary:
             temporary.mkdir()
@@ -155,7 +156,7 @@ def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> C
 
 
 def find_checkpoint(run: Run, which: str | int = "best") -> Checkpoint:
-    """The checkpoint named by `which`: best, last, or a step. Its files are verified.
+    """The checkpoint `which`: best, last, or a step. Its files are verified.
 
     Raises:
         UserError: it does not exist, or one of its files is damaged.
@@ -197,8 +198,8 @@ def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[s
     """Make `checkpoint` the run's newest: drop later metrics and checkpoints.
 
     With `discard`, whole checkpoints are removed; others are put aside, as a disk may fail for a moment.
-    `best` will name the best step of the checkpoint's state, if it is there, else the same step as
-    before, else the checkpoint itself.
+    `best` will name the best step of the checkpoint's state, if it exists, else the same step as before,
+    else this checkpoint.
 
     Returns:
         Warnings about checkpoints put aside and damaged metrics dropped.

@@ -101,7 +101,7 @@ class ModelRecord(BaseModel, strict=True):
 
 
 def save_model(trained: TrainedModel, folder: Path | str, name: str | None = None) -> Path:
-    """Export a model to a new folder. `name` is its name in the card, by default the folder's.
+    """Export a model to a new folder. Its card calls it `name`, or as the folder.
 
     Raises UserError if the folder exists or cannot be written.
     """
@@ -236,10 +236,10 @@ def _read_config(path: Path) -> tuple[ModelRecord, Config]:
             raise UserError("options: must not name a place on a machine")
         in_range = all(0 < layer <= last and 0 < offset <= MAX_OFFSET for layer, offset in pairs)
         if not in_range or [last, 1] not in pairs:
-            limits = f"layers up to {last}, and offsets up to {MAX_OFFSET}"
-            raise UserError(f"heads.pairs: must hold [{last}, 1], {limits}")
+            limits = f"only layers up to {last} and offsets up to {MAX_OFFSET}"
+            raise UserError(f"heads.pairs: needs [{last}, 1], and {limits}")
         if weights is not None and not (any(weights.values()) and all([layer, 1] in pairs for layer in weights)):
-            raise UserError("hedge_weights: must be of layers with a head for the next symbol, and not all 0")
+            raise UserError("hedge_weights: must belong to layers with a next-symbol head, and not all be 0")
     except (UserError, RecursionError) as error:
         raise UserError(f"{path}: {first_line(error)}") from None
     return record, config

@@ -74,7 +74,7 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def check_space(folder: Path, tensors: Iterable[Tensor]) -> None:
-    """Raise OSError unless the folder's disk has room for the tensors and small files."""
+    """Raise OSError unless the folder's disk has room for the tensors."""
     needed = SPARE_BYTES + sum(tensor.nbytes for tensor in tensors)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -108,7 +108,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: str) -> None:
-    """Raise UserError unless a file has tensors of the names, shapes and types that `owner` needs."""
+    """Raise UserError if names, shapes or types of tensors are not those that `owner` needs."""
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise UserError(f"{path} has no tensor {name}, which {owner} has")

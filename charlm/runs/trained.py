@@ -43,7 +43,7 @@ class TrainedModel:
 
 
 def exit_layers(trained: TrainedModel) -> list[int]:
-    """The layers that have a head for the next symbol; the last layer always has one."""
+    """Layers with a head for the next symbol; the last always has one."""
     return [layer for layer, offset in trained.heads.pairs if offset == 1]
 
 
