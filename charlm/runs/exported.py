@@ -101,7 +101,7 @@ class ModelRecord(BaseModel, strict=True):
 
 
 def save_model(trained: TrainedModel, folder: Path | str, name: str | None = None) -> Path:
-    """Export a model to a new folder. Its card calls it `name`, or as the folder.
+    """Export a model to a new folder. `name` goes into its card, by default that of the folder.
 
     Raises UserError if the folder exists or cannot be written.
     """

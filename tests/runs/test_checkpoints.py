@@ -92,10 +92,9 @@ def test_the_newest_whole_checkpoint_is_found_past_damaged_ones(run):
     (folders[2] / "state.json").unlink()
     checkpoint, warnings = newest_whole_checkpoint(run)
     assert number_of(checkpoint) == 2.0
-    assert warnings == [
-        f"checkpoint of step 4 skipped: {folders[3]}/model.safetensors is damaged: it does not match manifest.json",
-        f"checkpoint of step 3 skipped: {folders[2]}/state.json is damaged: it is missing, a link, or not a regular file",
-    ]
+    faults = ["model.safetensors is damaged: it does not match", "state.json is damaged: it is missing"]
+    for step, fault, warning in zip((4, 3), faults, warnings, strict=True):
+        assert f"checkpoint of step {step} skipped: {folders[step - 1]}/{fault}" in warning
     with pytest.raises(UserError, match=r"state.json is damaged: .*; whole checkpoints are at the steps: 1, 2"):
         find_checkpoint(run, "best")
     aside = [run.checkpoints_path / f".step-0000000{step}.damaged" for step in (4, 3)]
