@@ -236,8 +236,7 @@ def _read_config(path: Path) -> tuple[ModelRecord, Config]:
             raise UserError("options: must not name a place on a machine")
         in_range = all(0 < layer <= last and 0 < offset <= MAX_OFFSET for layer, offset in pairs)
         if not in_range or [last, 1] not in pairs:
-            limits = f"only layers up to {last} and offsets up to {MAX_OFFSET}"
-            raise UserError(f"heads.pairs: needs [{last}, 1], and {limits}")
+            raise UserError(f"heads.pairs: needs [{last}, 1], layers to {last}, offsets to {MAX_OFFSET}")
         if weights is not None and not (any(weights.values()) and all([layer, 1] in pairs for layer in weights)):
             raise UserError("hedge_weights: must belong to layers with a next-symbol head, and not all be 0")
     except (UserError, RecursionError) as error:
