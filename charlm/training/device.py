@@ -17,21 +17,19 @@ from charlm.config import Config, TrainConfig, UserError
 from charlm.model.attention import attends_in_blocks
 from charlm.objective.routes import ROUTES
 
-PATIENCE = timedelta(minutes=10)
-"""How long processes wait for one that hangs. If one dies, the others end at once."""
+PATIENCE = timedelta(minutes=10)  # with a process that hangs
 
 
 def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
     """The Accelerator of this run, and the reason for its precision.
 
-    Raises:
-        UserError: fp16 on a CPU, or the launcher sets gradient accumulation.
+    Raises UserError for fp16 on a CPU, and if the launcher sets gradient accumulation.
     """
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
         raise UserError(
-            f"accelerate's gradient_accumulation_steps={accumulation}: use --train.micro_batch_size, "
-            "which keeps the global batch, and leave accelerate's at 1"
+            f"accelerate's gradient_accumulation_steps={accumulation}: use "
+            "--train.micro_batch_size, which keeps the global batch, and set accelerate's to 1"
         )
     precision, reason = choose_precision(train)
     _rejoin_group()
@@ -40,7 +38,7 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
     with patch_environment(accelerate_use_fsdp="false"):  # `charlm.training.sharding` does that
         accelerator = Accelerator(
             mixed_precision=precision,
-            dynamo_backend="no",  # blocks are compiled one by one, see `choose_compile`
+            dynamo_backend="no",  # blocks are compiled one by one
             kwargs_handlers=[
                 # Silent heads take no part in the backward pass; the reducer must expect that.
                 DistributedDataParallelKwargs(find_unused_parameters=True),
@@ -54,23 +52,25 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
 def leave_group() -> None:
     """End the process group and its threads, which end with the last reference to it.
 
-    A gloo thread that frees a tensor while Python shuts down asks for the GIL, and aborts the process.
+    A gloo thread that frees a tensor while Python shuts down aborts the process.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
         for thing in gc.get_objects():
-            if type(thing) is dist.DeviceMesh:  # private caches of DTensor hold it, and it holds the group
+            # Private caches of DTensor hold the mesh, and it holds the group.
+            if type(thing) is dist.DeviceMesh:
                 vars(thing).clear()
         gc.collect()
 
 
 def _rejoin_group() -> None:
-    """Build the process group where a launcher of one machine has restarted its processes.
+    """Build the process group if a launcher of one machine has restarted its processes.
 
-    In the launcher's store torch would find the addresses of the earlier ones, and wait for them.
+    torch would find the earlier processes in the launcher's store, and wait for them.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
+    one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if attempt == "0" or not one_machine or dist.is_initialized():
         return
     store, rank, num_processes = next(dist.rendezvous("env://", timeout=PATIENCE))
     store = dist.PrefixStore(f"attempt {attempt}", store)
@@ -84,10 +84,9 @@ def on_cpu() -> bool:
 
 
 def choose_precision(train: TrainConfig) -> tuple[str, str]:
-    """Mixed precision, in accelerate's words, and its reason: the config's, else the launcher's, else the best.
+    """Mixed precision in accelerate's words, and the reason for it.
 
-    Raises:
-        UserError: fp16 on a CPU, which accelerate would silently run in fp32.
+    Raises UserError for fp16 on a CPU, which accelerate would silently run in fp32.
     """
     if train.mixed_precision != "auto":
         precision, reason = train.mixed_precision, "as configured"
@@ -98,7 +97,8 @@ def choose_precision(train: TrainConfig) -> tuple[str, str]:
     else:
         precision, reason = "no", "no native bf16 here"
     if precision == "fp16" and on_cpu():
-        raise UserError("train.mixed_precision=fp16: not available on a CPU; use bf16 or fp32", "train.mixed_precision")
+        text = "not available on a CPU; use bf16 or fp32"
+        raise UserError(f"train.mixed_precision=fp16: {text}", "train.mixed_precision")
     return {"fp32": "no"}.get(precision, precision), reason
 
 
@@ -106,33 +106,38 @@ def has_fast_bf16() -> bool:
     """Whether matrix products in bf16 run in hardware."""
     if not on_cpu():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # younger than the oldest torch supported
+    # The oldest torch supported lacks this function.
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities = get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def choose_compile(train: TrainConfig) -> bool:
-    """Whether to compile: as the config says, or else if the launcher was given a dynamo backend."""
+    """Whether to compile: the config decides, or else the launcher's dynamo backend."""
     if train.compile != "auto":
         return train.compile == "yes"
     return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
 
 
 def describe_attention(config: Config) -> str:
-    """How attention is computed, and the reason if no fused kernel does it."""
-    if on_cpu() and config.model.attention_dropout > 0:
-        return "attention unfused (the CPU's fused kernel has no dropout; model.attention_dropout=0 is faster)"
-    if attends_in_blocks(config.train.attention, "cpu" if on_cpu() else "cuda"):
-        return "attention in blocks (without the masked half, which the fused kernel computes)"
+    """How attention is computed."""
+    device = "cpu" if on_cpu() else "cuda"
+    if device == "cpu" and config.model.attention_dropout > 0:
+        reason = "the CPU's fused kernel has no dropout; model.attention_dropout=0 is faster"
+        return f"attention unfused ({reason})"
+    if attends_in_blocks(config.train.attention, device):
+        return "attention in blocks (the fused kernel also computes the masked half)"
     return "attention fused"
 
 
 @contextmanager
 def torch_settings(config: Config) -> Iterator[None]:
-    """Process-wide settings of a run inside, restored after."""
-    # The first of several backward passes must not give its buffers away. torch's error message advises this way.
+    """Inside, torch's process-wide settings are those of the run."""
+    # Several backward passes share buffers. torch's error message advises this private name.
     from torch._functorch import config as functorch
 
-    matmul, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    matmul = torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     torch.use_deterministic_algorithms(config.train.deterministic or deterministic)
     try:

@@ -1,14 +1,13 @@
 """Diagnostics in training: bits per character of each head, and gradients of the losses at each layer.
 
-All is measured without dropout on the same text, so a curve moves only with the model: bits per character on the
-beginning of what validation scores, gradients on windows spread evenly over all of it.
+Both are measured without dropout, always on the same text: bits on the first symbols that validation
+scores, gradients on windows spread over all of it.
 
 Shapes: B batch, T positions, D d_model, K offsets, M predictions of a batch, W characters of a window.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,8 +26,8 @@ from charlm.objective.objective import Objective
 from charlm.training.device import choose_compile
 from charlm.training.sharding import is_sharded, unsharded
 
-SYMBOLS = 20_000  # most that bits per character are measured on
-WINDOWS = 16  # that gradients are measured on
+SYMBOLS = 20_000  # at most, for bits per character
+WINDOWS = 16  # for gradients
 Figures = dict[str, float]
 
 
@@ -40,29 +39,33 @@ def diagnose(
     progress: float,
     micro_batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """The results of `bits_per_head` and, unless the model is sharded, `gradient_figures`, as metrics.jsonl has them.
+    """A row for metrics.jsonl: `bits_per_head` and, unless the model is sharded, `gradient_figures`.
 
-    Parameters, their `.grad`, optimizers and random state stay as they were. Each process computes everything.
-    `objective` is in training mode, and not in DDP, whose reducer must not see these gradients.
+    Leaves parameters, their `.grad`, optimizers and random state alone. `objective` is in training
+    mode, and not in DDP, whose reducer must not see these gradients.
     """
-    train, ids = config.train, corpus.splits["valid"].ids
-    text, part = ids[: min(train.valid_symbols, SYMBOLS)], ids[: max(train.valid_symbols, objective.window_length)]
+    train = config.train
+    ids = corpus.splits["valid"].ids
+    text = ids[: min(train.valid_symbols, SYMBOLS)]
+    part = ids[: max(train.valid_symbols, objective.window_length)]
+    micro_batch_size = micro_batch_size or -(-train.batch_size // accelerator.num_processes)
     autocast_dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision)
     eager = torch.compiler.set_stance("force_eager") if choose_compile(train) else nullcontext()
     objective.eval()
-    # The transformer's own mode only switches activation checkpointing, which saves memory here, too.
+    # The transformer's own mode only switches activation checkpointing.
     objective.transformer.training = True
-    with unsharded(objective), eager:  # compiling would not pay off for something so rare
+    with unsharded(objective), eager:  # compiling would not pay off
         characters, _ = count_units(text, corpus.vocabulary)
         bits = bits_per_head(objective, text, characters, autocast_dtype)
         record = {"symbols": len(text), "bits_per_character": bits}
         if not is_sharded(objective):
             record["windows"] = WINDOWS
+            windows = spread_windows(part, WINDOWS, objective.window_length)
             record |= gradient_figures(
                 objective,
-                torch.from_numpy(spread_windows(part, WINDOWS, objective.window_length)),
+                torch.from_numpy(windows),
                 progress,
-                micro_batch_size=micro_batch_size or -(-train.batch_size // accelerator.num_processes),
+                micro_batch_size=micro_batch_size,
                 autocast_dtype=autocast_dtype,
                 loss_scale=accelerator.scaler.get_scale() if accelerator.scaler else 1.0,
             )
@@ -76,16 +79,19 @@ def bits_per_head(
 ) -> Figures:
     """Bits per character of a text by each head, {"layer3/offset2": ...}, silent heads included.
 
-    Scored as in validation, whose figure is that of the last layer and offset 1. The head of offset k predicts a symbol
-    from those at least k before it; the first k symbols cost ln V. Figures that are not finite are left out.
-
+    The last layer's head of offset 1 is scored as in validation. The head of offset k predicts a
+    symbol from those at least k before it; the first k cost ln V. Only finite figures are returned.
     `ids` is the text, [N], in which `characters` begin.
     """
     transformer, heads = objective.transformer, objective.heads
-    context_length, device = transformer.config.context_length, next(transformer.parameters()).device
-    offsets_of = {layer: [offset for own, offset in heads.pairs if own == layer] for layer in heads.layers}
+    context_length = transformer.config.context_length
+    device = next(transformer.parameters()).device
     unknown = math.log(transformer.vocabulary_size)
-    nats = {f"layer{layer}/offset{offset}": min(offset, len(ids)) * unknown for layer, offset in heads.pairs}
+    offsets_of = {layer: [] for layer in heads.layers}
+    nats = {}
+    for layer, offset in heads.pairs:
+        offsets_of[layer].append(offset)
+        nats[f"layer{layer}/offset{offset}"] = min(offset, len(ids)) * unknown
     text = torch.from_numpy(ids.astype(np.int64)).to(device)
     windows = evaluation_windows(len(ids), context_length, default_stride(context_length))
     for symbols_M, hidden_states in read_windows(
@@ -93,12 +99,13 @@ def bits_per_head(
     ):
         for layer, offsets in offsets_of.items():
             targets_MK = symbols_M.to(device)[:, None] - 1 + torch.tensor(offsets, device=device)
+            inside_MK = targets_MK < len(ids)
+            ids_MK = text[targets_MK.clamp(max=len(ids) - 1)]
+            ones_MK = torch.ones(targets_MK.shape, device=device)
             hidden_1MD = hidden_states[layer].float()[None]
             states_1MD, weight, bias = heads.classifiers(hidden_1MD, layer, offsets)
-            ones_MK = torch.ones(targets_MK.shape, device=device)
-            ids_MK = text[targets_MK.clamp(max=len(ids) - 1)]
             _, losses_MK = linear_cross_entropy(states_1MD[0], weight, bias, ids_MK, ones_MK)
-            sums = (losses_MK.double() * (targets_MK < len(ids))).sum(dim=0).tolist()
+            sums = (losses_MK.double() * inside_MK).sum(dim=0).tolist()
             for offset, total in zip(offsets, sums, strict=True):
                 nats[f"layer{layer}/offset{offset}"] += total
     return _finite({head: total / (characters * math.log(2)) for head, total in nats.items()})
@@ -115,28 +122,35 @@ def gradient_figures(
 ) -> dict[str, Figures]:
     """Gradients of the table's losses at each layer, {"supervision_ratio": {"layer3": ...}, ...}.
 
-    loss_i is the sum of the active rows of layer l_i on these windows, L the last layer, x_l the output of layer l (for
-    the last layer, before the final norm), theta_l the parameters of its block, |.| the Euclidean norm over all windows
-    and positions, or all parameters. For layer l with the outputs A(l) = {i: l_i >= l}:
+    loss_i is the sum of the active rows of layer i, if any; L the last layer, x_l the output of layer l
+    before the final norm, theta_l the parameters of its block; norms are Euclidean, over all windows
+    and positions or parameters. The figures of layer l are
 
-        supervision_ratio[l]      = mean over i in A(l) of |d loss_i / d x_{l_i}| / |d loss_i / d x_l|
-        main_supervision_ratio[l] = |d loss_L / d x_L| / |d loss_L / d x_l|
-        gradient_cosine[l]        = <a, m> / (|a| |m|),  a = sum_{i < L} d loss_i / d theta_l,  m = d loss_L / d theta_l
-        gradient_norm[l]          = |a + m|
+        supervision_ratio      = mean over i >= l of |d loss_i / d x_i| / |d loss_i / d x_l|
+        main_supervision_ratio = |d loss_L / d x_L| / |d loss_L / d x_l|
+        gradient_cosine        = <a, m> / (|a| |m|)
+        gradient_norm          = |a + m|
+        a                      = sum over i < L of d loss_i / d theta_l
+        m                      = d loss_L / d theta_l
 
-    (Guo et al. 2016, AuxNet, for the ratio of one output; a layer's own output counts with 1.) Figures that are not
-    finite, or that no output defines, are left out. aux.route does not count.
+    Figures that are not finite, or that no output defines, are left out. aux.route is ignored.
+    Source: Guo et al. 2016, AuxNet, for the ratio of one output.
 
     Args:
         windows_BW: windows of at most `objective.window_length` symbols.
-        loss_scale: factor of the losses in the backward pass, so that fp16 can represent the gradients.
+        loss_scale: factor of the losses, for fp16.
     """
-    num_layers, device = objective.transformer.config.num_layers, objective.transformer.embedding.weight.device
-    blocks = {layer: list(block.parameters()) for layer, block in enumerate(objective.transformer.blocks, start=1)}
-    squares: dict[tuple[int, int], Any] = defaultdict(float)  # |d loss / d x|^2 by output and layer
-    auxiliary, main = ({layer: [torch.zeros_like(p) for p in own] for layer, own in blocks.items()} for _ in range(2))
+    transformer = objective.transformer
+    num_layers, device = transformer.config.num_layers, transformer.embedding.weight.device
+    blocks, auxiliary, main = {}, {}, {}
+    for layer, block in enumerate(transformer.blocks, start=1):
+        blocks[layer] = list(block.parameters())
+        auxiliary[layer] = [torch.zeros_like(parameter) for parameter in blocks[layer]]
+        main[layer] = [torch.zeros_like(parameter) for parameter in blocks[layer]]
+    squares = defaultdict(float)  # |d loss / d x|^2 by output and layer
     for micro_batch_BW in windows_BW.split(micro_batch_size):
-        states, losses = _states_and_losses(objective, micro_batch_BW.to(device), progress, autocast_dtype)
+        on_device_BW = micro_batch_BW.to(device)
+        states, losses = _states_and_losses(objective, on_device_BW, progress, autocast_dtype)
         factor = loss_scale * len(micro_batch_BW) / len(windows_BW)
         for output, loss in losses.items():
             below = range(1, output + 1)
@@ -147,22 +161,22 @@ def gradient_figures(
                 squares[output, layer] += next(gradients).double().square().sum()
                 for total in sums[layer]:
                     total += next(gradients)
-    names = ("supervision_ratio", "main_supervision_ratio", "gradient_cosine", "gradient_norm")
-    figures: dict[str, Figures] = {name: {} for name in names}
+    figures = defaultdict(dict)
     for layer in range(1, max(losses) + 1):
+        name = f"layer{layer}"
         ratios = {i: float((squares[i, i] / squares[i, layer]).sqrt()) for i in losses if i >= layer}
         a, m = auxiliary[layer], main[layer]
         norms = math.sqrt(_dot(a, a)) * math.sqrt(_dot(m, m))
         both = [x + y for x, y in zip(a, m, strict=True)]
-        figures["supervision_ratio"][f"layer{layer}"] = sum(ratios.values()) / len(ratios)
-        figures["main_supervision_ratio"][f"layer{layer}"] = ratios.get(num_layers, math.nan)
-        figures["gradient_cosine"][f"layer{layer}"] = _dot(a, m) / norms if norms > 0 else math.nan
-        figures["gradient_norm"][f"layer{layer}"] = math.sqrt(_dot(both, both)) / loss_scale
-    return {name: _finite(values) for name, values in figures.items()}
+        figures["supervision_ratio"][name] = sum(ratios.values()) / len(ratios)
+        figures["main_supervision_ratio"][name] = ratios.get(num_layers, math.nan)
+        figures["gradient_cosine"][name] = _dot(a, m) / norms if norms > 0 else math.nan
+        figures["gradient_norm"][name] = math.sqrt(_dot(both, both)) / loss_scale
+    return {kind: _finite(values) for kind, values in figures.items()}
 
 
 def spread_windows(ids: np.ndarray, count: int, length: int) -> np.ndarray:
-    """`count` windows spread evenly over a text, from its beginning to its end: int64 [count, length]."""
+    """`count` windows spread evenly over a whole text: int64 [count, length]."""
     starts = np.linspace(0, len(ids) - length, count).astype(np.int64)
     return np.stack([ids[start : start + length] for start in starts]).astype(np.int64)
 
@@ -170,18 +184,21 @@ def spread_windows(ids: np.ndarray, count: int, length: int) -> np.ndarray:
 def _states_and_losses(
     objective: Objective, windows_BW: Tensor, progress: float, autocast_dtype: torch.dtype | None
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """The residual stream after each layer, [B, T, D], and the loss of each layer with an active row."""
-    transformer, before_norm = objective.transformer, []
-    hook = transformer.final_norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))
+    """The residual stream after each layer, [B, T, D], and the loss of each active layer."""
+    transformer = objective.transformer
     num_layers = transformer.config.num_layers
-    with torch.autocast(windows_BW.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-        hidden_states = transformer(windows_BW[:, : -objective.longest_offset], layers=range(1, num_layers + 1))
+    inputs_BT = windows_BW[:, : -objective.longest_offset]
+    before_norm = []
+    norm, enabled = transformer.final_norm, autocast_dtype is not None
+    hook = norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))
+    with torch.autocast(windows_BW.device.type, dtype=autocast_dtype, enabled=enabled):
+        hidden_states = transformer(inputs_BT, layers=range(1, num_layers + 1))
         losses = objective.losses(hidden_states, windows_BW, progress).by_layer
     hook.remove()
     return hidden_states | {num_layers: before_norm[0]}, losses
 
 
-def _dot(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
+def _dot(a: list[Tensor], b: list[Tensor]) -> float:
     return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
 
 

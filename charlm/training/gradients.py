@@ -23,11 +23,10 @@ from charlm.training.stop import is_about_memory
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one step in nats per symbol: this process's share, which adds up to that of the batch."""
+    """This process's share of a step's losses, in nats per symbol. All shares add up to the batch's."""
 
     names: tuple[str, ...]
-    row: Tensor
-    """Total loss, then the loss of each active term, of these names."""
+    row: Tensor  # total loss, then the loss of each term in `names`
 
     def __add__(self, other: "Losses") -> "Losses":
         """The losses of two passes, which share no term."""
@@ -36,9 +35,12 @@ class Losses:
 
 
 def weighted_losses(reports: Sequence[tuple[float, LossReport]]) -> Losses:
-    """Sum the losses of micro-batches, weighted by their shares of the global batch."""
-    rows = [share * torch.stack([report.total.detach(), *report.parts.values()]) for share, report in reports]
-    return Losses(tuple(reports[0][1].parts), torch.stack(rows).sum(dim=0))
+    """The sum of the losses of micro-batches, weighted by their shares of the batch."""
+    rows = []
+    for share, report in reports:
+        rows.append(share * torch.stack([report.total.detach(), *report.parts.values()]))
+    _, first = reports[0]
+    return Losses(tuple(first.parts), torch.stack(rows).sum(dim=0))
 
 
 def micro_batches(
@@ -49,7 +51,7 @@ def micro_batches(
     objective: Objective,
     step: int,
 ) -> list[tuple[float, Tensor]]:
-    """This process's windows of a step, cut up, and the share of each part in the batch."""
+    """This process's micro-batches of a step: each one's share of the batch, and its ids, [B, W]."""
     train = config.train
     divisor = train.context_divisor if step / train.steps < train.full_context_from else 1
     windows = training_windows(
@@ -59,7 +61,8 @@ def micro_batches(
         batch_size=train.batch_size * divisor,
         window_length=max(1, config.model.context_length // divisor) + objective.longest_offset,
     )
-    own = torch.from_numpy(np.array_split(windows, accelerator.num_processes)[accelerator.process_index])
+    shares = np.array_split(windows, accelerator.num_processes)
+    own = torch.from_numpy(shares[accelerator.process_index])
     parts = own.split((micro_batch_size or len(own)) * divisor)
     return [(len(windows_BW) / len(windows), windows_BW) for windows_BW in parts]
 
@@ -73,13 +76,16 @@ def accumulate_gradients(
     windows: list[tuple[float, Tensor]],
     layers: list[int] | None,
 ) -> Losses:
-    """Run forward and backward passes over `windows`, and return this process's share of the losses."""
+    """Run forward and backward passes over `windows`; return this process's losses."""
     train, reports = config.train, []
     for index, (share, windows_BW) in enumerate(windows):
+        # A resumed run repeats the dropout of the step.
         noise = np.random.SeedSequence([train.seed, step, accelerator.process_index, index])
-        torch.manual_seed(int(noise.generate_state(1, np.uint64)[0]))  # of dropout; a resumed run repeats it
-        with nullcontext() if index == len(windows) - 1 else no_sync(accelerator, model):
-            report = model(windows_BW.to(accelerator.device, non_blocking=True), step / train.steps, layers)
+        torch.manual_seed(int(noise.generate_state(1, np.uint64)[0]))
+        is_last = index == len(windows) - 1
+        with nullcontext() if is_last else no_sync(accelerator, model):
+            on_device_BW = windows_BW.to(accelerator.device, non_blocking=True)
+            report = model(on_device_BW, step / train.steps, layers)
             # Gradients are averaged over processes later.
             route.backward(report, share * accelerator.num_processes, accelerator.backward)
         reports.append((share, report))
@@ -87,16 +93,17 @@ def accumulate_gradients(
 
 
 def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper: int) -> int:
-    """The most windows, up to `upper`, that every process has the memory for, optimizer state included.
+    """The most windows, up to `upper`, that fit into every process's memory with optimizer state.
 
-    Tries the first step, when most terms are active, with a tenth less each time. Leaves parameters, gradients and
-    random state as they were. Raises UserError if not even one window fits.
+    Tries the first step, when most terms are active, each time with a tenth less. Leaves parameters,
+    gradients and random state alone. Raises UserError if not even one window fits.
     """
     windows = upper
     with torch.random.fork_rng():
         while windows > 0:
-            fits = torch.tensor(int(_fits(objective, accelerator, windows)), device=accelerator.device)
-            if accelerator.reduce(fits) == accelerator.num_processes:
+            fits = _fits(objective, accelerator, windows)
+            count = torch.tensor(int(fits), device=accelerator.device)
+            if accelerator.reduce(count) == accelerator.num_processes:
                 return windows
             gc.collect()
             torch.cuda.empty_cache()
@@ -107,11 +114,12 @@ def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper:
 
 
 def _fits(objective: Objective, accelerator: Accelerator, windows: int) -> bool:
-    """Whether this process has the memory for a micro-batch."""
+    """Whether a micro-batch fits into the memory of this process."""
     device, held = accelerator.device, []
     try:
-        # Room for Adam's two moments, which do not exist yet, and a twentieth of the memory for fragmentation.
-        held = [torch.empty_like(parameter) for parameter in objective.parameters() for _ in range(2)]
+        for parameter in objective.parameters():  # Adam's two moments do not exist yet
+            held += [torch.empty_like(parameter), torch.empty_like(parameter)]
+        # A twentieth may be lost to fragmentation.
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
             held.append(torch.empty(total // 20, dtype=torch.uint8, device=device))

@@ -1,9 +1,7 @@
 """Logging of a run: metrics.jsonl, the same numbers for accelerate's trackers, and a progress line.
 
-tensorboard, wandb, dvclive and swanlab write into RUN/trackers; the others write where they are configured to. A
-resumed run continues its record in tensorboard, wandb, dvclive, swanlab, trackio and comet_ml; other trackers start a
-new record of the same name. accelerate's `init_trackers` gives all trackers one project name, which tensorboard takes
-for a folder, and `end_training` destroys the process group, which a second run in the same process needs.
+Trackers are started and finished here: accelerate's `init_trackers` gives all one project name, which
+tensorboard takes for a folder; `end_training` destroys the process group, which a second run needs.
 """
 
 import math
@@ -31,25 +29,26 @@ from charlm.training.update import StepReport
 
 
 class Tracker:
-    """Writes metrics and shows progress; does nothing on any process but the main one.
+    """Writes metrics and shows progress, on the main process only.
 
-    In a terminal one line is redrawn in place; elsewhere only validations are printed, so that logs stay short.
+    In a terminal one line is redrawn in place; elsewhere only validations are printed.
     """
 
     def __init__(self, run: Run, config: Config, split: Split, terms: Sequence[Term], state: TrainState, main: bool):
-        """Log training on `split`. Raises UserError if one of run.tracker does not start."""
+        """Raises UserError if one of run.tracker does not start."""
         self.run, self.terms, self.main = run, terms, main
         self.bits_per_nat = split.symbols / split.characters / math.log(2)
-        self.total_steps = config.train.steps
-        self.symbols_per_step = config.train.batch_size * config.model.context_length
-        self.main_names = [f"layer{config.model.num_layers}/offset1/{positions}" for positions in ("all", "last")]
+        train = config.train
+        self.total_steps = train.steps
+        self.symbols_per_step = train.batch_size * config.model.context_length
+        main_head = f"layer{config.model.num_layers}/offset1"
+        self.main_names = [f"{main_head}/all", f"{main_head}/last"]
         self.trackers = start_trackers(config, run, state.step) if main else []
         self.began = time.perf_counter()
         self.earlier_seconds = state.seconds
         self.paused_seconds = 0.0
-        self.cadences = {"validating": config.train.valid_every, "diagnosing": config.train.diagnose_every}
-        self.newest_pauses: dict[str, float] = {}
-        """Seconds by kind. Saving is left out: it takes next to no time to begin."""
+        self.cadences = {"validating": train.valid_every, "diagnosing": train.diagnose_every}
+        self.newest_pauses = {}  # seconds by kind; saving takes next to none
         self.first_step = self.logged_step = state.step
         self.logged_seconds = 0.0
         self.loses_rows = False
@@ -60,21 +59,21 @@ class Tracker:
             disable=None if main else True,
             dynamic_ncols=True,
             bar_format="{n}/{total} {desc}",
-            desc=f"{self.time_left} left",
+            desc="? left",
         )
 
     @property
     def seconds(self) -> float:
-        """Duration of the run, including the time before it was resumed."""
+        """Duration of the run, earlier sessions included."""
         return self.earlier_seconds + time.perf_counter() - self.began
 
     @property
     def training_seconds(self) -> float:
-        """Duration of this process's steps, without validations, checkpoints and diagnostics."""
+        """Duration of this process's steps alone."""
         return time.perf_counter() - self.began - self.paused_seconds
 
     def seconds_left(self, step: int) -> float:
-        """Estimate from the mean speed so far and the newest pause of each kind."""
+        """Estimate from the mean speed and the newest pause of each kind."""
         left = (self.total_steps - step) * self.training_seconds / max(1, step - self.first_step)
         for doing, seconds in self.newest_pauses.items():
             every = steps_of(self.cadences[doing], self.total_steps)
@@ -83,7 +82,7 @@ class Tracker:
 
     @contextmanager
     def speed_paused(self, doing: str) -> Iterator[None]:
-        """Inside, time does not count towards the characters per second; the progress line says `doing`."""
+        """Inside, time does not count as training; the progress line says `doing`."""
         began, shown = time.perf_counter(), self.shown
         self._show(f", {doing}")
         self.bar.refresh()
@@ -98,16 +97,20 @@ class Tracker:
             self.newest_pauses[doing] = took
 
     def log_training(self, update: StepReport, learning_rate: float, hedge: Hedge | None = None) -> None:
-        """Record the losses of an update, and the weights that `hedge` gives the layers after it."""
+        """Record an update, and the weights of `hedge` after it."""
         if not self.main:
             return
-        step, parts, seconds = update.step, update.parts, self.training_seconds
-        speed = (step - self.logged_step) * self.symbols_per_step / (seconds - self.logged_seconds)
+        step, parts = update.step, update.parts
+        seconds = self.training_seconds
+        symbols = (step - self.logged_step) * self.symbols_per_step
+        speed = symbols / (seconds - self.logged_seconds)
         self.logged_step, self.logged_seconds = step, seconds
-        # The update used the weights of the progress before it.
-        weights = {term.name: weight for term, weight in active(self.terms, (step - 1) / self.total_steps)}
         main_loss = next((parts[name] for name in self.main_names if name in parts), None)
         bits = None if main_loss is None else main_loss * self.bits_per_nat
+        # The update used the weights of the progress before it.
+        progress = (step - 1) / self.total_steps
+        weights = {term.name: weight for term, weight in active(self.terms, progress)}
+        terms = {name: {"loss": loss, "weight": weights[name]} for name, loss in parts.items()}
         row = {
             "loss": update.loss,
             "bits_per_character": bits,
@@ -115,7 +118,7 @@ class Tracker:
             "characters_per_second": speed,
             "seconds": self.seconds,
             "memory": peak_memory(),
-            "terms": {name: {"loss": part, "weight": weights[name]} for name, part in parts.items()},
+            "terms": terms,
         }
         if hedge is not None:
             by_layer = zip(hedge.layers, hedge.weights.tolist(), strict=True)
@@ -124,15 +127,16 @@ class Tracker:
         self.time_left = tqdm.format_interval(self.seconds_left(step))
         shown_bits = "" if bits is None else f" {bits:.3f} bpc"  # the line fits into 80 columns
         shown_speed = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
-        terms = counted(len(parts), "term")
-        self._show(f" loss {update.loss:.4g}{shown_bits} lr {learning_rate:.1e} {terms} {shown_speed} ch/s")
+        losses = f" loss {update.loss:.4g}{shown_bits} lr {learning_rate:.1e}"
+        self._show(f"{losses} {counted(len(parts), 'term')} {shown_speed} ch/s")
         self.bar.update(step - self.bar.n)
 
     def log_validation(self, step: int, bits_per_character: float, bits_per_byte: float, best: bool) -> None:
         """Record a validation."""
         valid = {"bits_per_character": bits_per_character, "bits_per_byte": bits_per_byte}
         self.record(step, {"seconds": self.seconds, "valid": valid})
-        self.say(f"step {step}: valid {bits_per_character:.4f} bits per character{' (best so far)' if best else ''}")
+        mark = " (best so far)" if best else ""
+        self.say(f"step {step}: valid {bits_per_character:.4f} bits per character{mark}")
 
     def say(self, line: str) -> None:
         """Print a line above the progress line."""
@@ -140,7 +144,7 @@ class Tracker:
             tqdm.write(fitted(line), file=sys.stderr)
 
     def conclude(self, best_step: int | None, best_bits: float | None) -> None:
-        """Print the best score and the time this process took."""
+        """Print the best score and the time taken."""
         self.time_left = tqdm.format_interval(0.0)
         self._show(self.shown)
         if best_bits is not None:
@@ -148,7 +152,8 @@ class Tracker:
             self.say(f"best: {best_bits:.4f} bits per character on valid, {at}")
         took = time.perf_counter() - self.began
         aside = self.paused_seconds / took if took else 0.0
-        self.say(f"time: {tqdm.format_interval(took)}, {aside:.0%} of it for validations, checkpoints and diagnostics")
+        purpose = "validations, checkpoints and diagnostics"
+        self.say(f"time: {tqdm.format_interval(took)}, {aside:.0%} of it for {purpose}")
 
     def close(self) -> None:
         """Finish the trackers and close the progress line."""
@@ -157,7 +162,7 @@ class Tracker:
         self.bar.close()
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """Write a row of metrics.jsonl, for trackers, too."""
+        """Write a row of metrics.jsonl, and pass it to the trackers."""
         if not self.main:
             return
         row = {"step": step, "progress": step / self.total_steps} | values
@@ -165,21 +170,22 @@ class Tracker:
             self.run.append_metrics(row)
         except OSError as error:
             if not self.loses_rows:
-                self.say(f"metrics.jsonl lacks rows from step {step} on ({error.strerror}); the run goes on")
+                self.say(f"metrics.jsonl lacks rows from step {step} on: {error.strerror}")
             self.loses_rows = True
-        self.trackers = [
-            tracker for tracker in self.trackers if self._keeping_on(tracker.name, tracker.log, numbers(row), step=step)
-        ]
+        values = numbers(row)
+        for tracker in list(self.trackers):
+            if not self._keeping_on(tracker.name, tracker.log, values, step=step):
+                self.trackers.remove(tracker)
 
     def _show(self, rest: str) -> None:
-        """Put the time left and `rest` on the line. tqdm's estimate would jump with every validation."""
+        """Show the time left and `rest`; tqdm's own estimate would jump."""
         self.shown = rest
         self.bar.set_description_str(f"{self.time_left} left{rest}", refresh=False)
 
-    def _keeping_on(self, name: str, call: Callable[..., None], *arguments: Any, **options: Any) -> bool:
-        """Whether the call succeeded. A tracker that fails does not end the run."""
+    def _keeping_on(self, name: str, call: Callable[..., None], *args: Any, **options: Any) -> bool:
+        """Whether the call succeeded. A failed tracker does not end the run."""
         try:
-            call(*arguments, **options)
+            call(*args, **options)
         except Exception as error:
             self.say(f"run.tracker={name} failed and is no longer used: {error!r}")
             return False
@@ -192,28 +198,27 @@ def check_installed(names: Sequence[str]) -> None:
     if missing:
         differing = {"aim": "'aim<4'", "comet_ml": "comet-ml"}
         packages = " ".join(differing.get(name, name) for name in missing)
-        raise UserError(
-            f"run.tracker={','.join(missing)}: not installed; pip install {packages}, or leave it out", "run.tracker"
-        )
+        text = f"not installed; pip install {packages}, or leave it out"
+        raise UserError(f"run.tracker={','.join(missing)}: {text}", "run.tracker")
 
 
 def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
-    """Start the trackers of a run that has completed `step` steps, and record its options.
+    """Start the trackers of a run at `step`, and record its options.
 
-    Raises UserError if one does not start, and then removes the folder of a run without checkpoints.
+    Raises UserError if one does not start, and removes the folder of a run without checkpoints.
     """
-    trackers: list[GeneralTracker] = []
+    trackers = []
     options = flatten(config.model_dump(), ".")
-    options = {
-        name: value if isinstance(value, int | float | str) else written(value) for name, value in options.items()
-    }
+    for option, value in options.items():
+        if not isinstance(value, int | float | str):
+            options[option] = written(value)
     try:
         for name in config.run.tracker:
             tracker = _build(name, config, run, step)
             tracker.start()
             trackers.append(tracker)
             tracker.store_init_configuration(options)
-    except Exception as error:  # any kind: no login, no server, a folder of another version
+    except Exception as error:  # no login, no server, a folder of another version
         for tracker in trackers:
             tracker.finish()
         if not any(run.checkpoints_path.iterdir()):
@@ -224,28 +229,30 @@ def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row of metrics.jsonl by path, such as `terms/layer3/offset1/all/loss`, without its step.
+    """The numbers of a row of metrics.jsonl but its step, by path: `terms/layer3/offset1/all/loss`.
 
-    A tracker keeps one value per name and step. So all of a validation gets the prefix `valid/`, and of diagnostics
-    the progress, which the training row has, is left out.
+    A tracker keeps one value per name and step. Names of a validation therefore begin with `valid/`,
+    and diagnostics leave out the progress, which the training row has.
     """
     if "valid" in row:
-        row = {"valid": {name: value for name, value in row.items() if name not in ("step", "valid")} | row["valid"]}
+        others = {name: value for name, value in row.items() if name not in ("step", "valid")}
+        row = {"valid": others | row["valid"]}
     elif "diagnostics" in row:
         row = {"diagnostics": row["diagnostics"]}
-    return {
-        path: value for path, value in flatten(row, "/").items() if path != "step" and isinstance(value, int | float)
-    }
+    values = flatten(row, "/")
+    values.pop("step", None)
+    return {path: value for path, value in values.items() if isinstance(value, int | float)}
 
 
 def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:
-    folder, title, resumed = run.path / "trackers", run.path.resolve().name, step > 0
-    key_path = folder / "key"  # the run's unique name, kept for its resumption
+    folder, title = run.path / "trackers", run.path.resolve().name
+    resumed = step > 0
+    key_path = folder / "key"  # unique name, kept for resumption
     if not key_path.exists():
         folder.mkdir(exist_ok=True)
         key_path.write_text(uuid4().hex)
     key = key_path.read_text()
-    options: dict[str, Any] = {
+    options = {
         "aim": {"experiment": config.run.project},
         "clearml": {"task_name": title, "auto_connect_frameworks": False, "reuse_last_task_id": False},
         "comet_ml": {"experiment_key": key},
@@ -256,6 +263,7 @@ def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:
         "trackio": {"name": f"{title}-{key[:8]}", "resume": "allow"},  # resumed by name
         "wandb": {"dir": str(folder), "name": title, "id": key, "resume": "allow"},
     }.get(name, {})
-    # tensorboard takes the project for a folder; aim looks for the nearest .aim, unless given a folder.
-    places = {"tensorboard": ("tensorboard", folder), "aim": (title, None)}.get(name, (config.run.project,))
-    return LOGGER_TYPE_TO_CLASS[name](*places, **options)
+    # tensorboard takes the project for a folder; aim, if given none, looks for the nearest .aim.
+    places = {"tensorboard": ("tensorboard", folder), "aim": (title, None)}
+    place = places.get(name, (config.run.project,))
+    return LOGGER_TYPE_TO_CLASS[name](*place, **options)

@@ -33,15 +33,14 @@ from charlm.training.update import Updates
 
 
 def train(config: Config, kind: "type[Training] | None" = None, stop: StopRequests | None = None) -> Path:
-    """Train as `config` says, on all processes of the launcher, and return the run's folder.
+    """Train on all processes of the launcher, and return the run's folder.
 
-    `kind` is used in place of `Training`, `stop` where requests to stop are collected already.
+    `kind` replaces `Training`; `stop` is given if requests to stop are collected already.
 
     Raises:
-        UserError: options, corpus or the run's folder do not allow it, and nothing was written; or no update can be
-            made any more, and the checkpoint from before remains.
-        Stopped: SIGTERM, SIGINT, SIGUSR1, `run.max_time` or the death of the launcher asked for it. A checkpoint holds
-            all steps, including the one in progress.
+        UserError: options, corpus or folder do not allow it, and nothing was written; or no update can
+            be made any more, and the last good checkpoint remains.
+        Stopped: a signal, `run.max_time` or the death of the launcher. A checkpoint holds all steps.
     """
     check_installed(config.run.tracker)
     check_registered(config.aux.tasks)
@@ -49,8 +48,9 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
     collected = StopRequests(config.run.max_seconds) if stop is None else nullcontext(stop)
     with collected as stop, torch_settings(config):
         accelerator, precision_reason = build_accelerator(config.train)
+        main = accelerator.is_main_process
         with stop.interrupting():
-            corpus = load_corpus(config.data, show_progress=accelerator.is_main_process)
+            corpus = load_corpus(config.data, show_progress=main)
         if stop.agreed():
             raise Stopped(f"stopped before training began: {stop.reason}; there is nothing new to save")
         torch.manual_seed(config.train.seed)
@@ -59,17 +59,21 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
         check_fits(config, corpus, objective, accelerator, sharded)
         if sharded:
             shard(objective)
-        route = ROUTES[config.aux.route](objective, config.aux, partial(build_optimizers, config.train, objective))
+        build = partial(build_optimizers, config.train, objective)
+        route = ROUTES[config.aux.route](objective, config.aux, build)
         with ExitStack() as stack:
             stack.enter_context(explained(config.train, stop))
-            run, state, news = stack.enter_context(open_run(config, corpus, accelerator, objective, route.optimizers))
-            tracker = Tracker(run, config, corpus.splits["train"], objective.terms, state, accelerator.is_main_process)
+            opened = open_run(config, corpus, accelerator, objective, route.optimizers)
+            run, state, news = stack.enter_context(opened)
+            tracker = Tracker(run, config, corpus.splits["train"], objective.terms, state, main)
             stack.enter_context(closing(tracker))
-            for line in (*describe(config, corpus, objective, accelerator, precision_reason), *news):
+            lines = describe(config, corpus, objective, accelerator, precision_reason)
+            for line in lines + news:
                 tracker.say(line)
             writer = CheckpointWriter(run, config.train.keep_checkpoints, tracker.say)
             stack.enter_context(closing(writer))
-            (kind or Training)(config, corpus, accelerator, objective, route, state, tracker, writer, stop).fit()
+            kind = kind or Training
+            kind(config, corpus, accelerator, objective, route, state, tracker, writer, stop).fit()
             tracker.conclude(state.best_step, state.best_bits)
         accelerator.wait_for_everyone()
         return run.path
@@ -77,7 +81,7 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
 
 @dataclass
 class Training:
-    """A run in progress. All processes call each method at the same step."""
+    """A run in progress. All processes call its methods at the same steps."""
 
     config: Config
     corpus: Corpus
@@ -90,7 +94,7 @@ class Training:
     stop: StopRequests
 
     def fit(self) -> None:
-        """Train to the last step. A step depends on config, corpus and number of completed steps only."""
+        """Train to the last step. A step depends only on config, corpus and completed steps."""
         train, state = self.config.train, self.state
         self.prepare()
         try:
@@ -112,13 +116,16 @@ class Training:
             if state.step == 0 or self.saved_step < state.step:
                 self.save()
             run = self.config.run
-            again = "the same command" + ("" if run.auto_resume else " with --run.resume=true")
-            again += "" if run.resume_from is None else f" and without --run.resume_from={run.resume_from}"
+            again = "the same command"
+            if not run.auto_resume:
+                again += " with --run.resume=true"
+            if run.resume_from is not None:
+                again += f" and without --run.resume_from={run.resume_from}"
             done = f"stopped after step {state.step:,} of {train.steps:,}"
             raise Stopped(f"{done}: {self.stop.reason}; {again} continues") from None
 
     def prepare(self) -> None:
-        """Compile the blocks if `train` says so, and wrap the objective in autocast and DDP."""
+        """Compile the blocks if asked, and wrap the objective in autocast and DDP."""
         train = self.config.train
         if choose_compile(train):
             for block in self.objective.transformer.blocks:
@@ -128,38 +135,43 @@ class Training:
             most = -(-train.batch_size // self.accelerator.num_processes)
             self.micro_batch_size = find_micro_batch_size(self.objective, self.accelerator, most)
             self.tracker.say(f"train.micro_batch_size=auto: {self.micro_batch_size} windows fit")
-        # DDP's reducer cannot follow several backward passes after one forward pass: `average` replaces it.
+        # DDP's reducer cannot follow several backward passes of one forward pass; `average` can.
         without_ddp = is_sharded(self.objective) or not self.route.one_backward
         self.model = self.accelerator.prepare_model(self.objective, evaluation_mode=without_ddp)
         adapt = self.objective.adapt if self.objective.hedge is not None else None
-        self.updates = Updates(train, self.accelerator, self.route, self.state.accepted_losses, adapt)
-        self.saved_step, self.newest_update = self.state.step, None
+        losses = self.state.accepted_losses
+        self.updates = Updates(train, self.accelerator, self.route, losses, adapt)
+        self.saved_step = self.state.step
+        self.newest_update = None
 
     def due(self, cadence: float) -> bool:
-        """Whether something with this cadence is due now. All but cadence 0 are due at the last step."""
-        every, step = steps_of(cadence, self.config.train.steps), self.state.step
-        return every > 0 and (step % every == 0 or step == self.config.train.steps)
+        """Whether a cadence is due now. Every cadence but 0 is due at the last step."""
+        step, steps = self.state.step, self.config.train.steps
+        every = steps_of(cadence, steps)
+        return every > 0 and (step % every == 0 or step == steps)
 
     def step(self) -> None:
-        """Forward, backward, clip, and step or skip. Some routes have several passes or updates."""
-        config, accelerator, step = self.config, self.accelerator, self.state.step
-        progress, factor = step / config.train.steps, learning_rate_factor(config.train, step)
+        """Forward, backward, clip, and step or skip."""
+        config, accelerator, route = self.config, self.accelerator, self.route
+        step = self.state.step
+        progress = step / config.train.steps
+        factor = learning_rate_factor(config.train, step)
         ids = self.corpus.splits["train"].ids
         windows = micro_batches(config, self.micro_batch_size, ids, accelerator, self.objective, step)
-        passes = self.route.passes(progress)
+        passes = route.passes(progress)
         for number, layers in enumerate(passes, start=1):
-            losses = accumulate_gradients(config, accelerator, self.model, self.route, step, windows, layers)
-            updates = self.route.updates(progress)
+            losses = accumulate_gradients(config, accelerator, self.model, route, step, windows, layers)
+            updates = route.updates(progress)
             for update in updates:
                 set_learning_rates(update.step_sizes, factor)
-                if not self.route.one_backward:
+                if not route.one_backward:
                     with update.in_place():
-                        average(accelerator, self.route.parameters)
+                        average(accelerator, route.parameters)
             self.updates.apply(step, losses, updates, last=number == len(passes))
         self.state.step += 1
 
     def log(self) -> None:
-        """Record the losses of the newest update; end the run if too many were skipped."""
+        """Record the newest update; end the run if too many were skipped."""
         self.read_updates()
         train, made = self.config.train, self.newest_update
         if made is not None:
@@ -170,7 +182,7 @@ class Training:
             self.give_up()
 
     def read_updates(self) -> None:
-        """Read the reports of updates since the last call, and record the skipped ones."""
+        """Read the new reports, and record skipped updates."""
         for report in self.updates.read():
             if report.skipped:
                 self.tracker.record(report.step, {"skipped": 1, "reason": report.skipped})
@@ -180,31 +192,31 @@ class Training:
 
     def give_up(self) -> NoReturn:
         """Save a checkpoint of the last update made, and raise UserError."""
-        skipped = self.state.step - self.state.updated_step
-        self.state.step = self.state.updated_step
-        self.state.validated_step = min(self.state.validated_step, self.state.step)
-        if self.saved_step < self.state.step:
+        state = self.state
+        skipped = state.step - state.updated_step
+        state.step = state.updated_step
+        state.validated_step = min(state.validated_step, state.step)
+        if self.saved_step < state.step:
             self.save()
         raise refusal(
             self.config,
             "train.max_skipped",
-            f"the last {skipped} updates were skipped, see above, and the newest checkpoint has the parameters from "
-            "before them; begin another --run.dir with a smaller --train.learning_rate, a longer --train.warmup or "
+            f"the last {skipped} updates were skipped; the newest checkpoint is from before them; begin "
+            "another --run.dir with a smaller --train.learning_rate, a longer --train.warmup or "
             "--train.clip_norm=1",
         )
 
     def diagnose(self) -> None:
         """Record the diagnostics of the newest step."""
         self.read_updates()
+        config, step, size = self.config, self.state.step, self.micro_batch_size
+        progress = (step - 1) / config.train.steps
         with self.tracker.speed_paused("diagnosing"):
-            progress = (self.state.step - 1) / self.config.train.steps
-            diagnostics = diagnose(
-                self.config, self.corpus, self.objective, self.accelerator, progress, self.micro_batch_size
-            )
-            self.tracker.record(self.state.step, {"diagnostics": diagnostics})
+            row = diagnose(config, self.corpus, self.objective, self.accelerator, progress, size)
+            self.tracker.record(step, {"diagnostics": row})
 
     def validate(self) -> None:
-        """Score the validation split in the precision of training, and save."""
+        """Score the validation split, and save."""
         config, state = self.config, self.state
         ids = self.corpus.splits["valid"].ids[: config.train.valid_symbols]
         with self.tracker.speed_paused("validating"):
@@ -219,7 +231,8 @@ class Training:
                 )[config.model.num_layers]
             characters, num_bytes = count_units(ids, self.corpus.vocabulary)
             bits = bits_per(nats, characters)
-            best = bits < (float("inf") if state.best_bits is None else state.best_bits)
+            bits_before = float("inf") if state.best_bits is None else state.best_bits
+            best = bits < bits_before
             if best:
                 state.best_step, state.best_bits = state.step, bits
             state.validated_step = state.step
@@ -227,22 +240,25 @@ class Training:
             self.save(best)
 
     def save(self, best: bool = False) -> None:
-        """Start to write a checkpoint of the completed steps, while the loop continues."""
+        """Start to write a checkpoint, while the loop continues."""
         self.read_updates()
         self.writer.wait()  # otherwise two snapshots would be in memory
         state, scaler = self.state, self.accelerator.scaler
-        state.seconds, state.accepted_losses = self.tracker.seconds, self.updates.accepted_losses()
+        state.seconds = self.tracker.seconds
+        state.accepted_losses = self.updates.accepted_losses()
         state.scaler = scaler.state_dict() if scaler else None
         snapshot = take_snapshot(self.objective, self.route.optimizers, state.model_dump())
-        if snapshot is not None and not all(tensor.isfinite().all() for tensor in snapshot.model.values()):
-            self.tracker.say(f"step {state.step}: no checkpoint: the parameters are no longer finite")
-        elif snapshot is not None:
-            self.writer.save(snapshot, best or state.best_step is None)  # the newest, before the first validation
+        if snapshot is not None:
+            if all(tensor.isfinite().all() for tensor in snapshot.model.values()):
+                # The newest counts as the best before the first validation.
+                self.writer.save(snapshot, best or state.best_step is None)
+            else:
+                self.tracker.say(f"step {state.step}: no checkpoint: parameters are no longer finite")
         self.saved_step = state.step
 
 
 class CheckpointWriter:
-    """Writes snapshots one by one in a thread. A failed write is reported, and the run continues."""
+    """Writes snapshots one by one in a thread. A failed write does not end the run."""
 
     def __init__(self, run: Run, keep: int, say: Callable[[str], None]):
         """`keep`: number of newest checkpoints to keep; `say` is called from the thread."""
@@ -251,12 +267,12 @@ class CheckpointWriter:
         self._newest: Future[str | None] | None = None
 
     def save(self, snapshot: Snapshot, best: bool) -> None:
-        """Start to write, after the previous write has ended. The snapshot must not change any more."""
+        """Start to write. The snapshot must not change any more."""
         self.wait()
         self._newest = self._thread.submit(self._write, snapshot, best)
 
     def wait(self) -> str | None:
-        """Wait until nothing is being written; return the reason if the newest write failed."""
+        """Wait for the newest write; return the reason if it failed."""
         return self._newest.result() if self._newest is not None else None
 
     def close(self) -> None:
@@ -274,6 +290,6 @@ class CheckpointWriter:
         except (OSError, UserError) as error:
             reason = getattr(error, "strerror", None) or error
             complaint = f"step {snapshot.state['step']:,}: checkpoint not written ({reason})"
-            self.say(f"{complaint}; the run continues and tries again at the next checkpoint")
+            self.say(f"{complaint}; the run continues, and tries again")
             return complaint
         return None

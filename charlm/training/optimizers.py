@@ -14,19 +14,23 @@ from charlm.config import TrainConfig, steps_of
 def learning_rate_factor(train: TrainConfig, step: int) -> float:
     """Factor of the peak learning rate for the update after `step` completed steps.
 
-    Linear from 1/w to 1 over the w steps of the warm-up; then constant, or a cosine or line from 1 to `final_lr` at
-    step `train.steps`.
+    Linear from 1/w to 1 over the w steps of the warm-up; then constant, or a cosine or line from 1
+    to `final_lr` at the last step.
     """
     warmup = steps_of(train.warmup, train.steps)
     if step < warmup:
         return (step + 1) / warmup
     u = (step - warmup) / max(1, train.steps - warmup)
-    fall = {"constant": 1.0, "linear": 1.0 - u, "cosine": (1.0 + math.cos(math.pi * u)) / 2}[train.lr_schedule]
-    return train.final_lr + (1.0 - train.final_lr) * fall
+    falls = {
+        "constant": 1.0,
+        "linear": 1.0 - u,
+        "cosine": (1.0 + math.cos(math.pi * u)) / 2,
+    }
+    return train.final_lr + (1.0 - train.final_lr) * falls[train.lr_schedule]
 
 
 def set_learning_rates(step_sizes: Mapping[Optimizer, float], factor: float) -> None:
-    """Set the rate of every group to `factor` times its peak times its optimizer's step size."""
+    """Set every group's rate to `factor` times its peak times its optimizer's step size."""
     for optimizer, step_size in step_sizes.items():
         for group in optimizer.param_groups:
             group["lr"] = factor * step_size * group["peak_lr"]
@@ -37,11 +41,12 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """Optimizers that together own every parameter of `model` once, or every parameter in `only`.
 
-    Weight decay applies to matrices only, not to biases, norms, embeddings and position tables. Optimizers skip
-    parameters without a gradient, so a silent head stops moving; in n-gram tables they skip rows.
+    Weight decay applies to matrices only, not to biases, norms, embeddings and position tables.
+    Parameters without a gradient, such as a silent head's, are not moved; in n-gram tables, rows.
     """
     wanted = set(model.parameters() if only is None else only)
-    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module.sparse}
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    tables = {embedding.weight for embedding in embeddings if embedding.sparse}
     sparse, matrices, decayed, plain = [], [], [], []
     for name, parameter in model.named_parameters():
         if parameter not in wanted:
@@ -54,8 +59,9 @@ def build_optimizers(
             matrices.append(parameter)
         else:
             decayed.append(parameter)
-    groups = [_group(decayed, train.learning_rate, train.weight_decay), _group(plain, train.learning_rate)]
-    optimizers: list[Optimizer] = []
+    rate = train.learning_rate
+    groups = [_group(decayed, rate, train.weight_decay), _group(plain, rate)]
+    optimizers = []
     if matrices:
         hidden = _group(matrices, train.muon_learning_rate, train.weight_decay)
         optimizers.append(torch.optim.Muon([hidden], momentum=train.muon_momentum, nesterov=True))

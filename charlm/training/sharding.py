@@ -1,6 +1,6 @@
 """Sharding of the model over processes: FSDP2, by torch's `fully_shard`.
 
-Unlike accelerate's, it also runs on CPUs, where it is tested. Parameters stay in fp32 under autocast, so losses are
+Unlike accelerate's FSDP, it also runs on CPUs. Parameters stay in fp32 under autocast, so losses are
 those of DDP up to rounding.
 """
 
@@ -25,16 +25,15 @@ UNSUPPORTED = {  # settings of accelerate's launcher, and the way out
 
 
 def wants_shards(train: TrainConfig, num_processes: int) -> bool:
-    """Whether to shard: train.sharding decides, or else the launcher (`accelerate launch --use_fsdp`).
+    """Whether to shard: train.sharding decides, or else `accelerate launch --use_fsdp`.
 
-    Raises:
-        UserError: the launcher asks for FSDP1, or for an unsupported setting of FSDP.
+    Raises UserError if the launcher asks for FSDP1 or an unsupported setting.
     """
     if train.sharding != "auto" or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return train.sharding == "fsdp2" and num_processes > 1
-    version = os.environ.get("FSDP_VERSION", "1")  # accelerate's own default
+    version = os.environ.get("FSDP_VERSION", "1")  # accelerate's default
     if version != "2":
-        raise UserError(f"accelerate's fsdp_version={version}: only FSDP2 is supported; set fsdp_version to 2")
+        raise UserError(f"accelerate's fsdp_version={version}: only FSDP2 is supported; set it to 2")
     for name, way_out in UNSUPPORTED.items():
         if parse_flag_from_env(name):
             raise UserError(f"accelerate's {name.lower()}=true: {way_out}; set it to false")
@@ -42,19 +41,19 @@ def wants_shards(train: TrainConfig, num_processes: int) -> bool:
 
 
 def shard(objective: Objective) -> None:
-    """Shard the parameters. Optimizers, which must own the shards, are built after it."""
+    """Shard the parameters. Build optimizers afterwards: they must own the shards."""
     for block in objective.transformer.blocks:
         fully_shard(block)
     fully_shard(objective)  # heads and embeddings together: the objective reads them directly
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has sharded the model."""
+    """Whether `shard` was called."""
     return isinstance(model, FSDPModule)
 
 
 def average(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
-    """Replace the gradients of the parameters by their means over all processes."""
+    """Replace gradients by their means over all processes."""
     if accelerator.num_processes == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -81,7 +80,7 @@ def no_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unsharded(objective: Objective) -> Iterator[None]:
-    """Inside, transformer and heads can be called directly, without the objective."""
+    """Inside, transformer and heads can be called directly."""
     if is_sharded(objective):
         objective.unshard()
     try:

@@ -1,4 +1,4 @@
-"""Start or resumption of a run: checks, the run's folder and state, and the first lines of output."""
+"""Start or resumption of a run: checks, folder and state, first lines of output."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -31,81 +31,83 @@ from charlm.training.sharding import is_sharded
 
 
 class TrainState(BaseModel, strict=True, extra="forbid"):
-    """State beside parameters and optimizer state. Windows and dropout follow from (seed, step)."""
+    """State beside model and optimizers. Windows and dropout follow from (seed, step)."""
 
     step: int = 0
     seconds: float = 0.0
     best_step: int | None = None
-    best_bits: float | None = None
-    """Validation score of the best checkpoint; None before the first validation."""
-    validated_step: int = 0
-    """A run can stop between a step and its validation."""
-    updated_step: int = 0
-    """Newest step whose update was not skipped, as far as the losses have been read."""
+    best_bits: float | None = None  # None before the first validation
+    validated_step: int = 0  # a run can stop between a step and its validation
+    updated_step: int = 0  # the newest step known to have made its update
     accepted_losses: list[float] = []
     processes: int | None = None
     threads: int | None = None
     precision: str | None = None
-    """What the run last used; threads are per process, and None on a GPU."""
-    valid_symbols: int | None = None
-    """Number of symbols that `best_bits` was scored on."""
+    """Resources last used; threads are per process, and None on a GPU."""
+    valid_symbols: int | None = None  # length of the text of `best_bits`
     scaler: dict[str, int | float] | None = None
 
 
 def refusal(config: Config, option: str, text: str) -> UserError:
-    """The error for the value of an option; `text` says what is wrong with it, and a way out."""
+    """The error for an option's value; `text` says what is wrong, and a way out."""
     value = reduce(getattr, option.split("."), config)
     return UserError(f"{option}={written(value)}: {text}", option)
 
 
 def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator, sharded: bool) -> None:
-    """Raise UserError if a split or process has no window, or an option cannot be used on this machine."""
-    train, num_processes, length = config.train, accelerator.num_processes, objective.window_length
+    """Raise UserError if a split or process has no window, or an option cannot be used here."""
+    train, length = config.train, objective.window_length
+    num_processes = accelerator.num_processes
     check_route(config, accelerator.mixed_precision, sharded)
     for name, split in corpus.splits.items():
         if split.symbols < length:
-            text = f"its {name} split of {split.symbols} symbols is shorter than one window of {length}"
-            raise refusal(config, "data.corpus", f"{text}; use more text or a smaller --model.context_length")
+            text = f"its {name} split of {split.symbols} symbols is shorter than a window of {length}"
+            raise refusal(config, "data.corpus", f"{text}; lower --model.context_length or add text")
     if config.model.ngrams and (sharded or (num_processes > 1 and not on_cpu())):
-        text = "their sparse gradients can neither be sharded nor exchanged between GPUs"
-        raise refusal(config, "model.ngrams", f"{text}; train on one, or without them (--model.ngrams=[])")
+        text = "sparse gradients can neither be sharded nor exchanged between GPUs"
+        raise refusal(config, "model.ngrams", f"{text}; train on one, or with --model.ngrams=[]")
     if train.micro_batch_size == "auto" and (sharded or on_cpu()):
-        text = "searches the memory of a GPU that holds the whole model"
-        raise refusal(config, "train.micro_batch_size", f"{text}; otherwise give a number, or none")
+        text = "needs a GPU that holds the whole model; give a number, or none"
+        raise refusal(config, "train.micro_batch_size", text)
     windows_bytes = 8 * train.batch_size * length
     if windows_bytes > physical_memory():
         text = f"its windows alone take {windows_bytes / 1e9:,.0f} GB, more than this machine has"
         raise refusal(config, "train.batch_size", f"{text}; lower it")
     if train.batch_size < num_processes:
-        raise refusal(config, "train.batch_size", f"fewer windows than the {num_processes} processes; raise it")
+        raise refusal(config, "train.batch_size", f"too few for {num_processes} processes; raise it")
     for divisor in (1, train.context_divisor) if sharded else ():
         windows = train.batch_size * divisor
-        most, fewest = -(-windows // num_processes), windows // num_processes
+        most = -(-windows // num_processes)
+        fewest = windows // num_processes
         micro_batch = (train.micro_batch_size or most) * divisor
         if -(-most // micro_batch) != -(-fewest // micro_batch):
             raise refusal(
                 config,
                 "train.batch_size",
-                f"in micro-batches of {train.micro_batch_size} the {num_processes} processes would take different "
-                "numbers of them, and wait for each other's shards forever; "
-                f"choose a batch that is a multiple of {num_processes}",
+                f"some processes would have more micro-batches of {train.micro_batch_size}, and wait "
+                f"forever; choose a multiple of {num_processes}",
             )
 
 
 @contextmanager
 def open_run(
-    config: Config, corpus: Corpus, accelerator: Accelerator, objective: Objective, optimizers: Sequence[Optimizer]
+    config: Config,
+    corpus: Corpus,
+    accelerator: Accelerator,
+    objective: Objective,
+    optimizers: Sequence[Optimizer],
 ) -> Iterator[tuple[Run, TrainState, list[str]]]:
-    """A new run or one to continue: its folder, its state, and lines to print. Inside, the folder is locked.
+    """A new run or one to continue, its state, and lines to print. Inside, its folder is locked.
 
-    Raises:
-        UserError: the folder holds something else, is in use, or holds a run that cannot be continued so.
+    Raises UserError if the folder is in use, or holds anything but a run that can continue.
     """
-    main, run, news = accelerator.is_main_process, Run(config.run.dir), []
+    main, run = accelerator.is_main_process, Run(config.run.dir)
     resumes, chosen = check_folder(config.run), config.run.resume_from
-    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    if chosen is not None and (requeued or _begun_by_this_launcher(run)):  # keep the steps made since
-        news.append(f"run.resume_from={chosen}: ignored after a restart; continues from the newest checkpoint")
+    news = []
+    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" or _begun_by_this_launcher(run)
+    if chosen is not None and restarted:  # keep the steps made since
+        text = "ignored after a restart; continues from the newest checkpoint"
+        news.append(f"run.resume_from={chosen}: {text}")
         chosen = None
     accelerator.wait_for_everyone()  # all processes have seen the folder as it was
     with run.lock() if main else nullcontext():
@@ -123,21 +125,25 @@ def open_run(
                 Run.create(config, corpus.to_dict())
             elif main:
                 run.checkpoints_path.mkdir(exist_ok=True)
-                discard = chosen is not None
-                news += rewind(run, checkpoint, discard=discard) if checkpoint else run.forget_metrics_after(0)
-                # The same command continues from the newest checkpoint later, not from the chosen one.
-                write_whole(run.config_path, to_yaml(config.replace(run=config.run.replace(resume_from=None))))
+                if checkpoint is None:
+                    news += run.forget_metrics_after(0)
+                else:
+                    news += rewind(run, checkpoint, discard=chosen is not None)
+                # Later, the same command continues from the newest checkpoint.
+                kept = config.replace(run=config.run.replace(resume_from=None))
+                write_whole(run.config_path, to_yaml(kept))
         accelerator.wait_for_everyone()
-        state = state.model_copy(update={"valid_symbols": config.train.valid_symbols} | _machine(accelerator))
+        now = {"valid_symbols": config.train.valid_symbols} | _machine(accelerator)
+        state = state.model_copy(update=now)
         if state.validated_step == state.step == config.train.steps:
-            news.append(f"finished before, at step {state.step:,}; to train on, give more --train.steps")
+            news.append(f"finished before, at step {state.step:,}; give more --train.steps to train on")
         yield run, state, news
 
 
 def _where_to_continue(
     run: Run, config: Config, corpus: Corpus, chosen: int | None, news: list[str]
 ) -> Checkpoint | None:
-    """The checkpoint to continue from; None if the run stopped before its first one. Adds to `news`."""
+    """The checkpoint to continue from, if there is one. Adds to `news`."""
     news += check_resumable(run.config(), config)
     check_same_corpus(run.provenance()["corpus"], corpus.to_dict())
     if chosen is not None:
@@ -159,7 +165,7 @@ def _where_to_continue(
 def _restored(
     checkpoint: Checkpoint, objective: Objective, accelerator: Accelerator, optimizers: Sequence[Optimizer]
 ) -> TrainState:
-    """Restore model, optimizers and scaler, and return the state of the checkpoint."""
+    """Restore model, optimizers and scaler, and return the checkpoint's state."""
     checkpoint.restore(objective, optimizers)
     state = read_json(checkpoint.path / STATE, kind=TrainState)
     if state.scaler and accelerator.scaler:
@@ -170,7 +176,7 @@ def _restored(
 def _changes(
     state: TrainState, old: Config, new: Config, objective: Objective, accelerator: Accelerator
 ) -> Iterator[str]:
-    """Lines about what has changed. Removes a best score that cannot be compared from the state."""
+    """Lines about changes. Removes an incomparable best score from `state`."""
     if old.train.steps != new.train.steps:
         yield from rescaled(objective.terms, state.step, old.train.steps, new.train.steps)
     for name, now in _machine(accelerator).items():
@@ -180,64 +186,63 @@ def _changes(
     scored = state.valid_symbols or old.train.valid_symbols
     if state.best_bits is not None and scored != new.train.valid_symbols:
         state.best_bits = None
-        yield f"train.valid_symbols was {scored}: scores cannot be compared, the next validation is the best"
+        yield f"train.valid_symbols was {scored}: scores cannot be compared, the next is the best"
 
 
 def check_resumable(old: Config, new: Config) -> list[str]:
-    """Lines about the changes from `old` to `new`. Raises UserError, naming all that may not change."""
+    """Lines about the changes. Raises UserError if an option may not change."""
     changed = differences(old, new)
     lines = {name: f"{name}: {before} -> {after}" for name, (before, after) in changed.items()}
     refused = [name for name in changed if not has_mark(name, Mark.MAY_CHANGE)]
     if refused:
         text = "; ".join(lines[name] for name in refused)
-        raise UserError(
-            f"the run cannot be resumed with a changed {text}. Put it back, or start another --run.dir", refused[0]
-        )
+        ways_out = "Put it back, or start another --run.dir"
+        raise UserError(f"the run cannot be resumed with a changed {text}. {ways_out}", refused[0])
     return [line for name, line in lines.items() if not name.startswith("run.")]
 
 
 def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise UserError if text or vocabulary differ from those that the run was trained on."""
-    if recorded["sha256"] != current["sha256"]:
+    """Raise UserError if text or vocabulary differ from those of the run."""
+    before, now = recorded["sha256"], current["sha256"]
+    if before != now:
         raise UserError(
-            f"the run was trained on another corpus: sha256 was {recorded['sha256']}, now {current['sha256']}; "
-            "point data.path or data.hub_id at the same text, or start another --run.dir",
+            f"another corpus: sha256 was {before}, now {now}; point data.path or data.hub_id at the "
+            "run's text, or start another --run.dir",
             "data.path",
         )
-    if vocabulary_from_dict(recorded.get("vocabulary")) != vocabulary_from_dict(current["vocabulary"]):
+    vocabulary = vocabulary_from_dict(recorded.get("vocabulary"))
+    if vocabulary != vocabulary_from_dict(current["vocabulary"]):
         raise UserError(
-            "the run was trained with another vocabulary of this text; prepare it with the release of sentencepiece "
-            "that the run had, or start another --run.dir"
+            "another vocabulary of the run's text; prepare it with the run's release of sentencepiece, "
+            "or start another --run.dir"
         )
 
 
 def rescaled(terms: Sequence[Term], step: int, old_steps: int, new_steps: int) -> Iterator[str]:
-    """Lines about another train.steps: the progress, and terms that become active or silent by it."""
+    """Lines about the changed progress, and terms that become active or silent."""
     old, new = step / old_steps, step / new_steps
     yield f"train.steps changed: progress at this step was {old:.3f} and is now {new:.3f}"
-    before, after = (
-        {term.name for term in terms if term.weight.at_next_turn(progress) > 0.0} for progress in (old, new)
-    )
+    before = {term.name for term in terms if term.weight.at_next_turn(old) > 0.0}
+    after = {term.name for term in terms if term.weight.at_next_turn(new) > 0.0}
     for what, names in (("waking", after - before), ("falling silent", before - after)):
         if names:
             yield f"{what}: {', '.join(sorted(names))}"
 
 
 def check_agreed(run: Run, step: int, accelerator: Accelerator) -> None:
-    """Raise UserError unless all processes, which read the folder each, continue from the same step."""
+    """Raise UserError unless all processes found the same step in the folder."""
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
     if min(steps) != max(steps):
         raise UserError(
-            f"{run.path}: the processes would continue from different steps, {min(steps)} to {max(steps)}; make sure "
+            f"{run.path}: processes found different steps, {min(steps)} to {max(steps)}; make sure "
             "that all machines can read the same checkpoints, and start again"
         )
 
 
 def check_folder(config: RunConfig) -> bool:
-    """Whether to continue the run in the folder: by the options, or after a restart by the launcher.
+    """Whether to continue the run in the folder, by the options or after a launcher's restart.
 
-    Raises:
-        UserError: there is no run to continue, or something is in the way of a new one.
+    Raises UserError if there is no run to continue, or something is in the way of a new one.
     """
     run = Run(config.dir)
     with run.os_errors_explained(cannot_be="read"):
@@ -250,38 +255,43 @@ def check_folder(config: RunConfig) -> bool:
 
 
 def _begun_by_this_launcher(run: Run) -> bool:
-    """Whether processes that this launcher started before have begun or continued the run."""
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and run.config_path.exists()
-    return restarted and run.config_path.stat().st_mtime > psutil.Process(os.getppid()).create_time()
+    """Whether earlier processes of this launcher have worked on the run."""
+    path, launcher = run.config_path, psutil.Process(os.getppid())
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return restarted and path.exists() and path.stat().st_mtime > launcher.create_time()
 
 
 def _machine(accelerator: Accelerator) -> dict[str, Any]:
-    """What the run uses, as `TrainState` names it."""
+    """The resources in use, as `TrainState` names them."""
     threads = torch.get_num_threads() if accelerator.device.type == "cpu" else None
-    return {"processes": accelerator.num_processes, "threads": threads, "precision": accelerator.mixed_precision}
+    num_processes, precision = accelerator.num_processes, accelerator.mixed_precision
+    return {"processes": num_processes, "threads": threads, "precision": precision}
 
 
 def describe(
     config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator, precision_reason: str
 ) -> list[str]:
-    """First lines of output: size of the run, corpus, device and precision."""
+    """First lines of output: run, corpus and device."""
     train, threads = config.train, _machine(accelerator)["threads"]
     characters = train.batch_size * config.model.context_length
-    millions, terms = num_parameters(objective) / 1e6, counted(len(objective.terms), "term")
+    millions = num_parameters(objective) / 1e6
+    terms = counted(len(objective.terms), "term")
     device = f"{accelerator.num_processes} x {accelerator.device.type}"
-    device += f" ({counted(threads, 'thread')})" if threads is not None else ""
-    device += ", sharded by FSDP2" if is_sharded(objective) else ""
+    if threads is not None:
+        device += f" ({counted(threads, 'thread')})"
+    if is_sharded(objective):
+        device += ", sharded by FSDP2"
     lines = [
-        f"{config.run.dir}: {train.steps:,} steps of {characters:,} characters, {millions:.1f}M parameters, "
-        f"{config.model.num_layers} layers, {terms}",
-        f"{corpus.name}: {corpus.splits['train'].symbols:,} symbols of vocabulary {corpus.vocabulary.name}, "
-        f"seed {train.seed}",
+        f"{config.run.dir}: {train.steps:,} steps of {characters:,} characters, "
+        f"{millions:.1f}M parameters, {config.model.num_layers} layers, {terms}",
+        f"{corpus.name}: {corpus.splits['train'].symbols:,} symbols of vocabulary "
+        f"{corpus.vocabulary.name}, seed {train.seed}",
         f"{device}, precision {accelerator.mixed_precision} ({precision_reason})",
         describe_attention(config),
     ]
     if config.aux.route != "joint":
-        cost = route_cost(config, objective)
-        lines.append(f"gradients by {config.aux.route}: at first {cost.total:.2f} times the operations of joint")
+        cost = f"{route_cost(config, objective).total:.2f} times the operations of joint"
+        lines.append(f"gradients by {config.aux.route}: at first {cost}")
     if train.diagnose_every and is_sharded(objective):
         lines.append("diagnostics: bits per character alone, as the gradients are in shards")
     return lines

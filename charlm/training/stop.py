@@ -1,4 +1,4 @@
-"""Ends of a run before its last step: on request, for lack of memory, or because another process is lost."""
+"""Early ends of a run: by request, lack of memory, or loss of a process."""
 
 import math
 import os
@@ -20,24 +20,25 @@ from charlm.training.device import PATIENCE
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REASONS = (*(number.name for number in SIGNALS), "run.max_time is over", "the launcher is gone")
 SAME_REQUEST = 1.0
-"""Seconds in which further signals count as the same: a launcher repeats the terminal's Ctrl-C."""
+"""Seconds in which signals count as one request: a launcher repeats the terminal's Ctrl-C."""
 NO_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED")
 NO_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-"""Words of torch, CUDA and gloo in errors whose class is a plain RuntimeError."""
+"""Words of torch, CUDA and gloo in plain RuntimeErrors."""
 
 
 class StopRequests:
     """Collects requests to stop: signals, a time limit, the death of the launcher.
 
-    A request is kept until `agreed` or `check`; inside `interrupting` it raises at once. A second signal ends the
-    process immediately.
+    A request is kept until `agreed` or `check`; inside `interrupting` it raises at once. A second
+    signal ends the process immediately.
     """
 
     def __init__(self, max_seconds: float | None = None):
-        """`max_seconds`: counted from the start of the process, as job queues count."""
+        """`max_seconds` counts from the start of the process, as in job queues."""
         self.reason: str | None = None
-        self.stays = False  # after the context, in a process that is about to end anyway
-        self._deadline = psutil.Process().create_time() + (math.inf if max_seconds is None else max_seconds)
+        self.stays = False  # after the context, in a process about to end
+        limit = math.inf if max_seconds is None else max_seconds
+        self._deadline = psutil.Process().create_time() + limit
         self._interrupts = False
         launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
         self._launcher = os.getppid() if launched else None
@@ -45,12 +46,14 @@ class StopRequests:
 
     def __enter__(self) -> "StopRequests":
         self._handlers = {}
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
-            watched, self._told = os.pipe()
-            os.set_blocking(self._told, False)
-            self._told_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-            threading.Thread(target=_exit_at_the_second, args=(watched,), daemon=True).start()
+        # Python delivers signals to the main thread only.
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        watched, self._told = os.pipe()
+        os.set_blocking(self._told, False)
+        self._told_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        threading.Thread(target=_exit_at_the_second, args=(watched,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,7 +66,7 @@ class StopRequests:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Inside, a signal interrupts at once, because there is nothing to save; call `agreed` after it."""
+        """Inside, a signal interrupts at once, as there is nothing to save. Call `agreed` after it."""
         self._interrupts = True
         try:
             yield
@@ -73,7 +76,7 @@ class StopRequests:
             self._interrupts = False
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop. All call it at the same point and get the same answer."""
+        """Whether any process was asked to stop; all must call it, and get the same answer."""
         if self.reason is None and time.time() >= self._deadline:
             self.reason = "run.max_time is over"
         if self.reason is None and self._launcher not in (None, os.getppid()):
@@ -83,7 +86,7 @@ class StopRequests:
                 self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
             code = torch.tensor(REASONS.index(self.reason) + 1 if self.reason else 0)
             dist.all_reduce(code, dist.ReduceOp.MAX, group=self._group)
-            if not code:  # a signal that came meanwhile counts next time, when the others learn of it, too
+            if not code:  # a signal that came meanwhile counts next time, for all processes
                 return False
             self.reason = REASONS[code.item() - 1]
         return self.reason is not None
@@ -101,22 +104,22 @@ class StopRequests:
 
 @contextmanager
 def explained(train: TrainConfig, stop: StopRequests) -> Iterator[None]:
-    """Inside, running out of memory and losing a process raise a UserError that names the way out."""
+    """Inside, lack of memory and the loss of a process raise a UserError that names the way out."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if is_about_memory(error):
             now = train.micro_batch_size or "the whole batch of a process"
             raise UserError(
-                f"out of memory: lower --train.micro_batch_size, now {now}, or use a smaller model or context, "
-                "--train.activation_checkpointing=true, or --train.sharding=fsdp2 on several GPUs "
-                f"({first_line(error)})",
+                f"out of memory: lower --train.micro_batch_size, now {now}, or use a smaller model or "
+                "context, --train.activation_checkpointing=true, or --train.sharding=fsdp2 on several "
+                f"GPUs ({first_line(error)})",
                 "train.micro_batch_size",
             ) from error
         if any(words in str(error) for words in NO_PEER):
             stop.stays = True  # the launcher's SIGTERM must not cut off the message
             raise UserError(
-                "another process of this run has ended or hangs, and its own message says why; "
+                "another process has ended or hangs, and its own message says why; "
                 f"--run.resume=true continues from the newest checkpoint ({first_line(error)})"
             ) from error
         raise
@@ -124,11 +127,14 @@ def explained(train: TrainConfig, stop: StopRequests) -> Iterator[None]:
 
 def is_about_memory(error: Exception) -> bool:
     """Whether memory was used up, on a GPU or on the host."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in NO_MEMORY)
 
 
 def _exit_at_the_second(watched: int) -> None:
-    """Read signals as they arrive, even while the main thread is in a library, where no handler runs."""
+    """Read signals as they arrive, even while a library keeps handlers from running."""
+    message = b"\nstopping, once what is done is saved; a second Ctrl-C or signal ends it at once\n"
     first = None
     with os.fdopen(watched, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
@@ -137,6 +143,6 @@ def _exit_at_the_second(watched: int) -> None:
             if first is None:
                 first = time.monotonic()
                 if is_main_process():
-                    os.write(2, b"\nstopping, once what is done is saved; a second Ctrl-C or signal ends it at once\n")
+                    os.write(2, message)
             if time.monotonic() - first > SAME_REQUEST:
                 os._exit(128 + number[0])

@@ -1,14 +1,13 @@
 """The updates of a step, which are skipped if a loss or gradient is not finite or spikes.
 
-A skipped step leaves parameters and optimizer state as they were, on all processes alike. The decision is made on the
-device; the host learns of it when it reads the losses, so it never waits for the device in between.
+A skipped step leaves parameters and optimizer state as they were, on all processes alike. The device
+decides; the host learns of it when it reads the losses.
 """
 
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,25 +18,23 @@ from charlm.config import TrainConfig
 from charlm.objective.routes import Joint, Update
 from charlm.training.gradients import Losses
 
-HISTORY, ENOUGH = 128, 32
-"""Most and fewest accepted losses that a spike is judged by."""
-DEVIATION = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
+HISTORY = 128  # most accepted losses that a spike is judged by
+ENOUGH = 32  # fewest
+DEVIATION = 1.4826  # standard deviation over median absolute deviation, if normal
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Result of a step as the host reads it; losses are global means."""
+    """Result of a step for the host; losses are global means."""
 
-    step: int
-    """Number of completed optimizer steps, this one included."""
+    step: int  # completed steps, this one included
     loss: float
     parts: dict[str, float]
-    skipped: str | None
-    """Reason for skipping the update; None if it was made."""
+    skipped: str | None  # the reason, if it was
 
 
 class Updates:
-    """Makes or skips updates, and keeps the losses that the host has not read yet."""
+    """Makes or skips updates, and keeps the losses until the host reads them."""
 
     def __init__(
         self,
@@ -47,23 +44,22 @@ class Updates:
         accepted_losses: Sequence[float],
         adapt: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
     ):
-        """`adapt` is called after each step with the global mean loss of each active term, by name, and whether the
-        step was skipped, a scalar on the device."""
+        """`adapt` gets the global mean loss of each active term by name after each step, and whether
+        the step was skipped, a scalar on the device.
+        """
         self.train, self.accelerator, self.adapt = train, accelerator, adapt
         self.parameters = route.parameters
         losses = [math.nan] * HISTORY + list(accepted_losses)
         self.history = torch.tensor(losses[-HISTORY:], device=accelerator.device)
-        self.unread: list[tuple[int, Losses, Tensor]] = []
-        """Step, losses, and whether it was skipped and whether it spikes, on the device."""
+        self.unread = []  # step, losses, and two flags on the device: skipped, spikes
         # SparseAdam counts its steps on the host.
         sparse = any(isinstance(optimizer, SparseAdam) for optimizer in route.optimizers)
         self.decides_on_host = sparse or accelerator.device.type == "cpu"
         self.undo = Undo()
-        self.pending: tuple[Losses, Tensor, Tensor] | None = None
-        """Losses, total and whether all was finite, over the passes of an unfinished step."""
+        self.pending = None  # losses, total and finiteness of an unfinished step's passes
 
     def apply(self, step: int, losses: Losses, updates: Sequence[Update], last: bool = True) -> None:
-        """Clip the gradients of each update and make it, or skip all updates; then remove the gradients.
+        """Clip the gradients and make all updates, or none; then remove the gradients.
 
         Updates of passes before the `last` of a step are undone if a later one is not finite.
         """
@@ -71,9 +67,12 @@ class Updates:
         total = self.accelerator.reduce(losses.row[0], reduction="sum")
         finite = torch.isfinite(torch.stack([total, *norms])).all()
         if self.pending is not None:
-            earlier, sum_of_earlier, earlier_finite = self.pending
-            losses, total, finite = earlier + losses, sum_of_earlier + total, earlier_finite & finite
-        spikes = self._spikes(total) if last and self.train.spike_threshold else torch.zeros_like(finite)
+            earlier, earlier_total, earlier_finite = self.pending
+            losses, total = earlier + losses, earlier_total + total
+            finite = earlier_finite & finite
+        spikes = torch.zeros_like(finite)
+        if last and self.train.spike_threshold:
+            spikes = self._spikes(total)
         skip = ~finite | spikes
         for update in updates:
             with update.in_place():
@@ -92,61 +91,68 @@ class Updates:
         self.pending = None if last else (losses, total, finite)
 
     def _record(self, step: int, losses: Losses, total: Tensor, skip: Tensor, spikes: Tensor) -> None:
-        """Pass the losses of a step on to all that learns from them."""
+        """Tell scaler, history and `adapt` of a step, and keep it for `read`."""
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
         if self.train.spike_threshold:
-            self.history = torch.where(skip, self.history, torch.cat([self.history[1:], total[None]]))
+            moved = torch.cat([self.history[1:], total[None]])
+            self.history = torch.where(skip, self.history, moved)
         if self.adapt is not None:
             means = self.accelerator.reduce(losses.row[1:], reduction="sum")
             self.adapt(dict(zip(losses.names, means, strict=True)), skip)
         self.unread.append((step + 1, losses, torch.stack([skip, spikes])))
 
     def read(self) -> list[StepReport]:
-        """Reports of the newest step made and of all skipped since the last call; waits for the device."""
-        flags = torch.stack([flags for *_, flags in self.unread]).tolist() if self.unread else []
+        """Reports of the newest step made and all skipped ones; waits for the device."""
+        if not self.unread:
+            return []
+        flags = torch.stack([flags for *_, flags in self.unread]).tolist()
         made = [step for (step, *_), (skip, _) in zip(self.unread, flags, strict=True) if not skip]
         reports = []
         for (step, losses, _), (skip, spikes) in zip(self.unread, flags, strict=True):
             if skip or step == made[-1]:
                 total, *parts = self.accelerator.reduce(losses.row, reduction="sum").tolist()
                 named = dict(zip(losses.names, parts, strict=True))
-                reports.append(StepReport(step, total, named, _why(total, named, spikes) if skip else None))
+                reason = _why(total, named, spikes) if skip else None
+                reports.append(StepReport(step, total, named, reason))
         self.unread.clear()
         return reports
 
     def accepted_losses(self) -> list[float]:
-        """Newest accepted losses, which a resumed run needs to judge spikes alike."""
+        """Newest accepted losses, from which a resumed run judges spikes."""
         return self.history[~self.history.isnan()].tolist()
 
     def _clip(self, update: Update) -> Tensor:
-        """Clip dense gradients; return the norm of all gradients before clipping, sparse ones included."""
+        """Clip dense gradients; return the norm of all before clipping."""
         with update.in_place():
             if self.accelerator.scaler is not None:
                 for optimizer in update.step_sizes:
                     self.accelerator.scaler.unscale_(optimizer)
             reached = [parameter for parameter in self.parameters if parameter.grad is not None]
-            # `values()` would need the sum of equal rows first, which is another norm.
-            sparse = [parameter.grad._values() for parameter in reached if parameter.grad.is_sparse]
             dense = [parameter for parameter in reached if not parameter.grad.is_sparse]
+            sparse = [parameter.grad for parameter in reached if parameter.grad.is_sparse]
             norm = nn.utils.get_total_norm([parameter.grad for parameter in dense])
             if self.train.clip_norm:
                 nn.utils.clip_grads_with_norm_(dense, self.train.clip_norm, norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return torch.stack([norm, *(values.norm() for values in sparse)]).norm()
+        # `values()` would need the sum of equal rows first, which is another norm.
+        sparse_norms = [gradient._values().norm() for gradient in sparse]
+        return torch.stack([norm, *sparse_norms]).norm()
 
     def _spikes(self, total: Tensor) -> Tensor:
-        """Whether `total` is too many robust standard deviations above the median of accepted losses."""
+        """Whether `total` is too many robust deviations above the median of accepted losses."""
         median = self.history.nanmedian()
         deviation = (self.history - median).abs().nanmedian() * DEVIATION
         limit = median + self.train.spike_threshold * deviation
-        return (total > limit) & ((~self.history.isnan()).sum() >= ENOUGH)
+        known = (~self.history.isnan()).sum()
+        return (total > limit) & (known >= ENOUGH)
 
 
 def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
-    """Step, or leave all as it is if `skip` holds, a bool on the device; never wait for the device."""
+    """Step unless `skip` holds, a bool on the device, without waiting for the device."""
     if optimizer.defaults.get("fused"):  # it reads these two, as torch.amp.GradScaler sets them
-        optimizer.grad_scale, optimizer.found_inf = torch.ones((), device=skip.device), skip.float()
+        optimizer.grad_scale = torch.ones((), device=skip.device)
+        optimizer.found_inf = skip.float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
         return
@@ -157,27 +163,29 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
 
 
 class Undo:
-    """Parameters and optimizer state from before the first update of a step."""
+    """Parameters and optimizer state before the first update of a step."""
 
     def __init__(self):
-        self.before: dict[nn.Parameter, tuple[Optimizer, Tensor, dict[str, Any]]] = {}
+        self.before = {}  # by parameter: its optimizer, value and state
 
     def keep(self, optimizer: Optimizer) -> None:
-        """Copy what the optimizer is about to move, unless it was copied before."""
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            if parameter.grad is not None and parameter not in self.before:
-                state = copy.deepcopy(optimizer.state.get(parameter, {}))
-                self.before[parameter] = optimizer, parameter.detach().clone(), state
+        """Copy what the optimizer is about to move, at most once."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter not in self.before:
+                    state = copy.deepcopy(optimizer.state.get(parameter, {}))
+                    self.before[parameter] = optimizer, parameter.detach().clone(), state
 
     @torch.no_grad()
     def restore_if(self, skip: Tensor, on_host: bool) -> None:
-        """Restore everything if `skip` holds, a bool scalar on the device, and drop the copies."""
+        """Restore all if `skip` holds, a bool on the device, and drop the copies."""
         for parameter, (optimizer, value, state) in self.before.items():
             if not on_host:
                 parameter.copy_(torch.where(skip, value, parameter))
                 # State that the step created counts as zero before it.
                 for key, tensor in optimizer.state[parameter].items():
-                    tensor.copy_(torch.where(skip, state.get(key, torch.zeros_like(tensor)), tensor))
+                    before = state.get(key, torch.zeros_like(tensor))
+                    tensor.copy_(torch.where(skip, before, tensor))
             elif skip:
                 parameter.copy_(value)
                 optimizer.state.pop(parameter, None)
