@@ -1,4 +1,4 @@
-"""Parses the arguments of all scripts and prints their errors. Imports nothing heavy: --help answers at once."""
+"""Reads the arguments of all scripts and prints their errors. Imports nothing heavy: --help is fast."""
 
 import argparse
 import os
@@ -6,7 +6,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial, reduce
+from functools import cached_property, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,19 +22,19 @@ from charlm.config.types import sections_of
 from charlm.process import is_main_process
 from charlm.text import fitted
 
-KINDS = {"integer": "INTEGER", "number": "NUMBER", "string": "TEXT", "boolean": "true | false", "path": "PATH"}
+KINDS = {"string": "TEXT", "boolean": "true | false", "null": "null"}  # else the name in capitals
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
 class Flag:
-    """How an option of a script is typed, if not as `--its-name VALUE`: arguments for argparse's `add_argument`."""
+    """Arguments of `add_argument` for an option that is not typed as `--its-name VALUE`."""
 
     def __init__(self, *names: str, **how: Any):
         self.names, self.how = names, how
 
 
 class WithConfig(Section):
-    """Base of the options of a script that takes `--config FILE` and every option of `Config` as a flag."""
+    """Options of a script that also takes `--config FILE` and every option of `Config` as a flag."""
 
     help: Annotated[bool, Flag("--help", "-h")] = False
     """Show this text, with the values of the --config files as defaults."""
@@ -54,7 +55,7 @@ class WithConfig(Section):
 
 
 class MovedCorpus(Section):
-    """The corpus of a model, if it is no longer where it was in training."""
+    """Where the corpus of a model is now, if it was moved after training."""
 
     path: Path | None = None
     """A local copy of the corpus, or the file or folder that it was made from."""
@@ -69,12 +70,7 @@ class MovedCorpus(Section):
 
 
 def parse(kind: type[S], argv: Sequence[str] | None = None) -> S:
-    """The options of a script, from the command line. A bool of its own is a bare flag; one of `Config` takes a value.
-
-    Raises:
-        UserError: unknown option (similar ones are named), missing value or file.
-        ConfigError: values that cannot work.
-    """
+    """Read the options of a script. Raises UserError, with all that is wrong with their values."""
     parser = _Parser(kind)
     argcomplete.autocomplete(parser)
     words = sys.argv[1:] if argv is None else argv
@@ -83,16 +79,16 @@ def parse(kind: type[S], argv: Sequence[str] | None = None) -> S:
         given["flags"] = {name: given.pop(name) for name in list(given) if "." in name}
     options = validate(kind, {name: Setting(value) for name, value in given.items()})
     if isinstance(options, WithConfig):
-        values = {name: reduce(getattr, name.split("."), options.config) for name in OPTIONS}
+        values = {name: shown(attrgetter(name)(options.config)) for name in OPTIONS}
         if options.help:
-            parser.set_defaults(**{name: shown(value) for name, value in values.items()})
+            parser.set_defaults(**values)
             parser.print_help()
             sys.exit(0)
     return options
 
 
 def _spelt(word: str) -> str:
-    """A word of the command line with its flag as help has it: underscores if it belongs to a section, else dashes."""
+    """A word with its flag spelt as in --help: underscores for options of sections, else dashes."""
     name, equals, value = word.partition("=")
     if name.startswith("--"):
         name = "--" + name[2:].replace("-", "_") if "." in name else name.replace("_", "-")
@@ -100,7 +96,7 @@ def _spelt(word: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse for the options of a script; raises UserError where argparse would print its usage and exit."""
+    """argparse that raises UserError where it would print its usage and exit."""
 
     def __init__(self, kind: type[Section]):
         has_config = issubclass(kind, WithConfig)
@@ -128,14 +124,15 @@ class _Parser(argparse.ArgumentParser):
         marks = [mark for mark in info.metadata if isinstance(mark, Flag)]
         flag = marks[0] if marks else Flag(_spelt(f"--{name}"))
         text = info.description.replace("%", "%%")
-        if info.is_required():
-            text += " Required."
         how = {"metavar": kinds.removesuffix(" | null") if is_own else kinds, "help": text}
         if len(kinds) > 55:  # in the text it can be broken
             how = {"metavar": "WORD", "help": f"{kinds}. {text}"}
-        if is_own and info.annotation is bool:
-            how = {"help": text, "action": argparse.BooleanOptionalAction if info.default else "store_true"}
-        if is_own and info.default and not info.is_required():
+        if is_own and info.annotation is bool:  # a bare flag
+            how = {"help": text}
+            how["action"] = argparse.BooleanOptionalAction if info.default else "store_true"
+        if info.is_required() and flag.names[0].startswith("-"):
+            how["required"] = True
+        elif is_own and info.default and not info.is_required():
             how["default"] = shown(info.default)
         action = group.add_argument(*flag.names, **how | flag.how)
         self.flags += action.option_strings
@@ -145,17 +142,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         option = re.search(r"--([^=\s:,/]+)", message)
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            message += did_you_mean(unknown[1], self.flags)
+            message += did_you_mean(unknown[1], self.flags) or "; --help lists all options"
             if unknown[1].endswith((".yaml", ".yml")):
                 message += f"; a file of options is given as --config {unknown[1]}"
         raise UserError(message, option and option[1].replace("-", "_"))
 
 
 def in_words(schema: dict[str, Any]) -> str:
-    """Spell out what a JSON schema allows: words in lower case as they are, kinds in capitals."""
+    """What a JSON schema allows: words as they are, kinds in capitals."""
     match schema:
-        case {"title": "layer"}:
-            return "LAYER"
         case {"anyOf": members} | {"oneOf": members}:
             return " | ".join(map(in_words, members))
         case {"enum": words}:
@@ -167,27 +162,23 @@ def in_words(schema: dict[str, Any]) -> str:
         case {"items": item}:
             return f"[{in_words(item)}, ...]"
         case {"type": "object", "additionalProperties": item}:
-            key = in_words(schema["propertyNames"]) if "propertyNames" in schema else "NAME"
-            return f"{{{key}: {in_words(item)}, ...}}"
+            key = schema.get("propertyNames", {"const": "NAME"})
+            return f"{{{in_words(key)}: {in_words(item)}, ...}}"
         case {"$ref": reference}:
             return reference.rpartition("/")[2].removesuffix("Config").upper()
     limits = [f"{sign} {schema[limit]:g}" for limit, sign in LIMITS.items() if limit in schema]
-    kind = schema.get("format", schema["type"])
-    return f"{KINDS.get(kind, kind)} {', '.join(limits)}".rstrip()
+    kind = schema.get("format") or schema["type"]
+    return f"{KINDS.get(kind, kind.upper())} {', '.join(limits)}".rstrip()
 
 
 def script(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit: 0, also when asked to stop; 2 after one message for a UserError; 130 when interrupted.
-
-    If several processes fail alike, the first prints its message at once and the others after ten seconds, unless a
-    launcher has ended them by then.
-    """
+    """Run `main` and exit: 0, also when asked to stop; 2 after the message of a UserError; 130 on Ctrl-C."""
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
         if not is_main_process():
-            time.sleep(10)
+            time.sleep(10)  # a launcher usually ends this process first, so that the message is printed once
         print(fitted(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
@@ -196,7 +187,7 @@ def script(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader, `head` say, has had enough
+    except BrokenPipeError:  # the reader, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     sys.exit(0)

@@ -1,4 +1,4 @@
-"""The process itself: its place among others, and the memory that it takes and holds on to."""
+"""The process: its rank, the memory that it uses, and its processor."""
 
 import contextlib
 import ctypes
@@ -19,10 +19,10 @@ def is_main_process() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep memory that it frees, for the rest of its life. For scripts to call, not for libraries.
+    """Make the process keep memory that it frees. For scripts, not for libraries.
 
-    glibc returns each freed block above a certain size to the system, which zeroes it before handing it out again.
-    Training and evaluation free and request such blocks hundreds of times a step. Without glibc this does nothing.
+    glibc returns large freed blocks to the system, which zeroes them before handing them out again; training
+    and evaluation free and request such blocks hundreds of times a step. Without glibc this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -31,12 +31,12 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held so far, in bytes: on its GPU, or resident where it uses none."""
+    """Peak memory of this process so far, in bytes: on its GPU, or resident memory if it uses none."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):  # Linux, where ru_maxrss begins with what the parent had taken
+    with contextlib.suppress(OSError):  # Linux, where ru_maxrss starts at the parent's
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -49,7 +49,7 @@ def physical_memory() -> int:
 
 
 def processor_name() -> str:
-    """Name of the processor if the system tells it, else its architecture."""
+    """Name of the processor if the system knows it, else its architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -183,7 +183,7 @@ BAD = {
     "broken list": ("--model.ngrams=[2", "", "model.ngrams", ["model.ngrams=[2", "not valid YAML"]),
     "stage without weights": ("", "aux.layers.stages: [{until: 1}]", "aux.layers.stages", ["0.weights", "is missing"]),
     "unknown option of a stage": ("", "aux.layers.stages: [{weights: 1, til: 1}]", "aux.layers.stages", ["0.til"]),
-    "unknown option of a task": ("", "aux: {tasks: {a: {wait: 1}}}", "aux.tasks", ["a.wait", "is no option"]),
+    "unknown option of a task": ("", "aux: {tasks: {a: {wait: 1}}}", "aux.tasks", ["a.wait", "unknown option"]),
     "word for a task": ("", "aux: {tasks: order}", "aux.tasks", ["aux.tasks=order", "should be a mapping"]),
     "two mistakes": (
         "--train.steps=0 --model.d_ff=0",

@@ -1,9 +1,9 @@
-"""Every option of charlm: frozen models, one docstring per field.
+"""Every option of charlm, with its default, limits and docstring.
 
-`Config` is what YAML files and command-line flags fill (see `charlm.config.load`) and what a run keeps as
-`config.yaml`. A value that cannot work raises `ConfigError`, before anything heavy is imported.
+YAML files and flags are read into a `Config` (see `charlm.config.load`), which a run keeps as `config.yaml`.
+A value that cannot work raises `ConfigError`, before anything heavy is imported.
 
-Progress, in every schedule, is the number of completed optimizer steps divided by `train.steps`: a float in [0, 1].
+Progress, in all schedules, is the fraction of `train.steps` that is completed: a float in [0, 1].
 """
 
 from typing import Annotated, Any, Self
@@ -13,14 +13,21 @@ from pydantic import Field, model_validator
 from charlm.config.data import DataConfig
 from charlm.config.errors import ConfigError, Stopped, UserError
 from charlm.config.model import ModelConfig
-from charlm.config.objective import AuxConfig, HedgeConfig, LayersConfig, PositionsConfig, TargetsConfig, layer_at
+from charlm.config.objective import (
+    AuxConfig,
+    HedgeConfig,
+    LayersConfig,
+    PositionsConfig,
+    TargetsConfig,
+    layer_at,
+)
 from charlm.config.run import RunConfig, TrackerName
 from charlm.config.train import AttentionBackend, CrossEntropyBackend, TrainConfig, steps_of
 from charlm.config.types import Mark, Precision, Section
 
 
 class Config(Section):
-    """A whole run: what YAML files and flags describe, and what `RUN/config.yaml` records."""
+    """All options of a run."""
 
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = ModelConfig()
@@ -39,10 +46,10 @@ class Config(Section):
         for option, depths in named.items():
             for depth in depths:
                 if isinstance(depth, int) and not 1 <= depth <= num_layers:
-                    text = f"{depth} is no layer; they run from 1 to model.num_layers={num_layers}"
+                    text = f"there is no layer {depth}; layers run from 1 to model.num_layers={num_layers}"
                     raise self.mistake(option, text, "model.num_layers")
         if layers.enabled:
-            for option, problem in layers.misfits(num_layers):
+            for option, problem in layers.errors_for_depth(num_layers):
                 raise self.mistake(f"aux.layers.{option}", problem, "model.num_layers")
         return self
 
@@ -59,14 +66,15 @@ def flatten(tree: dict[str, Any], separator: str) -> dict[str, Any]:
 
 
 def differences(a: Section, b: Section) -> dict[str, tuple[Any, Any]]:
-    """The options in which two configs differ, by dotted name, with both values; None for what only one has."""
+    """The options in which two configs differ, by dotted name, with both values (None if one lacks it)."""
     before, after = flatten(a.model_dump(), "."), flatten(b.model_dump(), ".")
     pairs = {name: (before.get(name), after.get(name)) for name in before | after}
     return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 
 def has_mark(name: str, mark: Mark) -> bool:
-    """Whether `mark` stands at an option, or at its section."""
+    """Whether an option, or its section, has a mark."""
     section, _, option = name.partition(".")
     field = Config.model_fields[section]
-    return mark in (*field.metadata, *field.annotation.model_fields.get(option, field).metadata)
+    own_field = field.annotation.model_fields.get(option, field)
+    return mark in (*field.metadata, *own_field.metadata)

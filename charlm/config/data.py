@@ -1,4 +1,4 @@
-"""The text, and how it becomes ids."""
+"""Options of the text and the vocabulary."""
 
 import os
 from pathlib import Path
@@ -15,15 +15,15 @@ _READ_BY = {
     **dict.fromkeys(("train_split", "valid_split", "test_split"), _DATASETS),
     **dict.fromkeys(("valid_fraction", "test_fraction"), (*_DATASETS, "file", "python-stdlib")),
 }
-"""Options that only some corpora have. Set for another one, they would be ignored without a word."""
+"""Options that only some corpora read; for other corpora they are refused, not silently ignored."""
 
 
 class DataConfig(Section):
     """The text, and how it becomes ids."""
 
     corpus: Literal["enwik8", "text8", "lm1b", "file", "hub", "python-stdlib"] = "enwik8"
-    """enwik8 and text8 are downloaded once and verified; file reads data.path; hub reads data.hub_id; lm1b is a
-    dataset of the hub, too; python-stdlib needs no network."""
+    """enwik8 and text8 are downloaded once and verified; lm1b is a dataset from the hub; file reads
+    data.path; hub reads data.hub_id; python-stdlib needs no network."""
     path: Annotated[Path | None, Mark.MAY_CHANGE, Mark.NO_EFFECT] = None
     """A local copy of enwik8 or text8 (raw, .zip, .gz, .xz), or the file or folder for corpus=file."""
     cache_dir: Annotated[Path, Mark.MAY_CHANGE, Mark.NO_EFFECT] = Field(
@@ -31,47 +31,51 @@ class DataConfig(Section):
     )
     """Folder for prepared corpora. The environment variable CHARLM_CACHE changes the default."""
     vocabulary: Literal["bytes", "characters", "sentencepiece"] = "bytes"
-    """How text becomes ids. bytes: always 256 symbols. characters: those of the training split; the other splits must
-    not have more. sentencepiece: the common characters of the training split; the others are spelt in bytes."""
+    """How text becomes ids. bytes: always 256 symbols. characters: all characters of the training split;
+    the other splits must not have more. sentencepiece: the common characters of the training split; others
+    are spelt in bytes."""
     character_coverage: Annotated[float, Field(ge=0.98, le=1)] = 0.9995
-    """Share of the training split that the characters of vocabulary=sentencepiece cover."""
+    """Share of the training text that the characters of vocabulary=sentencepiece cover."""
     hub_id: Annotated[str | None, Mark.MAY_CHANGE, Mark.NO_EFFECT] = None
-    """The dataset for corpus=hub: OWNER/NAME, or a local folder of parquet files. For lm1b: another copy of it."""
+    """Dataset for corpus=hub, or another copy of lm1b: OWNER/NAME, or a local folder of parquet files."""
     hub_config: str | None = None
-    """The dataset's configuration, if it has several."""
+    """Configuration of the dataset, if it has several."""
     hub_revision: str | None = None
-    """Branch, tag or commit of the dataset. By default its main branch at the time of preparation."""
+    """Branch, tag or commit of the dataset. null: the main branch when the corpus is prepared."""
     text_column: str = "text"
-    """The column of the dataset that holds the documents."""
+    """Column of the dataset that holds the documents."""
     train_split: str = "train"
-    """The dataset's split to train on."""
+    """Split of the dataset for training."""
     valid_split: str | None = None
-    """The dataset's split for validation. By default validation if there is one, else the end of the training split."""
+    """Split of the dataset for validation. null: validation if it exists, else the end of train_split."""
     test_split: str | None = None
-    """The dataset's split for testing. By default test if there is one, else the end of the training split."""
+    """Split of the dataset for testing. null: test if it exists, else the end of train_split."""
     separator: str = "\n"
-    """Text to put between two documents of a dataset."""
+    """Text between two documents of a dataset."""
     valid_fraction: Share = 0.05
-    """Share of the text to hold out for validation if the corpus has no validation split."""
+    """Share of the text held out for validation if the corpus has no validation split."""
     test_fraction: Share = 0.05
-    """Share of the text, at its end, to hold out for testing if the corpus has no test split."""
+    """Share of the text, at its end, held out for testing if the corpus has no test split."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.valid_fraction + self.test_fraction >= 1:
-            text = f"leaves no training text beside test_fraction={self.test_fraction}; lower one"
+            text = f"with test_fraction={self.test_fraction} this leaves no training text; lower one"
             raise self.mistake("valid_fraction", text, "test_fraction")
         if self.corpus == "file" and self.path is None:
             raise self.mistake("corpus", "needs --data.path=FILE_OR_FOLDER")
         if self.corpus == "hub" and not self.hub_id:
             raise self.mistake("corpus", "needs --data.hub_id=OWNER/NAME_OR_FOLDER")
-        for name, others in (("test_split", ("train_split", "valid_split")), ("valid_split", ("train_split",))):
-            if getattr(self, name) is not None and getattr(self, name) in map(self.__getattribute__, others):
-                text = "another split has this name, too; choose another, or null for the end of the training split"
+        earlier_splits = {"test_split": ("train_split", "valid_split"), "valid_split": ("train_split",)}
+        for name, others in earlier_splits.items():
+            taken = [getattr(self, other) for other in others]
+            if getattr(self, name) is not None and getattr(self, name) in taken:
+                text = "another split has this name; choose another, or null for the end of train_split"
                 raise self.mistake(name, text, *others)
         for name, corpora in _READ_BY.items():
-            if self.corpus not in corpora and getattr(self, name) != type(self).model_fields[name].default:
-                choices = " or ".join(corpora)
-                text = f"corpus={self.corpus} has no use for it; leave it out, or choose --data.corpus={choices}"
+            default = type(self).model_fields[name].default
+            if self.corpus not in corpora and getattr(self, name) != default:
+                choices = f"--data.corpus={' or '.join(corpora)}"
+                text = f"corpus={self.corpus} has no use for it; leave it out, or choose {choices}"
                 raise self.mistake(name, text, "corpus")
         return self

@@ -1,7 +1,7 @@
 """YAML files, flags and mappings -> Config, and back.
 
-What is read stays text until the type of its option makes it a number, a path or a word. YAML's own guesses, for which
-`no` is false and `1e-3` is text, play no part, and files and flags are read alike.
+Values stay text until the type of their option makes them a number, a path or a word. So files and flags are
+read alike, without YAML's guesses (`no` is false, `1e-3` is text).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ RENAMED = {"model.positions": "model.position_encoding"}  # former names of opti
 
 
 class Setting(NamedTuple):
-    """The value of an option before it is checked, the file and line that set it, and the name used there."""
+    """The unchecked value of an option, the file and line that set it, and the name used there."""
 
     value: Any
     place: str = ""
@@ -30,33 +30,35 @@ class Setting(NamedTuple):
 def load_config(
     files: str | Path | Sequence[str | Path] = (), overrides: Sequence[str] | Mapping[str, Any] = ()
 ) -> Config:
-    """The configuration that YAML files make, the later over the earlier, and overrides over all files.
+    """Read a configuration from YAML files, of which the later wins, and overrides, which win over files.
 
-    Overrides are flags, `["--train.steps=60"]`, or a mapping, `{"train.steps": 60}` or `{"train": {"steps": 60}}`.
+    Overrides are flags, `["--train.steps=60"]`, or a mapping, `{"train.steps": 60}`, which may be nested.
 
     Raises:
         UserError: missing or unreadable file.
-        ConfigError: unknown names (similar ones are named) and values that cannot work, all in one message.
+        ConfigError: unknown names (with similar ones) and values that cannot work, all in one message.
     """
     if not isinstance(overrides, Mapping):
-        overrides = dict(flag.removeprefix("--").split("=", 1) if "=" in flag else (flag, "") for flag in overrides)
-    return validate(Config, settings_of([files] if isinstance(files, (str, Path)) else files, overrides))
+        overrides = dict(flag.removeprefix("--").partition("=")[::2] for flag in overrides)
+    files = [files] if isinstance(files, (str, Path)) else files
+    return validate(Config, settings_of(files, overrides))
 
 
 def settings_of(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> dict[str, Setting]:
-    """The settings that files and overrides make. `reset: true` in a section drops what earlier files set there."""
+    """Settings by name. `reset: true` in a section of a file drops what earlier files set there."""
     settings: dict[str, Setting] = {}
     for file in map(Path, files):
         found = dict(_settings(_read(file), str(file)))
-        for name in [name for name, (value, *_) in found.items() if name.endswith(".reset") and value == "true"]:
-            del found[name]
-            settings = {one: set_ for one, set_ in settings.items() if not one.startswith(name.removesuffix("reset"))}
+        for reset in [name for name in found if name.endswith(".reset") and found[name].value == "true"]:
+            del found[reset]
+            section = reset.removesuffix("reset")
+            settings = {name: settings[name] for name in settings if not name.startswith(section)}
         settings |= found
     return settings | dict(_settings(overrides, ""))
 
 
 def validate(kind: type[S], settings: Mapping[str, Setting]) -> S:
-    """A `kind` of settings by dotted name. Raises ConfigError, with the places that set what is wrong."""
+    """A `kind` with these settings. Raises ConfigError, with the places that set the values at fault."""
     tree: dict[str, Any] = {}
     for name, setting in settings.items():
         *sections, option = name.split(".") if name in options_of(kind) else [name]
@@ -68,18 +70,18 @@ def validate(kind: type[S], settings: Mapping[str, Setting]) -> S:
 
 
 def to_yaml(config: Config, **how: Any) -> str:
-    """The config as YAML, which `load_config` reads back; `how` goes to pydantic's `model_dump`."""
+    """The config as YAML for `load_config`; `how` goes to pydantic's `model_dump`."""
     return yaml.dump(config.model_dump(**how), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes paths, too, and a file that is named null as ./null."""
+    """Also writes paths; a file named null becomes ./null."""
 
 
 def _write_text(dumper: yaml.SafeDumper, value: str | PurePath) -> yaml.ScalarNode:
     text = f"./{value}" if isinstance(value, PurePath) and str(value).lower() in NULLS else str(value)
-    ends_line = any(character in text for character in "\x85\u2028\u2029")  # for PyYAML, which leaves them unquoted
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if ends_line else None)
+    style = None if text.isprintable() else '"'  # by itself, PyYAML does not quote every end of line
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
 
 
 _Dumper.add_representer(str, _write_text)
@@ -92,7 +94,7 @@ def _read(file: Path) -> Mapping[str, Any]:
         if not isinstance(tree, dict):
             raise ValueError(f"must hold `name: value` lines, not {shown(tree)}")
     except FileNotFoundError:
-        hint = did_you_mean(str(file), map(str, file.parent.glob("*.yaml")))
+        hint = did_you_mean(str(file), [str(path) for path in file.parent.glob("*.yaml")])
         raise UserError(f"config file {file} does not exist{hint}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"config file {file} cannot be read: {error}") from None
@@ -100,7 +102,7 @@ def _read(file: Path) -> Mapping[str, Any]:
 
 
 def _settings(tree: Mapping[str, Any], source: str, section: str = "") -> Iterator[tuple[str, Setting]]:
-    """Each option that a mapping sets. Sections may be nested, dotted or empty, and names may have dashes."""
+    """The options in a mapping. Sections may be nested, dotted or empty, and names may have dashes."""
     for key, value in tree.items():
         name = f"{section}.{key}".lstrip(".").replace("-", "_")
         place = f"{source}, line {tree.lines[key]}" if isinstance(tree, Lines) else source
@@ -108,5 +110,6 @@ def _settings(tree: Mapping[str, Any], source: str, section: str = "") -> Iterat
             yield RENAMED.get(name, name), Setting(value, place, name)
         elif isinstance(value, Mapping):
             yield from _settings(value, source, name)
-        elif value is not None and str(value).lower() not in NULLS:
-            raise UserError(f"{place}: {name}={shown(value)}: is a section, which holds `name: value` lines", name)
+        elif str(value).lower() not in NULLS:
+            text = f"{name}={shown(value)}: is a section, which holds `name: value` lines"
+            raise UserError(f"{place}: {text}", name)

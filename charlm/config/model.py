@@ -1,4 +1,4 @@
-"""The architecture."""
+"""Options of the architecture."""
 
 from typing import Annotated, Literal, Self
 
@@ -19,24 +19,25 @@ class ModelConfig(Section):
     d_ff: Count = 2048
     """Width of the feed-forward layer."""
     context_length: Count = 512
-    """The most characters that a prediction can look back on, T."""
+    """Maximum number of characters that a prediction sees, T."""
     position_encoding: Literal["per_layer", "input", "rotary"] = "per_layer"
-    """per_layer: a learned table is added to the input of every layer (the paper). input: to the input of the first
-    layer only. rotary: queries and keys are rotated (Su et al. 2021)."""
+    """per_layer: a learned table is added to the input of every layer (the paper). input: a table is added
+    to the input of the first layer only. rotary: queries and keys are rotated (Su et al. 2021)."""
     ngrams: tuple[Annotated[int, Field(ge=2, le=64), Whole], ...] = ()
-    """Lengths of n-grams whose embeddings, from hashed tables, are added to the character's (Pagnoni et al. 2024, Byte
-    Latent Transformer, section 3.2.1), as a YAML list: [2, 3, 4]. They cost memory and hardly any arithmetic."""
+    """Lengths of n-grams, as a YAML list: [2, 3, 4]. Each has a hashed table of embeddings, which are added
+    to the character's (Pagnoni et al. 2024, Byte Latent Transformer, section 3.2.1). They cost memory but
+    almost no compute."""
     ngram_buckets: Count = 32_768
     """Rows of each n-gram table."""
     ngram_width: Count = 64
-    """Columns of each n-gram table; one matrix projects the rows of all tables to d_model."""
+    """Columns of each n-gram table; one matrix for all tables projects them to d_model."""
     norm: Literal["pre", "post"] = "pre"
-    """Layer norm before each sublayer (pre) or after its residual sum (post). The paper does not say."""
+    """pre: layer norm before each sublayer. post: after its residual sum. The paper does not say which."""
     activation: Literal["relu", "gelu", "relu_squared"] = "relu"
     """Activation of the feed-forward layer. relu_squared is So et al. 2021 (Primer)."""
     residual_init: Literal["scaled", "zero"] = "scaled"
-    """Initial values of the matrices that write to the residual stream. scaled: by 1 / sqrt(2L) (Radford et al. 2019).
-    zero: every sublayer starts by adding nothing (Zhang et al. 2019, Fixup)."""
+    """Initial values of the matrices that write to the residual stream. scaled: by 1 / sqrt(2L) (Radford
+    et al. 2019). zero: every sublayer starts by adding nothing (Zhang et al. 2019, Fixup)."""
     attention_dropout: BelowOne = 0.0
     """Dropout on the attention weights."""
     activation_dropout: BelowOne = 0.0
@@ -47,10 +48,12 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.d_model % self.num_heads:
-            raise self.mistake("d_model", f"must be divisible by model.num_heads={self.num_heads}", "num_heads")
-        if self.position_encoding == "rotary" and self.d_model // self.num_heads % 2:
-            text = f"needs an even head size; d_model / num_heads is {self.d_model // self.num_heads}"
+            text = f"must be divisible by model.num_heads={self.num_heads}"
+            raise self.mistake("d_model", text, "num_heads")
+        head_size = self.d_model // self.num_heads
+        if self.position_encoding == "rotary" and head_size % 2:
+            text = f"needs an even head size; d_model / num_heads is {head_size}"
             raise self.mistake("position_encoding", text, "d_model", "num_heads")
         if len(set(self.ngrams)) < len(self.ngrams):
-            raise self.mistake("ngrams", "names a length twice")
+            raise self.mistake("ngrams", "contains a length twice")
         return self

@@ -1,4 +1,4 @@
-"""The auxiliary losses."""
+"""Options of the auxiliary losses."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,15 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, WithJsonSchema, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
 from charlm.config.types import BelowOne, Count, NonNegative, Positive, Section, Share, Unit, Whole
 
@@ -15,7 +23,7 @@ Decay = Literal["constant", "linear", "cosine", "cutoff"]
 
 
 def _depth(value: Any) -> int | float | str:
-    """The number or fraction that a text spells; a number's upper limit, the model's depth, is checked later."""
+    """The number or fraction in a text. That a number is at most the model's depth is checked later."""
     text = str(value)
     if re.fullmatch(r"[0-9]{1,9}", text):
         return int(text)
@@ -28,25 +36,34 @@ def _depth(value: Any) -> int | float | str:
 
 
 Depth = Annotated[
-    int | float | str, PlainValidator(_depth), WithJsonSchema({"title": "layer", "type": ["number", "string"]})
+    int | float | str,
+    PlainValidator(_depth),
+    WithJsonSchema({"type": "string", "format": "layer"}),
 ]
-"""A layer: its number (1 is the lowest), or a fraction of the depth, 0.5 or "1/3" (1.0 or "1/1" is the last)."""
+"""A layer: its number (1 is the lowest), or a fraction of the depth, 0.5 or "1/3" (1.0 is the last)."""
 
 
 def layer_at(depth: Depth, num_layers: int) -> int:
-    """The layer that `depth` names: a number itself, of a fraction f of L layers floor(f * L + 1/2), at least 1."""
+    """The number of a layer. A fraction f of L layers is layer floor(f * L + 1/2), at least 1."""
     if isinstance(depth, int):
         return depth
-    return max(1, int(Fraction(str(depth)) * num_layers + Fraction(1, 2)))  # a float as decimals: 0.7 * 5 rounds up
+    fraction = Fraction(str(depth))  # exact decimals, so that 0.7 of 5 layers rounds up
+    return max(1, int(fraction * num_layers + Fraction(1, 2)))
+
+
+LayerWeights = Annotated[
+    Annotated[tuple[NonNegative, ...], Tag("list")] | Annotated[dict[Depth, NonNegative], Tag("mapping")],
+    Discriminator(lambda weights: "mapping" if isinstance(weights, dict) else "list"),
+]
 
 
 class Clock(Section):
-    """The part of training that a schedule spans: its clock runs from 0 at `start` to 1 at `end`."""
+    """The part of training in which a schedule runs: its clock goes from 0 at `start` to 1 at `end`."""
 
     start: Unit = 0.0
-    """Progress at which the schedule's clock starts; before that the schedule keeps its first value."""
+    """Progress at which the schedule starts; before, it has its first value."""
     end: Unit = 1.0
-    """Progress at which the schedule's clock ends; after that the schedule keeps its last value."""
+    """Progress at which the schedule ends; after, it has its last value."""
 
     @model_validator(mode="after")
     def _check_clock(self) -> Self:
@@ -56,38 +73,39 @@ class Clock(Section):
 
 
 class Switch(Section):
-    """Whether an auxiliary loss is there."""
+    """Whether an auxiliary loss is used."""
 
     enabled: bool = True
-    """false removes this loss's rows from the table of terms, and no others."""
+    """false removes the terms of this loss, and no others."""
 
 
 class PositionsConfig(Clock, Switch):
-    """Prediction at all positions of a window, not only at the last (Al-Rfou et al. 2018, "Multiple Positions")."""
+    """Prediction at all positions of a window, not only the last (Al-Rfou et al. 2018, "Multiple
+    Positions")."""
 
     schedule: Decay = "constant"
-    """Share w of the loss over all positions; the rest, 1 - w, is the loss of the last position alone. constant: w
-    stays 1. linear, cosine: w falls to 0. cutoff: w is 1 until the clock ends, then 0."""
+    """Share w of the loss over all positions; the share 1 - w is the loss of the last position alone.
+    constant: w stays 1. linear, cosine: w falls to 0. cutoff: w is 1 until the clock ends, then 0."""
 
 
 class Stage(Section):
     """A part of training with its own weights, for schedule=stages."""
 
     weights: tuple[NonNegative, ...]
-    """For targets: the weight of each offset from 1 on. For layers: the weight of each intermediate layer with a head,
-    lowest first, or one weight for all."""
+    """For targets: the weight of each offset from 1 on. For layers: the weight of each intermediate layer
+    with a head, lowest first, or one weight for all."""
     until: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Reading of the schedule's clock at the end of the stage. The last stage ends at 1."""
+    """Clock value (0 to 1) at the end of the stage. The last stage ends at 1."""
 
 
 class StagedLossConfig(Clock, Switch):
     """An auxiliary loss whose weights may be a table of stages."""
 
     stages: tuple[Stage, ...] = ()
-    """The stages of schedule=stages, as a YAML list: [{until: 0.4, weights: [1, 0.5, 0.25]}, {weights: [1]}]."""
+    """The stages of schedule=stages, as a YAML list: [{until: 0.4, weights: [1, 0.5]}, {weights: [1]}]."""
     passage: Literal["step", "linear"] = "step"
-    """How weights move from stage to stage. step: a stage's weights hold until it ends. linear: within each stage they
-    move in a straight line to the next stage's (Jordan et al. 2024, modded-nanogpt); the last stage's hold."""
+    """How weights change between stages. step: at once, at the end of a stage. linear: within a stage, in a
+    straight line to the weights of the next (Jordan et al. 2024, modded-nanogpt)."""
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
@@ -96,7 +114,8 @@ class StagedLossConfig(Clock, Switch):
         if not all(stage.weights for stage in self.stages):
             raise self.mistake("stages", "every stage should have at least one weight")
         ends = [0.0, *(stage.until for stage in self.stages)]
-        if self.stages and not (ends[-1] == 1 and all(earlier < later for earlier, later in pairwise(ends))):
+        rises = all(earlier < later for earlier, later in pairwise(ends))
+        if self.stages and not (rises and ends[-1] == 1):
             raise self.mistake("stages", "until must rise to 1 at the end")
         return self
 
@@ -104,57 +123,50 @@ class StagedLossConfig(Clock, Switch):
 class LayersConfig(StagedLossConfig):
     """A prediction head on intermediate layers (Al-Rfou et al. 2018, "Intermediate Layer Losses")."""
 
-    schedule: Literal["staggered", "linear", "cosine", "constant", "cutoff", "rotational", "gradual", "stages"] = (
-        "staggered"
-    )
-    """staggered: layer l of n stops when the clock reads l/(2n) (the paper). gradual: layer l starts when the clock
-    reads (n - l)/(2n), the highest first. rotational: every R-th head is on, the next ones at the next step (both
-    Elhoushi et al. 2024, LayerSkip, section 4.1.2). stages: the table of `stages`. The others treat all layers
-    alike."""
+    schedule: Literal[Decay, "staggered", "rotational", "gradual", "stages"] = "staggered"
+    """staggered: layer l of n stops when the clock reads l/(2n) (the paper). gradual: layer l starts when
+    the clock reads (n - l)/(2n), the highest first. rotational: at each step one of R groups of heads is
+    on, in turn (both Elhoushi et al. 2024, LayerSkip, section 4.1.2). stages: the table of `stages`. The
+    others treat all layers alike."""
     rotation: Count | None = None
-    """R of schedule=rotational: each head is on at one of R steps. null: R is the number of heads, one at each step."""
+    """R of schedule=rotational. null: the number of heads, so that one is on at each step."""
     every: Count = 1
     """Heads on every k-th intermediate layer: k, 2k, ... The last layer always has one."""
     at: tuple[Depth, ...] | None = None
-    """Layers with a head, in place of every k-th: a YAML list of numbers (1 is the lowest) or fractions of the depth,
-    [3, 6, 9] or [1/3, 0.5]. A fraction f of L layers is layer floor(f * L + 1/2), at least 1; 1.0 is the last.
-    Fractions that fall on the same layer make one head."""
+    """Layers with a head, in place of `every`: a YAML list of numbers (1 is the lowest) or fractions of the
+    depth, [3, 6, 9] or [1/3, 0.5]. A fraction f of L layers is layer floor(f * L + 1/2), at least 1.
+    Fractions of the same layer make one head."""
     weighting: Literal["uniform", "linear", "quadratic", "power"] = "uniform"
-    """How the weight of an intermediate layer grows with its number l of L. uniform: 1. linear: l/L. quadratic:
-    l(l+1)/(L(L+1)) (LayerSkip's sum of 1..l). power: max(0.01, (l/L)^gamma) (AuxNet, arXiv 1611.01773)."""
+    """How the weight of an intermediate layer grows with its number l of L. uniform: 1. linear: l/L.
+    quadratic: l(l+1)/(L(L+1)) (LayerSkip). power: max(0.01, (l/L)^gamma) (AuxNet, arXiv 1611.01773)."""
     gamma: NonNegative = 2.0
     """Exponent of weighting=power."""
-    weights: (
-        Annotated[
-            Annotated[tuple[NonNegative, ...], Tag("list")] | Annotated[dict[Depth, NonNegative], Tag("mapping")],
-            Discriminator(lambda weights: "mapping" if isinstance(weights, dict) else "list"),
-        ]
-        | None
-    ) = None
-    """Explicit weights in place of a weighting, as YAML: a list with one for each intermediate layer with a head,
-    lowest first; or a mapping, {4: 0.3, 8: 0.3} or {1/3: 0.3}, which also chooses the layers with a head."""
+    weights: LayerWeights | None = None
+    """Explicit weights in place of `weighting`, as YAML: a list with one for each intermediate layer with a
+    head, lowest first; or a mapping, {4: 0.3, 8: 0.3} or {1/3: 0.3}, which also chooses these layers."""
     weight: NonNegative = 1.0
-    """Factor on the weight of every intermediate layer's loss; main_weight is the last layer's."""
+    """Factor on the loss of every intermediate layer; aux.main_weight is that of the last layer."""
     total: Positive | None = None
-    """Scale the weights of the intermediate layers, before their schedules, so that they sum to this."""
+    """Scale the weights of intermediate layers, before their schedules, to this sum."""
     head: Literal["linear", "shared", "shared_frozen", "tower"] = "linear"
-    """The heads of intermediate layers. linear: a classifier each (the paper). shared: the final norm and the last
-    layer's classifiers (LayerSkip). shared_frozen: the same, but these losses train only the layers below. tower: norm,
-    hidden layer, activation, dropout and classifier (Szegedy et al. 2015, GoogLeNet; Zhao et al. 2017, PSPNet)."""
+    """The heads of intermediate layers. linear: a classifier each (the paper). shared: the final norm and
+    the last layer's classifiers (LayerSkip). shared_frozen: the same, but these losses do not train them.
+    tower: norm, hidden layer, activation, dropout and classifier (Szegedy et al. 2015, GoogLeNet; Zhao et
+    al. 2017, PSPNet)."""
     tower_width: Count | None = None
     """Width of a tower's hidden layer; null is d_model."""
     tower_dropout: BelowOne = 0.0
     """Dropout after a tower's activation."""
     hinge: NonNegative = 0.0
-    """Only the part of an intermediate layer's loss above this many nats per character counts (Lee et al. 2015,
+    """Count only the part of an intermediate layer's loss above so many nats per character (Lee et al. 2015,
     DSN)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.at is not None and len(set(map(str, self.at))) < len(self.at):
-            raise self.mistake("at", "names a layer twice")
+            raise self.mistake("at", "contains a layer twice")
         if self.weights is not None and self.weighting != "uniform":
-            text = f"would stand in place of weighting={self.weighting}; set one of the two"
+            text = f"conflicts with weighting={self.weighting}; set only one"
             raise self.mistake("weights", text, "weighting")
         if isinstance(self.weights, dict) and self.at is not None:
             text = "a mapping chooses the layers itself; leave aux.layers.at=null, or give a list"
@@ -162,7 +174,7 @@ class LayersConfig(StagedLossConfig):
         return self
 
     def intermediate(self, num_layers: int) -> tuple[int, ...]:
-        """The layers below the last that have a head, in rising order."""
+        """The layers below the last with a head, in rising order."""
         if not self.enabled:
             return ()
         depths = self.weights if isinstance(self.weights, dict) else self.at
@@ -171,15 +183,15 @@ class LayersConfig(StagedLossConfig):
         layers = {layer_at(depth, num_layers) for depth in depths}
         return tuple(sorted(layer for layer in layers if layer < num_layers))
 
-    def misfits(self, num_layers: int) -> Iterator[tuple[str, str]]:
-        """The options that do not fit a model of `num_layers` layers, each with what is wrong with it."""
+    def errors_for_depth(self, num_layers: int) -> Iterator[tuple[str, str]]:
+        """Options that do not fit a model of `num_layers` layers, each with the reason."""
         heads = self.intermediate(num_layers)
         wanted = f"{len(heads)} intermediate layers have a head: {', '.join(map(str, heads)) or 'none'}"
         weights = self.weights
         if isinstance(weights, dict):
             layers = {layer_at(depth, num_layers) for depth in weights}
             if num_layers in layers:
-                yield "weights", "has the last layer, whose weight is aux.main_weight"
+                yield "weights", "contains the last layer, whose weight is aux.main_weight"
             if len(layers) < len(weights):
                 yield "weights", "gives a layer two weights"
             weights = tuple(weights.values())
@@ -190,42 +202,43 @@ class LayersConfig(StagedLossConfig):
                 if len(stage.weights) not in (1, len(heads)):
                     yield "stages", f"a stage has {len(stage.weights)} weights, and {wanted}"
         if self.total is not None and heads and weights is not None and not any(weights):
-            yield "total", "aux.layers.weights that are all zero cannot be scaled to it"
+            yield "total", "cannot be the sum of aux.layers.weights that are all zero"
 
 
 class TargetsConfig(StagedLossConfig):
     """Prediction of characters several steps ahead (Al-Rfou et al. 2018, "Multiple Targets")."""
 
-    schedule: Literal["constant", "linear", "cosine", "cutoff", "growing", "shrinking", "stages"] = "constant"
-    """How the extra targets' weight decays. growing, shrinking: the number of targets rises from 1 to num_targets K, or
-    falls from K to 1, in K equal parts of the clock (Aynetdinov and Akbik 2025, curricula for multi-token prediction).
-    stages: the table of `stages`, with a weight for each target, the next character included; `weight` is unused."""
+    schedule: Literal[Decay, "growing", "shrinking", "stages"] = "constant"
+    """How the weight of the extra targets changes. growing, shrinking: the number of targets rises from 1 to
+    num_targets K, or falls from K to 1, in K equal parts of the clock (Aynetdinov and Akbik 2025,
+    curricula for multi-token prediction). stages: the table of `stages`, with a weight for each target,
+    also the next character, in place of `weight`."""
     num_targets: Annotated[int, Field(ge=1, le=1000), Whole] = 2
     """Characters predicted at each position: the next one and num_targets - 1 after it."""
     weight: NonNegative = 0.5
-    """Weight of each extra target, multiplied into its layer's loss."""
+    """Weight of each extra target, a factor on the weight of its layer."""
     layers: Literal["all", "last"] = "all"
-    """Layers that predict the extra targets: all with a head (the paper), or only the last one."""
+    """Layers that predict the extra targets: all with a head (the paper), or only the last."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         longest = max((len(stage.weights) for stage in self.stages), default=0)
         if longest > self.num_targets:
-            text = f"a stage has {longest} weights, and there are num_targets={self.num_targets} targets"
+            text = f"a stage has {longest} weights for num_targets={self.num_targets} targets"
             raise self.mistake("stages", text, "num_targets")
         return self
 
 
 class HedgeConfig(Section):
-    """Hedge backpropagation: the weights of the layers' losses are learned online (Sahoo et al. 2018)."""
+    """Hedge backpropagation: learns the weights of the layers' losses online (Sahoo et al. 2018)."""
 
     enabled: bool = False
-    """Multiply each layer's rows by a weight alpha. At first alpha is the same for all L' layers with a head; after
-    each update it becomes max(alpha * beta^loss, smoothing / L'), and all are normalised to sum to 1."""
+    """Multiply the loss of each of the L' layers with a head by a weight alpha, at first 1/L'. After each
+    update alpha becomes max(alpha * beta^loss, smoothing / L'), and all are normalised to sum to 1."""
     beta: Share = 0.99
-    """The discount. The lower it is, the faster a layer with a high loss loses weight."""
+    """Discount. The lower it is, the faster a layer with a high loss loses weight."""
     smoothing: BelowOne = 0.2
-    """Share of the weight that is spread evenly as a floor: no alpha falls below smoothing / L'."""
+    """Share of the weight that is spread evenly, so that no alpha falls below smoothing / L'."""
 
 
 class TaskConfig(Clock):
@@ -234,7 +247,7 @@ class TaskConfig(Clock):
     weight: NonNegative
     """Weight of the task's loss."""
     layer: Depth | None = None
-    """The layer whose hidden states the task reads: a number or a fraction of the depth; null is the last."""
+    """Layer whose hidden states the task reads: a number or a fraction of the depth; null is the last."""
     schedule: Decay = "constant"
     """How the weight decays."""
 
@@ -244,34 +257,37 @@ def _weight_alone(value: Any) -> Any:
 
 
 class AuxConfig(Section):
-    """The auxiliary losses; `scripts/explain.py` prints the table of terms that they make."""
+    """The auxiliary losses. `scripts/explain.py` prints the resulting table of terms."""
 
     positions: PositionsConfig = PositionsConfig()
     layers: LayersConfig = LayersConfig()
     targets: TargetsConfig = TargetsConfig()
     hedge: HedgeConfig = HedgeConfig()
     tasks: dict[str, Annotated[TaskConfig, BeforeValidator(_weight_alone)]] = Field(default_factory=dict)
-    """Your own tasks by name: a YAML mapping to a weight or to all options, {order: 0.1} or
-    {order: {weight: 0.1, layer: 4}}. docs/tasks.md shows how to write one."""
+    """Your own tasks (see docs/tasks.md), as a YAML mapping from names to weights, {order: 0.1}, or to all
+    options of a task, {order: {weight: 0.1, layer: 4}}."""
     reduction: Literal["sum", "mean", "weighted_mean"] = "sum"
-    """Add the losses of the active layers, or divide the sum by their number (mean) or by the sum of their weights
-    (weighted_mean, LayerSkip). The paper does not say."""
+    """Add the losses of the active layers, or divide the sum by their number (mean) or by the sum of their
+    weights (weighted_mean, LayerSkip). The paper does not say which."""
     main_weight: NonNegative = 1.0
     """Weight of the last layer's loss."""
     route: Literal["joint", "relay", "pairwise", "multiway"] = "joint"
-    """How the gradients of several layers' losses reach the trunk. joint: one backward pass of their weighted sum.
-    relay: an intermediate layer's gradient stops relay_layers below its head. pairwise: for one layer after another,
-    forward, backward, and update of the layers below. multiway: one forward pass, a backward pass per layer, then an
-    update per layer with its own optimizer state and step size (both AuxNet, arXiv 1611.01773)."""
+    """How the gradients of several layers' losses reach the layers below. joint: one backward pass of their
+    weighted sum. relay: the loss of an intermediate layer trains only the relay_layers nearest to its head.
+    pairwise: forward, backward and update for one loss after another. multiway: one forward pass, a
+    backward pass per loss, then an update per loss with its own optimizer state and step size (both
+    AuxNet, arXiv 1611.01773)."""
     relay_layers: Count = 1
-    """Number of layers that an intermediate gradient reaches under route=relay, including the one under its head."""
+    """Layers that each intermediate loss trains with route=relay: with 2, layer 6's loss trains 5 and 6."""
     step_sizes: Literal["auxnet", "common"] = "auxnet"
-    """Step sizes of route=multiway. auxnet: the layers under a loss divide the learning rate by the sum of the weights
-    of this loss and those above, and heads learn from their unweighted loss. common: one learning rate for all."""
+    """Step sizes of route=multiway. auxnet: the layers under a loss divide the learning rate by the sum of
+    the weights of this loss and those above, and heads learn from their unweighted loss. common: one
+    learning rate for all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.layers.enabled and self.layers.schedule == "rotational" and self.main_weight == 0:
-            text = "schedule=rotational has steps on which the last layer's loss is the only one; raise its weight"
+        is_rotational = self.layers.enabled and self.layers.schedule == "rotational"
+        if is_rotational and self.main_weight == 0:
+            text = "schedule=rotational has steps with only the last layer's loss; raise its weight"
             raise self.mistake("main_weight", text)
         return self

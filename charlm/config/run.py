@@ -1,4 +1,4 @@
-"""A run on disk."""
+"""Options of a run's folder, of how it ends and goes on, and of trackers."""
 
 import re
 from pathlib import Path
@@ -12,40 +12,44 @@ TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanla
 
 
 class RunConfig(Section):
-    """The run on disk: its folder, how it is continued, and where its numbers go."""
+    """The run on disk: its folder, how to continue it, and where its numbers go."""
 
     dir: Path = Path("runs/charlm")
-    """The run's folder. It must not hold a run already, unless that run is resumed."""
+    """Folder of the run. It must not already hold a run, unless that run is resumed."""
     resume: bool = False
     """Continue the run from its newest checkpoint."""
     resume_from: Index | None = None
     """Continue the run from the checkpoint of this step."""
     auto_resume: bool = False
-    """Continue the run if there is one, else start it. Meant for queues, which may start a job again."""
+    """Continue the run if it exists, else start it; for queues that may start a job again."""
     max_time: str | None = None
-    """Write a checkpoint and stop after this time, before a queue's limit: 3h50m, 90m, 1d12h."""
+    """Write a checkpoint and stop after this time, such as 3h50m, 90m or 1d12h."""
     report: bool = True
-    """Write RUN/report.html at the end: the recorded numbers, and what the model shows if that is quick to compute."""
+    """Write RUN/report.html at the end, with measurements of the model if they are quick to compute."""
     tracker: tuple[TrackerName, ...] = ()
-    """Experiment trackers that also get every number of metrics.jsonl; each needs its own package: tensorboard, or a
-    list, [tensorboard, wandb]."""
+    """Experiment trackers that also get every number of metrics.jsonl, such as tensorboard or
+    [tensorboard, wandb]. Each needs its own package."""
     project: str = "charlm"
-    """Name of the project or experiment, for trackers that group runs."""
+    """Name of the project or experiment in trackers that group runs."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.resume_from is not None and self.auto_resume:
-            text = "goes back to that step whenever a queue starts the command again; leave out run.auto_resume"
+            text = "would go back to that step at every restart; leave out run.auto_resume"
             raise self.mistake("resume_from", text, "auto_resume")
         if self.max_time is not None and self.max_seconds is None:
-            raise self.mistake("max_time", "must be a time like 3h50m, in days (d), hours, minutes and seconds")
+            text = "must be a time like 3h50m, in days (d), hours, minutes and seconds"
+            raise self.mistake("max_time", text)
         if len(set(self.tracker)) < len(self.tracker):
-            raise self.mistake("tracker", "names a tracker twice")
+            raise self.mistake("tracker", "contains a tracker twice")
         return self
 
     @property
     def max_seconds(self) -> int | None:
-        """`max_time` in seconds; None without one, or if it is no time."""
-        match = re.fullmatch(r"(?:(\d{1,5})d)?(?:(\d{1,5})h)?(?:(\d{1,5})m)?(?:(\d{1,9})s)?", self.max_time or "")
-        parts = map(int, match.groups("0")) if match else ()
-        return sum(part * seconds for part, seconds in zip(parts, (86400, 3600, 60, 1), strict=False)) or None
+        """`max_time` in seconds; None if it is null or not a valid time."""
+        pattern = r"(?:(\d{1,5})d)?(?:(\d{1,5})h)?(?:(\d{1,5})m)?(?:(\d{1,9})s)?"
+        match = re.fullmatch(pattern, self.max_time or "")
+        if match is None:
+            return None
+        days, hours, minutes, seconds = map(int, match.groups("0"))
+        return seconds + 60 * (minutes + 60 * (hours + 24 * days)) or None

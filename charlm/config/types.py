@@ -1,26 +1,35 @@
-"""The base of all options: a frozen pydantic model that refuses unknown names, number types with limits, and marks."""
+"""The base class of all options, number types with limits, and marks for options."""
 
 import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
-from functools import cache, reduce
+from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from charlm.config.errors import ConfigError, did_you_mean, first_line, shown
 
 NULLS = ("null", "none", "~", "")
 MESSAGES = {
     "missing": "is missing",
-    "extra_forbidden": "is no option",
+    "extra_forbidden": "unknown option",
     "tuple_type": "should be a list",
     "dict_type": "should be a mapping",
     "bool_parsing": "should be true or false",
@@ -30,22 +39,26 @@ UNION_MEMBER = re.compile(r"int|list|mapping|.*\[.*\]")  # pydantic's names for 
 
 
 class Mark(Enum):
-    """A property of an option; stands in the `Annotated` of its type."""
+    """A property of an option, set in the `Annotated` of its type."""
 
-    MAY_CHANGE = "a resumed run may set the option anew"
+    MAY_CHANGE = "a resumed run may change the option"
     NO_EFFECT = "the option does not affect what a run learns"
 
 
 class Section(BaseModel):
-    """A group of options. Help and docs/configuration.md print the docstrings of its fields."""
+    """A group of options, frozen. Help and docs/configuration.md print the docstrings of its fields."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
     )
 
     @classmethod
     def read(cls, values: Mapping[str, Any], places: Mapping[str, str] = {}) -> Self:
-        """A section of these values. Raises ConfigError; `places` has the file and line that set an option."""
+        """A section of these values. Raises ConfigError, with the place (file, line) of each fault."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -56,14 +69,14 @@ class Section(BaseModel):
         return self.read(dict(self) | changes)
 
     def mistake(self, option: str, text: str, *others: str) -> PydanticCustomError:
-        """The error to raise in a check for the value of `option`; `others` are options that the text names, too."""
-        value = reduce(getattr, option.split("."), self)
-        return PydanticCustomError("mistake", text, {"option": option, "value": value, "others": others})
+        """The error that a check raises for the value of `option`; `others` are further options in `text`."""
+        context = {"option": option, "value": attrgetter(option)(self), "others": others}
+        return PydanticCustomError("mistake", text, context)
 
     @field_validator("*", mode="before")
     @classmethod
     def _read_text(cls, value: Any, info: ValidationInfo) -> Any:
-        """Read the text of a flag or YAML file: as null, a list or a mapping, else leave it as it is."""
+        """Turn text of a flag or YAML file into null, a list or a mapping if the option may be one."""
         kinds = parts_of(cls.model_fields[info.field_name].annotation)
         if isinstance(value, str):
             if NoneType in kinds and value.strip().lower() in NULLS:
@@ -72,20 +85,23 @@ class Section(BaseModel):
                 raise ValueError("should be a path")
             if (tuple in kinds or dict in kinds) and value.lstrip()[:1] in ("[", "{"):
                 return read_yaml(value)
-        if tuple in kinds and isinstance(value, (str, int, float)):  # a list may go without its brackets
+        if tuple in kinds and isinstance(value, (str, int, float)):  # brackets may be left out
             return [item.strip() for item in value.split(",")] if isinstance(value, str) else [value]
         return value
 
 
 @cache
 def parts_of(annotation: Any) -> list[Any]:
-    """The types that a type is made of: of `tuple[int, ...] | None`, tuple and int and NoneType among others."""
-    return [get_origin(annotation) or annotation, *(part for one in get_args(annotation) for part in parts_of(one))]
+    """The types in a type, such as tuple, int and NoneType in `tuple[int, ...] | None`."""
+    parts = [get_origin(annotation) or annotation]
+    for argument in get_args(annotation):
+        parts += parts_of(argument)
+    return parts
 
 
 @cache
 def sections_of(kind: type[Section], name: str = "") -> dict[str, type[Section]]:
-    """A section and those inside of it, by dotted name; its own is ""."""
+    """A section, named "", and the sections in it, by dotted name."""
     found = {name: kind}
     for field, info in kind.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
@@ -95,7 +111,7 @@ def sections_of(kind: type[Section], name: str = "") -> dict[str, type[Section]]
 
 @cache
 def options_of(kind: type[Section]) -> dict[str, FieldInfo]:
-    """The options of a section and of those inside of it, by dotted name: every field that has a docstring."""
+    """The options of a section and of the sections in it, by dotted name: all fields with a docstring."""
     return {
         f"{section}.{name}".lstrip("."): info
         for section, part in sections_of(kind).items()
@@ -105,30 +121,38 @@ def options_of(kind: type[Section]) -> dict[str, FieldInfo]:
 
 
 def _config_error(kind: type[Section], error: ValidationError, places: Mapping[str, str]) -> ConfigError:
-    """All that is wrong with the values of a `kind`, in one message."""
+    """All faults in the values of a `kind`, in one message."""
     options, names = options_of(kind), []
     lines: dict[tuple[str, str], list[str]] = {}
-    for part in error.errors(include_url=False):
-        location, value, others = part["loc"], part["input"], []
-        if part["type"] == "mistake":
-            others = [".".join(map(str, [*location, other])) for other in part["ctx"]["others"]]
-            location, value = (*location, part["ctx"]["option"]), part["ctx"]["value"]
-        place = ".".join(str(key) for key in location if not UNION_MEMBER.fullmatch(str(key)))
-        names.append(next((option for option in options if f"{place}.".startswith(f"{option}.")), place))
-        text = part["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to")[0]
-        text = MESSAGES.get(part["type"], text)
-        if part["type"] not in ("missing", "extra_forbidden"):
-            place += f"={shown(value)}"
-        elif names[-1] not in options:
-            text += did_you_mean(place, [*options, *sections_of(kind)])
-        set_in = [f"\n  {name} is set in {places[name]}" for name in (names[-1], *others) if places.get(name)]
-        lines.setdefault((place, "".join(set_in)), []).append(text)
-    message = "\n".join(f"{place}: {', or '.join(texts)}{set_in}" for (place, set_in), texts in lines.items())
-    return ConfigError(message, names[0])
+    for fault in error.errors(include_url=False):
+        location, value, others = _place_of(fault)
+        name = next((option for option in options if f"{location}.".startswith(f"{option}.")), location)
+        names.append(name)
+        text = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        text = MESSAGES.get(fault["type"], text.partition(", unable to")[0])
+        if fault["type"] not in ("missing", "extra_forbidden"):
+            location += f"={shown(value)}"
+        elif name not in options:
+            text += did_you_mean(location, [*options, *sections_of(kind)]) or "; docs/configuration.md has all"
+        set_in = [f"\n  {one} is set in {places[one]}" for one in (name, *others) if places.get(one)]
+        lines.setdefault((location, "".join(set_in)), []).append(text)
+    message = [f"{location}: {', or '.join(texts)}{set_in}" for (location, set_in), texts in lines.items()]
+    return ConfigError("\n".join(message), names[0])
+
+
+def _place_of(fault: ErrorDetails) -> tuple[str, Any, list[str]]:
+    """The dotted name of a value at fault, the value, and the other options that the message names."""
+    location, value, others = fault["loc"], fault["input"], []
+    if fault["type"] == "mistake":
+        mistake = fault["ctx"]
+        others = [".".join(map(str, [*location, other])) for other in mistake["others"]]
+        location, value = (*location, mistake["option"]), mistake["value"]
+    keys = [str(key) for key in location if not UNION_MEMBER.fullmatch(str(key))]
+    return ".".join(keys), value, others
 
 
 class Lines(dict):
-    """A mapping of a YAML file; `lines` has the line of each key."""
+    """A mapping in a YAML file, with the line of each key."""
 
     lines: dict[str, int]
 
@@ -145,7 +169,7 @@ class _TextLoader(yaml.BaseLoader):
 
 
 def read_yaml(text: str) -> Any:
-    """Text, lists and mappings of YAML: no numbers, no tags, no key twice. Raises ValueError."""
+    """Read YAML as text, lists and mappings; numbers stay text. Raises ValueError, also for a key set twice."""
     try:
         return _TextLoader(text).get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
@@ -155,7 +179,7 @@ def read_yaml(text: str) -> Any:
 
 
 def _whole(value: Any) -> Any:
-    """1e6 is a whole number as text, too; true is none."""
+    """Accept text such as 1e6 as a whole number, and refuse true and false."""
     if isinstance(value, bool):
         raise ValueError("should be a valid integer")
     with suppress(ValueError):
@@ -164,7 +188,7 @@ def _whole(value: Any) -> Any:
     return value
 
 
-# Limits come before the function: behind it the JSON schema, which help is made from, would lack them.
+# In `Annotated`, limits precede the function; else the JSON schema, from which help is made, lacks them.
 Whole = BeforeValidator(_whole)
 Index = Annotated[int, Field(ge=0), Whole]
 Count = Annotated[int, Field(ge=1), Whole]
@@ -174,4 +198,4 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(lambda word: "fp32" if word == "no" else word)]
-"""Precision of matrix products. `no`, accelerate's word for fp32, is understood as well."""
+"""Precision of matrix products; `no` is accelerate's word for fp32."""

@@ -17,7 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from tqdm import tqdm
 
 from charlm.config import Config, UserError, flatten, steps_of
-from charlm.config.errors import written
+from charlm.config.errors import shown
 from charlm.data.corpus import Split
 from charlm.objective.objective import Hedge
 from charlm.objective.terms import Term, active
@@ -211,7 +211,7 @@ def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
     options = flatten(config.model_dump(), ".")
     for option, value in options.items():
         if not isinstance(value, int | float | str):
-            options[option] = written(value)
+            options[option] = shown(value, limit=10_000)
     try:
         for name in config.run.tracker:
             tracker = _build(name, config, run, step)

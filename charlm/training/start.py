@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from torch.optim import Optimizer
 
 from charlm.config import Config, Mark, RunConfig, UserError, differences, has_mark
-from charlm.config.errors import written
+from charlm.config.errors import shown
 from charlm.config.load import to_yaml
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import vocabulary_from_dict
@@ -51,7 +51,7 @@ class TrainState(BaseModel, strict=True, extra="forbid"):
 def refusal(config: Config, option: str, text: str) -> UserError:
     """The error for an option's value; `text` says what is wrong, and a way out."""
     value = reduce(getattr, option.split("."), config)
-    return UserError(f"{option}={written(value)}: {text}", option)
+    return UserError(f"{option}={shown(value)}: {text}", option)
 
 
 def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator, sharded: bool) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from charlm.config.errors import written
+from charlm.config.errors import shown
 from charlm.config.load import settings_of
 from launched import register_documented_task, train_with_two_processes
 from tiny import SCRIPTS, TINY, checkpoint_folder, losses, train, training_rows, typed
@@ -80,7 +80,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     "presets": {
         preset.stem: [
             *["--model.num_layers=6", "--train.steps=20", "--train.clip_norm=0"],
-            *(f"--{name}={written(setting.value)}" for name, setting in settings_of([preset], {}).items()),
+            *(f"--{name}={shown(setting.value)}" for name, setting in settings_of([preset], {}).items()),
             "--aux.layers.tower_dropout=0",  # two processes draw other noise
         ]
         for preset in sorted((SCRIPTS.parent / "configs" / "methods").glob("*.yaml"))

@@ -7,7 +7,7 @@ import numpy as np
 
 from charlm.config import Config, Mark, flatten, has_mark
 from charlm.config import differences as differences_of
-from charlm.config.errors import written
+from charlm.config.errors import shown
 from charlm.data.windows import default_stride
 from charlm.report.metrics import Metrics, number
 from charlm.report.page.probe import Probe
@@ -92,7 +92,7 @@ def differences(configs: Sequence[Config]) -> Table:
     names = [name for name in names if not has_mark(name, Mark.NO_EFFECT)]
 
     def row(name: str) -> list[str]:
-        return [written(column[name]) if name in column else NONE for column in columns]
+        return [shown(column[name]) if name in column else NONE for column in columns]
 
     return [(name, row(name)) for name in names]
 
