@@ -73,8 +73,11 @@ def parse(kind: type[S], argv: Sequence[str] | None = None) -> S:
     """Read the options of a script. Raises UserError, with all that is wrong with their values."""
     parser = _Parser(kind)
     argcomplete.autocomplete(parser)
-    words = sys.argv[1:] if argv is None else argv
-    given = vars(parser.parse_args([_spelt(word) for word in words]))
+    words = [_spelt(word) for word in (sys.argv[1:] if argv is None else argv)]
+    for word in words:  # argparse would complain about a missing option first
+        if re.match("--.", word) and word.partition("=")[0] not in parser.flags:
+            parser.error(f"unrecognized arguments: {word}")
+    given = vars(parser.parse_args(words))
     if issubclass(kind, WithConfig):
         given["flags"] = {name: given.pop(name) for name in list(given) if "." in name}
     options = validate(kind, {name: Setting(value) for name, value in given.items()})
@@ -108,7 +111,7 @@ class _Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
-        self.flags: list[str] = []
+        self.flags = ["--help"]
         for former in RENAMED if has_config else ():
             self.flags += self.add_argument(f"--{former}", help=argparse.SUPPRESS).option_strings
         for options in (kind, Config) if has_config else (kind,):
@@ -121,15 +124,13 @@ class _Parser(argparse.ArgumentParser):
                         self._add(group, name, info, in_words(schemas[option]), is_own=options is kind)
 
     def _add(self, group: Any, name: str, info: FieldInfo, kinds: str, *, is_own: bool) -> None:
-        marks = [mark for mark in info.metadata if isinstance(mark, Flag)]
-        flag = marks[0] if marks else Flag(_spelt(f"--{name}"))
+        flag = next((mark for mark in info.metadata if isinstance(mark, Flag)), Flag(_spelt(f"--{name}")))
         text = info.description.replace("%", "%%")
         how = {"metavar": kinds.removesuffix(" | null") if is_own else kinds, "help": text}
         if len(kinds) > 55:  # in the text it can be broken
             how = {"metavar": "WORD", "help": f"{kinds}. {text}"}
         if is_own and info.annotation is bool:  # a bare flag
-            how = {"help": text}
-            how["action"] = argparse.BooleanOptionalAction if info.default else "store_true"
+            how = {"help": text, "action": argparse.BooleanOptionalAction if info.default else "store_true"}
         if info.is_required() and flag.names[0].startswith("-"):
             how["required"] = True
         elif is_own and info.default and not info.is_required():
