@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from charlm.inference.evaluation import bits_per_character
     from charlm.inference.generation import generate
     from charlm.inference.speculative import DraftStatistics
-    from charlm.objective.build import auxiliary_task
+    from charlm.objective.tasks import auxiliary_task
     from charlm.report.explain import explain
     from charlm.report.finish import train_and_report
     from charlm.runs.hub import push_to_hub
@@ -34,7 +34,7 @@ _HOMES = {
     "ConfigError": "config",
     "DraftStatistics": "inference.speculative",
     "UserError": "config",
-    "auxiliary_task": "objective.build",
+    "auxiliary_task": "objective.tasks",
     "bits_per_character": "inference.evaluation",
     "compress": "compression.coder",
     "decompress": "compression.coder",

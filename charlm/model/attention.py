@@ -74,10 +74,12 @@ def attends_in_blocks(backend: AttentionBackend, device_type: str) -> bool:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention.
+    """Causal multi-head self-attention, by the first of these that applies:
 
-    `backend` "sdpa" is torch's `scaled_dot_product_attention`; "blocks" is `BlockwiseAttention`, except
-    with dropout or for a single query; "auto" is blocks on a CPU and sdpa elsewhere.
+    1. `BlockwiseAttention`: several queries, no mask from a cache, no dropout, and the backend is "blocks"
+       (or "auto" on a CPU).
+    2. `attend_by_text`: many texts with few queries, in fp32 on a CPU, without gradients or dropout.
+    3. torch's `scaled_dot_product_attention` (SDPA).
     """
 
     def __init__(self, config: ModelConfig, backend: AttentionBackend):
@@ -131,16 +133,17 @@ class Attention(nn.Module):
         value_BHTC: Tensor,
         visible: Tensor | None,
     ) -> Tensor:
-        """Each of the last positions attends to those up to its own, or to those that are `visible`."""
+        """Each query, one of the last positions, attends to the keys up to its own, or to those `visible`."""
         num_queries, num_keys = query_BHQC.shape[2], key_BHTC.shape[2]
         dropout = self.dropout if self.training else 0.0
-        is_causal = visible is None and num_queries > 1
-        if is_causal and dropout == 0.0 and attends_in_blocks(self.backend, query_BHQC.device.type):
+        causal = visible is None and num_queries > 1
+        if causal and dropout == 0.0 and attends_in_blocks(self.backend, query_BHQC.device.type):
             return BlockwiseAttention.apply(query_BHQC, key_BHTC, value_BHTC)
-        if is_causal and num_queries < num_keys:  # is_causal aligns the triangle top-left
-            visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BHQC.device)
-            visible = visible.tril(num_keys - num_queries)
-            is_causal = False
+        is_causal = causal and num_queries == num_keys
+        if causal and not is_causal:
+            # SDPA's is_causal assumes that query 0 is key 0; here the queries are the last positions.
+            every_pair = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BHQC.device)
+            visible = every_pair.tril(num_keys - num_queries)
         if not is_causal and dropout == 0.0 and many_texts_few_queries(query_BHQC):
             return attend_by_text(query_BHQC, key_BHTC, value_BHTC, visible)
         return F.scaled_dot_product_attention(

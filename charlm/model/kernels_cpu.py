@@ -27,8 +27,8 @@ def full_fp32_matmul(device: torch.device, num_rows: int = FEW_ROWS) -> Iterator
 
 
 def medium_is_fp32() -> bool:
-    """Whether "medium" is fp32 on this CPU: with AMX it is bf16, and may be on other makes."""
-    # The oldest supported torch does not have the function yet.
+    """Whether "medium" is fp32 on this CPU: with AMX it is bf16, and on other architectures it may be."""
+    # The function is missing in the oldest torch that we support.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     has_amx = any(present for name, present in capabilities.items() if name.startswith("amx_"))
     return capabilities.get("architecture") == "x86_64" and not has_amx

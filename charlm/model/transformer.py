@@ -45,7 +45,7 @@ class NgramEmbedding(nn.Module):
     """Embeddings of the n-grams that end at each position (Pagnoni et al. 2024, section 3.2.1).
 
     For each n the last n characters are hashed to a row of a table. Narrow tables and one matrix (Lan
-    et al. 2020, section 3.1) replace the source's tables of full width. The tables' gradients are sparse.
+    et al. 2020, section 3.1) replace the full-width tables of the paper. Table gradients are sparse.
     """
 
     def __init__(self, config: ModelConfig):
@@ -61,7 +61,7 @@ class NgramEmbedding(nn.Module):
     def forward(self, ids_BS: Tensor, num_positions: int) -> Tensor:
         """The embeddings of the last `num_positions` of the S characters: [B, num_positions, D].
 
-        Characters before the first, and those of id -1, count as one symbol that is no character.
+        Positions before the first character, and ids of -1, count as one extra symbol.
         """
         longest = self.lengths[-1]
         symbols_BS = F.pad(ids_BS + 1, (longest - 1, 0))
@@ -131,7 +131,8 @@ class CharTransformer(nn.Module):
 
     Matrices start normal with variance 1 / fan-in, biases at zero, embeddings with standard deviation
     0.3, position tables with 0.02. Matrices that write to the residual stream are divided by sqrt(2L)
-    (Radford et al. 2019), or start at zero (`residual_init`).
+    (Radford et al. 2019), so that all 2L add about the variance of one; under post-norm this also bounds
+    the product of the 2L norms' gradients. With `residual_init` "zero" they start at zero.
     """
 
     def __init__(
@@ -199,9 +200,9 @@ class CharTransformer(nn.Module):
         return self._run(self.embed(ids_BT, places, cache), 0, wanted, places, cache, num_last)
 
     def run_from(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
-        """The last layer's hidden states from those that `forward` returned for a lower `layer`.
+        """Run the layers above `layer` on its hidden states from `forward`; return the last layer's.
 
-        First lower the lengths of `cache` to before these positions; it advances over them again.
+        First set the lengths of `cache` back to before these positions; it advances over them again.
         """
         places = self.places(hidden_BTD.shape[1], cache)
         last = self.config.num_layers

@@ -3,7 +3,7 @@
 Shapes: B batch, T positions, D d_model, K offsets, W characters of a window (T + the largest offset).
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from charlm.config import CrossEntropyBackend
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.cross_entropy import linear_cross_entropy
+from charlm.objective.hedge import Hedge
 from charlm.objective.terms import Rows, Term, active_by_layer
 
 
@@ -32,48 +33,6 @@ def head_pairs(terms: Sequence[Term], num_layers: int) -> set[tuple[int, int]]:
     """The (layer, offset) pairs that need a head, with the one that predicts after training."""
     trained = {(term.layer, term.offset) for term in terms if term.task is None}
     return trained | {(num_layers, 1)}
-
-
-class Hedge(nn.Module):
-    """Hedge Backpropagation: one weight per layer, learned from the layers' losses; they sum to 1.
-
-    The weights start equal. After an update in which the n layers had the losses loss_i, in nats:
-
-        alpha_i <- max(alpha_i * beta^loss_i, smoothing / n), then all divided by their sum
-
-    (Sahoo et al. 2018, Online Deep Learning, section 3.2, algorithm 1). It never waits for the device.
-    """
-
-    def __init__(self, layers: Iterable[int], beta: float, smoothing: float):
-        super().__init__()
-        self.layers = sorted(set(layers))
-        self.beta = beta
-        self.smoothing = smoothing
-        self.weights: Tensor
-        """An entry for each of `layers`; a buffer, so that checkpoints hold it."""
-        equal = torch.full((len(self.layers),), 1.0 / len(self.layers))
-        self.register_buffer("weights", equal)
-
-    def weight(self, layer: int) -> Tensor:
-        """The factor on the losses of `layer`: a scalar without a gradient."""
-        weight = self.weights[self.layers.index(layer)]
-        return weight.clone()  # a backward pass may come after `adapt`
-
-    @torch.no_grad()
-    def adapt(self, losses: Mapping[int, Tensor], skip: Tensor | None = None) -> None:
-        """Adapt to an update's losses, unless `skip`; a layer without a loss keeps its weight."""
-        heard = [index for index, layer in enumerate(self.layers) if layer in losses]
-        if not heard:
-            return
-        before = torch.stack([self.weights[index] for index in heard])
-        own_losses = torch.stack([losses[self.layers[index]].to(before) for index in heard])
-        raised = before * self.beta**own_losses
-        raised = raised.clamp(min=self.smoothing / len(self.layers))
-        after = raised / raised.sum() * (1.0 - self.weights.sum() + before.sum())
-        if skip is not None:
-            after = torch.where(skip, before, after)
-        for index, weight in zip(heard, after, strict=True):
-            self.weights[index] = weight
 
 
 class Objective(nn.Module):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from charlm.config import Config, UserError, flatten, steps_of
 from charlm.config.errors import shown
 from charlm.data.corpus import Split
-from charlm.objective.objective import Hedge
+from charlm.objective.hedge import Hedge
 from charlm.objective.terms import Term, active
 from charlm.process import peak_memory
 from charlm.runs.folder import Run

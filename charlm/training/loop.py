@@ -15,9 +15,10 @@ from charlm.config import Config, Stopped, UserError, steps_of
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.windows import default_stride
 from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
-from charlm.objective.build import build_objective, check_registered
+from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.objective.routes import ROUTES, Joint
+from charlm.objective.tasks import check_registered
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.tensors import Snapshot, take_snapshot

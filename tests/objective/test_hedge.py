@@ -8,7 +8,8 @@ import torch
 
 from charlm.config import AuxConfig, Config, HedgeConfig, LayersConfig, ModelConfig, PositionsConfig
 from charlm.objective.build import build_objective
-from charlm.objective.objective import Hedge, Objective
+from charlm.objective.hedge import Hedge
+from charlm.objective.objective import Objective
 
 BETA, SMOOTHING = 0.9, 0.2
 HEDGE = HedgeConfig(enabled=True, beta=BETA, smoothing=SMOOTHING)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from charlm.config import AuxConfig, Config, LayersConfig, ModelConfig, PositionsConfig, TargetsConfig, TrainConfig
 from charlm.model.heads import Heads
 from charlm.objective.build import build_objective
-from charlm.objective.objective import Hedge, Objective, head_pairs
+from charlm.objective.hedge import Hedge
+from charlm.objective.objective import Objective, head_pairs
 from charlm.objective.schedules import constant, cutoff
 from charlm.objective.terms import Term, active, build_terms
 from charlm.training.optimizers import build_optimizers

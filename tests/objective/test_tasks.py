@@ -12,7 +12,7 @@ import torch
 
 import charlm
 from charlm.config import Config, UserError
-from charlm.objective import build
+from charlm.objective import tasks
 from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
@@ -25,7 +25,7 @@ OFFERED = "--aux.tasks={order: 0.5}"
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
     """One for each test."""
-    monkeypatch.setattr(build, "_task_builders", {})
+    monkeypatch.setattr(tasks, "_builders", {})
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_the_example_learns_and_its_run_loads_without_it(program, tmp_path, monk
     saved = find_checkpoint(Run.open(tmp_path / "run"), "last").tensors()
     assert saved["tasks.order.stretches.weight"].shape == (16, 16, 8)
 
-    monkeypatch.setattr(build, "_task_builders", {})
+    monkeypatch.setattr(tasks, "_builders", {})
     trained = charlm.load(tmp_path / "run", "last", device="cpu")
     assert torch.equal(trained.transformer.embedding.weight, saved["transformer.embedding.weight"])
     with pytest.raises(UserError, match="'order' is not registered"):

@@ -21,8 +21,8 @@ from charlm.config import (
 )
 from charlm.config.load import load_config
 from charlm.config.objective import TaskConfig
-from charlm.objective.build import auxiliary_task
 from charlm.objective.schedules import cutoff
+from charlm.objective.tasks import auxiliary_task
 from charlm.report.explain import explain, stops_at_step
 from tiny import run_script
 
@@ -210,7 +210,7 @@ def test_what_the_rows_do_not_tell():
 
 def test_rows_of_own_tasks(monkeypatch):
     """Fault: a task without a row or without its parameters, or one taken for a prediction of a character."""
-    monkeypatch.setattr("charlm.objective.build._task_builders", {})
+    monkeypatch.setattr("charlm.objective.tasks._builders", {})
     auxiliary_task("parity")(lambda config, vocabulary_size: nn.Linear(config.d_model, 1))
     config = tiny(2, tasks={"parity": TaskConfig(weight=0.1, layer=1)}, **NEXT_ONLY)
     without = explain(tiny(2, **NEXT_ONLY))

@@ -1,0 +1,64 @@
+"""The user's own auxiliary tasks: registered by name, switched on by `aux.tasks`."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from torch import nn
+
+from charlm.config import ModelConfig, UserError
+
+Builder = TypeVar("Builder", bound=Callable[[ModelConfig, int], nn.Module])
+
+_builders: dict[str, Callable[[ModelConfig, int], nn.Module]] = {}
+
+
+def auxiliary_task(name: str) -> Callable[[Builder], Builder]:
+    """A decorator that registers a task; `--aux.tasks='{NAME: 0.1}'` adds 0.1 times its loss.
+
+        @charlm.auxiliary_task("order")
+        class Order(nn.Module):
+            def __init__(self, config, vocabulary_size): ...
+            def forward(self, hidden_BTD, windows_BW): ...
+
+    The decorated class or function builds a module from the model's options and the vocabulary's size.
+    The module maps hidden states of its layer, [B, T, D], and windows, [B, W], whose first T characters
+    the layer has read, to losses in nats, of any shape; their mean is used. It is trained and saved with
+    the model; `charlm.load` leaves it out. Under pre-norm only the last layer's states are normalised.
+
+    Draw random numbers from torch alone: it is seeded before each micro-batch, so that a resumed run
+    repeats them. Registering a name again replaces the earlier task.
+
+    Raises:
+        UserError: the name cannot be a module's.
+    """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", name) or hasattr(nn.ModuleDict(), name):
+        raise UserError(f"auxiliary task {name!r}: choose a plain name of up to 64 letters, digits, _ and -")
+
+    def register(build: Builder) -> Builder:
+        _builders[name] = build
+        return build
+
+    return register
+
+
+def check_registered(names: Iterable[str]) -> None:
+    """Raise UserError unless all tasks are registered."""
+    for name in names:
+        if name not in _builders:
+            known = ", ".join(sorted(_builders)) or "none"
+            raise UserError(
+                f"aux.tasks: {name!r} is not registered; registered: {known}. "
+                "Register it with charlm.auxiliary_task in a script of your own, "
+                "and train from there (docs/tasks.md)",
+                "aux.tasks",
+            )
+
+
+def build_tasks(names: Iterable[str], config: ModelConfig, vocabulary_size: int) -> nn.ModuleDict:
+    """Fresh modules of the tasks. Raises UserError if one is not registered."""
+    check_registered(names)
+    tasks = nn.ModuleDict()
+    for name in sorted(names):
+        tasks[name] = _builders[name](config, vocabulary_size)
+    return tasks
