@@ -24,7 +24,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, kind: Any = Any) -> A
     """The content of a JSON file, as a `kind`: a model or another type that pydantic can check.
 
     Raises:
-        UserError: it is missing, no regular file, larger than `max_bytes`, damaged, nested too deeply,
+        UserError: it is missing, not a regular file, larger than `max_bytes`, damaged, nested too deeply,
             or no `kind`.
     """
     try:

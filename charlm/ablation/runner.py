@@ -20,6 +20,7 @@ from charlm.files import write_whole
 from charlm.process import RSS_UNIT
 from charlm.runs.folder import Run
 from charlm.text import fitted
+from charlm.training.stop import SAME_REQUEST
 
 POLL_SECONDS, REDRAW_SECONDS = 0.2, 2.0
 LONGEST_MESSAGE = 300
@@ -29,8 +30,6 @@ BAR = {
     "disable": None,
     "leave": False,
 }
-SAME_REQUEST = 1.0
-"""Seconds within which further signals belong to the same request to stop."""
 STOPPED = (0, -signal.SIGTERM, -signal.SIGKILL)
 """Exit codes of a run that was told to stop: it saved, had not begun, or was killed."""
 

@@ -20,10 +20,10 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; more use the last one, the safe side."""
 HOW_TO_READ = (
     "Bits per character: mean ± standard deviation over seeds. "
-    "Δ: mean difference to `{reference}`, seed by seed (a seed means the same windows in every row), "
-    "± half the 95 % interval by Student's t. "
-    "Better and worse: zero lies outside the interval; "
-    "of 20 rows that change nothing, one is expected to look so. "
+    "Δ: mean over seeds of the difference to `{reference}`, ± half the 95 % confidence interval (Student's t); "
+    "a seed gives every row the same windows. "
+    "Better and worse: the interval excludes zero; "
+    "about 1 in 20 rows without a real effect is marked so by chance. "
     "Time per step: median over seeds, without validation. "
     "CPU s: processor time of a whole run, median over seeds; "
     "it hardly depends on other work on the machine. "
@@ -170,10 +170,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
-    """Draw the seeds and the mean of every row; returns the picture's path.
-
-    The axis covers the rows near the best; the mean of a row far outside is an arrow at the edge.
-    """
+    """Draw the seeds and the mean of every row; an arrow stands for a mean that is far from the best."""
     shown = [row for row in rows if row.results]
     left, right = _limits(shown)
     with new_figure(PICTURE, 0.9 + 0.26 * len(shown)) as figure:

@@ -187,8 +187,7 @@ def plan(
     Later options win: the shared `files`, the variant's files, the shared `flags`, the variant's
     options. The shared run.dir holds all runs; the shared train.seed is the first.
 
-    Raises:
-        UserError: a configuration cannot work, or two rows would share a folder.
+    Raises UserError if a configuration cannot work, or two rows would share a folder.
     """
     base = load_config(files, flags)
     folders = [variant.folder for variant in variants]

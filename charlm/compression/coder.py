@@ -100,7 +100,7 @@ def compress(
                 _encode(trained, header, blocks, written, bar)
             seconds = time.perf_counter() - started
             if coded.digest() != scanned.digest():
-                raise UserError(f"{source}: changed while it was compressed; begin anew")
+                raise UserError(f"{source}: changed while it was compressed; compress it again")
             compressed_bytes = written.tell()
             started = time.perf_counter()
             if verify:
@@ -138,10 +138,7 @@ def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *,
 def compressed_nats(
     trained: TrainedModel, ids: np.ndarray, *, show_progress: bool = False, **options: Any
 ) -> tuple[np.ndarray, CodingSettings]:
-    """The cost of each symbol as `compress` would code it, float64 nats [N], and the settings.
-
-    Options and errors as for `compress`.
-    """
+    """Cost of each symbol as `compress` codes it, in float64 nats [N], and the settings."""
     settings = choose_settings(trained, len(ids), **options)
     nats_N, streams = np.zeros(len(ids)), Streams(trained, settings)
     with threads_set(settings.threads), _bar("scoring", len(ids), show_progress) as bar:
@@ -179,7 +176,13 @@ def score_as_compressor(
     )
 
 
-def _encode(trained: TrainedModel, header: Header, blocks: Iterator[np.ndarray], written: BinaryIO, bar: tqdm) -> None:
+def _encode(
+    trained: TrainedModel,
+    header: Header,
+    blocks: Iterator[np.ndarray],
+    written: BinaryIO,
+    bar: tqdm,
+) -> None:
     written.write(header.pack())
     streams = Streams(trained, header.settings)
     for ids in blocks:
@@ -193,7 +196,7 @@ def _encode(trained: TrainedModel, header: Header, blocks: Iterator[np.ndarray],
 def _decode(trained: TrainedModel, header: Header, file: BinaryIO, name: Path, bar: tqdm) -> Iterator[bytes]:
     """The content by blocks; `file` is at the first. Raises UserError unless it is what was encoded."""
     problem = "does not decode to the content it was made of"
-    refused = UserError(f"{name}: {problem}; get a whole copy, or compress anew")
+    refused = UserError(f"{name}: {problem}; get a whole copy, or compress again")
     digest, length = hashlib.sha256(), 0
     streams = Streams(trained, header.settings)
     V = trained.vocabulary.size

@@ -84,8 +84,7 @@ def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
     Its number of symbols must suit the number of words: every symbol costs a little, as the coder
     leaves V - 1 of its 2^24 units to the others, and none costs more than 24 bits.
 
-    Raises:
-        UserError: not such a file, another version, damage, or a header that cannot be true.
+    Raises UserError for another kind of file or version, damage, or a header that cannot be true.
     """
     end = file.seek(0, os.SEEK_END) - _CHECKSUM_BYTES
     file.seek(0)

@@ -54,7 +54,7 @@ def blocks_of(pieces: Iterable[bytes], vocabulary: Vocabulary, block: int) -> It
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; UserError if it is no regular file or cannot be read."""
+    """Open a file for reading; UserError if it is not a regular file or cannot be read."""
     if path.exists() and not path.is_file():  # a pipe without a writer would block
         raise UserError(f"{path}: is a folder, a pipe or a device; give a file")
     try:
@@ -68,10 +68,10 @@ def output(path: Path, source: Path, size: int = 0) -> Iterator[BinaryIO]:
     """A file to write and read that becomes `path` when the context ends without an error.
 
     Raises:
-        UserError: `path` is `source` or no file, has no room for `size` bytes, or cannot be written.
+        UserError: `path` is `source` or not a file, has no room for `size` bytes, or cannot be written.
     """
     if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no file; name another output")
+        raise UserError(f"{path}: is not a regular file; name another output")
     if path.exists() and path.samefile(source):
         raise UserError(f"{path}: is the input; name another output")
     try:

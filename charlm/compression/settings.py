@@ -49,8 +49,7 @@ class CodingSettings(Section):
 def choose_settings(trained: TrainedModel, num_symbols: int, **options: Any) -> CodingSettings:
     """The given `options`, with defaults for a text of `num_symbols` in place of None.
 
-    Raises:
-        UserError: a value out of range, or too many streams for the memory.
+    Raises UserError for a value out of range, or too many streams for the memory.
     """
     given = {name: value for name, value in options.items() if value is not None}
     most = 512 if trained.device.type == "cuda" else 64

@@ -106,11 +106,7 @@ def threads_set(num_threads: int) -> Iterator[None]:
 
 
 def probabilities(logits_AV: Tensor) -> np.ndarray:
-    """The coder's probabilities, float64 [A, max(V, 2)]: it needs two symbols.
-
-    Raises:
-        UserError: they are not finite.
-    """
+    """The coder's probabilities, float64 [A, max(V, 2)]. Raises UserError if they are not finite."""
     probabilities_AV = logits_AV.double().softmax(dim=-1).cpu().numpy()
     if not np.isfinite(probabilities_AV).all():
         raise UserError("the model's probabilities are not finite: its training diverged; use another model")

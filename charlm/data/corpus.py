@@ -34,7 +34,7 @@ from charlm.data.vocabulary import (
 from charlm.files import read_json, remove, replacing, sha256_of, sync, write_whole
 
 FORMAT = 1
-"""Version of the folder's layout; a folder of another version is prepared anew."""
+"""Version of the folder's layout; a folder of another version is prepared again."""
 SPLITS = ("train", "valid", "test")
 
 
@@ -207,25 +207,32 @@ def _write_text(source: Source, path: Path, bar: Callable[..., tqdm]) -> tuple[s
     return digest.hexdigest(), parts, not_utf8_at
 
 
-def _cut(config: DataConfig, source: Source, path: Path, parts: dict[str, range], utf8: bool) -> dict[str, range]:
+def _cut(
+    config: DataConfig,
+    source: Source,
+    path: Path,
+    parts: dict[str, range],
+    utf8: bool,
+) -> dict[str, range]:
     """The range of each split in the text, in bytes."""
     if source.split_sizes:
         bounds = [0, *accumulate(source.split_sizes)]
         return dict(zip(SPLITS, map(range, bounds, bounds[1:]), strict=True))
-    size = cut = end = len(parts["train"])
+    size = len(parts["train"])
     if not size:
-        raise source.choice.error("there is no text in it; give some")
+        raise source.choice.error("is empty; give a file with text")
     text = np.memmap(path, np.uint8, mode="r")
     fractions = {"test": config.test_fraction, "valid": config.valid_fraction}
     ranges = {}
+    cut = upper = size
     for split, fraction in fractions.items():
         ranges[split] = parts.get(split)
         if not ranges[split]:
             cut -= round(size * fraction)
-            start = last_start(text[: cut + 1]) if utf8 and cut < size else cut
-            ranges[split] = range(start, end)
-            end = start
-    ranges["train"] = range(end)
+            lower = last_start(text[: cut + 1]) if utf8 and cut < size else cut
+            ranges[split] = range(lower, upper)
+            upper = lower
+    ranges["train"] = range(upper)
     for split in SPLITS:
         if not ranges[split]:
             problem = f"its {size:,} bytes leave the {split} split empty"
@@ -244,7 +251,7 @@ def _encode(
             ids = vocabulary.encode(piece)
         except EncodingError as error:
             place = f"at byte {sizes['bytes'] + error.offset:,} of its {split} split"
-            problem = f"{place}, {error.problem}, which are those of the training split"
+            problem = f"{place}, {error.problem}; it has those of the training split"
             way_out = "use --data.vocabulary=sentencepiece or bytes"
             raise source.choice.error(f"{problem}; {way_out}") from error
         file.write(ids)

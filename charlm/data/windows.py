@@ -14,7 +14,14 @@ import numpy as np
 from charlm.config import UserError
 
 
-def training_windows(ids: np.ndarray, *, seed: int, step: int, batch_size: int, window_length: int) -> np.ndarray:
+def training_windows(
+    ids: np.ndarray,
+    *,
+    seed: int,
+    step: int,
+    batch_size: int,
+    window_length: int,
+) -> np.ndarray:
     """The windows of one optimizer step, for the whole global batch.
 
     Their starts are drawn uniformly and independently (Al-Rfou et al. 2018, section 4) by a counter-based
@@ -28,8 +35,7 @@ def training_windows(ids: np.ndarray, *, seed: int, step: int, batch_size: int, 
     Returns:
         int64 array [B, W].
 
-    Raises:
-        ValueError: the text is shorter than a window.
+    Raises ValueError if the text is shorter than a window.
     """
     num_starts = len(ids) - window_length + 1
     if num_starts < 1:

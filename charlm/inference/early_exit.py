@@ -37,8 +37,7 @@ def early_exit(
     The thresholds are quantiles of the entropies on the symbols that the run was validated on: at 0 the
     last layer predicts everything, at 1 the first exit. `protocol` as for `charlm.bits_per_character`.
 
-    Raises:
-        UserError: as there, or only the last layer has a head, or a quantile is not in [0, 1].
+    Raises UserError as there, or if only the last layer has a head, or a quantile is not in [0, 1].
     """
     scorer = Scorer(trained, corpus, **protocol)
     layers = exit_layers(trained)

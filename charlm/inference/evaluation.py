@@ -70,7 +70,7 @@ class Score:
     layers: dict[str, float] | None = None
     """Bits per character of each layer that has a head for the next symbol."""
     mixture: dict[str, float] | None = None
-    """Weight of each layer in the scored prediction; None if it is the last layer's."""
+    """Weight of each layer in the scored prediction; None if only the last layer predicts."""
     streams: int | None = None
     """Parts of the text read side by side, if scored as a compressor."""
     compressed_bytes: int | None = None

@@ -54,8 +54,7 @@ def generate(
         num_draft_tokens: the most symbols to draft before a pass; by default one per head, or 5.
         statistics: counts how useful the drafts were.
 
-    Raises:
-        UserError: a value out of range, a prompt that cannot be read, or drafts without their heads.
+    Raises UserError for a value out of range, an unreadable prompt, or drafts without their heads.
     """
     prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
     if not prompts:

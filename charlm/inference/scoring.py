@@ -99,8 +99,7 @@ def predictions(
         symbols_M: indices in the text.
         figures_LKM: of these symbols, float64; both on the CPU.
 
-    Raises:
-        UserError: the stride is not in [1, context_length].
+    Raises UserError if the stride is not in [1, context_length].
     """
     rank, num_processes = _rank_and_processes()
     windows = evaluation_windows(len(ids), transformer.config.context_length, stride)

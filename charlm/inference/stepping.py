@@ -1,11 +1,11 @@
-"""Reading text with a cache, for generation.
+"""A faster forward pass for generation, which feeds new symbols to a model that has a key/value cache.
 
-On a CPU, half the time of a small model's step passes between operations. So a few symbols of one text
-take a short way: query, key and value come from one product with joined weights, all layers' buffers are
+On a CPU, half the time of a small model's step is overhead of calls. A few symbols of one text therefore
+take a fast path: one product with joined weights gives query, key and value, all layers' buffers are
 sliced at once, and no module or hook is called.
 
-This is a second forward pass beside `CharTransformer`: an option of the model must be added here, too.
-tests/inference/test_stepping.py compares the two for every option.
+If you add an option to `CharTransformer`, add it here as well: tests/inference/test_stepping.py compares
+the two for every option.
 
 Shapes: B texts, T symbols, D d_model, H heads, C = D / H head size, S positions up to the newest,
 I inputs, E outputs, K offsets, V vocabulary.
@@ -29,7 +29,7 @@ from charlm.runs.trained import TrainedModel
 FEW_SYMBOLS = 8
 """For more symbols than this a matrix product is faster than sums of rows."""
 NUM_BAGS = 8
-"""Threads share them. Eight are faster than four even with one thread; more are not."""
+"""Groups of rows that embedding_bag sums in parallel. Eight are faster than four even with one thread."""
 
 
 class Reader:
@@ -40,9 +40,9 @@ class Reader:
         self.device = trained.device
         self.transformer = trained.transformer
         self.heads = trained.heads
-        # A GPU has faster ways, and only the modules know dropout and autocast.
+        # The fast path is for CPUs, and ignores dropout and autocast.
         needs_modules = trained.transformer.training or torch.is_autocast_enabled("cpu")
-        self.has_short_way = self.device.type == "cpu" and not needs_modules
+        self.has_fast_path = self.device.type == "cpu" and not needs_modules
         self._classifiers: dict[tuple[int, ...], _Linear] = {}
         """By layer and offsets."""
 
@@ -68,12 +68,12 @@ class Reader:
     ) -> Tensor:
         """Hidden states of `layer` (or the last) at the last `num_last` (or all) of `ids`, [B, T, D].
 
-        The ids are equally many for each text, and follow those in the cache.
+        All texts need the same number of ids, which follow those in the cache.
         """
         layer = layer or self.config.num_layers
         ids_BT = torch.tensor(ids, device=self.device)
         with full_fp32_matmul(self.device, ids_BT.numel()):
-            if not self._goes_short_way(ids_BT):
+            if not self._takes_fast_path(ids_BT):
                 return self.transformer(ids_BT, [layer], cache, num_last)[layer]
             places = self.transformer.places(ids_BT.shape[1], cache)
             x_1TD = self.transformer.embed(ids_BT, places, cache)
@@ -84,7 +84,7 @@ class Reader:
     def run_from(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
         """See `CharTransformer.run_from`."""
         with full_fp32_matmul(self.device, hidden_BTD.shape[1]):
-            if not self._goes_short_way(hidden_BTD):
+            if not self._takes_fast_path(hidden_BTD):
                 return self.transformer.run_from(hidden_BTD, layer, cache)
             places = self.transformer.places(hidden_BTD.shape[1], cache)
             return self._run(hidden_BTD, layer, self.config.num_layers, places, cache)
@@ -93,7 +93,7 @@ class Reader:
     def logits(self, hidden_BTD: Tensor, layer: int | None = None, offsets: Sequence[int] = (1,)) -> Tensor:
         """Logits of `offsets` from hidden states of `layer`, [B, T, K, V] on the CPU."""
         layer = layer or self.config.num_layers
-        if not self._goes_short_way(hidden_BTD):
+        if not self._takes_fast_path(hidden_BTD):
             return self.heads(hidden_BTD, layer, offsets).cpu()
         key = (layer, *offsets)
         if key not in self._classifiers:
@@ -102,8 +102,8 @@ class Reader:
         logits_TR = self._classifiers[key](self.heads.states(hidden_BTD, layer)[0])
         return logits_TR.view(1, len(logits_TR), len(offsets), -1)
 
-    def _goes_short_way(self, input_BT: Tensor) -> bool:
-        return self.has_short_way and len(input_BT) == 1 and input_BT.shape[1] <= FEW_SYMBOLS
+    def _takes_fast_path(self, input_BT: Tensor) -> bool:
+        return self.has_fast_path and len(input_BT) == 1 and input_BT.shape[1] <= FEW_SYMBOLS
 
     @cached_property
     def _layers(self) -> list["_Layer"]:

@@ -87,10 +87,7 @@ class Heads(nn.Module):
         return tower + [parts[f"offset{offset}"] for offset in offsets]
 
     def classifiers(self, hidden_BTD: Tensor, layer: int, offsets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The classifiers' input, [B, T, E], weights, [K * V, E], and biases, [K * V].
-
-        Classifiers of other offsets get no gradient at all, so no optimizer moves them.
-        """
+        """The classifiers' input, [B, T, E], weights, [K * V, E], and biases, [K * V]."""
         parts = self._parts(layer)
         linears = [parts[f"offset{offset}"] for offset in offsets]
         weight = _stacked([linear.weight for linear in linears])

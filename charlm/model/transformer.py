@@ -190,8 +190,7 @@ class CharTransformer(nn.Module):
         Returns:
             {layer: hidden_BTD}. Under pre-norm only the last layer's went through the final norm.
 
-        Raises:
-            ValueError: no such layer, or the positions exceed the context.
+        Raises ValueError if there is no such layer, or the positions exceed the context.
         """
         wanted = {self.config.num_layers} if layers is None else set(layers)
         if not wanted or not wanted <= set(range(1, self.config.num_layers + 1)):

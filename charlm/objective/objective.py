@@ -71,8 +71,7 @@ class Objective(nn.Module):
         t + offset. With T = 4 and two offsets "abcdef" is read as "abcd": the targets are "bcde" at
         offset 1 and "cdef" at offset 2. Inactive rows and layers cost nothing.
 
-        Raises:
-            ValueError: windows without input or longer than `window_length`, or no active row.
+        Raises ValueError for windows without input or longer than `window_length`, or no active term.
         """
         T = windows_BW.shape[1] - self.longest_offset
         if not 1 <= T <= self.transformer.config.context_length:

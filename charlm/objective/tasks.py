@@ -29,8 +29,7 @@ def auxiliary_task(name: str) -> Callable[[Builder], Builder]:
     Draw random numbers from torch alone: it is seeded before each micro-batch, so that a resumed run
     repeats them. Registering a name again replaces the earlier task.
 
-    Raises:
-        UserError: the name cannot be a module's.
+    Raises UserError if the name cannot be a module's.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", name) or hasattr(nn.ModuleDict(), name):
         raise UserError(f"auxiliary task {name!r}: choose a plain name of up to 64 letters, digits, _ and -")

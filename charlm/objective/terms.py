@@ -71,8 +71,7 @@ def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tu
     "all" positions, 1 - w for the "last". Rows that are always zero are not listed. Only a rotational
     schedule needs the optimizer `steps` of the run.
 
-    Raises:
-        ConfigError: at some point of training no row weighs anything.
+    Raises ConfigError if every term has weight zero at some point of training.
     """
     layer_weights = _layer_weights(aux, num_layers, steps)
     offset_weights = _offset_weights(aux.targets)

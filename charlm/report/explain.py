@@ -104,10 +104,7 @@ def explain(config: Config) -> Explanation:
 
 
 def stops_at_step(weight: Schedule, steps: int) -> int | None:
-    """The first optimizer step of a run of `steps` from which `weight` stays zero, or None.
-
-    Step s runs at progress s / steps: divided and rounded as in the training loop.
-    """
+    """The first optimizer step of a run of `steps` from which `weight` stays zero, or None."""
     if weight.stops_at is None:
         return None
     step = bisect_left(range(steps), weight.stops_at, key=lambda step: step / steps)
@@ -202,10 +199,7 @@ def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
 
 
 def _strips(terms: tuple[Term, ...], cells: int) -> list[str]:
-    """A strip of blocks per term: the weight where each cell begins, relative to the highest.
-
-    Heights are rounded up, so that only a weight of zero looks like one.
-    """
+    """A strip of blocks per term: the weight where each cell begins, relative to the highest."""
     places = [cell / cells for cell in range(cells)]
     weights = [[term.weight.at_next_turn(place) for place in places] for term in terms]
     unit = max(map(max, weights)) / (len(BLOCKS) - 1)

@@ -57,8 +57,7 @@ def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
 
     Returns `path`, by default RUN/run.png; its suffix is the format.
 
-    Raises:
-        UserError: no run, no metrics yet, or a suffix that matplotlib does not write.
+    Raises UserError for no run, no metrics yet, or a suffix that matplotlib does not write.
     """
     (run,) = read_runs([run_dir])
     if not run.has_bits:
@@ -233,10 +232,7 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS, end: float | 
 
 
 def _draw_learning(axes: "Axes", runs: Sequence[Metrics], scales: Sequence[float], timed: bool) -> None:
-    """Training thin and smoothed, validation with points; x is steps or seconds times the run's scale.
-
-    A single run has a colour for each, and the raw curve.
-    """
+    """Training thin and smoothed, validation with points; x is steps or seconds times the run's scale."""
     shown = []
     alone = len(runs) == 1
     for place, (run, scale) in enumerate(zip(runs, scales, strict=True)):

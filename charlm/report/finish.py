@@ -1,4 +1,4 @@
-"""train_and_report: training, then the pictures and the page of the run."""
+"""Train a run, then draw its pictures and write its report page."""
 
 import os
 import sys
@@ -21,23 +21,18 @@ from charlm.training.loop import train
 from charlm.training.stop import StopRequests
 
 QUICK_SECONDS, QUICK_LAYERS = 10, 16
-"""Training also measures the model for the page, up to this estimated time and number of layers."""
+"""Limits for measuring the model at the end of a run: seconds by the speed of training, and layers."""
 
 
 def train_and_report(config: Config) -> Path:
     """Train as `charlm.train` does, then leave RUN/run.png, RUN/diagnostics.png and RUN/report.html.
 
-    A run that stops or fails leaves only the pictures. Only the main process draws.
-
-    Returns:
-        The run's folder.
-
-    Raises:
-        UserError, Stopped: as `charlm.train`.
+    If the run stops or fails after training began, only the pictures are made. The main process draws.
+    Returns the run's folder; raises UserError and Stopped as `charlm.train` does.
     """
     run = Run(config.run.dir)
     before = _last_change(run)
-    # A signal also waits for the drawing to end; a second one kills.
+    # A first signal lets drawing finish; a second one kills.
     with StopRequests(config.run.max_seconds) as stop:
         try:
             train(config, stop=stop)

@@ -71,10 +71,7 @@ class Metrics:
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Metrics]:
-    """The records of runs, finished or going on.
-
-    Raises UserError if a folder is no run, or a file of it is damaged.
-    """
+    """The records of runs; raises UserError if a folder is not a run, or a file of it is damaged."""
     runs = [Run.open(folder) for folder in folders]
     names = short_names([run.path for run in runs])
     return [

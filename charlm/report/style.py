@@ -149,10 +149,7 @@ def check_suffix(path: Path) -> None:
 
 
 def save(figure: "Figure", path: Path) -> Path:
-    """Write a figure, making its folder, and return `path`.
-
-    Raises UserError as `check_suffix`, or if the file cannot be written.
-    """
+    """Write a figure, making its folder. Raises UserError as `check_suffix`, or if that fails."""
     check_suffix(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -85,8 +85,7 @@ class Checkpoint:
     def restore(self, model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
         """Put back parameters and optimizer state, on each parameter's device and in its shards.
 
-        Raises:
-            UserError: names, shapes or types of tensors do not fit, or optimizer state is missing.
+        Raises UserError if names, shapes or types of tensors do not fit, or optimizer state is missing.
         """
         tensors = self.tensors()
         expected = model.state_dict()
@@ -156,11 +155,7 @@ def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> C
 
 
 def find_checkpoint(run: Run, which: str | int = "best") -> Checkpoint:
-    """The checkpoint `which`: best, last, or a step. Its files are verified.
-
-    Raises:
-        UserError: it does not exist, or one of its files is damaged.
-    """
+    """The checkpoint `which`: best, last, or a step. Raises UserError if it is missing or damaged."""
     step = _pointed(run, which) if which in ("best", "last") else _step_of(f"step-{which:>08}")
     folders = checkpoint_folders(run)
     if step not in folders:

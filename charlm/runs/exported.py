@@ -150,11 +150,7 @@ def check_absent(folder: Path) -> None:
 
 
 def read_model(folder: Path, device: torch.device) -> TrainedModel:
-    """The model in a folder, in evaluation mode.
-
-    Raises:
-        UserError: a file is missing, damaged, or does not fit the others.
-    """
+    """The model in a folder, for evaluation. Raises UserError if a file is missing or damaged."""
     config_path = folder / EXPORT_CONFIG
     record, config = _read_config(config_path)
     vocabulary_record = read_json(folder / VOCABULARY)

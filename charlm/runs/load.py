@@ -24,8 +24,7 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
         checkpoint: checkpoint of a run: "best" on validation, "last", or a step.
         device: by default a GPU if there is one.
 
-    Raises:
-        UserError: there is no such run, model or checkpoint, or its files are damaged.
+    Raises UserError if there is no such run, model or checkpoint, or its files are damaged.
     """
     default = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(device or default)

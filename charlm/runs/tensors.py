@@ -36,10 +36,7 @@ class Snapshot:
 
 
 def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer], state: Mapping[str, Any]) -> Snapshot | None:
-    """Copy parameters and optimizer state; None on every process but the first.
-
-    Every process must call it, because shards are gathered from all of them.
-    """
+    """Copy all state on the first process, None on others; all must call it, as they gather shards."""
     tensors = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
     optimizer_tensors = {
         f"{name}.{key}": _whole(torch.as_tensor(value))

@@ -75,8 +75,7 @@ def truncate(trained: TrainedModel, depth: int | None = None, *, keep_heads: boo
         keep_heads: keep the heads of lower layers and for later symbols, for early exit and drafts.
             Otherwise only the head of layer `depth` for the next symbol stays.
 
-    Raises:
-        UserError: there is no such layer, or it has no head for the next symbol.
+    Raises UserError if there is no such layer, or it has no head for the next symbol.
     """
     num_layers = trained.config.model.num_layers
     depth = num_layers if depth is None else depth

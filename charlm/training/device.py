@@ -84,10 +84,7 @@ def on_cpu() -> bool:
 
 
 def choose_precision(train: TrainConfig) -> tuple[str, str]:
-    """Mixed precision in accelerate's words, and the reason for it.
-
-    Raises UserError for fp16 on a CPU, which accelerate would silently run in fp32.
-    """
+    """Mixed precision in accelerate's words, and its reason. Raises UserError for fp16 on a CPU."""
     if train.mixed_precision != "auto":
         precision, reason = train.mixed_precision, "as configured"
     elif launcher := os.environ.get("ACCELERATE_MIXED_PRECISION"):
@@ -121,12 +118,11 @@ def choose_compile(train: TrainConfig) -> bool:
 
 def describe_attention(config: Config) -> str:
     """How attention is computed."""
-    device = "cpu" if on_cpu() else "cuda"
-    if device == "cpu" and config.model.attention_dropout > 0:
+    if config.model.attention_dropout > 0:  # in blocks there is no dropout
         reason = "the CPU's fused kernel has no dropout; model.attention_dropout=0 is faster"
-        return f"attention unfused ({reason})"
-    if attends_in_blocks(config.train.attention, device):
-        return "attention in blocks (the fused kernel also computes the masked half)"
+        return f"attention unfused ({reason})" if on_cpu() else "attention fused"
+    if attends_in_blocks(config.train.attention, "cpu" if on_cpu() else "cuda"):
+        return "attention in blocks" + (" (the fused kernel also computes the masked half)" if on_cpu() else "")
     return "attention fused"
 
 

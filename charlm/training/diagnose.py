@@ -19,8 +19,8 @@ from torch import Tensor
 from charlm.config import Config
 from charlm.data.corpus import Corpus
 from charlm.data.windows import default_stride, evaluation_windows
-from charlm.inference.evaluation import AUTOCAST_DTYPES, count_units
-from charlm.inference.scoring import read_windows
+from charlm.inference.evaluation import count_units
+from charlm.inference.scoring import AUTOCAST_DTYPES, read_windows
 from charlm.objective.cross_entropy import linear_cross_entropy
 from charlm.objective.objective import Objective
 from charlm.training.device import choose_compile

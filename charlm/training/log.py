@@ -29,12 +29,17 @@ from charlm.training.update import StepReport
 
 
 class Tracker:
-    """Writes metrics and shows progress, on the main process only.
+    """Writes metrics and shows progress, on the main process only."""
 
-    In a terminal one line is redrawn in place; elsewhere only validations are printed.
-    """
-
-    def __init__(self, run: Run, config: Config, split: Split, terms: Sequence[Term], state: TrainState, main: bool):
+    def __init__(
+        self,
+        run: Run,
+        config: Config,
+        split: Split,
+        terms: Sequence[Term],
+        state: TrainState,
+        main: bool,
+    ):
         """Raises UserError if one of run.tracker does not start."""
         self.run, self.terms, self.main = run, terms, main
         self.bits_per_nat = split.symbols / split.characters / math.log(2)
@@ -223,7 +228,7 @@ def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
             tracker.finish()
         if not any(run.checkpoints_path.iterdir()):
             shutil.rmtree(run.path)  # otherwise it would block the corrected command
-        text = f"run.tracker={name}: did not start: {error}; mend that, or leave it out"
+        text = f"run.tracker={name}: did not start: {error}; fix that, or leave it out"
         raise UserError(text, "run.tracker") from error
     return trackers
 

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from charlm.config import Config, Stopped, UserError, steps_of
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.windows import default_stride
-from charlm.inference.evaluation import AUTOCAST_DTYPES, bits_per, count_units, negative_log_likelihoods
+from charlm.inference.evaluation import bits_per, count_units
+from charlm.inference.scoring import AUTOCAST_DTYPES, negative_log_likelihoods
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.objective.routes import ROUTES, Joint
@@ -39,8 +40,8 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
     `kind` replaces `Training`; `stop` is given if requests to stop are collected already.
 
     Raises:
-        UserError: options, corpus or folder do not allow it, and nothing was written; or no update can
-            be made any more, and the last good checkpoint remains.
+        UserError: options, corpus or folder do not allow it, and nothing was written; or too many
+            updates were skipped, and the last good checkpoint remains.
         Stopped: a signal, `run.max_time` or the death of the launcher. A checkpoint holds all steps.
     """
     check_installed(config.run.tracker)
@@ -101,7 +102,7 @@ class Training:
         try:
             while True:
                 if self.due(train.valid_every) and state.validated_step < state.step:
-                    self.validate()
+                    self.validate()  # and save
                 elif self.due(train.checkpoint_every) and self.saved_step < state.step:
                     with self.tracker.speed_paused("saving"):
                         self.save()

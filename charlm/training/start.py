@@ -54,7 +54,13 @@ def refusal(config: Config, option: str, text: str) -> UserError:
     return UserError(f"{option}={shown(value)}: {text}", option)
 
 
-def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator, sharded: bool) -> None:
+def check_fits(
+    config: Config,
+    corpus: Corpus,
+    objective: Objective,
+    accelerator: Accelerator,
+    sharded: bool,
+) -> None:
     """Raise UserError if a split or process has no window, or an option cannot be used here."""
     train, length = config.train, objective.window_length
     num_processes = accelerator.num_processes
@@ -154,7 +160,7 @@ def _where_to_continue(
     if checkpoint is None and damaged:
         raise UserError(f"{run.path} has no checkpoint that is whole: " + "; ".join(damaged))
     if checkpoint is None:
-        news.append("stopped before its first checkpoint: starts anew")
+        news.append("stopped before its first checkpoint: starts from the beginning")
         return None
     if checkpoint.step > config.train.steps:
         raise refusal(config, "train.steps", f"the checkpoint is past it, at step {checkpoint.step}")
@@ -224,7 +230,7 @@ def rescaled(terms: Sequence[Term], step: int, old_steps: int, new_steps: int) -
     yield f"train.steps changed: progress at this step was {old:.3f} and is now {new:.3f}"
     before = {term.name for term in terms if term.weight.at_next_turn(old) > 0.0}
     after = {term.name for term in terms if term.weight.at_next_turn(new) > 0.0}
-    for what, names in (("waking", after - before), ("falling silent", before - after)):
+    for what, names in (("terms switched on", after - before), ("terms switched off", before - after)):
         if names:
             yield f"{what}: {', '.join(sorted(names))}"
 
@@ -242,7 +248,7 @@ def check_agreed(run: Run, step: int, accelerator: Accelerator) -> None:
 def check_folder(config: RunConfig) -> bool:
     """Whether to continue the run in the folder, by the options or after a launcher's restart.
 
-    Raises UserError if there is no run to continue, or something is in the way of a new one.
+    Raises UserError if there is no run to continue, or the folder of a new one is not empty.
     """
     run = Run(config.dir)
     with run.os_errors_explained(cannot_be="read"):

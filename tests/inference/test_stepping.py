@@ -152,5 +152,5 @@ def test_a_model_goes_after_its_text(build_model):
 
 def test_a_gpu_reads_by_itself(build_model):
     """Guards against sums of rows where the host would wait for each."""
-    assert Reader(build_model()).has_short_way
-    assert not Reader(replace(build_model(), device=torch.device("cuda"))).has_short_way
+    assert Reader(build_model()).has_fast_path
+    assert not Reader(replace(build_model(), device=torch.device("cuda"))).has_fast_path

@@ -319,11 +319,11 @@ def test_another_number_of_steps_wakes_and_silences_rows():
     aux = AuxConfig(positions=PositionsConfig(enabled=False), targets=TargetsConfig(enabled=False))
     terms = build_terms(aux, 4)
     assert list(rescaled(terms, 30, 100, 110))[1:] == []
-    assert list(rescaled(terms, 30, 100, 200))[1:] == ["waking: layer2/offset1/last"]
-    assert list(rescaled(terms, 30, 100, 60))[1:] == ["falling silent: layer3/offset1/last"]
+    assert list(rescaled(terms, 30, 100, 200))[1:] == ["terms switched on: layer2/offset1/last"]
+    assert list(rescaled(terms, 30, 100, 60))[1:] == ["terms switched off: layer3/offset1/last"]
     assert list(rescaled(terms, 30, 60, 1000)) == [
         "train.steps changed: progress at this step was 0.500 and is now 0.030",
-        "waking: layer1/offset1/last, layer2/offset1/last, layer3/offset1/last",
+        "terms switched on: layer1/offset1/last, layer2/offset1/last, layer3/offset1/last",
     ]
 
 
@@ -342,4 +342,4 @@ def test_turns_of_a_rotation_do_not_wake_at_another_number_of_steps():
     aux = AuxConfig(layers=LayersConfig(schedule="rotational"), targets=TargetsConfig(enabled=False))
     assert list(rescaled(build_terms(aux, 6, 100), 10, 50, 100))[1:] == []
     fading = AuxConfig(layers=LayersConfig(schedule="cutoff", end=0.15), targets=TargetsConfig(enabled=False))
-    assert list(rescaled(build_terms(fading, 2, 100), 10, 50, 100))[1:] == ["waking: layer1/offset1/all"]
+    assert list(rescaled(build_terms(fading, 2, 100), 10, 50, 100))[1:] == ["terms switched on: layer1/offset1/all"]

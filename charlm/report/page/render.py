@@ -56,8 +56,7 @@ def write_report(
         folders: the runs, finished or going on, in the order of the page.
         probes: what `measure` found about each; None leaves that out.
 
-    Raises:
-        UserError: a folder is no run, a file of one is damaged, or the page cannot be written.
+    Raises UserError if a folder is not a run, a file is damaged, or the page cannot be written.
     """
     path = Path(path)
     runs = read_runs(folders)

@@ -107,7 +107,9 @@ def validated(run: Metrics) -> str:
     """The symbols that a run validates on."""
     whole = number(run.provenance.get("corpus/splits/valid/symbols"))
     asked = run.config.train.valid_symbols
-    return f"all {whole:,.0f}" if asked >= whole else f"the first {asked:,} of {whole:,.0f}"
+    if asked >= whole:
+        return f"all {whole:,.0f}"
+    return f"the first {asked:,}" + (f" of {whole:,.0f}" if whole > 0 else "")
 
 
 def _result(run: Metrics, probe: Probe) -> dict[str, str]:
