@@ -66,7 +66,7 @@ CASES = {
         "truncated.gz: cannot be read to its end",
         "fetch it again",
     ],
-    "prepare --data.corpus=file --data.path=empty.txt": ["data.path=", "empty.txt: there is no text in it"],
+    "prepare --data.corpus=file --data.path=empty.txt": ["data.path=", "empty.txt: holds no text"],
     "prepare --data.corpus=file --data.path=latin1.txt --data.vocabulary=characters": [
         *("latin1.txt", "not UTF-8 at byte 3", "--data.vocabulary=bytes")
     ],

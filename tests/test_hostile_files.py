@@ -213,9 +213,9 @@ TEXTS: dict[str, tuple[list[str], Callable[[Path], object], list[str]]] = {
     "a folder of links in circles": (
         FILE,
         hostile_folder(lambda folder: [(folder / name).symlink_to(folder) for name in "ab"]),
-        ["there is no text in it"],
+        ["holds no text"],
     ),
-    "a folder of pipes": (FILE, hostile_folder(lambda folder: os.mkfifo(folder / "pipe")), ["there is no text"]),
+    "a folder of pipes": (FILE, hostile_folder(lambda folder: os.mkfifo(folder / "pipe")), ["holds no text"]),
     "a terabyte": (FILE, lambda place: sparse(place / "hostile"), ["bytes free", "1,099,511,627,776"]),
     "Latin-1 where characters are asked for": (
         [*FILE, "--data.vocabulary=characters"],

@@ -220,7 +220,7 @@ def _cut(
         return dict(zip(SPLITS, map(range, bounds, bounds[1:]), strict=True))
     size = len(parts["train"])
     if not size:
-        raise source.choice.error("is empty; give a file with text")
+        raise source.choice.error("holds no text; give some")
     text = np.memmap(path, np.uint8, mode="r")
     fractions = {"test": config.test_fraction, "valid": config.valid_fraction}
     ranges = {}

@@ -257,7 +257,7 @@ def test_places_that_cannot_be(build_model, tmp_path):
         (compress, tmp_path / "pipe", out, "a pipe or a device"),
         (compress, text, text, "is the input"),
         (decompress, packed, packed, "is the input"),
-        (decompress, packed, tmp_path, "is no file"),
+        (decompress, packed, tmp_path, "not a regular file"),
         (compress, text, tmp_path / "none" / "out", "cannot be written"),
     ):
         with pytest.raises(UserError, match=message):

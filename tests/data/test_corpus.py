@@ -261,7 +261,7 @@ def test_what_a_killed_process_left_is_cleared(file_config):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"", "there is no text"),
+        (b"", "holds no text"),
         (b"x", "its 1 bytes leave the valid split empty"),
         (b"12345678", "its 8 bytes leave the valid split empty"),  # 5 % of 8 bytes round to none
         ("🎉".encode() * 10, "its 40 bytes leave the valid split empty"),  # cuts at 36 and 38 both fall back to 36
