@@ -21,8 +21,8 @@ def is_main_process() -> bool:
 def keep_freed_memory() -> None:
     """Make the process keep memory that it frees. For scripts, not for libraries.
 
-    glibc returns large freed blocks to the system, which zeroes them before handing them out again; training
-    and evaluation free and request such blocks hundreds of times a step. Without glibc this does nothing.
+    glibc returns large freed blocks to the system, which zeroes them before it hands them out again, here
+    hundreds of times a step. Without glibc this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

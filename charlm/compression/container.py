@@ -6,8 +6,8 @@
     checksum                    the first 8 bytes of the SHA-256 of everything before
 
 Numbers are little-endian. The checksum finds damage before anything is decoded; the header's SHA-256
-proves the decoded content. What the header claims is checked against the file's size, so that a
-malicious file costs no more memory and time than an honest one.
+proves the decoded content. The header is checked against the file's size, so that a malicious file
+costs no more than an honest one.
 """
 
 import hashlib

@@ -1,8 +1,7 @@
 """Streams of text that a model reads side by side, for encoder, decoder and scorer alike.
 
 A block of text is cut into S streams whose lengths differ by one symbol at most. Every step computes the
-next symbol's logits in all streams. So the decoder does exactly the encoder's arithmetic: the same
-operations on the same shapes, with as many threads.
+next symbol's logits in all streams, so that the decoder does exactly the encoder's arithmetic.
 
 A stream begins without context: its first symbol costs log2 V bits. When `context` symbols have been
 read, the newest `context - stride + 1` are kept and read again in one pass. With one stream every symbol

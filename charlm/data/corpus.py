@@ -1,4 +1,4 @@
-"""load_corpus: text -> verified ids in three splits, prepared once and memory-mapped from then on.
+"""A corpus: the verified ids of three splits, prepared once and memory-mapped from then on.
 
 A prepared corpus is a folder in the cache: CACHE/KEY/{ids.bin, corpus.json}. ids.bin is a plain array of
 the ids of train, valid and test, in this order.

@@ -1,7 +1,7 @@
 """Datasets, read by the `datasets` library from the Hugging Face hub or a local folder of parquet files.
 
-A dataset's own code is never run. The library keeps datasets of the hub in its cache (HF_HOME), which
-needs no network later on; files of a folder are read in place. The caller adds the dataset to errors.
+A dataset's own code is never run. The library keeps datasets of the hub in its cache (HF_HOME); files
+of a folder are read in place. The caller adds the dataset to errors.
 """
 
 import logging

@@ -123,8 +123,8 @@ class CharacterVocabulary(Vocabulary):
 class SentencePieceVocabulary(Vocabulary):
     """A character model of sentencepiece with byte fallback: common characters, and bytes for the rest.
 
-    The ids are those of the library. Encoding is a table look-up, which is faster than the library, and
-    exact where the library confuses U+2581 with a space; here both keep their own bytes.
+    The ids are the library's. Encoding looks them up in a table, which is faster, and exact where the
+    library confuses U+2581 with a space.
     """
 
     name: ClassVar[str] = "sentencepiece"

@@ -1,7 +1,7 @@
 """Scores: bits per character and per byte of a text, with their protocol.
 
-Costs are kept in float64 nats, added exactly (`math.fsum`) and divided once. So a score does not depend on
-the batch size or the number of processes, except for rounding inside the model.
+Costs are float64 nats, added exactly (`math.fsum`) and divided once. So a score depends on the batch size
+and the number of processes only by rounding inside the model.
 
 Shapes: N symbols.
 """

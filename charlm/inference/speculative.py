@@ -1,8 +1,7 @@
 """Writing several symbols per pass: cheap drafts, which the whole model verifies at once.
 
-The drafts come from the last layer's heads for the symbols after the next (Gloeckle et al. 2024,
-multi-token prediction; Stern et al. 2018, blockwise parallel decoding), or from an exit: the layers up to
-it and its head (Elhoushi et al. 2024, LayerSkip).
+The drafts come from the last layer's heads for later symbols (Stern et al. 2018, blockwise parallel
+decoding; Gloeckle et al. 2024), or from an exit's layers and head (Elhoushi et al. 2024, LayerSkip).
 
 Shapes: P positions of a pass, K drafts, D d_model, V vocabulary. P is K + 1, or K if the last draft was
 not read.

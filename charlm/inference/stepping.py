@@ -1,11 +1,9 @@
 """A faster forward pass for generation, which feeds new symbols to a model that has a key/value cache.
 
-On a CPU, half the time of a small model's step is overhead of calls. A few symbols of one text therefore
-take a fast path: one product with joined weights gives query, key and value, all layers' buffers are
-sliced at once, and no module or hook is called.
+On a CPU, calls take half the time of a small model's step. A few symbols of one text therefore take a
+fast path: one product gives query, key and value, and no module or hook is called.
 
-If you add an option to `CharTransformer`, add it here as well: tests/inference/test_stepping.py compares
-the two for every option.
+tests/inference/test_stepping.py compares it with `CharTransformer` for every option of the model.
 
 Shapes: B texts, T symbols, D d_model, H heads, C = D / H head size, S positions up to the newest,
 I inputs, E outputs, K offsets, V vocabulary.
@@ -29,7 +27,7 @@ from charlm.runs.trained import TrainedModel
 FEW_SYMBOLS = 8
 """For more symbols than this a matrix product is faster than sums of rows."""
 NUM_BAGS = 8
-"""Groups of rows that embedding_bag sums in parallel. Eight are faster than four even with one thread."""
+"""Groups of rows that embedding_bag sums in parallel."""
 
 
 class Reader:
@@ -115,8 +113,9 @@ class Reader:
         x_TD = x_1TD[0]
         T, H = len(x_TD), self.config.num_heads
         rotation = self.transformer.rotation(places)
-        past = [buffer[lowest:highest, 0, :, : places.end].unbind() for buffer in (cache.keys, cache.values)]
-        newest = [buffer[lowest:highest, 0, :, places.positions].unbind() for buffer in (cache.keys, cache.values)]
+        buffers = cache.keys, cache.values
+        past = [buffer[lowest:highest, 0, :, : places.end].unbind() for buffer in buffers]
+        newest = [buffer[lowest:highest, 0, :, places.positions].unbind() for buffer in buffers]
         for layer, keys_HSC, values_HSC, new_keys_HTC, new_values_HTC in zip(
             self._layers[lowest:highest], *past, *newest, strict=True
         ):
@@ -168,7 +167,7 @@ class _Linear(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _bags(num_vectors: int, num_inputs: int) -> tuple[int, Tensor, Tensor]:
-    """The number of bags for the rows, the rows in each bag of each vector, and where each begins."""
+    """The number of bags, the rows in each bag of each vector, and where each begins."""
     num_bags = gcd(num_inputs, NUM_BAGS)
     rows = torch.arange(num_inputs).view(num_bags, 1, -1).expand(-1, num_vectors, -1).flatten()
     return num_bags, rows, torch.arange(0, len(rows), num_inputs // num_bags)

@@ -68,7 +68,7 @@ class BlockwiseAttention(torch.autograd.Function):
     """Causal attention in blocks of queries, each over the keys up to the block's end.
 
     Torch's fused CPU kernel also computes masked scores, and its backward pass is slow. This one keeps
-    B x H x T x T / 2 attention weights for the backward pass, in the precision of the queries.
+    B x H x T x T / 2 attention weights for it, in the precision of the queries.
     """
 
     @staticmethod

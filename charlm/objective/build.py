@@ -17,8 +17,8 @@ def build_objective(config: Config, vocabulary_size: int, *, training: bool = Tr
 
     Raises:
         UserError: a task of aux.tasks is not registered.
-        ConfigError: the parameters do not fit in memory, no row weighs anything at some point of
-            training, or aux.hedge has fewer than two layers to weigh.
+        ConfigError: the parameters do not fit in memory, all terms have weight zero at some
+            point of training, or aux.hedge has fewer than two layers to weigh.
     """
     model, aux, train = config.model, config.aux, config.train
     if torch.get_default_device().type != "meta":

@@ -42,8 +42,8 @@ def check_memory(config: ModelConfig, vocabulary_size: int) -> None:
             f"model.num_layers={config.num_layers}, d_model={config.d_model}, d_ff={config.d_ff}, "
             f"context_length={config.context_length}, "
             f"ngrams={list(config.ngrams)} of {config.ngram_buckets} buckets: "
-            f"make {parameters:.3g} parameters, {4 * parameters / 1e9:,.0f} GB, "
-            f"and this machine has {memory / 1e9:,.0f} GB of memory; make them smaller"
+            f"{parameters:.3g} parameters take {4 * parameters / 1e9:,.0f} GB, "
+            f"and this machine has {memory / 1e9:,.0f}; make them smaller"
         )
 
 

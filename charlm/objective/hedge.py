@@ -36,7 +36,7 @@ class Hedge(nn.Module):
     def adapt(self, losses: Mapping[int, Tensor], skip: Tensor | None = None) -> None:
         """Adapt the weights to an update's losses by layer, unless the scalar `skip` is true.
 
-        A layer without a loss, because its terms have weight zero, keeps its weight; the others share the rest.
+        A layer without a loss keeps its weight; the others share the rest.
         """
         heard = [index for index, layer in enumerate(self.layers) if layer in losses]
         if not heard:

@@ -1,4 +1,4 @@
-"""Evaluates the table of terms: windows of text to the loss.
+"""The loss of a batch of windows, from the table of terms.
 
 Shapes: B batch, T positions, D d_model, K offsets, W characters of a window (T + the largest offset).
 """
@@ -105,7 +105,7 @@ class Objective(nn.Module):
         if layers is not None:
             rows = {layer: rows[layer] for layer in rows if layer in layers}
         if not rows:
-            raise ValueError(f"no row of the table weighs anything at progress {progress}")
+            raise ValueError(f"every term has weight zero at progress {progress}")
         return rows
 
     def _losses(self, hidden_states: Mapping[int, Tensor], windows_BW: Tensor, rows: dict[int, Rows]) -> LossReport:
@@ -141,9 +141,9 @@ class Objective(nn.Module):
         chosen = {}
         for term, weight in rows:
             positions = slice(0 if term.positions == "all" else -1, None)
-            chosen[term.name] = slice(None), positions, offsets.index(term.offset)
-            share = weights_BTK[chosen[term.name]]
-            share += weight / share.numel()
+            where = slice(None), positions, offsets.index(term.offset)
+            weights_BTK[where] += weight / weights_BTK[where].numel()
+            chosen[term.name] = where
         hidden, weight, bias = self.heads.classifiers(hidden_BTD[:, first:], layer, offsets)
         total, losses_NK = linear_cross_entropy(
             hidden.flatten(0, 1),

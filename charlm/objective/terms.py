@@ -36,11 +36,11 @@ class Term:
 
     layer: int
     offset: int
-    """0 in a row of the user's own task."""
+    """0 for the user's own task."""
     positions: Literal["all", "last"]
     weight: Schedule
     hinge: float = 0.0
-    """In nats: only the part of the loss above it counts."""
+    """In nats: only the loss above it counts."""
     task: str | None = None
     """Name of the user's own task, if it is one."""
 
@@ -61,31 +61,31 @@ class Term:
 
 
 Rows = list[tuple[Term, float]]
-"""Rows of the table with their weights."""
+"""Terms with their weights."""
 
 
 def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tuple[Term, ...]:
     """The table of a config, by layer, offset and positions; the user's own tasks come last.
 
-    A row's weight is the product of its layer's, its offset's, and its share: w of `aux.positions` for
-    "all" positions, 1 - w for the "last". Rows that are always zero are not listed. Only a rotational
-    schedule needs the optimizer `steps` of the run.
+    A weight is the product of the layer's, the offset's and the positions': w of `aux.positions` for
+    "all", 1 - w for the "last". Terms that are always zero are left out. Only a rotational schedule
+    needs the optimizer `steps`.
 
     Raises ConfigError if every term has weight zero at some point of training.
     """
     layer_weights = _layer_weights(aux, num_layers, steps)
     offset_weights = _offset_weights(aux.targets)
     positions = aux.positions
-    share = constant(0.0)
+    all_positions = constant(0.0)
     if positions.enabled:
-        share = DECAYS[positions.schedule](positions.start, positions.end)
+        all_positions = DECAYS[positions.schedule](positions.start, positions.end)
     hinges = dict.fromkeys(layer_weights, aux.layers.hinge) | {num_layers: 0.0}
     rows = [
         Term(layer, offset, kind, layer_weight * offset_weight * position_weight, hinges[layer])
         for layer, layer_weight in layer_weights.items()
         for offset, offset_weight in offset_weights.items()
         if offset == 1 or layer == num_layers or aux.targets.layers == "all"
-        for kind, position_weight in (("all", share), ("last", share.complement()))
+        for kind, position_weight in (("all", all_positions), ("last", all_positions.complement()))
     ]
     rows += _task_rows(aux, num_layers)
     terms = tuple(row for row in rows if row.weight.stops_at != 0.0)
@@ -143,24 +143,24 @@ def _offset_weights(targets: TargetsConfig) -> dict[int, Schedule]:
 
 
 def _schedules(
-    loss: LayersConfig | TargetsConfig,
+    config: LayersConfig | TargetsConfig,
     numbers: Sequence[int],
     count: int,
     by_stage: Sequence[tuple[float, ...]],
     steps: int | None = None,
 ) -> dict[int, Schedule]:
     """The schedules of layers or offsets `numbers` of `count`; `by_stage`: their weights by stage."""
-    span = loss.start, loss.end
-    if loss.schedule in SWITCHES:
-        return {number: SWITCHES[loss.schedule](number, count, *span) for number in numbers}
-    if loss.schedule == "rotational":
-        turns = loss.rotation or len(numbers)
+    span = config.start, config.end
+    if config.schedule in SWITCHES:
+        return {number: SWITCHES[config.schedule](number, count, *span) for number in numbers}
+    if config.schedule == "rotational":
+        turns = config.rotation or len(numbers)
         return {number: rotational(index, turns, steps) for index, number in enumerate(numbers)}
-    if loss.schedule == "stages":
-        ends = [stage.until for stage in loss.stages]
+    if config.schedule == "stages":
+        ends = [stage.until for stage in config.stages]
         weights = {number: [stage[index] for stage in by_stage] for index, number in enumerate(numbers)}
-        return {number: staged(own, ends, *span, loss.passage) for number, own in weights.items()}
-    return dict.fromkeys(numbers, DECAYS[loss.schedule](*span))
+        return {number: staged(own, ends, *span, config.passage) for number, own in weights.items()}
+    return dict.fromkeys(numbers, DECAYS[config.schedule](*span))
 
 
 def _task_rows(aux: AuxConfig, num_layers: int) -> list[Term]:
@@ -187,14 +187,14 @@ def _averaged(weights: dict[int, Schedule], weighted: bool) -> dict[int, Schedul
 
 
 def active(terms: Sequence[Term], progress: float) -> Iterator[tuple[Term, float]]:
-    """The rows of nonzero weight at `progress`, with their weights."""
+    """The terms of nonzero weight at `progress`, with their weights."""
     for term in terms:
         if weight := term.weight(progress):
             yield term, weight
 
 
 def active_by_layer(terms: Sequence[Term], progress: float) -> dict[int, Rows]:
-    """The same rows by layer, from the lowest on."""
+    """The same by layer, from the lowest on."""
     rows: dict[int, Rows] = {}
     for term, weight in active(terms, progress):
         rows.setdefault(term.layer, []).append((term, weight))

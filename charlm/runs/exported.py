@@ -5,8 +5,7 @@ FOLDER/model.safetensors    parameters of transformer and heads, by name
 FOLDER/vocabulary.json      the vocabulary; for sentencepiece, the library's model in base64
 FOLDER/README.md            a model card: what it is, its scores with their protocols, its use
 
-Such a folder may come from a stranger. Loading never runs code, refuses paths in the files, and checks
-sizes before it reads.
+A stranger may have made it: loading runs no code, refuses paths in the files, and checks sizes first.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Diagnostics in training: bits per character of each head, and gradients of the losses at each layer.
 
-Both are measured without dropout, always on the same text: bits on the first symbols that validation
-scores, gradients on windows spread over all of it.
+Both are measured without dropout on the same text: bits on the first symbols that validation scores,
+gradients on windows spread over all of it.
 
 Shapes: B batch, T positions, D d_model, K offsets, M predictions of a batch, W characters of a window.
 """

@@ -1,7 +1,7 @@
 """Logging of a run: metrics.jsonl, the same numbers for accelerate's trackers, and a progress line.
 
-Trackers are started and finished here: accelerate's `init_trackers` gives all one project name, which
-tensorboard takes for a folder; `end_training` destroys the process group, which a second run needs.
+Trackers are started here: accelerate's `init_trackers` gives all one project name, which tensorboard
+takes for a folder; its `end_training` destroys the process group, which a second run needs.
 """
 
 import math

@@ -42,8 +42,7 @@ def build_optimizers(
     """Optimizers that together own every parameter of `model` once, or every parameter in `only`.
 
     Weight decay applies to matrices only, not to biases, norms, position tables, and embeddings with
-    their projection. Parameters without a gradient are not moved, such as a head's whose terms have
-    weight zero; in n-gram tables, rows.
+    their projection. Parameters without a gradient are not moved; in n-gram tables, rows.
     """
     wanted = set(model.parameters() if only is None else only)
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]

@@ -90,8 +90,8 @@ def check_fits(
             raise refusal(
                 config,
                 "train.batch_size",
-                f"some processes would have more micro-batches of {train.micro_batch_size}, and wait "
-                f"forever; choose a multiple of {num_processes}",
+                f"some processes would have more micro-batches of {train.micro_batch_size}, and "
+                f"wait; choose a multiple of {num_processes}",
             )
 
 

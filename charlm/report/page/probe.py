@@ -1,6 +1,6 @@
 """A run's model on held-out text: bits by layer and by position, a passage, samples.
 
-Only the passage is of the test split, because pages help to choose between runs.
+Only the passage is of the test split: pages help to choose between runs.
 
 Shapes: V vocabulary, N symbols, M predictions, K likeliest, W windows, T positions of a window, B bins.
 """
