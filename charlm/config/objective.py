@@ -123,8 +123,9 @@ class StagedLossConfig(Clock, Switch):
 class LayersConfig(StagedLossConfig):
     """A prediction head on intermediate layers (Al-Rfou et al. 2018, "Intermediate Layer Losses")."""
 
-    schedule: Literal[Decay, "staggered", "rotational", "gradual", "stages"] = "staggered"
-    """staggered: layer l of n stops when the clock reads l/(2n) (the paper). gradual: layer l starts when
+    schedule: Literal[Decay, "staggered", "staggered_linear", "rotational", "gradual", "stages"] = "staggered"
+    """staggered: layer l of n stops when the clock reads l/(2n) (the paper). staggered_linear: its weight
+    falls in a straight line to zero there, the other reading of the paper. gradual: layer l starts when
     the clock reads (n - l)/(2n), the highest first. rotational: at each step one of R groups of heads is
     on, in turn (both Elhoushi et al. 2024, LayerSkip, section 4.1.2). stages: the table of `stages`. The
     others treat all layers alike."""

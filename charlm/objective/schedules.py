@@ -136,6 +136,8 @@ DECAYS: dict[str, Callable[[float, float], Schedule]] = {
 SWITCHES: dict[str, Callable[[int, int, float, float], Schedule]] = {
     # The lowest layer stops first, at u = 1/2 all (Al-Rfou et al. 2018, "Intermediate Layer Losses").
     "staggered": lambda i, n, *span: cutoff(*span, Fraction(i, 2 * n)),
+    # The same ends, each at the foot of a straight fall: the paper can be read so too.
+    "staggered_linear": lambda i, n, start, end: linear(start, _at(Fraction(i, 2 * n), start, end)),
     # Layers start from the top down (Elhoushi et al. 2024, LayerSkip, section 4.1.2).
     "gradual": lambda i, n, *span: cutoff(*span, Fraction(n - i, 2 * n)).complement(),
     # The next target starts as each of n equal parts begins.
@@ -143,7 +145,7 @@ SWITCHES: dict[str, Callable[[int, int, float, float], Schedule]] = {
     # The farthest target stops as each of n equal parts ends.
     "shrinking": lambda i, n, *span: cutoff(*span, Fraction(n - i + 1, n)),
 }
-"""Schedules of layer or target i of n that switch once."""
+"""Schedules of layer or target i of n that start or end at a clock of its own."""
 
 
 def rotational(index: int, turns: int, steps: int) -> Schedule:

@@ -32,6 +32,9 @@ PROGRESSES = [0.0, 0.1, 0.25, 0.375, 0.5, 0.625, 0.75, 0.9]
         ),
         (cutoff(0.25, 0.75), [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]),
         (cutoff(0.25, 0.75, Fraction(1, 4)), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        # Layer 3 of 4 falls to zero at 3/8 of the clock: 1 - p / (3/8); with a clock of [1/4, 3/4], at 7/16.
+        (switch("staggered_linear", 3, 4), [1.0, 11 / 15, 1 / 3, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        (switch("staggered_linear", 3, 4, 0.25, 0.75), [1.0, 1.0, 1.0, 1 / 3, 0.0, 0.0, 0.0, 0.0]),
         (cutoff(0.1, 0.1), [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
         (linear(0.25, 0.75) * constant(0.5), [0.5, 0.5, 0.5, 0.375, 0.25, 0.125, 0.0, 0.0]),
         (stages([1.0, 0.25, 0.0], [0.25, 0.625, 1.0]), [1.0, 1.0, 0.25, 0.25, 0.25, 0.0, 0.0, 0.0]),
@@ -68,6 +71,7 @@ def test_switches_are_at_the_exact_step(total, start, end):
         for k in range(1, n):
             switches += [
                 (switch("staggered", k, n, *span), Fraction(k, 2 * n)),
+                (switch("staggered_linear", k, n, *span), Fraction(k, 2 * n)),
                 (switch("gradual", k, n, *span).complement(), Fraction(n - k, 2 * n)),
                 (switch("growing", k + 1, n, *span).complement(), Fraction(k, n)),
                 (switch("shrinking", k + 1, n, *span), Fraction(n - k, n)),
@@ -91,6 +95,7 @@ def test_switches_are_at_the_exact_step(total, start, end):
         (linear(0.5, 1.0), None, 0.0),
         (linear(0.2, 0.6).complement(), None, 1.0),
         (switch("staggered", 3, 4), 0.375, 0.0),
+        (switch("staggered_linear", 3, 4), 0.375, 0.0),
         (switch("staggered", 1, 2) * linear(0.5, 0.9), 0.25, 0.0),
         (switch("staggered", 1, 2) * constant(0.0), 0.0, 0.0),
         (cutoff(0.0, 0.3).complement() * cutoff(0.0, 0.5), 0.5, 0.0),

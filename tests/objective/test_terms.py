@@ -272,7 +272,9 @@ def options(**fields) -> st.SearchStrategy[dict]:
 CONFIGS = st.builds(
     aux,
     positions=options(schedule=DECAY),
-    layers=options(schedule=DECAY | st.just("staggered"), weight=WEIGHT, every=st.integers(1, 3)),
+    layers=options(
+        schedule=DECAY | st.sampled_from(["staggered", "staggered_linear"]), weight=WEIGHT, every=st.integers(1, 3)
+    ),
     targets=options(schedule=DECAY, weight=WEIGHT, num_targets=st.integers(1, 3)),
     reduction=st.sampled_from(["sum", "mean"]),
     main_weight=st.sampled_from([0.3, 1.0]),
@@ -282,12 +284,14 @@ CONFIGS = st.builds(
 def decayed(schedule: str, start: float, end: float, progress: float, clock: float = 1.0) -> float:
     """A schedule as the docstrings word it."""
     u = 1.0 if progress >= end else 0.0 if progress <= start else (progress - start) / (end - start)
+    reached = progress >= start + (end - start) * clock
     return {
         "constant": 1.0,
         "linear": 1 - u,
         "cosine": (1 + math.cos(math.pi * u)) / 2,
         "cutoff": float(progress < end),
-        "staggered": float(progress < start + (end - start) * clock),
+        "staggered": float(not reached),
+        "staggered_linear": 0.0 if reached else 1 - u / clock,
     }[schedule]
 
 
