@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from charlm.config import Config, DataConfig, Section, Stopped, UserError
 from charlm.config.errors import did_you_mean, shown
-from charlm.config.load import OPTIONS, RENAMED, S, Setting, settings_of, validate
+from charlm.config.load import OPTIONS, RENAMED, S, Setting, settings_of, typed, validate
 from charlm.config.types import sections_of
 from charlm.process import is_main_process
 from charlm.text import fitted
@@ -79,7 +79,7 @@ def parse(kind: type[S], argv: Sequence[str] | None = None) -> S:
             parser.error(f"unrecognized arguments: {word}")
     given = vars(parser.parse_args(words))
     if issubclass(kind, WithConfig):
-        given["flags"] = {name: given.pop(name) for name in list(given) if "." in name}
+        given["flags"] = typed({name: given.pop(name) for name in list(given) if "." in name})
     options = validate(kind, {name: Setting(value) for name, value in given.items()})
     if isinstance(options, WithConfig):
         values = {name: shown(attrgetter(name)(options.config)) for name in OPTIONS}

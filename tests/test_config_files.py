@@ -35,8 +35,11 @@ FILES = {
     "empty_sections": "train:\nmodel: {}\nrun: null\n",
     "reset": "aux.layers: {reset: true, every: 3}\n",
     "former": "model: {positions: rotary}\n",
+    "lists": "model: {ngrams: '2,3'}\nrun: {tracker: wandb}\n",
+    "separators": "data: {corpus: lm1b, separator: null, text_column: '\\n'}\nrun: {project: 'null'}\n",
     "anchors": "aux:\n  layers: &clock {start: 0.25, end: 0.5}\n  targets: *clock\n",
 }
+LM1B = "--data.corpus=lm1b"
 GOOD = {
     "flag=value": ("--train.steps=60", {"train.steps": 60}),
     "flag value": ("--train.steps 60", {"train.steps": 60}),
@@ -46,7 +49,10 @@ GOOD = {
     "list of fractions": ("--aux.layers.at=[1/3,0.5,1.0]", {"aux.layers.at": ("1/3", 0.5, 1.0)}),
     "list without brackets": ("--model.ngrams=2,3,4", {"model.ngrams": (2, 3, 4)}),
     "list of one without brackets": ("--model.ngrams=2", {"model.ngrams": (2,)}),
+    "list that ends in a comma": ("--model.ngrams=2,", {"model.ngrams": (2,)}),
+    "list of a fixed length": (["--train.adam_betas=0.9, 0.95"], {"train.adam_betas": (0.9, 0.95)}),
     "empty list": ("--model.ngrams=[]", {}),
+    "empty list without brackets": ("--config lists.yaml --model.ngrams= --run.tracker=", {}),
     "list of words": ("--run.tracker=tensorboard,wandb", {"run.tracker": ("tensorboard", "wandb")}),
     "mapping": (["--aux.layers.weights={4: 0.3}"], {"aux.layers.weights.4": 0.3}),
     "mapping by fraction": (
@@ -98,6 +104,16 @@ GOOD = {
     "text with a comment's sign": (
         ["--data.corpus=lm1b", "--data.separator= # "],
         {"data.corpus": "lm1b", "data.separator": " # "},
+    ),
+    "escapes in a flag": (
+        [LM1B, r"--data.separator=\n\t\x2d\u00e9é\\n\d"],
+        {"data.corpus": "lm1b", "data.separator": "\n\t-éé\\n\\d"},
+    ),
+    "no escapes in a path": ([r"--data.path=\n"], {"data.path": Path(r"\n")}),
+    "null for a text": ([LM1B, "--data.separator=null"], {"data.corpus": "lm1b", "data.separator": ""}),
+    "null for a text in a file": (
+        ["--config=separators.yaml"],
+        {"data.corpus": "lm1b", "data.separator": "", "run.project": "null", "data.text_column": r"\n"},
     ),
     "text like a list or null": (["--run.project=[a"], {"run.project": "[a"}),
     "reset": ("--config second.yaml --config reset.yaml", {"train.steps": 2, "aux.layers.every": 3}),
@@ -179,6 +195,8 @@ BAD = {
     "fraction beyond the depth": ("--aux.layers.at=[1/3,1.5]", "", "aux.layers.at", ["aux.layers.at.1=1.5", "1/3"]),
     "word in a list": (["--aux.layers.weights=[1, x]"], "", "aux.layers.weights", ["aux.layers.weights.1=x"]),
     "word in a mapping": (["--aux.layers.weights={x: 1}"], "", "aux.layers.weights", ["aux.layers.weights.x", "1/3"]),
+    "null for a path": ("--run.dir=null", "", "run.dir", ["run.dir=null: should be a path"]),
+    "null for a word": ("", "run:\n  project: null", "run.project", ["run.project=null", "line 2"]),
     "list of the wrong length": ("--train.adam_betas=0.9", "", "train.adam_betas", ["train.adam_betas.1", "missing"]),
     "broken list": ("--model.ngrams=[2", "", "model.ngrams", ["model.ngrams=[2", "not valid YAML"]),
     "stage without weights": ("", "aux.layers.stages: [{until: 1}]", "aux.layers.stages", ["0.weights", "is missing"]),

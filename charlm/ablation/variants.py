@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from charlm.config import Config, Mark, UserError, differences, has_mark
-from charlm.config.load import load_config
+from charlm.config.errors import shown
+from charlm.config.load import load_config, typed
 from charlm.files import read_json, write_whole
 from charlm.runs.folder import Run
 
@@ -60,7 +61,9 @@ class VariantRun:
         run = Run(self.folder)
         found = differences(run.config(), self.config) if run.config_path.exists() else {}
         changed = [
-            f"{name}: {old} -> {new}" for name, (old, new) in found.items() if not has_mark(name, Mark.NO_EFFECT)
+            f"{name}: {shown(old)} -> {shown(new)}"
+            for name, (old, new) in found.items()
+            if not has_mark(name, Mark.NO_EFFECT)
         ]
         if changed:
             raise UserError(
@@ -220,6 +223,6 @@ def _config_of(variant: Variant, files: Sequence[Path], flags: Mapping[str, Any]
             problem = f"a row cannot set {name}, since every run has its own"
             raise UserError(f"row {variant.name!r}: {problem}", name)
     try:
-        return load_config([*files, *variant.files], {**flags, **variant.options})
+        return load_config([*files, *variant.files], {**flags, **typed(variant.options)})
     except UserError as error:
         raise type(error)(f"row {variant.name!r}: {error}", error.option) from None

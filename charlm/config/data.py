@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from charlm.config.types import Mark, Section, Share
 
@@ -50,8 +50,9 @@ class DataConfig(Section):
     """Split of the dataset for validation. null: validation if it exists, else the end of train_split."""
     test_split: str | None = None
     """Split of the dataset for testing. null: test if it exists, else the end of train_split."""
-    separator: str = "\n"
-    """Text between two documents of a dataset."""
+    separator: Annotated[str, BeforeValidator(lambda text: "" if text is None else text), Mark.ESCAPES] = "\n"
+    r"""Text between two documents of a dataset. A flag may contain \n, \t, \\ and the like, as may text in double
+    quotes in YAML. null: nothing."""
     valid_fraction: Share = 0.05
     """Share of the text held out for validation if the corpus has no validation split."""
     test_fraction: Share = 0.05

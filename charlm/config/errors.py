@@ -38,7 +38,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def shown(value: Any, limit: int = 120) -> str:
     """A value as a config file has it, on one line, cut if it has more than `limit` characters."""
-    if not isinstance(value, str) or not value.isprintable():
+    if not isinstance(value, str) or not value.isprintable() or "\\" in value:
         text = json.dumps(value, ensure_ascii=False, default=lambda v: dict(v) if isinstance(v, BaseModel) else str(v))
         value = text.replace('"', "")
     return value if len(value) <= limit else f"{value[:80]}... ({len(value):,} characters)"

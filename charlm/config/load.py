@@ -4,6 +4,7 @@ Values stay text until the type of their option makes them a number, a path or a
 read alike, without YAML's guesses (`no` is false, `1e-3` is text).
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
@@ -12,10 +13,11 @@ import yaml
 
 from charlm.config import Config, Section, UserError
 from charlm.config.errors import did_you_mean, shown
-from charlm.config.types import NULLS, Lines, options_of, read_yaml, sections_of
+from charlm.config.types import NULLS, Lines, Mark, options_of, read_yaml, sections_of
 
 S = TypeVar("S", bound=Section)
 SECTIONS, OPTIONS = sections_of(Config), options_of(Config)
+ESCAPE = re.compile(r"\\(?:[\\abfnrtv]|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4})")
 RENAMED = {"model.positions": "model.position_encoding"}  # former names of options, and the present ones
 
 
@@ -39,9 +41,18 @@ def load_config(
         ConfigError: unknown names (with similar ones) and values that cannot work, all in one message.
     """
     if not isinstance(overrides, Mapping):
-        overrides = dict(flag.removeprefix("--").partition("=")[::2] for flag in overrides)
+        overrides = typed(dict(flag.removeprefix("--").partition("=")[::2] for flag in overrides))
     files = [files] if isinstance(files, (str, Path)) else files
     return validate(Config, settings_of(files, overrides))
+
+
+def typed(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of flags as they were meant: null is None, and options with Mark.ESCAPES may contain escapes."""
+    values = {name: None if value == "null" else value for name, value in flags.items()}
+    for name in values:
+        if values[name] is not None and name in OPTIONS and Mark.ESCAPES in OPTIONS[name].metadata:
+            values[name] = ESCAPE.sub(lambda found: found[0].encode().decode("unicode_escape"), values[name])
+    return values
 
 
 def settings_of(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> dict[str, Setting]:

@@ -57,7 +57,7 @@ class TrainConfig(Section):
     momentum: BelowOne = 0.99
     """Momentum of sgd."""
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
-    """Betas of adamw, as a YAML list."""
+    """Betas of adamw."""
     weight_decay: NonNegative = 0.0
     """Weight decay of matrices. Biases, norms, embeddings (with the projection of n-gram tables) and
     position tables have none."""

@@ -32,6 +32,7 @@ MESSAGES = {
     "extra_forbidden": "unknown option",
     "tuple_type": "should be a list",
     "dict_type": "should be a mapping",
+    "path_type": "should be a path",
     "bool_parsing": "should be true or false",
 }
 """Our message for each type of error of pydantic's."""
@@ -43,6 +44,7 @@ class Mark(Enum):
 
     MAY_CHANGE = "a resumed run may change the option"
     NO_EFFECT = "the option does not affect what a run learns"
+    ESCAPES = "a flag may contain escapes such as \\n"
 
 
 class Section(BaseModel):
@@ -86,7 +88,8 @@ class Section(BaseModel):
             if (tuple in kinds or dict in kinds) and value.lstrip()[:1] in ("[", "{"):
                 return read_yaml(value)
         if tuple in kinds and isinstance(value, (str, int, float)):  # brackets may be left out
-            return [item.strip() for item in value.split(",")] if isinstance(value, str) else [value]
+            text = str(value).strip().removesuffix(",")
+            return [item.strip() for item in text.split(",")] if text else []
         return value
 
 
@@ -161,10 +164,12 @@ class _TextLoader(yaml.BaseLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Lines:
         mapping = Lines(super().construct_mapping(node, deep=True))
         mapping.lines = {}
-        for key, _ in node.value:
+        for key, value in node.value:
             if key.value in mapping.lines:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is set twice", problem_mark=key.start_mark)
             mapping.lines[key.value] = key.start_mark.line + 1
+            if value.value == "null" and value.style is None:  # without quotes
+                mapping[key.value] = None
         return mapping
 
 

@@ -198,7 +198,7 @@ def _changes(
 def check_resumable(old: Config, new: Config) -> list[str]:
     """Lines about the changes. Raises UserError if an option may not change."""
     changed = differences(old, new)
-    lines = {name: f"{name}: {before} -> {after}" for name, (before, after) in changed.items()}
+    lines = {name: f"{name}: {shown(before)} -> {shown(after)}" for name, (before, after) in changed.items()}
     refused = [name for name in changed if not has_mark(name, Mark.MAY_CHANGE)]
     if refused:
         text = "; ".join(lines[name] for name in refused)
