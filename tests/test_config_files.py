@@ -360,5 +360,5 @@ def test_the_papers_configs(corpus: str, size: str, num_layers: int, dropout: fl
 def test_shipped_config(path: Path) -> None:
     """Guards against a shipped file that does not parse, assumes its own sizes, or repeats a default of its own."""
     load_config(path)
-    small = load_config(path, ["--model.num_layers=2", "--train.steps=60", "--train.batch_size=4"])
-    assert (small.model.num_layers, small.train.steps, small.train.batch_size) == (2, 60, 4)
+    small = load_config(path, ["--model.num_layers=3", "--train.steps=60", "--train.batch_size=4"])
+    assert (small.model.num_layers, small.train.steps, small.train.batch_size) == (3, 60, 4)

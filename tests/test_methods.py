@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from charlm.config import Config, ModelConfig
+from charlm.config import Config, ConfigError, ModelConfig
 from charlm.config.load import load_config
 from charlm.objective.terms import build_terms
 
@@ -26,7 +26,7 @@ WEIGHTS = {
     "auxnet_pairwise": AUXNET,
     "auxnet_multiway": AUXNET,
     "branchynet": {6: {2: 1, 4: 1}, 12: {4: 1, 8: 1}, 64: {21: 1, 43: 1}},
-    "hedge": {6: {3: 1}, 12: {3: 1, 6: 1, 9: 1}, 64: dict.fromkeys(range(3, 64, 3), 1)},
+    "hedge": {L: dict.fromkeys(range(1, L), 1) for L in (6, 12, 64)},
 }
 """What the intermediate layers of models of 6, 12 and 64 layers weigh at the start, worked out by hand."""
 ANOTHER_BASE = """
@@ -88,6 +88,7 @@ def test_what_else_presets_say() -> None:
         "auxnet_pairwise": "pairwise",
         "auxnet_multiway": "multiway",
     }
+    assert {name: one.layers.tower_width for name, one in aux.items() if one.layers.tower_width} == {"pspnet": "1/4"}
     assert aux["auxnet_multiway"].step_sizes == "auxnet"
     assert [name for name, one in aux.items() if one.layers.hinge > 0] == ["dsn"]
     assert [name for name, one in aux.items() if one.hedge.enabled] == ["hedge"]
@@ -125,6 +126,19 @@ def test_multi_token(num_layers: int) -> None:
     """Guards against intermediate layers that are still on, or targets that count half."""
     expected = {f"layer{num_layers}/offset{offset}/all": 1.0 for offset in (1, 2, 3, 4)}
     assert rows(preset("multi_token", num_layers), 0.0) == rows(preset("multi_token", num_layers), 0.99) == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_least_depth(name: str) -> None:
+    """Guards against a method that silently trains without its losses, and a message that does not name the preset."""
+    least = {"al_rfou": 1, "multi_token": 1, "pspnet": 3}.get(name, 2)
+    load_config(FOLDER / f"{name}.yaml", {"model.num_layers": least})
+    for num_layers in range(1, least):
+        with pytest.raises(ConfigError, match=rf"{name}\.yaml, line \d") as caught:
+            load_config(FOLDER / f"{name}.yaml", {"model.num_layers": num_layers})
+        assert caught.value.option.startswith("aux.")
+    off = {"aux.layers.enabled": False, "aux.hedge.enabled": False}
+    load_config(FOLDER / f"{name}.yaml", {"model.num_layers": 1} | off)
 
 
 @pytest.mark.parametrize("name", PRESETS)

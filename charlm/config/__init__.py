@@ -19,7 +19,7 @@ from charlm.config.objective import (
     LayersConfig,
     PositionsConfig,
     TargetsConfig,
-    layer_at,
+    count_of,
 )
 from charlm.config.run import RunConfig, TrackerName
 from charlm.config.train import AttentionBackend, CrossEntropyBackend, TrainConfig, steps_of
@@ -51,6 +51,9 @@ class Config(Section):
         if layers.enabled:
             for option, problem in layers.errors_for_depth(num_layers):
                 raise self.mistake(f"aux.layers.{option}", problem, "model.num_layers")
+        if self.aux.hedge.enabled and not layers.intermediate(num_layers):
+            text = "weighs layers against each other, and only the last has a head; give others one (aux.layers)"
+            raise self.mistake("aux.hedge.enabled", text, "model.num_layers", "aux.layers.enabled")
         return self
 
 

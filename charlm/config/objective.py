@@ -22,8 +22,8 @@ from charlm.config.types import BelowOne, Count, NonNegative, Positive, Section,
 Decay = Literal["constant", "linear", "cosine", "cutoff"]
 
 
-def _depth(value: Any) -> int | float | str:
-    """The number or fraction in a text. That a number is at most the model's depth is checked later."""
+def _count_or_share(value: Any) -> int | float | str:
+    """The number or fraction in a text. That a number is small enough is checked later."""
     text = str(value)
     if re.fullmatch(r"[0-9]{1,9}", text):
         return int(text)
@@ -32,23 +32,29 @@ def _depth(value: Any) -> int | float | str:
             return text
         if 0 < float(text) <= 1:
             return float(text)
-    raise ValueError("is neither a layer's number nor a fraction of the depth in (0, 1], such as 1/3 or 0.5")
+    raise ValueError("is neither a whole number nor a fraction in (0, 1], such as 1/3 or 0.5")
 
 
 Depth = Annotated[
     int | float | str,
-    PlainValidator(_depth),
+    PlainValidator(_count_or_share),
     WithJsonSchema({"type": "string", "format": "layer"}),
 ]
 """A layer: its number (1 is the lowest), or a fraction of the depth, 0.5 or "1/3" (1.0 is the last)."""
+Width = Annotated[
+    int | float | str,
+    PlainValidator(_count_or_share),
+    WithJsonSchema({"type": "string", "format": "width"}),
+]
+"""A number of columns, or a fraction of d_model."""
 
 
-def layer_at(depth: Depth, num_layers: int) -> int:
-    """The number of a layer. A fraction f of L layers is layer floor(f * L + 1/2), at least 1."""
-    if isinstance(depth, int):
-        return depth
-    fraction = Fraction(str(depth))  # exact decimals, so that 0.7 of 5 layers rounds up
-    return max(1, int(fraction * num_layers + Fraction(1, 2)))
+def count_of(share: Depth | Width, whole: int) -> int:
+    """A whole number as it is; for a fraction f of n, floor(f * n + 1/2), at least 1."""
+    if isinstance(share, int):
+        return share
+    fraction = Fraction(str(share))  # exact decimals, so that 0.7 of 5 layers rounds up
+    return max(1, int(fraction * whole + Fraction(1, 2)))
 
 
 LayerWeights = Annotated[
@@ -154,8 +160,8 @@ class LayersConfig(StagedLossConfig):
     the last layer's classifiers (LayerSkip). shared_frozen: the same, but these losses do not train them.
     tower: norm, hidden layer, activation, dropout and classifier (Szegedy et al. 2015, GoogLeNet; Zhao et
     al. 2017, PSPNet)."""
-    tower_width: Count | None = None
-    """Width of a tower's hidden layer; null is d_model."""
+    tower_width: Width | None = None
+    """Width of a tower's hidden layer: a number, or a fraction of d_model such as 1/4; null is d_model."""
     tower_dropout: BelowOne = 0.0
     """Dropout after a tower's activation."""
     hinge: NonNegative = 0.0
@@ -164,6 +170,8 @@ class LayersConfig(StagedLossConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.tower_width == 0:
+            raise self.mistake("tower_width", "must be at least 1")
         if self.at is not None and len(set(map(str, self.at))) < len(self.at):
             raise self.mistake("at", "contains a layer twice")
         if self.weights is not None and self.weighting != "uniform":
@@ -181,16 +189,22 @@ class LayersConfig(StagedLossConfig):
         depths = self.weights if isinstance(self.weights, dict) else self.at
         if depths is None:
             depths = range(self.every, num_layers, self.every)
-        layers = {layer_at(depth, num_layers) for depth in depths}
+        layers = {count_of(depth, num_layers) for depth in depths}
         return tuple(sorted(layer for layer in layers if layer < num_layers))
 
     def errors_for_depth(self, num_layers: int) -> Iterator[tuple[str, str]]:
         """Options that do not fit a model of `num_layers` layers, each with the reason."""
         heads = self.intermediate(num_layers)
+        if not heads:
+            fractions = [depth for depth in self.at or () if not isinstance(depth, int)]
+            asking = {"at": fractions, "schedule": self.schedule == "rotational", "hinge": self.hinge}
+            for option in filter(asking.get, asking):
+                text = f"needs a head below the last of model.num_layers={num_layers} layers, and none has one"
+                yield option, f"{text}; use more layers, or name lower ones (aux.layers.at)"
         wanted = f"{len(heads)} intermediate layers have a head: {', '.join(map(str, heads)) or 'none'}"
         weights = self.weights
         if isinstance(weights, dict):
-            layers = {layer_at(depth, num_layers) for depth in weights}
+            layers = {count_of(depth, num_layers) for depth in weights}
             if num_layers in layers:
                 yield "weights", "contains the last layer, whose weight is aux.main_weight"
             if len(layers) < len(weights):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from charlm.config import LayersConfig, ModelConfig
+from charlm.config import LayersConfig, ModelConfig, count_of
 
 
 class Heads(nn.Module):
@@ -66,7 +66,7 @@ class Heads(nn.Module):
             parts: dict[str, nn.Module] = {}
             parts["norm"] = nn.LayerNorm(width) if own_norm else nn.Identity()
             if layers.head == "tower" and (intermediate or last_tower):
-                width = layers.tower_width or config.d_model
+                width = count_of(layers.tower_width or 1.0, config.d_model)
                 parts["tower"] = _tower(config.d_model, width, layers.tower_dropout)
             for offset in sorted(offset for pair_layer, offset in owned if pair_layer == layer):
                 classifier = nn.Linear(width, vocabulary_size)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from charlm.config import AuxConfig, ConfigError, LayersConfig, TargetsConfig, layer_at
+from charlm.config import AuxConfig, ConfigError, LayersConfig, TargetsConfig, count_of
 from charlm.objective.schedules import DECAYS, SWITCHES, Schedule, constant, intervals, rotational, staged
 
 WEIGHTINGS: dict[str, Callable[[int, int, float], float]] = {
@@ -120,7 +120,7 @@ def _base_weights(layers: LayersConfig, num_layers: int) -> dict[int, float]:
     """The weights of intermediate layers with a head, before their schedules."""
     heads = layers.intermediate(num_layers)
     if isinstance(layers.weights, dict):
-        by_layer = {layer_at(depth, num_layers): weight for depth, weight in layers.weights.items()}
+        by_layer = {count_of(depth, num_layers): weight for depth, weight in layers.weights.items()}
         weights = {layer: by_layer[layer] for layer in heads}
     elif layers.weights is not None:
         weights = dict(zip(heads, layers.weights, strict=True))
@@ -166,7 +166,7 @@ def _schedules(
 def _task_rows(aux: AuxConfig, num_layers: int) -> list[Term]:
     rows = []
     for name, task in aux.tasks.items():
-        layer = num_layers if task.layer is None else layer_at(task.layer, num_layers)
+        layer = num_layers if task.layer is None else count_of(task.layer, num_layers)
         weight = constant(task.weight) * DECAYS[task.schedule](task.start, task.end)
         rows.append(Term(layer, 0, "all", weight, task=name))
     return sorted(rows, key=lambda row: (row.layer, row.task))

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from charlm.config import AuxConfig, Config
+from charlm.config import AuxConfig, Config, count_of
 from charlm.data.corpus import prepared_corpus
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.model.heads import Heads
@@ -143,12 +143,13 @@ def _methods(explanation: Explanation) -> dict[str, str]:
     """Settings besides the table that are not the default."""
     aux, model = explanation.config.aux, explanation.config.model
     layers = aux.layers
+    tower_width = count_of(layers.tower_width or 1.0, model.d_model)
     turns = max(term.weight.period for term in explanation.terms)
     lines = {}
     heads = {
         "shared": "the last layer's, on every layer",
         "shared_frozen": "the last layer's, as constants on intermediate layers",
-        "tower": f"towers of width {layers.tower_width or model.d_model}, dropout {layers.tower_dropout:g}",
+        "tower": f"towers of width {tower_width}, dropout {layers.tower_dropout:g}",
     }
     if layers.intermediate(model.num_layers):
         if layers.head in heads:

@@ -142,8 +142,8 @@ def test_flops_by_hand():
 
 
 def test_parameters_and_flops_of_other_heads():
-    """Fault: a shared head counted once per layer, or not at all when it runs; a tower's hidden layer left out, or
-    counted per target."""
+    """Fault: a shared head counted once per layer, or not at all when it runs; a tower's hidden layer left out, of
+    another width, or counted per target."""
     D, F, V, T, W = 4, 8, 256, 4, 3
     layer, head = 4 * D * D + 2 * D * F, V * D
     trunk = 6 * 2 * layer + 2 * 12 * D * T
@@ -161,10 +161,11 @@ def test_parameters_and_flops_of_other_heads():
     assert found(head="shared") == (without, trunk + 6 * 4 * head)
     assert found(head="shared_frozen") == (without, trunk + 4 * 2 * head + 6 * 2 * head)
     hidden, classifier = D * W, V * W
-    assert found(head="tower", tower_width=W) == (
-        without + 2 * D + hidden + W + 2 * (classifier + V),
-        trunk + 6 * (2 * head + hidden + 2 * classifier),
-    )
+    for width in (W, "3/4", 0.75):
+        assert found(head="tower", tower_width=width) == (
+            without + 2 * D + hidden + W + 2 * (classifier + V),
+            trunk + 6 * (2 * head + hidden + 2 * classifier),
+        )
 
 
 def test_heads_that_take_turns_are_counted_by_their_share():

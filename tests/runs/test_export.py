@@ -46,7 +46,7 @@ def build(randomise):
         config = Config(
             data=DataConfig(corpus="file", path=Path("/home/somebody/secret/text.txt"), vocabulary="characters"),
             model=ModelConfig(num_layers=4, num_heads=2, d_model=8, d_ff=16, context_length=8, **options),
-            aux=AuxConfig(layers=LayersConfig(at=(1, 2), head=head, tower_width=12 if head == "tower" else None)),
+            aux=AuxConfig(layers=LayersConfig(at=(1, 2), head=head, tower_width=0.75 if head == "tower" else None)),
             train=TrainConfig(steps=77),
         )
         vocabulary = CharacterVocabulary("abcdefgh")

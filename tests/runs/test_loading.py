@@ -20,7 +20,7 @@ KINDS = ("linear", "shared", "shared_frozen", "tower")
 
 
 def config_of(tmp_path: Path, kind: str, hedged: bool = False) -> Config:
-    aux = AuxConfig(layers=LayersConfig(head=kind, at=(1, 2), schedule="constant", tower_width=5))
+    aux = AuxConfig(layers=LayersConfig(head=kind, at=(1, 2), schedule="constant", tower_width="5/8"))
     hedge = aux.hedge.replace(enabled=hedged)
     return Config(model=MODEL, aux=aux.replace(hedge=hedge), run=RunConfig(dir=tmp_path / "run"))
 
@@ -71,7 +71,7 @@ def test_only_layers_that_predict_the_next_character_are_hedged(tmp_path):
     silent = config.replace(aux=config.aux.replace(main_weight=0.0))
     assert build_objective(config, 5).hedge.layers == [1, 2, 3]
     assert build_objective(silent, 5).hedge.layers == [1, 2]
-    alone = config.replace(aux=config.aux.replace(layers=LayersConfig(enabled=False)))
+    alone = config.replace(aux=config.aux.replace(layers=config.aux.layers.replace(weight=0.0)))
     with pytest.raises(ConfigError, match=r"aux\.hedge\.enabled=true: .* 1 predicts the next character"):
         build_objective(alone, 5)
 
