@@ -85,6 +85,12 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def forge(folder: Path, change: Callable[[Path], object]) -> None:
+    """Change the files of a checkpoint, of which the manifest then knows."""
+    change(folder)
+    (folder / "manifest.json").write_text(manifest_for(folder))
+
+
 # Damage to a folder, for tables of cases.
 
 

@@ -3,9 +3,13 @@
 import json
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from charlm.config import ModelConfig, UserError
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -21,6 +25,19 @@ TINY = (
     *typed("--train.valid_symbols=100"),
 )
 """Flags for scripts/train.py. Tests append their own, since later flags win."""
+
+
+def small_model(**options) -> ModelConfig:
+    """Two layers, unless the options say otherwise."""
+    return ModelConfig(**({"num_layers": 2, "num_heads": 2, "d_model": 8, "d_ff": 16, "context_length": 8} | options))
+
+
+@contextmanager
+def refused(option: str | None, words: str | None = None) -> Iterator[None]:
+    """Inside, an error for the user is raised that names `option`, and says `words`, a regular expression."""
+    with pytest.raises(UserError, match=words) as caught:
+        yield
+    assert caught.value.option == option
 
 
 def train(*flags: str) -> Path:

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import charlm
-from charlm.config import UserError
 from charlm.data.corpus import load_corpus
 from charlm.data.windows import training_windows
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.runs.folder import Run
-from tiny import SCRIPTS, TINY, train, training_rows, typed
+from tiny import SCRIPTS, TINY, refused, train, training_rows, typed
 
 CONFIGS = SCRIPTS.parent / "configs"
 FLAGS = [
@@ -133,17 +132,13 @@ def test_every_config_runs_at_another_size(config_file, tmp_path, text_corpus_fl
 @pytest.mark.parametrize(
     ("flags", "option"),
     [
-        ("--model.context_length=2500", "data.corpus"),
-        ("--train.mixed_precision=fp16", "train.mixed_precision"),
         ("--train.micro_batch_size=auto", "train.micro_batch_size"),
         ("--train.batch_size=1000000000000", "train.batch_size"),
-        ("--aux.main_weight=0 --aux.layers.enabled=false", "aux.main_weight"),
     ],
 )
 def test_refusals_come_before_anything_is_written(flags, option, tmp_path, text_corpus_flags, monkeypatch):
     """Guards against an incomplete run folder that blocks the corrected command."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(UserError) as caught:
+    with refused(option):
         train(*FLAGS, *text_corpus_flags, *typed(flags), f"--run.dir={tmp_path / 'run'}")
-    assert caught.value.option == option
     assert not (tmp_path / "run").exists()

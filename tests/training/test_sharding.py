@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from charlm.config import Config, ModelConfig, TrainConfig, UserError
+from charlm.config import Config, TrainConfig, UserError
 from charlm.objective.build import build_objective
 from charlm.training.sharding import wants_shards
 from charlm.training.start import check_fits
 from charlm.training.update import step_unless
 from launched import TORCHRUN, launch
-from tiny import SCRIPTS, TINY, train, training_rows, typed
+from tiny import SCRIPTS, TINY, refused, small_model, train, training_rows, typed
 
 STEPS = 80
 FLAGS = (
@@ -51,29 +51,24 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "sharding"),
-    [(TORCHRUN, "fsdp2"), (ACCELERATE, "no")],
-    ids=["torchrun-shards", "accelerate"],
+    ("launcher", "sharding", "goes_back"),
+    [(TORCHRUN, "fsdp2", False), (ACCELERATE, "no", False), (TORCHRUN, "no", True)],
+    ids=["torchrun-shards", "accelerate", "to a chosen step"],
 )
-def test_a_launcher_that_restarts_processes_continues_the_run(launcher, sharding, tmp_path, text_corpus_flags):
+def test_a_launcher_that_restarts_processes_continues_the_run(
+    launcher, sharding, goes_back, tmp_path, text_corpus_flags
+):
     """Guards against a restart that refuses the run's own folder, or that waits for the earlier processes at addresses
-    that the launcher remembers."""
-    flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", f"--run.dir={tmp_path / 'run'}"]
-    done = launch([*launcher, "--max_restarts=1", DYING, *flags, f"--train.sharding={sharding}"])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "resumed at step 40" in done.stderr
-    assert [row["step"] for row in training_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
-
-
-@pytest.mark.slow
-def test_a_launcher_that_restarts_processes_goes_back_to_a_chosen_step_once(tmp_path, text_corpus_flags):
-    """Guards against attempts that each go back to run.resume_from and remove what the one before has learned."""
+    that the launcher remembers; and attempts that each go back to run.resume_from and remove what the one before has
+    learned."""
     flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
-    flags += ["--train.sharding=no", f"--run.dir={tmp_path / 'run'}"]
-    train(*flags)
-    done = launch([*TORCHRUN, "--max_restarts=1", DYING, *flags, "--run.resume_from=20"])
+    flags += [f"--train.sharding={sharding}", f"--run.dir={tmp_path / 'run'}"]
+    if goes_back:
+        train(*flags)
+        flags.append("--run.resume_from=20")
+    done = launch([*launcher, "--max_restarts=1", DYING, *flags])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("resumed at step 20\n") == done.stderr.count("resumed at step 40\n") == 1
+    assert [done.stderr.count(f"resumed at step {step}\n") for step in (20, 40)] == [goes_back, True]
     assert [row["step"] for row in training_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
@@ -132,13 +127,11 @@ def test_unsupported_settings_of_the_launcher_are_refused(environment, message, 
 )
 def test_options_that_cannot_be_sharded_are_refused(model, train, option):
     """Guards against a run that hangs or fails at its first step: 3 + 2 windows in micro-batches of 2 are 2 and 1."""
-    small = {"num_layers": 2, "num_heads": 2, "d_model": 16, "d_ff": 32, "context_length": 8}
-    config = Config(model=ModelConfig(**small, **model), train=TrainConfig(sharding="fsdp2", **train))
+    config = Config(model=small_model(**model), train=TrainConfig(sharding="fsdp2", **train))
     accelerator = SimpleNamespace(num_processes=2, mixed_precision="no")
     objective = build_objective(config, vocabulary_size=11)
-    with pytest.raises(UserError) as caught:
+    with refused(option):
         check_fits(config, SimpleNamespace(splits={}), objective, accelerator, sharded=True)
-    assert caught.value.option == option
 
 
 @pytest.mark.parametrize(

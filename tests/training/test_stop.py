@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import charlm
-from charlm.config import ConfigError, RunConfig, Stopped
+from charlm.config import RunConfig, Stopped
 from charlm.training import stop as signals
 from launched import wait_until
-from tiny import SCRIPTS, TINY, assert_ended_like, checkpoint_bytes, run_script, typed
+from tiny import SCRIPTS, TINY, assert_ended_like, checkpoint_bytes, refused, run_script, typed
 
 STEPS = 20
 FLAGS = [
@@ -152,16 +152,14 @@ def test_times_are_read_as_written_or_refused(text, seconds):
     if seconds is not None:
         assert RunConfig(max_time=text).max_seconds == seconds
         return
-    with pytest.raises(ConfigError) as caught:
+    with refused("max_time"):
         RunConfig().replace(max_time=text)
-    assert caught.value.option == "max_time"
 
 
 def test_resume_from_and_auto_resume_exclude_each_other():
     """Guards against a command that goes back to the same step whenever a queue starts it."""
-    with pytest.raises(ConfigError) as caught:
+    with refused("run.resume_from"):
         charlm.load_config(overrides=["--run.resume_from=5", "--run.auto_resume=true"])
-    assert caught.value.option == "run.resume_from"
 
 
 def test_the_same_command_begins_continues_and_ends_a_run(whole_run, tmp_path, at, capfd):
@@ -186,7 +184,7 @@ def test_restarted_processes_continue_the_run_of_their_launcher_only(whole_run, 
     run = train(*command)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     os.utime(run / "config.yaml", (1, 1))
-    with pytest.raises(charlm.config.UserError, match="holds a run already"):
+    with refused("run.dir"):
         train(*command)
     os.utime(run / "config.yaml")
     train(*command)
