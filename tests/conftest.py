@@ -20,6 +20,7 @@ from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.tensors import take_snapshot
 from charlm.runs.trained import TrainedModel
+from tiny import run_script
 
 torch.set_num_threads(1)  # more threads only slow models of this size down
 # The same examples every time, and none timed: the tests must not depend on luck or on the machine's load.
@@ -93,6 +94,13 @@ def build_corpus() -> Callable[[bytes], Corpus]:
         return Corpus(name="letters", source="typed", sha256="abc", vocabulary=vocabulary, splits={"test": split})
 
     return build
+
+
+@pytest.fixture
+def script(capfd, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+    """`script(name, *arguments)`: exit code, stdout and stderr of a script, on a CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return lambda name, *arguments: (run_script(name, *map(str, arguments)), *capfd.readouterr())
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def evaluation_windows(num_symbols: int, context_length: int, stride: int) -> Ev
     Raises UserError if the stride is not in [1, context_length].
     """
     if not 1 <= stride <= context_length:
-        raise UserError(f"stride={stride}: must lie between 1 and the model's context of {context_length}")
+        raise UserError(f"stride={stride}: must lie in [1, {context_length}], the model's context", "stride")
     last_symbol = num_symbols - 1
     length = min(context_length, last_symbol)
     if length < 1:

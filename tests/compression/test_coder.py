@@ -80,21 +80,12 @@ def sealed(data: bytes) -> bytes:
 @example(data=b"\0" * 300, streams=5, context=8, stride=5, block=300)
 @example(data=bytes(range(256)) * 2, streams=5, context=8, stride=5, block=300)
 @example(data=b"abcdefgh" * 2, streams=2, context=8, stride=8, block=40)
+@example(data=b"abcdefgh" * 2, streams=2, context=4, stride=2, block=16)
 @example(data=b"abcdefgh" * 2 + b"!", streams=2, context=8, stride=1, block=17)
 def test_any_bytes_come_back(coded, data, streams, context, stride, block):
     """Guards against an encoder and a decoder that part at some boundary of streams, contexts or blocks, and special
     cases that are lost: no symbol, one, one only, every one."""
     trained, path = coded(data, streams=streams, context=context, stride=min(stride, context), block=block)
-    assert decoded(trained, path) == data
-
-
-@pytest.mark.parametrize("around", [0, 8, 16, 24, 40])  # streams x (nothing, context, 2 context), block, 2 blocks ...
-@pytest.mark.parametrize("beyond", [-1, 0, 1])
-def test_lengths_around_every_boundary(coded, around, beyond):
-    """Guards against an off-by-one where streams, contexts or blocks are exactly full."""
-    length = max(0, around + beyond)
-    data = np.random.default_rng(length).bytes(length)
-    trained, path = coded(data, streams=2, context=4, stride=2, block=20)
     assert decoded(trained, path) == data
 
 
@@ -106,16 +97,6 @@ def test_the_size_is_what_the_score_predicts(coded, streams, length):
     nats, _ = compressed_nats(trained, np.frombuffer(data, np.uint8), streams=streams)
     predicted = nats.sum() / np.log(2) / 8
     assert predicted - 1 <= path.stat().st_size <= 1.005 * predicted + 200
-
-
-def test_what_compress_tells(coded, build_model, tmp_path):
-    """Guards against figures of something other than the file."""
-    (tmp_path / "text").write_bytes("aé".encode() * 20)
-    result = compress(build_model(), tmp_path / "text", tmp_path / "out", streams=3, verify=False)
-    size = (tmp_path / "out").stat().st_size
-    assert (result.bytes, result.symbols, result.characters, result.compressed_bytes) == (60, 60, 40, size)
-    assert (result.bits_per_character, result.bits_per_byte) == (8 * size / 40, 8 * size / 60)
-    assert result.verify_seconds is None and result.protocol.streams == 3
 
 
 def damages(data: bytes, count: int, seed: int) -> list[bytes]:
@@ -216,22 +197,6 @@ def test_no_words_stand_for_more_symbols_than_is_legal():
     assert largest_claim(words + 1, 256) - largest_claim(words, 256) < 1_500_000  # 32 bits at 2.2e-5 each
 
 
-def test_another_model_is_refused(coded, build_model):
-    """Guards against rubbish from a model that has the same shape."""
-    _trained, path = coded(b"some text")
-    other = build_model()
-    other.transformer.embedding.weight.data[0, 0] += 1e-4
-    assert "another model" in refused(other, path, path.read_bytes())
-
-
-def test_a_machine_that_computes_otherwise(coded, monkeypatch):
-    """Guards against rubbish where versions agree and results do not."""
-    trained, path = coded(b"some text")
-    forward = trained.heads.forward
-    monkeypatch.setattr(trained.heads, "forward", lambda *arguments: forward(*arguments) * (1 + 1e-6))
-    assert "last bits" in refused(trained, path, path.read_bytes())
-
-
 def test_what_does_not_decode_is_not_kept(coded, build_model, tmp_path, monkeypatch):
     """Guards against a file that nobody can read, reported as a success, where arithmetic is not repeatable."""
     trained = build_model()
@@ -304,8 +269,8 @@ def model_of(build_model, randomise):
 
 
 def test_characters_and_sentencepiece(coded, model_of, monkeypatch):
-    """Guards against characters of several bytes that are cut between two pieces of a file, and lengths in the wrong
-    unit."""
+    """Guards against characters of several bytes that are cut between two pieces of a file, lengths in the wrong unit,
+    and a coder that knows no vocabulary of one symbol."""
     monkeypatch.setattr("charlm.data.sources.CHUNK", 5)
     text = "aé漢🙂 b" * 9
     counts = np.bincount([ord(c) for c in text], minlength=0x110000)
@@ -315,11 +280,7 @@ def test_characters_and_sentencepiece(coded, model_of, monkeypatch):
             assert decoded(trained, path) == data
     trained, path = coded("ñ and 字".encode(), model_of(vocabulary))  # spelled in bytes
     assert decoded(trained, path) == "ñ and 字".encode()
-
-
-def test_a_vocabulary_of_one_symbol(coded, model_of):
-    """Guards against a coder that knows none such."""
-    trained, path = coded(b"a" * 50, model_of(CharacterVocabulary("a")), streams=3)
+    trained, path = coded(b"a" * 50, model_of(CharacterVocabulary("a")), streams=3)  # which costs nothing
     assert decoded(trained, path) == b"a" * 50
 
 

@@ -13,19 +13,8 @@ import pytest
 from charlm.compression.report import compressed_sizes
 from charlm.data.corpus import load_corpus
 from charlm.runs.load import load
-from tiny import run_script
 
 TEXT = " ".join(f"{number}é" for number in range(100)).encode()
-
-
-@pytest.fixture
-def script(capfd):
-    """`script(name, *arguments)`: exit code, stdout and stderr."""
-
-    def run(name: str, *arguments: object) -> tuple[int, str, str]:
-        return run_script(name, *map(str, arguments)), *capfd.readouterr()
-
-    return run
 
 
 def test_there_and_back(run_on_disk, script, tmp_path):
@@ -74,6 +63,7 @@ def test_the_report(run_on_disk, script, tmp_path):
     assert found["compressed"]["compressed_bytes"] == packed.stat().st_size
     characters = len(TEXT.decode())
     assert found["compressed"]["bits_per_character"] == 8 * packed.stat().st_size / characters
+    assert found["compressed"]["bits_per_byte"] == 8 * packed.stat().st_size / len(TEXT)
     assert found["compressed"]["verify_seconds"] is None
     others = found["others"]
     assert others["gzip -9"] == pytest.approx(len(gzip.compress(TEXT, 9)), abs=2)

@@ -14,6 +14,7 @@ from charlm.compression.streams import Streams, probabilities, threads_set
 from charlm.config import UserError
 from charlm.data.vocabulary import ByteVocabulary, CharacterVocabulary
 from charlm.inference.scoring import negative_log_likelihoods
+from tiny import refused, typed
 
 
 @torch.no_grad()
@@ -116,29 +117,19 @@ def test_threads_are_those_of_the_settings_and_then_those_of_before():
 
 @pytest.mark.parametrize(
     "given",
-    [
-        "streams=0",
-        "streams=1000000",
-        "context=9",
-        "stride=9",
-        "stride=0",
-        "threads=0",
-        "precision=int8",
-        "precision=fp16",
-    ],
+    typed("streams=0 streams=1000000 context=9 stride=9 stride=0 threads=0 precision=int8 precision=fp16"),
 )
 def test_options_out_of_range(build_model, given):
     """Guards against an option that is taken, and then fails with a traceback or gives nonsense."""
     option, value = given.split("=")
-    with pytest.raises(UserError, match=f"^{given}: [^\n]*$") as error:
+    with refused(option):
         choose_settings(build_model(), 100, **{option: int(value) if value.isdigit() else value})
-    assert error.value.option == option
 
 
 def test_more_streams_than_memory_holds(build_model, monkeypatch):
     """Guards against a file whose header, or a user whose option, makes the system end other processes."""
     monkeypatch.setattr(settings_module, "physical_memory", lambda: 10_000)
-    with pytest.raises(UserError, match="streams=100: their keys and values take"):
+    with refused("streams", "their keys and values take"):
         choose_settings(build_model(), 100, streams=100)
 
 

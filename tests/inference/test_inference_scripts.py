@@ -18,10 +18,9 @@ from tiny import SCRIPTS, run_script
 
 
 @pytest.fixture
-def script(run_on_disk, capfd, monkeypatch):
+def script(script, run_on_disk):
     """`script(name, *arguments)`: exit code, stdout and stderr for a run with a head on both of its layers."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    return lambda name, *arguments: (run_script(name, str(run_on_disk), *arguments), *capfd.readouterr())
+    return lambda name, *arguments: script(name, run_on_disk, *arguments)
 
 
 def test_two_processes_and_the_library_agree(run_on_disk):
@@ -127,17 +126,6 @@ def test_early_exit_is_shown_as_a_table(script, run_on_disk, tmp_path):
     assert lines[-1].split()[:3] == ["1.00", "any", "1.00"]
     assert all(len(line) <= 80 for line in lines)
     assert picture.stat().st_size > 1000
-
-
-def test_early_exit_as_json(script):
-    """Guards against JSON that only Python reads, and without the protocol."""
-    code, out, err = script("evaluate", "--early-exit", "--limit=200", "--split=valid", "--json")
-    assert (code, err) == (0, "")
-    found = json.loads(out, parse_constant=pytest.fail)
-    assert (found["split"], found["symbols"], found["stride"]) == ("valid", 200, 8)
-    points = found["early_exit"]["points"]
-    assert points[0]["bits_per_character"] == pytest.approx(found["bits_per_character"])
-    assert points[-1]["bits_per_character"] == pytest.approx(found["layers"]["1"])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from charlm.config import UserError
 from charlm.inference import speculative
 from charlm.inference.generation import generate, stream
 from charlm.inference.sampling import Sampling
@@ -17,6 +16,7 @@ from charlm.model.cache import KVCache
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.runs.trained import TrainedModel
+from tiny import refused
 
 
 @pytest.fixture
@@ -233,95 +233,67 @@ def test_the_cache_is_rolled_back_to_what_was_kept(build_drafting_model, draft, 
         torch.testing.assert_close(speculation.hidden_11D, hidden, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("draft", ["offsets", 2])
-def test_several_prompts_and_seeds(build_drafting_model, draft):
-    """Guards against seeds that are not used, or shared between prompts, and pieces that differ from the whole."""
-    trained = build_drafting_model()
-    options = {"length": 30, "draft": draft, "temperature": 0.9, "top_p": 0.95}
-    texts = generate(trained, ["abc", "same", "same"], seed=4, **options)
-    alone = [("".join(stream(trained, prompt, seed=4 + row, **options))) for row, prompt in enumerate(["abc", "same"])]
-    assert texts[:2] == alone
-    assert texts[2] != texts[1]
-    assert generate(trained, "abc", seed=5, **options) != texts[0]
-
-
 @pytest.mark.parametrize(
-    ("draft", "num_draft_tokens", "message"),
+    ("last_offset", "draft", "num_draft_tokens", "option", "words"),
     [
-        ("offsets", 4, r"num_draft_tokens=4: must lie between 1 and 3 \(the run's heads\)"),
-        ("offsets", 0, "num_draft_tokens=0"),
-        (1, 17, r"num_draft_tokens=17: must lie between 1 and 16 \(the context\)"),
-        (1, 0, "num_draft_tokens=0"),
-        (3, None, "draft=3: .*; draft from offsets, 1, 2"),
-        (0, None, "draft=0"),
-        (None, 2, "num_draft_tokens=2: requires draft"),
+        (4, "offsets", 4, "num_draft_tokens", "between 1 and 3"),
+        (4, "offsets", 0, "num_draft_tokens", "between 1 and 3"),
+        (4, 1, 17, "num_draft_tokens", "between 1 and 16"),
+        (4, 1, 0, "num_draft_tokens", "between 1 and 16"),
+        (4, None, 2, "num_draft_tokens", "requires draft"),
+        (4, 3, None, "draft", "draft from offsets, 1, 2$"),
+        (4, 0, None, "draft", "draft from offsets, 1, 2$"),
+        (1, "offsets", None, "draft", "draft from 1, 2$"),
     ],
 )
-def test_bad_requests_are_refused_before_anything_is_written(build_drafting_model, draft, num_draft_tokens, message):
-    """Guards against errors that come from deep inside, or only when the first piece is asked for."""
-    with pytest.raises(UserError, match=message):
-        stream(build_drafting_model(), "a", length=5, draft=draft, num_draft_tokens=num_draft_tokens)
+def test_bad_requests_are_refused_before_anything_is_written(
+    build_model, last_offset, draft, num_draft_tokens, option, words
+):
+    """Guards against drafts from heads that were never trained, and errors that come from deep inside, or only when the
+    first piece is asked for."""
+    pairs = [(1, 1), (2, 1), *((3, offset) for offset in range(1, last_offset + 1))]
+    with refused(option, words):
+        stream(
+            build_model(num_layers=3, context_length=16, pairs=pairs),
+            "a",
+            length=5,
+            draft=draft,
+            num_draft_tokens=num_draft_tokens,
+        )
 
 
-@pytest.mark.parametrize(
-    ("num_layers", "draft", "way_out"),
-    [(2, "offsets", "draft from 1"), (1, "offsets", "it has none to draft from"), (1, 1, "it has none to draft from")],
-)
-def test_heads_that_a_run_lacks_are_refused(build_model, num_layers, draft, way_out):
-    """Guards against drafts from heads that were never trained."""
-    with pytest.raises(UserError, match=f"draft={draft}: .*; {way_out}"):
-        stream(build_model(num_layers=num_layers), "a", length=5, draft=draft)
+@pytest.mark.parametrize("draft", ["offsets", 1])
+def test_a_model_without_other_heads_drafts_nothing(build_model, draft):
+    """Guards against a way out that does not exist."""
+    with refused("draft", "it has none to draft from"):
+        stream(build_model(num_layers=1), "a", length=5, draft=draft)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("draft", "sampling", "draws"),
-    [
-        ("offsets", Sampling(), 20_000),
-        (1, Sampling(), 20_000),
-        ("offsets", Sampling(temperature=0.6, top_p=0.9), 4_000),
-        (1, Sampling(temperature=1.5, top_k=3), 4_000),
-    ],
-    ids=str,
-)
-def test_drawn_symbols_follow_the_models_distribution(build_drafting_model, draft, sampling, draws):
-    """Guards against any error in the rule of acceptance, the rest that is drawn from, or which position's distribution
-    is whose: many continuations of a fixed context, by a chi-square test against all possible ones' probabilities."""
-    trained = build_drafting_model(vocabulary_size=4)
-    with torch.no_grad():
-        for parameter in trained.heads.parameters():
-            parameter.mul_(0.3)  # or the heads are too sure to agree now and then
-    context, ahead = [0, 3, 1, 2], 2
-    last = trained.config.model.num_layers
-    expected = {(): 1.0}
-    for _ in range(ahead):
-        texts = list(expected)
-        ids_BT = torch.tensor([[*context, *text] for text in texts])
+@pytest.mark.parametrize("draft", ["offsets", 1])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "top_p": 0.9}, {"temperature": 1.5, "top_k": 3}], ids=str)
+def test_drafts_are_judged_by_the_distributions_of_their_positions(build_drafting_model, monkeypatch, draft, options):
+    """Guards against a draft that is judged by another position's distribution, by another than it was drawn from, or
+    by numbers that drew it: by the rule of acceptance, the text would not follow the model's distribution."""
+    trained, sampling, judged = build_drafting_model(), Sampling(**options), []
+
+    def noted(p_PV, drafts, q_KV, generator):
+        assert generator is speculation.generator
+        judged.append((list(speculation.context), p_PV, drafts, q_KV))
+        return accept(p_PV, drafts, q_KV, generator)
+
+    monkeypatch.setattr(speculative, "accept", noted)
+    speculation = speculation_of(trained, b"abc", draft, 3, sampling)
+    for _ in range(9):
+        speculation.advance(9)
+    assert len(judged) > 5
+    for context, p_PV, drafts, q_KV in judged:
+        newest, K = len(context) - 1, len(drafts)
         with torch.inference_mode():
-            logits_BV = trained.heads(trained.transformer(ids_BT, num_last=1)[last], last)[:, 0, 0]
-        expected = {
-            (*text, symbol): expected[text] * float(probability)
-            for text, row_V in zip(texts, sampling.distribution(logits_BV), strict=True)
-            for symbol, probability in enumerate(row_V)
-        }
-    speculation = speculation_of(trained, context[:-1], draft, 2, sampling)
-    speculation.advance(1)
-    hidden_11D = speculation.hidden_11D
-    found = dict.fromkeys(expected, 0)
-    for _ in range(draws):
-        speculation.context, speculation.hidden_11D, text = list(context), hidden_11D, []
-        speculation.cache.lengths.fill_(len(context) - 1)
-        while len(text) < ahead:
-            text += speculation.advance(9)
-        found[tuple(text[:ahead])] += 1
-    assert 0.2 < speculation.statistics.acceptance_rate < 0.9  # both ends of the rule were used
-    assert not any(found[text] for text, probability in expected.items() if probability == 0)
-    # Rare texts together: the statistic is chi-square distributed only where each is expected a few times.
-    common = [text for text, probability in expected.items() if probability * draws >= 5]
-    cells = [(found[text], expected[text] * draws) for text in common]
-    rest = draws - sum(mean for _, mean in cells)
-    cells += [(draws - sum(count for count, _ in cells), rest)] if rest > 5 else []
-    assert len(cells) >= 6
-    statistic = sum((count - mean) ** 2 / mean for count, mean in cells)
-    half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
-    assert torch.special.gammaincc(*half) > 1e-3
+            states = trained.transformer(torch.tensor([[*context, *drafts][:16]]), [1, 3])
+            logits_TKV = trained.heads(states[3], 3, (1, 2, 3, 4))[0]
+            drafting_KV = trained.heads(states[1], 1)[0, newest : newest + K, 0]
+        if draft == "offsets":  # from the symbol before the newest
+            drafting_KV = logits_TKV[newest - 1, 1 : 1 + K]
+        judging_PV = logits_TKV[newest : newest + len(p_PV), 0]
+        torch.testing.assert_close(p_PV, sampling.distribution(judging_PV), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(q_KV, sampling.distribution(drafting_KV), rtol=1e-4, atol=1e-5)
