@@ -54,6 +54,7 @@ def snapshot(folder: Path) -> dict[str, int]:
 
 ON_TEXT = ["--data.corpus=file", "--data.path=text.txt"]
 TEXT, HUB, SOURCE = " ".join(ON_TEXT), "--data.corpus=hub", f"Get it from {PUBLISHED['enwik8'].url}"
+SHORT = "train --data.corpus=file --data.path=short.txt"
 CASES = {
     "train --config=typo.yaml --train.steps=0": ["model.num_layer", "model.num_layers", "typo.yaml, line 2"],
     "train --train.steps=0 --train.seed=x": ["train.steps=0", "train.seed=x"],
@@ -77,7 +78,9 @@ CASES = {
     f"prepare {HUB} --data.hub_id=./dataset": ["data.hub_id=", "no column 'text'", "--data.text_column", "body"],
     f"train {HUB} --data.hub_id=./dataset --data.text_column=body --data.test_split=held": ["no split 'held'", "train"],
     "prepare --data.corpus=lm1b --data.hub_id=./nowhere": ["data.hub_id=", "No such file"],
-    "train --data.corpus=file --data.path=short.txt": ["valid split of 10 symbols", "window of 18", "context_length"],
+    SHORT: ["valid split of 10 symbols", "window of 18", "context_length", "raise --data.valid_fraction"],
+    f"{SHORT} --data.valid_fraction=0.3": ["test split of 10 symbols", "raise --data.test_fraction"],
+    f"{SHORT} --data.valid_fraction=0.93": ["train split of 5 symbols", "lower --data.valid_fraction"],
     f"train {TEXT} --train.mixed_precision=fp16": ["train.mixed_precision=fp16", "use bf16"],
     f"train {TEXT} --run.tracker=aim": ["run.tracker=aim: not installed", "pip install 'aim<4'"],
     f"train {TEXT} --run.dir=run": ["run.dir=run", "--run.resume=true"],
@@ -89,6 +92,7 @@ CASES = {
         "aux.main_weight=0",
         "losses have weight zero",
     ],
+    "evaluate run --data.path=other.txt": ["corpus=file", "another text", "compress.py RUN FILE", "--report"],
     "evaluate no_run": ["no_run is not a run"],
     "generate nowhere --prompt=a": ["nowhere is not a run"],
 }

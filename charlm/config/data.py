@@ -11,7 +11,7 @@ from charlm.config.types import Mark, Section, Share
 _DATASETS = ("lm1b", "hub")
 _READ_BY = {
     "path": ("enwik8", "text8", "file"),
-    **dict.fromkeys(("hub_id", "hub_config", "hub_revision", "text_column", "separator"), _DATASETS),
+    **dict.fromkeys(("hub_id", "hub_config", "hub_revision", "text_column", "skip_null", "separator"), _DATASETS),
     **dict.fromkeys(("train_split", "valid_split", "test_split"), _DATASETS),
     **dict.fromkeys(("valid_fraction", "test_fraction"), (*_DATASETS, "file", "python-stdlib")),
 }
@@ -44,6 +44,8 @@ class DataConfig(Section):
     """Branch, tag or commit of the dataset. null: the main branch when the corpus is prepared."""
     text_column: str = "text"
     """Column of the dataset that holds the documents."""
+    skip_null: bool = False
+    """Skip the rows of the dataset that hold null in place of text."""
     train_split: str = "train"
     """Split of the dataset for training."""
     valid_split: str | None = None

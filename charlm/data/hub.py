@@ -34,10 +34,10 @@ def open_dataset(where: str | Path, config: str | None, revision: str | None, sh
         return dict(datasets.load_dataset(str(where), config, revision=revision, streaming=in_place))
 
 
-def documents(splits: "Splits", split: str, column: str, separator: str) -> Generator[bytes]:
+def documents(splits: "Splits", split: str, column: str, separator: str, skip_null: bool = False) -> Generator[bytes]:
     """The documents of a split in UTF-8, in order, with the separator between them.
 
-    Raises UserError if there is no such split or column, or a row holds no text.
+    Raises UserError if there is no such split or column, or a row holds no text; `skip_null` permits null.
     """
     if split not in splits:
         options = "--data.train_split, --data.valid_split, --data.test_split"
@@ -47,18 +47,20 @@ def documents(splits: "Splits", split: str, column: str, separator: str) -> Gene
         if columns and column not in columns:
             way_out = f"set --data.text_column to one of {', '.join(columns)}"
             raise UserError(f"has no column {column!r}; {way_out}", "data.text_column")
-        rows = 0
+        rows, before = 0, ""
         for batch in splits[split].select_columns([column]).iter(64):  # each document may be a whole book
             texts = batch[column]
             for row, text in enumerate(texts, start=rows):
-                if not isinstance(text, str):
-                    kind = type(text).__name__
+                if not isinstance(text, str) and not (text is None and skip_null):
+                    kind = "null" if text is None else type(text).__name__
                     problem = f"row {row} of split {split!r} holds {kind}, not text, in column {column!r}"
                     way_out = "set --data.text_column to one of text in every row"
+                    way_out += ", or skip such rows by --data.skip_null=true" if text is None else ""
                     raise UserError(f"{problem}; {way_out}", "data.text_column")
-            before = separator if rows else ""
-            yield (before + separator.join(texts)).encode()
             rows += len(texts)
+            if kept := [text for text in texts if text is not None]:
+                yield (before + separator.join(kept)).encode()
+                before = separator
 
 
 @contextmanager

@@ -238,15 +238,17 @@ def _dataset(config: DataConfig, choice: Choice, show_progress: bool) -> Source:
     revision = config.hub_revision
     opened = cache(partial(open_dataset, where, config.hub_config, revision, show_progress))
     named = (config.train_split, config.valid_split, config.test_split)
+    identity = (config.hub_config, revision, config.text_column, config.separator, *named)
 
     def text(split: str | None, default: str) -> Generator[bytes]:
         if split or (default in opened() and default not in named):
-            yield from documents(opened(), split or default, config.text_column, config.separator)
+            how = (config.text_column, config.separator, config.skip_null)
+            yield from documents(opened(), split or default, *how)
 
     files = partial(_list_files, where) if isinstance(where, Path) else None
     return Source(
         choice=choice,
-        key=_key(config, str(where), config.hub_config, revision, config.text_column, config.separator, *named),
+        key=_key(config, str(where), *identity, *(["skip_null"] if config.skip_null else [])),
         origin=f"{where}@{revision}" if revision else str(where),
         parts={
             "train": partial(text, config.train_split, "train"),

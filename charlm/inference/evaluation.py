@@ -159,7 +159,8 @@ class Scorer:
             raise UserError(
                 f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on "
                 f"{trained.corpus['name']} ({trained.corpus['sha256'][:12]}), another text or vocabulary; "
-                "score it on that one (--data.path, --data.hub_id)"
+                "score it on that one (--data.path, --data.hub_id), or score a file of any text with "
+                "scripts/compress.py RUN FILE -o FILE.clm --report"
             )
         if split not in corpus.splits:
             raise UserError(f"split={split}: must be one of {', '.join(corpus.splits)}", option="split")

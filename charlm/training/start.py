@@ -68,7 +68,11 @@ def check_fits(
     for name, split in corpus.splits.items():
         if split.symbols < length:
             text = f"its {name} split of {split.symbols} symbols is shorter than a window of {length}"
-            raise refusal(config, "data.corpus", f"{text}; lower --model.context_length or add text")
+            way_out = f"raise --data.{name}_fraction (--data.{name}_split, if it is the dataset's own)"
+            if name == "train":
+                way_out = "lower --data.valid_fraction or --data.test_fraction"
+            text += f"; {way_out}, lower --model.context_length, or add text"
+            raise refusal(config, "data.corpus", text)
     if config.model.ngrams and (sharded or (num_processes > 1 and not on_cpu())):
         text = "sparse gradients can neither be sharded nor exchanged between GPUs"
         raise refusal(config, "model.ngrams", f"{text}; train on one, or with --model.ngrams=[]")

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from charlm.config import DataConfig
+from charlm.config import DataConfig, UserError
 from charlm.data import sources
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.sources import HUB_IDS, PUBLISHED, find_source
@@ -117,7 +117,8 @@ def test_what_a_dataset_lacks_is_named(config, options, option, parts, refused):
         (lambda folder: [file.unlink() for file in folder.iterdir()], "hub_id", "cannot be read"),
         (lambda folder: (folder / SECOND).write_bytes(b"no parquet"), "hub_id", "cannot be read"),
         (lambda folder: (folder / "set.py").write_text("raise SystemExit"), "hub_id", "--data.hub_revision"),
-        (lambda folder: write_split(folder / SECOND, ["a", None], number=[0, 1]), "text_column", "row 71 "),
+        (lambda folder: write_split(folder / SECOND, ["a", None]), "text_column", "row 71 of"),
+        (lambda folder: write_split(folder / SECOND, [None]), "text_column", "--data.skip_null=true"),
     ],
 )
 def test_a_folder_that_is_no_dataset_is_refused(config, folder, spoil, option, complaint, refused):
@@ -125,6 +126,17 @@ def test_a_folder_that_is_no_dataset_is_refused(config, folder, spoil, option, c
     None in the text, and documents that are silently left out."""
     spoil(folder)
     with refused(f"data.{option}", f"data.hub_id={folder}: ", complaint):
+        load_corpus(config)
+
+
+@pytest.mark.parametrize("rows", [[None, "a", None], ["a", None, None, "b"], [None] * 200 + ["a"], ["", None, "a"]])
+def test_null_is_skipped_if_asked(config, folder, rows):
+    """Guards against separators around rows that are not there, also where a whole batch is null, and against an old
+    text served for the new."""
+    write_split(folder / FIRST, rows, number=list(range(len(rows))))
+    corpus = load_corpus(config.replace(skip_null=True))
+    assert "".join(texts(corpus).values()) == "\n".join([row for row in rows if row is not None] + DOCUMENTS[70:])
+    with pytest.raises(UserError, match="holds null"):
         load_corpus(config)
 
 
