@@ -1,9 +1,14 @@
 """Text for people: lines that fit the terminal, and tables in Markdown."""
 
 import os
+import shlex
+import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 def fitted(text: str) -> str:
@@ -17,6 +22,17 @@ def fitted(text: str) -> str:
     how = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
     lines = [textwrap.fill(line, width, **how) for line in text.split("\n")]
     return "\n".join(lines)
+
+
+def command(script: str, *words: object) -> str:
+    """A line for this shell, in this folder, that runs a script with these arguments."""
+    python = shutil.which("python") or ""
+    same = os.path.dirname(python) == os.path.dirname(sys.executable)
+    path = SCRIPTS / script
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    words = (f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words)
+    return shlex.join(["python" if same else sys.executable, str(path), *words])
 
 
 def counted(count: int, noun: str) -> str:

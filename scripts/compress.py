@@ -6,7 +6,6 @@ python scripts/decompress.py RUN FILE.clm -o FILE
 """
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +16,7 @@ import charlm
 from charlm import cli
 from charlm.config import Section
 from charlm.process import keep_freed_memory
+from charlm.text import command
 
 
 class Options(Section):
@@ -81,9 +81,9 @@ def main() -> None:
     if options.picture is not None:
         compression.draw(report, options.picture)
     if not options.as_json:
-        words = ["scripts/decompress.py", options.run, options.output, "-o", f"{options.file}.copy"]
+        words = [options.run, options.output, "-o", Path(f"{options.file}.copy")]
         words += [] if options.checkpoint == "best" else ["--checkpoint", options.checkpoint]
-        print("Next: python", shlex.join(map(str, words)))
+        print("Next:", command("decompress.py", *words))
 
 
 if __name__ == "__main__":

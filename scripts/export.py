@@ -4,7 +4,6 @@
 With only as many layers as are worth it: python scripts/export.py RUN --to DIR --depth auto --within 0.01
 """
 
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 from charlm.config import Section
+from charlm.text import command
 
 if TYPE_CHECKING:
     from charlm.runs.trained import TrainedModel
@@ -47,7 +47,7 @@ class Options(Section):
 def main() -> None:
     options = cli.parse(Options)
     from charlm.inference.evaluation import score_at
-    from charlm.runs.exported import check_absent, save_model
+    from charlm.runs.exported import check_absent, portable, save_model
     from charlm.runs.trained import shallowest, truncate
 
     check_absent(options.to)
@@ -74,7 +74,11 @@ def main() -> None:
         model = replace(model, scores=(*model.scores, score.as_dict()))
     save_model(model, options.to)
     print(f"{options.to}: {model.checkpoint}, {model.config.model.num_layers} layers")
-    print(f"Next: python scripts/evaluate.py {shlex.quote(str(options.to))}")
+    # An exported model does not know where this machine keeps its text.
+    text, known = options.data.where(trained.config.data), portable(trained.config).data
+    places = {name: getattr(text, name) for name in cli.MovedCorpus.model_fields}
+    flags = [f"--data.{name}={place}" for name, place in places.items() if place != getattr(known, name)]
+    print("Next:", command("evaluate.py", options.to, *flags))
     print(f'      charlm.push_to_hub(charlm.load({str(options.to)!r}), "OWNER/NAME")')
 
 

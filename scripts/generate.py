@@ -24,7 +24,8 @@ class Options(Section):
     run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The run's folder."""
     prompt: Annotated[tuple[str, ...], cli.Flag("--prompt", action="append", metavar="TEXT")]
-    """The beginning of a text: at least one symbol, at most the model's context. May be given several times."""
+    r"""The beginning of a text, as it is typed (in bash, $'a\nb' has two lines): at least one symbol, at most the
+    model's context. May be given several times."""
     length: int = 500
     """Symbols to generate after the prompt."""
     temperature: float = 1.0

@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 
 import charlm
 from charlm import cli
+from charlm.text import command
 
 
 class Options(cli.WithConfig):
@@ -25,7 +26,7 @@ def main() -> None:
     )
     for name, split in corpus.splits.items():
         print(f"{name:>5}: {split.symbols:,} symbols, {split.characters:,} characters, {split.bytes:,} bytes")
-    print(f"kept in {config.data.cache_dir.expanduser()}\nNext: python scripts/train.py with the same options")
+    print(f"kept in {config.data.cache_dir.expanduser()}\nNext: {command('train.py', *sys.argv[1:])}")
 
 
 if __name__ == "__main__":

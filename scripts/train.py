@@ -6,7 +6,6 @@ For a GPU or several processes: accelerate launch --config_file configs/accelera
 """
 
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns about looking
 import charlm
 from charlm import cli
 from charlm.process import keep_freed_memory
+from charlm.text import command
 
 
 class Options(cli.WithConfig):
@@ -26,10 +26,13 @@ class Options(cli.WithConfig):
 def main() -> None:
     config = cli.parse(Options).config
     keep_freed_memory()
+    from charlm.report.finish import example_prompt  # not before --help and mistakes were answered
+
     run = charlm.train_and_report(config)
     if cli.is_main_process():
-        name = shlex.quote(str(run))
-        print(f"Next: python scripts/evaluate.py {name}\n      python scripts/generate.py {name} --prompt 'The '")
+        print("Next:", command("evaluate.py", run))
+        if prompt := example_prompt(config):
+            print("     ", command("generate.py", run, "--prompt", prompt))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.files import read_json, replacing, write_whole
 from charlm.runs.folder import CorpusRecord
 from charlm.runs.tensors import check_space, check_tensors, load_tensors, save_tensors
-from charlm.runs.trained import TrainedModel, empty_model, trained_with
+from charlm.runs.trained import TrainedModel, any_prompt, empty_model, trained_with
 
 EXPORT_CONFIG = "config.json"
 TENSORS = "model.safetensors"
@@ -58,7 +58,7 @@ vocabulary {vocabulary.name} of {vocabulary.size:,} symbols. It was trained for 
 import charlm
 
 trained = charlm.load("{name}")  # the folder, or OWNER/NAME on the hub; no code of others is run
-print(charlm.generate(trained, "The ", length=200))
+print(charlm.generate(trained, {prompt}, length=200))
 corpus = charlm.load_corpus(trained.config.data)
 print(charlm.bits_per_character(trained, corpus, split="test"))
 ```
@@ -186,9 +186,11 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
 def _card(trained: TrainedModel, name: str) -> str:
     """The text of README.md for a model called `name`."""
     scores = "\n".join(map(_score_line, trained.scores))
+    prompt = any_prompt(trained)
     return CARD_TEMPLATE.format(
         name=name,
         trained=trained,
+        prompt=json.dumps(prompt.decode()) if prompt.isascii() else repr(prompt),
         model=trained.config.model,
         vocabulary=trained.vocabulary,
         parameters=sum(parameter.numel() for parameter in trained.modules.parameters()),

@@ -1,9 +1,11 @@
 """A trained model, read from a run or from an exported folder, and cut to its lower layers."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +47,15 @@ class TrainedModel:
 def exit_layers(trained: TrainedModel) -> list[int]:
     """Layers with a head for the next symbol; the last always has one."""
     return [layer for layer, offset in trained.heads.pairs if offset == 1]
+
+
+def any_prompt(trained: TrainedModel) -> bytes:
+    """A prompt that the vocabulary can spell and the context holds, for want of the model's text."""
+    for text in (b"The ", b"the ", b"a"):
+        with suppress(UserError):
+            if len(trained.vocabulary.encode(text)) <= trained.config.model.context_length:
+                return text
+    return trained.vocabulary.decode(np.array([trained.vocabulary.size - 1]))
 
 
 def trained_with(trained: TrainedModel) -> str:

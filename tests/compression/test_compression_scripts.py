@@ -29,7 +29,7 @@ def test_there_and_back(run_on_disk, script, tmp_path):
         assert part in out
     *lines, last = out.splitlines()
     assert all(len(line) <= 80 for line in lines[1:])
-    assert shlex.split(last)[:3] == ["Next:", "python", "scripts/decompress.py"]
+    assert shlex.split(last)[2].endswith("scripts/decompress.py")
     code, out, err = script("decompress", *shlex.split(last)[3:])
     assert (code, err) == (0, "") and f"{len(TEXT):,} bytes" in out
     assert back.read_bytes() == TEXT

@@ -8,7 +8,6 @@ Shapes: V vocabulary, N symbols, M predictions, K likeliest, W windows, T positi
 import math
 import unicodedata
 from bisect import bisect_right
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from charlm.model.kernels_cpu import full_fp32_matmul
 from charlm.runs.checkpoints import checkpoint_folders, find_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.load import load
-from charlm.runs.trained import TrainedModel
+from charlm.runs.trained import TrainedModel, any_prompt
 
 CHARACTERS = 20_000
 """Characters of the validation split that are scored by default."""
@@ -103,7 +102,7 @@ def measure(
         trained = load(run.path)
     except UserError as error:
         return Probe.without(str(error))
-    probe, prompt = Probe(), _any_prompt(trained)
+    probe, prompt = Probe(), any_prompt(trained)
     try:
         if isinstance(corpus, UserError):
             raise corpus
@@ -246,10 +245,3 @@ def _prompt_before(trained: TrainedModel, ids: np.ndarray, start: int) -> bytes:
     """The text before a passage, without characters that are cut in two."""
     first = max(0, start - min(PROMPT, trained.config.model.context_length))
     return trained.vocabulary.decode(ids[first:start]).decode(errors="ignore").encode()
-
-
-def _any_prompt(trained: TrainedModel) -> bytes:
-    """A prompt that the vocabulary can spell, for a run without its text."""
-    with suppress(UserError):
-        return trained.vocabulary.decode(trained.vocabulary.encode(b"The "))
-    return trained.vocabulary.decode(np.array([0]))

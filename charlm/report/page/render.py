@@ -4,6 +4,7 @@ Its figures are SVG with text in the page's font, and colours that its style she
 """
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
@@ -72,7 +73,7 @@ def write_report(
 def render(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
     """The page's HTML."""
     again = "not measured when this page was made; python scripts/report.py {} measures it"
-    missing = [Probe.without(again.format(run.folder.path)) for run in runs]
+    missing = [Probe.without(again.format(shlex.quote(str(run.folder.path)))) for run in runs]
     probes = [probe or other for probe, other in zip(probes, missing, strict=True)]
     configs = [run.config for run in runs]
     layers, positions = {}, {}
