@@ -231,6 +231,20 @@ def test_example_of_evaluation() -> None:
     assert f"{bits_per(nats, num_bytes):.0f} bits per byte, 24 / 7 = {bits_per(nats, characters):.3f} bits per" in text
 
 
+def test_the_command_that_repeats_a_score() -> None:
+    """Guards against a command for the best score of a run on another text than the run was validated on."""
+    text = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
+    (run, limit) = re.search(r"runs/(\w+) --split valid --limit (\d+) --precision bf16` reproduces", text).groups()
+    assert charlm.load_config(ROOT / "configs" / f"{run}.yaml").train.valid_symbols == int(limit)
+
+
+def test_scores_of_the_paper_have_its_units() -> None:
+    """Guards against the paper's bits per byte called bits per character: on enwik8 they are not the same."""
+    for corpus, unit in (("enwik8", "byte"), ("text8", "character")):
+        for file in (ROOT / "configs").glob(f"{corpus}_t*.yaml"):
+            assert f"on {corpus}: 1." in file.read_text() and f" bits per {unit} on test" in file.read_text(), file
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -24,6 +24,7 @@ HOW_TO_READ = (
     "a seed gives every row the same windows. "
     "Better and worse: the interval excludes zero; "
     "about 1 in 20 rows without a real effect is marked so by chance. "
+    "The errors hang together: all rows are compared with the same runs of `{reference}`. "
     "Time per step: median over seeds, without validation. "
     "CPU s: processor time of a whole run, median over seeds; "
     "it hardly depends on other work on the machine. "
