@@ -1,5 +1,6 @@
 """Fixtures for all tests: tiny models whose every parameter matters, and corpora to score them on."""
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from charlm.config import Config, DataConfig, ModelConfig, RunConfig
+from charlm.config import Config, DataConfig, RunConfig
 from charlm.data.corpus import Corpus, Split, load_corpus
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.model import kernels_cpu
@@ -20,7 +21,7 @@ from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.tensors import take_snapshot
 from charlm.runs.trained import TrainedModel
-from tiny import run_script
+from tiny import run_script, small_model
 
 torch.set_num_threads(1)  # more threads only slow models of this size down
 # The same examples every time, and none timed: the tests must not depend on luck or on the machine's load.
@@ -64,8 +65,7 @@ def build_model(randomise) -> Callable[..., TrainedModel]:
     every layer, or with heads for other pairs of layer and offset."""
 
     def build(*, zero_heads: bool = False, pairs=None, vocabulary_size: int = 256, **options) -> TrainedModel:
-        small = {"num_layers": 2, "num_heads": 2, "d_model": 8, "d_ff": 16, "context_length": 8}
-        config = Config(model=ModelConfig(**(small | options)))
+        config = Config(model=small_model(**options))
         transformer = randomise(CharTransformer(config.model, vocabulary_size))
         pairs = pairs or [(layer, 1) for layer in range(1, config.model.num_layers + 1)]
         heads = Heads(config.model, vocabulary_size, pairs)
@@ -96,6 +96,16 @@ def build_corpus() -> Callable[[bytes], Corpus]:
     return build
 
 
+@pytest.fixture(scope="session")
+def text_corpus_flags(tmp_path_factory) -> list[str]:
+    """Flags for a corpus of 40,000 characters in which there is something to learn."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = ["the", "deep", "stack", "learns", "to", "spell", "before", "it", "reads", "characters\n"]
+    text = " ".join(random.Random(0).choices(words, k=8000))[:40_000]
+    (folder / "words.txt").write_text(text)
+    return ["--data.corpus=file", f"--data.path={folder / 'words.txt'}", f"--data.cache_dir={folder / 'cache'}"]
+
+
 @pytest.fixture
 def script(capfd, monkeypatch) -> Callable[..., tuple[int, str, str]]:
     """`script(name, *arguments)`: exit code, stdout and stderr of a script, on a CPU."""
@@ -110,7 +120,7 @@ def run_on_disk(tmp_path, randomise) -> Path:
     text.write_bytes(" ".join(f"{number}é" for number in range(2000)).encode())
     config = Config(
         data=DataConfig(corpus="file", path=text, cache_dir=tmp_path / "cache"),
-        model=ModelConfig(num_layers=2, num_heads=2, d_model=8, d_ff=16, context_length=16),
+        model=small_model(context_length=16),
         run=RunConfig(dir=tmp_path / "run"),
     )
     run = Run.create(config, load_corpus(config.data, show_progress=False).to_dict())

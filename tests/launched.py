@@ -17,11 +17,16 @@ PATIENCE = 300.0
 TASKS = Path(__file__).resolve().parents[1] / "docs" / "tasks.md"
 
 
-def register_documented_task(folder: Path) -> None:
-    """Register `order`, the example of docs/tasks.md, by way of a file in `folder`."""
+def documented_task(folder: Path) -> Path:
+    """The example of docs/tasks.md, which registers the task `order`, as a program in `folder`."""
     (code,) = re.findall(r"<!-- order\.py -->\n```python\n(.*?)```", TASKS.read_text(), re.DOTALL)
     (folder / "order.py").write_text(code)
-    runpy.run_path(str(folder / "order.py"))
+    return folder / "order.py"
+
+
+def register_documented_task(folder: Path) -> None:
+    """Register `order`, by way of a file in `folder`."""
+    runpy.run_path(str(documented_task(folder)))
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

@@ -81,8 +81,8 @@ def assert_ended_like(run: Path, whole: Path) -> None:
     assert history(run) == history(whole)
 
 
-def run_script(name: str, *arguments: str) -> int:
-    """The exit code of scripts/NAME.py, run in this process."""
+def run_script(name: str | Path, *arguments: str) -> int:
+    """The exit code of scripts/NAME.py, or of another program by its path without the suffix, run in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"scripts/{name}.py", *arguments])
         patch.setattr(sys, "path", list(sys.path))

@@ -15,6 +15,7 @@ from charlm.model.kernels_cpu import FEW_ROWS, BlockwiseAttention, block_length
 from charlm.model.transformer import CharTransformer, ReluSquared
 from charlm.objective.build import build_objective
 from charlm.training.device import describe_attention
+from tiny import small_model
 
 FORWARD = "aten::_scaled_dot_product_flash_attention_for_cpu"
 BACKWARD = f"{FORWARD}_backward"
@@ -54,9 +55,8 @@ def test_attention_runs_as_the_first_line_of_a_run_says(
 ):
     """Attention that falls back to the slow kernel without a word, or a description of what does not run."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    sizes = {"num_layers": 2, "num_heads": 2, "d_model": 8, "d_ff": 16, "context_length": 16}
     config = Config(
-        model=ModelConfig(attention_dropout=dropout, **sizes),
+        model=small_model(attention_dropout=dropout, context_length=16),
         train=TrainConfig(attention=backend, activation_checkpointing=checkpointing),
     )
     assert describe_attention(config).startswith(f"attention {said}")

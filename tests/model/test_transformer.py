@@ -13,6 +13,7 @@ from torch import Tensor
 from charlm.config import ModelConfig
 from charlm.model.cache import KVCache
 from charlm.model.transformer import CharTransformer, NgramEmbedding
+from tiny import small_model
 
 V = 11
 POSITIONS = ("per_layer", "input", "rotary")
@@ -22,9 +23,7 @@ DROPOUTS = ("attention_dropout", "activation_dropout", "residual_dropout")
 
 
 def small(**options) -> ModelConfig:
-    return ModelConfig(
-        **({"num_layers": 3, "num_heads": 2, "d_model": 8, "d_ff": 12, "context_length": 6, "norm": "post"} | options)
-    )
+    return small_model(**({"num_layers": 3, "d_ff": 12, "context_length": 6, "norm": "post"} | options))
 
 
 def some_ids(config: ModelConfig, batch_size: int = 2, seed: int = 3) -> Tensor:
@@ -240,14 +239,3 @@ def test_rows_are_those_of_the_hashed_ngrams():
                 ngram = [ids_BS[b, t - j].item() + 1 if t >= j else 0 for j in range(n)]
                 rows.append(table.weight[sum(sign * 1_000_003**j for j, sign in enumerate(ngram)) % (2**31 - 1) % 11])
             torch.testing.assert_close(result_BTD[b, t], embedding.up(torch.cat(rows)))
-
-
-def test_only_the_last_positions_are_embedded():
-    """Decoding one character at a time that embeds another position, or does not see the characters before it."""
-    config = small(**NGRAMS, context_length=9)
-    embedding, ids_BS = NgramEmbedding(config), some_ids(config)
-    whole = embedding(ids_BS, 9)
-    for length in (1, 2, 3, 9):
-        for positions in range(1, length + 1):
-            part = embedding(ids_BS[:, :length], positions)
-            torch.testing.assert_close(part, whole[:, length - positions : length])

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from charlm.config import AuxConfig, Config, LayersConfig, ModelConfig, TargetsConfig, TrainConfig
+from charlm.config import AuxConfig, Config, LayersConfig, TargetsConfig, TrainConfig
 from charlm.model.transformer import CharTransformer
 from charlm.objective.build import build_objective
 from charlm.objective.count import num_parameters, route_cost, transformer_parameters
 from charlm.objective.routes import ROUTES
 from charlm.training.optimizers import build_optimizers
+from tiny import small_model
 
 V = 5
 
@@ -19,9 +20,7 @@ V = 5
 def test_costs_by_hand():
     """Guards against costs that leave out a pass: 12 layers, losses at 3, 6 and 12, k = 2, no activation kept."""
     D, T, F, N = 8, 6, 16, 12
-    model = ModelConfig(
-        num_layers=N, num_heads=2, d_model=D, d_ff=F, context_length=T, position_encoding="input", norm="pre"
-    )
+    model = small_model(num_layers=N, context_length=T, position_encoding="input", norm="pre")
     costs = {}
     for route in ("joint", "relay", "pairwise", "multiway"):
         layers = LayersConfig(schedule="constant", at=(3, 6))
@@ -57,7 +56,7 @@ def test_costs_by_hand():
 @pytest.mark.parametrize("head", ["linear", "shared", "shared_frozen", "tower"])
 def test_costs_are_those_of_a_step(head, kind, momentum):
     """Guards against counts of gradients and optimizer state that are not what a step and its optimizers keep."""
-    model = ModelConfig(num_layers=3, num_heads=2, d_model=8, d_ff=16, context_length=6, ngrams=(2,), ngram_buckets=10)
+    model = small_model(num_layers=3, context_length=6, ngrams=(2,), ngram_buckets=10)
     train = TrainConfig(optimizer=kind, momentum=momentum)
     gradients, state = {}, {}
     for name in ("joint", "multiway"):
@@ -86,6 +85,6 @@ def test_costs_are_those_of_a_step(head, kind, momentum):
 @pytest.mark.parametrize("ngrams", [(), (2, 4)], ids=["", "ngrams"])
 def test_parameters_are_counted_without_a_model(norm, positions, ngrams):
     """Fault: a formula that the transformer has outgrown, so that a model too large for the machine is begun."""
-    sizes = {"num_layers": 3, "num_heads": 2, "d_model": 8, "d_ff": 20, "context_length": 6, "ngram_buckets": 10}
-    config = ModelConfig(norm=norm, position_encoding=positions, ngrams=ngrams, ngram_width=5, **sizes)
+    tables = {"ngrams": ngrams, "ngram_buckets": 10, "ngram_width": 5}
+    config = small_model(num_layers=3, d_ff=20, norm=norm, position_encoding=positions, **tables)
     assert transformer_parameters(config, V) == num_parameters(CharTransformer(config, V))

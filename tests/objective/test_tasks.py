@@ -1,10 +1,7 @@
 """Tasks of the user's own: their registry, and the example of the documentation, run as it stands there."""
 
 import math
-import random
-import re
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +13,9 @@ from charlm.objective import tasks
 from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import find_checkpoint
 from charlm.runs.folder import Run
-from tiny import TINY
+from launched import documented_task
+from tiny import TINY, refused, run_script
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "tasks.md"
 OFFERED = "--aux.tasks={order: 0.5}"
 
 
@@ -31,18 +28,7 @@ def registry(monkeypatch):
 @pytest.fixture
 def program(tmp_path) -> Path:
     """The example, as a file."""
-    (code,) = re.findall(r"<!-- order\.py -->\n```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
-    (tmp_path / "order.py").write_text(code)
-    return tmp_path / "order.py"
-
-
-def run(program: Path, *flags: str) -> int:
-    """The exit code of a program."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(program), *flags])
-        with pytest.raises(SystemExit) as exit_info:
-            runpy.run_path(str(program), run_name="__main__")
-    return exit_info.value.code
+    return documented_task(tmp_path)
 
 
 def order_task(program: Path, vocabulary_size: int = 5) -> torch.nn.Module:
@@ -51,15 +37,12 @@ def order_task(program: Path, vocabulary_size: int = 5) -> torch.nn.Module:
     return build_objective(config, vocabulary_size).tasks["order"]
 
 
-def test_the_example_learns_and_its_run_loads_without_it(program, tmp_path, monkeypatch, capsys):
+def test_the_example_learns_and_its_run_loads_without_it(program, tmp_path, text_corpus_flags, monkeypatch, capsys):
     """A document whose code does not run, a task that nobody can learn or that is not saved, a run that needs it."""
-    words = ["the", "deep", "stack", "learns", "to", "spell", "before", "it", "reads", "characters\n"]
-    (tmp_path / "words.txt").write_text(" ".join(random.Random(0).choices(words, k=8000)))
-    flags = ["--data.corpus=file", f"--data.path={tmp_path / 'words.txt'}", f"--data.cache_dir={tmp_path / 'cache'}"]
-    flags += [*TINY, OFFERED, "--model.position_encoding=rotary", "--train.optimizer=adamw"]
+    flags = [*TINY, *text_corpus_flags, OFFERED, "--model.position_encoding=rotary", "--train.optimizer=adamw"]
     flags += ["--train.learning_rate=0.01", "--model.context_length=32", "--train.steps=60", "--train.log_every=1"]
     flags += ["--aux.layers.enabled=false", f"--run.dir={tmp_path / 'run'}"]
-    assert run(program, *flags) == 0
+    assert run_script(program.with_suffix(""), *flags) == 0
     rows = [row for row in Run.open(tmp_path / "run").metrics() if "terms" in row]
     losses = [row["terms"]["layer2/task/order"]["loss"] for row in rows]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -71,9 +54,9 @@ def test_the_example_learns_and_its_run_loads_without_it(program, tmp_path, monk
     monkeypatch.setattr(tasks, "_builders", {})
     trained = charlm.load(tmp_path / "run", "last", device="cpu")
     assert torch.equal(trained.transformer.embedding.weight, saved["transformer.embedding.weight"])
-    with pytest.raises(UserError, match="'order' is not registered"):
+    with refused("aux.tasks", "'order' is not registered"):
         charlm.train(charlm.load_config(overrides=[*flags, "--run.resume=true", "--train.steps=61"]))
-    assert run(program, *flags, "--run.resume=true", "--train.steps=61") == 0
+    assert run_script(program.with_suffix(""), *flags, "--run.resume=true", "--train.steps=61") == 0
     assert "resumed at step 60" in capsys.readouterr().err
 
 
@@ -98,11 +81,10 @@ def test_what_is_not_registered_is_named():
     """A task left out without a word."""
     charlm.auxiliary_task("zebra")(lambda config, vocabulary_size: torch.nn.Identity())
     charlm.auxiliary_task("ant")(lambda config, vocabulary_size: torch.nn.Identity())
-    with pytest.raises(UserError, match="ant, zebra"):
+    with refused("aux.tasks", "ant, zebra"):
         build_objective(charlm.load_config(overrides=[*TINY, OFFERED]), 5)
-    with pytest.raises(UserError) as caught:  # before the corpus is looked for
+    with refused("aux.tasks"):  # before the corpus is looked for
         charlm.train(charlm.load_config(overrides=[*TINY, OFFERED, "--data.corpus=file", "--data.path=nowhere"]))
-    assert caught.value.option == "aux.tasks"
     monkeys = charlm.load_config(overrides=[*TINY, "--aux.tasks={zebra: 1, ant: 2}"])
     assert list(build_objective(monkeys, 5).tasks) == ["ant", "zebra"]
     assert build_objective(monkeys, 5, training=False).tasks is None

@@ -1,21 +1,32 @@
 """What a run leaves to look at when it is done, stopped or refused."""
 
 import signal
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
 
 import charlm
-from charlm.config import Stopped, UserError
+from charlm.config import Stopped
 from charlm.report import finish
-from tiny import TINY
+from tiny import TINY, refused
 
 
 @pytest.fixture
-def flags(tmp_path) -> list[str]:
-    (tmp_path / "text.txt").write_text("".join(f"line {number}\n" for number in range(3000)))
-    data = ["--data.corpus=file", f"--data.path={tmp_path / 'text.txt'}", f"--data.cache_dir={tmp_path / 'cache'}"]
-    return [*TINY, "--run.report=true", "--train.log_every=1", *data, f"--run.dir={tmp_path / 'run'}"]
+def flags(tmp_path, text_corpus_flags) -> list[str]:
+    return [*TINY, "--run.report=true", "--train.log_every=1", *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"]
+
+
+@pytest.fixture
+def stop_training(monkeypatch) -> Callable[[], None]:
+    """`stop_training()`: runs end as if they had been stopped."""
+    plain = finish.train
+
+    def stopped(config, stop):
+        plain(config, stop=stop)
+        raise Stopped("stopped")
+
+    return lambda: monkeypatch.setattr(finish, "train", stopped)
 
 
 def left_by(flags: list[str]) -> set[str]:
@@ -52,37 +63,25 @@ def test_a_slow_model_or_a_fault_does_not_hold_the_run_up(tmp_path, flags, monke
         assert "not measured when this page was made" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_stopped_run_leaves_its_curves_and_a_refused_one_nothing(tmp_path, flags, monkeypatch):
+def test_a_stopped_run_leaves_its_curves_and_a_refused_one_nothing(tmp_path, flags, stop_training):
     """Fault: no picture of a run that was stopped, or one drawn into the folder of a run that was refused."""
-    plain = finish.train
-
-    def stopped(config, stop):
-        plain(config, stop=stop)
-        raise Stopped("stopped")
-
-    monkeypatch.setattr(finish, "train", stopped)
+    stop_training()
     with pytest.raises(Stopped):
         left_by(flags)
     picture = tmp_path / "run" / "run.png"
     picture.unlink()
     assert not (tmp_path / "run" / "report.html").exists()
-    with pytest.raises(UserError, match="a run already"):
+    with refused("run.dir"):
         left_by(flags)
     assert not picture.exists()
 
 
 @pytest.mark.parametrize("stops", [False, True])
-def test_a_signal_while_pictures_are_drawn_changes_nothing(stops, flags, monkeypatch, capfd):
+def test_a_signal_while_pictures_are_drawn_changes_nothing(stops, flags, stop_training, monkeypatch):
     """Fault: a signal that cuts off the message of a stopped run, or the success of a finished one. Here it would end
     the tests."""
-    plain = finish.train
-
-    def stopped(config, stop):
-        plain(config, stop=stop)
-        raise Stopped("stopped")
-
     monkeypatch.setattr(finish, "draw_pictures", lambda *_: signal.raise_signal(signal.SIGTERM))
     if stops:
-        monkeypatch.setattr(finish, "train", stopped)
+        stop_training()
     with pytest.raises(Stopped, match="stopped") if stops else nullcontext():
         left_by([*flags, "--run.report=false"])

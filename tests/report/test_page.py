@@ -17,7 +17,6 @@ from charlm.config import (
     AuxConfig,
     Config,
     DataConfig,
-    ModelConfig,
     RunConfig,
     TargetsConfig,
     TrainConfig,
@@ -47,7 +46,7 @@ from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.load import load
 from charlm.runs.tensors import take_snapshot
-from tiny import run_script
+from tiny import run_script, small_model
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> &amp; \x1b[31m \u202e"
 FETCHED = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
@@ -95,10 +94,9 @@ def corpus_file(tmp_path_factory) -> Path:
 
 def make_run(folder: Path, text: Path, *, steps: int = 40, seed: int = 0, **model) -> Run:
     """A run of a random model with two checkpoints, ten training rows, two validations and diagnostics."""
-    small = {"num_layers": 2, "num_heads": 2, "d_model": 8, "d_ff": 16, "context_length": 16}
     config = Config(
         data=DataConfig(corpus="file", path=text, cache_dir=text.parent / "cache"),
-        model=ModelConfig(**(small | model)),
+        model=small_model(context_length=16, **model),
         aux=AuxConfig(targets=TargetsConfig(num_targets=2)),
         train=TrainConfig(steps=40, batch_size=4, seed=seed, valid_symbols=100),
         run=RunConfig(dir=folder),
