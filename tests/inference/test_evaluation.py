@@ -18,17 +18,6 @@ from charlm.model import kernels_cpu as matmul
 from tiny import refused
 
 
-@pytest.mark.parametrize("stride", range(1, 9))
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_uniform_model_scores_exactly_eight_bits(build_model, build_corpus, letters, stride, precision):
-    """Guards against a wrong denominator, a forgotten first symbol, and sums that round."""
-    trained, corpus = build_model(zero_heads=True), build_corpus(letters(1001).tobytes())
-    score = bits_per_character(trained, corpus, stride=stride, precision=precision, all_layers=True)
-    assert (score.bits_per_character, score.bits_per_byte) == (8.0, 8.0)
-    assert score.layers == {"1": 8.0, "2": 8.0}
-    assert score.standard_error == pytest.approx(0, abs=1e-12)
-
-
 def test_only_what_is_scored_is_computed(build_model, letters):
     """Guards against a highest layer and logits for positions that are not scored, and against windows that are cut
     where one scores more."""
@@ -186,9 +175,3 @@ def test_matmul_stays_fp32_and_is_put_back(monkeypatch, plain_fp32, has_amx, num
         assert torch.get_float32_matmul_precision() == expected
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before
-
-
-def test_progress_is_quiet_where_it_is_no_terminal(build_model, build_corpus, letters, capfd):
-    """Guards against logs filled with progress bars."""
-    bits_per_character(build_model(), build_corpus(letters(100).tobytes()), show_progress=True)
-    assert capfd.readouterr() == ("", "")

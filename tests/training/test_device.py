@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from charlm.config import Config, ModelConfig, TrainConfig, UserError
+from charlm.config import Config, TrainConfig, UserError
 from charlm.training import device as hardware
 from tiny import refused
 
@@ -68,17 +68,6 @@ def test_a_second_run_of_a_process_may_have_another_precision():
     for precision in ("no", "bf16", "no"):
         accelerator, _ = hardware.build_accelerator(TrainConfig(mixed_precision=precision))
         assert accelerator.mixed_precision == precision
-
-
-@pytest.mark.parametrize(
-    ("attention", "dropout", "said"),
-    [("sdpa", 0.0, "attention fused"), ("blocks", 0.0, "attention in blocks"), ("auto", 0.2, "attention unfused")],
-)
-def test_how_attention_is_computed_is_announced(attention, dropout, said, monkeypatch):
-    """Guards against a slow run on a CPU without a line about it: the fused kernel has no dropout there."""
-    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
-    config = Config(model=ModelConfig(attention_dropout=dropout), train=TrainConfig(attention=attention))
-    assert hardware.describe_attention(config).startswith(said)
 
 
 def test_settings_of_the_process_are_put_back():

@@ -19,15 +19,16 @@ FLAGS = [
     *typed("--model.num_layers=4 --model.d_model=32 --model.d_ff=64 --train.steps=80 --train.batch_size=6"),
     *typed("--train.matmul_precision=highest --train.log_every=1 --train.valid_every=0.5 --train.clip_norm=1"),
 ]
-SGD = ["--train.optimizer=sgd", "--train.learning_rate=0.003"]
-UNEVEN = ["--train.batch_size=5", "--train.micro_batch_size=2"]  # 3 + 2 windows: one process accumulates, the other not
-GROWING = ["--train.context_divisor=4", "--train.full_context_from=0.5"]
+SGD = typed("--train.optimizer=sgd --train.learning_rate=0.003")
+UNEVEN = typed(
+    "--train.batch_size=5 --train.micro_batch_size=2"
+)  # 3 + 2 windows: one process accumulates, the other not
+GROWING = typed("--train.context_divisor=4 --train.full_context_from=0.5")
 SHARDED = ["--train.sharding=fsdp2"]
-LAST_POSITION = ["--aux.positions.schedule=cutoff", "--aux.positions.end=0.3"]
+LAST_POSITION = typed("--aux.positions.schedule=cutoff --aux.positions.end=0.3")
 ROUTE = [
-    "--train.steps=30",
-    *["--train.optimizer=sgd", "--train.learning_rate=0.03", "--train.momentum=0.9"],
-    *["--aux.layers.schedule=linear", "--aux.layers.end=0.8"],
+    *typed("--train.steps=30 --train.optimizer=sgd --train.learning_rate=0.03 --train.momentum=0.9"),
+    *typed("--aux.layers.schedule=linear --aux.layers.end=0.8"),
 ]
 ROUTES = {
     "relay": ["--aux.route=relay"],
@@ -41,12 +42,8 @@ SPLITS = {
     "uneven": [*UNEVEN, "--train.clip_norm=0", "--model.ngrams=[2]"],
 }
 OWN = [
-    "--train.steps=30",
-    "--train.micro_batch_size=2",
-    "--model.context_length=32",
-    "--aux.hedge.enabled=true",
-    "--aux.hedge.beta=0.9",
-    "--aux.layers.hinge=2.5",
+    *typed("--train.steps=30 --train.micro_batch_size=2 --model.context_length=32"),
+    *typed("--aux.hedge.enabled=true --aux.hedge.beta=0.9 --aux.layers.hinge=2.5"),
     "--aux.tasks={order: {weight: 0.5, layer: 2, schedule: cutoff, end: 0.8}}",
 ]
 GROUPS: dict[str, dict[str, list[str]]] = {
@@ -62,10 +59,8 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     "shards": {
         "adamw": [*SHARDED, "--train.weight_decay=0.1", "--model.d_ff=65"],  # rows that cannot be shared evenly
         "accumulated": [
-            *SHARDED,
-            *LAST_POSITION,
-            "--train.micro_batch_size=2",
-            "--train.activation_checkpointing=true",
+            *(*SHARDED, *LAST_POSITION),
+            *typed("--train.micro_batch_size=2 --train.activation_checkpointing=true"),
         ],
         "pre-norm": [*SHARDED, *GROWING, "--model.norm=pre", "--model.position_encoding=rotary"],
         "sgd": [*SHARDED, *SGD],

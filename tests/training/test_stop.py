@@ -13,8 +13,10 @@ import pytest
 
 import charlm
 from charlm.config import RunConfig, Stopped
+from charlm.runs.folder import Run
 from charlm.training import stop as signals
 from launched import wait_until
+from storage import steps
 from tiny import SCRIPTS, TINY, assert_ended_like, checkpoint_bytes, refused, run_script, typed
 
 STEPS = 20
@@ -37,10 +39,6 @@ def train(*flags: str) -> Path:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return config.run.dir
-
-
-def saved_steps(run: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +82,7 @@ def test_a_signal_saves_and_stops(where, call, saved, number, whole_run, at, tmp
     flags, whole = whole_run
     at(where, call, number)
     stopped = train(*flags, f"--run.dir={tmp_path / 'run'}")
-    assert saved_steps(stopped)[-1] == saved
+    assert steps(Run(stopped))[-1] == saved
     assert f"stopped after step {saved} of {STEPS}: {number.name}" in capfd.readouterr().err
     assert all(signal.getsignal(number) == handler for number, handler in zip(SIGNALS, HANDLERS, strict=True))
     train(*flags, f"--run.dir={stopped}", "--run.resume=true")
@@ -111,7 +109,7 @@ def test_a_signal_at_any_moment_leaves_a_run_that_goes_on(seed, whole_run, tmp_p
     train(*flags, f"--run.dir={run}", "--run.auto_resume=true")
     timer.join()
     if run.exists():
-        assert saved_steps(run) and "tmp" not in "".join(path.name for path in run.rglob("*"))
+        assert steps(Run(run)) and "tmp" not in "".join(path.name for path in run.rglob("*"))
     train(*flags, f"--run.dir={run}", "--run.auto_resume=true")
     assert_ended_like(run, whole)
 
@@ -135,25 +133,18 @@ def test_the_time_limit_counts_from_the_start_of_the_process(whole_run, tmp_path
     run = train(*flags, f"--run.dir={tmp_path / 'run'}", "--run.max_time=14m")
     assert "run.max_time is over" in capfd.readouterr().err
     # The preparation, each step and each batch of the validation look at the clock once: 54 to 59, and time after 5.
-    assert saved_steps(run) == [5]
+    assert steps(Run(run)) == [5]
     train(*flags, f"--run.dir={run}", "--run.resume=true")
     assert_ended_like(run, whole)
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        *[("3h50m", 13_800), ("90m", 5_400), ("1d12h", 129_600), ("45s", 45)],
-        *[(text, None) for text in ("5", "1h2d", "-3h", "0m", "soon", "1.5h")],
-    ],
-)
-def test_times_are_read_as_written_or_refused(text, seconds):
+def test_times_are_read_as_written_or_refused():
     """Guards against a unit taken for another, and a time limit that is ignored."""
-    if seconds is not None:
-        assert RunConfig(max_time=text).max_seconds == seconds
-        return
-    with refused("max_time"):
-        RunConfig().replace(max_time=text)
+    times = {"3h50m": 13_800, "90m": 5_400, "1d12h": 129_600, "45s": 45}
+    assert {text: RunConfig(max_time=text).max_seconds for text in times} == times
+    for text in ("5", "1h2d", "-3h", "0m", "soon", "1.5h"):
+        with refused("max_time"):
+            RunConfig().replace(max_time=text)
 
 
 def test_resume_from_and_auto_resume_exclude_each_other():
@@ -168,7 +159,7 @@ def test_the_same_command_begins_continues_and_ends_a_run(whole_run, tmp_path, a
     command = [*flags, f"--run.dir={tmp_path / 'run'}", "--run.auto_resume=true"]
     at("accumulate_gradients", 3, signal.SIGUSR1)
     run = train(*command)
-    assert saved_steps(run) == [3]
+    assert steps(Run(run)) == [3]
     for finished in (False, True):
         capfd.readouterr()
         train(*command)
@@ -232,7 +223,7 @@ def test_a_run_whose_launcher_died_saves_and_stops(whole_run, tmp_path):
         launcher.kill()
         said = launcher.stderr.read()  # ends when the orphan has ended, too
     assert "the launcher is gone" in said
-    assert saved_steps(run)
+    assert steps(Run(run))
 
 
 def test_a_signal_while_the_processes_agree_is_not_lost(monkeypatch):
