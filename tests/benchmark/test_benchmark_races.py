@@ -21,7 +21,7 @@ from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.tensors import take_snapshot
-from tiny import run_script, table_cells
+from tiny import table_cells
 
 TOY = Shape(name="toy", num_layers=2, d_model=16, num_heads=2, d_ff=32, context_length=16, batch_size=2)
 
@@ -225,11 +225,9 @@ def test_a_missing_peer_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypatch, capfd) -> None:
+def test_bad_input(arguments: list[str], message: str, tmp_path: Path, monkeypatch, script) -> None:
     """Guards against a traceback, and against minutes of measuring before a mistake is found."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert run_script("benchmark", *arguments) == 2
-    shown, printed = capfd.readouterr()
-    assert (shown, len(printed.splitlines()), list(tmp_path.iterdir())) == ("", 1, [])
+    code, shown, printed = script("benchmark", *arguments)
+    assert (code, shown, len(printed.splitlines()), list(tmp_path.iterdir())) == (2, "", 1, [])
     assert printed.startswith("error: ") and message in printed

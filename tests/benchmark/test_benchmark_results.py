@@ -77,8 +77,7 @@ def test_utilisation_by_hand(result: RaceResult) -> None:
 def test_document_of_a_race(result: RaceResult) -> None:
     """Guards against a lost key of the published document, and values that JSON cannot hold."""
     found = json.loads(json.dumps(document(SETTINGS, BenchmarkResult(races=[result], missing=["x is not installed"]))))
-    assert found["ratio_to_fastest_tuned_peer"] == pytest.approx(2.0)
-    assert found["model_flops_utilisation"] == pytest.approx(0.5)
+    assert found.items() >= result.headline().items()
     assert found["protocol"]["shape"]["d_model"] == 256
     assert found["protocol"]["left_out"] == ["x is not installed"]
     race = found["races"][0]

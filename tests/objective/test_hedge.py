@@ -6,20 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from charlm.config import AuxConfig, Config, HedgeConfig, LayersConfig, ModelConfig, PositionsConfig
+from charlm.config import AuxConfig, Config, HedgeConfig, LayersConfig, PositionsConfig
 from charlm.objective.build import build_objective
 from charlm.objective.hedge import Hedge
 from charlm.objective.objective import Objective
+from tiny import small_model
 
 BETA, SMOOTHING = 0.9, 0.2
 HEDGE = HedgeConfig(enabled=True, beta=BETA, smoothing=SMOOTHING)
-
-
-def hedged_objective(randomise, weighed: list[int], **aux) -> Objective:
-    model = ModelConfig(num_layers=4, num_heads=2, d_model=8, d_ff=16, context_length=6)
-    objective = build_objective(Config(model=model, aux=AuxConfig(hedge=HEDGE, **aux)), 5)
-    assert objective.hedge.layers == weighed
-    return randomise(objective)
 
 
 def test_fifty_steps_by_hand():
@@ -56,8 +50,9 @@ def test_a_silent_layer_keeps_its_weight():
 def test_weights_multiply_the_loss_and_follow_the_next_character(randomise):
     """Weights that are logged and not used, or that follow the loss of another row."""
     positions = PositionsConfig(schedule="cutoff", end=0.5)
-    layers = LayersConfig(at=(1, 3), schedule="constant")
-    objective = hedged_objective(randomise, [1, 3, 4], layers=layers, positions=positions)
+    aux = AuxConfig(hedge=HEDGE, layers=LayersConfig(at=(1, 3), schedule="constant"), positions=positions)
+    objective = randomise(build_objective(Config(model=small_model(num_layers=4, context_length=6), aux=aux), 5))
+    assert objective.hedge.layers == [1, 3, 4]
     windows_BW = torch.randint(5, (3, objective.window_length), generator=torch.Generator().manual_seed(0))
     plain = Objective(objective.transformer, objective.heads, objective.terms)
     alpha = np.full(3, 1 / 3)

@@ -4,7 +4,6 @@ Shapes: B batch, T positions, D d_model, V vocabulary, W characters of a window.
 """
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +66,7 @@ def known_objective(aux: AuxConfig) -> Objective:
 
 
 LASTING = LayersConfig(schedule="constant")
+HINGED = LayersConfig(schedule="constant", hinge=math.log(4))
 FADING = PositionsConfig(schedule="linear")
 
 
@@ -83,6 +83,8 @@ LAST = {1: 3.0 + 2.5 / 2, 2: 2.0 + 2.0 / 2}
         (AuxConfig(reduction="mean"), 0.0, {1: ALL[1] / 2, 2: ALL[2] / 2}),
         (AuxConfig(layers=LayersConfig(enabled=False)), 0.0, {2: ALL[2]}),
         (AuxConfig(positions=PositionsConfig(enabled=False)), 0.0, LAST),
+        # Layer 1 loses 2 1 2 3 3 1 3 3 bits, of which those beyond 2 count: 1 + 1 + 1 + 1 of 8.
+        (AuxConfig(layers=HINGED, targets=TargetsConfig(enabled=False)), 0.5, {1: 4 / 8, 2: 1.75}),
         # While positions decay: at 1/4 of the run, 3/4 of a loss at all positions and 1/4 at the last.
         (AuxConfig(positions=FADING, layers=LASTING), 0.25, {i: 3 / 4 * ALL[i] + 1 / 4 * LAST[i] for i in (1, 2)}),
         (
@@ -94,7 +96,8 @@ LAST = {1: 3.0 + 2.5 / 2, 2: 2.0 + 2.0 / 2}
 )
 def test_loss_by_hand(aux, progress, bits, layers):
     """Targets shifted by one, a mean over the wrong positions, weights applied twice or to the wrong row; a layer's
-    share of the total that holds another's rows, and rows of layers that were not asked for."""
+    share of the total that holds another's rows, and rows of layers that were not asked for; a hinge on a layer's mean,
+    on the last layer too, or in the losses that are logged."""
     objective = known_objective(aux)
     wanted = {layer: own for layer, own in bits.items() if layers is None or layer in layers}
     if not wanted:
@@ -173,19 +176,6 @@ def test_what_has_no_loss_is_refused(randomise):
     assert ended(some_windows(ended), 0.49).total > 0
     with pytest.raises(ValueError, match="weight zero"):
         ended(some_windows(ended), 0.5)
-
-
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_hinge_of_an_intermediate_layer_by_hand(backend):
-    """A hinge on a layer's mean, on the last layer too, or in the losses that are logged."""
-    objective = known_objective(AuxConfig(layers=LASTING, targets=TargetsConfig(enabled=False)))
-    objective.terms = tuple(replace(term, hinge=math.log(4) if term.layer == 1 else 0.0) for term in objective.terms)
-    objective.cross_entropy = backend
-    report = objective(WINDOWS_BW, 0.5)
-    # Layer 1 loses 2 1 2 3 3 1 3 3 bits, of which those beyond 2 count: 1 + 1 + 1 + 1 of 8.
-    assert report.by_layer[1].item() / math.log(2) == pytest.approx(4 / 8, rel=1e-5)
-    assert report.by_layer[2].item() / math.log(2) == pytest.approx(1.75, rel=1e-5)
-    assert report.parts["layer1/offset1/all"].item() / math.log(2) == pytest.approx(2.25, rel=1e-5)
 
 
 class ReadsStates(nn.Module):

@@ -1,7 +1,6 @@
 """The routes of gradients against updates written out by hand, with torch.autograd.grad and p -= lr * g."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -164,33 +163,6 @@ def test_learned_weights_scale_the_gradients_of_every_route(way, randomise):
         for step in range(1 if way == "pairwise" else 5):
             take_step(route, some_windows(objective, step))
     assert_same_parameters(apart, together, 1e-6)
-
-
-def test_multiway_keeps_optimizer_state_for_each_loss(randomise):
-    """Guards against moments that losses share."""
-    objective, by_hand = (objective_of(randomise, aux_of("multiway")) for _ in range(2))
-    adam = partial(torch.optim.Adam, lr=LR, betas=(0.9, 0.99), eps=1e-2)  # eps above the noise of key biases' gradient
-    route = route_of(objective, aux_of("multiway"), lambda own: [adam(own)])
-    named = dict(by_hand.named_parameters())
-    optimizers = {}
-    for layer in LAMBDAS:
-        above = sum(other for number, other in LAMBDAS.items() if number >= layer)
-        optimizers[layer] = adam(
-            [{"params": [parameter], "lr": LR if is_head(name) else LR / above} for name, parameter in named.items()]
-        )
-    for step in range(STEPS):
-        windows_BW = some_windows(objective, step)
-        take_step(route, windows_BW)
-        report = by_hand(windows_BW, 0.0)
-        gradients = {layer: gradients_of(loss, by_hand) for layer, loss in report.by_layer.items()}
-        for layer, weight in LAMBDAS.items():
-            for name, gradient in gradients[layer].items():
-                named[name].grad = gradient / weight if is_head(name) else gradient
-            optimizers[layer].step()
-            by_hand.zero_grad()
-    assert_same_parameters(objective, by_hand, 1e-5)
-    kept = [sum(len(optimizer.state) for optimizer in own) for own in (route.optimizers, optimizers.values())]
-    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("way", ["pairwise", "multiway", "relay-1"])

@@ -184,18 +184,6 @@ def test_draws_what_there_is(run, rows, steps):
     assert draw_run(run.path).stat().st_size > 10_000
 
 
-def test_a_resumed_run_is_one_curve(run):
-    """Fault: the steps that a resumed run repeats are drawn twice, or a line cut short by a kill stops the drawing."""
-    add(run, *(training_row(step, 6.0) for step in (10, 20, 30)), validation_row(30, 6.0))
-    with run.metrics_path.open("a") as file:
-        file.write('{"step": 40, "bits_per')
-    run.forget_metrics_after(20)
-    add(run, training_row(30, 5.0), validation_row(30, 5.5))
-    lines = lines_of(run_figure(*read_runs([run.path])).axes[0])
-    assert lines["training"] == [(10, 6.0), (20, 6.0), (30, 5.0)]
-    assert lines["validation"] == [(30, 5.5)]
-
-
 def test_lines_are_thinned_by_means():
     """Fault: a line of a long run that fills the page, leaves out what is between its points, or seems to differ from
     another because it is smoothed more."""
