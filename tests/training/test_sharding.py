@@ -1,6 +1,5 @@
-"""Several processes that die, are started again, or are told by a launcher to shard the model (FSDP2)."""
+"""Models in shards (FSDP2): when a launcher or an option asks for them, and what cannot be sharded."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,62 +13,10 @@ from charlm.objective.build import build_objective
 from charlm.training.sharding import wants_shards
 from charlm.training.start import check_fits
 from charlm.training.update import step_unless
-from launched import TORCHRUN, launch
-from tiny import SCRIPTS, TINY, refused, small_model, train, training_rows, typed
+from tiny import refused, small_model
 
-STEPS = 80
-FLAGS = (
-    *TINY,
-    *typed(f"--model.num_layers=4 --model.d_model=32 --model.d_ff=64 --train.steps={STEPS} --train.batch_size=6"),
-    *typed("--train.matmul_precision=highest --train.log_every=1 --train.valid_every=40 --train.clip_norm=1"),
-    *typed("--train.sharding=fsdp2"),
-)
-DYING = SCRIPTS.parent / "tests" / "training" / "train_and_die.py"
-LAUNCH_FILES = SCRIPTS.parent / "configs" / "accelerate"
-LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0")
-ACCELERATE = (*LAUNCH, "--config_file", LAUNCH_FILES / "cpu_2_processes.yaml")
 FSDP = ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
 """Environment variables by which a launcher asks for shards."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["no", "fsdp2"])
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoint(
-    sharding, tmp_path, text_corpus_flags
-):
-    """Guards against processes that wait forever for one that was killed, and a checkpoint that it takes along."""
-    flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", f"--train.sharding={sharding}"]
-    flags += [f"--run.dir={tmp_path / 'run'}"]
-    died = launch([*TORCHRUN, DYING, *flags])
-    assert died.returncode != 0
-    assert "[rank0]: Traceback" not in died.stderr
-    assert died.stderr.count("error: another process has ended") == 1, died.stderr
-    assert (tmp_path / "run" / "checkpoints" / "last").read_text() == "step-00000040\n"
-    train(*flags, "--run.resume=true")
-    assert [row["step"] for row in training_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "sharding", "goes_back"),
-    [(TORCHRUN, "fsdp2", False), (ACCELERATE, "no", False), (TORCHRUN, "no", True)],
-    ids=["torchrun-shards", "accelerate", "to a chosen step"],
-)
-def test_a_launcher_that_restarts_processes_continues_the_run(
-    launcher, sharding, goes_back, tmp_path, text_corpus_flags
-):
-    """Guards against a restart that refuses the run's own folder, or that waits for the earlier processes at addresses
-    that the launcher remembers; and attempts that each go back to run.resume_from and remove what the one before has
-    learned."""
-    flags = [*FLAGS, *text_corpus_flags, "--train.valid_every=20", "--train.keep_checkpoints=9"]
-    flags += [f"--train.sharding={sharding}", f"--run.dir={tmp_path / 'run'}"]
-    if goes_back:
-        train(*flags)
-        flags.append("--run.resume_from=20")
-    done = launch([*launcher, "--max_restarts=1", DYING, *flags])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [done.stderr.count(f"resumed at step {step}\n") for step in (20, 40)] == [goes_back, True]
-    assert [row["step"] for row in training_rows(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
 @pytest.fixture

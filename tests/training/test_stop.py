@@ -26,8 +26,6 @@ FLAGS = [
     *typed("--model.residual_dropout=0.1"),
 ]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-
-
 HANDLERS = [signal.getsignal(number) for number in SIGNALS]
 
 

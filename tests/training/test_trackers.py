@@ -101,6 +101,8 @@ def test_numbers_of_a_row():
     assert log.numbers({"step": 5, "loss": 0.0, "terms": {}}) == {"loss": 0.0}
     row = {"step": 5, "seconds": 3.5, "valid": {"bits_per_byte": 2.0}}
     assert log.numbers(row) == {"valid/seconds": 3.5, "valid/bits_per_byte": 2.0}
+    row = {"step": 5, "progress": 0.25, "diagnostics": {"windows": 16, "gradient_norm": {"layer1": 2.0}}}
+    assert log.numbers(row) == {"diagnostics/windows": 16, "diagnostics/gradient_norm/layer1": 2.0}
 
 
 def test_every_tracker_of_accelerate_has_a_name_here():
