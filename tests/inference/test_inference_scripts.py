@@ -1,9 +1,7 @@
 """scripts/evaluate.py and scripts/generate.py, run in this process except for the test that needs two."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +12,7 @@ from charlm.inference.evaluation import bits_per_character
 from charlm.inference.generation import generate
 from charlm.runs.folder import Run
 from charlm.runs.load import load
+from launched import TORCHRUN, launch
 from tiny import SCRIPTS, run_script
 
 
@@ -29,15 +28,7 @@ def test_two_processes_and_the_library_agree(run_on_disk):
     trained = load(run_on_disk)
     corpus = load_corpus(trained.config.data, show_progress=False)
     expected = bits_per_character(trained, corpus, stride=3, batch_size=5, all_layers=True)
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(str(SCRIPTS / "evaluate.py"), str(run_on_disk), "--stride=3", "--all-layers", "--json"),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
+    result = launch([*TORCHRUN, SCRIPTS / "evaluate.py", run_on_disk, "--stride=3", "--all-layers", "--json"])
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found.pop("seconds") > 0

@@ -215,7 +215,8 @@ def test_equal_distributions_leave_something_to_draw_from(dice):
 @pytest.mark.parametrize("draft", ["offsets", 1, 2])
 @pytest.mark.parametrize("options", [{}, {"position_encoding": "rotary", "ngrams": (2, 4), "norm": "post"}], ids=str)
 def test_the_cache_is_rolled_back_to_what_was_kept(build_drafting_model, draft, options):
-    """Guards against positions of rejected drafts that stay, and layers above an exit that miss some."""
+    """Guards against positions of rejected drafts that stay, and layers above an exit that miss some, run twice, or
+    read the buffers of others."""
     trained = build_drafting_model(**options)
     speculation = speculation_of(trained, b"abc", draft, 3, Sampling())
     speculation.advance(9)

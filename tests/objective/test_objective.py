@@ -68,8 +68,6 @@ def known_objective(aux: AuxConfig) -> Objective:
 LASTING = LayersConfig(schedule="constant")
 HINGED = LayersConfig(schedule="constant", hinge=math.log(4))
 FADING = PositionsConfig(schedule="linear")
-
-
 ALL = {1: 2.25 + 2.25 / 2, 2: 1.75 + 2.125 / 2}  # bits of a layer's losses at all positions, the second at half weight
 LAST = {1: 3.0 + 2.5 / 2, 2: 2.0 + 2.0 / 2}
 
