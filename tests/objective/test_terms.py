@@ -225,12 +225,6 @@ def test_rotating_layers(options, layers):
         assert list(layer_weights(6, step / 97, steps=97, schedule="rotational", **options)) == expected
 
 
-def test_hinge_of_intermediate_layers():
-    """A threshold on the main loss, or on a task of the user's own, which come last."""
-    config = aux(layers={"hinge": 1.5, "schedule": "constant"}, tasks={"order": TaskConfig(weight=0.1, layer=1)})
-    assert [term.hinge for term in build_terms(config, 2)] == [1.5, 1.5, 0.0, 0.0, 0.0]
-
-
 def test_rows_of_own_tasks():
     """A task on the wrong layer, averaged with the layers, or one that outlives its schedule."""
     tasks = {

@@ -427,13 +427,12 @@ def test_parts_that_need_what_is_not_there_say_so(run, undrawn, tmp_path):
     ("arguments", "words"),
     [(["{tmp}/nowhere"], ["nowhere", "not a run"]), (["{run}", "-o", "{tmp}/file/report.html"], ["report", "file/"])],
 )
-def test_mistakes_are_answered_with_one_message(run, tmp_path, capsys, arguments, words):
+def test_mistakes_are_answered_with_one_message(run, tmp_path, script, arguments, words):
     """Fault: a traceback, another exit code, or a page begun."""
     (tmp_path / "file").write_text("")
     paths = [part.format(tmp=tmp_path, run=run.path) for part in arguments]
-    assert run_script("report", "--records-only", *paths) == 2
-    message = capsys.readouterr().err
-    assert message.count("error: ") == 1 and all(word in message for word in words)
+    code, _, message = script("report", "--records-only", *paths)
+    assert (code, message.count("error: ")) == (2, 1) and all(word in message for word in words)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
