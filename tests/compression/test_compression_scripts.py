@@ -61,6 +61,8 @@ def test_the_report(run_on_disk, script, tmp_path):
     found = json.loads(out)
     assert found["compressed"]["compressed_bytes"] == packed.stat().st_size
     characters = len(TEXT.decode())
+    sizes = [found["compressed"][unit] for unit in ("bytes", "symbols", "characters")]
+    assert sizes == [len(TEXT), len(TEXT), characters]
     assert found["compressed"]["bits_per_character"] == 8 * packed.stat().st_size / characters
     assert found["compressed"]["bits_per_byte"] == 8 * packed.stat().st_size / len(TEXT)
     assert found["compressed"]["verify_seconds"] is None

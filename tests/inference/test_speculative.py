@@ -215,8 +215,7 @@ def test_equal_distributions_leave_something_to_draw_from(dice):
 @pytest.mark.parametrize("draft", ["offsets", 1, 2])
 @pytest.mark.parametrize("options", [{}, {"position_encoding": "rotary", "ngrams": (2, 4), "norm": "post"}], ids=str)
 def test_the_cache_is_rolled_back_to_what_was_kept(build_drafting_model, draft, options):
-    """Guards against positions of rejected drafts that stay, and layers above an exit that miss some, run twice, or
-    read the buffers of others."""
+    """Guards against positions of rejected drafts that stay, and layers above an exit that miss some."""
     trained = build_drafting_model(**options)
     speculation = speculation_of(trained, b"abc", draft, 3, Sampling())
     speculation.advance(9)
@@ -274,14 +273,20 @@ def test_a_model_without_other_heads_drafts_nothing(build_model, draft):
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "top_p": 0.9}, {"temperature": 1.5, "top_k": 3}], ids=str)
 def test_drafts_are_judged_by_the_distributions_of_their_positions(build_drafting_model, monkeypatch, draft, options):
     """Guards against a draft that is judged by another position's distribution, by another than it was drawn from, or
-    by numbers that drew it: by the rule of acceptance, the text would not follow the model's distribution."""
+    by numbers that are not independent of it: the text would not follow the model's distribution."""
     trained, sampling, judged = build_drafting_model(), Sampling(**options), []
 
+    plain_rand = torch.rand
+
     def noted(p_PV, drafts, q_KV, generator):
-        assert generator is speculation.generator
         judged.append((list(speculation.context), p_PV, drafts, q_KV))
         return accept(p_PV, drafts, q_KV, generator)
 
+    def rand(*shape, generator, **options):
+        assert generator is speculation.generator
+        return plain_rand(*shape, generator=generator, **options)
+
+    monkeypatch.setattr(torch, "rand", rand)
     monkeypatch.setattr(speculative, "accept", noted)
     speculation = speculation_of(trained, b"abc", draft, 3, sampling)
     for _ in range(9):

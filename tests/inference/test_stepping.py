@@ -53,6 +53,21 @@ def test_steps_compute_what_the_network_computes(build_model, variant, ngrams, l
             reader.read([[1]], caches[1], layer=layer)
 
 
+@pytest.mark.parametrize("num_symbols", [1, 3, 9])
+def test_the_upper_layers_go_on_from_a_lower_one(build_model, num_symbols):
+    """Guards against layers that run twice or not at all, or read the buffers of others."""
+    trained = build_model(num_layers=3, context_length=16)
+    reader, cache = Reader(trained), KVCache(trained.config.model, 1, trained.device)
+    ids = list(range(5 + num_symbols))
+    with torch.inference_mode():
+        expected = trained.transformer(torch.tensor([ids]))[3][:, 5:]
+    reader.read([ids[:5]], cache)
+    lower = reader.read([ids[5:]], cache, layer=1)
+    cache.lengths -= num_symbols
+    torch.testing.assert_close(reader.run_from(lower, 1, cache), expected, rtol=1e-5, atol=1e-5)
+    assert cache.length == len(ids)
+
+
 def test_the_bits_of_a_symbol_are_its_own(build_model):
     """Guards against drafts that are in doubt more often than they need be: sums that change with what is beside."""
     trained = build_model(d_model=64, d_ff=96)

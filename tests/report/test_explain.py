@@ -70,6 +70,12 @@ def test_parameters_of_t12_and_t64():
         assert parameters["inference"] / 1e6 == pytest.approx(paper[1], abs=0.1)
 
 
+def test_weights_in_json():
+    """Fault: weights of another progress, or an end that is not the limit."""
+    table = weights(tiny(2, layers=LayersConfig(schedule="linear"), **NEXT_ONLY))
+    assert table == {(1, 1, "all"): [1, 0.75, 0.5, 0.25, 0], (2, 1, "all"): [1, 1, 1, 1, 1]}
+
+
 def test_stops_at_the_step_after_the_last_active_one():
     """Fault: off by one, or a term said to stop that is active at every step of the run."""
     stops = {(t["layer"], t["offset"]): t["stops_at_step"] for t in explain(tiny(4, steps=10)).to_dict()["terms"]}
