@@ -1,12 +1,25 @@
 """Reads the arguments of all scripts and prints their errors. Imports nothing heavy: --help is fast."""
 
-import argparse
 import os
-import re
 import sys
+
+
+def _end_quietly(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """`sys.excepthook` that answers Ctrl-C without a traceback, also while libraries load."""
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _end_quietly
+
+import argparse
+import re
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,7 +32,7 @@ from charlm.config import Config, DataConfig, Section, Stopped, UserError
 from charlm.config.errors import did_you_mean, shown
 from charlm.config.load import OPTIONS, RENAMED, S, Setting, settings_of, typed, validate
 from charlm.config.types import sections_of
-from charlm.process import is_main_process
+from charlm.process import is_main_process, keep_streams
 from charlm.text import fitted
 
 KINDS = {"string": "TEXT", "boolean": "true | false", "null": "null"}  # else the name in capitals
@@ -73,7 +86,7 @@ def parse(kind: type[S], argv: Sequence[str] | None = None) -> S:
     """Read the options of a script. Raises UserError, with all that is wrong with their values."""
     parser = _Parser(kind)
     argcomplete.autocomplete(parser)
-    words = [_spelt(word) for word in (sys.argv[1:] if argv is None else argv)]
+    parser.words = words = [_spelt(word) for word in (sys.argv[1:] if argv is None else argv)]
     for word in words:  # argparse would complain about a missing option first
         if re.match("--.", word) and word.partition("=")[0] not in parser.flags:
             parser.error(f"unrecognized arguments: {word}")
@@ -111,7 +124,7 @@ class _Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
-        self.flags = ["--help"]
+        self.flags, self.valued, self.words = ["--help"], [], []
         for former in RENAMED if has_config else ():
             self.flags += self.add_argument(f"--{former}", help=argparse.SUPPRESS).option_strings
         for options in (kind, Config) if has_config else (kind,):
@@ -137,6 +150,7 @@ class _Parser(argparse.ArgumentParser):
             how["default"] = shown(info.default)
         action = group.add_argument(*flag.names, **how | flag.how)
         self.flags += action.option_strings
+        self.valued += action.option_strings if action.nargs != 0 else []
         if words := re.findall(r"\b(?!null)[a-z][\w-]*", kinds):
             action.completer = ChoicesCompleter(words)
 
@@ -146,6 +160,10 @@ class _Parser(argparse.ArgumentParser):
             message += did_you_mean(unknown[1], self.flags) or "; --help lists all options"
             if unknown[1].endswith((".yaml", ".yml")):
                 message += f"; a file of options is given as --config {unknown[1]}"
+        for name, value in pairwise(self.words):
+            takes_it = name in self.valued and value.startswith("-") and value not in self.flags
+            if takes_it and ("expected" in message or value in message):
+                message += f"; a value that begins with a dash is given as {shlex.quote(f'{name}={value}')}"
         raise UserError(message, option and option[1].replace("-", "_"))
 
 
@@ -174,9 +192,9 @@ def in_words(schema: dict[str, Any]) -> str:
 
 def script(main: Callable[[], None]) -> NoReturn:
     """Run `main` and exit: 0, also when asked to stop; 2 after the message of a UserError; 130 on Ctrl-C."""
+    keep_streams()
     try:
         main()
-        sys.stdout.flush()
     except UserError as error:
         if not is_main_process():
             time.sleep(10)  # a launcher usually ends this process first, so that the message is printed once
@@ -188,7 +206,4 @@ def script(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     sys.exit(0)

@@ -54,7 +54,7 @@ def parse_json(text: bytes) -> Any:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that holds either its old or its new content, whenever process or machine die."""
     with replacing(path) as temporary:
-        temporary.write_text(text, "utf-8")
+        temporary.write_text(text, "utf-8", "backslashreplace")
 
 
 @contextmanager
@@ -91,6 +91,8 @@ def remove(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Wait until the content of a file, or the list of names in a folder, is on disk."""
+    if os.name == "nt":  # needs files that are open for writing, and no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,12 +1,13 @@
-"""The process: its rank, the memory that it uses, and its processor."""
+"""The process: its rank, its standard streams, the memory that it uses, and its processor."""
 
 import contextlib
 import ctypes
+import io
 import os
 import platform
-import resource
 import sys
 from pathlib import Path
+from typing import TextIO
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes that one unit of `ru_maxrss` stands for."""
@@ -15,7 +16,48 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 def is_main_process() -> bool:
     """Whether this is the only process of a launch or the first; known before torch is imported."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", ""))
+    return not rank.isdecimal() or int(rank) == 0
+
+
+class _Lasting(io.FileIO):
+    """A file whose writes never fail: what it cannot take is lost."""
+
+    complains = True
+
+    def write(self, data: bytes) -> int:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[super().write(rest) or 0 :]  # None: a full pipe that does not block
+        except OSError as error:
+            if self.complains and not isinstance(error, BrokenPipeError):
+                self.complains = False
+                print(f"output is lost: {error.strerror}", file=sys.stderr)
+        return len(data)
+
+
+def lasting(stream: TextIO) -> TextIO:
+    """`stream`, for a process that must outlive its terminal, its log and its reader.
+
+    Writes to it never fail. Characters that it cannot encode are spelt out, as \\xe9.
+    """
+    raw = getattr(stream, "buffer", None)
+    raw = getattr(raw, "raw", raw)
+    if type(raw) is not io.FileIO:  # a notebook's, or one that is lasting
+        return stream
+    raw = _Lasting(raw.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", None, stream.line_buffering, stream.write_through)
+
+
+def keep_streams() -> None:
+    """Make the standard streams `lasting`. For scripts, not for libraries."""
+    # Else a file that is opened later would get the number of a stream that is closed.
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(null, True)
+    os.close(null)
+    sys.stdin, sys.stdout = sys.stdin or os.fdopen(0), lasting(sys.stdout or os.fdopen(1, "w", closefd=False))
+    sys.stderr = lasting(sys.stderr or os.fdopen(2, "w", closefd=False))
 
 
 def keep_freed_memory() -> None:
@@ -32,6 +74,7 @@ def keep_freed_memory() -> None:
 
 def peak_memory() -> int:
     """Peak memory of this process so far, in bytes: on its GPU, or resident memory if it uses none."""
+    import psutil
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -40,12 +83,18 @@ def peak_memory() -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
 def physical_memory() -> int:
     """The machine's memory, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil
+
+    return psutil.virtual_memory().total
 
 
 def processor_name() -> str:

@@ -39,6 +39,8 @@ class Options(cli.WithConfig):
 
 def main() -> None:
     options = cli.parse(Options)
+    if not hasattr(os, "wait4"):
+        raise UserError("ablate.py needs the signals of Unix, which Windows lacks; train the rows with train.py")
     from charlm.ablation import variants  # not before --help and mistakes were answered
     from charlm.ablation.runner import Runner
     from charlm.ablation.table import draw, write_tables

@@ -76,7 +76,6 @@ def main() -> None:
         others=options.report or options.picture is not None,
         speeds=options.speeds,
     )
-    sys.stdout.reconfigure(errors="replace")
     print(json.dumps(report.model_dump(), indent=2) if options.as_json else report.to_text())
     if options.picture is not None:
         compression.draw(report, options.picture)

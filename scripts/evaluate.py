@@ -62,10 +62,11 @@ def main() -> None:
     check(options)
     from accelerate import PartialState  # not before --help and mistakes were answered
 
-    from charlm.training.device import on_cpu
+    from charlm.training.device import launch_explained, on_cpu
 
     keep_freed_memory()
-    processes = PartialState(cpu=on_cpu())
+    with launch_explained():
+        processes = PartialState(cpu=on_cpu())
     trained = charlm.load(options.run, options.checkpoint, device=processes.device)
     corpus = charlm.load_corpus(options.data.where(trained.config.data), show_progress=processes.is_main_process)
     protocol = {name: getattr(options, name) for name in ("split", "stride", "limit", "batch_size", "precision")}
@@ -98,7 +99,6 @@ def main() -> None:
         if options.as_json:
             print(json.dumps(score.as_dict() | ({"yardsticks": yardsticks} if yardsticks else {}), indent=2))
         else:
-            sys.stdout.reconfigure(errors="replace")
             planned = trained.config.train.steps if trained.options is None else None  # unknown if exported
             lines = describe(score, corpus.splits[options.split].symbols, planned, yardsticks)
             print("\n".join(lines + (describe_exits(score.early_exit) if options.early_exit else [])))

@@ -36,7 +36,7 @@ def main() -> None:
     if options.as_json:
         print(json.dumps(explanation.to_dict(), indent=2))
     else:
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace")  # bars keep their width
         print(explanation.to_text())
 
 

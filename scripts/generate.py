@@ -53,7 +53,6 @@ def main() -> None:
     trained = charlm.load(options.run, options.checkpoint)
     names = ("length", "temperature", "top_k", "top_p", "seed", "num_draft_tokens")
     how = {name: getattr(options, name) for name in names} | {"draft": draft, "statistics": statistics}
-    sys.stdout.reconfigure(errors="replace")
     if len(options.prompt) == 1:
         pieces = stream(trained, *options.prompt, **how)
         print(*options.prompt, end="", flush=True)

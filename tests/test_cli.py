@@ -93,6 +93,10 @@ def test_options_of_a_script(words: str, expected: dict) -> None:
         ("x y", None, ["y"]),
         ("x --speeds=1,x --top-k=0", "top_k", ["speeds.1=x", "top_k=0"]),
         ("x --all", "all", ["--all"]),
+        ("x --prompt -x", "prompt", ["--prompt=-x"]),
+        ("x -o -x", "output", ["-o=-x"]),
+        ("x --prompt --x", "x", ["--prompt=--x"]),
+        ("x --methods -x", "methods", ["--methods=-x"]),
     ],
 )
 def test_wrong_options_of_a_script(words: str, option: str | None, fragments: list[str]) -> None:
@@ -193,15 +197,15 @@ def test_launched_processes_print_one_message() -> None:
     assert done.stderr.count("error: unrecognized arguments: --train.stepz") == 1
 
 
-def test_reader_that_leaves() -> None:
-    """Guards against a traceback when the output goes to `head`."""
-    program = "from charlm import cli\ncli.script(lambda: [print('x' * 100) for _ in range(100_000)])"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, **pipes) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.stderr.read() == ""
-    assert process.returncode == 141
+@pytest.mark.parametrize("library", ["argcomplete", "pydantic", "torch"])
+def test_ctrl_c_while_libraries_load(library: str, tmp_path: Path) -> None:
+    """Guards against pages of traceback for someone who has only changed their mind."""
+    (tmp_path / f"{library}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    command = [sys.executable, SCRIPTS / "generate.py", tmp_path, "--prompt=x"]
+    restored = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # in case it is ignored here
+    (tmp_path / "sitecustomize.py").write_text(restored)
+    done = launch(command, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr.replace("interrupted\n", "")) == (130, "")
 
 
 def offered(line: str, folder: Path) -> set[str]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -192,7 +193,8 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
             reference = rows[0].figures["bits_per_character"]
             axes.axvline(reference, color=GREY, linewidth=0.8, linestyle="--")
         axes.set_xlim(left, right + 0.02 * (right - left))
-        axes.set_yticks(range(len(shown)), [row.variant.name for row in shown])
+        names = [os.fsencode(row.variant.name).decode(errors="backslashreplace") for row in shown]
+        axes.set_yticks(range(len(shown)), names)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")

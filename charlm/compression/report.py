@@ -2,6 +2,7 @@
 
 import bz2
 import lzma
+import os
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -145,7 +146,8 @@ def draw(report: CompressionReport, path: Path) -> Path:
         above.grid(False)
         above.margins(x=0.15)
         above.set_xlabel("bytes")
-        title = f"{Path(report.file).name}, {report.compressed.bytes:,} bytes"
+        name = os.fsencode(Path(report.file).name).decode(errors="backslashreplace")
+        title = f"{name}, {report.compressed.bytes:,} bytes"
         if report.model:
             title += f" (the model by itself: {report.model['compressed_bytes']:,})"
         above.set_title(title)

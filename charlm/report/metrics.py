@@ -1,6 +1,7 @@
 """The records of runs: config, provenance, and metrics.jsonl as series of points."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as few as tell them apart."""
     parts = [path.resolve().parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(own[-count:]) for own in parts]
+        names = [os.fsencode("/".join(own[-count:])).decode(errors="backslashreplace") for own in parts]
         if len(set(names)) == len(set(parts)):
             break
     return names

@@ -97,9 +97,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if not path.is_file():
             raise OSError("it is missing or not a regular file")
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
+        with path.open("rb") as opened:
+            # safetensors refuses a path that is not UTF-8
+            place = path if str(path).isprintable() else f"/dev/fd/{opened.fileno()}"
+            with safe_open(place, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return tensors, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from error
 

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,19 +12,41 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env, patch_environment
+from accelerate.utils import DynamoBackend, parse_flag_from_env, patch_environment
 
 from charlm.config import Config, TrainConfig, UserError
+from charlm.config.errors import first_line
 from charlm.model.attention import attends_in_blocks
 from charlm.objective.routes import ROUTES
 
 PATIENCE = timedelta(minutes=10)  # with a process that hangs
 
 
+@contextmanager
+def launch_explained() -> Iterator[None]:
+    """Inside, variables of a launcher that cannot work raise a UserError that shows them."""
+    ours = r"(ACCELERATE|FORK|GROUP|MASTER|MV2|OMP|OMPI|PMI|TORCHELASTIC)_.*|(LOCAL_)?(RANK|WORLD_SIZE)"
+    found = {name: value for name, value in sorted(os.environ.items()) if re.fullmatch(ours, name)}
+    try:
+        rank, size = int(found.get("RANK", "0")), int(found.get("WORLD_SIZE", "1"))
+        if not 0 <= rank < size or (size > 1 and "RANK" not in found):
+            raise ValueError("RANK must be at least 0 and below WORLD_SIZE")
+        DynamoBackend(found.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper())
+        torch.ones(1, device=found.get("ACCELERATE_TORCH_DEVICE", "cpu")).item()
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # torch and accelerate have no type for these
+        shown = " ".join(f"{name}={value}" for name, value in found.items())
+        way_out = "unset what no launcher set, or start with accelerate launch or torchrun"
+        raise UserError(f"cannot start with {shown}: {first_line(error)}; {way_out}") from error
+
+
+@launch_explained()
 def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
     """The Accelerator of this run, and the reason for its precision.
 
-    Raises UserError for fp16 on a CPU, and if the launcher sets gradient accumulation.
+    Raises UserError for variables of a launcher that are wrong, fp16 on a CPU, and gradient accumulation.
     """
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
@@ -37,6 +60,7 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
     AcceleratorState._reset_state()
     with patch_environment(accelerate_use_fsdp="false"):  # `charlm.training.sharding` does that
         accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else processes on CPUs would not find each other
             mixed_precision=precision,
             dynamo_backend="no",  # blocks are compiled one by one
             kwargs_handlers=[
@@ -88,11 +112,14 @@ def choose_precision(train: TrainConfig) -> tuple[str, str]:
     if train.mixed_precision != "auto":
         precision, reason = train.mixed_precision, "as configured"
     elif launcher := os.environ.get("ACCELERATE_MIXED_PRECISION"):
-        precision, reason = launcher, "as accelerate was told"
+        precision, reason = launcher.lower(), "as accelerate was told"
     elif has_fast_bf16():
         precision, reason = "bf16", "native here"
     else:
         precision, reason = "no", "no native bf16 here"
+    if precision not in ("no", "fp32", "bf16", "fp16"):
+        text = f"ACCELERATE_MIXED_PRECISION={launcher}: must be no, bf16 or fp16; --train.mixed_precision overrides it"
+        raise UserError(text, "train.mixed_precision")
     if precision == "fp16" and on_cpu():
         text = "not available on a CPU; use bf16 or fp32"
         raise UserError(f"train.mixed_precision=fp16: {text}", "train.mixed_precision")

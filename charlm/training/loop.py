@@ -1,8 +1,9 @@
 """The training loop."""
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.objective.routes import ROUTES, Joint
 from charlm.objective.tasks import check_registered
+from charlm.process import lasting
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.tensors import Snapshot, take_snapshot
@@ -48,7 +50,7 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
     check_registered(config.aux.tasks)
     check_folder(config.run)
     collected = StopRequests(config.run.max_seconds) if stop is None else nullcontext(stop)
-    with collected as stop, torch_settings(config):
+    with collected as stop, torch_settings(config), redirect_stderr(lasting(sys.stderr)):
         accelerator, precision_reason = build_accelerator(config.train)
         main = accelerator.is_main_process
         with stop.interrupting():

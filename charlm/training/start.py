@@ -28,6 +28,7 @@ from charlm.runs.folder import Run
 from charlm.text import counted
 from charlm.training.device import describe_attention, on_cpu
 from charlm.training.sharding import is_sharded
+from charlm.training.stop import MISSING
 
 
 class TrainState(BaseModel, strict=True, extra="forbid"):
@@ -304,4 +305,6 @@ def describe(
         lines.append(f"gradients by {config.aux.route}: at first {cost}")
     if train.diagnose_every and is_sharded(objective):
         lines.append("diagnostics: bits per character alone, as the gradients are in shards")
+    if MISSING:
+        lines.append(f"no {' or '.join(MISSING)} here: only Ctrl-C and run.max_time stop the run with a checkpoint")
     return lines

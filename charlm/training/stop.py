@@ -3,10 +3,11 @@
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import torch
@@ -17,8 +18,12 @@ from charlm.config.errors import first_line
 from charlm.process import is_main_process
 from charlm.training.device import PATIENCE
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-REASONS = (*(number.name for number in SIGNALS), "run.max_time is over", "the launcher is gone")
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+SIGNALS = tuple(signal.Signals[name] for name in NAMES if hasattr(signal, name))
+MISSING = [name for name in NAMES if not hasattr(signal, name)]  # on Windows
+REASONS = (*NAMES, "run.max_time is over", "the launcher is gone")
+LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "FORK_LAUNCHED"}
+"""Variables of torchelastic, `accelerate launch` and `notebook_launcher` that nobody sets by hand."""
 SAME_REQUEST = 1.0
 """Seconds in which signals count as one request: a launcher repeats the terminal's Ctrl-C."""
 NO_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED")
@@ -38,10 +43,9 @@ class StopRequests:
         self.reason: str | None = None
         self.stays = False  # after the context, in a process about to end
         limit = math.inf if max_seconds is None else max_seconds
-        self._deadline = psutil.Process().create_time() + limit
+        self._deadline = time.monotonic() + psutil.Process().create_time() - time.time() + limit
         self._interrupts = False
-        launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-        self._launcher = os.getppid() if launched else None
+        self._launcher = os.getppid() if LAUNCHED & os.environ.keys() else None
         self._group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> "StopRequests":
@@ -49,10 +53,13 @@ class StopRequests:
         # Python delivers signals to the main thread only.
         if threading.current_thread() is not threading.main_thread():
             return self
-        watched, self._told = os.pipe()
-        os.set_blocking(self._told, False)
-        self._told_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        watched, self._told = socket.socketpair()
+        self._told.setblocking(False)
+        self._told_before = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            # nohup ignores the end of the terminal
+            if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+                self._handlers[number] = signal.signal(number, self._on_signal)
         threading.Thread(target=_exit_at_the_second, args=(watched,), daemon=True).start()
         return self
 
@@ -62,7 +69,7 @@ class StopRequests:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._told_before)
-            os.close(self._told)
+            self._told.close()
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
@@ -77,7 +84,7 @@ class StopRequests:
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop; all must call it, and get the same answer."""
-        if self.reason is None and time.time() >= self._deadline:
+        if self.reason is None and time.monotonic() >= self._deadline:
             self.reason = "run.max_time is over"
         if self.reason is None and self._launcher not in (None, os.getppid()):
             self.reason = "the launcher is gone"
@@ -132,17 +139,18 @@ def is_about_memory(error: Exception) -> bool:
     return any(words in str(error) for words in NO_MEMORY)
 
 
-def _exit_at_the_second(watched: int) -> None:
+def _exit_at_the_second(watched: socket.socket) -> None:
     """Read signals as they arrive, even while a library keeps handlers from running."""
     message = b"\nstopping, once what is done is saved; a second Ctrl-C or signal ends it at once\n"
     first = None
-    with os.fdopen(watched, "rb", buffering=0) as numbers:
-        while number := numbers.read(1):
+    with watched:
+        while number := watched.recv(1):
             if number[0] not in SIGNALS:
                 continue
             if first is None:
                 first = time.monotonic()
                 if is_main_process():
-                    os.write(2, message)
+                    with suppress(OSError):  # a terminal that is closed
+                        os.write(2, message)
             if time.monotonic() - first > SAME_REQUEST:
                 os._exit(128 + number[0])

@@ -53,6 +53,46 @@ def test_the_launchers_accumulation_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "variables",
+    [
+        {"WORLD_SIZE": "abc"},
+        {"WORLD_SIZE": "0"},
+        {"WORLD_SIZE": "2"},  # of processes that would not know of each other
+        {"RANK": "-1"},
+        {"RANK": "1"},
+        {"LOCAL_RANK": "-3"},
+        {"LOCAL_RANK": "x"},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
+        {"ACCELERATE_USE_CPU": "maybe"},
+        {"ACCELERATE_DEBUG_MODE": "maybe"},
+        {"ACCELERATE_MIXED_PRECISION": "fp8"},
+        {"ACCELERATE_DYNAMO_BACKEND": "nonsense"},
+        {"ACCELERATE_TORCH_DEVICE": "abacus"},
+        {"ACCELERATE_TORCH_DEVICE": "meta"},
+    ],
+    ids=str,
+)
+def test_nonsense_of_a_launcher_is_refused(variables, monkeypatch):
+    """Guards against accelerate's traceback, a wait for a process that nobody starts, and processes that each believe
+    to be alone."""
+    hardware.AcceleratorState._reset_state(reset_partial_state=True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    option = "train.mixed_precision" if name == "ACCELERATE_MIXED_PRECISION" else None
+    with refused(option, f"{name}={value}"):
+        hardware.build_accelerator(TrainConfig())
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_processes_on_cpus_find_each_other_by_themselves(there, monkeypatch):
+    """Guards against two processes that each believe to be alone, unless ACCELERATE_USE_CPU is set."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr(hardware, "Accelerator", lambda **how: how)
+    assert hardware.build_accelerator(TrainConfig(mixed_precision="no"))[0]["cpu"] != there
+
+
+@pytest.mark.parametrize(
     ("configured", "backend", "compiles"),
     [("auto", None, False), ("auto", "NO", False), ("auto", "INDUCTOR", True), ("no", "INDUCTOR", False)],
 )

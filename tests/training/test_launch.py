@@ -76,10 +76,11 @@ def test_accelerate_knows_every_key_of_a_launch_file(launch_file):
         (TORCHRUN, "no", "1", signal.SIGTERM, 0),
         pytest.param(TORCHRUN, "no", None, signal.SIGTERM, 1, marks=pytest.mark.slow),
         pytest.param(TORCHRUN, "fsdp2", None, signal.SIGTERM, 1, marks=pytest.mark.slow),
+        pytest.param(TORCHRUN, "no", None, signal.SIGHUP, 1, marks=pytest.mark.slow),
         pytest.param(TORCHRUN, "no", None, signal.SIGUSR1, -signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param(by_accelerate("cpu.yaml"), "no", None, signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow),
     ],
-    ids=["rank-0", "rank-1", "torchrun-TERM", "torchrun-TERM-shards", "torchrun-USR1", "accelerate-TERM"],
+    ids=["rank-0", "rank-1", "torchrun-TERM", "torchrun-TERM-shards", "torchrun-HUP", "torchrun-USR1", "accelerate"],
 )
 def test_a_signal_ends_in_a_checkpoint(launcher, sharding, rank, number, code, tmp_path, text_corpus_flags):
     """Guards against other exit codes than documented, lost steps, orphaned processes, and processes that wait for each
@@ -102,7 +103,7 @@ def test_a_signal_ends_in_a_checkpoint(launcher, sharding, rank, number, code, t
         for alive in [*ranks, process]:
             with suppress(psutil.NoSuchProcess):
                 alive.kill()
-    reason = "the launcher is gone" if code < 0 else "SIGTERM"
+    reason = "the launcher is gone" if code < 0 else number.name
     assert f": {reason}; the same command with --run.resume=true continues\n" in (tmp_path / "said").read_text()
     assert (tmp_path / "run" / "checkpoints" / "last").exists()
 

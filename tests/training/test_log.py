@@ -14,6 +14,7 @@ from charlm.training import log as tracking
 from charlm.training.log import Tracker
 from charlm.training.start import TrainState
 from charlm.training.update import StepReport
+from tiny import TINY, checkpoint_folder, train
 
 
 class Clock:
@@ -201,3 +202,12 @@ def test_rows_outside_a_terminal(main, build_tracker, clock, capfd):
     assert [line.partition(":")[0] for line in capfd.readouterr().err.splitlines()] == (
         ["step 4", "step 5"] if main else []
     )
+
+
+def test_training_outlives_its_log(text_corpus_flags, tmp_path, monkeypatch):
+    """Guards against a run from Python whose work is lost with the disk of its log."""
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        run = train(*TINY, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}")
+        assert sys.stderr is full
+    assert checkpoint_folder(run, 3).exists()

@@ -25,7 +25,8 @@ FLAGS = [
     *typed(f"--train.steps={STEPS} --train.log_every=1 --train.valid_every=5 --train.keep_checkpoints=100"),
     *typed("--model.residual_dropout=0.1"),
 ]
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
 HANDLERS = [signal.getsignal(number) for number in SIGNALS]
 
 
@@ -123,14 +124,16 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_script_well(
 
 
 def test_the_time_limit_counts_from_the_start_of_the_process(whole_run, tmp_path, monkeypatch, capfd):
-    """Guards against a run that its queue kills because preparing the corpus was not counted."""
+    """Guards against a run that its queue kills because preparing the corpus was not counted, and against one that
+    ends early or late when the system's clock is set."""
     flags, whole = whole_run
     began = signals.psutil.Process().create_time()
-    clock = iter(began + seconds for seconds in range(13 * 60 + 54, 10_000_000))
-    monkeypatch.setattr("charlm.training.stop.time.time", lambda: next(clock))
+    clock = iter(range(10_000_000))
+    monkeypatch.setattr("charlm.training.stop.time.time", lambda: began + 13 * 60 + 53)
+    monkeypatch.setattr("charlm.training.stop.time.monotonic", lambda: next(clock))
     run = train(*flags, f"--run.dir={tmp_path / 'run'}", "--run.max_time=14m")
     assert "run.max_time is over" in capfd.readouterr().err
-    # The preparation, each step and each batch of the validation look at the clock once: 54 to 59, and time after 5.
+    # The preparation, each step and each batch of the validation look at the clock once: 1 to 6, and time after 5.
     assert steps(Run(run)) == [5]
     train(*flags, f"--run.dir={run}", "--run.resume=true")
     assert_ended_like(run, whole)
@@ -185,7 +188,7 @@ LONG = ["--train.steps=1000000", "--train.valid_every=1000000", "--train.log_eve
 
 def test_a_second_signal_ends_at_once(whole_run, tmp_path):
     """Guards against a run that can only be killed: here the first signal waits for a library that never returns, as
-    one that waits for another process does, so that no handler of Python's runs."""
+    one that waits for another process does, so that no handler of Python's runs; and nobody hears its answer."""
     flags, _ = whole_run
     run = tmp_path / "run"
     code = (
@@ -198,7 +201,9 @@ def test_a_second_signal_ends_at_once(whole_run, tmp_path):
         "loop.accumulate_gradients = endless\n"
         "charlm.train(charlm.load_config(overrides=sys.argv[1:]))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, *flags, f"--run.dir={run}"], cwd=SCRIPTS.parent)
+    command = [sys.executable, "-c", code, *flags, f"--run.dir={run}"]
+    process = subprocess.Popen(command, cwd=SCRIPTS.parent, stderr=subprocess.PIPE)
+    process.stderr.close()
     wait_until((tmp_path / "reached").exists, "first step")
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
@@ -222,6 +227,31 @@ def test_a_run_whose_launcher_died_saves_and_stops(whole_run, tmp_path):
         said = launcher.stderr.read()  # ends when the orphan has ended, too
     assert "the launcher is gone" in said
     assert steps(Run(run))
+
+
+@pytest.mark.parametrize(
+    ("name", "launched"),
+    [
+        *[(name, True) for name in sorted(signals.LAUNCHED)],
+        *[(name, False) for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "SLURM_JOB_ID")],
+    ],
+)
+def test_only_a_launch_has_a_launcher(name, launched, monkeypatch):
+    """Guards against a run that ends with the shell that started it, because a variable for accelerate is exported."""
+    for other in signals.LAUNCHED:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "no")
+    parents = iter(range(100))
+    monkeypatch.setattr(signals.os, "getppid", lambda: next(parents))
+    assert signals.StopRequests().agreed() == launched
+
+
+def test_nohup_is_heeded(deaf):
+    """Guards against a run that ends with its terminal although nohup started it."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with signals.StopRequests() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.agreed()
 
 
 def test_a_signal_while_the_processes_agree_is_not_lost(monkeypatch):
