@@ -89,7 +89,8 @@ def test_what_else_presets_say() -> None:
         "auxnet_multiway": "multiway",
     }
     assert {name: one.layers.tower_width for name, one in aux.items() if one.layers.tower_width} == {"pspnet": "1/4"}
-    assert aux["auxnet_multiway"].step_sizes == "auxnet"
+    auxnet = ["auxnet_joint", "auxnet_multiway", "auxnet_pairwise"]
+    assert [name for name, one in aux.items() if one.step_sizes == "weighted"] == auxnet
     assert [name for name, one in aux.items() if one.layers.hinge > 0] == ["dsn"]
     assert [name for name, one in aux.items() if one.hedge.enabled] == ["hedge"]
     assert (aux["hedge"].hedge.beta, aux["hedge"].hedge.smoothing) == (0.99, 0.2)

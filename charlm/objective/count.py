@@ -14,7 +14,7 @@ from charlm.config import Config, ConfigError, ModelConfig, TrainConfig
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.objective import Objective
-from charlm.objective.routes import blocked_layers, trunk_parameters
+from charlm.objective.routes import blocked_layers, learning_from
 from charlm.objective.terms import Term, active_by_layer
 from charlm.process import physical_memory
 
@@ -135,7 +135,7 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
 
     forward, backward = passes(aux.route)
     joint = passes("joint")
-    learning = [_learning_from(objective, own) for own in rows.values()]
+    learning = [learning_from(objective, own) for own in rows.values()]
     repeated, moved = Counter(), set()
     if aux.route == "multiway":
         repeated = Counter(chain(*learning)) - Counter(set(chain(*learning)))
@@ -173,18 +173,6 @@ def _trunk_matrices(transformer: CharTransformer, depth: int) -> int:
 def _matrices(*modules: nn.Module) -> int:
     parts = (part for module in modules for part in module.modules())
     return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
-
-
-def _learning_from(objective: Objective, rows: Sequence[Term]) -> list[nn.Parameter]:
-    layer = rows[0].layer
-    offsets = sorted({term.offset for term in rows if term.task is None})
-    last = layer == objective.transformer.config.num_layers
-    modules: list[nn.Module] = [objective.transformer.final_norm] if last else []
-    if offsets and (last or not objective.heads.frozen):
-        modules += [objective.heads.norm(layer), *objective.heads.linears(layer, offsets)]
-    modules += [objective.tasks[term.task] for term in rows if term.task is not None]
-    heads = [parameter for module in modules for parameter in module.parameters()]
-    return [*trunk_parameters(objective.transformer, 1, layer), *heads]
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:

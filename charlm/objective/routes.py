@@ -5,6 +5,7 @@ weighted mean. theta_l, the trunk up to layer l, is embeddings, position tables 
 parameters count as heads. Each update clips by itself, and decays what it moves.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,11 +66,27 @@ class Joint:
 
     def backward(self, report: LossReport, factor: float, backward: Callable[..., None]) -> None:
         """Add `factor` times a micro-batch's gradient; `backward` is like torch.autograd.backward."""
+        self.passed = list(report.by_layer)
         backward(report.total * factor)
 
     def updates(self, progress: float) -> list[Update]:
         """Updates to make after a pass, in this order."""
+        if self.aux.step_sizes == "weighted":
+            for parameter, divisor in self._divisors(progress).items():
+                if parameter.grad is not None:
+                    parameter.grad /= divisor
         return [Update(dict.fromkeys(self.optimizers, 1.0))]
+
+    def _divisors(self, progress: float) -> dict[nn.Parameter, float]:
+        """AuxNet's: of heads, lambda_l of the losses in the pass; of theta_l, also lambda_j of those above."""
+        rows, at_or_above, divisors = active_by_layer(self.objective.terms, progress), 0.0, defaultdict(float)
+        for layer, weight in reversed(loss_weights(self.objective.terms, progress).items()):
+            at_or_above += weight
+            if layer in self.passed:
+                for parameter in learning_from(self.objective, [term for term, _ in rows[layer]]):
+                    divisors[parameter] += weight
+                divisors |= dict.fromkeys(trunk_parameters(self.objective.transformer, 1, layer), at_or_above)
+        return divisors
 
     def _build(self, build: OptimizerFactory) -> list[Optimizer]:
         return build(self.parameters)
@@ -112,7 +129,8 @@ class Multiway(Joint):
 
     From the lowest layer up each update moves theta_l and the layer's heads. Under `aux.step_sizes`
     "auxnet" the trunk's learning rate is divided by the sum of lambda_j over the active layers j >= l,
-    and the heads learn from the mean loss. Under "common" plain SGD makes the joint route's step.
+    and the heads learn from the mean loss. Under "weighted" the trunk learns from it too, and lambda_l is
+    a factor of the learning rate. Under "common" plain SGD makes the joint route's step.
     """
 
     one_backward = False
@@ -140,13 +158,13 @@ class Multiway(Joint):
 
     def updates(self, progress: float) -> list[Update]:
         weights = loss_weights(self.objective.terms, progress)
-        updates = []
+        updates, weighted = [], self.aux.step_sizes == "weighted"
         for layer, gradients in self.gradients.items():
             step_size = 1.0
-            if self.aux.step_sizes == "auxnet":
+            if self.aux.step_sizes != "common":
                 above = [weight for other, weight in weights.items() if other >= layer]
-                step_size = 1.0 / sum(above)
-                for parameter in gradients.keys() & set(self.heads):
+                step_size = (weights[layer] if weighted else 1.0) / sum(above)
+                for parameter in gradients.keys() & set(self.parameters if weighted else self.heads):
                     gradients[parameter] /= weights[layer]
             step_sizes = dict.fromkeys(self.of_trunk[layer], step_size)
             step_sizes |= dict.fromkeys(self.of_heads[layer], 1.0)
@@ -163,14 +181,16 @@ def check_route(config: Config, precision: str | None = None, sharded: bool = Fa
     aux, train = config.aux, config.train
     fp16 = (precision or train.mixed_precision) == "fp16"
     searched = train.micro_batch_size == "auto"
-    learned = aux.hedge.enabled and aux.route == "multiway" and aux.step_sizes == "auxnet"
+    apart, weighted = aux.route != "joint", aux.step_sizes == "weighted"
+    learned = aux.hedge.enabled and (weighted or (aux.route == "multiway" and aux.step_sizes == "auxnet"))
     for holds, complaint in (
-        (fp16, "fp16 has one gradient scale for one loss; use --train.mixed_precision=bf16 or fp32"),
-        (sharded, "FSDP2 frees shards after one backward pass per step; use --train.sharding=no"),
-        (searched, "train.micro_batch_size=auto measures the memory of a joint step; give a number"),
+        (apart and fp16, "fp16 has one gradient scale for one loss; use --train.mixed_precision=bf16 or fp32"),
+        (apart and sharded, "FSDP2 frees shards after one backward pass per step; use --train.sharding=no"),
+        (apart and searched, "train.micro_batch_size=auto measures the memory of a joint step; give a number"),
         (learned, "aux.hedge learns weights that AuxNet needs fixed; use --aux.step_sizes=common"),
+        (weighted and aux.route == "relay", "it has no step sizes of its own; use --aux.step_sizes=common"),
     ):
-        if holds and aux.route != "joint":
+        if holds:
             raise UserError(f"aux.route={aux.route}: {complaint}", "aux.route")
 
 
@@ -183,6 +203,19 @@ def loss_weights(terms: Sequence[Term], progress: float) -> dict[int, float]:
 def blocked_layers(layers: Sequence[int], num_layers: int, depth: int) -> list[int]:
     """The layers whose loss, if it reaches `depth` layers, stops short of the embeddings."""
     return [layer for layer in layers if depth < layer < num_layers]
+
+
+def learning_from(objective: Objective, rows: Sequence[Term]) -> list[nn.Parameter]:
+    """The parameters that the loss of one layer's `rows` reaches on every route but relay."""
+    layer = rows[0].layer
+    offsets = sorted({term.offset for term in rows if term.task is None})
+    last = layer == objective.transformer.config.num_layers
+    modules: list[nn.Module] = [objective.transformer.final_norm] if last else []
+    if offsets and (last or not objective.heads.frozen):
+        modules += [objective.heads.norm(layer), *objective.heads.linears(layer, offsets)]
+    modules += [objective.tasks[term.task] for term in rows if term.task is not None]
+    heads = [parameter for module in modules for parameter in module.parameters()]
+    return [*trunk_parameters(objective.transformer, 1, layer), *heads]
 
 
 def trunk_parameters(transformer: CharTransformer, lowest: int, highest: int) -> list[nn.Parameter]:

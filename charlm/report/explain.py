@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from charlm.config import AuxConfig, Config, count_of
+from charlm.config import Config, count_of
 from charlm.data.corpus import prepared_corpus
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.model.heads import Heads
@@ -131,8 +131,7 @@ def _summary(explanation: Explanation) -> list[str]:
         "training": f"{train.steps:,} steps of {train.batch_size * model.context_length:,} characters",
     }
     lines |= _methods(explanation)
-    if explanation.config.aux.route != "joint":
-        lines |= _route(explanation.config.aux, explanation.route_cost)
+    lines |= _route(explanation.config, explanation.route_cost)
     if not explanation.vocabulary_is_known:
         size = explanation.vocabulary_size
         lines["vocabulary"] = f"{size} symbols assumed: scripts/prepare.py counts them"
@@ -164,22 +163,32 @@ def _methods(explanation: Explanation) -> dict[str, str]:
     return lines
 
 
-def _route(aux: AuxConfig, cost: RouteCost) -> dict[str, str]:
-    """The gradients' route, and its cost relative to the joint one."""
+def _route(config: Config, cost: RouteCost) -> dict[str, str]:
+    """The gradients' route, and its cost relative to the joint one; nothing for joint without step sizes."""
+    aux, optimizer = config.aux, config.train.optimizer
     plural = "s" if aux.relay_layers > 1 else ""
+    weighted = aux.step_sizes == "weighted"
+    if aux.route == "joint" and not weighted:
+        return {}
     routes = {
+        "joint": "joint, one update",
         "relay": f"relay, down to {aux.relay_layers} layer{plural} below each head",
         "pairwise": "pairwise, an update per exit layer",
-        "multiway": f"multiway, an update per exit layer, step sizes: {aux.step_sizes}",
+        "multiway": "multiway, an update per exit layer",
     }
+    lines = {"route": routes[aux.route]}
+    if weighted or aux.route == "multiway":
+        lines["route"] += f", step sizes: {aux.step_sizes}"
+    if optimizer != "sgd" and aux.route == "multiway" and not weighted:
+        lines["- weights"] = f"cancel out under {optimizer}, not with step sizes: weighted"
+    if optimizer != "sgd" and aux.route == "joint":
+        lines["- step sizes"] = f"hardly any effect under {optimizer}, which ignores a factor"
     memory = {"gradients": cost.gradients, "optimizer state": cost.optimizer_state, "copies": cost.copies}
     more = ", ".join(f"+{_short(numbers)} {name}" for name, numbers in memory.items() if numbers)
     parts = f"{cost.forward:.2f} forward, {cost.backward:.2f} backward"
-    return {
-        "route": routes[aux.route],
-        "- operations": f"{cost.total:.2f} of the joint route's ({parts})",
-        "- memory": f"{more} (numbers)" if more else "the joint route's",
-    }
+    lines["- operations"] = f"{cost.total:.2f} of the joint route's ({parts})"
+    lines["- memory"] = f"{more} (numbers)" if more else "the joint route's"
+    return lines
 
 
 def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:

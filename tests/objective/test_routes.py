@@ -1,6 +1,8 @@
 """The routes of gradients against updates written out by hand, with torch.autograd.grad and p -= lr * g."""
 
+import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from charlm.config import AuxConfig, Config, LayersConfig, TrainConfig
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.objective.routes import ROUTES, Joint, OptimizerFactory, check_route, loss_weights, trunk_parameters
+from charlm.training.optimizers import build_optimizers, set_learning_rates
 from tiny import refused, small_model
 
 V, LR, STEPS = 5, 0.05, 3
@@ -83,6 +86,29 @@ def pairwise_by_hand(objective: Objective, windows_BW: Tensor) -> None:
         move(objective, gradients_of(objective(windows_BW, 0.0).by_layer[layer], objective))
 
 
+def joint_with_step_sizes_by_hand(objective: Objective, windows_BW: Tensor) -> None:
+    """AuxNet's: layer l of the trunk at the rate over the sum of lambda_j, j >= l; heads by their mean loss."""
+    report = objective(windows_BW, 0.0)
+    gradients = gradients_of(sum(report.by_layer.values()), objective)
+
+    def rate(name: str) -> float:
+        if "final_norm" in name:
+            return LR / LAMBDAS[3]
+        layer = re.search(r"layer(\d)", name) if is_head(name) else None
+        block = re.search(r"(?:blocks|position_tables)\.(\d)", name)
+        lowest = int(block[1]) + 1 if block else 1
+        return LR / (LAMBDAS[int(layer[1])] if layer else sum(LAMBDAS[own] for own in LAMBDAS if own >= lowest))
+
+    move(objective, gradients, rate)
+
+
+def pairwise_with_step_sizes_by_hand(objective: Objective, windows_BW: Tensor) -> None:
+    for layer, weight in LAMBDAS.items():
+        above = sum(other for number, other in LAMBDAS.items() if number >= layer)
+        gradients = gradients_of(objective(windows_BW, 0.0).by_layer[layer], objective)
+        move(objective, gradients, lambda name, rates=(LR / weight, LR / above): rates[not is_head(name)])
+
+
 def multiway_by_hand(objective: Objective, windows_BW: Tensor) -> None:
     report = objective(windows_BW, 0.0)
     mean_loss_gradients = {
@@ -117,14 +143,21 @@ BY_HAND = {
     "joint": joint_by_hand,
     "pairwise": pairwise_by_hand,
     "multiway": multiway_by_hand,
+    "joint-weighted": joint_with_step_sizes_by_hand,
+    "pairwise-weighted": pairwise_with_step_sizes_by_hand,
+    "multiway-weighted": multiway_by_hand,
     "relay-1": lambda objective, windows_BW: relay_by_hand(objective, windows_BW, 1),
     "relay-2": lambda objective, windows_BW: relay_by_hand(objective, windows_BW, 2),
 }
 
 
 def aux_of(way: str, **options) -> AuxConfig:
-    route, _, depth = way.partition("-")
-    return AuxConfig(layers=LAYERS, route=route, relay_layers=int(depth or 1), **options)
+    route, _, how = way.partition("-")
+    if how == "weighted":
+        options["step_sizes"] = how
+    elif how:
+        options["relay_layers"] = int(how)
+    return AuxConfig(layers=LAYERS, route=route, **options)
 
 
 def assert_same_parameters(left: Objective, right: Objective, tolerance: float = 1e-6) -> None:
@@ -163,6 +196,29 @@ def test_learned_weights_scale_the_gradients_of_every_route(way, randomise):
         for step in range(1 if way == "pairwise" else 5):
             take_step(route, some_windows(objective, step))
     assert_same_parameters(apart, together, 1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("step_sizes", ["weighted", "auxnet"])
+def test_weights_of_multiway_under_every_optimizer(step_sizes, optimizer, randomise):
+    """Guards against a weight that a loss's own scale-free state cancels, and old runs that continue by other steps."""
+    train, moved = TrainConfig(optimizer=optimizer, momentum=0.0), []
+    for weight in (0.5, 5.0):
+        aux = AuxConfig(layers=LAYERS.replace(weight=weight), route="multiway", step_sizes=step_sizes)
+        objective = objective_of(randomise, aux)
+        route = route_of(objective, aux, partial(build_optimizers, train, objective))
+        matrix = objective.transformer.blocks[0].feed_forward.up.weight
+        before = matrix.detach().clone()
+        route.backward(objective(some_windows(objective, 0), 0.0), 1.0, torch.autograd.backward)
+        first = route.updates(0.0)[0]  # of layer 1's loss
+        set_learning_rates(first.step_sizes, 1.0)
+        with first.in_place():
+            for rule in first.step_sizes:
+                rule.step()
+        moved.append(float((matrix - before).detach().norm()))
+    # lambda / sum of lambdas: 0.75 / 3 and 7.5 / 16.5; where the weight cancels 1 / 3 and 1 / 16.5.
+    counts = optimizer == "sgd" or step_sizes == "weighted"
+    assert moved[1] / moved[0] == pytest.approx(20 / 11 if counts else 2 / 11, rel=0.02)
 
 
 @pytest.mark.parametrize("way", ["pairwise", "multiway", "relay-1"])
@@ -257,6 +313,8 @@ def test_weights_by_hand(randomise):
         ({"route": "pairwise"}, {}, {"sharded": True}, "FSDP2"),
         ({"route": "pairwise"}, {"micro_batch_size": "auto"}, {}, "micro_batch_size=auto"),
         ({"route": "multiway", "hedge": HEDGE}, {}, {}, "aux.step_sizes=common"),
+        ({"route": "joint", "hedge": HEDGE, "step_sizes": "weighted"}, {}, {}, "aux.step_sizes=common"),
+        ({"route": "relay", "step_sizes": "weighted"}, {}, {}, "aux.step_sizes=common"),
     ],
 )
 def test_excluded_combinations_are_refused(aux, train, options, message):
@@ -270,4 +328,6 @@ def test_other_combinations_are_accepted():
     for route in ("joint", "relay", "pairwise"):
         check_route(Config(aux=AuxConfig(route=route, hedge=HEDGE)), precision="bf16")
     check_route(Config(aux=AuxConfig(route="multiway", step_sizes="common", hedge=HEDGE)))
-    check_route(Config(train=TrainConfig(mixed_precision="fp16", micro_batch_size="auto")), sharded=True)
+    for step_sizes in ("auxnet", "weighted"):
+        train = TrainConfig(mixed_precision="fp16", micro_batch_size="auto")
+        check_route(Config(aux=AuxConfig(step_sizes=step_sizes), train=train), sharded=True)

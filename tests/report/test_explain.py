@@ -191,6 +191,21 @@ def test_what_the_rows_do_not_tell():
     assert (data["route"]["name"], data["route"]["total"]) == ("pairwise", found.route_cost.total)
     assert f"{found.route_cost.total:.2f} of the joint route's" in found.to_text()
 
+    for route, step_sizes, optimizer, told in (
+        ("multiway", "auxnet", "adamw", "- weights"),
+        ("multiway", "common", "muon", "- weights"),
+        ("multiway", "auxnet", "sgd", None),
+        ("multiway", "weighted", "muon", None),
+        ("joint", "weighted", "adamw", "- step sizes"),
+        ("joint", "weighted", "sgd", None),
+        ("pairwise", "weighted", "adamw", None),
+    ):
+        config = tiny(3, route=route, step_sizes=step_sizes)
+        lines = explain(config.replace(train=TrainConfig(optimizer=optimizer))).to_text().splitlines()
+        assert any(line.startswith("route ") and line.endswith(f", step sizes: {step_sizes}") for line in lines)
+        notes = [line[:20].rstrip() for line in lines if line.startswith(("- weights", "- step sizes"))]
+        assert notes == [told] * (told is not None), (route, step_sizes, optimizer)
+
     plain = explain(tiny(3))
     assert {"heads", "hinge", "hedge", "route", "rotation"}.isdisjoint(
         line.split()[0] for line in plain.to_text().splitlines() if line
