@@ -2,10 +2,11 @@
 """Generate text with a run: python scripts/generate.py RUN --prompt "def main(" --length 500 --temperature 0.8
 
 Several --prompt options are continued together, each by its own text.
---draft offsets, or --draft with the number of a layer that has a head, is faster.
+--draft offsets, or --draft with the number of a layer that has a head, is faster; so is --exit-entropy.
 """
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +44,9 @@ class Options(Section):
     a layer. At temperature 0 the text stays the same; else it follows the same distribution."""
     num_draft_tokens: int | None = None
     """The most symbols to draft for a pass."""
+    exit_entropy: float | None = None
+    """Faster: let the first layer that predicts a symbol with an entropy under so many bits do so, and skip the layers
+    above. evaluate.py --early-exit shows about what a threshold costs."""
 
 
 def main() -> None:
@@ -51,8 +55,9 @@ def main() -> None:
 
     draft, statistics = parse_draft(options.draft), charlm.DraftStatistics()
     trained = charlm.load(options.run, options.checkpoint)
-    names = ("length", "temperature", "top_k", "top_p", "seed", "num_draft_tokens")
+    names = ("length", "temperature", "top_k", "top_p", "seed", "num_draft_tokens", "exit_entropy")
     how = {name: getattr(options, name) for name in names} | {"draft": draft, "statistics": statistics}
+    start = time.perf_counter()
     if len(options.prompt) == 1:
         pieces = stream(trained, *options.prompt, **how)
         print(*options.prompt, end="", flush=True)
@@ -68,6 +73,11 @@ def main() -> None:
             f"{statistics.characters_per_pass:.2f} characters per pass",
             file=sys.stderr,
         )
+    if exits := statistics.exits:
+        speed, total = exits.total() / (time.perf_counter() - start), exits.total()
+        layers = ", ".join(f"layer {layer} {exits[layer] / total:.0%}" for layer in sorted(exits))
+        mean = sum(layer * count for layer, count in exits.items()) / total
+        print(f"predicted by {layers}; {mean:.2f} layers on average, {speed:,.0f} symbols per second", file=sys.stderr)
 
 
 def parse_draft(text: str | None) -> str | int | None:

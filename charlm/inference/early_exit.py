@@ -1,12 +1,15 @@
 """Early exit: every symbol is predicted by the first layer that is sure enough.
 
 A layer with a head predicts a symbol if the entropy of its prediction is under a threshold; otherwise
-the next one decides (Teerapittayanon et al. 2016, "BranchyNet"). Scoring computes all layers.
+the next one decides (Teerapittayanon et al. 2016, "BranchyNet"). Scoring computes all layers; generation
+skips those above the exit.
 
-Shapes: M symbols of a batch, N symbols, E exits including the last layer, Q thresholds.
+Shapes: M symbols of a batch, N symbols, E exits including the last layer, Q thresholds, D d_model,
+V vocabulary.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +22,8 @@ from charlm.config import UserError
 from charlm.data.corpus import Corpus
 from charlm.inference.evaluation import EarlyExit, ExitPoint, Score, Scorer, bits_per
 from charlm.inference.scoring import measure_text, nats_and_entropies, predictions, sum_over_processes
+from charlm.inference.stepping import Reader
+from charlm.model.cache import KVCache
 from charlm.model.kernels_cpu import full_fp32_matmul
 from charlm.runs.trained import TrainedModel, exit_layers
 
@@ -40,12 +45,7 @@ def early_exit(
     Raises UserError as there, or if only the last layer has a head, or a quantile is not in [0, 1].
     """
     scorer = Scorer(trained, corpus, **protocol)
-    layers = exit_layers(trained)
-    if len(layers) < 2:
-        raise UserError(
-            "early exit: only the last layer has a head for the next symbol; "
-            "train with --aux.layers.enabled=true, or export with --keep-heads"
-        )
+    layers = _exits(trained)
     if any(not 0 <= quantile <= 1 for quantile in quantiles):
         raise UserError(f"quantiles={list(quantiles)}: must lie in [0, 1]", option="quantiles")
     models = (trained.transformer, trained.heads)
@@ -80,6 +80,53 @@ def early_exit(
         layers=scorer.by_layer(dict(zip(layers, nats_E.split(1), strict=True))),
         early_exit=EarlyExit(chosen_on=chosen_on, points=tuple(points)),
     )
+
+
+def _exits(trained: TrainedModel) -> list[int]:
+    layers = exit_layers(trained)
+    if len(layers) < 2:
+        raise UserError(
+            "early exit: only the last layer has a head for the next symbol; "
+            "train with --aux.layers.enabled=true, or export with --keep-heads"
+        )
+    return layers
+
+
+class ExitReader(Reader):
+    """Reads a text symbol by symbol, each up to the first exit that is sure of the next.
+
+    The layers above get keys and values of the exit's hidden state in place of their own input
+    (Schuster et al. 2022, CALM, "state propagation"), so later predictions are those of the whole model
+    only roughly. All layers read what is read at once: a prompt, or the newer half of a full context.
+    """
+
+    def __init__(self, trained: TrainedModel, entropy: float, exits: Counter[int]):
+        """`entropy` is the threshold in bits; `exits` counts the symbols that each layer predicts."""
+        super().__init__(trained)
+        if not entropy >= 0:
+            raise UserError(f"exit_entropy={entropy}: must be at least 0", "exit_entropy")
+        self.exit_layers, self.threshold = _exits(trained), entropy * math.log(2)
+        self.exits = exits
+
+    @torch.inference_mode()
+    def next_logits(self, ids: Sequence[list[int]], cache: KVCache) -> Tensor:
+        """As `Reader.next_logits`, for one text."""
+        if cache.length == 0:
+            self.exits[self.config.num_layers] += 1
+            return super().next_logits(ids, cache)
+        first, *higher = self.exit_layers
+        layer, hidden_11D = first, self.read(ids, cache, layer=first)
+        for above in (*higher, None):
+            logits_1V = self.logits(hidden_11D, layer)[:, 0, 0]
+            if above is None:
+                break
+            cache.lengths -= 1
+            if torch.special.entr(logits_1V.double().softmax(-1)).sum() < self.threshold:
+                self.skip_from(hidden_11D, layer, cache)
+                break
+            layer, hidden_11D = above, self.run_from(hidden_11D, layer, cache, above)
+        self.exits[layer] += 1
+        return logits_1V
 
 
 def choose_thresholds(entropies_EN: np.ndarray, quantiles: Sequence[float]) -> Tensor:

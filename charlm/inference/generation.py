@@ -11,6 +11,7 @@ from tqdm import tqdm
 from charlm.config import UserError
 from charlm.data.vocabulary import EncodingError
 from charlm.data.windows import default_stride
+from charlm.inference.early_exit import ExitReader
 from charlm.inference.sampling import Sampling
 from charlm.inference.speculative import Draft, DraftStatistics, Speculation, choose_num_drafts
 from charlm.inference.stepping import Reader
@@ -34,6 +35,7 @@ def generate(
     draft: Draft | None = None,
     num_draft_tokens: int | None = None,
     statistics: DraftStatistics | None = None,
+    exit_entropy: float | None = None,
     show_progress: bool = False,
 ) -> str | list[str]:
     """The text that the model writes after `prompt`, without it; the same seed gives the same text.
@@ -41,7 +43,7 @@ def generate(
     Every symbol is predicted from all before it, until the model's context is full: then its older half
     is forgotten, and the newer half is read again. The weights must not change before the text ends.
 
-    Several prompts are continued together or, with drafts, one after the other. The first text is the one
+    Several prompts are continued together or, with drafts or early exit, one after the other. The first text is the one
     that `seed` gives alone, the next that of `seed` + 1, and so on, except for rounding in the model.
 
     Args:
@@ -52,7 +54,9 @@ def generate(
             heads for later symbols, a number with the exit at this layer. At temperature 0 the text
             stays the same; others follow the same distribution.
         num_draft_tokens: the most symbols to draft before a pass; by default one per head, or 5.
-        statistics: counts how useful the drafts were.
+        statistics: counts how useful the drafts were, or the exits.
+        exit_entropy: in bits; a symbol is predicted by the first layer whose prediction has less entropy, and
+            the layers above are skipped (see `ExitReader`). 0 is plain generation.
 
     Raises UserError for a value out of range, an unreadable prompt, or drafts without their heads.
     """
@@ -60,9 +64,10 @@ def generate(
     if not prompts:
         raise UserError("prompt: give at least one", option="prompt")
     encoded = [_encode(trained, own) for own in prompts]
-    groups = [encoded] if draft is None else [[own] for own in encoded]
+    groups = [encoded] if draft is None and exit_entropy is None else [[own] for own in encoded]
     options = {"length": length, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     options |= {"draft": draft, "num_draft_tokens": num_draft_tokens, "statistics": statistics}
+    options["exit_entropy"] = exit_entropy
     texts = []
     with tqdm(
         total=len(groups) * length,
@@ -99,6 +104,7 @@ def _write(
     draft: Draft | None = None,
     num_draft_tokens: int | None = None,
     statistics: DraftStatistics | None = None,
+    exit_entropy: float | None = None,
     **sampling,
 ) -> Iterator[Sequence[list[int]]]:
     """The symbols that each step adds to each text; a single text, if there are drafts."""
@@ -112,11 +118,13 @@ def _write(
             f"num_draft_tokens={num_draft_tokens}: requires draft, which names their source",
             option="num_draft_tokens",
         )
-    reader = Reader(trained)
+    if draft is not None and exit_entropy is not None:
+        raise UserError(f"exit_entropy={exit_entropy}: cannot be combined with draft; leave one out", "exit_entropy")
+    statistics = statistics or DraftStatistics()
+    reader = Reader(trained) if exit_entropy is None else ExitReader(trained, exit_entropy, statistics.exits)
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(ids))]
     if draft is None:
         return _write_plainly(reader, ids, length, sampling, generators)
-    statistics = statistics or DraftStatistics()
     statistics.num_draft_tokens = choose_num_drafts(reader, draft, num_draft_tokens)
     speculation = Speculation(
         reader, draft, statistics.num_draft_tokens, sampling, *generators, statistics, context=list(*ids)

@@ -7,8 +7,9 @@ Shapes: P positions of a pass, K drafts, D d_model, V vocabulary. P is K + 1, or
 not read.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import eq
 from typing import Literal
 
@@ -31,7 +32,7 @@ are read together. In a trained model of 6 layers, about one symbol in 8,000 is 
 
 @dataclass
 class DraftStatistics:
-    """How useful the drafts were, counted during writing."""
+    """How useful the drafts were, or where symbols left the model, counted during writing."""
 
     num_draft_tokens: int = 0
     """The most symbols that were drafted before a pass."""
@@ -40,6 +41,8 @@ class DraftStatistics:
     """Passes of the whole model, with the prompt's. Plain generation takes one per symbol."""
     drafted: int = 0
     accepted: int = 0
+    exits: Counter[int] = field(default_factory=Counter)
+    """With early exit in place of drafts: the symbols that each layer predicted."""
 
     @property
     def acceptance_rate(self) -> float:

@@ -198,14 +198,14 @@ class CharTransformer(nn.Module):
         places = self.places(ids_BT.shape[1], cache)
         return self._run(self.embed(ids_BT, places, cache), 0, wanted, places, cache, num_last)
 
-    def run_from(self, hidden_BTD: Tensor, layer: int, cache: KVCache) -> Tensor:
-        """Run the layers above `layer` on its hidden states from `forward`; return the last layer's.
+    def run_from(self, hidden_BTD: Tensor, layer: int, cache: KVCache, highest: int | None = None) -> Tensor:
+        """Run the layers above `layer` on its hidden states from `forward`; return those of `highest` (or the last).
 
         First set the lengths of `cache` back to before these positions; it advances over them again.
         """
         places = self.places(hidden_BTD.shape[1], cache)
-        last = self.config.num_layers
-        return self._run(hidden_BTD, layer, {last}, places, cache)[last]
+        highest = highest or self.config.num_layers
+        return self._run(hidden_BTD, layer, {highest}, places, cache)[highest]
 
     def places(self, num_new: int, cache: KVCache | None) -> Places:
         """Slots for the next `num_new` positions. Raises ValueError if they exceed the context."""

@@ -2,15 +2,20 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from charlm.config import Config, TrainConfig, UserError
-from charlm.inference.early_exit import QUANTILES, choose_thresholds, early_exit, first_sure
+from charlm.inference.early_exit import QUANTILES, ExitReader, choose_thresholds, early_exit, first_sure
 from charlm.inference.evaluation import bits_per_character
+from charlm.inference.generation import generate, stream
+from charlm.inference.sampling import Sampling
+from charlm.inference.speculative import DraftStatistics
 from charlm.model.heads import Heads
 from charlm.report import figures
 from charlm.report.style import save
@@ -112,3 +117,93 @@ def test_what_the_picture_shows(setting, tmp_path):
     assert list(layers.get_xdata()) == [1, 2, 3]
     assert list(layers.get_ydata()) == list(score.layers.values())
     assert save(figures.early_exit(score), tmp_path / "exits.svg").stat().st_size > 1000
+
+
+@torch.no_grad()
+def written_by_exits(trained, length: int, threshold: float) -> tuple[str, list[int], list[float]]:
+    """A text after "ab", the layer that predicts each symbol, and the entropies, by the description: every layer keeps
+    the input that it had at each position, or the hidden state of the exit below, and attends to all of them."""
+    transformer, last = trained.transformer, trained.config.model.num_layers
+    context_length, exits = trained.config.model.context_length, [layer for layer, _ in trained.heads.pairs]
+    generator = torch.Generator().manual_seed(3)
+    context, text, used, entropies, inputs = list(b"ab"), [], [], [], None
+    for _ in range(length):
+        if len(context) > context_length:
+            context, inputs = context[-max(1, context_length // 2) :], None
+        x_BTD = transformer.embed(torch.tensor([context]), transformer.places(len(context), None), None)
+        can_exit = inputs is not None
+        inputs = inputs or dict.fromkeys(range(1, last + 1), x_BTD[:, :0])
+        x_BTD = x_BTD[:, inputs[1].shape[1] :]
+        for layer in range(1, last + 1):
+            inputs[layer] = torch.cat([inputs[layer], x_BTD], dim=1)
+            whole_BTD = inputs[layer]
+            if layer <= len(transformer.position_tables):
+                whole_BTD = whole_BTD + transformer.position_tables[layer - 1][: whole_BTD.shape[1]]
+            rotation = transformer.rotation(transformer.places(whole_BTD.shape[1], None))
+            new = x_BTD.shape[1]
+            x_BTD = transformer.blocks[layer - 1](whole_BTD, rotation)[:, -new:]
+            if layer not in exits or (layer < last and not can_exit):
+                continue
+            hidden_BTD = transformer.final_norm(x_BTD) if layer == last else x_BTD
+            logits_1V = trained.heads(hidden_BTD, layer)[0, -1:, 0]
+            bits_1V = logits_1V.double().log_softmax(-1) / math.log(2)
+            entropies.append(-float((2**bits_1V * bits_1V).sum()))
+            if layer == last or entropies[-1] < threshold:
+                break
+        for above in range(layer + 1, last + 1):
+            inputs[above] = torch.cat([inputs[above], x_BTD], dim=1)
+        (symbol,), _ = Sampling().choose(logits_1V, generator)
+        context.append(symbol)
+        text.append(symbol)
+        used.append(layer)
+    return bytes(text).decode(errors="replace"), used, entropies
+
+
+@pytest.mark.parametrize("heads", [(1, 2, 3, 4), (2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"context_length": 2},
+        {"context_length": 7, "position_encoding": "input", "norm": "post"},
+        {"context_length": 24, "position_encoding": "rotary", "ngrams": (2, 4)},
+        {"context_length": 32},
+    ],
+    ids=str,
+)
+def test_a_text_with_exits_by_its_description(build_model, heads, options):
+    """Guards against keys and values that a skipped layer never got, or got from another state, position or norm; a
+    layer that runs twice; and an exit below the threshold that is not the first, or is taken in a prompt."""
+    trained = build_model(num_layers=4, pairs=[(layer, 1) for layer in heads], **options)
+    write = partial(generate, trained, b"ab", length=60, seed=3)
+    entropies = np.unique(np.round(written_by_exits(trained, 60, 0.0)[2], 3))
+    for place in (len(entropies) // 10, len(entropies) // 3, len(entropies) // 2):
+        threshold, statistics = entropies[place : place + 2].mean(), DraftStatistics()  # between two, however rounded
+        text, used, _ = written_by_exits(trained, 60, threshold)
+        assert write(exit_entropy=threshold, statistics=statistics) == text
+        assert statistics.exits == Counter(used) and len(statistics.exits) > 1
+    assert write(exit_entropy=0.0) == write()
+
+
+def test_skipped_layers_do_not_run(build_model, monkeypatch):
+    """Guards against an exit that saves nothing."""
+    trained, ran = build_model(num_layers=3, context_length=32), []
+    run = ExitReader._run
+    monkeypatch.setattr(ExitReader, "_run", lambda self, x, *span: ran.append(span[:2]) or run(self, x, *span))
+    texts = generate(trained, ["a", "bc"], length=9, exit_entropy=math.inf)
+    assert ran == [(0, 3), *[(0, 1)] * 8] * 2  # the prompt, and each symbol
+    assert texts == ["".join(stream(trained, p, length=9, seed=n, exit_entropy=9.0)) for n, p in enumerate(["a", "bc"])]
+
+
+@pytest.mark.parametrize(
+    ("options", "pairs", "message"),
+    [
+        ({"exit_entropy": -0.1}, None, "exit_entropy=-0.1: must be at least 0"),
+        ({"exit_entropy": math.nan}, None, "exit_entropy=nan"),
+        ({"exit_entropy": 1.0, "draft": 1}, None, "cannot be combined with draft"),
+        ({"exit_entropy": 1.0}, [(2, 1)], "only the last layer has a head"),
+    ],
+)
+def test_exits_that_cannot_be_taken(build_model, options, pairs, message):
+    """Guards against an exit that is silently ignored, and one that is never or always taken by mistake."""
+    with pytest.raises(UserError, match=message):
+        generate(build_model(pairs=pairs), "a", length=3, **options)

@@ -101,6 +101,15 @@ def test_generate_drafts(run_on_disk, script, draft):
     assert re.fullmatch(r"num_draft_tokens 1, acceptance_rate [01]\.\d{3}, [12]\.\d\d characters per pass\n", err)
 
 
+def test_generate_with_exits(run_on_disk, script):
+    """Guards against an exit that the script leaves out, and figures that are missing or among the text. A context of
+    16 is read again five times, by all layers."""
+    code, out, err = script("generate", "--prompt=12é ", "--length=40", "--exit-entropy=99")
+    assert (code, out) == (0, f"12é {generate(load(run_on_disk), '12é ', length=40, exit_entropy=99.0)}\n")
+    expected = r"predicted by layer 1 88%, layer 2 12%; 1\.12 layers on average, [\d,]+ symbols per second\n"
+    assert re.fullmatch(expected, err)
+
+
 def test_early_exit_is_shown_as_a_table(script, run_on_disk, tmp_path):
     """Guards against a curve that does not say where its thresholds come from, or that no time is saved; lines wider
     than a terminal; a part of a split that passes for the whole; and a picture that is not drawn."""
@@ -130,6 +139,8 @@ def test_early_exit_is_shown_as_a_table(script, run_on_disk, tmp_path):
         ("generate", [], "prompt"),
         ("generate", ["--prompt=12345678901234567"], "prompt: has 17 symbols"),
         ("generate", ["--prompt=a", "--draft=all"], "draft=all"),
+        ("generate", ["--prompt=a", "--exit-entropy=-1"], "exit_entropy=-1.0: must be at least 0"),
+        ("generate", ["--prompt=a", "--exit-entropy=1", "--draft=1"], "cannot be combined with draft"),
     ],
 )
 def test_bad_input(run_on_disk, script, name, arguments, message):
