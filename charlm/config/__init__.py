@@ -51,8 +51,9 @@ class Config(Section):
         if layers.enabled:
             for option, problem in layers.errors_for_depth(num_layers):
                 raise self.mistake(f"aux.layers.{option}", problem, "model.num_layers")
-        if self.aux.hedge.enabled and not layers.intermediate(num_layers):
-            text = "weighs layers against each other, and only the last has a head; give others one (aux.layers)"
+        weighed = len(layers.intermediate(num_layers)) * (layers.weight > 0) + (self.aux.main_weight > 0)
+        if self.aux.hedge.enabled and weighed < 2:
+            text = f"weighs layers against each other, but only {weighed} predicts; give more a head (aux.layers)"
             raise self.mistake("aux.hedge.enabled", text, "model.num_layers", "aux.layers.enabled")
         return self
 

@@ -25,27 +25,20 @@ Decay = Literal["constant", "linear", "cosine", "cutoff"]
 def _count_or_share(value: Any) -> int | float | str:
     """The number or fraction in a text. That a number is small enough is checked later."""
     text = str(value)
-    if re.fullmatch(r"[0-9]{1,9}", text):
+    if re.fullmatch(r"[1-9][0-9]{0,8}", text):
         return int(text)
     with suppress(ValueError, ZeroDivisionError):
         if re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text) and 0 < Fraction(text) <= 1:
             return text
         if 0 < float(text) <= 1:
             return float(text)
-    raise ValueError("is neither a whole number nor a fraction in (0, 1], such as 1/3 or 0.5")
+    raise ValueError("is neither a whole number from 1 on nor a fraction in (0, 1], such as 1/3 or 0.5")
 
 
-Depth = Annotated[
-    int | float | str,
-    PlainValidator(_count_or_share),
-    WithJsonSchema({"type": "string", "format": "layer"}),
-]
+_CountOrShare = Annotated[int | float | str, PlainValidator(_count_or_share)]
+Depth = Annotated[_CountOrShare, WithJsonSchema({"type": "string", "format": "layer"})]
 """A layer: its number (1 is the lowest), or a fraction of the depth, 0.5 or "1/3" (1.0 is the last)."""
-Width = Annotated[
-    int | float | str,
-    PlainValidator(_count_or_share),
-    WithJsonSchema({"type": "string", "format": "width"}),
-]
+Width = Annotated[_CountOrShare, WithJsonSchema({"type": "string", "format": "width"})]
 """A number of columns, or a fraction of d_model."""
 
 
@@ -170,8 +163,6 @@ class LayersConfig(StagedLossConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.tower_width == 0:
-            raise self.mistake("tower_width", "must be at least 1")
         if self.at is not None and len(set(map(str, self.at))) < len(self.at):
             raise self.mistake("at", "contains a layer twice")
         if self.weights is not None and self.weighting != "uniform":

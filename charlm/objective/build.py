@@ -2,7 +2,7 @@
 
 import torch
 
-from charlm.config import Config, ConfigError
+from charlm.config import Config
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.count import check_memory
@@ -17,8 +17,7 @@ def build_objective(config: Config, vocabulary_size: int, *, training: bool = Tr
 
     Raises:
         UserError: a task of aux.tasks is not registered.
-        ConfigError: the parameters do not fit in memory, all terms have weight zero at some
-            point of training, or aux.hedge has fewer than two layers to weigh.
+        ConfigError: the parameters do not fit in memory, or all terms have weight zero at some time.
     """
     model, aux, train = config.model, config.aux, config.train
     if torch.get_default_device().type != "meta":
@@ -35,13 +34,6 @@ def build_objective(config: Config, vocabulary_size: int, *, training: bool = Tr
     pairs = head_pairs(terms, model.num_layers)
     heads = Heads(model, vocabulary_size, pairs, layers=aux.layers, final_norm=transformer.final_norm)
     next_character = {term.layer for term in terms if term.offset == 1}
-    if aux.hedge.enabled and len(next_character) < 2:
-        raise ConfigError(
-            "aux.hedge.enabled=true: weighs layers against each other, "
-            f"but only {len(next_character)} predicts the next character; "
-            "give more layers a head (aux.layers), or switch it off",
-            "aux.hedge.enabled",
-        )
     hedge = Hedge(next_character, aux.hedge.beta, aux.hedge.smoothing) if aux.hedge.enabled else None
     tasks = build_tasks(aux.tasks, model, vocabulary_size) if training and aux.tasks else None
     return Objective(transformer, heads, terms, hedge=hedge, tasks=tasks, cross_entropy=train.cross_entropy)

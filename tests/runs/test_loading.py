@@ -71,9 +71,11 @@ def test_only_layers_that_predict_the_next_character_are_hedged(tmp_path):
     silent = config.replace(aux=config.aux.replace(main_weight=0.0))
     assert build_objective(config, 5).hedge.layers == [1, 2, 3]
     assert build_objective(silent, 5).hedge.layers == [1, 2]
-    alone = config.replace(aux=config.aux.replace(layers=config.aux.layers.replace(weight=0.0)))
-    with pytest.raises(ConfigError, match=r"aux\.hedge\.enabled=true: .* 1 predicts the next character"):
-        build_objective(alone, 5)
+    for layers in (LayersConfig(enabled=False), config.aux.layers.replace(weight=0.0)):
+        with pytest.raises(ConfigError, match=r"aux\.hedge\.enabled=true: .* only 1 predicts"):
+            config.replace(aux=config.aux.replace(layers=layers))
+    with pytest.raises(ConfigError, match=r"aux\.hedge\.enabled=true: .* only 1 predicts"):
+        silent.replace(aux=silent.aux.replace(layers=LayersConfig(at=(1,))))
 
 
 def test_tensors_of_a_task_that_the_run_does_not_have_are_refused(tmp_path, randomise):
