@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import platform
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,8 +18,11 @@ from pydantic import TypeAdapter, ValidationError
 from charlm.config.errors import UserError
 
 MAX_JSON_BYTES = 2**24
-TEMPORARY = re.compile(r"\.(.+)\.(\d{1,9})\.tmp", re.ASCII | re.DOTALL)
-"""Name of what `replacing` writes: the target's name and the id of the writing process."""
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+TEMPORARY = re.compile(rf"\.(.+)\.{HOST}-(\d{{1,9}})-[0-9a-f]{{8}}\.tmp", re.ASCII | re.DOTALL)
+"""Name of what `replacing` writes on this machine: the target's name, the id of the process, and chance."""
+_being_written: set[str] = set()
+"""Names of what this process is writing; a killed one may have had the same id."""
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, kind: Any = Any) -> Any:
@@ -62,23 +67,29 @@ def replacing(path: Path) -> Iterator[Path]:
     """A hidden path beside `path`; the file or folder made there moves to `path` when the context ends.
 
     It is removed instead if there was an error. The content of a folder must be on disk by then, and
-    no folder may stand at `path`. Every process has its own hidden path, so that several may write the
-    same `path`: the last file stays, or the first folder. Call it once at a time for a path.
+    no folder may stand at `path`. Every call has its own hidden path, so that threads, processes and
+    machines may write the same `path` at once: the last file stays, or the first folder. What killed
+    processes of this machine left for `path` is removed.
     """
     for left in path.parent.glob(".*.tmp"):
         match = TEMPORARY.fullmatch(left.name)
-        if match and match[1] == path.name and not psutil.pid_exists(int(match[2])):
+        if match and match[1] == path.name and not _is_being_written(left.name, int(match[2])):
             with suppress(OSError):  # another user's, perhaps
                 remove(left)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    remove(temporary)  # left by a process that was killed and had the same id
+    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _being_written.add(temporary.name)
     try:
         yield temporary
         sync(temporary)
         temporary.replace(path)
     finally:
         remove(temporary)
+        _being_written.remove(temporary.name)
     sync(path.parent)
+
+
+def _is_being_written(name: str, process: int) -> bool:
+    return name in _being_written if process == os.getpid() else psutil.pid_exists(process)
 
 
 def remove(path: Path) -> None:

@@ -13,15 +13,19 @@ import torch
 from safetensors.torch import save_file
 
 from charlm.config import Config, RunConfig
+from charlm.files import HOST
 from charlm.runs.checkpoints import Checkpoint, checkpoint_folders, save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.tensors import Snapshot, load_tensors
 
 CORPUS = {"name": "none", "sha256": "0"}
 """A run's record of a corpus that no test reads."""
-NO_PROCESS = 999_999_999
-"""An id that no process has."""
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+def left_of(path: Path, host: str = HOST, process: int = 999_999_999) -> Path:
+    """The hidden path at which a process, by default one that has ended, has written `path`."""
+    return path.with_name(f".{path.name}.{host}-{process}-01234567.tmp")
 
 
 def make_run(path: Path) -> Run:

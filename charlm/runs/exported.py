@@ -138,6 +138,7 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
             write_whole(temporary / CARD, _card(trained, name or folder.name))
             save_tensors(tensors, temporary / TENSORS, config, {"format": "pt"})
     except OSError as error:
+        check_absent(folder)  # another process may have been faster
         raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
     return folder
 

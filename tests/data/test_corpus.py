@@ -21,7 +21,7 @@ from charlm.data import corpus as module
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.sources import PUBLISHED
 from charlm.data.vocabulary import ByteVocabulary
-from storage import NO_PROCESS, missing, replaced, written
+from storage import left_of, missing, replaced, written
 
 TEXT = "".join(f"line {number:03d}\n" for number in range(100)).encode()  # 900 bytes
 
@@ -252,7 +252,7 @@ def test_what_a_killed_process_left_is_cleared(file_config):
     load_corpus(file_config)
     [name] = left_in(file_config.cache_dir)
     folder = file_config.cache_dir / name
-    left = folder.rename(folder.with_name(f".{name}.{NO_PROCESS}.tmp"))
+    left = folder.rename(left_of(folder))
     (left / "ids.bin").write_bytes(b"half")
     assert whole(load_corpus(file_config)) == TEXT
     assert left_in(file_config.cache_dir) == [name]

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from charlm.config import UserError
+from charlm.files import TEMPORARY
 from charlm.runs import tensors
 from charlm.runs.checkpoints import find_checkpoint, newest_whole_checkpoint, rewind
 from charlm.runs.folder import Run
@@ -147,13 +148,16 @@ def test_nothing_relies_on_what_is_not_on_disk_yet(run, monkeypatch):
     save(run, 1, best=True)
     events = []
 
+    def named(path: Path | str) -> str:
+        return TEMPORARY.sub(r".\1.tmp", Path(path).name)
+
     def fsync(descriptor: int, real=os.fsync) -> None:
-        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        events.append(("sync", named(os.readlink(f"/proc/self/fd/{descriptor}"))))
         real(descriptor)
 
     def moving(real: Callable) -> Callable:
         def move(source, target) -> None:
-            events.append((Path(source).name, Path(target).name))
+            events.append((named(source), named(target)))
             real(source, target)
 
         return move
@@ -164,19 +168,18 @@ def test_nothing_relies_on_what_is_not_on_disk_yet(run, monkeypatch):
     monkeypatch.setattr(os, "rename", moving(os.rename))
     monkeypatch.setattr(os, "replace", moving(os.replace))
     save(run, 2, best=True, keep=1)
-    suffix = f"{os.getpid()}.tmp"
-    temporary, target = f".step-00000002.{suffix}", "step-00000002"
+    temporary, target = ".step-00000002.tmp", "step-00000002"
     moment = events.index((temporary, target))
     before = events[:moment]
     assert {("sync", name) for name in FILES[:2]} <= set(before)
     assert before[-1] == ("sync", temporary)
-    manifest = f".manifest.json.{suffix}"
+    manifest = ".manifest.json.tmp"
     assert before.index((manifest, "manifest.json")) > before.index(("sync", manifest))
     assert events[moment + 1] == ("sync", "checkpoints")
     removal = events.index(("step-00000001", ".step-00000001.tmp"))
     for pointer in ("last", "best"):
-        written = events.index((f".{pointer}.{suffix}", pointer))
-        assert moment < events.index(("sync", f".{pointer}.{suffix}")) < written < removal
+        written = events.index((f".{pointer}.tmp", pointer))
+        assert moment < events.index(("sync", f".{pointer}.tmp")) < written < removal
         assert events[written + 1] == ("sync", "checkpoints")
 
 

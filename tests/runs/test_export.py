@@ -24,7 +24,7 @@ from charlm.runs import exported
 from charlm.runs.exported import save_model
 from charlm.runs.load import load
 from charlm.runs.trained import TrainedModel, shallowest, truncate
-from storage import NO_PROCESS, content
+from storage import content, left_of
 from tiny import SCRIPTS, run_script
 
 PAIRS = [(layer, offset) for layer in (1, 2, 4) for offset in (1, 2)]
@@ -236,7 +236,7 @@ def test_bad_input(run_on_disk, tmp_path, capfd, monkeypatch, arguments, message
 
 def test_nothing_half_written_stays(build, tmp_path, monkeypatch):
     """Guards against a folder that looks whole, or rubbish, when the disk is full or the process was killed before."""
-    left = tmp_path / f".out.{NO_PROCESS}.tmp"
+    left = left_of(tmp_path / "out")
     left.mkdir()
     (left / "rubbish").touch()
     with monkeypatch.context() as patch:
@@ -250,3 +250,19 @@ def test_nothing_half_written_stays(build, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="out exists already"):
         save_model(build(), tmp_path / "out")
     assert content(tmp_path) == before
+
+
+def test_the_first_of_two_exports_at_once_wins(build, tmp_path, monkeypatch):
+    """Guards against exports to one place that all fail, or leave a mixture, rubbish, or no word of the winner."""
+    first, save_tensors = build(), exported.save_tensors
+
+    def overtaken(*arguments) -> None:
+        monkeypatch.setattr(exported, "save_tensors", save_tensors)
+        save_model(first, tmp_path / "out")
+        save_tensors(*arguments)
+
+    monkeypatch.setattr(exported, "save_tensors", overtaken)
+    with pytest.raises(UserError, match="out exists already"):
+        save_model(build(num_layers=3), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert load(tmp_path / "out", device="cpu").config.model.num_layers == first.config.model.num_layers
