@@ -11,6 +11,8 @@ from typing import TextIO
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes that one unit of `ru_maxrss` stands for."""
+NO_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED")
+"""Words of torch and CUDA in plain RuntimeErrors."""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
@@ -70,6 +72,14 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def is_about_memory(error: Exception) -> bool:
+    """Whether memory was used up, on a GPU or on the host."""
+    import torch
+
+    is_kind = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_kind or any(words in str(error) for words in NO_MEMORY)
 
 
 def peak_memory() -> int:

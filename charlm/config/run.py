@@ -10,6 +10,9 @@ from charlm.config.types import Index, Section
 
 TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
+OF_ONE_CALL = {"resume", "resume_from", "auto_resume", "max_time"}
+"""Options that say how to start or stop, and are not recorded with a run."""
+
 
 class RunConfig(Section):
     """The run on disk: its folder, how to continue it, and where its numbers go."""

@@ -118,15 +118,21 @@ def find_source(config: DataConfig, cache_dir: Path, show_progress: bool) -> Sou
 
     Raises UserError if a path does not exist, cannot be read, is of the wrong kind, or holds the cache.
     """
+    check_outside(config, "data.cache_dir", cache_dir)
     choice = _choice(config)
     with choice.named_in_errors():
         if config.corpus in PUBLISHED:
             return _published(config, choice, cache_dir / f"{config.corpus}.download", show_progress)
-        if isinstance(choice.value, Path) and cache_dir.is_relative_to(choice.value):
-            raise UserError(f"data.cache_dir={cache_dir} lies inside; move one of them")
         if choice.option == "data.hub_id":
             return _dataset(config, choice, show_progress)
         return _files(config, choice)
+
+
+def check_outside(config: DataConfig, option: str, folder: Path) -> None:
+    """Raise UserError if the value of `option`, a folder to write into, lies inside the folder of the text."""
+    choice = _choice(config)
+    if isinstance(choice.value, Path) and absolute(folder).is_relative_to(choice.value):
+        raise choice.error(f"{option}={folder} lies inside and would become part of the text; move one of them")
 
 
 def _choice(config: DataConfig) -> Choice:

@@ -15,6 +15,7 @@ from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.cross_entropy import linear_cross_entropy
 from charlm.objective.hedge import Hedge
+from charlm.objective.tasks import named_in_errors
 from charlm.objective.terms import Rows, Term, active_by_layer
 
 
@@ -118,7 +119,9 @@ class Objective(nn.Module):
                 parts |= losses
             for term, weight in layer_rows:
                 if term.task is not None:
-                    loss = self.tasks[term.task](hidden_states[layer], windows_BW).float().mean()
+                    with named_in_errors(term.task):
+                        losses = self.tasks[term.task](hidden_states[layer], windows_BW)
+                        loss = torch.as_tensor(losses).float().mean()
                     shares.append(weight * loss)
                     parts[term.name] = loss.detach()
             by_layer[layer] = reduce(torch.add, shares)

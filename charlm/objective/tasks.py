@@ -1,12 +1,17 @@
 """The user's own auxiliary tasks: registered by name, switched on by `aux.tasks`."""
 
 import re
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from charlm.config import ModelConfig, UserError
+from charlm.process import is_about_memory
 
 Builder = TypeVar("Builder", bound=Callable[[ModelConfig, int], nn.Module])
 
@@ -59,5 +64,20 @@ def build_tasks(names: Iterable[str], config: ModelConfig, vocabulary_size: int)
     check_registered(names)
     tasks = nn.ModuleDict()
     for name in sorted(names):
-        tasks[name] = _builders[name](config, vocabulary_size)
+        with named_in_errors(name):
+            tasks[name] = _builders[name](config, vocabulary_size)
     return tasks
+
+
+@contextmanager
+def named_in_errors(name: str) -> Iterator[None]:
+    """Inside, an exception in a task raises a UserError with the lines of the user's code that led to it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_about_memory(error):
+            raise
+        libraries = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+        calls = [call for call in traceback.extract_tb(error.__traceback__) if not call.filename.startswith(libraries)]
+        lines = [f"\n  {call.filename}, line {call.lineno}, in {call.name}: {call.line}" for call in calls[-8:]]
+        raise UserError(f"aux.tasks: {name!r} raised {error!r}{''.join(lines)}", "aux.tasks") from error

@@ -41,9 +41,10 @@ def train_and_report(config: Config) -> Path:
     with StopRequests(config.run.max_seconds) as stop:
         try:
             train(config, stop=stop)
-        except BaseException:
-            # The folder of a refused run may be another run's.
-            if is_main_process() and _last_change(run) != before:
+        except BaseException as error:
+            # The folder of a run that was refused, or lost its folder, may be another run's.
+            is_others = getattr(error, "option", None) == "run.dir"
+            if is_main_process() and _last_change(run) != before and not is_others:
                 draw_pictures(run, config)
             raise
         if is_main_process():

@@ -33,45 +33,7 @@ FILES = (EXPORT_CONFIG, TENSORS, VOCABULARY)
 """The files needed for loading."""
 MAX_CONFIG_BYTES = 2**20
 MAX_OFFSET = 1000
-CARD_TEMPLATE = """\
----
-library_name: charlm
-pipeline_tag: text-generation
-tags:
-- character-level
----
-
-# {name}
-
-A character-level Transformer in the style of [Al-Rfou et al. 2018](https://arxiv.org/abs/1808.04444), trained with
-charlm: {model.num_layers} layers of width {model.d_model}, context {model.context_length}, {parameters:,} parameters,
-vocabulary {vocabulary.name} of {vocabulary.size:,} symbols. It was trained for {trained.step:,} steps on
-{trained.corpus[name]} (SHA-256 {trained.corpus[sha256]}) and is checkpoint {trained.checkpoint}.
-
-## Measured
-
-{scores}
-
-## Use
-
-```python
-import charlm
-
-trained = charlm.load("{name}")  # the folder, or OWNER/NAME on the hub; no code of others is run
-print(charlm.generate(trained, {prompt}, length=200))
-corpus = charlm.load_corpus(trained.config.data)
-print(charlm.bits_per_character(trained, corpus, split="test"))
-```
-
-## Trained with
-
-What differs from charlm's defaults:
-
-```yaml
-{options}
-```
-"""
-
+CARD_TEMPLATE = Path(__file__).with_name("card.md")
 
 Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
 Layer = Annotated[int, Field(strict=False)]
@@ -188,7 +150,7 @@ def _card(trained: TrainedModel, name: str) -> str:
     """The text of README.md for a model called `name`."""
     scores = "\n".join(map(_score_line, trained.scores))
     prompt = any_prompt(trained)
-    return CARD_TEMPLATE.format(
+    return CARD_TEMPLATE.read_text("utf-8").format(
         name=name,
         trained=trained,
         prompt=json.dumps(prompt.decode()) if prompt.isascii() else repr(prompt),

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,12 +27,13 @@ from pydantic import BaseModel
 from charlm.config import Config, UserError
 from charlm.config.errors import did_you_mean
 from charlm.config.load import load_config, to_yaml
+from charlm.config.run import OF_ONE_CALL
 from charlm.files import parse_json, read_json, write_whole
 from charlm.process import processor_name
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
-UNFINISHED = re.compile(r"checkpoints|\.lock|provenance\.json|\.(provenance\.json|config\.yaml)\.\d+\.tmp")
-"""Names of files that a kill may leave while a run is created; config.yaml is written last."""
+UNTRAINED = re.compile(r"\.lock|checkpoints|trackers(/.*)?|\.?(provenance\.json|config\.yaml)(\..+\.tmp)?", re.DOTALL)
+"""What a run has before its first step. Of the two records, config.yaml is written last."""
 MAX_ROW_BYTES = 2**20
 
 
@@ -58,17 +60,18 @@ class Run:
         self.provenance_path = self.path / "provenance.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints_path = self.path / "checkpoints"
+        self._locked: tuple[int, int] | None = None  # the lock's file, while this object holds it
 
     @classmethod
     def create(cls, config: Config, corpus: dict[str, Any]) -> "Run":
-        """Make the folder of a new run. Raises UserError if it is not empty or cannot be made."""
+        """Make the folder of a new run. Raises UserError if it is taken or cannot be made."""
         run = cls(config.run.dir)
         run.check_absent()
         with run.os_errors_explained(cannot_be="made"):
             run.checkpoints_path.mkdir(parents=True, exist_ok=True)
             provenance = {"corpus": corpus} | _environment()
             write_whole(run.provenance_path, json.dumps(provenance, indent=2) + "\n")
-            write_whole(run.config_path, to_yaml(config))
+            run.write_config(config)
         return run
 
     @classmethod
@@ -85,18 +88,23 @@ class Run:
 
     def check_absent(self) -> None:
         """Raise UserError if a new run cannot take this folder."""
-        if self.config_path.exists():
-            text = "holds a run already; continue it with --run.resume=true, or choose another --run.dir"
-            raise self._refusal(text)
-        others = (path for path in self.path.rglob("*") if not UNFINISHED.fullmatch(path.name))
-        if (self.path.exists() and not self.path.is_dir()) or any(others):
-            raise self._refusal("exists and is not empty; choose another --run.dir")
+        if not self.is_untrained():
+            continued = "continue it with --run.resume=true, or " if self.config_path.exists() else ""
+            raise self._refusal(f"exists and is not empty; {continued}choose another --run.dir")
+
+    def is_untrained(self) -> bool:
+        """Whether the folder is missing or empty, or its run ended before its first step."""
+        if self.config_path.exists() and not self.provenance_path.exists():
+            return False  # the config is the user's own
+        names = (path.relative_to(self.path).as_posix() for path in self.path.rglob("*"))
+        return (self.path.is_dir() or not self.path.exists()) and all(map(UNTRAINED.fullmatch, names))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other processes from training into the folder; make it if it does not exist.
 
-        Raises UserError if another one is training into it, or it cannot be written.
+        After an error, a new folder in which nothing was trained is removed. Raises UserError if another
+        process is training into it, or it cannot be written.
         """
         lock = FileLock(self.path / ".lock")
         with self.os_errors_explained(cannot_be="written"):
@@ -106,10 +114,30 @@ class Run:
             except Timeout:
                 text = "another process is training into it; let it end, or choose another --run.dir"
                 raise self._refusal(text) from None
+            self._locked = self._lock_file() or (0, 0)  # it may be gone already
+        is_new = not self.config_path.exists()
         try:
             yield
+        except BaseException:
+            if is_new and self._locked == self._lock_file() and self.is_untrained():
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
         finally:
+            self._locked = None
             lock.release()
+
+    def check_held(self) -> None:
+        """Raise UserError if the folder was removed or replaced inside `lock`; do nothing outside."""
+        if self._locked not in (None, self._lock_file()):
+            text = "was removed, moved or replaced while in use; put it back and continue it with --run.resume=true"
+            raise self._refusal(f"{text}, or choose another --run.dir")
+
+    def _lock_file(self) -> tuple[int, int] | None:
+        """Device and number of the lock's file, which no other file has while it is open; None if it is missing."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found = os.stat(self.path / ".lock")
+            return found.st_dev, found.st_ino
+        return None
 
     @contextmanager
     def os_errors_explained(self, *, cannot_be: str) -> Iterator[None]:
@@ -121,6 +149,10 @@ class Run:
             text = f"cannot be {cannot_be} ({reason}); fix that, or choose another --run.dir"
             raise self._refusal(text) from error
 
+    def write_config(self, config: Config) -> None:
+        """Write config.yaml, for this run and as a file of options for others."""
+        write_whole(self.config_path, to_yaml(config, exclude={"run": OF_ONE_CALL}))
+
     def config(self) -> Config:
         """The resolved config of the run."""
         return load_config(self.config_path)
@@ -130,7 +162,8 @@ class Run:
         return read_json(self.provenance_path, kind=Provenance).model_dump(exclude_unset=True)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl. If that raises OSError, the file is as it was."""
+        """Add one line to metrics.jsonl. If that raises OSError, or UserError as `check_held`, it is as it was."""
+        self.check_held()
         line = json.dumps(row).encode() + b"\n"
         with self.metrics_path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)

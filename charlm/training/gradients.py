@@ -17,8 +17,8 @@ from charlm.config import Config, UserError
 from charlm.data.windows import training_windows
 from charlm.objective.objective import LossReport, Objective
 from charlm.objective.routes import Joint
+from charlm.process import is_about_memory
 from charlm.training.sharding import no_sync
-from charlm.training.stop import is_about_memory
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ takes for a folder; its `end_training` destroys the process group, which a secon
 """
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -208,10 +207,7 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
-    """Start the trackers of a run at `step`, and record its options.
-
-    Raises UserError if one does not start, and removes the folder of a run without checkpoints.
-    """
+    """Start the trackers of a run at `step`, and record its options. Raises UserError if one does not start."""
     trackers = []
     options = flatten(config.model_dump(), ".")
     for option, value in options.items():
@@ -226,8 +222,6 @@ def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
     except Exception as error:  # no login, no server, a folder of another version
         for tracker in trackers:
             tracker.finish()
-        if not any(run.checkpoints_path.iterdir()):
-            shutil.rmtree(run.path)  # otherwise it would block the corrected command
         text = f"run.tracker={name}: did not start: {error}; fix that, or leave it out"
         raise UserError(text, "run.tracker") from error
     return trackers

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from charlm.config import Config, Stopped, UserError, steps_of
 from charlm.data.corpus import Corpus, load_corpus
+from charlm.data.sources import check_outside
 from charlm.data.windows import default_stride
 from charlm.inference.evaluation import bits_per, count_units
 from charlm.inference.scoring import AUTOCAST_DTYPES, negative_log_likelihoods
@@ -48,6 +49,7 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
     """
     check_installed(config.run.tracker)
     check_registered(config.aux.tasks)
+    check_outside(config.data, "run.dir", config.run.dir)
     check_folder(config.run)
     collected = StopRequests(config.run.max_seconds) if stop is None else nullcontext(stop)
     with collected as stop, torch_settings(config), redirect_stderr(lasting(sys.stderr)):
@@ -57,16 +59,16 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
             corpus = load_corpus(config.data, show_progress=main)
         if stop.agreed():
             raise Stopped(f"stopped before training began: {stop.reason}; there is nothing new to save")
-        torch.manual_seed(config.train.seed)
-        objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)
-        sharded = wants_shards(config.train, accelerator.num_processes)
-        check_fits(config, corpus, objective, accelerator, sharded)
-        if sharded:
-            shard(objective)
-        build = partial(build_optimizers, config.train, objective)
-        route = ROUTES[config.aux.route](objective, config.aux, build)
         with ExitStack() as stack:
             stack.enter_context(explained(config.train, stop))
+            torch.manual_seed(config.train.seed)
+            objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)
+            sharded = wants_shards(config.train, accelerator.num_processes)
+            check_fits(config, corpus, objective, accelerator, sharded)
+            if sharded:
+                shard(objective)
+            build = partial(build_optimizers, config.train, objective)
+            route = ROUTES[config.aux.route](objective, config.aux, build)
             opened = open_run(config, corpus, accelerator, objective, route.optimizers)
             run, state, news = stack.enter_context(opened)
             tracker = Tracker(run, config, corpus.splits["train"], objective.terms, state, main)
@@ -120,13 +122,11 @@ class Training:
             if state.step == 0 or self.saved_step < state.step:
                 self.save()
             run = self.config.run
-            again = "the same command"
-            if not run.auto_resume:
-                again += " with --run.resume=true"
+            again = "" if run.auto_resume else " with --run.resume=true"
             if run.resume_from is not None:
                 again += f" and without --run.resume_from={run.resume_from}"
             done = f"stopped after step {state.step:,} of {train.steps:,}"
-            raise Stopped(f"{done}: {self.stop.reason}; {again} continues") from None
+            raise Stopped(f"{done}: {self.stop.reason}; the same command{again} continues") from None
 
     def prepare(self) -> None:
         """Compile the blocks if asked, and wrap the objective in autocast and DDP."""
@@ -289,9 +289,11 @@ class CheckpointWriter:
             )
 
     def _write(self, snapshot: Snapshot, best: bool) -> str | None:
+        self.run.check_held()
         try:
             save_checkpoint(self.run, snapshot, best=best, keep=self.keep)
         except (OSError, UserError) as error:
+            self.run.check_held()
             reason = getattr(error, "strerror", None) or error
             complaint = f"step {snapshot.state['step']:,}: checkpoint not written ({reason})"
             self.say(f"{complaint}; the run continues, and tries again")

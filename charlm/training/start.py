@@ -14,10 +14,9 @@ from torch.optim import Optimizer
 
 from charlm.config import Config, Mark, RunConfig, UserError, differences, has_mark
 from charlm.config.errors import shown
-from charlm.config.load import to_yaml
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import vocabulary_from_dict
-from charlm.files import read_json, write_whole
+from charlm.files import read_json
 from charlm.objective.count import num_parameters, route_cost
 from charlm.objective.objective import Objective
 from charlm.objective.routes import check_route
@@ -137,12 +136,10 @@ def open_run(
             elif main:
                 run.checkpoints_path.mkdir(exist_ok=True)
                 if checkpoint is None:
-                    news += run.forget_metrics_after(0)
+                    run.metrics_path.unlink(missing_ok=True)
                 else:
                     news += rewind(run, checkpoint, discard=chosen is not None)
-                # Later, the same command continues from the newest checkpoint.
-                kept = config.replace(run=config.run.replace(resume_from=None))
-                write_whole(run.config_path, to_yaml(kept))
+                run.write_config(config)
         accelerator.wait_for_everyone()
         now = {"valid_symbols": config.train.valid_symbols} | _machine(accelerator)
         state = state.model_copy(update=now)
@@ -260,7 +257,8 @@ def check_folder(config: RunConfig) -> bool:
         asked = config.resume or config.resume_from is not None or _begun_by_this_launcher(run)
         if asked or (config.auto_resume and run.config_path.exists()):
             Run.open(run.path)
-            return True
+            if config.resume_from is not None or not run.is_untrained():
+                return True
         run.check_absent()
     return False
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from charlm.config import Stopped, TrainConfig, UserError
 from charlm.config.errors import first_line
-from charlm.process import is_main_process
+from charlm.process import is_about_memory, is_main_process
 from charlm.training.device import PATIENCE
 
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
@@ -26,9 +26,9 @@ LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION",
 """Variables of torchelastic, `accelerate launch` and `notebook_launcher` that nobody sets by hand."""
 SAME_REQUEST = 1.0
 """Seconds in which signals count as one request: a launcher repeats the terminal's Ctrl-C."""
-NO_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED")
 NO_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-"""Words of torch, CUDA and gloo in plain RuntimeErrors."""
+"""Words of gloo in plain RuntimeErrors."""
+COMPILERS = ("torch._dynamo", "torch._inductor")  # modules of the errors of torch.compile
 
 
 class StopRequests:
@@ -111,7 +111,7 @@ class StopRequests:
 
 @contextmanager
 def explained(train: TrainConfig, stop: StopRequests) -> Iterator[None]:
-    """Inside, lack of memory and the loss of a process raise a UserError that names the way out."""
+    """Inside, lack of memory, of a compiler or of a process raises a UserError that names the way out."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -123,6 +123,10 @@ def explained(train: TrainConfig, stop: StopRequests) -> Iterator[None]:
                 f"GPUs ({first_line(error)})",
                 "train.micro_batch_size",
             ) from error
+        if type(error).__module__.startswith(COMPILERS):
+            text = "install a C++ compiler, on a GPU also triton, or give --train.compile=no"
+            text = f"the model cannot be compiled; {text} ({first_line(error)})"
+            raise UserError(f"train.compile={train.compile}: {text}", "train.compile") from error
         if any(words in str(error) for words in NO_PEER):
             stop.stays = True  # the launcher's SIGTERM must not cut off the message
             raise UserError(
@@ -130,13 +134,6 @@ def explained(train: TrainConfig, stop: StopRequests) -> Iterator[None]:
                 f"--run.resume=true continues from the newest checkpoint ({first_line(error)})"
             ) from error
         raise
-
-
-def is_about_memory(error: Exception) -> bool:
-    """Whether memory was used up, on a GPU or on the host."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(words in str(error) for words in NO_MEMORY)
 
 
 def _exit_at_the_second(watched: socket.socket) -> None:

@@ -2,15 +2,19 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from charlm.config import Config, RunConfig, UserError
 from charlm.files import MAX_JSON_BYTES, write_whole
+from charlm.runs import folder
 from charlm.runs.folder import MAX_ROW_BYTES, Run
-from storage import CORPUS, files_of_at_most
+from charlm.training.loop import CheckpointWriter
+from storage import CORPUS, content, files_of_at_most, left_of, snapshot_of
 
 
 def run_in(folder) -> Run:
@@ -61,19 +65,42 @@ def test_a_damaged_record_is_named(content, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "made", [[], ["checkpoints"], ["checkpoints", "provenance.json", ".config.yaml.9.tmp", ".lock"]]
+    "made",
+    [
+        [],
+        ["checkpoints"],
+        ["checkpoints", "provenance.json", left_of(Path("config.yaml")), ".lock"],
+        ["checkpoints", "provenance.json", "config.yaml", left_of(Path("config.yaml")), ".lock", "trackers"],
+    ],
 )
-def test_a_folder_that_a_kill_left_unfinished_is_taken(made, tmp_path):
-    """Guards against a queue's job that can neither begin nor go on, since its first try died in its first moment."""
+def test_a_folder_in_which_nothing_was_trained_is_taken(made, tmp_path):
+    """Guards against a command that can neither begin nor go on, since its first try died before its first step."""
     folder = tmp_path / "run"
     folder.mkdir()
     for name in made:
         (folder / name).mkdir() if name == "checkpoints" else (folder / name).write_text("half")
     assert run_in(folder).provenance()["corpus"] == CORPUS
-    Run.open(folder).config_path.unlink()
-    (folder / "checkpoints" / "step-00000001").mkdir()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        ["config.yaml"],
+        ["provenance.json", "notes"],
+        ["config.yaml", "provenance.json", "last"],
+        ["metrics.jsonl"],
+    ],
+)
+def test_a_folder_with_what_someone_may_need_is_not_taken(made, tmp_path):
+    """Guards against options, notes, checkpoints and metrics that a new run would write over."""
+    for name in made:
+        (tmp_path / name).write_text("mine")
+    before = content(tmp_path)
     with pytest.raises(UserError, match="exists and is not empty"):
-        run_in(folder)
+        run_in(tmp_path)
+    with pytest.raises(RuntimeError), Run(tmp_path).lock():
+        raise RuntimeError
+    assert content(tmp_path) == before | {".lock": b""}
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -128,6 +155,38 @@ def test_a_validation_that_the_checkpoint_does_not_know_is_dropped(tmp_path):
     assert list(run.metrics()) == rows[:2]
 
 
+def replaced(folder: Path) -> None:
+    shutil.rmtree(folder)
+    run_in(folder)
+
+
+LOSSES = {
+    "removed": shutil.rmtree,
+    "replaced": replaced,
+    "moved": lambda folder: folder.rename(folder.with_name("moved")),
+    "without its lock": lambda folder: (folder / ".lock").unlink(),
+    "with another lock": lambda folder: write_whole(folder / ".lock", ""),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_run_that_lost_its_folder_writes_no_more(loss, tmp_path):
+    """Guards against two runs in one folder: a lock that is removed with it keeps nobody out."""
+    run = Run(tmp_path / "run")
+    with run.lock():
+        run_in(run.path)
+        run.append_metrics({"step": 1})
+        LOSSES[loss](run.path)
+        before = content(tmp_path)
+        with pytest.raises(UserError, match=r"run.dir=.*run: was removed, moved or replaced"):
+            run.append_metrics({"step": 2})
+        writer = CheckpointWriter(run, keep=1, say=print)
+        writer.save(snapshot_of(2), best=True)
+        with pytest.raises(UserError, match=r"run.dir=.*run: was removed, moved or replaced"):
+            writer.close()
+    assert content(tmp_path) == before
+
+
 TRAIN = """
 import sys
 from charlm.runs.folder import Run
@@ -137,8 +196,9 @@ with Run(sys.argv[1]).lock():
 """
 
 
-def test_two_processes_cannot_train_into_one_folder(tmp_path):
+def test_two_processes_cannot_train_into_one_folder(tmp_path, monkeypatch):
     """Guards against two jobs of a queue that write each other's checkpoints away; and a killed one holds no lock."""
+    monkeypatch.setattr(folder, "PATIENCE", 0)
     run = Run(tmp_path / "run")
     refusal = rf"run.dir={run.path}: another process is training into it; let it end"
     with run.lock(), pytest.raises(UserError, match=refusal), run.lock():

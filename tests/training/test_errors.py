@@ -1,17 +1,26 @@
 """Messages about lack of memory and lost processes, and the search for a micro-batch that fits."""
 
+import shutil
 import signal
 from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
+import charlm
+from charlm.ablation.variants import Variant, VariantRun
 from charlm.config import Config, TrainConfig, UserError
+from charlm.objective import tasks
 from charlm.objective.build import build_objective
+from charlm.objective.objective import Objective
+from charlm.runs.folder import Run
 from charlm.training.gradients import find_micro_batch_size
+from charlm.training.loop import Training
 from charlm.training.stop import StopRequests, explained
-from tiny import refused, small_model
+from storage import CORPUS, content
+from tiny import TINY, refused, run_script, small_model, train
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -22,6 +31,109 @@ def test_lack_of_memory_names_the_flags_to_change(device):
         if device == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         torch.empty(2**50)
+
+
+class OfAUser(torch.nn.Module):
+    """A task that fails, by its name."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+        if name == "init":
+            {}[name]
+
+    def forward(self, hidden_BTD, windows_BW):
+        return None if self.name == "none" else self.fail(hidden_BTD)
+
+    def fail(self, hidden_BTD):
+        if self.name == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(2, 3) @ hidden_BTD
+
+
+TASKS = {
+    "init": ["KeyError('init')", "in __init__: {}[name]"],
+    "shape": ["RuntimeError('", ", in forward: return None", ", in fail: return torch.zeros(2, 3) @ hidden_BTD"],
+    "none": ["RuntimeError('"],
+    "memory": ["out of memory: lower --train.micro_batch_size"],
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_that_fails_is_named_with_its_own_lines(name, tmp_path, text_corpus_flags, monkeypatch):
+    """Guards against hundreds of lines of torch's around the one at fault, and a folder in the way of the next try."""
+    monkeypatch.setattr(tasks, "_builders", {name: lambda *_: OfAUser(name)})
+    with pytest.raises(UserError) as caught:
+        train(*TINY, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}", f"--aux.tasks={{{name}: 1}}")
+    assert all(part in str(caught.value) for part in TASKS[name])
+    assert caught.value.option == ("train.micro_batch_size" if name == "memory" else "aux.tasks")
+    assert "site-packages" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+COMPILER = InductorError(InvalidCxxCompiler(), None)
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [(MemoryError(), UserError), (COMPILER, UserError), (ValueError(), ValueError), (SystemExit(), SystemExit)],
+    ids=str,
+)
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(error, shown, tmp_path, text_corpus_flags, monkeypatch):
+    """Guards against a folder in the way of the corrected command, and one that is removed with what was trained."""
+    flags = [*TINY, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}", "--train.checkpoint_every=1"]
+    for first, left in ((0, False), (1, True)):
+        forward = failing_from(first / 3, error)
+        with pytest.raises(shown) as caught, monkeypatch.context() as patch:
+            patch.setattr(Objective, "forward", forward)
+            train(*flags)
+        assert (tmp_path / "run").exists() == left
+        if error is COMPILER:
+            assert caught.value.option == "train.compile" and "No working C++ compiler" in str(caught.value)
+
+
+def failing_from(first: float, error: BaseException):
+    forward = Objective.forward
+
+    def failing(self, windows_BW, progress, layers=None):
+        if progress >= first:
+            raise error
+        return forward(self, windows_BW, progress, layers)
+
+    return failing
+
+
+@pytest.mark.parametrize("again", [[], ["--run.auto_resume=true"], ["--run.resume=true"]], ids=str)
+def test_a_run_killed_before_its_first_step_is_not_in_the_way(again, tmp_path, text_corpus_flags):
+    """Guards against a command that cannot be corrected once the system has killed it for its memory."""
+    flags = [*TINY, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"]
+    config = charlm.load_config(overrides=flags)
+    run = Run.create(config, charlm.load_corpus(config.data).to_dict())
+    VariantRun(Variant("full"), 0, charlm.load_config(overrides=[*flags, "--model.d_ff=48"])).check_unchanged()
+    with pytest.raises(UserError, match="has no checkpoint 2"):
+        train(*flags, "--run.resume_from=2")
+    train(*flags, "--model.d_ff=48", *again)
+    assert run.config().model.d_ff == 48
+    with pytest.raises(UserError, match="d_ff"):
+        train(*flags, "--run.resume=true")
+
+
+def test_a_run_that_lost_its_folder_leaves_the_next_one_alone(tmp_path, text_corpus_flags, monkeypatch, capfd):
+    """Guards against metrics, checkpoints and pictures of two runs in one folder, and an exit code of success."""
+    run, log, before = tmp_path / "run", Training.log, {}
+
+    def replace(training: Training) -> None:
+        if training.state.step == 2:
+            shutil.rmtree(run)
+            Run.create(training.config, CORPUS).append_metrics({"step": 1, "loss": 1.0, "terms": {}})
+            before.update(content(run))
+        log(training)
+
+    monkeypatch.setattr(Training, "log", replace)
+    flags = [*TINY, *text_corpus_flags, f"--run.dir={run}", "--train.log_every=1", "--train.checkpoint_every=1"]
+    assert run_script("train", *flags) == 2
+    printed = capfd.readouterr().err
+    assert printed.count("error:") == 1 and "was removed, moved or replaced" in printed and "Traceback" not in printed
+    assert before and content(run) == before
 
 
 def test_a_lost_process_is_said_in_words_and_other_errors_are_left_alone():

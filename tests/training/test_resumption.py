@@ -15,7 +15,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from charlm.config import AuxConfig, Config, LayersConfig, PositionsConfig, TargetsConfig, UserError
+import charlm
+from charlm.config import AuxConfig, Config, LayersConfig, PositionsConfig, RunConfig, TargetsConfig, UserError
 from charlm.config.objective import TaskConfig
 from charlm.objective.terms import build_terms
 from charlm.runs import folder
@@ -111,6 +112,21 @@ def test_another_micro_batch_sees_the_same_characters(tmp_path, text_corpus_flag
 
 
 CONTINUE = "--run.resume=true"
+
+
+@pytest.mark.parametrize(
+    "how", [CONTINUE, "--run.resume_from=2", "--run.auto_resume=true", f"{CONTINUE} --run.max_time=9h"]
+)
+def test_the_config_of_a_continued_run_begins_another(how, tmp_path, text_corpus_flags):
+    """Guards against a config.yaml that says how its run was once called, and an older one that cannot be read."""
+    run = train(*TINY, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}")
+    train(*TINY, *text_corpus_flags, f"--run.dir={run}", "--train.steps=4", *typed(how))
+    assert Run.open(run).config().run == RunConfig(dir=run, report=False)
+    another = charlm.train(charlm.load_config(run / "config.yaml", {"run.dir": tmp_path / "another"}))
+    assert Run.open(another).config().train.steps == 4
+    record = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(f"{record}  resume: true\n  max_time: 9h\n")
+    assert Run.open(run).config().run.resume
 
 
 @pytest.mark.parametrize(
