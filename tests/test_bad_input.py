@@ -93,6 +93,12 @@ CASES = {
         "losses have weight zero",
     ],
     "evaluate run --data.path=other.txt": ["corpus=file", "another text", "compress.py RUN FILE", "--report"],
+    "train --data.corpus=file --data.path=. --run.dir=new/run": ["data.path=", "run.dir=new/run lies inside"],
+    f"train {HUB} --data.hub_id=./dataset --run.dir=dataset/run": ["data.hub_id=", "run.dir=dataset/run lies inside"],
+    "ablate --data.corpus=file --data.path=no_run --run.dir=no_run/x": [
+        "data.path=",
+        "run.dir=no_run/x/full/seed-0 lies",
+    ],
     "evaluate no_run": ["no_run is not a run"],
     "generate nowhere --prompt=a": ["nowhere is not a run"],
 }

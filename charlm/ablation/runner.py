@@ -65,15 +65,16 @@ class Runner:
         The first SIGINT, SIGTERM or SIGHUP makes the current runs save and stop; the second kills them.
 
         Raises:
-            UserError: a run was begun with another configuration, or another process works in `folder`;
-                nothing has been trained then.
+            UserError: a run was begun with another configuration, or another process works in `folder`,
+                and nothing has been trained; or `folder` was removed while runs were trained.
         """
         for run in runs:
             run.check_unchanged()
         stopping = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
             stopping.append(signal.SIGHUP)
-        with Run(folder).lock(), ExitStack() as stack:
+        place = Run(folder)
+        with place.lock(), ExitStack() as stack:
             for number in stopping:
                 earlier = signal.signal(number, self._on_signal)
                 stack.callback(signal.signal, number, earlier)
@@ -84,16 +85,17 @@ class Runner:
             _say(f"{folder}: {state}; {self.at_once} at once, {threads} threads each")
             try:
                 with tqdm(total=len(runs), initial=sum(run.fraction_done() for run in runs), **BAR) as bar:
-                    self._train(waiting, runs, bar)
+                    self._train(waiting, runs, place, bar)
             finally:  # also after an error
                 for child in self.children:
                     child.process.terminate()
                 for child in self.children:
                     child.process.wait()
 
-    def _train(self, waiting: list[VariantRun], runs: Sequence[VariantRun], bar: tqdm) -> None:
+    def _train(self, waiting: list[VariantRun], runs: Sequence[VariantRun], place: Run, bar: tqdm) -> None:
         drawn, told = 0.0, 0
         while self.children or (waiting and not self.signals):
+            place.check_held()
             while waiting and len(self.children) < self.at_once and not self.signals:
                 self.children.append(self._start(waiting.pop(0)))
             if told < self.signals:

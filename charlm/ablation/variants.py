@@ -13,6 +13,7 @@ from typing import Any
 from charlm.config import Config, Mark, UserError, differences, has_mark
 from charlm.config.errors import shown
 from charlm.config.load import load_config, typed
+from charlm.data.sources import check_outside
 from charlm.files import read_json, write_whole
 from charlm.runs.folder import Run
 
@@ -57,9 +58,10 @@ class VariantRun:
         return self.folder.with_name(self.folder.name + suffix)
 
     def check_unchanged(self) -> None:
-        """Raise UserError if the run was begun with other options that affect its result."""
+        """Raise UserError if the run was begun with other options that affect its result, or lies in its text."""
+        check_outside(self.config.data, "run.dir", self.folder)
         run = Run(self.folder)
-        found = differences(run.config(), self.config) if run.config_path.exists() else {}
+        found = {} if run.is_untrained() else differences(run.config(), self.config)
         changed = [
             f"{name}: {shown(old)} -> {shown(new)}"
             for name, (old, new) in found.items()
