@@ -11,8 +11,7 @@ from typing import TextIO
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes that one unit of `ru_maxrss` stands for."""
-NO_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED")
-"""Words of torch and CUDA in plain RuntimeErrors."""
+NO_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED")  # in plain RuntimeErrors
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 

@@ -1,15 +1,20 @@
-"""Kill runs until they should be lost, and show that they are not: make soak, or python tests/soak.py --kills 100
+"""Kill what charlm does until it should be lost, and show that it is not: make soak, or tests/soak.py --kills 100
 
 Each run is trained once without disturbance. Then the same command is started again and again with
 `--run.auto_resume=true`, and struck: kill -9 at a random moment or in the middle of a checkpoint write, of all
 processes or of one, or a signal that asks it to stop; between two starts a file of the newest checkpoint may be
 damaged, or the number of processes changed. At the end every step must have been taken, and every validation made,
 exactly once, and weights and optimizer state must be the undisturbed run's to the bit.
+
+Then the other scripts that write are killed at random moments: what is there must be whole, the same command must
+succeed the next time, and nothing else may be left.
 """
 
 import argparse
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -18,7 +23,10 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -33,7 +41,7 @@ from charlm.config import Stopped
 from charlm.runs.checkpoints import checkpoint_folders
 from charlm.runs.folder import Run
 from charlm.text import markdown_table
-from tiny import checkpoint_bytes, checkpoint_folder, typed
+from tiny import checkpoint_bytes, checkpoint_folder, run_script, typed
 
 STEPS, VALID_EVERY = 300, 50
 PATIENCE, GRACE = 120.0, 5.0
@@ -58,6 +66,14 @@ MOVING = {  # and one that moves between one and two, which cut the batch into t
     "dropout": FREE["dropout"][:1],
     "micro-batch": FREE["micro-batch"][1:],
 }
+SCRIPTS = {
+    "prepare": "--data.corpus=file CORPUS --data.vocabulary=characters --data.cache_dir=OUT/cache",
+    "export": "HOME/run --to OUT/exported",
+    "compress": "HOME/run HOME/part.txt -o OUT/part.clm --report --picture OUT/sizes.png",
+    "report": "HOME/run -o OUT/report.html --characters=2000",
+    "ablate": "TRAINING CORPUS --seeds=1 --row=fast:\\ --train.learning_rate=0.01 --run.dir=OUT/ablation",
+}
+"""Arguments of the scripts that are killed, besides training."""
 STRIKES = {"kill": 5, "kill in a write": 4, "kill one process": 2, "ask to stop": 6}
 """How a run is struck, and how often of so many."""
 
@@ -86,32 +102,36 @@ def start(flags: list[str], run: Path, num_processes: int) -> list[int]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    children = []
-    for rank in range(num_processes):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        code = 1
-        try:
-            os.environ["ACCELERATE_USE_CPU"] = "true"
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            if num_processes > 1:
-                os.environ |= dict.fromkeys(["RANK", "LOCAL_RANK"], str(rank))
-                os.environ |= dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(num_processes))
-                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-            with (run.parent / "said.txt").open("a") as said:
-                os.dup2(said.fileno(), 1)
-                os.dup2(said.fileno(), 2)
-            charlm.train(charlm.load_config(overrides=[*flags, f"--run.dir={run}", "--run.auto_resume=true"]))
-            code = 0
-        except Stopped:  # before it had begun
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return children
+
+    def train(rank: int) -> None:
+        if num_processes > 1:
+            os.environ |= dict.fromkeys(["RANK", "LOCAL_RANK"], str(rank))
+            os.environ |= dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(num_processes))
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        charlm.train(charlm.load_config(overrides=[*flags, f"--run.dir={run}", "--run.auto_resume=true"]))
+
+    return [forked(partial(train, rank), run.parent / "said.txt") for rank in range(num_processes)]
+
+
+def forked(action: Callable[[], int | None], said: Path) -> int:
+    """A process that runs `action`, ends with its result as the exit code, and adds its output to a file."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with said.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        code = action() or 0
+        sys.stdout.flush()
+    except Stopped:  # before it had begun
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def wait(children: list[int]) -> list[int]:
@@ -228,6 +248,58 @@ def soak_one(folder: Path, corpus: list[str], choose: random.Random, strikes: in
     return outcome
 
 
+def write_texts(home: Path) -> list[str]:
+    """Write the texts that are trained on and compressed; the flags for the first."""
+    words = random.Random(0).choices(["to", "be", "or", "not", "that", "is\n"], k=20_000)
+    (home / "text.txt").write_text(" ".join(words))
+    (home / "part.txt").write_text(" ".join(words[:300]))
+    return [f"--data.path={home / 'text.txt'}", f"--data.cache_dir={home / 'cache'}"]
+
+
+def kill_script(name: str, home: Path, choose: random.Random, kills: int) -> list[str]:
+    """Kill a script `kills` times, and call it again each time; what was there after each kill.
+
+    Raises:
+        AssertionError: what was there is not whole, the next call fails, or something else is left.
+    """
+    corpus, said = write_texts(home), home / f"said-{name}.txt"
+    if not (home / "run").exists():
+        assert wait(start([*FLAGS, *corpus, "--train.steps=100"], home / "run", 1)) == [0]
+    words = {"CORPUS": corpus, "TRAINING": [*FLAGS, "--train.steps=100"]}
+
+    def call(out: Path) -> int:
+        out.mkdir(exist_ok=True)
+        parts = shlex.split(SCRIPTS[name].replace("HOME", str(home)).replace("OUT", str(out)))
+        return forked(partial(run_script, name, *chain(*(words.get(part, [part]) for part in parts))), said)
+
+    for number in range(2):  # the first also imports what is not imported yet
+        began, out = time.monotonic(), home / f"{name}-whole-{number}"
+        assert wait([call(out)]) == [0], said.read_text()
+    took, whole, found = time.monotonic() - began, files_in(out), []
+    for number in range(kills):
+        out = home / f"{name}-{number}"
+        child = call(out)
+        time.sleep(choose.uniform(0, took))
+        os.kill(child, signal.SIGKILL)
+        killed = wait([child]) == [-signal.SIGKILL]
+        there = files_in(out)
+        found.append("ended before" if not killed else "all" if there == whole else "some" if there else "nothing")
+        if name != "ablate":  # whose runs go on
+            assert {path: whole.get(path) for path in there} == there, f"{name} left half of something"
+        (code,) = wait([call(out)])
+        assert code == 0 or (name == "export" and there == whole), said.read_text()[-3000:]
+        left = [str(path) for path in out.rglob("*.tmp")]
+        assert files_in(out).keys() == whole.keys() and not left, f"{name} left {left}"
+        shutil.rmtree(out)
+    return found
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    """The size of each file that is not hidden, nor in a hidden folder; but for the checkpoints of a variant."""
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.stat().st_size for name, path in paths.items() if not re.search(r"(^|/)(\.|checkpoints/)", name)}
+
+
 def table(outcomes: list[Outcome]) -> str:
     """What was done, as Markdown."""
     rows = []
@@ -246,9 +318,7 @@ def main() -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     choose, began, outcomes = random.Random(arguments.seed), time.monotonic(), []
     with tempfile.TemporaryDirectory() as home:
-        text = Path(home) / "text.txt"
-        text.write_text(" ".join(random.Random(0).choices(["to", "be", "or", "not", "that", "is\n"], k=20_000)))
-        corpus = [f"--data.path={text}", f"--data.cache_dir={home}/cache"]
+        corpus = write_texts(Path(home))
         while (kills := sum(outcome.kills for outcome in outcomes)) < arguments.kills:
             if time.monotonic() - began > 60 * arguments.minutes:
                 break
@@ -259,6 +329,9 @@ def main() -> None:
             if outcomes[-1].end != "identical" or outcomes[-1].wrong_steps:
                 print((folder / "said.txt").read_text()[-5000:], file=sys.stderr)
             shutil.rmtree(folder)
+        rows = [(name, Counter(kill_script(name, Path(home), choose, arguments.kills // 5))) for name in SCRIPTS]
+    there = ("nothing", "some", "all", "ended before")
+    print(markdown_table(["script", *there], [[name, *(str(count[kind]) for kind in there)] for name, count in rows]))
     lost = sum(outcome.kills for outcome in outcomes if outcome.end != "identical")
     print(table(outcomes))
     kills, wrong = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("kills", "wrong_steps"))

@@ -20,7 +20,7 @@ from charlm.files import write_whole
 from charlm.process import RSS_UNIT
 from charlm.runs.folder import Run
 from charlm.text import fitted
-from charlm.training.stop import SAME_REQUEST
+from charlm.training.stop import LAUNCHER, SAME_REQUEST
 
 POLL_SECONDS, REDRAW_SECONDS = 0.2, 2.0
 LONGEST_MESSAGE = 300
@@ -131,7 +131,7 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": str(self.threads)} | os.environ,
+                env={"OMP_NUM_THREADS": str(self.threads)} | os.environ | {LAUNCHER: str(os.getpid())},
                 start_new_session=True,  # or Ctrl-C would reach it from the terminal too
             )
         return Child(run, process, start)

@@ -10,8 +10,7 @@ from charlm.config.types import Index, Section
 
 TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
-OF_ONE_CALL = {"resume", "resume_from", "auto_resume", "max_time"}
-"""Options that say how to start or stop, and are not recorded with a run."""
+OF_ONE_CALL = {"resume", "resume_from", "auto_resume", "max_time"}  # options that a run's config.yaml leaves out
 
 
 class RunConfig(Section):

@@ -35,6 +35,8 @@ PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
 UNTRAINED = re.compile(r"\.lock|checkpoints|trackers(/.*)?|\.?(provenance\.json|config\.yaml)(\..+\.tmp)?", re.DOTALL)
 """What a run has before its first step. Of the two records, config.yaml is written last."""
 MAX_ROW_BYTES = 2**20
+PATIENCE = 10.0
+"""Seconds to wait for the lock: processes whose launcher was killed end after their step."""
 
 
 class CorpusRecord(BaseModel, strict=True, extra="allow"):
@@ -80,8 +82,7 @@ class Run:
         run = cls(path)
         if not run.config_path.is_file() or not run.provenance_path.is_file():
             fault = "it lacks config.yaml or provenance.json" if run.path.exists() else "there is no such folder"
-            neighbours = [path.parent for path in run.path.parent.glob("*/provenance.json")]
-            names = [folder.name for folder in neighbours if (folder / "config.yaml").is_file()]
+            names = [path.parent.name for path in run.path.parent.glob("*/provenance.json")]
             way_out = did_you_mean(run.path.name, names) or "; give a run's folder"
             raise UserError(f"{run.path} is not a run: {fault}{way_out}")
         return run
@@ -110,7 +111,7 @@ class Run:
         with self.os_errors_explained(cannot_be="written"):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=0)
+                lock.acquire(timeout=PATIENCE)
             except Timeout:
                 text = "another process is training into it; let it end, or choose another --run.dir"
                 raise self._refusal(text) from None
@@ -129,8 +130,7 @@ class Run:
     def check_held(self) -> None:
         """Raise UserError if the folder was removed or replaced inside `lock`; do nothing outside."""
         if self._locked not in (None, self._lock_file()):
-            text = "was removed, moved or replaced while in use; put it back and continue it with --run.resume=true"
-            raise self._refusal(f"{text}, or choose another --run.dir")
+            raise self._refusal("was removed, moved or replaced while in use; restore it, or choose another --run.dir")
 
     def _lock_file(self) -> tuple[int, int] | None:
         """Device and number of the lock's file, which no other file has while it is open; None if it is missing."""

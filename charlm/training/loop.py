@@ -69,12 +69,10 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
                 shard(objective)
             build = partial(build_optimizers, config.train, objective)
             route = ROUTES[config.aux.route](objective, config.aux, build)
-            opened = open_run(config, corpus, accelerator, objective, route.optimizers)
-            run, state, news = stack.enter_context(opened)
+            run, state, news = stack.enter_context(open_run(config, corpus, accelerator, objective, route.optimizers))
             tracker = Tracker(run, config, corpus.splits["train"], objective.terms, state, main)
             stack.enter_context(closing(tracker))
-            lines = describe(config, corpus, objective, accelerator, precision_reason)
-            for line in lines + news:
+            for line in describe(config, corpus, objective, accelerator, precision_reason) + news:
                 tracker.say(line)
             writer = CheckpointWriter(run, config.train.keep_checkpoints, tracker.say)
             stack.enter_context(closing(writer))
@@ -143,8 +141,7 @@ class Training:
         without_ddp = is_sharded(self.objective) or not self.route.one_backward
         self.model = self.accelerator.prepare_model(self.objective, evaluation_mode=without_ddp)
         adapt = self.objective.adapt if self.objective.hedge is not None else None
-        losses = self.state.accepted_losses
-        self.updates = Updates(train, self.accelerator, self.route, losses, adapt)
+        self.updates = Updates(train, self.accelerator, self.route, self.state.accepted_losses, adapt)
         self.saved_step = self.state.step
         self.newest_update = None
 

@@ -116,8 +116,7 @@ def open_run(
     news = []
     restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" or _begun_by_this_launcher(run)
     if chosen is not None and restarted:  # keep the steps made since
-        text = "ignored after a restart; continues from the newest checkpoint"
-        news.append(f"run.resume_from={chosen}: {text}")
+        news.append(f"run.resume_from={chosen}: ignored after a restart; continues from the newest checkpoint")
         chosen = None
     accelerator.wait_for_everyone()  # all processes have seen the folder as it was
     with run.lock() if main else nullcontext():
@@ -273,8 +272,7 @@ def _begun_by_this_launcher(run: Run) -> bool:
 def _machine(accelerator: Accelerator) -> dict[str, Any]:
     """The resources in use, as `TrainState` names them."""
     threads = torch.get_num_threads() if accelerator.device.type == "cpu" else None
-    num_processes, precision = accelerator.num_processes, accelerator.mixed_precision
-    return {"processes": num_processes, "threads": threads, "precision": precision}
+    return {"processes": accelerator.num_processes, "threads": threads, "precision": accelerator.mixed_precision}
 
 
 def describe(

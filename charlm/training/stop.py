@@ -24,6 +24,7 @@ MISSING = [name for name in NAMES if not hasattr(signal, name)]  # on Windows
 REASONS = (*NAMES, "run.max_time is over", "the launcher is gone")
 LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "FORK_LAUNCHED"}
 """Variables of torchelastic, `accelerate launch` and `notebook_launcher` that nobody sets by hand."""
+LAUNCHER = "CHARLM_LAUNCHER"  # the id of the process of charlm.ablation that started this one
 SAME_REQUEST = 1.0
 """Seconds in which signals count as one request: a launcher repeats the terminal's Ctrl-C."""
 NO_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
@@ -45,7 +46,8 @@ class StopRequests:
         limit = math.inf if max_seconds is None else max_seconds
         self._deadline = time.monotonic() + psutil.Process().create_time() - time.time() + limit
         self._interrupts = False
-        self._launcher = os.getppid() if LAUNCHED & os.environ.keys() else None
+        launcher = os.environ.get(LAUNCHER) or (os.getppid() if LAUNCHED & os.environ.keys() else None)
+        self._launcher = launcher and int(launcher)
         self._group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> "StopRequests":

@@ -15,6 +15,7 @@ from charlm.ablation.runner import Runner
 from charlm.ablation.table import write_tables
 from charlm.ablation.variants import Variant, VariantRun, plan, seconds_per_step
 from charlm.config import UserError, flatten
+from charlm.training.stop import StopRequests
 
 STUB = [sys.executable, Path(__file__).with_name("stub_train.py")]
 SMALL = {"train.steps": 4, "train.batch_size": 4, "model.context_length": 16}
@@ -102,7 +103,7 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(runs_of, train, tmp_pat
     assert runs[0].costs()["cpu_seconds"] > cpu_seconds
 
 
-def test_another_configuration_is_refused(runs_of, train, tmp_path) -> None:
+def test_another_configuration_is_refused(runs_of, train, tmp_path, monkeypatch) -> None:
     """Guards against a table of runs that were not trained alike, and two commands that train in the same folders.
     Options that do not affect the result may change."""
     rows = rates(0.1)
@@ -115,8 +116,29 @@ def test_another_configuration_is_refused(runs_of, train, tmp_path) -> None:
     for part in ("rate_0.1/seed-0", "aux.layers.every: 1 -> 2; train.steps: 4 -> 5", "--run.dir", "remove the folder"):
         assert part in str(error.value)
     assert not (tmp_path / "out" / "rate_0.3").exists()
+    monkeypatch.setattr("charlm.runs.folder.PATIENCE", 0)
     with FileLock(tmp_path / "out" / ".lock"), pytest.raises(UserError, match="another process"):
         train(runs_of(rates(0.2)))
+
+
+def test_a_run_knows_the_ablation_that_started_it(runs_of, monkeypatch, tmp_path) -> None:
+    """Guards against runs that outlive a killed ablation, and are in the way of the next one."""
+    runner = Runner([sys.executable, "-c", "import os; print(os.environ['CHARLM_LAUNCHER'])"], 1, 1, lambda: None)
+    runner.run(runs_of(rates(0.1))[:1], tmp_path / "out")
+    log = (tmp_path / "out" / "rate_0.1" / "seed-0.log").read_text()
+    assert log == f"{os.getpid()}\n"
+    for launcher, reason in ((os.getppid(), None), (999_999_999, "the launcher is gone")):
+        monkeypatch.setenv("CHARLM_LAUNCHER", str(launcher))
+        stop = StopRequests()
+        assert (stop.agreed(), stop.reason) == (reason is not None, reason)
+
+
+def test_an_ablation_that_lost_its_folder_stops(runs_of, tmp_path) -> None:
+    """Guards against tables of two ablations in one folder, and a traceback from the costs of a run that is gone."""
+    code = f"import shutil, time; shutil.rmtree({str(tmp_path / 'out')!r}); time.sleep(60)"
+    with pytest.raises(UserError, match="out: was removed, moved or replaced"):
+        Runner([sys.executable, "-c", code], 1, 1, lambda: None).run(runs_of(rates(0.1)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_time_per_step_by_hand() -> None:
