@@ -280,6 +280,7 @@ class CheckpointWriter:
         """End the thread. Raises UserError if the newest snapshot could not be written."""
         self._thread.shutdown()
         if complaint := self.wait():
+            self.run.check_held()
             raise UserError(
                 f"{self.run.path}: the newest checkpoint is missing: {complaint}; "
                 "make room and continue from the previous one with --run.resume=true"
@@ -290,7 +291,6 @@ class CheckpointWriter:
         try:
             save_checkpoint(self.run, snapshot, best=best, keep=self.keep)
         except (OSError, UserError) as error:
-            self.run.check_held()
             reason = getattr(error, "strerror", None) or error
             complaint = f"step {snapshot.state['step']:,}: checkpoint not written ({reason})"
             self.say(f"{complaint}; the run continues, and tries again")

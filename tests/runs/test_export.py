@@ -218,7 +218,7 @@ def test_depth_auto_says_what_it_saw(run_on_disk, tmp_path, capfd, within, depth
         (["--depth=auto", "--within=nan"], "within=nan: should be"),
         (["--checkpoint=5"], "has no checkpoint '5'"),
         (["--to=."], ". exists already; choose another folder"),
-        (["--score=valid", "--stride=99"], "stride=99: must lie between"),
+        (["--score=valid", "--stride=99"], "stride=99: must lie in"),
         ([], "--to"),
     ],
 )
