@@ -59,21 +59,18 @@ def early_exit(
         batches = predictions(*models, scorer.ids, **options)
         sums = _sums(batches, thresholds_Q, len(layers), num_symbols)
     last_nats_N, nats_E, nats_Q, counts_QE = (sum_over_processes(part, trained.device) for part in sums)
-    points = []
-    for row, quantile in enumerate(quantiles):
-        threshold = float(thresholds_Q[row])
-        nats = nats_Q[row : row + 1]
-        counts_E = counts_QE[row].numpy()
-        points.append(
-            ExitPoint(
-                quantile=quantile,
-                threshold=None if math.isinf(threshold) else threshold / math.log(2),
-                mean_layers=float(counts_E @ layers) / num_symbols,
-                bits_per_character=bits_per(nats, scorer.characters),
-                bits_per_byte=bits_per(nats, scorer.bytes),
-                shares=dict(zip(map(str, layers), (counts_E / num_symbols).tolist(), strict=True)),
-            )
+    rows = zip(quantiles, thresholds_Q.tolist(), nats_Q.split(1), counts_QE.numpy(), strict=True)
+    points = [
+        ExitPoint(
+            quantile=quantile,
+            threshold=None if math.isinf(threshold) else threshold / math.log(2),
+            mean_layers=float(counts_E @ layers) / num_symbols,
+            bits_per_character=bits_per(nats, scorer.characters),
+            bits_per_byte=bits_per(nats, scorer.bytes),
+            shares=dict(zip(map(str, layers), (counts_E / num_symbols).tolist(), strict=True)),
         )
+        for quantile, threshold, nats, counts_E in rows
+    ]
     chosen_on = f"the first {len(valid_ids):,} of {valid.symbols:,} symbols of the valid split"
     return scorer.score(
         last_nats_N.numpy(),
@@ -95,9 +92,9 @@ def _exits(trained: TrainedModel) -> list[int]:
 class ExitReader(Reader):
     """Reads a text symbol by symbol, each up to the first exit that is sure of the next.
 
-    The layers above get keys and values of the exit's hidden state in place of their own input
-    (Schuster et al. 2022, CALM, "state propagation"), so later predictions are those of the whole model
-    only roughly. All layers read what is read at once: a prompt, or the newer half of a full context.
+    The layers above get keys and values of the exit's hidden state (Schuster et al. 2022, CALM, "state
+    propagation"), so later predictions are those of the whole model only roughly. All layers read a
+    prompt, and the newer half of a full context.
     """
 
     def __init__(self, trained: TrainedModel, entropy: float, exits: Counter[int]):
