@@ -286,12 +286,11 @@ class AuxConfig(Section):
     relay_layers: Count = 1
     """Layers that each intermediate loss trains with route=relay: with 2, layer 6's loss trains 5 and 6."""
     step_sizes: Literal["auxnet", "weighted", "common"] = "auxnet"
-    """common: one learning rate for all losses. weighted: AuxNet's step sizes for route=joint, pairwise and
-    multiway. The layers under a loss divide its step by the sum of the weights of this loss and those above
-    (joint: the step of all losses together by the sum of their weights), and heads learn from their
-    unweighted loss. A loss's weight scales its gradient, or with multiway its learning rate, so that it
-    counts under every optimizer. auxnet: the same for multiway alone, but the weight scales the gradient,
-    whose size AdamW and Muon ignore."""
+    """weighted: AuxNet's, for route=joint, pairwise and multiway. The layers under a loss divide its step by
+    the sum of the weights of this loss and those above, and heads learn from unweighted losses. With
+    multiway a loss's own weight scales its learning rate, so that it counts under every optimizer. auxnet:
+    the same for multiway alone, but the weight scales the gradient, whose size AdamW and Muon ignore.
+    common: one learning rate for all losses."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
