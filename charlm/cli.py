@@ -3,15 +3,8 @@
 import os
 import sys
 
-
-def _end_quietly(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """`sys.excepthook` that answers Ctrl-C without a traceback, also while libraries load."""
-    if issubclass(kind, KeyboardInterrupt):
-        os._exit(130)
-    sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = _end_quietly
+# Ctrl-C while libraries load, before `script` can answer it.
+sys.excepthook = lambda kind, *rest: os._exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
 
 import argparse
 import re

@@ -25,7 +25,7 @@ PATIENCE = timedelta(minutes=10)  # with a process that hangs
 @contextmanager
 def launch_explained() -> Iterator[None]:
     """Inside, variables of a launcher that cannot work raise a UserError that shows them."""
-    ours = r"(ACCELERATE|FORK|GROUP|MASTER|MV2|OMP|OMPI|PMI|TORCHELASTIC)_.*|(LOCAL_)?(RANK|WORLD_SIZE)"
+    ours = r"(ACCELERATE|FORK|FSDP|GROUP|MASTER|MV2|OMP|OMPI|PMI|TORCHELASTIC)_.*|(LOCAL_)?(RANK|WORLD_SIZE)"
     found = {name: value for name, value in sorted(os.environ.items()) if re.fullmatch(ours, name)}
     try:
         rank, size = int(found.get("RANK", "0")), int(found.get("WORLD_SIZE", "1"))
@@ -37,7 +37,7 @@ def launch_explained() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # torch and accelerate have no type for these
-        shown = " ".join(f"{name}={value}" for name, value in found.items())
+        shown = " ".join(map("=".join, found.items()))
         way_out = "unset what no launcher set, or start with accelerate launch or torchrun"
         raise UserError(f"cannot start with {shown}: {first_line(error)}; {way_out}") from error
 
@@ -102,6 +102,7 @@ def _rejoin_group() -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_processes, timeout=PATIENCE)
 
 
+@launch_explained()
 def on_cpu() -> bool:
     """Whether training will run on the CPU."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()

@@ -17,6 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from charlm.config import TrainConfig, UserError
 from charlm.objective.objective import Objective
+from charlm.training.device import launch_explained
 
 UNSUPPORTED = {  # settings of accelerate's launcher, and the way out
     "FSDP_OFFLOAD_PARAMS": "parameters stay on their device",
@@ -24,6 +25,7 @@ UNSUPPORTED = {  # settings of accelerate's launcher, and the way out
 }
 
 
+@launch_explained()
 def wants_shards(train: TrainConfig, num_processes: int) -> bool:
     """Whether to shard: train.sharding decides, or else `accelerate launch --use_fsdp`.
 

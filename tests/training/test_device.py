@@ -5,6 +5,7 @@ import torch
 
 from charlm.config import Config, TrainConfig, UserError
 from charlm.training import device as hardware
+from charlm.training.sharding import wants_shards
 from tiny import refused
 
 
@@ -64,6 +65,7 @@ def test_the_launchers_accumulation_is_refused(monkeypatch):
         {"LOCAL_RANK": "x"},
         {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
         {"ACCELERATE_USE_CPU": "maybe"},
+        {"ACCELERATE_USE_FSDP": "maybe"},
         {"ACCELERATE_DEBUG_MODE": "maybe"},
         {"ACCELERATE_MIXED_PRECISION": "fp8"},
         {"ACCELERATE_DYNAMO_BACKEND": "nonsense"},
@@ -80,7 +82,7 @@ def test_nonsense_of_a_launcher_is_refused(variables, monkeypatch):
         monkeypatch.setenv(name, value)
     option = "train.mixed_precision" if name == "ACCELERATE_MIXED_PRECISION" else None
     with refused(option, f"{name}={value}"):
-        hardware.build_accelerator(TrainConfig())
+        wants_shards(TrainConfig(), hardware.build_accelerator(TrainConfig())[0].num_processes)
 
 
 @pytest.mark.parametrize("there", [True, False])
