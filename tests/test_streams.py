@@ -26,8 +26,9 @@ def main():
     raise cli.%s("the end")
 cli.script(main)
 """
+TEXT = ["--data.corpus=file", "--data.path={text}", "--data.cache_dir=cache"]
 SCRIPT_LINES = {
-    "ablate": [*TINY, "--run.dir=rows", "--seeds=1", "--row=a: --train.steps=1"],
+    "ablate": [*TINY, *TEXT, "--run.dir=rows", "--seeds=1", "--row=a: --train.steps=1"],
     "benchmark": ["evaluate", "--peers=nobody"],
     "compress": ["{run}", "{text}", "-o", "small.clm", "--picture=sizes.png", "--streams=64"],
     "decompress": ["{run}", "{packed}", "-o", "text.txt"],
@@ -35,9 +36,9 @@ SCRIPT_LINES = {
     "explain": ["--picture=weights.png"],
     "export": ["{run}", "--to=exported", "--depth=auto"],
     "generate": ["{run}", "--prompt=1", "--length=20"],
-    "prepare": ["--data.corpus=file", "--data.path={text}", "--data.cache_dir=cache"],
+    "prepare": TEXT,
     "report": ["{run}", "-o", "page.html"],
-    "train": [*TINY, "--run.report=true", "--data.corpus=file", "--data.path={text}", "--run.dir=run"],
+    "train": [*TINY, *TEXT, "--run.report=true", "--run.dir=run"],
 }
 
 
