@@ -5,9 +5,11 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from charlm.config import Config, RunConfig, UserError
 from charlm.files import MAX_JSON_BYTES, write_whole
@@ -214,6 +216,12 @@ def test_two_processes_cannot_train_into_one_folder(tmp_path, monkeypatch):
         other.communicate()
     with run.lock():
         run_in(run.path)
+    monkeypatch.undo()
+    ending = FileLock(run.path / ".lock", thread_local=False)
+    ending.acquire()
+    threading.Timer(0.1, ending.release).start()
+    with run.lock():  # once the process that ends has ended
+        assert not ending.is_locked
     (tmp_path / "file").touch()
     blocked = Run(tmp_path / "file" / "run")
     with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"), blocked.lock():
