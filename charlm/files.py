@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from pydantic import TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from charlm.config.errors import UserError
 
 MAX_JSON_BYTES = 2**24
+JSON = TypeAdapter(JsonValue)
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 TEMPORARY = re.compile(rf"\.(.+)\.{HOST}-(\d{{1,9}})-[0-9a-f]{{8}}\.tmp", re.ASCII | re.DOTALL)
 """Name of what `replacing` writes on this machine: the target's name, the id of the process, and chance."""
@@ -51,8 +52,9 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, kind: Any = Any) -> A
 def parse_json(text: bytes) -> Any:
     """The value of a JSON text; whole numbers of more than 18 digits become floats. Raises ValueError."""
     try:
-        return json.loads(text.decode(), parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
-    except RecursionError:
+        value = json.loads(text.decode(), parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
+        return JSON.validate_python(value)  # bounds the depth
+    except (RecursionError, ValidationError):
         raise ValueError("it is nested too deeply") from None
 
 

@@ -1,18 +1,42 @@
-"""Text for people: lines that fit the terminal, and tables in Markdown."""
+"""Text for people: made visible, in lines that fit the terminal, and in tables in Markdown."""
 
 import os
 import shlex
 import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SIGNS = {code: chr(0x2400 + code) for code in range(0x20)} | {ord("\n"): "↵", ord("\t"): "⇥"}
+SIGNS |= {ord(sign): f"\\u{ord(sign):04X}" for sign in SIGNS.values()}
+SIGNS |= {0xDC00 + byte: f"\\x{byte:02X}" for byte in range(0x80, 0x100)}
+"""Signs for control characters, for these signs themselves, and for stray bytes."""
+
+
+def visible(text: str | bytes, kept: str = "") -> str:
+    """Text with a sign for every control character but those `kept`; stray bytes read \\xE2.
+
+    Nothing of it is a command to a terminal. Marks that change the direction of writing are spelled out.
+    """
+    text = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
+    signs = {code: sign for code, sign in SIGNS.items() if chr(code) not in kept}
+    shown = text.translate(signs)
+    own = (c in kept or c.isprintable() or unicodedata.category(c) == "Zs" for c in shown)
+    return "".join(c if is_own else f"\\u{ord(c):04X}" for c, is_own in zip(shown, own, strict=True))
+
+
+def say(*parts: object, **how: Any) -> None:
+    """`print` with `visible` parts. Scripts print in no other way."""
+    print(*(visible(str(part), kept="\n\t") for part in parts), **how)
 
 
 def fitted(text: str) -> str:
-    """`text` with lines wrapped at spaces to the terminal's width; unchanged if stderr is not a terminal."""
+    """A visible `text`, with lines wrapped at spaces to the terminal's width if stderr is a terminal."""
+    text = visible(text, kept="\n")
     try:
         width = os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, AttributeError):  # no terminal, or not even a file

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 from charlm import cli
 from charlm.config import Stopped, UserError
 from charlm.config.types import Count
+from charlm.text import say
 
 
 class Options(cli.WithConfig):
@@ -59,9 +60,9 @@ def main() -> None:
     )
     runner.run(runs, folder)
     table = write_tables(runs, folder)
-    print((folder / "table.md").read_text(), end="")
+    say((folder / "table.md").read_text(), end="")
     if runner.done:
-        print(f"table: {folder / 'table.md'}, table.csv, {draw(table, folder / 'table.png').name}", file=sys.stderr)
+        say(f"table: {folder / 'table.md'}, table.csv, {draw(table, folder / 'table.png').name}", file=sys.stderr)
     if runner.signals:
         raise Stopped(f"stopped with {runner.done} of {len(runs)} runs done; the same command continues")
     if runner.failed:

@@ -6,6 +6,7 @@ Install the peers with pip install -r requirements-benchmark.txt, and run nothin
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 from charlm import cli
 from charlm.config import Section
 from charlm.config.types import Count
+from charlm.text import say
 
 Benchmark = Literal["train", "evaluate", "generate", "drafts", "auxiliary", "scaling"]
 
@@ -77,15 +79,13 @@ def main() -> None:
     if options.picture is not None:
         check_suffix(options.picture)
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    result = suites.run(settings, say)
-    print(report.to_markdown(settings, result), file=sys.stderr if options.as_json else sys.stdout)
+    tell = partial(say, file=sys.stderr, flush=True)
+    result = suites.run(settings, tell)
+    say(report.to_markdown(settings, result), file=sys.stderr if options.as_json else sys.stdout)
     if options.as_json:
-        print(json.dumps(report.document(settings, result), indent=2))
+        say(json.dumps(report.document(settings, result), indent=2))
     if options.picture is not None:
-        say(f"picture: {pictures.draw(settings, result, options.picture)}")
+        tell(f"picture: {pictures.draw(settings, result, options.picture)}")
 
 
 if __name__ == "__main__":

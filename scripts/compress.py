@@ -16,7 +16,7 @@ import charlm
 from charlm import cli
 from charlm.config import Section
 from charlm.process import keep_freed_memory
-from charlm.text import command
+from charlm.text import command, say
 
 
 class Options(Section):
@@ -76,13 +76,13 @@ def main() -> None:
         others=options.report or options.picture is not None,
         speeds=options.speeds,
     )
-    print(json.dumps(report.model_dump(), indent=2) if options.as_json else report.to_text())
+    say(json.dumps(report.model_dump(), indent=2) if options.as_json else report.to_text())
     if options.picture is not None:
         compression.draw(report, options.picture)
     if not options.as_json:
         words = [options.run, options.output, "-o", Path(f"{options.file}.copy")]
         words += [] if options.checkpoint == "best" else ["--checkpoint", options.checkpoint]
-        print("Next:", command("decompress.py", *words))
+        say("Next:", command("decompress.py", *words))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import charlm
 from charlm import cli
 from charlm.config import Section
 from charlm.process import keep_freed_memory
+from charlm.text import say
 
 
 class Options(Section):
@@ -31,7 +32,7 @@ def main() -> None:
     keep_freed_memory()
     trained = charlm.load(options.run, options.checkpoint)
     length = charlm.decompress(trained, options.file, options.output)
-    print(f"{options.output}: {length:,} bytes, restored")
+    say(f"{options.output}: {length:,} bytes, restored")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import charlm
 from charlm import cli
 from charlm.config import Section
 from charlm.process import keep_freed_memory
+from charlm.text import say
 
 if TYPE_CHECKING:
     from charlm.inference.evaluation import EarlyExit, Score
@@ -97,11 +98,11 @@ def main() -> None:
 
             save(early_exit(score), options.picture)
         if options.as_json:
-            print(json.dumps(score.as_dict() | ({"yardsticks": yardsticks} if yardsticks else {}), indent=2))
+            say(json.dumps(score.as_dict() | ({"yardsticks": yardsticks} if yardsticks else {}), indent=2))
         else:
             planned = trained.config.train.steps if trained.options is None else None  # unknown if exported
             lines = describe(score, corpus.splits[options.split].symbols, planned, yardsticks)
-            print("\n".join(lines + (describe_exits(score.early_exit) if options.early_exit else [])))
+            say("\n".join(lines + (describe_exits(score.early_exit) if options.early_exit else [])))
     processes.destroy_process_group()
 
 

@@ -13,6 +13,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
 from charlm import cli
+from charlm.text import say
 
 
 class Options(cli.WithConfig):
@@ -34,10 +35,10 @@ def main() -> None:
     if options.picture is not None:
         save(weights(options.config, PICTURE), options.picture)
     if options.as_json:
-        print(json.dumps(explanation.to_dict(), indent=2))
+        say(json.dumps(explanation.to_dict(), indent=2))
     else:
         sys.stdout.reconfigure(errors="replace")  # bars keep their width
-        print(explanation.to_text())
+        say(explanation.to_text())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 from charlm.config import Section
-from charlm.text import command
+from charlm.text import command, say
 
 if TYPE_CHECKING:
     from charlm.runs.trained import TrainedModel
@@ -60,9 +60,9 @@ def main() -> None:
         score = measured(trained, options, "valid", limit, all_layers=True)
         layers = {int(layer): bits for layer, bits in score.layers.items()}
         depth = shallowest(layers, options.within)
-        print(f"valid split, first {score.symbols:,} symbols, stride {score.stride}:")
+        say(f"valid split, first {score.symbols:,} symbols, stride {score.stride}:")
         for layer, bits in layers.items():
-            print(f"  layer {layer:>2}: {bits:.4f} bits per character{'  <- exported' if layer == depth else ''}")
+            say(f"  layer {layer:>2}: {bits:.4f} bits per character{'  <- exported' if layer == depth else ''}")
         scores = (score_at(score, depth),)
     else:
         depth = options.depth
@@ -70,16 +70,16 @@ def main() -> None:
     model = replace(model, scores=model.scores + scores)
     if options.score is not None:
         score = measured(model, options, options.score, options.limit)
-        print(f"{options.score}: {score.bits_per_character:.4f} bits per character, {score.symbols:,} symbols")
+        say(f"{options.score}: {score.bits_per_character:.4f} bits per character, {score.symbols:,} symbols")
         model = replace(model, scores=(*model.scores, score.as_dict()))
     save_model(model, options.to)
-    print(f"{options.to}: {model.checkpoint}, {model.config.model.num_layers} layers")
+    say(f"{options.to}: {model.checkpoint}, {model.config.model.num_layers} layers")
     # An exported model does not know where this machine keeps its text.
     text, known = options.data.where(trained.config.data), portable(trained.config).data
     places = {name: getattr(text, name) for name in cli.MovedCorpus.model_fields}
     flags = [f"--data.{name}={place}" for name, place in places.items() if place != getattr(known, name)]
-    print("Next:", command("evaluate.py", options.to, *flags))
-    print(f'      charlm.push_to_hub(charlm.load({str(options.to)!r}), "OWNER/NAME")')
+    say("Next:", command("evaluate.py", options.to, *flags))
+    say(f'      charlm.push_to_hub(charlm.load({str(options.to)!r}), "OWNER/NAME")')
 
 
 def measured(trained: "TrainedModel", options: Options, split: str, limit: int | None, **more):

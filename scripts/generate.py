@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 from charlm.config import Section
+from charlm.text import say
 
 RULE = 20 * "-"
 
@@ -57,18 +58,19 @@ def main() -> None:
     trained = charlm.load(options.run, options.checkpoint)
     names = ("length", "temperature", "top_k", "top_p", "seed", "num_draft_tokens", "exit_entropy")
     how = {name: getattr(options, name) for name in names} | {"draft": draft, "statistics": statistics}
+    write = say if sys.stdout.isatty() else print  # a file gets the text as it is
     start = time.perf_counter()
     if len(options.prompt) == 1:
         pieces = stream(trained, *options.prompt, **how)
-        print(*options.prompt, end="", flush=True)
+        write(*options.prompt, end="", flush=True)
         for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+            write(piece, end="", flush=True)
+        write()
     else:
         texts = charlm.generate(trained, options.prompt, show_progress=True, **how)
-        print(f"\n{RULE}\n".join(prompt + text for prompt, text in zip(options.prompt, texts, strict=True)))
+        write(f"\n{RULE}\n".join(prompt + text for prompt, text in zip(options.prompt, texts, strict=True)))
     if draft is not None:
-        print(
+        say(
             f"num_draft_tokens {statistics.num_draft_tokens}, acceptance_rate {statistics.acceptance_rate:.3f}, "
             f"{statistics.characters_per_pass:.2f} characters per pass",
             file=sys.stderr,
@@ -77,7 +79,7 @@ def main() -> None:
         speed, total = exits.total() / (time.perf_counter() - start), exits.total()
         layers = ", ".join(f"layer {layer} {exits[layer] / total:.0%}" for layer in sorted(exits))
         mean = sum(layer * count for layer, count in exits.items()) / total
-        print(f"predicted by {layers}; {mean:.2f} layers on average, {speed:,.0f} symbols per second", file=sys.stderr)
+        say(f"predicted by {layers}; {mean:.2f} layers on average, {speed:,.0f} symbols per second", file=sys.stderr)
 
 
 def parse_draft(text: str | None) -> str | int | None:

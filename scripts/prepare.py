@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 
 import charlm
 from charlm import cli
-from charlm.text import command
+from charlm.text import command, say
 
 
 class Options(cli.WithConfig):
@@ -18,15 +18,15 @@ class Options(cli.WithConfig):
 def main() -> None:
     config = cli.parse(Options).config
     corpus = charlm.load_corpus(config.data)
-    print(
+    say(
         f"{corpus.name} from {corpus.source}",
         f"sha256 {corpus.sha256}",
         f"vocabulary {corpus.vocabulary.name} of {corpus.vocabulary.size} symbols",
         sep="\n",
     )
     for name, split in corpus.splits.items():
-        print(f"{name:>5}: {split.symbols:,} symbols, {split.characters:,} characters, {split.bytes:,} bytes")
-    print(f"kept in {config.data.cache_dir.expanduser()}\nNext: {command('train.py', *sys.argv[1:])}")
+        say(f"{name:>5}: {split.symbols:,} symbols, {split.characters:,} characters, {split.bytes:,} bytes")
+    say(f"kept in {config.data.cache_dir.expanduser()}\nNext: {command('train.py', *sys.argv[1:])}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import charlm
 from charlm import cli
 from charlm.config import Section
 from charlm.process import keep_freed_memory
+from charlm.text import say
 
 if TYPE_CHECKING:
     from charlm.config import DataConfig
@@ -48,11 +49,11 @@ def main() -> None:
         measured = []
         for run in read_runs(options.runs):
             if sys.stderr.isatty():  # over its bars
-                print(f"{run.folder.path}:", file=sys.stderr)
+                say(f"{run.folder.path}:", file=sys.stderr)
             corpus = corpus_of(options.data.where(run.config.data))
             measured.append(measure(run.folder, corpus, characters=options.characters))
     path = write_report(options.runs, options.output, measured)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    say(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
 def corpus_of(config: "DataConfig") -> "Corpus | charlm.UserError":

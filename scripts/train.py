@@ -16,7 +16,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns about looking
 import charlm
 from charlm import cli
 from charlm.process import keep_freed_memory
-from charlm.text import command
+from charlm.text import command, say
 
 
 class Options(cli.WithConfig):
@@ -30,9 +30,9 @@ def main() -> None:
 
     run = charlm.train_and_report(config)
     if cli.is_main_process():
-        print("Next:", command("evaluate.py", run))
+        say("Next:", command("evaluate.py", run))
         if prompt := example_prompt(config):
-            print("     ", command("generate.py", run, "--prompt", prompt))
+            say("     ", command("generate.py", run, "--prompt", prompt))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import termios
 
 import pytest
 
-from charlm.text import fitted, markdown_table
+from charlm.text import fitted, markdown_table, say, visible
 
 MESSAGE = "error: data.corpus=file: --run.resume=true is one word\n  and this line is short"
 
@@ -37,6 +37,26 @@ def test_elsewhere_lines_stay_whole(tmp_path, monkeypatch):
     with (tmp_path / "log").open("w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
         assert fitted("word " * 100) == "word " * 100
+
+
+VISIBLE = {
+    "plain é 漢 \N{NO-BREAK SPACE}": "plain é 漢 \N{NO-BREAK SPACE}",
+    "\x1b[2J\r\b": "␛[2J␍␈",
+    "\x7f\x9b": r"\u007F\u009B",
+    "\u202e\u2066\u200b\u2028": r"\u202E\u2066\u200B\u2028",
+    "\ud800\udce9": r"\uD800\xE9",
+    "␛": r"\u241B",
+    "a\tb\n": "a⇥b↵",
+}
+
+
+def test_nothing_commands_a_terminal(capsys):
+    """Guards against text of a stranger's that clears the screen, reorders what stands there, or ends the script."""
+    for text, shown in VISIBLE.items():
+        assert visible(text) == shown
+        assert fitted(text) == visible(text, kept="\n")
+    say("a\x1b", "\n\ud800", end="")
+    assert capsys.readouterr().out == "a␛ \n\\uD800"
 
 
 def test_a_table() -> None:

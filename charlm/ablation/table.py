@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from charlm.ablation.variants import Variant, VariantRun
 from charlm.data.windows import default_stride
 from charlm.files import write_whole
 from charlm.report.style import GREY, PICTURE, TRAIN, VALID, new_figure, save
-from charlm.text import markdown_table
+from charlm.text import markdown_table, visible
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; more use the last one, the safe side."""
@@ -193,7 +192,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
             reference = rows[0].figures["bits_per_character"]
             axes.axvline(reference, color=GREY, linewidth=0.8, linestyle="--")
         axes.set_xlim(left, right + 0.02 * (right - left))
-        names = [os.fsencode(row.variant.name).decode(errors="backslashreplace") for row in shown]
+        names = [visible(row.variant.name) for row in shown]
         axes.set_yticks(range(len(shown)), names)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)

@@ -10,6 +10,8 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from charlm.config import Config, Mark, UserError, differences, has_mark
 from charlm.config.errors import shown
 from charlm.config.load import load_config, typed
@@ -38,6 +40,16 @@ class Variant:
         return re.sub(r"[^\w.,=+\-]+", "_", self.name).strip("._")
 
 
+class Costs(BaseModel, strict=True):
+    """The costs of a run's processes, as far as they are known."""
+
+    peak_memory: int | float | None = None
+    """Largest resident size, in bytes."""
+    cpu_seconds: float | None = None
+    failure: str | None = None
+    """Why the last one failed."""
+
+
 @dataclass(frozen=True)
 class VariantRun:
     """The training of one variant with one seed, and what it has left on disk."""
@@ -61,7 +73,7 @@ class VariantRun:
         """Raise UserError if the run was begun with other options that affect its result, or lies in its text."""
         check_outside(self.config.data, "run.dir", self.folder)
         run = Run(self.folder)
-        found = {} if run.is_untrained() else differences(run.config(), self.config)
+        found = {} if run.is_untrained() else differences(Run.open(run.path).config(), self.config)
         changed = [
             f"{name}: {shown(old)} -> {shown(new)}"
             for name, (old, new) in found.items()
@@ -83,21 +95,16 @@ class VariantRun:
         """The last validation, seconds_per_step and `costs`; None if unfinished or diverged."""
         train, rows = self.config.train, list(Run(self.folder).metrics())
         scores = [row["valid"] for row in rows if "valid" in row and row["step"] == train.steps]
-        if not scores or not math.isfinite(scores[-1]["bits_per_character"]):
+        if not scores or not math.isfinite(scores[-1].get("bits_per_character", math.nan)):
             return None
         characters = train.batch_size * self.config.model.context_length
         seconds = seconds_per_step(rows, characters)
-        return scores[-1] | {"seconds_per_step": seconds} | self.costs()
+        return {"bits_per_byte": math.nan} | scores[-1] | {"seconds_per_step": seconds} | self.costs()
 
     def costs(self) -> dict[str, Any]:
-        """The costs of the run's processes; each may be None.
-
-        peak_memory: largest resident size, in bytes; cpu_seconds; failure: why the last one failed.
-        """
+        """The fields of `Costs`."""
         path = self.beside(".json")
-        if path.exists():
-            return read_json(path)
-        return {"peak_memory": None, "cpu_seconds": None, "failure": None}
+        return (read_json(path, kind=Costs) if path.exists() else Costs()).model_dump()
 
     def add_costs(self, peak_memory: int, cpu_seconds: float, failure: str | None) -> None:
         """Record the costs of a process on top of earlier ones."""
@@ -117,7 +124,8 @@ def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -
     logged = [(row["step"], row[key]) for row in rows if key in row]
     spans = [(step - before, speed) for (before, _), (step, speed) in pairwise(logged)]
     seconds = sum(steps * characters_per_step / speed for steps, speed in spans)
-    return seconds / sum(steps for steps, _ in spans) if spans else None
+    steps = sum(steps for steps, _ in spans)
+    return seconds / steps if steps else None
 
 
 def paper_variants(base: Config) -> list[Variant]:

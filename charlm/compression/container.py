@@ -95,15 +95,14 @@ def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
     if version != VERSION:
         problem = f"has format version {version}, and this charlm reads {VERSION}"
         raise UserError(f"{name}: {problem}; use the charlm that wrote it")
-    if checksum(file, end) != file.read(_CHECKSUM_BYTES):
-        raise UserError(f"{name}: is damaged or cut short; get a whole copy")
-    file.seek(_PREFIX.size)
     try:
         header = _unpack(file, end)
         first_block = file.tell()
         _check_blocks(file, end, header, max(2, vocabulary_size))
     except (ValueError, UserError) as error:
         raise UserError(f"{name}: its header claims {error}; get a whole copy") from None
+    if checksum(file, end) != file.read(_CHECKSUM_BYTES):  # after the blocks: the file may be a terabyte of zeros
+        raise UserError(f"{name}: is damaged or cut short; get a whole copy")
     file.seek(first_block)
     return header
 

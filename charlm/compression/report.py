@@ -2,7 +2,6 @@
 
 import bz2
 import lzma
-import os
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ from charlm.data.sources import blocks
 from charlm.inference.generation import generate
 from charlm.report.style import PICTURE, TRAIN, VALID, new_figure, save
 from charlm.runs.trained import TrainedModel
-from charlm.text import counted, markdown_table
+from charlm.text import counted, markdown_table, visible
 
 COMPRESSORS = {
     "gzip -9": lambda: zlib.compressobj(9, wbits=31),  # within 0.2 % of the program's size
@@ -146,7 +145,7 @@ def draw(report: CompressionReport, path: Path) -> Path:
         above.grid(False)
         above.margins(x=0.15)
         above.set_xlabel("bytes")
-        name = os.fsencode(Path(report.file).name).decode(errors="backslashreplace")
+        name = visible(Path(report.file).name)
         title = f"{name}, {report.compressed.bytes:,} bytes"
         if report.model:
             title += f" (the model by itself: {report.model['compressed_bytes']:,})"

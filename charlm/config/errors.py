@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from charlm.text import visible
+
 
 class UserError(Exception):
     """A fault that the user can fix, shown as one message; `option` is the dotted name of the option at fault."""
@@ -41,4 +43,5 @@ def shown(value: Any, limit: int = 120) -> str:
     if not isinstance(value, str) or not value.isprintable() or "\\" in value:
         text = json.dumps(value, ensure_ascii=False, default=lambda v: dict(v) if isinstance(v, BaseModel) else str(v))
         value = text.replace('"', "")
+    value = visible(value)
     return value if len(value) <= limit else f"{value[:80]}... ({len(value):,} characters)"

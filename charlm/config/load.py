@@ -13,7 +13,7 @@ import yaml
 
 from charlm.config import Config, Section, UserError
 from charlm.config.errors import did_you_mean, shown
-from charlm.config.types import NULLS, Lines, Mark, options_of, read_yaml, sections_of
+from charlm.config.types import MAX_YAML, NULLS, Lines, Mark, options_of, read_yaml, sections_of
 
 S = TypeVar("S", bound=Section)
 SECTIONS, OPTIONS = sections_of(Config), options_of(Config)
@@ -101,7 +101,8 @@ _Dumper.add_multi_representer(PurePath, _write_text)
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        tree = read_yaml(file.read_text(encoding="utf-8")) or {}
+        with file.open(encoding="utf-8") as opened:
+            tree = read_yaml(opened.read(MAX_YAML + 1)) or {}
         if not isinstance(tree, dict):
             raise ValueError(f"must hold `name: value` lines, not {shown(tree)}")
     except FileNotFoundError:

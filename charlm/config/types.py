@@ -25,7 +25,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from charlm.config.errors import ConfigError, did_you_mean, first_line, shown
+from charlm.text import visible
 
+MAX_YAML, MAX_ALIASES = 2**16, 10  # characters take a second to read
 NULLS = ("null", "none", "~", "")
 MESSAGES = {
     "missing": "is missing",
@@ -72,7 +74,8 @@ class Section(BaseModel):
 
     def mistake(self, option: str, text: str, *others: str) -> PydanticCustomError:
         """The error that a check raises for the value of `option`; `others` are further options in `text`."""
-        context = {"option": option, "value": attrgetter(option)(self), "others": others}
+        value = [attrgetter(option)(self)]  # in a list: pydantic tries to render a str, which may be no UTF-8
+        context = {"option": option, "value": value, "others": others}
         return PydanticCustomError("mistake", text, context)
 
     @field_validator("*", mode="before")
@@ -149,7 +152,7 @@ def _place_of(fault: ErrorDetails) -> tuple[str, Any, list[str]]:
     if fault["type"] == "mistake":
         mistake = fault["ctx"]
         others = [".".join(map(str, [*location, other])) for other in mistake["others"]]
-        location, value = (*location, mistake["option"]), mistake["value"]
+        location, (value,) = (*location, mistake["option"]), mistake["value"]
     keys = [str(key) for key in location if not UNION_MEMBER.fullmatch(str(key))]
     return ".".join(keys), value, others
 
@@ -161,6 +164,14 @@ class Lines(dict):
 
 
 class _TextLoader(yaml.BaseLoader):
+    aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > MAX_ALIASES:  # lists of lists of them could stand for a billion values
+            raise yaml.MarkedYAMLError(problem="too many aliases", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Lines:
         mapping = Lines(super().construct_mapping(node, deep=True))
         mapping.lines = {}
@@ -175,12 +186,14 @@ class _TextLoader(yaml.BaseLoader):
 
 def read_yaml(text: str) -> Any:
     """Read YAML as text, lists and mappings; numbers stay text. Raises ValueError, also for a key set twice."""
+    if len(text) > MAX_YAML:
+        raise ValueError(f"has more than {MAX_YAML:,} characters")
     try:
         return _TextLoader(text).get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"is not valid YAML{line}: {problem or first_line(error)}") from None
+        raise ValueError(f"is not valid YAML{line}: {visible(problem or first_line(error))}") from None
 
 
 def _whole(value: Any) -> Any:
@@ -189,7 +202,9 @@ def _whole(value: Any) -> Any:
         raise ValueError("should be a valid integer")
     with suppress(ValueError):
         if isinstance(value, str) and "e" in value.lower() and float(value).is_integer():
-            return int(float(value))
+            value = int(float(value))
+    if isinstance(value, int | str) and len(str(value)) > 19:
+        raise ValueError("should have at most 19 digits")  # torch counts in 64 bits
     return value
 
 

@@ -32,6 +32,7 @@ from charlm.data.vocabulary import (
     whole_characters,
 )
 from charlm.files import read_json, remove, replacing, sha256_of, sync, write_whole
+from charlm.text import visible
 
 FORMAT = 1
 """Version of the folder's layout; a folder of another version is prepared again."""
@@ -127,7 +128,8 @@ def _open(folder: Path, source: Source) -> Corpus:
     vocabulary = vocabulary_from_dict(record["vocabulary"])
     ids_path = folder / "ids.bin"
     is_file = ids_path.is_file() and not ids_path.is_symlink()
-    if not is_file or sha256_of(ids_path) != record["ids_sha256"]:
+    size = id_type(vocabulary.size).itemsize * sum(record["splits"][name]["symbols"] for name in SPLITS)
+    if not is_file or ids_path.stat().st_size != size or sha256_of(ids_path) != record["ids_sha256"]:
         raise ValueError("ids.bin is damaged")
     ids = np.memmap(ids_path, dtype=id_type(vocabulary.size), mode="r")
     splits, start = {}, 0
@@ -136,8 +138,6 @@ def _open(folder: Path, source: Source) -> Corpus:
         end = start + sizes["symbols"]
         splits[name] = Split(ids=ids[start:end], **sizes)
         start = end
-    if start != len(ids):
-        raise ValueError(f"{len(ids)} ids, but splits of {start}")
     return Corpus(**record | {"vocabulary": vocabulary, "splits": splits})
 
 
@@ -190,7 +190,7 @@ def _write_text(source: Source, path: Path, bar: Callable[..., tqdm]) -> tuple[s
     parts = {}
     not_utf8_at = None
     written = 0
-    with bar(desc=f"preparing {source.origin}", total=source.size) as shown, path.open("wb") as file:
+    with bar(desc=f"preparing {visible(source.origin)}", total=source.size) as shown, path.open("wb") as file:
         for part in source.parts:
             start = written
             for block in whole_characters(source.chunks(part)):

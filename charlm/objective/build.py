@@ -1,7 +1,5 @@
 """A fresh model, its heads, the user's own tasks and the objective that a config describes."""
 
-import torch
-
 from charlm.config import Config
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
@@ -20,8 +18,7 @@ def build_objective(config: Config, vocabulary_size: int, *, training: bool = Tr
         ConfigError: the parameters do not fit in memory, or all terms have weight zero at some time.
     """
     model, aux, train = config.model, config.aux, config.train
-    if torch.get_default_device().type != "meta":
-        check_memory(model, vocabulary_size)
+    check_memory(model, vocabulary_size)
     terms = build_terms(aux, model.num_layers, train.steps)
     if not training:
         terms = tuple(term for term in terms if term.task is None)

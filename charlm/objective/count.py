@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import torch
 from torch import nn
 
 from charlm.config import Config, ConfigError, ModelConfig, TrainConfig
@@ -34,10 +35,10 @@ def transformer_parameters(config: ModelConfig, vocabulary_size: int) -> int:
 
 
 def check_memory(config: ModelConfig, vocabulary_size: int) -> None:
-    """Raise ConfigError if the transformer's parameters do not fit in memory."""
+    """Raise ConfigError if the transformer's parameters do not fit in memory, or, on meta, in torch's counts."""
     parameters = transformer_parameters(config, vocabulary_size)
     memory = physical_memory()
-    if 4 * parameters > memory:
+    if 4 * parameters > (2**62 if torch.get_default_device().type == "meta" else memory):
         raise ConfigError(
             f"model.num_layers={config.num_layers}, d_model={config.d_model}, d_ff={config.d_ff}, "
             f"context_length={config.context_length}, "

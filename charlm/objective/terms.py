@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from charlm.config import AuxConfig, ConfigError, LayersConfig, TargetsConfig, count_of
 from charlm.objective.schedules import DECAYS, SWITCHES, Schedule, constant, intervals, rotational, staged
+from charlm.text import visible
 
 WEIGHTINGS: dict[str, Callable[[int, int, float], float]] = {
     "uniform": lambda i, n, gamma: 1.0,
@@ -53,11 +54,11 @@ class Term:
     @staticmethod
     def parse(name: str) -> TermName | None:
         """The parts of a name, or of its beginning such as "layer3/offset2"; else None."""
-        found = re.fullmatch(r"layer(\d+)(?:/offset(\d+)(?:/(all|last))?|/task/(.+))?", name)
+        found = re.fullmatch(r"layer(\d{1,9})(?:/offset(\d{1,9})(?:/(all|last))?|/task/(.+))?", name)
         if found is None:
             return None
         layer, offset, positions, task = found.groups()
-        return TermName(int(layer), None if offset is None else int(offset), positions, task)
+        return TermName(int(layer), None if offset is None else int(offset), positions, task and visible(task))
 
 
 Rows = list[tuple[Term, float]]

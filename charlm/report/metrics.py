@@ -1,7 +1,6 @@
 """The records of runs: config, provenance, and metrics.jsonl as series of points."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,9 @@ import numpy as np
 from charlm.config import Config, flatten
 from charlm.objective.terms import Term, TermName
 from charlm.runs.folder import Run
+from charlm.text import visible
 
+LARGEST = 1e30  # number in a figure
 Points = tuple[np.ndarray, np.ndarray]
 """x and y of a line, float64 of the same length."""
 
@@ -68,7 +69,8 @@ class Metrics:
         """The series with a term's name, or its beginning, between `before` and `after`."""
         paths = [path for path in self.series if path.startswith(before) and path.endswith(after)]
         names = {path: Term.parse(path.removeprefix(before).removesuffix(after)) for path in paths}
-        return {name: self.points(path) for path, name in names.items() if name is not None}
+        layers = range(1, self.config.model.num_layers + 1)
+        return {name: self.points(path) for path, name in names.items() if name is not None and name.layer in layers}
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Metrics]:
@@ -85,7 +87,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as few as tell them apart."""
     parts = [path.resolve().parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
-        names = [os.fsencode("/".join(own[-count:])).decode(errors="backslashreplace") for own in parts]
+        names = [visible("/".join(own[-count:])) for own in parts]
         if len(set(names)) == len(set(parts)):
             break
     return names
@@ -100,6 +102,6 @@ def _series(run: Run) -> dict[str, np.ndarray]:
     found: dict[str, list[tuple[float, float, float]]] = {}
     for row in run.metrics():
         for path, value in flatten(row, "/").items():
-            if math.isfinite(number(value)):
+            if abs(number(value)) < LARGEST:  # not NaN
                 found.setdefault(path, []).append((row["step"], number(row.get("seconds")), value))
     return {path: np.array(points, float).T for path, points in found.items()}

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 
 from charlm.config import UserError
 from charlm.files import read_json, remove, replacing, sha256_of, sync, write_whole
+from charlm.process import physical_memory
 from charlm.runs.folder import Run
 from charlm.runs.tensors import (
     Snapshot,
@@ -260,7 +261,7 @@ def digest(record: Any) -> str:
 def _read(folder: Path) -> Checkpoint:
     """The checkpoint in a folder; UserError if it is damaged or cannot be read.
 
-    No path comes from a file, and sizes are compared before anything is hashed.
+    No path comes from a file. Sizes and headers are compared before anything is hashed.
     """
     if folder.is_symlink() or not folder.is_dir():
         raise UserError(f"{folder} is damaged: it is not a folder")
@@ -276,10 +277,17 @@ def _read(folder: Path) -> Checkpoint:
         expected_text = _manifest(files).encode()
         if len(files) < len(FILES) or (folder / MANIFEST).read_bytes() != expected_text:
             raise UserError(f"{folder / MANIFEST} is damaged: it does not match its own SHA-256")
+        unlike = f"is damaged: it does not match {MANIFEST}"
         for name, entry in files.items():
-            size = (folder / name).stat().st_size
-            if size != entry.get("bytes") or _fingerprint(folder / name) != entry:
-                raise UserError(f"{folder / name} is damaged: it does not match {MANIFEST}")
+            if (folder / name).stat().st_size != entry.get("bytes"):
+                raise UserError(f"{folder / name} {unlike}")
+        if (size := sum(entry["bytes"] for entry in files.values())) > 4 * physical_memory():
+            raise UserError(f"{folder} has {size:,} bytes, four times as many as this machine's memory")
+        for name in (MODEL, OPTIMIZER):
+            load_tensors(folder / name)  # the headers, too, say how long the files are
+        for name, entry in files.items():
+            if _fingerprint(folder / name) != entry:
+                raise UserError(f"{folder / name} {unlike}")
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror})") from error
     state = read_json(folder / STATE, MAX_JSON_BYTES, State)

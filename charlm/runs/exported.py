@@ -10,6 +10,7 @@ A stranger may have made it: loading runs no code, refuses paths in the files, a
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,9 +22,10 @@ from charlm.config.errors import first_line
 from charlm.config.load import load_config
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.files import read_json, replacing, write_whole
-from charlm.runs.folder import CorpusRecord
-from charlm.runs.tensors import check_space, check_tensors, load_tensors, save_tensors
-from charlm.runs.trained import TrainedModel, any_prompt, empty_model, trained_with
+from charlm.runs.folder import CorpusRecord, Visible
+from charlm.runs.tensors import check_space, load_tensors, save_tensors
+from charlm.runs.trained import TrainedModel, any_prompt, empty_model, filled, trained_with
+from charlm.text import visible
 
 EXPORT_CONFIG = "config.json"
 TENSORS = "model.safetensors"
@@ -54,7 +56,7 @@ class ModelRecord(BaseModel, strict=True):
     options: dict[str, Any]
     heads: HeadsRecord
     hedge_weights: dict[Layer, Weight] | None
-    checkpoint: str
+    checkpoint: Visible
     step: int
     corpus: CorpusRecord
     scores: list[dict[str, Any]]
@@ -113,8 +115,7 @@ def check_absent(folder: Path) -> None:
 
 def read_model(folder: Path, device: torch.device) -> TrainedModel:
     """The model in a folder, for evaluation. Raises UserError if a file is missing or damaged."""
-    config_path = folder / EXPORT_CONFIG
-    record, config = _read_config(config_path)
+    record, config = _read_config(folder / EXPORT_CONFIG)
     vocabulary_record = read_json(folder / VOCABULARY)
     try:
         vocabulary = vocabulary_from_dict(vocabulary_record)
@@ -122,19 +123,11 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
         raise UserError(f"{folder / VOCABULARY}: {str(error).partition(';')[0]}") from error
     tensors, _ = load_tensors(folder / TENSORS)
     pairs = {(layer, offset) for layer, offset in record.heads.pairs}
-    num_layers = config.model.num_layers
-    if num_layers > len(tensors):  # or an empty model could take all memory
-        raise UserError(f"{folder / TENSORS} lacks tensors for the {num_layers:,} layers of {EXPORT_CONFIG}")
-    try:
-        model = empty_model(config, vocabulary.size, pairs, record.heads.last_tower)
-    except RuntimeError as error:  # a size that overflows
-        fault = f"describes a model that no machine can hold: {first_line(error)}"
-        raise UserError(f"{config_path}: {fault}") from None
-    check_tensors(folder / TENSORS, tensors, model.state_dict(), f"the model of {EXPORT_CONFIG}")
-    model.load_state_dict(tensors, assign=True)
+    build = partial(empty_model, config, vocabulary.size, pairs, record.heads.last_tower)
+    model = filled(build, config.model, tensors, folder / TENSORS, f"the model of {EXPORT_CONFIG}")
     return TrainedModel(
         config=config,
-        **model.to(device).eval(),
+        **model.to(device),
         vocabulary=vocabulary,
         checkpoint=record.checkpoint,
         step=record.step,
@@ -150,7 +143,7 @@ def _card(trained: TrainedModel, name: str) -> str:
     """The text of README.md for a model called `name`."""
     scores = "\n".join(map(_score_line, trained.scores))
     prompt = any_prompt(trained)
-    return CARD_TEMPLATE.read_text("utf-8").format(
+    text = CARD_TEMPLATE.read_text("utf-8").format(
         name=name,
         trained=trained,
         prompt=json.dumps(prompt.decode()) if prompt.isascii() else repr(prompt),
@@ -160,6 +153,7 @@ def _card(trained: TrainedModel, name: str) -> str:
         scores=scores or "Nothing yet: `scripts/export.py --score test` measures it.",
         options=trained_with(trained).rstrip(),
     )
+    return visible(text, kept="\n")
 
 
 def _score_line(score: dict[str, Any]) -> str:

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveFloat
 
 from charlm.config import Config, UserError
 from charlm.config.errors import did_you_mean
@@ -30,6 +30,7 @@ from charlm.config.load import load_config, to_yaml
 from charlm.config.run import OF_ONE_CALL
 from charlm.files import parse_json, read_json, write_whole
 from charlm.process import processor_name
+from charlm.text import visible
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
 UNTRAINED = re.compile(r"\.lock|checkpoints|trackers(/.*)?|\.?(provenance\.json|config\.yaml)(\..+\.tmp)?", re.DOTALL)
@@ -39,11 +40,23 @@ PATIENCE = 10.0
 """Seconds to wait for the lock: processes whose launcher was killed end after their step."""
 
 
+Visible = Annotated[str, AfterValidator(visible)]
+
+
+class Row(BaseModel, strict=True, extra="allow"):
+    """A line of metrics.jsonl, as far as it is used."""
+
+    step: NonNegativeInt
+    seconds: Annotated[float, Field(ge=0, le=1e12)] | None = None
+    characters_per_second: PositiveFloat | None = None
+    valid: dict[str, float] | None = None
+
+
 class CorpusRecord(BaseModel, strict=True, extra="allow"):
     """`Corpus.to_dict`, as far as it is used."""
 
-    name: str
-    sha256: str
+    name: Visible
+    sha256: Visible
     vocabulary: dict[str, Any] | None = None
 
 
@@ -207,9 +220,12 @@ class Run:
                 if line.endswith(b"\n") or len(line) == MAX_ROW_BYTES:
                     row = None
                     with suppress(ValueError):
-                        row = parse_json(line)
-                    is_row = isinstance(row, dict) and isinstance(row.get("step"), int)
-                    yield number, row if is_row else None
+                        parsed = parse_json(line)
+                        Row.model_validate(parsed)
+                        row = parsed
+                    yield number, row
+                if not line.strip(b"\0"):
+                    return  # a hole in the file, which may have no end
 
     def _refusal(self, text: str) -> UserError:
         return UserError(f"run.dir={self.path}: {text}", "run.dir")

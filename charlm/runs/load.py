@@ -1,5 +1,6 @@
 """Load a trained model: from a run, an exported folder, or the Hugging Face hub."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import MODEL, digest, find_checkpoint
 from charlm.runs.exported import EXPORT_CONFIG, read_model
 from charlm.runs.folder import Run
-from charlm.runs.tensors import check_tensors, load_tensors
-from charlm.runs.trained import TrainedModel
+from charlm.runs.tensors import load_tensors
+from charlm.runs.trained import TrainedModel, filled
 
 
 def load(run: Path | str, checkpoint: str | int = "best", device: torch.device | str | None = None) -> TrainedModel:
@@ -51,14 +52,11 @@ def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> Train
         fault = "was trained with another vocabulary than provenance.json has; restore that file"
         raise UserError(f"{found.path}: {fault}")
     vocabulary = vocabulary_from_dict(corpus.get("vocabulary"))
-    with torch.device("meta"):
-        objective = build_objective(config, vocabulary.size, training=False)
     task_prefixes = tuple(f"tasks.{task}." for task in config.aux.tasks)  # needed only for training
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(task_prefixes)}
+    build = partial(build_objective, config, vocabulary.size, training=False)
     owner = "the model of config.yaml and provenance.json"
-    check_tensors(found.path / MODEL, tensors, objective.state_dict(), owner)
-    objective.load_state_dict(tensors, assign=True)
-    objective.to(device).eval()
+    objective = filled(build, config.model, tensors, found.path / MODEL, owner).to(device)
     hedge = objective.hedge
     hedge_weights = dict(zip(hedge.layers, hedge.weights.tolist(), strict=True)) if hedge else None
     bits = found.state.get("best_bits")

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from charlm.config import UserError
 from charlm.files import sync
 
+MAX_HEADER_BYTES = 2**24  # names and shapes of more than 100,000 tensors
 SPARE_BYTES = 2**20
 """Free space needed beyond the tensors, for headers and small files."""
 
@@ -98,6 +99,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not path.is_file():
             raise OSError("it is missing or not a regular file")
         with path.open("rb") as opened:
+            if int.from_bytes(opened.read(8), "little") > MAX_HEADER_BYTES:
+                raise OSError("header too large")
             # safetensors refuses a path that is not UTF-8
             place = path if str(path).isprintable() else f"/dev/fd/{opened.fileno()}"
             with safe_open(place, "pt") as file:

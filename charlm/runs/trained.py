@@ -1,19 +1,25 @@
 """A trained model, read from a run or from an exported folder, and cut to its lower layers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from charlm.config import AuxConfig, Config, LayersConfig, UserError
+from charlm.config import AuxConfig, Config, LayersConfig, ModelConfig, UserError
+from charlm.config.errors import first_line
 from charlm.config.load import to_yaml
 from charlm.data.vocabulary import Vocabulary
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
+from charlm.process import physical_memory
+from charlm.runs.tensors import check_tensors
+
+LAYER_TENSORS = 16
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,29 @@ def empty_model(
         norm = transformer.final_norm
         heads = Heads(model, vocabulary_size, pairs, layers=layers, final_norm=norm, last_tower=last_tower)
     return nn.ModuleDict({"transformer": transformer, "heads": heads})
+
+
+def filled(
+    build: Callable[[], nn.Module], config: ModelConfig, tensors: Mapping[str, Tensor], path: Path, owner: str
+) -> nn.Module:
+    """The module that `build` makes, with the `tensors` of the file `path` as its parameters.
+
+    Raises UserError if they are not those that `owner` needs, or no machine of this size can use it.
+    """
+    if config.num_layers * LAYER_TENSORS > len(tensors):  # building them would take minutes
+        raise UserError(f"{path} has {len(tensors)} tensors, too few for the {config.num_layers:,} layers of {owner}")
+    needed = 8 * config.context_length * config.num_layers * config.d_model
+    if needed > physical_memory():
+        text = f"keys and values of {config.context_length:,} symbols take {needed / 1e9:,.0f} GB"
+        raise UserError(f"{path}: no machine like this can use {owner}: {text}")
+    try:
+        with torch.device("meta"):
+            module = build()
+    except (RuntimeError, TypeError) as error:  # a size that overflows
+        raise UserError(f"{path}: no machine can hold {owner}: {first_line(error)}") from None
+    check_tensors(path, tensors, module.state_dict(), owner)
+    module.load_state_dict(tensors, assign=True)
+    return module.eval()
 
 
 def truncate(trained: TrainedModel, depth: int | None = None, *, keep_heads: bool = False) -> TrainedModel:

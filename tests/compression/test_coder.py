@@ -172,7 +172,7 @@ FOREIGN = {
     "empty": (b"", "not a file that charlm has compressed"),
     "another's": (b"PK\3\4" + bytes(300), "not a file that charlm has compressed"),
     "the magic alone": (b"charlm", "not a file that charlm has compressed"),
-    "no more than magic and version": (b"charlm\3\0", "damaged or cut short"),
+    "no more than magic and version": (b"charlm\3\0", "more bytes than the file"),
     "sealed without header": (sealed(b"charlm\3\0" + bytes(8)), "more bytes than the file"),
     "a name longer than the file": (sealed(b"charlm\3\0" + bytes(99) + b"\xff" + bytes(20)), "more bytes than"),
     "version 1": (b"charlm\1\0" + bytes(200), "version 1, and this charlm reads 3"),

@@ -38,7 +38,6 @@ from charlm.report.page.probe import (
     nats_by_position,
     pieces_of,
     read_passage,
-    visible,
 )
 from charlm.report.page.render import render, write_report
 from charlm.report.style import WINDOW
@@ -46,6 +45,7 @@ from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.load import load
 from charlm.runs.tensors import take_snapshot
+from charlm.text import visible
 from tiny import run_script, small_model
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> &amp; \x1b[31m \u202e"
@@ -396,11 +396,9 @@ def test_draws_what_there_is(run, tmp_path, rows):
     if rows == "one validation":
         folder.append_metrics({"step": 9, "progress": 0.2, "valid": {"bits_per_character": 5.0, "bits_per_byte": 5.0}})
     elif rows == "nonsense":
-        folder.append_metrics({"step": 1, "terms": 3, "seconds": "x", "hedge": 4, "bits_per_character": [1]})
-        folder.append_metrics(
-            {"step": 2, "terms": {"layer1/offset1/all": 3, "x": {"loss": "NaN"}}, "seconds": math.nan}
-        )
-        folder.append_metrics({"step": 3, "valid": {"bits_per_character": None}})
+        folder.append_metrics({"step": 1, "terms": 3, "loss": "x", "hedge": 4, "bits_per_character": [1]})
+        folder.append_metrics({"step": 2, "terms": {"layer1/offset1/all": 3, "x": {"loss": "NaN"}}, "loss": math.nan})
+        folder.append_metrics({"step": 3, "terms": {"layer9/offset1/all": 3}, "loss": 1e308, "seconds": 1e11})
         folder.append_metrics({"step": 4, "diagnostics": {"gradient_norm": 3, "bits_per_character": {"layer1": "x"}}})
     text = write_report([folder.path], tmp_path / "report.html").read_text()
     drawn = figures_in(text)

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from charlm.config import Config, ModelConfig, RunConfig, UserError
@@ -82,7 +80,7 @@ DAMAGED = {
     "an empty manifest": (written(MANIFEST, ""), [MANIFEST, "JSON"]),
     "an entry nested deeply": (
         entries(MANIFEST, **{STATE: json.loads("[" * 500 + "]" * 500)}),
-        [MANIFEST, STATE],
+        [MANIFEST, "nested"],
     ),
     "a manifest of megabytes": (written(MANIFEST, "[" + "0," * 2**20 + "0]"), [MANIFEST, "more than 1,048,576 bytes"]),
     "a manifest that names a file outside": (
@@ -102,7 +100,7 @@ FORGED = {
     "a header nested deeply": (written(MODEL, tensor_file(b'{"a":' * 10_000)), [MODEL]),
     "a tensor past the end": (written(MODEL, tensor_file(one_tensor(data_offsets=[0, 10**12]))), [MODEL]),
     "a shape that overflows": (written(MODEL, tensor_file(one_tensor(shape=[2**62, 2**62]), bytes(4))), [MODEL]),
-    "no tensors at all": (written(MODEL, tensor_file(b"{}")), [MODEL, "has no tensor heads."]),
+    "no tensors at all": (written(MODEL, tensor_file(b"{}")), [MODEL, "has 0 tensors, too few"]),
     "a missing tensor": (tensors(MODEL, **{WEIGHT: None}), [MODEL, f"has no tensor {WEIGHT}"]),
     "an extra tensor": (tensors(MODEL, virus=torch.zeros(1)), [MODEL, "has a tensor virus"]),
     "a wrong shape": (
@@ -182,22 +180,3 @@ def test_a_folder_that_is_a_link_is_refused(sound_run, tmp_path):
         save_checkpoint(run, Snapshot({}, {}, {"step": step}), best=True, keep=1)
     assert sorted(path.name for path in run.checkpoints_path.iterdir()) == ["best", "last", "step-00000003"]
     assert content(tmp_path / "outside") == outside
-
-
-NESTED = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: (
-        st.lists(inner) | st.dictionaries(st.sampled_from([MODEL, STATE, MANIFEST, "bytes"]) | st.text(), inner)
-    ),
-)
-
-
-@given(forged=st.binary() | NESTED.map(lambda value: json.dumps(value).encode()))
-def test_no_manifest_but_its_own_is_taken(forged, sound_run):
-    """Guards against bytes, or JSON, that the manifest's reader takes or stumbles over."""
-    path = sound_run / "checkpoints" / "step-00000001" / MANIFEST
-    sound = path.read_bytes()
-    path.write_bytes(forged)
-    with pytest.raises(UserError, match=MANIFEST):
-        find_checkpoint(Run(sound_run), 1)
-    path.write_bytes(sound)

@@ -47,11 +47,15 @@ CASES = {
     "a model larger than any machine": (entries(CONFIG, options__model__d_model=10**12), [CONFIG, "no machine"]),
     "ten thousand layers": (
         entries(CONFIG, options__model__num_layers=10_000, heads__pairs=[[10_000, 1]]),
-        [TENSORS, "10,000 layers"],
+        [TENSORS, "too few for the 10,000 layers"],
     ),
     "layers that are missing": (
         entries(CONFIG, options__model__num_layers=3, heads__pairs=[[3, 1], [2, 1], [1, 1]]),
-        [TENSORS, "has no tensor"],
+        [TENSORS, "too few for the 3 layers"],
+    ),
+    "a context of a billion": (
+        entries(CONFIG, options__model__context_length=10**9, options__model__position_encoding="rotary"),
+        [TENSORS, "no machine like this"],
     ),
     "no head for the last layer": (entries(CONFIG, heads__pairs=[[1, 1]]), [CONFIG, "heads.pairs"]),
     "a head of no layer": (entries(CONFIG, heads__pairs=[[3, 1], [2, 1]]), [CONFIG, "heads.pairs"]),

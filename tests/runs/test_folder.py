@@ -128,6 +128,7 @@ def test_a_row_that_the_disk_does_not_take_leaves_the_others(tmp_path):
     assert [row["step"] for row in run.metrics()] == [1, 3]
 
 
+SCORE = {"bits_per_character": 8.0, "bits_per_byte": 8.0}
 DAMAGE = (b"\x00\xff", b"[1]", b"{}", b'{"step": "2"}', b'{"step": 1' + b"0" * 400 + b"}", b"[" * 5000)
 
 
@@ -147,7 +148,7 @@ def test_a_damaged_row_is_named_and_then_dropped(damage, tmp_path):
 def test_a_validation_that_the_checkpoint_does_not_know_is_dropped(tmp_path):
     """Guards against two rows of one validation: stopped before it, resumed, and killed after its row was written."""
     run = run_in(tmp_path / "run")
-    rows = [{"step": 1}, {"step": 1, "valid": 8}, {"step": 2}, {"step": 2, "valid": 7}, {"step": 3}]
+    rows = [{"step": 1}, {"step": 1, "valid": SCORE}, {"step": 2}, {"step": 2, "valid": SCORE}, {"step": 3}]
     for row in rows:
         run.append_metrics(row)
     run.forget_metrics_after(2, validated_step=1)

@@ -6,7 +6,6 @@ Shapes: V vocabulary, N symbols, M predictions, K likeliest, W windows, T positi
 """
 
 import math
-import unicodedata
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,6 +26,7 @@ from charlm.runs.checkpoints import checkpoint_folders, find_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.load import load
 from charlm.runs.trained import TrainedModel, any_prompt
+from charlm.text import visible
 
 CHARACTERS = 20_000
 """Characters of the validation split that are scored by default."""
@@ -36,10 +36,6 @@ LIKELIEST = 5
 TEMPERATURE = 0.8
 MOST_SAMPLES = 4
 MOST_BINS = 24
-SIGNS = {code: chr(0x2400 + code) for code in range(0x20)} | {ord("\n"): "↵", ord("\t"): "⇥"}
-SIGNS |= {ord(sign): f"\\u{ord(sign):04X}" for sign in SIGNS.values()}
-SIGNS |= {0xDC00 + byte: f"\\x{byte:02X}" for byte in range(0x80, 0x100)}
-"""Signs for control characters, for these signs themselves, and for stray bytes."""
 
 
 class Piece(NamedTuple):
@@ -214,16 +210,6 @@ def pieces_of(
         bits = round(bits_N[first:end].sum().item(), 4)
         pieces.append(Piece(text, bits, end - first, likeliest))
     return pieces
-
-
-def visible(data: bytes) -> str:
-    """Text with a sign for every control character; stray bytes read \\xE2.
-
-    Marks that change the direction of writing are spelled out: none reorders the text.
-    """
-    characters = data.decode("utf-8", "surrogateescape").translate(SIGNS)
-    shown = (character.isprintable() or unicodedata.category(character) == "Zs" for character in characters)
-    return "".join(c if own else f"\\u{ord(c):04X}" for c, own in zip(characters, shown, strict=True))
 
 
 def write_samples(run: Run, prompt: bytes) -> list[Sample]:

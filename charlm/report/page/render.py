@@ -20,8 +20,9 @@ from charlm.files import write_whole
 from charlm.report import figures
 from charlm.report.metrics import Metrics, read_runs
 from charlm.report.page import tables
-from charlm.report.page.probe import LIKELIEST, TEMPERATURE, Probe, visible
+from charlm.report.page.probe import LIKELIEST, TEMPERATURE, Probe
 from charlm.report.style import DASHES, GREY, GRID, INK, LAYER_STEPS, PHONE, SERIES, WINDOW, Style, layer_colours
+from charlm.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,7 +98,7 @@ def render(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shown"] = shown
+    environment.filters["shown"] = partial(visible, kept="\n")
     return environment.get_template("page.html").render(
         title=" · ".join(run.name for run in runs),
         runs=list(map(_section, range(len(runs)), runs, probes, tables.results(runs, probes))),
@@ -112,11 +113,6 @@ def render(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
         likeliest=LIKELIEST,
         temperature=TEMPERATURE,
     )
-
-
-def shown(text: str) -> str:
-    """Text without control characters but the ends of lines."""
-    return "\n".join(visible(line.encode(errors="surrogateescape")) for line in text.split("\n"))
 
 
 def picture(name: str, label: str, draw: Callable[[Style], "Figure | None"]) -> dict[str, str] | None:
@@ -169,7 +165,7 @@ def palette(dark: bool) -> dict[str, str]:
 def _section(place: int, run: Metrics, probe: Probe, row: dict[str, str]) -> dict[str, Any]:
     drawn = []
     for name, (draw, heading, note) in FIGURES_OF_A_RUN.items():
-        label = f"{heading} of {shown(run.name)}, over training"
+        label = f"{heading} of {visible(run.name)}, over training"
         drawn.append((heading, note, picture(name, label, partial(draw, run))))
     return {
         "name": run.name,
