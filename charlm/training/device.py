@@ -29,8 +29,9 @@ def launch_explained() -> Iterator[None]:
     found = {name: value for name, value in sorted(os.environ.items()) if re.fullmatch(ours, name)}
     try:
         rank, size = int(found.get("RANK", "0")), int(found.get("WORLD_SIZE", "1"))
-        if not 0 <= rank < size or (size > 1 and "RANK" not in found):
-            raise ValueError("RANK must be at least 0 and below WORLD_SIZE")
+        local_rank = int(found.get("LOCAL_RANK", "0"))
+        if not 0 <= rank < size or local_rank < 0 or (size > 1 and "RANK" not in found):
+            raise ValueError("a process needs a RANK below WORLD_SIZE, and no rank is negative")
         DynamoBackend(found.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper())
         torch.ones(1, device=found.get("ACCELERATE_TORCH_DEVICE", "cpu")).item()
         yield
