@@ -65,6 +65,8 @@ class MovedCorpus(Section):
 
     path: Path | None = None
     """A local copy of the corpus, or the file or folder that it was made from."""
+    as_is: bool | None = None
+    """Take the corpus's files as they are: also hidden ones, and the bytes of packed ones."""
     hub_id: str | None = None
     """Another copy of a dataset, such as a folder of its parquet files."""
     cache_dir: Path | None = None

@@ -52,11 +52,8 @@ def command(script: str, *words: object) -> str:
     """A line for this shell, in this folder, that runs a script with these arguments."""
     python = shutil.which("python") or ""
     same = os.path.dirname(python) == os.path.dirname(sys.executable)
-    path = SCRIPTS / script
-    if path.is_relative_to(Path.cwd()):
-        path = path.relative_to(Path.cwd())
     words = (f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words)
-    return shlex.join(["python" if same else sys.executable, str(path), *words])
+    return shlex.join(["python" if same else sys.executable, os.path.relpath(SCRIPTS / script), *words])
 
 
 def counted(count: int, noun: str) -> str:

@@ -85,7 +85,9 @@ CASES = {
     f"train {TEXT} --run.tracker=aim": ["run.tracker=aim: not installed", "pip install 'aim<4'"],
     f"train {TEXT} --run.dir=run": ["run.dir=run", "--run.resume=true"],
     f"train {TEXT} --run.dir=run --run.resume=true --model.d_ff=64": ["model.d_ff: 32 -> 64"],
-    f"train {TEXT} --data.path=other.txt --run.dir=run --run.resume=true": ["another corpus", "sha256", "data.path"],
+    f"train {TEXT} --data.path=other.txt --run.dir=run --run.resume=true": [
+        *("another corpus", "sha256", "added: other.txt; removed: text.txt", "data.path")
+    ],
     f"train {TEXT} --run.dir=run --run.resume_from=7": ["run has no checkpoint 7", "its steps are: 2, 3"],
     f"train {TEXT} --run.dir=no_run --run.resume=true": ["no_run is not a run"],
     f"train {TEXT} --aux.main_weight=0 --aux.layers.enabled=false": [

@@ -280,7 +280,15 @@ def test_what_a_resumed_run_may_change() -> None:
     """Guards against an option that is resumed into a run that was trained with another."""
     may_change = partial(has_mark, mark=Mark.MAY_CHANGE)
     assert {name for name in OPTIONS if may_change(name) and not name.startswith("run.")} == {
-        *("data.path", "data.cache_dir", "data.hub_id", "train.steps", "train.micro_batch_size", "train.compile"),
+        *(
+            "data.path",
+            "data.as_is",
+            "data.cache_dir",
+            "data.hub_id",
+            "train.steps",
+            "train.micro_batch_size",
+            "train.compile",
+        ),
         *("train.mixed_precision", "train.matmul_precision", "train.attention", "train.cross_entropy"),
         *("train.activation_checkpointing", "train.sharding", "train.deterministic", "train.log_every"),
         *("train.valid_every", "train.valid_symbols", "train.checkpoint_every", "train.keep_checkpoints"),

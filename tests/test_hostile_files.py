@@ -212,7 +212,7 @@ TEXTS: dict[str, tuple[list[str], Callable[[Path], object], list[str]]] = {
         hostile_folder(lambda folder: [(folder / name).symlink_to(folder) for name in "ab"]),
         ["holds no text"],
     ),
-    "a folder of pipes": (FILE, hostile_folder(lambda folder: os.mkfifo(folder / "pipe")), ["holds no text"]),
+    "a folder of pipes": (FILE, hostile_folder(lambda folder: os.mkfifo(folder / "pipe")), ["pipe is neither"]),
     "a terabyte": (FILE, lambda place: sparse(place / "hostile"), ["bytes free", "1,099,511,627,776"]),
     "Latin-1 where characters are asked for": (
         [*FILE, "--data.vocabulary=characters"],

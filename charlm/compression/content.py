@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from charlm.config import UserError
-from charlm.data.sources import blocks
+from charlm.data.text_files import blocks
 from charlm.data.vocabulary import EncodingError, Vocabulary, whole_characters
 from charlm.files import replacing
 

@@ -16,7 +16,7 @@ from charlm.compression.content import open_regular
 from charlm.compression.fingerprint import predicting_tensors
 from charlm.compression.settings import CodingSettings, check_settings
 from charlm.compression.streams import FAMILY, Streams, probabilities, threads_set
-from charlm.data.sources import blocks
+from charlm.data.text_files import blocks
 from charlm.inference.generation import generate
 from charlm.report.style import PICTURE, TRAIN, VALID, new_figure, save
 from charlm.runs.trained import TrainedModel

@@ -11,6 +11,7 @@ from charlm.config.types import Mark, Section, Share
 _DATASETS = ("lm1b", "hub")
 _READ_BY = {
     "path": ("enwik8", "text8", "file"),
+    "as_is": ("file",),
     **dict.fromkeys(("hub_id", "hub_config", "hub_revision", "text_column", "skip_null", "separator"), _DATASETS),
     **dict.fromkeys(("train_split", "valid_split", "test_split"), _DATASETS),
     **dict.fromkeys(("valid_fraction", "test_fraction"), (*_DATASETS, "file", "python-stdlib")),
@@ -25,7 +26,9 @@ class DataConfig(Section):
     """enwik8 and text8 are downloaded once and verified; lm1b is a dataset from the hub; file reads
     data.path; hub reads data.hub_id; python-stdlib needs no network."""
     path: Annotated[Path | None, Mark.MAY_CHANGE, Mark.NO_EFFECT] = None
-    """A local copy of enwik8 or text8 (raw, .zip, .gz, .xz), or the file or folder for corpus=file."""
+    """A local copy of enwik8 or text8 (raw, .zip, .gz, .bz2, .xz), or the file or folder for corpus=file."""
+    as_is: Annotated[bool, Mark.MAY_CHANGE] = False
+    """Take files of corpus=file as they are: also hidden ones, and the bytes of packed and binary ones."""
     cache_dir: Annotated[Path, Mark.MAY_CHANGE, Mark.NO_EFFECT] = Field(
         default_factory=lambda: Path(os.environ.get("CHARLM_CACHE") or "~/.cache/charlm")
     )

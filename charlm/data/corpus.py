@@ -7,7 +7,7 @@ the ids of train, valid and test, in this order.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import accumulate
@@ -20,7 +20,8 @@ from pydantic import BaseModel, Field, NonNegativeInt, PlainSerializer, Positive
 from tqdm import tqdm
 
 from charlm.config import DataConfig, UserError
-from charlm.data.sources import CHUNK, Choice, Source, absolute, find_source
+from charlm.data.sources import Choice, Source, absolute, find_source
+from charlm.data.text_files import CHUNK, changes, is_plain, pack_listing, some, text_files
 from charlm.data.vocabulary import (
     ByteVocabulary,
     EncodingError,
@@ -60,6 +61,8 @@ class Corpus(BaseModel, arbitrary_types_allowed=True, frozen=True, strict=True):
     vocabulary: Annotated[Vocabulary, PlainSerializer(lambda vocabulary: vocabulary.to_dict())]
     splits: dict[str, Split]
     """train, valid and test, in this order."""
+    files: str | None = None
+    """Names and checksums of the files of the text, from `pack_listing`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the ids, JSON-able."""
@@ -106,6 +109,17 @@ def prepared_corpus(config: DataConfig) -> Corpus | None:
     return None
 
 
+def how_it_differs(recorded: Mapping[str, Any], corpus: Corpus) -> str:
+    """The files that differ from those of a run's record, as the end of a message; empty if that is not known."""
+    if "files" in recorded or corpus.name != "file":
+        return changes(recorded.get("files"), corpus.files)
+    root = Path(corpus.source)
+    hidden = {file.relative_to(root).as_posix() for file in {*text_files(root, "(?!)")} - {*text_files(root)}}
+    names = f" ({some(hidden)})" if hidden else ""
+    text = f"earlier versions took packed and hidden files{names} as they are, which --data.as_is=true does"
+    return f"; {text}, and left out linked folders"
+
+
 def _folder_name(config: DataConfig, source: Source) -> str:
     if config.vocabulary == "sentencepiece":
         return f"{source.key}-sentencepiece-{config.character_coverage}"
@@ -125,6 +139,8 @@ def _open(folder: Path, source: Source) -> Corpus:
     record = read_json(folder / "corpus.json")
     if record["format"] != FORMAT or source.fingerprint not in (None, record["fingerprint"]):
         raise ValueError("made by another version, or from another text")
+    if "files" not in record and record["name"] == "file" and not all(map(is_plain, source.files())):
+        raise ValueError("made when packed files were taken as they are")
     vocabulary = vocabulary_from_dict(record["vocabulary"])
     ids_path = folder / "ids.bin"
     is_file = ids_path.is_file() and not ids_path.is_symlink()
@@ -178,6 +194,7 @@ def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bo
             "dtype": id_type(vocabulary.size).name,
             "ids_sha256": sha256_of(ids),
             "splits": splits,
+            "files": pack_listing(source.listing),
         }
         write_whole(temporary / "corpus.json", json.dumps(record, indent=2) + "\n")
         sync(ids)  # so that after a power cut no folder stands without its content
@@ -220,7 +237,7 @@ def _cut(
         return dict(zip(SPLITS, map(range, bounds, bounds[1:]), strict=True))
     size = len(parts["train"])
     if not size:
-        raise source.choice.error("holds no text; give some")
+        raise source.choice.error("holds no text, apart from hidden files; give some")
     text = np.memmap(path, np.uint8, mode="r")
     fractions = {"test": config.test_fraction, "valid": config.valid_fraction}
     ranges = {}

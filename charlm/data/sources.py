@@ -3,27 +3,24 @@
 A source gives the same bytes each time, or an error: published files are verified, others have a fingerprint.
 """
 
-import gzip
 import hashlib
-import lzma
 import os
 import platform
 import shutil
 import sys
 import sysconfig
-import zipfile
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from charlm.config import DataConfig, UserError
 from charlm.config.errors import first_line
 from charlm.data.hub import documents, open_dataset
+from charlm.data.text_files import HIDDEN, fingerprint_of, joined, plain_text, text_files, unpacked
 
-CHUNK = 1 << 20
 DOWNLOAD_RETRIES = 3
 
 
@@ -100,6 +97,8 @@ class Source:
     """Changes when the text at `origin` does; None for a text that never changes."""
     files: Callable[[], list[Path]] | None = None
     """Lists the files that must not change while they are read, if any."""
+    listing: dict[str, int] = field(default_factory=dict)
+    """A checksum of each, complete when all were read."""
     split_sizes: tuple[int, int, int] | None = None
     """Bytes of train, valid and test in the text; None if the config's fractions decide."""
     size: int | None = None
@@ -109,7 +108,7 @@ class Source:
         """The text of a part, verified at its end. Raises UserError if it cannot be fetched or read."""
         with self.choice.named_in_errors():
             yield from self.parts[part]()
-            if self.files and _fingerprint(self.files()) != self.fingerprint:
+            if self.files and fingerprint_of(self.files()) != self.fingerprint:
                 raise UserError("changed while it was read; try again when nothing writes to it")
 
 
@@ -153,10 +152,10 @@ def _published(config: DataConfig, choice: Choice, downloads: Path, show_progres
     text = partial(_fetched, published, downloads, show_progress)
     if isinstance(path := choice.value, Path):
         origin = str(path)
-        fingerprint = _fingerprint([path])
-        text = partial(_unpacked, path, published.member)
+        fingerprint = fingerprint_of([path])
+        text = partial(unpacked, path, published.member)
         if not path.is_file():
-            raise UserError(f"not a file; give a copy of {published.member}, raw or as .zip, .gz or .xz")
+            raise UserError(f"not a file; give a copy of {published.member}, raw or as .zip, .gz, .bz2 or .xz")
     return Source(
         choice=choice,
         key=config.corpus,
@@ -182,7 +181,7 @@ def _fetched(published: Published, downloads: Path, show_progress: bool) -> Gene
         except UserError as another:
             raise UserError(f"{error}\nIts mirror {published.mirror} fails, too: {another}") from another
     else:
-        yield from _unpacked(archive, published.member)
+        yield from unpacked(archive, published.member)
     shutil.rmtree(downloads, ignore_errors=True)
 
 
@@ -211,30 +210,29 @@ def _files(config: DataConfig, choice: Choice) -> Source:
     """A file, or the files of a folder, joined in the order of relative paths with nothing in between."""
     root = choice.value
     origin = str(root)
-    files = partial(_list_files, root)
+    as_is = partial(unpacked, kinds={})
+    files, read = partial(text_files, root), plain_text
+    if config.as_is:
+        files, read = partial(text_files, root, skipped="(?!)"), as_is
     if config.corpus == "python-stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         origin = f"Python {platform.python_version()}, standard library"
-        skip = ("__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests")
-        files = partial(_list_files, root, ".py", skip)
-
-    def text() -> Generator[bytes]:
-        for file in files():
-            with file.open("rb") as stream:
-                yield from blocks(stream)
-
-    fingerprint = _fingerprint(files())
-    size = sum(file.stat().st_size for file in files())
+        skipped = rf"{HIDDEN}|__pycache__|dist-packages|idle_test|site-packages|tests?"
+        files, read = partial(text_files, root, skipped, ".py"), as_is
+    found = files()
+    fingerprint = fingerprint_of(found)
+    listing: dict[str, int] = {}
     if not root.is_file() and not root.is_dir():
         raise UserError("neither a file nor a folder")
     return Source(
         choice=choice,
         key=_key(config, str(root)),
         origin=origin,
-        parts={"train": text},
+        parts={"train": partial(joined, root, files, read, listing)},
         fingerprint=fingerprint,
         files=files,
-        size=size,
+        listing=listing,
+        size=sum(file.stat().st_size for file in found),
     )
 
 
@@ -243,85 +241,43 @@ def _dataset(config: DataConfig, choice: Choice, show_progress: bool) -> Source:
     where = choice.value
     revision = config.hub_revision
     opened = cache(partial(open_dataset, where, config.hub_config, revision, show_progress))
+    how = (config.text_column, config.separator, config.skip_null)
     named = (config.train_split, config.valid_split, config.test_split)
-    identity = (config.hub_config, revision, config.text_column, config.separator, *named)
 
     def text(split: str | None, default: str) -> Generator[bytes]:
         if split or (default in opened() and default not in named):
-            how = (config.text_column, config.separator, config.skip_null)
             yield from documents(opened(), split or default, *how)
 
-    files = partial(_list_files, where) if isinstance(where, Path) else None
+    files = partial(text_files, where) if isinstance(where, Path) else None
+    for file in files() if files else ():
+        if file.parent.resolve() != file.parent:
+            raise UserError(f"{file.parent} lies behind a link, which the library passes over; link its files")
     return Source(
         choice=choice,
-        key=_key(config, str(where), *identity, *(["skip_null"] if config.skip_null else [])),
+        key=_key(config, str(where), config.hub_config, revision, config.text_column, config.separator, *named),
         origin=f"{where}@{revision}" if revision else str(where),
         parts={
             "train": partial(text, config.train_split, "train"),
             "valid": partial(text, config.valid_split, "validation"),
             "test": partial(text, config.test_split, "test"),
         },
-        fingerprint=_fingerprint(files()) if files else None,
+        fingerprint=fingerprint_of(files()) if files else None,
         files=files,
+        listing={file.relative_to(where).as_posix(): file.stat().st_size for file in files()} if files else {},
     )
 
 
 def _key(config: DataConfig, *identity: str | None) -> str:
     """A name for the prepared corpus, unique to the text and the fractions that split it."""
-    everything = repr((*identity, config.valid_fraction, config.test_fraction))
+    others = [name for name in ("as_is", "skip_null") if getattr(config, name)]
+    everything = repr((*identity, *others, config.valid_fraction, config.test_fraction))
     digest = hashlib.sha256(os.fsencode(everything)).hexdigest()
     return f"{config.corpus}-{digest[:16]}"
-
-
-def _list_files(root: Path, suffix: str = "", skip: tuple[str, ...] = ()) -> list[Path]:
-    """All files below `root`. Links to files are followed; those to folders are not, to avoid circles."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    if not root.is_dir():
-        return [root]
-    files = []
-    for parent, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = (name for name in folders if name not in skip)
-        files += (Path(parent, name) for name in names if name.endswith(suffix))
-    return sorted(filter(Path.is_file, files), key=lambda file: file.relative_to(root).as_posix())
-
-
-def _fingerprint(files: list[Path]) -> str:
-    """Hash of paths, sizes and times of change; reading gigabytes at every start would take too long."""
-    digest = hashlib.sha256()
-    for file in files:
-        info = file.stat()
-        entry = (os.fsencode(file), info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-        digest.update(repr(entry).encode())
-    return digest.hexdigest()
 
 
 def absolute(path: Path) -> Path:
     """The one full name of a path, without ~ or links."""
     return Path(os.path.realpath(os.path.expanduser(path)))
-
-
-def blocks(stream: BinaryIO) -> Iterator[bytes]:
-    """The rest of a file, in pieces of at most CHUNK bytes."""
-    return iter(partial(stream.read, CHUNK), b"")
-
-
-def _unpacked(path: Path, member: str) -> Generator[bytes]:
-    """The member of a .zip, the content of a .gz or .xz (known by the first bytes), or the file itself."""
-    with path.open("rb") as file:
-        magic = file.read(2)
-    try:
-        if magic == b"PK":
-            with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
-                yield from blocks(stream)
-        else:
-            opener = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}.get(magic, open)
-            with opener(path, "rb") as stream:
-                yield from blocks(stream)
-    except Exception as error:  # each format has its own, and an xz header can cause a MemoryError
-        raise UserError(f"cannot be read to its end ({first_line(error)}); fetch it again") from error
 
 
 def _verified(chunks: Iterator[bytes], published: Published) -> Generator[bytes]:

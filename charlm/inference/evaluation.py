@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from charlm.config import Precision, UserError
-from charlm.data.corpus import Corpus
+from charlm.data.corpus import Corpus, how_it_differs
 from charlm.data.vocabulary import Vocabulary
 from charlm.data.windows import default_stride
 from charlm.inference.scoring import AUTOCAST_DTYPES, check_precision, negative_log_likelihoods
@@ -158,7 +158,8 @@ class Scorer:
         if corpus.sha256 != trained.corpus["sha256"] or corpus.vocabulary != trained.vocabulary:
             raise UserError(
                 f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on "
-                f"{trained.corpus['name']} ({trained.corpus['sha256'][:12]}), another text or vocabulary; "
+                f"{trained.corpus['name']} ({trained.corpus['sha256'][:12]}), another text or vocabulary"
+                f"{how_it_differs(trained.corpus, corpus)}; "
                 "score it on that one (--data.path, --data.hub_id), or score a file of any text with "
                 "scripts/compress.py RUN FILE -o FILE.clm --report"
             )

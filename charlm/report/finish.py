@@ -1,7 +1,6 @@
 """Train a run, then draw its pictures and write its report page."""
 
 import os
-import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from charlm.config import Config, UserError
-from charlm.data.corpus import load_corpus, prepared_corpus
+from charlm.data.corpus import load_corpus
 from charlm.process import is_main_process
 from charlm.report.figures import draw_diagnostics, draw_run
 from charlm.report.metrics import Metrics, read_runs
@@ -23,10 +22,6 @@ from charlm.training.stop import StopRequests
 
 QUICK_SECONDS, QUICK_LAYERS = 10, 16
 """Limits for measuring the model at the end of a run: seconds by the speed of training, and layers."""
-PROMPTS = (r"(?<=\s)[^\W\d_]\w*(?: \w+)?", r"\w+", r"[^\s\ufffd-]")
-"""Patterns of prompts, the best first: two words, any word, any sign."""
-SEARCHED = 20_000
-"""Symbols that are searched for a prompt."""
 
 
 def train_and_report(config: Config) -> Path:
@@ -87,21 +82,6 @@ def is_quick(run: Metrics) -> bool:
     _, speeds = run.points("characters_per_second")
     fast = len(speeds) > 0 and np.median(speeds) * QUICK_SECONDS >= CHARACTERS
     return fast and run.config.model.num_layers <= QUICK_LAYERS
-
-
-def example_prompt(config: Config) -> str | None:
-    """Some words of the run's validation split that can be typed and fit the context."""
-    if (corpus := prepared_corpus(config.data)) is None:
-        return None
-    text = corpus.vocabulary.decode(corpus.splits["valid"].ids[:SEARCHED]).decode(errors="replace")
-    for pattern in PROMPTS:
-        for found in re.finditer(pattern, text):
-            prompt = found[0]
-            while len(corpus.vocabulary.encode(prompt.encode())) > config.model.context_length:
-                prompt = prompt[:-1]
-            if prompt and prompt.isprintable():
-                return prompt
-    return None
 
 
 def _last_change(run: Run) -> int | None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from charlm.config import Config, Mark, RunConfig, UserError, differences, has_mark
 from charlm.config.errors import shown
-from charlm.data.corpus import Corpus
+from charlm.data.corpus import Corpus, how_it_differs
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.files import read_json
 from charlm.objective.count import num_parameters, route_cost
@@ -152,7 +152,7 @@ def _where_to_continue(
 ) -> Checkpoint | None:
     """The checkpoint to continue from, if there is one. Adds to `news`."""
     news += check_resumable(run.config(), config)
-    check_same_corpus(run.provenance()["corpus"], corpus.to_dict())
+    check_same_corpus(run.provenance()["corpus"], corpus)
     if chosen is not None:
         checkpoint, damaged = find_checkpoint(run, chosen), []
     else:
@@ -208,17 +208,14 @@ def check_resumable(old: Config, new: Config) -> list[str]:
     return [line for name, line in lines.items() if not name.startswith("run.")]
 
 
-def check_same_corpus(recorded: dict[str, Any], current: dict[str, Any]) -> None:
+def check_same_corpus(recorded: dict[str, Any], corpus: Corpus) -> None:
     """Raise UserError if text or vocabulary differ from those of the run."""
-    before, now = recorded["sha256"], current["sha256"]
+    before, now = recorded["sha256"], corpus.sha256
     if before != now:
-        raise UserError(
-            f"another corpus: sha256 was {before}, now {now}; point data.path or data.hub_id at the "
-            "run's text, or start another --run.dir",
-            "data.path",
-        )
-    vocabulary = vocabulary_from_dict(recorded.get("vocabulary"))
-    if vocabulary != vocabulary_from_dict(current["vocabulary"]):
+        text = f"another corpus: sha256 was {before}, now {now}{how_it_differs(recorded, corpus)}"
+        way_out = "point data.path or data.hub_id at the run's text, or start another --run.dir"
+        raise UserError(f"{text}; {way_out}", "data.path")
+    if vocabulary_from_dict(recorded.get("vocabulary")) != corpus.vocabulary:
         raise UserError(
             "another vocabulary of the run's text; prepare it with the run's release of sentencepiece, "
             "or start another --run.dir"

@@ -1,5 +1,6 @@
 """A web server on the loopback interface in place of the corpora's own, and a little enwik8 for it to serve."""
 
+import bz2
 import gc
 import gzip
 import hashlib
@@ -70,7 +71,9 @@ def zipped(text: bytes) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.fixture(params=[bytes, gzip.compress, lzma.compress, zipped], ids=["raw", "gzip", "xz", "zip"])
+@pytest.fixture(
+    params=[bytes, gzip.compress, bz2.compress, lzma.compress, zipped], ids=["raw", "gzip", "bzip2", "xz", "zip"]
+)
 def pack(request) -> Callable[[bytes], bytes]:
     """Packs a copy of enwik8, in each way that a user may have one."""
     return request.param

@@ -1,11 +1,14 @@
 """load_corpus: what is prepared, when it is prepared anew, and what is left on disk when it cannot be."""
 
+import base64
 import errno
+import gzip
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import zlib
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +21,7 @@ from tqdm import tqdm
 
 from charlm.config import DataConfig
 from charlm.data import corpus as module
-from charlm.data.corpus import Corpus, load_corpus
+from charlm.data.corpus import Corpus, how_it_differs, load_corpus, prepared_corpus
 from charlm.data.sources import PUBLISHED
 from charlm.data.vocabulary import ByteVocabulary
 from storage import left_of, missing, replaced, written
@@ -140,7 +143,7 @@ def test_a_text_that_is_not_utf8_is_counted_and_cut_by_bytes(file_config, end):
 def test_utf8_is_recognised_across_chunks_and_files(tmp_path, monkeypatch):
     """Guards against a character on the border of two reads that passes for an error, or for two characters."""
     monkeypatch.setattr(module, "CHUNK", 7)
-    monkeypatch.setattr("charlm.data.sources.CHUNK", 5)
+    monkeypatch.setattr("charlm.data.text_files.CHUNK", 5)
     text = "世界🎉é" * 20
     half = len(text.encode()) // 2 + 1
     (tmp_path / "texts").mkdir()
@@ -186,6 +189,45 @@ def test_a_changed_folder_is_prepared_anew(tmp_path):
     ):
         change()
         assert whole(load_corpus(config)) == text
+
+
+@pytest.mark.parametrize(("content", "found"), [(TEXT, True), (gzip.compress(TEXT), False)])
+def test_the_cache_of_an_earlier_version(file_config, content, found, monkeypatch):
+    """Guards against text that is prepared again for nothing, and against packed bytes that still pass for text because
+    they were prepared when they did."""
+    file_config.path.write_bytes(content)
+    load_corpus(file_config)
+    [name] = left_in(file_config.cache_dir)
+    record = file_config.cache_dir / name / "corpus.json"
+    record.write_text(record.read_text().replace('"files"', '"unknown"'))
+    assert (prepared_corpus(file_config) is not None) == found
+    assert whole(load_corpus(file_config)) == TEXT
+
+
+def test_the_files_that_differ_are_named(tmp_path):
+    """Guards against a run that refuses its own text without saying which file is new; a listing as large as the names
+    of a large folder; one of a stranger that ends in a traceback."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / name).write_bytes(TEXT)
+    config = DataConfig(corpus="file", path=folder, cache_dir=tmp_path / "cache")
+    before = load_corpus(config).to_dict()
+    assert how_it_differs(before, load_corpus(config)) == ""
+    (folder / "a").write_bytes(TEXT.upper())
+    (folder / "b").unlink()
+    for number in range(2000):
+        (folder / f"new\n{number}").write_bytes(b"new")
+    corpus = load_corpus(config)
+    assert how_it_differs(before, corpus) == (
+        "; added: new\\n0, new\\n1, new\\n10, new\\n100, new\\n1000 and 1,995 more; removed: b; changed: a"
+    )
+    assert len(corpus.files) < 15_000
+    for damaged in ("", "x", "é", 7, None, [], base64.b64encode(zlib.compress(b"[1]")).decode()):
+        assert how_it_differs(before | {"files": damaged}, corpus) == ""
+    (folder / ".DS_Store").write_bytes(b"hidden")
+    del before["files"]
+    assert "hidden files (.DS_Store) as they are, which --data.as_is=true does" in how_it_differs(before, corpus)
 
 
 def test_other_fractions_and_files_do_not_share_a_folder(file_config, tmp_path):

@@ -30,6 +30,11 @@ def write_split(path: Path, documents: list, **columns: list) -> Path:
     return path
 
 
+def link_to_folder(path: Path) -> None:
+    """Make a link to a folder with a split."""
+    path.symlink_to(write_split(path.parent.with_name("elsewhere") / FIRST, DOCUMENTS).parent)
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A training split in two files, and nothing else."""
@@ -117,6 +122,7 @@ def test_what_a_dataset_lacks_is_named(config, options, option, parts, refused):
         (lambda folder: [file.unlink() for file in folder.iterdir()], "hub_id", "cannot be read"),
         (lambda folder: (folder / SECOND).write_bytes(b"no parquet"), "hub_id", "cannot be read"),
         (lambda folder: (folder / "set.py").write_text("raise SystemExit"), "hub_id", "--data.hub_revision"),
+        (lambda folder: link_to_folder(folder / "more"), "hub_id", "more lies behind a link"),
         (lambda folder: write_split(folder / SECOND, ["a", None]), "text_column", "row 71 of"),
         (lambda folder: write_split(folder / SECOND, [None]), "text_column", "--data.skip_null=true"),
     ],

@@ -1,10 +1,14 @@
 """Local copies of published texts, files and folders: what is read, and what is refused in one message."""
 
 import argparse
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,9 +17,20 @@ from charlm.config import DataConfig, UserError
 from charlm.data.sources import PUBLISHED, find_source
 
 
-def read(tmp_path: Path, path: Path | None, corpus: str = "file") -> bytes:
+def zipped(**files: bytes) -> bytes:
+    """A zip archive of these files, and what a Macintosh adds."""
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        for name, content in {"__MACOSX/._a": b"not this one", **files}.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+AS_IS = "--data.as_is=true"
+
+
+def read(tmp_path: Path, path: Path | None, corpus: str = "file", **options) -> bytes:
     """The text that a config asks for."""
-    config = DataConfig(corpus=corpus, path=path, cache_dir=tmp_path / "cache")
+    config = DataConfig(corpus=corpus, path=path, cache_dir=tmp_path / "cache", **options)
     return b"".join(find_source(config, config.cache_dir, show_progress=False).chunks())
 
 
@@ -96,11 +111,42 @@ def test_a_path_that_leads_to_no_text_is_refused(tmp_path, monkeypatch, corpus, 
         read(tmp_path, Path(name), corpus)
 
 
-def test_a_file_is_taken_as_it_is(tmp_path):
-    """Guards against newlines, NUL or compressed bytes that are converted on the way."""
-    content = gzip.compress(b"a\r\nb\0\n") + bytes(range(256))
-    (tmp_path / "text.gz").write_bytes(content)
-    assert read(tmp_path, tmp_path / "text.gz") == content
+PLAIN = "a\r\nb é\n".encode()
+STRANGE = {
+    "utf16": ("text".encode("utf-16"), "UTF-8"),
+    "utf16, no mark": ("text".encode("utf-16-le"), "NUL bytes"),
+    "utf32": ("text".encode("utf-32"), "UTF-8"),
+    "gzip in gzip": (gzip.compress(gzip.compress(PLAIN)), "packed twice"),
+    "tar in xz": (lzma.compress(bytes(257) + b"ustar"), "unpack it"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x04\x61", "unpack it"),
+    "two in a zip": (zipped(a=PLAIN, b=PLAIN), "holds 2 files; unpack it into a folder"),
+    "parquet": (b"PAR1...", "--data.corpus=hub"),
+    "PDF": (b"%PDF-1.7 text", "give plain text"),
+    "JPEG": (b"\xff\xd8\xff\xe0", "give plain text"),
+    "NUL": (b"text\0", "NUL bytes"),
+}
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress, lambda text: zipped(a=text)])
+def test_a_packed_file_is_unpacked(tmp_path, folder, pack):
+    """Guards against packed bytes that are taken for text, alone or in a folder, and for UTF-8 that is changed."""
+    (folder / "a").write_bytes(pack(PLAIN))
+    (folder / "b").write_bytes(b"BZh1 is text, too")
+    assert read(tmp_path, folder / "a") == PLAIN
+    assert read(tmp_path, folder) == PLAIN + b"BZh1 is text, too"
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_file_that_is_no_text_is_refused_unless_meant(tmp_path, folder, kind, refused):
+    """Guards against a model of packed or binary bytes whose owner thinks that it reads text, and a file in a folder
+    that is not named; newlines, NUL or packed bytes that are converted where they are meant."""
+    content, complaint = STRANGE[kind]
+    (folder / "a").write_bytes(PLAIN)
+    (folder / "b").write_bytes(content)
+    for path, place in ((folder, "b "), (folder / "b", "")):
+        with refused("data.path", f"data.path={path}: {place}", complaint, *([] if "zip" in kind else [AS_IS])):
+            read(tmp_path, path)
+    assert read(tmp_path, folder, as_is=True) == PLAIN + content
 
 
 def test_a_folder_is_read_in_the_order_of_relative_paths(tmp_path, folder):
@@ -111,16 +157,38 @@ def test_a_folder_is_read_in_the_order_of_relative_paths(tmp_path, folder):
     assert read(tmp_path, folder).decode() == "<B><a.txt><a/b/c><a/z><b><é>"
 
 
-def test_links_lead_to_files_but_not_in_circles(tmp_path, folder):
-    """Guards against an endless walk, and against links to nowhere and pipes that stop it."""
-    (folder / "below").mkdir()
-    (folder / "below" / "text").write_text("text")
+def test_hidden_files_are_left_out_unless_meant(tmp_path, folder):
+    """Guards against what a file manager or an editor leaves, which nobody sees, in the text."""
+    for name in (".DS_Store", "._a", ".a.swp", ".git/config", "a", "a~", "#a#", "b/.c/d", "b/e.", "~f", "#g"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"<{name}>")
+    assert read(tmp_path, folder) == b"<#g><a><b/e.><~f>"
+    assert read(tmp_path, folder / ".DS_Store") == b"<.DS_Store>"
+    assert read(tmp_path, folder, as_is=True).count(b"<") == 11
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path, folder):
+    """Guards against text behind a link that is silently left out, and an endless walk."""
+    for name in ("below/text", "../elsewhere/more"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text(f"<{name[-4:]}>")
     (folder / "again").symlink_to("below/text")
+    (folder / "copy").symlink_to("below")
+    (folder / "far").symlink_to(tmp_path / "elsewhere")
     (folder / "below" / "circle").symlink_to(folder)
-    (folder / "loop").symlink_to("loop")
-    (folder / "nowhere").symlink_to("missing")
-    os.mkfifo(folder / "pipe")
-    assert read(tmp_path, folder) == b"texttext"
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    assert read(tmp_path, folder) == b"<text><text><text><more>"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("gone"), lambda path: path.symlink_to(path)])
+def test_what_cannot_be_read_is_named(tmp_path, folder, make, refused):
+    """Guards against a broken link that is silently left out, and waiting for ever on a pipe."""
+    (folder / "text").write_text("text")
+    make(folder / "odd")
+    with refused("data.path", f"data.path={folder}: ", f"{folder / 'odd'}"):
+        read(tmp_path, folder)
+    (folder / "odd").rename(folder / ".odd")
+    assert read(tmp_path, folder) == b"text"
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, folder, refused):
