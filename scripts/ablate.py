@@ -48,7 +48,7 @@ def main() -> None:
 
     rows = [variants.parse_row(text) for text in options.row]
     rows += variants.parse_sweeps(options.sweep)
-    rows += variants.read_methods([Path(path) for text in options.methods for path in text.split(",")])
+    rows += variants.read_methods([Path(path) for text in options.methods for path in text.split(",") if path])
     rows = rows or variants.paper_variants(options.config)
     runs = variants.plan(rows, options.config_files, options.flags, options.seeds)
     folder = options.config.run.dir

@@ -121,11 +121,8 @@ def how_it_differs(recorded: Mapping[str, Any], corpus: Corpus) -> str:
 
 
 def _folder_name(config: DataConfig, source: Source) -> str:
-    if config.vocabulary == "sentencepiece":
-        return f"{source.key}-sentencepiece-{config.character_coverage}"
-    if config.vocabulary == "characters":
-        return f"{source.key}-characters"
-    return source.key
+    endings = {"characters": "-characters", "sentencepiece": f"-sentencepiece-{config.character_coverage}"}
+    return source.key + endings.get(config.vocabulary, "")
 
 
 def _cached(folder: Path, source: Source) -> Corpus | None:

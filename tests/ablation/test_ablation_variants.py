@@ -48,10 +48,10 @@ def test_what_wins(tmp_path: Path) -> None:
     base, preset = tmp_path / "base.yaml", tmp_path / "preset.yaml"
     base.write_text("model: {num_layers: 3, d_model: 16}\ntrain: {steps: 7, warmup: 0.1}\n")
     preset.write_text("model: {num_layers: 5, d_model: 32}\ntrain: {steps: 8}\n")
-    variant = Variant("x", {"train.steps": "9"}, files=(preset,))
+    variant = Variant("x", {"train.steps": "9", "data.corpus": "lm1b", "data.separator": r"\n"}, files=(preset,))
     config = plan([variant], [base], {"model.d_model": "64", "train.steps": "10", "run.dir": "out"}, seeds=1)[0].config
     assert (config.model.num_layers, config.model.d_model) == (5, 64)
-    assert (config.train.steps, config.train.warmup) == (9, 0.1)
+    assert (config.train.steps, config.train.warmup, config.data.separator) == (9, 0.1, "\n")
 
 
 @pytest.mark.parametrize(
