@@ -130,7 +130,8 @@ def find_source(config: DataConfig, cache_dir: Path, show_progress: bool) -> Sou
 def check_outside(config: DataConfig, option: str, folder: Path) -> None:
     """Raise UserError if the value of `option`, a folder to write into, lies inside the folder of the text."""
     choice = _choice(config)
-    if isinstance(choice.value, Path) and absolute(folder).is_relative_to(choice.value):
+    inside = isinstance(choice.value, Path) and absolute(folder).is_relative_to(choice.value)
+    if inside and config.corpus not in PUBLISHED:  # the text of these is a single file
         raise choice.error(f"{option}={folder} lies inside and would become part of the text; move one of them")
 
 
