@@ -122,10 +122,9 @@ def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -
     """
     key = "characters_per_second"
     logged = [(row["step"], row[key]) for row in rows if key in row]
-    spans = [(step - before, speed) for (before, _), (step, speed) in pairwise(logged)]
+    spans = [(step - before, speed) for (before, _), (step, speed) in pairwise(logged) if step > before]
     seconds = sum(steps * characters_per_step / speed for steps, speed in spans)
-    steps = sum(steps for steps, _ in spans)
-    return seconds / steps if steps else None
+    return seconds / sum(steps for steps, _ in spans) if spans else None
 
 
 def paper_variants(base: Config) -> list[Variant]:

@@ -282,7 +282,7 @@ def _read(folder: Path) -> Checkpoint:
             if (folder / name).stat().st_size != entry.get("bytes"):
                 raise UserError(f"{folder / name} {unlike}")
         if (size := sum(entry["bytes"] for entry in files.values())) > 4 * physical_memory():
-            raise UserError(f"{folder} has {size:,} bytes, four times as many as this machine's memory")
+            raise UserError(f"{folder} has {size:,} bytes, more than four times this machine's memory")
         for name in (MODEL, OPTIMIZER):
             load_tensors(folder / name)  # the headers, too, say how long the files are
         for name, entry in files.items():

@@ -19,8 +19,6 @@ from charlm.model.transformer import CharTransformer
 from charlm.process import physical_memory
 from charlm.runs.tensors import check_tensors
 
-LAYER_TENSORS = 16
-
 
 @dataclass(frozen=True)
 class TrainedModel:
@@ -90,7 +88,7 @@ def filled(
 
     Raises UserError if they are not those that `owner` needs, or no machine of this size can use it.
     """
-    if config.num_layers * LAYER_TENSORS > len(tensors):  # building them would take minutes
+    if 16 * config.num_layers > len(tensors):  # of a layer; building thousands would take minutes
         raise UserError(f"{path} has {len(tensors)} tensors, too few for the {config.num_layers:,} layers of {owner}")
     needed = 8 * config.context_length * config.num_layers * config.d_model
     if needed > physical_memory():
