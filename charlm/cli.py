@@ -186,11 +186,11 @@ def in_words(schema: dict[str, Any]) -> str:
 
 
 def script(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit: 0, also when asked to stop; 2 after the message of a UserError; 130 on Ctrl-C."""
+    """Run `main` and exit: 0, also when asked to stop; 2 after the message of an error; 130 on Ctrl-C."""
     keep_streams()
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         if not is_main_process():
             time.sleep(10)  # a launcher usually ends this process first, so that the message is printed once
         print(fitted(f"error: {error}"), file=sys.stderr)

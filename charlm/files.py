@@ -1,5 +1,6 @@
 """Files written whole or not at all, and JSON files that are checked before they are used."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,13 +8,16 @@ import platform
 import re
 import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from filelock import FileLock
+from pydantic import AfterValidator, JsonValue, TypeAdapter, ValidationError
 
 from charlm.config.errors import UserError
 
@@ -58,6 +62,26 @@ def parse_json(text: bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def check_output(path: Path) -> Path:
+    """The place to write what is to be found at `path`: if that is a link, its target, as with cp.
+
+    Raises ValueError if anything but a regular file is there, or the nearest folder cannot be written.
+    """
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else path
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise ValueError("a folder, a pipe or a device is there; name another place")
+    folder = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}); name another place") from None
+    return target
+
+
+OutputPath = Annotated[Path, AfterValidator(check_output)]
+"""The type of an option that names a file or folder to make. It is checked before any work is done."""
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file that holds either its old or its new content, whenever process or machine die."""
     with replacing(path) as temporary:
@@ -73,6 +97,8 @@ def replacing(path: Path) -> Iterator[Path]:
     machines may write the same `path` at once: the last file stays, or the first folder. What killed
     processes of this machine left for `path` is removed.
     """
+    if os.path.exists(path) and not path.is_file() and not path.is_dir():
+        raise FileExistsError(errno.EEXIST, "a pipe or a device is there", str(path))
     for left in path.parent.glob(".*.tmp"):
         match = TEMPORARY.fullmatch(left.name)
         if match and match[1] == path.name and not _is_being_written(left.name, int(match[2])):
@@ -92,6 +118,36 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _is_being_written(name: str, process: int) -> bool:
     return name in _being_written if process == os.getpid() else psutil.pid_exists(process)
+
+
+def share(path: Path) -> None:
+    """Let a group that may write the folder of `path` write `path` as well."""
+    mode = path.parent.stat().st_mode
+    if mode & stat.S_IWGRP and not mode & stat.S_ISVTX:
+        with suppress(PermissionError):  # another user's
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | mode & (0o2070 if path.is_dir() else 0o060))
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, and `share` what was made."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        share(path)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes out, also those of other users. Raises OSError if the lock cannot be made or read."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(path))
+            share(path)
+        except PermissionError:  # another user made it; to hold it, reading is enough
+            import fcntl  # not on Windows
+
+            fcntl.flock(stack.enter_context(path.open("rb")), fcntl.LOCK_EX)
+        yield
 
 
 def remove(path: Path) -> None:

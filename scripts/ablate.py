@@ -6,10 +6,11 @@ Results are kept in run.dir. After a stop, the same command continues and trains
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
@@ -34,8 +35,13 @@ class Options(cli.WithConfig):
     """A row: 'name: --section.field=value ...'. May be given several times."""
     sweep: Annotated[tuple[str, ...], cli.Flag("--sweep", action="append", metavar="OPTION=VALUE,VALUE")] = ()
     """A row for every value: section.field=value,value. Several sweeps make a row for every combination."""
-    methods: Annotated[tuple[str, ...], cli.Flag("--methods", nargs="+", metavar="FILE")] = ()
+    methods: Annotated[tuple[Path, ...], cli.Flag("--methods", nargs="+", metavar="FILE")] = ()
     """A row for each of these YAML files of options; a folder stands for the YAML files in it."""
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _split(cls, texts: Sequence[str]) -> list[str]:
+        return [path for text in texts for path in text.split(",") if path]
 
 
 def main() -> None:
@@ -48,7 +54,7 @@ def main() -> None:
 
     rows = [variants.parse_row(text) for text in options.row]
     rows += variants.parse_sweeps(options.sweep)
-    rows += variants.read_methods([Path(path) for text in options.methods for path in text.split(",") if path])
+    rows += variants.read_methods(options.methods)
     rows = rows or variants.paper_variants(options.config)
     runs = variants.plan(rows, options.config_files, options.flags, options.seeds)
     folder = options.config.run.dir

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 from charlm import cli
 from charlm.config import Section
 from charlm.config.types import Count
+from charlm.files import OutputPath
 from charlm.text import say
 
 Benchmark = Literal["train", "evaluate", "generate", "drafts", "auxiliary", "scaling"]
@@ -50,7 +51,7 @@ class Options(Section):
     """drafts: the folder of the trained run, which also determines the shape."""
     as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
     """Print one JSON document. The tables go to stderr."""
-    picture: Path | None = None
+    picture: OutputPath | None = None
     """Also draw the result into this file (.png, .svg, .pdf)."""
 
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 from charlm.config import Section
+from charlm.files import OutputPath
 from charlm.process import keep_freed_memory
 from charlm.text import command, say
 
@@ -26,7 +27,7 @@ class Options(Section):
     """The run's folder."""
     file: Annotated[Path, cli.Flag("file", metavar="FILE")]
     """The file to compress."""
-    output: Annotated[Path, cli.Flag("--output", "-o")]
+    output: Annotated[OutputPath, cli.Flag("--output", "-o")]
     """The compressed file to write. An existing file is replaced."""
     checkpoint: str = "best"
     """best, last or a step. Decompressing needs the same one."""
@@ -47,7 +48,7 @@ class Options(Section):
     """Also print the sizes that gzip, bzip2 and xz reach, and the size of the model itself."""
     speeds: tuple[int, ...] = ()
     """Also measure characters per second with these numbers of streams, such as 1,16,64. Each takes a while."""
-    picture: Path | None = None
+    picture: OutputPath | None = None
     """Also draw the report into this file (.png, .svg, .pdf)."""
     as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
     """Print one JSON document."""

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 from charlm.config import Section
+from charlm.files import OutputPath
 from charlm.process import keep_freed_memory
 from charlm.text import say
 
@@ -21,7 +22,7 @@ class Options(Section):
     """The run's folder."""
     file: Annotated[Path, cli.Flag("file", metavar="FILE")]
     """The compressed file."""
-    output: Annotated[Path, cli.Flag("--output", "-o")]
+    output: Annotated[OutputPath, cli.Flag("--output", "-o")]
     """The file to write. An existing file is replaced."""
     checkpoint: str = "best"
     """best, last or a step: the one that compressed the file."""

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 from charlm.config import Section
+from charlm.files import OutputPath
 from charlm.process import keep_freed_memory
 from charlm.text import say
 
@@ -45,7 +46,7 @@ class Options(Section):
     """Score the prediction of all layers together, weighted as hedge has learned."""
     early_exit: bool = False
     """Let the first layer that is sure enough predict, and show bits per character by layers used."""
-    picture: Path | None = None
+    picture: OutputPath | None = None
     """Draw the curve of --early-exit into this file (.png, .svg, .pdf)."""
     as_compressor: bool = False
     """Score as compress.py codes, with its streams and stride, without writing a file."""

@@ -13,6 +13,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
 from charlm import cli
+from charlm.files import OutputPath
 from charlm.text import say
 
 
@@ -21,7 +22,7 @@ class Options(cli.WithConfig):
 
     as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
     """Print one JSON document."""
-    picture: Path | None = None
+    picture: OutputPath | None = None
     """Also draw the weights over training into this file (.png, .svg, .pdf)."""
 
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 from charlm.config import Section
+from charlm.files import OutputPath
 from charlm.text import command, say
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Options(Section):
 
     run: Annotated[Path, cli.Flag("run", metavar="RUN")]
     """The folder of a run or of an exported model, or OWNER/NAME of one on the hub."""
-    to: Path
+    to: OutputPath
     """The folder to make."""
     depth: int | Literal["auto"] | None = None
     """The layer to end the model at; it needs a head. auto: the lowest layer that is good enough."""

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 from charlm.config import Section
+from charlm.files import OutputPath
 from charlm.process import keep_freed_memory
 from charlm.text import say
 
@@ -28,7 +29,7 @@ class Options(Section):
 
     runs: Annotated[tuple[Path, ...], cli.Flag("runs", nargs="+", metavar="RUN")]
     """The folders of the runs."""
-    output: Annotated[Path, cli.Flag("--output", "-o")] = Path("report.html")
+    output: Annotated[OutputPath, cli.Flag("--output", "-o"), Field(validate_default=True)] = Path("report.html")
     """The file to write."""
     characters: Annotated[int, Field(ge=2)] = 20_000
     """Characters of the valid split to score for bits by layer and by position. More are more exact and take longer."""

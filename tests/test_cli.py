@@ -164,6 +164,7 @@ def test_help_is_laid_out(capsys, monkeypatch) -> None:
         (ConfigError("no"), None, 2, "error: no\n", []),
         (ConfigError("no"), "0", 2, "error: no\n", []),
         (ConfigError("no"), "1", 2, "error: no\n", [10]),
+        (PermissionError(13, "Permission denied", "/x"), None, 2, "error: [Errno 13] Permission denied: '/x'\n", []),
         (Stopped("saved"), "0", 0, "saved\n", []),
         (Stopped("saved"), "1", 0, "", []),
         (KeyboardInterrupt(), None, 130, "interrupted\n", []),

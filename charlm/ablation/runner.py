@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from charlm.ablation.variants import VariantRun
 from charlm.config.load import to_yaml
+from charlm.data.sources import located
 from charlm.files import write_whole
 from charlm.process import RSS_UNIT
 from charlm.runs.folder import Run
@@ -123,7 +124,7 @@ class Runner:
 
     def _start(self, run: VariantRun) -> Child:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(run.beside(".yaml"), to_yaml(run.config))
+        write_whole(run.beside(".yaml"), to_yaml(located(run.config)))
         with run.beside(".log").open("ab") as log:
             start = log.tell()
             process = subprocess.Popen(

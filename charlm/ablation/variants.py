@@ -181,7 +181,7 @@ def read_methods(paths: Sequence[Path]) -> list[Variant]:
     """A variant for every YAML file, named after it; a folder stands for its YAML files."""
     variants = []
     for path in paths:
-        files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        files = sorted(file for file in path.iterdir() if file.suffix == ".yaml") if path.is_dir() else [path]
         if not files:
             raise UserError(f"methods={path}: the folder holds no YAML file", "methods")
         variants += [Variant(file.stem, files=(file,)) for file in files]

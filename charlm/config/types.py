@@ -82,18 +82,31 @@ class Section(BaseModel):
     @classmethod
     def _read_text(cls, value: Any, info: ValidationInfo) -> Any:
         """Turn text of a flag or YAML file into null, a list or a mapping if the option may be one."""
-        kinds = parts_of(cls.model_fields[info.field_name].annotation)
+        field = cls.model_fields[info.field_name]
+        kinds = parts_of(field.annotation)
         if isinstance(value, str):
             if NoneType in kinds and value.strip().lower() in NULLS:
                 return None
-            if Path in kinds and (not value or b"\0" in os.fsencode(value)):
-                raise ValueError("should be a path")
             if (tuple in kinds or dict in kinds) and value.lstrip()[:1] in ("[", "{"):
                 return read_yaml(value)
         if tuple in kinds and isinstance(value, (str, int, float)):  # brackets may be left out
             text = str(value).strip().removesuffix(",")
-            return [item.strip() for item in text.split(",")] if text else []
+            value = [item.strip() for item in text.split(",")] if text else []
+        if Path in kinds and str(value) != str(field.get_default(call_default_factory=True)):
+            return list(map(expanded, value)) if isinstance(value, (list, tuple)) else expanded(value)
         return value
+
+
+def expanded(path: Any) -> Any:
+    """A path with the home folder for `~`. Raises ValueError if there is none, or this is no path."""
+    if not isinstance(path, (str, Path)):
+        return path
+    if not str(path) or b"\0" in os.fsencode(path):
+        raise ValueError("should be a path")
+    found = Path(os.path.expanduser(path))
+    if str(path).startswith("~") and not found.is_absolute():
+        raise ValueError("there is no such home folder; give a full path, or set HOME")
+    return found.absolute() if str(found).startswith("~") else found  # from ./~, which pathlib shortens
 
 
 @cache

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import numpy as np
-from filelock import FileLock
 from pydantic import BaseModel, Field, NonNegativeInt, PlainSerializer, PositiveInt
 from tqdm import tqdm
 
@@ -32,7 +31,7 @@ from charlm.data.vocabulary import (
     vocabulary_from_dict,
     whole_characters,
 )
-from charlm.files import read_json, remove, replacing, sha256_of, sync, write_whole
+from charlm.files import locked, make_folder, read_json, remove, replacing, sha256_of, share, sync, write_whole
 from charlm.text import visible
 
 FORMAT = 1
@@ -82,28 +81,28 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
             be expressed in the vocabulary, or the cache cannot be written. The cache then holds what it
             held before, plus any completed download.
     """
-    cache_dir = absolute(config.cache_dir)
+    cache_dir = absolute("data.cache_dir", config.cache_dir)
     source = find_source(config, cache_dir, show_progress)
     folder = cache_dir / _folder_name(config, source)
     if corpus := _cached(folder, source):
         return corpus
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(cache_dir)
         # All vocabularies of a text share its download, so the lock is one per text.
-        with FileLock(cache_dir / f".{source.key}.lock"):
+        with locked(cache_dir / f".{source.key}.lock"):
             if corpus := _cached(folder, source):  # prepared by another process in the meantime
                 return corpus
             _prepare(config, source, folder, show_progress)
             return _open(folder, source)
     except OSError as error:
-        problem = f"cannot be written ({error.strerror or error})"
+        problem = f"cannot be written ({error}); name another with --data.cache_dir"
         raise Choice("data.cache_dir", cache_dir).error(problem) from error
 
 
 def prepared_corpus(config: DataConfig) -> Corpus | None:
     """The corpus that the config names if the cache holds it; nothing is fetched or prepared."""
-    cache_dir = absolute(config.cache_dir)
     with suppress(UserError):
+        cache_dir = absolute("data.cache_dir", config.cache_dir)
         source = find_source(config, cache_dir, show_progress=False)
         return _cached(cache_dir / _folder_name(config, source), source)
     return None
@@ -161,7 +160,7 @@ def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bo
         if source.size is not None and source.size > free:
             room = f"data.cache_dir={folder.parent} has {free:,} bytes free"
             raise source.choice.error(f"has {source.size:,} bytes, but {room}; make room, or choose another")
-        temporary.mkdir()
+        make_folder(temporary)
         text = temporary / "text.bin"
         ids = temporary / "ids.bin"
         # The delay lets the bar of a download disappear first.
@@ -194,6 +193,8 @@ def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bo
             "files": pack_listing(source.listing),
         }
         write_whole(temporary / "corpus.json", json.dumps(record, indent=2) + "\n")
+        share(ids)
+        share(temporary / "corpus.json")
         sync(ids)  # so that after a power cut no folder stands without its content
         remove(folder)  # damaged, or made from another text
 

@@ -16,10 +16,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from charlm.config import DataConfig, UserError
+from charlm.config import Config, DataConfig, UserError
 from charlm.config.errors import first_line
+from charlm.config.types import expanded
 from charlm.data.hub import documents, open_dataset
 from charlm.data.text_files import HIDDEN, fingerprint_of, joined, plain_text, text_files, unpacked
+from charlm.files import make_folder, share
 
 DOWNLOAD_RETRIES = 3
 
@@ -77,7 +79,7 @@ class Choice(NamedTuple):
             yield
         except OSError as error:
             problem = f"cannot read {error.filename or 'it'} ({error.strerror})"
-            raise self.error(f"{problem}; give a file or folder that can be read") from error
+            raise self.error(f"{problem}; give a file or folder that can be read with --{self.option}") from error
         except UserError as error:
             raise self.error(error, error.option) from error
 
@@ -130,19 +132,19 @@ def find_source(config: DataConfig, cache_dir: Path, show_progress: bool) -> Sou
 def check_outside(config: DataConfig, option: str, folder: Path) -> None:
     """Raise UserError if the value of `option`, a folder to write into, lies inside the folder of the text."""
     choice = _choice(config)
-    inside = isinstance(choice.value, Path) and absolute(folder).is_relative_to(choice.value)
+    inside = isinstance(choice.value, Path) and absolute(option, folder).is_relative_to(choice.value)
     if inside and config.corpus not in PUBLISHED:  # the text of these is a single file
         raise choice.error(f"{option}={folder} lies inside and would become part of the text; move one of them")
 
 
 def _choice(config: DataConfig) -> Choice:
     if config.path is not None:
-        return Choice("data.path", absolute(config.path))
+        return Choice("data.path", absolute("data.path", config.path))
     if config.corpus in (*PUBLISHED, "python-stdlib"):
         return Choice("data.corpus", config.corpus)
     name = config.hub_id or HUB_IDS[config.corpus]
     local = name.startswith(("/", "./", "../", "~")) or os.path.isdir(name)
-    return Choice("data.hub_id", absolute(Path(name)) if local else name)
+    return Choice("data.hub_id", absolute("data.hub_id", name) if local else name)
 
 
 def _published(config: DataConfig, choice: Choice, downloads: Path, show_progress: bool) -> Source:
@@ -198,7 +200,9 @@ def _download(published: Published, folder: Path, show_progress: bool) -> Path:
     show = show_progress and sys.stderr.isatty()
     downloader = pooch.HTTPDownloader(show, headers={"User-Agent": "charlm"})
     try:
-        return Path(fetcher.fetch(name, downloader=downloader))
+        make_folder(folder)
+        share(archive := Path(fetcher.fetch(name, downloader=downloader)))
+        return archive
     except (OSError, ValueError) as error:  # the network, a full disk, or a wrong checksum
         why = "no connection" if isinstance(error, ConnectionError) else first_line(error)
         raise UserError(
@@ -276,9 +280,22 @@ def _key(config: DataConfig, *identity: str | None) -> str:
     return f"{config.corpus}-{digest[:16]}"
 
 
-def absolute(path: Path) -> Path:
-    """The one full name of a path, without ~ or links."""
-    return Path(os.path.realpath(os.path.expanduser(path)))
+def absolute(option: str, path: Path | str) -> Path:
+    """The one full name of an option's path, without ~ or links. UserError if this user has no home for ~."""
+    try:
+        return Path(os.path.realpath(expanded(path)))
+    except ValueError as error:
+        raise UserError(f"{option}={path}: {error}", option) from None
+
+
+def located(config: Config) -> Config:
+    """The config with places that are the same from every folder. The default cache stays each user's own."""
+    choice, cache_dir = _choice(config.data), config.data.cache_dir
+    places = {choice.option.removeprefix("data."): str(choice.value)} if isinstance(choice.value, Path) else {}
+    if not str(cache_dir).startswith("~"):
+        places["cache_dir"] = absolute("data.cache_dir", cache_dir)
+    run = config.run.replace(dir=absolute("run.dir", config.run.dir))
+    return config.replace(data=config.data.replace(**places), run=run)
 
 
 def _verified(chunks: Iterator[bytes], published: Published) -> Generator[bytes]:

@@ -28,6 +28,7 @@ from charlm.config import Config, UserError
 from charlm.config.errors import did_you_mean
 from charlm.config.load import load_config, to_yaml
 from charlm.config.run import OF_ONE_CALL
+from charlm.data.sources import located
 from charlm.files import parse_json, read_json, write_whole
 from charlm.process import processor_name
 from charlm.text import visible
@@ -164,7 +165,7 @@ class Run:
 
     def write_config(self, config: Config) -> None:
         """Write config.yaml, for this run and as a file of options for others."""
-        write_whole(self.config_path, to_yaml(config, exclude={"run": OF_ONE_CALL}))
+        write_whole(self.config_path, to_yaml(located(config), exclude={"run": OF_ONE_CALL}))
 
     def config(self) -> Config:
         """The resolved config of the run."""

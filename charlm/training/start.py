@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from charlm.config import Config, Mark, RunConfig, UserError, differences, has_mark
 from charlm.config.errors import shown
 from charlm.data.corpus import Corpus, how_it_differs
+from charlm.data.sources import located
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.files import read_json
 from charlm.objective.count import num_parameters, route_cost
@@ -151,7 +152,7 @@ def _where_to_continue(
     run: Run, config: Config, corpus: Corpus, chosen: int | None, news: list[str]
 ) -> Checkpoint | None:
     """The checkpoint to continue from, if there is one. Adds to `news`."""
-    news += check_resumable(run.config(), config)
+    news += check_resumable(located(run.config()), located(config))
     check_same_corpus(run.provenance()["corpus"], corpus)
     if chosen is not None:
         checkpoint, damaged = find_checkpoint(run, chosen), []

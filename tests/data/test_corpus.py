@@ -158,7 +158,7 @@ def test_a_corpus_is_prepared_once_and_read_without_a_lock(file_config, monkeypa
     """Guards against reading the text at every start, and a lock, for which a shared read-only cache has no room."""
     first = load_corpus(file_config)
     monkeypatch.setattr(module, "_prepare", None)
-    monkeypatch.setattr(module, "FileLock", None)
+    monkeypatch.setattr(module, "locked", None)
     assert load_corpus(file_config).to_dict() == first.to_dict()
     assert whole(load_corpus(file_config)) == TEXT
 
@@ -341,7 +341,7 @@ def test_a_cache_that_cannot_be_written_is_named(file_config, tmp_path, refused)
     """Guards against a traceback where the cache folder cannot be made."""
     cache_dir = tmp_path / "file" / "cache"
     (tmp_path / "file").write_text("in the way")
-    with refused("data.cache_dir", f"data.cache_dir={cache_dir}", "Not a directory"):
+    with refused("data.cache_dir", f"data.cache_dir={cache_dir}", "File exists"):
         load_corpus(file_config.replace(cache_dir=cache_dir))
 
 

@@ -217,7 +217,7 @@ def test_depth_auto_says_what_it_saw(run_on_disk, tmp_path, capfd, within, depth
         (["--depth=auto", "--within=-1"], "within=-1.0: must be a number of bits, at least 0"),
         (["--depth=auto", "--within=nan"], "within=nan: should be"),
         (["--checkpoint=5"], "has no checkpoint '5'"),
-        (["--to=."], ". exists already; choose another folder"),
+        (["--to=."], "to=.: a folder, a pipe or a device is there"),
         (["--score=valid", "--stride=99"], "stride=99: must lie in"),
         ([], "--to"),
     ],
