@@ -38,6 +38,8 @@ from charlm.files import remove
 from charlm.objective.build import build_objective
 from charlm.process import peak_memory
 from charlm.report.metrics import read_runs
+from charlm.report.page import tables
+from charlm.report.page.probe import Probe
 from charlm.runs.exported import save_model
 from charlm.runs.load import load
 from charlm.training.optimizers import build_optimizers
@@ -199,7 +201,9 @@ class Sound:
 
     def report(self) -> None:
         for run in read_runs([self.place / "run"]):
-            assert run.step >= 0 and run.symbols_per_character and (run.best or run.has_bits is not None)
+            assert run.step >= 0 and run.characters_per_step > 0
+            tables.results([run], [Probe()])
+            tables.protocols(run, Probe())
 
     def ablate(self) -> None:
         run = VariantRun(Variant("x"), 0, self.config)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveFloat
+from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from charlm.config import Config, UserError
 from charlm.config.errors import did_you_mean
@@ -59,12 +59,14 @@ class CorpusRecord(BaseModel, strict=True, extra="allow"):
     name: Visible
     sha256: Visible
     vocabulary: dict[str, Any] | None = None
+    splits: dict[str, dict[str, PositiveInt]] | None = None
 
 
 class Provenance(BaseModel, strict=True, extra="allow"):
     """Content of provenance.json, as far as it is used."""
 
     corpus: CorpusRecord
+    command: list[str] | None = None
 
 
 class Run:
