@@ -87,8 +87,8 @@ def test_a_user_without_a_home(tmp_path, monkeypatch):
     def unknown(user: object) -> None:
         raise KeyError(user)
 
-    monkeypatch.delenv("HOME")
-    monkeypatch.delenv("CHARLM_CACHE", raising=False)
+    for name in ("HOME", "CHARLM_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     for name in ("getpwuid", "getpwnam"):
         monkeypatch.setattr(pwd, name, unknown)
     monkeypatch.chdir(tmp_path)
@@ -104,6 +104,8 @@ def test_a_user_without_a_home(tmp_path, monkeypatch):
             act()
         assert caught.value.option == option
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
+    with pytest.raises(UserError, match=r"data\.hub_id=no/such: HF_HOME: "):
+        load_corpus(DataConfig(corpus="hub", hub_id="no/such", cache_dir=tmp_path / "cache"))
     meant = load_config((), ["--data.corpus=file", "--data.path=text", "--data.cache_dir=./~"]).data
     assert meant.replace(test_fraction=0.1).cache_dir == tmp_path / "~"
 

@@ -5,6 +5,7 @@ of a folder are read in place. The caller adds the dataset to errors.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from charlm.config import UserError
 from charlm.config.errors import first_line
+from charlm.config.types import expanded
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 def open_dataset(where: str | Path, config: str | None, revision: str | None, show_progress: bool) -> "Splits":
     """The splits, by name, of OWNER/NAME on the hub or of a folder. UserError if they cannot be read."""
+    try:
+        expanded(os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~")
+    except ValueError as error:  # the library would make a folder called ~
+        raise UserError(f"HF_HOME: {error}") from None
     import datasets
 
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # it also raises what it logs
