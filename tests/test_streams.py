@@ -29,7 +29,7 @@ cli.script(main)
 TEXT = ["--data.corpus=file", "--data.path={text}", "--data.cache_dir=cache"]
 SCRIPT_LINES = {
     "ablate": [*TINY, *TEXT, "--run.dir=rows", "--seeds=1", "--row=a: --train.steps=1"],
-    "benchmark": ["evaluate", "--peers=nobody"],
+    "benchmark": ["generate", "--peers=nobody"],
     "compress": ["{run}", "{text}", "-o", "small.clm", "--picture=sizes.png", "--streams=64"],
     "decompress": ["{run}", "{packed}", "-o", "text.txt"],
     "evaluate": ["{run}", "--limit=200", "--early-exit", "--picture=exits.png", "--json"],
