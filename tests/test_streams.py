@@ -112,7 +112,7 @@ def test_a_run_whose_name_is_not_utf8(run_on_disk, tmp_path, monkeypatch, capfd)
     bad = os.fsdecode(os.fsencode(tmp_path) + b"/b\xe4d")
     text = ["--data.corpus=file", f"--data.path={tmp_path / 'text.txt'}", f"--data.cache_dir={bad} cache"]
     assert run_script("train", *TINY, "--run.report=true", *text, f"--run.dir={bad}") == 0
-    assert (Path(bad) / "run.png").exists() and "b\\xe4d" in (Path(bad) / "report.html").read_text()
+    assert (Path(bad) / "run.png").exists() and "b\\xE4d" in (Path(bad) / "report.html").read_text()
     for script, *words in (("evaluate", "--limit=100"), ("export", f"--to={bad} model"), ("report", f"-o={bad}.html")):
         assert run_script(script, bad, *words) == 0, capfd.readouterr().err
 

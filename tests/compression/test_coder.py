@@ -271,7 +271,7 @@ def model_of(build_model, randomise):
 def test_characters_and_sentencepiece(coded, model_of, monkeypatch):
     """Guards against characters of several bytes that are cut between two pieces of a file, lengths in the wrong unit,
     and a coder that knows no vocabulary of one symbol."""
-    monkeypatch.setattr("charlm.data.sources.CHUNK", 5)
+    monkeypatch.setattr("charlm.data.text_files.CHUNK", 5)
     text = "aé漢🙂 b" * 9
     counts = np.bincount([ord(c) for c in text], minlength=0x110000)
     for vocabulary in (CharacterVocabulary("".join(sorted(set(text)))), SentencePieceVocabulary.train(counts, 1.0)):
@@ -294,7 +294,7 @@ def test_characters_and_sentencepiece(coded, model_of, monkeypatch):
 )
 def test_symbols_outside_the_vocabulary(coded, model_of, tmp_path, monkeypatch, data, message):
     """Guards against a traceback after hours, and against a message that names the wrong place."""
-    monkeypatch.setattr("charlm.data.sources.CHUNK", 4)
+    monkeypatch.setattr("charlm.data.text_files.CHUNK", 4)
     with pytest.raises(UserError, match=message):
         coded(data, model_of(CharacterVocabulary("abc")))
     assert not (tmp_path / "text.clm").exists()
