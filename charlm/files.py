@@ -122,8 +122,8 @@ def _is_being_written(name: str, process: int) -> bool:
 
 def share(path: Path) -> None:
     """Let a group that may write the folder of `path` write `path` as well."""
-    mode = path.parent.stat().st_mode
-    if mode & stat.S_IWGRP and not mode & stat.S_ISVTX:
+    folder, mode = path.parent.stat(), path.parent.stat().st_mode
+    if mode & stat.S_IWGRP and not mode & stat.S_ISVTX and path.stat().st_gid == folder.st_gid:
         with suppress(PermissionError):  # another user's
             path.chmod(stat.S_IMODE(path.stat().st_mode) | mode & (0o2070 if path.is_dir() else 0o060))
 

@@ -5,6 +5,7 @@ import ctypes
 import io
 import os
 import platform
+import select
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -30,7 +31,9 @@ class _Lasting(io.FileIO):
         rest = memoryview(data)
         try:
             while rest:
-                rest = rest[super().write(rest) or 0 :]  # None: a full pipe that does not block
+                if (written := super().write(rest)) is None:  # a full pipe that does not block
+                    select.select([], [self], [])
+                rest = rest[written or 0 :]
         except OSError as error:
             if self.complains and not isinstance(error, BrokenPipeError):
                 self.complains = False
@@ -74,7 +77,7 @@ def keep_freed_memory() -> None:
 
 
 def is_about_memory(error: Exception) -> bool:
-    """Whether memory was used up, on a GPU or on the host."""
+    """True if memory was used up, on a GPU or on the host."""
     import torch
 
     is_kind = isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def visible(text: str | bytes, kept: str = "") -> str:
 
 
 def say(*parts: object, **how: Any) -> None:
-    """`print` with `visible` parts. Scripts print in no other way."""
+    """`print` with `visible` parts."""
     print(*(visible(str(part), kept="\n\t") for part in parts), **how)
 
 
@@ -53,7 +54,10 @@ def command(script: str, *words: object) -> str:
     python = shutil.which("python") or ""
     same = os.path.dirname(python) == os.path.dirname(sys.executable)
     words = (f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words)
-    return shlex.join(["python" if same else sys.executable, os.path.relpath(SCRIPTS / script), *words])
+    place = SCRIPTS / script
+    with suppress(OSError, ValueError):  # no working folder, or one on another drive
+        place = os.path.relpath(place)
+    return shlex.join(["python" if same else sys.executable, str(place), *words])
 
 
 def counted(count: int, noun: str) -> str:

@@ -2,7 +2,7 @@
 """Generate text with a run: python scripts/generate.py RUN --prompt "def main(" --length 500 --temperature 0.8
 
 Several --prompt options are continued together, each by its own text.
---draft offsets, or --draft with the number of a layer that has a head, is faster; so is --exit-entropy.
+--draft offsets, or --draft with the number of a layer that has a head, is faster; --exit-entropy can be.
 """
 
 import sys
@@ -46,8 +46,8 @@ class Options(Section):
     num_draft_tokens: int | None = None
     """The most symbols to draft for a pass."""
     exit_entropy: float | None = None
-    """Faster: let the first layer that predicts a symbol with an entropy under so many bits do so, and skip the layers
-    above. evaluate.py --early-exit shows about what a threshold costs."""
+    """Let the first layer that predicts a symbol with an entropy under so many bits do so, and skip the layers above:
+    faster in deep models with few exits. evaluate.py --early-exit shows about what a threshold costs."""
 
 
 def main() -> None:

@@ -33,7 +33,10 @@ def place(tmp_path_factory) -> Path:
         (folder / name).mkdir()
         pyarrow.parquet.write_table(pyarrow.table({"body": words}), folder / name / "train-0.parquet")
     (folder / "scripted" / "scripted.py").write_text("raise SystemExit('the script was run')")
-    (folder / "no_run").mkdir()
+    for name in ("no_run", "linked", "linking"):
+        (folder / name).mkdir()
+    (folder / "linked" / "more.txt").write_text("ab " * 400)
+    (folder / "linking" / "link").symlink_to(folder / "linked")
     (folder / "typo.yaml").write_text("model:\n  num_layer: 3\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -96,6 +99,7 @@ CASES = {
     ],
     "evaluate run --data.path=other.txt": ["corpus=file", "another text", "compress.py RUN FILE", "--report"],
     "train --data.corpus=file --data.path=. --run.dir=new/run": ["data.path=", "run.dir=new/run lies inside"],
+    "train --data.corpus=file --data.path=linking --run.dir=linked/x": ["data.path=", "run.dir=linked/x lies inside"],
     f"train {HUB} --data.hub_id=./dataset --run.dir=dataset/run": ["data.hub_id=", "run.dir=dataset/run lies inside"],
     "ablate --data.corpus=file --data.path=no_run --run.dir=no_run/x": [
         "data.path=",

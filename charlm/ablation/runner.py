@@ -20,7 +20,7 @@ from charlm.data.sources import located
 from charlm.files import write_whole
 from charlm.process import RSS_UNIT
 from charlm.runs.folder import Run
-from charlm.text import fitted
+from charlm.text import fitted, visible
 from charlm.training.stop import LAUNCHER, SAME_REQUEST
 
 POLL_SECONDS, REDRAW_SECONDS = 0.2, 2.0
@@ -118,7 +118,7 @@ class Runner:
                 bar.n = sum(1.0 if run in self.failed else run.fraction_done() for run in runs)
                 bar.set_description_str(f"{self.done}/{len(runs)} runs{stopping}", refresh=False)
                 training = [f"{run} {run.fraction_done():.0%}" for run, *_ in self.children]
-                bar.set_postfix_str("; ".join(training))
+                bar.set_postfix_str(visible("; ".join(training)))
                 drawn = time.monotonic()
             time.sleep(POLL_SECONDS)
 

@@ -51,7 +51,9 @@ class Config(Section):
         if layers.enabled:
             for option, problem in layers.errors_for_depth(num_layers):
                 raise self.mistake(f"aux.layers.{option}", problem, "model.num_layers")
-        weighed = len(layers.intermediate(num_layers)) * (layers.weight > 0) + (self.aux.main_weight > 0)
+        heads, weights = layers.intermediate(num_layers), layers.weights
+        weights = weights.values() if isinstance(weights, dict) else weights or [layers.weight] * len(heads)
+        weighed = sum(weight > 0 for weight in (*(weights if heads else ()), self.aux.main_weight))
         if self.aux.hedge.enabled and weighed < 2:
             text = f"weighs layers against each other, but only {weighed} predicts; give more a head (aux.layers)"
             raise self.mistake("aux.hedge.enabled", text, "model.num_layers", "aux.layers.enabled")

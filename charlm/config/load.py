@@ -17,7 +17,7 @@ from charlm.config.types import MAX_YAML, NULLS, Lines, Mark, options_of, read_y
 
 S = TypeVar("S", bound=Section)
 SECTIONS, OPTIONS = sections_of(Config), options_of(Config)
-ESCAPE = re.compile(r"\\(?:[\\abfnrtv]|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4})")
+ESCAPE = re.compile(r"\\(?:[\\abfnrtv]|x[0-9A-Fa-f]{2}|u(?![dD][89a-fA-F])[0-9A-Fa-f]{4})")
 RENAMED = {"model.positions": "model.position_encoding"}  # former names of options, and the present ones
 
 

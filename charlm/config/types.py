@@ -27,7 +27,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from charlm.config.errors import ConfigError, did_you_mean, first_line, shown
 from charlm.text import visible
 
-MAX_YAML, MAX_ALIASES = 2**16, 10  # characters take a second to read
+MAX_YAML, MAX_ALIASES = 2**16, 10  # so many characters take about a second to read
 NULLS = ("null", "none", "~", "")
 MESSAGES = {
     "missing": "is missing",

@@ -113,7 +113,9 @@ def how_it_differs(recorded: Mapping[str, Any], corpus: Corpus) -> str:
     if "files" in recorded or corpus.name != "file":
         return changes(recorded.get("files"), corpus.files)
     root = Path(corpus.source)
-    hidden = {file.relative_to(root).as_posix() for file in {*text_files(root, "(?!)")} - {*text_files(root)}}
+    hidden = set()
+    with suppress(UserError, OSError):  # a broken link that is hidden
+        hidden = {file.relative_to(root).as_posix() for file in {*text_files(root, "(?!)")} - {*text_files(root)}}
     names = f" ({some(hidden)})" if hidden else ""
     text = f"earlier versions took packed and hidden files{names} as they are, which --data.as_is=true does"
     return f"; {text}, and left out linked folders"

@@ -10,7 +10,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -131,9 +131,14 @@ def find_source(config: DataConfig, cache_dir: Path, show_progress: bool) -> Sou
 
 def check_outside(config: DataConfig, option: str, folder: Path) -> None:
     """Raise UserError if the value of `option`, a folder to write into, lies inside the folder of the text."""
-    choice = _choice(config)
-    inside = isinstance(choice.value, Path) and absolute(option, folder).is_relative_to(choice.value)
-    if inside and config.corpus not in PUBLISHED:  # the text of these is a single file
+    choice, place = _choice(config), absolute(option, folder)
+    if config.corpus in PUBLISHED or not isinstance(choice.value, Path):  # of these the text is a single file
+        return
+    folders = {choice.value}
+    if config.corpus == "file" and os.path.isdir(choice.value):
+        with suppress(UserError, OSError):  # links lead to further folders; `find_source` names what is broken
+            folders |= {absolute(option, parent) for parent in {file.parent for file in text_files(choice.value)}}
+    if any(place.is_relative_to(one) for one in folders):
         raise choice.error(f"{option}={folder} lies inside and would become part of the text; move one of them")
 
 

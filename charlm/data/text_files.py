@@ -12,8 +12,11 @@ import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from pydantic import TypeAdapter
 
 from charlm.config import UserError
 from charlm.config.errors import first_line, shown
@@ -44,20 +47,23 @@ REFUSED = {
 def text_files(root: Path, skipped: str = HIDDEN, suffix: str = "") -> list[Path]:
     """The files below `root` whose names match no `skipped` pattern, in the order of relative paths.
 
-    Links are followed, but not back to a folder that they lie in. Raises UserError for a name that is
-    neither a file nor a folder, such as a broken link.
+    Links are followed, and every folder is read once. Raises UserError for a name that is neither a file
+    nor a folder, such as a broken link.
     """
     if not root.is_dir():
         return [root]
-    files, folders = [], [(root, frozenset())]
-    for folder, above in folders:
+    files, folders, links, seen = [], [root], [], set()
+    while folders or links:  # a folder is read at its own place, if that is below the root
+        folder = (folders or links).pop(0)
         info = folder.stat()
-        place = (info.st_dev, info.st_ino)
-        for entry in [] if place in above else list(os.scandir(folder)):
+        if (info.st_dev, info.st_ino) in seen:
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        for entry in sorted(os.scandir(folder), key=attrgetter("name")):
             if re.fullmatch(skipped, entry.name, re.DOTALL):
                 continue
             if entry.is_dir():
-                folders.append((Path(entry), above | {place}))
+                (links if entry.is_symlink() else folders).append(Path(entry))
             elif entry.name.endswith(suffix):
                 if not entry.is_file():
                     raise UserError(f"{shown(entry.path)} is neither a file nor a folder; mend or remove it")
@@ -112,13 +118,13 @@ def plain_text(path: Path) -> Generator[bytes]:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a file is of no kind in PACKED or REFUSED."""
+    """True for a file that is of no kind in PACKED or REFUSED."""
     with path.open("rb") as file:
         return not re.match(b"|".join([*PACKED, *REFUSED]), file.read(HEAD), re.DOTALL)
 
 
 def joined(root: Path, files: Callable[[], list[Path]], read: Callable, listing: dict[str, int]) -> Generator[bytes]:
-    """What `read` gives for the files, one after another; adds a checksum of each to `listing`."""
+    """The output of `read` for the files, one after another; adds a checksum of each to `listing`."""
     for file in files():
         name = file.relative_to(root.parent if file == root else root).as_posix()
         checksum = 0
@@ -141,7 +147,7 @@ def changes(before: Any, now: Any) -> str:
     """The files that differ between two packed listings, as the end of a message; empty if one cannot be read."""
     try:
         packed = [zlib.decompressobj().decompress(base64.b64decode(one), MAX_JSON_BYTES) for one in (before, now)]
-        old, new = (dict(parse_json(text)) for text in packed)
+        old, new = (TypeAdapter(dict[str, int]).validate_python(parse_json(text)) for text in packed)
     except (ValueError, TypeError, zlib.error):
         return ""
     groups = {

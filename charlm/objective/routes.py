@@ -78,7 +78,7 @@ class Joint:
         return [Update(dict.fromkeys(self.optimizers, 1.0))]
 
     def _divisors(self, progress: float) -> dict[nn.Parameter, float]:
-        """AuxNet's: of heads, lambda_l of the losses in the pass; of theta_l, also lambda_j of those above."""
+        """AuxNet's divisors: lambda_l for the heads of layer l, the sum of lambda_j over j >= l for theta_l."""
         rows, at_or_above, divisors = active_by_layer(self.objective.terms, progress), 0.0, defaultdict(float)
         for layer, weight in reversed(loss_weights(self.objective.terms, progress).items()):
             at_or_above += weight

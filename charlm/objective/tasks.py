@@ -1,5 +1,6 @@
 """The user's own auxiliary tasks: registered by name, switched on by `aux.tasks`."""
 
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -77,7 +78,7 @@ def named_in_errors(name: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or is_about_memory(error):
             raise
-        libraries = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+        libraries = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
         calls = [call for call in traceback.extract_tb(error.__traceback__) if not call.filename.startswith(libraries)]
         lines = [f"\n  {call.filename}, line {call.lineno}, in {call.name}: {call.line}" for call in calls[-8:]]
         raise UserError(f"aux.tasks: {name!r} raised {error!r}{''.join(lines)}", "aux.tasks") from error

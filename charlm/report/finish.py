@@ -16,7 +16,7 @@ from charlm.report.metrics import Metrics, read_runs
 from charlm.report.page.probe import CHARACTERS, measure
 from charlm.report.page.render import write_report
 from charlm.runs.folder import Run
-from charlm.text import command, fitted
+from charlm.text import command, fitted, say
 from charlm.training.loop import train
 from charlm.training.stop import StopRequests
 
@@ -74,7 +74,7 @@ def write_page(run: Run, config: Config) -> None:
     except Exception as error:
         failure = f"report.html was not written ({error!r})"
         print(fitted(f"{failure}; this tries again:"), file=sys.stderr)
-        print("  " + command("report.py", run.path, "-o", run.path / "report.html"), file=sys.stderr)
+        say("  " + command("report.py", run.path, "-o", run.path / "report.html"), file=sys.stderr)
 
 
 def is_quick(run: Metrics) -> bool:

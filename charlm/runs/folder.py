@@ -35,7 +35,7 @@ from charlm.text import visible
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
 UNTRAINED = re.compile(r"\.lock|checkpoints|trackers(/.*)?|\.?(provenance\.json|config\.yaml)(\..+\.tmp)?", re.DOTALL)
-"""What a run has before its first step. Of the two records, config.yaml is written last."""
+"""Names in a run's folder before its first step; config.yaml is written after provenance.json."""
 MAX_ROW_BYTES = 2**20
 PATIENCE = 10.0
 """Seconds to wait for the lock: processes whose launcher was killed end after their step."""
@@ -110,7 +110,7 @@ class Run:
             raise self._refusal(f"exists and is not empty; {continued}choose another --run.dir")
 
     def is_untrained(self) -> bool:
-        """Whether the folder is missing or empty, or its run ended before its first step."""
+        """True if the folder is missing or empty, or its run ended before its first step."""
         if self.config_path.exists() and not self.provenance_path.exists():
             return False  # the config is the user's own
         names = (path.relative_to(self.path).as_posix() for path in self.path.rglob("*"))
@@ -124,6 +124,7 @@ class Run:
         process is training into it, or it cannot be written.
         """
         lock = FileLock(self.path / ".lock")
+        is_new = not self.path.exists()
         with self.os_errors_explained(cannot_be="written"):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
@@ -132,7 +133,6 @@ class Run:
                 text = "another process is training into it; let it end, or choose another --run.dir"
                 raise self._refusal(text) from None
             self._locked = self._lock_file() or (0, 0)  # it may be gone already
-        is_new = not self.config_path.exists()
         try:
             yield
         except BaseException:

@@ -25,7 +25,7 @@ PATIENCE = timedelta(minutes=10)  # with a process that hangs
 @contextmanager
 def launch_explained() -> Iterator[None]:
     """Inside, variables of a launcher that cannot work raise a UserError that shows them."""
-    ours = r"(ACCELERATE|FORK|FSDP|GROUP|MASTER|MV2|OMP|OMPI|PMI|TORCHELASTIC)_.*|(LOCAL_)?(RANK|WORLD_SIZE)"
+    ours = r"(ACCELERATE|FORK|FSDP|GROUP|MASTER|MV2|OMPI|PMI|TORCHELASTIC)_.*|(LOCAL_)?(RANK|WORLD_SIZE)"
     found = {name: value for name, value in sorted(os.environ.items()) if re.fullmatch(ours, name)}
     try:
         rank, size = int(found.get("RANK", "0")), int(found.get("WORLD_SIZE", "1"))
@@ -38,6 +38,8 @@ def launch_explained() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # torch and accelerate have no type for these
+        if not found:
+            raise
         shown = " ".join(map("=".join, found.items()))
         way_out = "unset what no launcher set, or start with accelerate launch or torchrun"
         raise UserError(f"cannot start with {shown}: {first_line(error)}; {way_out}") from error

@@ -46,8 +46,8 @@ class StopRequests:
         limit = math.inf if max_seconds is None else max_seconds
         self._deadline = time.monotonic() + psutil.Process().create_time() - time.time() + limit
         self._interrupts = False
-        launcher = os.environ.get(LAUNCHER) or (os.getppid() if LAUNCHED & os.environ.keys() else None)
-        self._launcher = launcher and int(launcher)
+        launched = LAUNCHED & os.environ.keys()
+        self._launcher = os.environ.get(LAUNCHER) or (str(os.getppid()) if launched else None)
         self._group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> "StopRequests":
@@ -88,7 +88,7 @@ class StopRequests:
         """Whether any process was asked to stop; all must call it, and get the same answer."""
         if self.reason is None and time.monotonic() >= self._deadline:
             self.reason = "run.max_time is over"
-        if self.reason is None and self._launcher not in (None, os.getppid()):
+        if self.reason is None and self._launcher not in (None, str(os.getppid())):
             self.reason = "the launcher is gone"
         if dist.is_initialized() and dist.get_world_size() > 1:
             if self._group is None:  # gloo, so that no GPU is waited for
