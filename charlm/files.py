@@ -33,9 +33,8 @@ _being_written: set[str] = set()
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, kind: Any = Any) -> Any:
     """The content of a JSON file, as a `kind`: a model or another type that pydantic can check.
 
-    Raises:
-        UserError: it is missing, not a regular file, larger than `max_bytes`, damaged, nested too deeply,
-            or no `kind`.
+    Raises UserError if it is missing, not a regular file, larger than `max_bytes`, damaged, nested too
+    deeply, or no `kind`.
     """
     try:
         if not path.is_file():  # a reader of a pipe could wait for ever

@@ -65,9 +65,8 @@ class Runner:
 
         The first SIGINT, SIGTERM or SIGHUP makes the current runs save and stop; the second kills them.
 
-        Raises:
-            UserError: a run was begun with another configuration, or another process works in `folder`,
-                and nothing has been trained; or `folder` was removed while runs were trained.
+        Raises UserError if a run was begun with another configuration, or another process works in `folder`,
+        and nothing has been trained; or `folder` was removed while runs were trained.
         """
         for run in runs:
             run.check_unchanged()

@@ -73,9 +73,8 @@ def compress(
         show_progress: show bars on stderr if that is a terminal.
         options: fields of `CodingSettings`; those left out, or None, have defaults.
 
-    Raises:
-        UserError: an option out of range, a file that cannot be read or written, a text that the
-            vocabulary cannot express, or a result that decodes to other bytes.
+    Raises UserError for an option out of range, a file that cannot be read or written, a text that the
+    vocabulary cannot express, or a result that decodes to other bytes.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
@@ -118,9 +117,8 @@ def compress(
 def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *, show_progress: bool = True) -> int:
     """Restore the file that `compress` made `source` of; returns its size in bytes.
 
-    Raises:
-        UserError: `source` is damaged, or needs another model, format version or machine, or `target`
-            cannot be written; it is then as it was.
+    Raises UserError if `source` is damaged, or needs another model, format version or machine, or `target`
+    cannot be written; it is then as it was.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:

@@ -67,8 +67,7 @@ def open_regular(path: Path) -> BinaryIO:
 def output(path: Path, source: Path, size: int = 0) -> Iterator[BinaryIO]:
     """A file to write and read that becomes `path` when the context ends without an error.
 
-    Raises:
-        UserError: `path` is `source` or not a file, has no room for `size` bytes, or cannot be written.
+    Raises UserError if `path` is `source` or not a file, has no room for `size` bytes, or cannot be written.
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a regular file; name another output")

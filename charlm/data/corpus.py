@@ -76,10 +76,9 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     cut between characters. When several processes call this at once, one prepares and the others wait.
     Progress bars are shown only on a terminal.
 
-    Raises:
-        UserError: the text cannot be fetched or read, fails verification, is too short to split, cannot
-            be expressed in the vocabulary, or the cache cannot be written. The cache then holds what it
-            held before, plus any completed download.
+    Raises UserError if the text cannot be fetched or read, fails verification, is too short to split, cannot
+    be expressed in the vocabulary, or the cache cannot be written. The cache then holds what it held before,
+    plus any completed download.
     """
     cache_dir = absolute("data.cache_dir", config.cache_dir)
     source = find_source(config, cache_dir, show_progress)

@@ -32,10 +32,7 @@ def training_windows(
         ids: the training split, 1-D.
         step: number of completed optimizer steps.
 
-    Returns:
-        int64 array [B, W].
-
-    Raises ValueError if the text is shorter than a window.
+    Returns int64 [B, W]. Raises ValueError if the text is shorter than a window.
     """
     num_starts = len(ids) - window_length + 1
     if num_starts < 1:

@@ -113,9 +113,8 @@ def bits_per_character(
         mixture: "hedge" scores the prediction sum_i alpha_i f_i in place of the last layer's, with the
             weights alpha that hedge backpropagation has learned (Sahoo et al. 2018).
 
-    Raises:
-        UserError: a value out of range, fp16 on a CPU, another corpus than the run's, or a mixture
-            without weights.
+    Raises UserError for a value out of range, fp16 on a CPU, another corpus than the run's, or a mixture
+    without weights.
     """
     scorer = Scorer(trained, corpus, split, stride, limit, batch_size, precision, show_progress)
     last = trained.config.model.num_layers

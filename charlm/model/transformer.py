@@ -187,9 +187,7 @@ class CharTransformer(nn.Module):
                 only, and not in training with activation checkpointing.
             num_last: number of last positions to return, at least 1; by default all.
 
-        Returns:
-            {layer: hidden_BTD}. Under pre-norm only the last layer's went through the final norm.
-
+        Returns {layer: hidden_BTD}. Under pre-norm only the last layer's went through the final norm.
         Raises ValueError if there is no such layer, or the positions exceed the context.
         """
         wanted = {self.config.num_layers} if layers is None else set(layers)

@@ -75,9 +75,8 @@ class Explanation:
 def explain(config: Config) -> Explanation:
     """Build the model of `config` on the meta device, and count.
 
-    Raises:
-        ConfigError: at some point of training every loss has weight zero.
-        UserError: a route that cannot be taken, a task that is not registered.
+    Raises ConfigError if every loss has weight zero at some time, UserError for a route that cannot be
+    taken or a task that is not registered.
     """
     check_route(config)
     corpus = prepared_corpus(config.data) if config.data.vocabulary != ByteVocabulary.name else None

@@ -197,8 +197,7 @@ def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[s
     `best` will name the best step of the checkpoint's state, if it exists, else the same step as before,
     else this checkpoint.
 
-    Returns:
-        Warnings about checkpoints put aside and damaged metrics dropped.
+    Returns warnings about checkpoints put aside and damaged metrics dropped.
     """
     warnings = []
     _tidy(run)

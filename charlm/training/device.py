@@ -134,9 +134,7 @@ def has_fast_bf16() -> bool:
     """Whether matrix products in bf16 run in hardware."""
     if not on_cpu():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # The oldest torch supported lacks this function.
-    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
-    capabilities = get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest supported torch lacks it
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
