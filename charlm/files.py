@@ -100,9 +100,11 @@ def replacing(path: Path) -> Iterator[Path]:
         raise FileExistsError(errno.EEXIST, "a pipe or a device is there", str(path))
     for left in path.parent.glob(".*.tmp"):
         match = TEMPORARY.fullmatch(left.name)
-        if match and match[1] == path.name and not _is_being_written(left.name, int(match[2])):
-            with suppress(OSError):  # another user's, perhaps
-                remove(left)
+        if match and match[1] == path.name:
+            writer = int(match[2])
+            if left.name not in _being_written and (writer == os.getpid() or not psutil.pid_exists(writer)):
+                with suppress(OSError):  # another user's, perhaps
+                    remove(left)
     temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     _being_written.add(temporary.name)
     try:
@@ -113,10 +115,6 @@ def replacing(path: Path) -> Iterator[Path]:
         remove(temporary)
         _being_written.remove(temporary.name)
     sync(path.parent)
-
-
-def _is_being_written(name: str, process: int) -> bool:
-    return name in _being_written if process == os.getpid() else psutil.pid_exists(process)
 
 
 def share(path: Path) -> None:

@@ -90,11 +90,6 @@ def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tu
     ]
     rows += _task_rows(aux, num_layers)
     terms = tuple(row for row in rows if row.weight.stops_at != 0.0)
-    _require_a_loss(terms, aux)
-    return terms
-
-
-def _require_a_loss(terms: Sequence[Term], aux: AuxConfig) -> None:
     for left, right in intervals(*(term.weight for term in terms)):
         if not any(active(terms, (left + right) / 2)):
             silent = "aux.main_weight=0.0" if aux.main_weight == 0 else "aux.targets.schedule=stages"
@@ -103,6 +98,7 @@ def _require_a_loss(terms: Sequence[Term], aux: AuxConfig) -> None:
                 "raise it, or enable other losses for that time",
                 silent.partition("=")[0],
             )
+    return terms
 
 
 def _layer_weights(aux: AuxConfig, num_layers: int, steps: int | None) -> dict[int, Schedule]:

@@ -191,7 +191,7 @@ def _route(config: Config, cost: RouteCost) -> dict[str, str]:
 
 
 def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
-    """Columns are as wide as their content; the strips take the rest of `width`."""
+    """Columns are as wide as their content; the strips, of the weight where each cell begins, take the rest."""
     rows = [("term", "at start", "stops at step")]
     for term in terms:
         step = stops_at_step(term.weight, steps)
@@ -200,16 +200,11 @@ def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
     names, weights, stops = (max(map(len, column)) for column in zip(*rows, strict=True))
     cells = max(16, width - names - weights - stops - 6)
     title = " weight over training " if cells > 24 else " weight "
-    strips = [f"0{title:─^{cells - 2}}1", *_strips(terms, cells)]
+    over_time = [[term.weight.at_next_turn(cell / cells) for cell in range(cells)] for term in terms]
+    unit = max(map(max, over_time)) / (len(BLOCKS) - 1)
+    blocks = ["".join(BLOCKS[math.ceil(round(weight / unit, 8))] for weight in row) for row in over_time]
+    strips = [f"0{title:─^{cells - 2}}1", *blocks]
     return [
         f"{name:{names}}  {weight:>{weights}}  {stop:>{stops}}  {strip}".rstrip()
         for (name, weight, stop), strip in zip(rows, strips, strict=True)
     ]
-
-
-def _strips(terms: tuple[Term, ...], cells: int) -> list[str]:
-    """A strip of blocks per term: the weight where each cell begins, relative to the highest."""
-    places = [cell / cells for cell in range(cells)]
-    weights = [[term.weight.at_next_turn(place) for place in places] for term in terms]
-    unit = max(map(max, weights)) / (len(BLOCKS) - 1)
-    return ["".join(BLOCKS[math.ceil(round(weight / unit, 8))] for weight in row) for row in weights]

@@ -87,7 +87,13 @@ class Run:
         run.check_absent()
         with run.os_errors_explained(cannot_be="made"):
             run.checkpoints_path.mkdir(parents=True, exist_ok=True)
-            provenance = {"corpus": corpus} | _environment()
+            provenance = {
+                "corpus": corpus,
+                "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+                "git_commit": _git_commit(),
+                "command": sys.argv,
+                "machine": {"processor": processor_name(), "cores": os.cpu_count()},
+            }
             write_whole(run.provenance_path, json.dumps(provenance, indent=2) + "\n")
             run.write_config(config)
         return run
@@ -232,16 +238,6 @@ class Run:
 
     def _refusal(self, text: str) -> UserError:
         return UserError(f"run.dir={self.path}: {text}", "run.dir")
-
-
-def _environment() -> dict[str, Any]:
-    versions = {package: version(package) for package in PACKAGES}
-    return {
-        "versions": {"python": platform.python_version()} | versions,
-        "git_commit": _git_commit(),
-        "command": sys.argv,
-        "machine": {"processor": processor_name(), "cores": os.cpu_count()},
-    }
 
 
 def _git_commit() -> str | None:

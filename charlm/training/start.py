@@ -128,7 +128,10 @@ def open_run(
                 checkpoint = _where_to_continue(run, config, corpus, chosen, news)
             check_agreed(run, checkpoint.step if checkpoint else 0, accelerator)
             if checkpoint is not None:
-                state = _restored(checkpoint, objective, accelerator, optimizers)
+                checkpoint.restore(objective, optimizers)
+                state = read_json(checkpoint.path / STATE, kind=TrainState)
+                if state.scaler and accelerator.scaler:
+                    accelerator.scaler.load_state_dict(state.scaler)
                 news += _changes(state, run.config(), config, objective, accelerator)
             accelerator.wait_for_everyone()
             if main and not resumes:
@@ -168,17 +171,6 @@ def _where_to_continue(
         raise refusal(config, "train.steps", f"the checkpoint is past it, at step {checkpoint.step}")
     news.append(f"resumed at step {checkpoint.step}")
     return checkpoint
-
-
-def _restored(
-    checkpoint: Checkpoint, objective: Objective, accelerator: Accelerator, optimizers: Sequence[Optimizer]
-) -> TrainState:
-    """Restore model, optimizers and scaler, and return the checkpoint's state."""
-    checkpoint.restore(objective, optimizers)
-    state = read_json(checkpoint.path / STATE, kind=TrainState)
-    if state.scaler and accelerator.scaler:
-        accelerator.scaler.load_state_dict(state.scaler)
-    return state
 
 
 def _changes(

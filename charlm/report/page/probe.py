@@ -111,7 +111,9 @@ def measure(
         probe.by_position = binned(nats_WT, valid.symbols / valid.characters)
         probe.passage_start = start_of_passage(trained, ids)
         probe.passage = read_passage(trained, ids, probe.passage_start, PASSAGE)
-        prompt = _prompt_before(trained, ids, probe.passage_start) or prompt
+        before = ids[: probe.passage_start][-min(PROMPT, trained.config.model.context_length) :]
+        # without characters that are cut in two
+        prompt = trained.vocabulary.decode(before).decode(errors="ignore").encode() or prompt
     except UserError as error:
         probe.missing |= dict.fromkeys(("score", "passage"), str(error))
     probe.prompt = prompt.decode(errors="replace")
@@ -225,9 +227,3 @@ def write_samples(run: Run, prompt: bytes) -> list[Sample]:
         )
         for step in sorted({steps[place] for place in places} | set(named.values()))
     ]
-
-
-def _prompt_before(trained: TrainedModel, ids: np.ndarray, start: int) -> bytes:
-    """The text before a passage, without characters that are cut in two."""
-    first = max(0, start - min(PROMPT, trained.config.model.context_length))
-    return trained.vocabulary.decode(ids[first:start]).decode(errors="ignore").encode()
