@@ -55,7 +55,7 @@ def train_and_report(config: Config) -> Path:
 
 def draw_pictures(run: Run, config: Config) -> None:
     """Draw RUN/run.png, and RUN/diagnostics.png if the run took diagnostics."""
-    with suppress(UserError):  # it ended before there was a point to draw
+    with suppress(UserError, OSError):  # it ended before there was a point to draw, or the disk is full
         draw_run(run.path)
         if config.train.diagnose_every:
             draw_diagnostics(run.path)

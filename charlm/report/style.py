@@ -151,14 +151,11 @@ def check_suffix(path: Path) -> None:
 
 
 def save(figure: "Figure", path: Path) -> Path:
-    """Write a figure, making its folder. Raises UserError as `check_suffix`, or if that fails."""
+    """Write a figure, making its folder. Raises UserError as `check_suffix`, and OSError."""
     check_suffix(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=160, format=path.suffix[1:])
-    except OSError as error:
-        raise UserError(f"picture {path} cannot be written: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=160, format=path.suffix[1:])
     return path
 
 

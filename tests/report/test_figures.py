@@ -213,7 +213,7 @@ def test_bad_places_are_the_users_to_mend(tmp_path):
     with pytest.raises(UserError, match=r"weights\.docx.*png"):
         save(weights(config_of("unused"), PICTURE), tmp_path / "weights.docx")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file"):
+    with pytest.raises(OSError, match="file"):
         save(weights(config_of("unused"), PICTURE), tmp_path / "file" / "weights.png")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from charlm.config import Config, UserError
+from charlm.config import Config
 from charlm.config.load import to_yaml
 from charlm.files import write_whole
 from charlm.report import figures
@@ -58,16 +58,13 @@ def write_report(
         folders: the runs, finished or going on, in the order of the page.
         probes: what `measure` found about each; None leaves that out.
 
-    Raises UserError if a folder is not a run, a file is damaged, or the page cannot be written.
+    Raises UserError if a folder is not a run, or a file is damaged; OSError if the page cannot be written.
     """
     path = Path(path)
     runs = read_runs(folders)
     page = render(runs, probes or [None] * len(runs))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, page)
-    except OSError as error:
-        raise UserError(f"report {path} cannot be written: {error.strerror or error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, page)
     return path
 
 
