@@ -140,7 +140,6 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
 
 
 def _card(trained: TrainedModel, name: str) -> str:
-    """The text of README.md for a model called `name`."""
     scores = "\n".join(map(_score_line, trained.scores))
     prompt = any_prompt(trained)
     text = CARD_TEMPLATE.read_text("utf-8").format(

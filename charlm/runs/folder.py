@@ -229,9 +229,7 @@ class Run:
                 if line.endswith(b"\n") or len(line) == MAX_ROW_BYTES:
                     row = None
                     with suppress(ValueError):
-                        parsed = parse_json(line)
-                        Row.model_validate(parsed)
-                        row = parsed
+                        row = Row.model_validate(parse_json(line)).model_dump(exclude_unset=True)
                     yield number, row
                 if not line.strip(b"\0"):
                     return  # a hole in the file, which may have no end
