@@ -79,11 +79,8 @@ class Score:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, without those of the last five that are None."""
-        fields = asdict(self)
-        for name in ("layers", "mixture", "streams", "compressed_bytes", "early_exit"):
-            if fields[name] is None:
-                del fields[name]
-        return fields
+        optional = ("layers", "mixture", "streams", "compressed_bytes", "early_exit")
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
 
 
 def bits_per_character(
@@ -120,10 +117,7 @@ def bits_per_character(
     last = trained.config.model.num_layers
     weights = trained.hedge_weights if mixture else {last: 1.0}
     if weights is None:
-        raise UserError(
-            "mixture=hedge: the model has no weights for its layers; train one with --aux.hedge.enabled=true",
-            option="mixture",
-        )
+        raise UserError("mixture=hedge: the model learned no weights; train with --aux.hedge.enabled=true", "mixture")
     with full_fp32_matmul(trained.device):
         nats = negative_log_likelihoods(
             trained.transformer,

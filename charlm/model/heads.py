@@ -63,8 +63,7 @@ class Heads(nn.Module):
             intermediate = layer < self.last_layer
             own_norm = config.norm == "pre" and intermediate
             width = config.d_model
-            parts: dict[str, nn.Module] = {}
-            parts["norm"] = nn.LayerNorm(width) if own_norm else nn.Identity()
+            parts: dict[str, nn.Module] = {"norm": nn.LayerNorm(width) if own_norm else nn.Identity()}
             if layers.head == "tower" and (intermediate or last_tower):
                 width = count_of(layers.tower_width or 1.0, config.d_model)
                 parts["tower"] = _tower(config.d_model, width, layers.tower_dropout)

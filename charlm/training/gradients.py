@@ -36,9 +36,7 @@ class Losses:
 
 def weighted_losses(reports: Sequence[tuple[float, LossReport]]) -> Losses:
     """The sum of the losses of micro-batches, weighted by their shares of the batch."""
-    rows = []
-    for share, report in reports:
-        rows.append(share * torch.stack([report.total.detach(), *report.parts.values()]))
+    rows = [share * torch.stack([report.total.detach(), *report.parts.values()]) for share, report in reports]
     _, first = reports[0]
     return Losses(tuple(first.parts), torch.stack(rows).sum(dim=0))
 
