@@ -123,6 +123,6 @@ def run_on_disk(tmp_path, randomise) -> Path:
         model=small_model(context_length=16),
         run=RunConfig(dir=tmp_path / "run"),
     )
-    run = Run.create(config, load_corpus(config.data, show_progress=False).to_dict())
+    run = Run.create(config, load_corpus(config.data, show_progress=False).model_dump())
     save_checkpoint(run, take_snapshot(randomise(build_objective(config, 256)), [], {"step": 3}), best=True, keep=1)
     return run.path

@@ -98,7 +98,7 @@ def test_bits_per_byte_of_a_uniform_model(vocabulary, num_symbols, size, tmp_pat
     objective = build_objective(config, size)
     for parameter in objective.heads.parameters():
         torch.nn.init.zeros_(parameter)
-    run = Run.create(config, corpus.to_dict())
+    run = Run.create(config, corpus.model_dump())
     save_checkpoint(run, take_snapshot(objective, [], {"step": 1}), best=True, keep=1)
     score = charlm.bits_per_character(charlm.load(run.path, device="cpu"), corpus)
     assert score.bits_per_byte == pytest.approx(num_symbols * math.log2(size) / 44, rel=1e-6)
@@ -110,7 +110,7 @@ def run(tmp_path) -> Run:
     """A run on two letters and a space, as training leaves it."""
     (tmp_path / "text.txt").write_text("ab ba " * 100)
     config = config_on(tmp_path, "characters")
-    run = Run.create(config, load_corpus(config.data, show_progress=False).to_dict())
+    run = Run.create(config, load_corpus(config.data, show_progress=False).model_dump())
     save_checkpoint(run, take_snapshot(build_objective(config, 3), [], {"step": 1}), best=True, keep=1)
     return run
 

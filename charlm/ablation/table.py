@@ -192,8 +192,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
             reference = rows[0].figures["bits_per_character"]
             axes.axvline(reference, color=GREY, linewidth=0.8, linestyle="--")
         axes.set_xlim(left, right + 0.02 * (right - left))
-        names = [visible(row.variant.name) for row in shown]
-        axes.set_yticks(range(len(shown)), names)
+        axes.set_yticks(range(len(shown)), [visible(row.variant.name) for row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")

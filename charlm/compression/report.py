@@ -145,8 +145,7 @@ def draw(report: CompressionReport, path: Path) -> Path:
         above.grid(False)
         above.margins(x=0.15)
         above.set_xlabel("bytes")
-        name = visible(Path(report.file).name)
-        title = f"{name}, {report.compressed.bytes:,} bytes"
+        title = f"{visible(Path(report.file).name)}, {report.compressed.bytes:,} bytes"
         if report.model:
             title += f" (the model by itself: {report.model['compressed_bytes']:,})"
         above.set_title(title)

@@ -50,7 +50,7 @@ class Split(BaseModel, arbitrary_types_allowed=True, frozen=True, strict=True):
 
 
 class Corpus(BaseModel, arbitrary_types_allowed=True, frozen=True, strict=True):
-    """A text in three splits."""
+    """A text in three splits; `model_dump` gives everything but the ids, JSON-able."""
 
     name: str
     source: str
@@ -62,10 +62,6 @@ class Corpus(BaseModel, arbitrary_types_allowed=True, frozen=True, strict=True):
     """train, valid and test, in this order."""
     files: str | None = None
     """Names and checksums of the files of the text, from `pack_listing`."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the ids, JSON-able."""
-        return self.model_dump()
 
 
 def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:

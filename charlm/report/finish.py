@@ -12,7 +12,7 @@ from charlm.config import Config, UserError
 from charlm.data.corpus import load_corpus
 from charlm.process import is_main_process
 from charlm.report.figures import draw_diagnostics, draw_run
-from charlm.report.metrics import Metrics, read_runs
+from charlm.report.metrics import read_runs
 from charlm.report.page.probe import CHARACTERS, measure
 from charlm.report.page.render import write_report
 from charlm.runs.folder import Run
@@ -68,20 +68,16 @@ def write_page(run: Run, config: Config) -> None:
     """
     try:
         probes = None
-        if os.environ.get("WORLD_SIZE", "1") == "1" and is_quick(*read_runs([run.path])):
+        _, speeds = read_runs([run.path])[0].points("characters_per_second")
+        fast = len(speeds) > 0 and np.median(speeds) * QUICK_SECONDS >= CHARACTERS
+        quick = fast and config.model.num_layers <= QUICK_LAYERS
+        if quick and os.environ.get("WORLD_SIZE", "1") == "1":
             probes = [measure(run, load_corpus(config.data, show_progress=False), show_progress=False)]
         write_report([run.path], run.path / "report.html", probes)
     except Exception as error:
         failure = f"report.html was not written ({error!r})"
         print(fitted(f"{failure}; this tries again:"), file=sys.stderr)
         say("  " + command("report.py", run.path, "-o", run.path / "report.html"), file=sys.stderr)
-
-
-def is_quick(run: Metrics) -> bool:
-    """Whether the model can be measured while the user waits."""
-    _, speeds = run.points("characters_per_second")
-    fast = len(speeds) > 0 and np.median(speeds) * QUICK_SECONDS >= CHARACTERS
-    return fast and run.config.model.num_layers <= QUICK_LAYERS
 
 
 def _last_change(run: Run) -> int | None:

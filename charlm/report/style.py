@@ -17,7 +17,6 @@ from charlm.config import UserError
 from charlm.files import replacing
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7a5195", "#8c6d31")
@@ -116,7 +115,13 @@ def draw_panels(
         for unused in grid[len(panels) :]:
             unused.set_axis_off()
         if num_layers > 1 and style.explains:
-            _add_layer_bar(figure, grid[: len(panels)], num_layers)
+            from matplotlib.cm import ScalarMappable
+            from matplotlib.colors import ListedColormap, Normalize
+
+            colours = ScalarMappable(Normalize(1, num_layers), ListedColormap(layer_colours()))
+            bar = figure.colorbar(colours, ax=grid[: len(panels)], pad=0.015, aspect=50, label="layer")
+            bar.outline.set_visible(False)
+            bar.ax.yaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -157,13 +162,3 @@ def save(figure: "Figure", path: Path) -> Path:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=160, format=path.suffix[1:])
     return path
-
-
-def _add_layer_bar(figure: "Figure", axes: list["Axes"], num_layers: int) -> None:
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
-
-    colours = ScalarMappable(Normalize(1, num_layers), ListedColormap(layer_colours()))
-    bar = figure.colorbar(colours, ax=axes, pad=0.015, aspect=50, label="layer")
-    bar.outline.set_visible(False)
-    bar.ax.yaxis.get_major_locator().set_params(integer=True)

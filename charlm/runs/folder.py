@@ -54,7 +54,7 @@ class Row(BaseModel, strict=True, extra="allow"):
 
 
 class CorpusRecord(BaseModel, strict=True, extra="allow"):
-    """`Corpus.to_dict`, as far as it is used."""
+    """A dumped `Corpus`, as far as it is used."""
 
     name: Visible
     sha256: Visible

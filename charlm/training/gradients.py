@@ -112,7 +112,6 @@ def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper:
 
 
 def _fits(objective: Objective, accelerator: Accelerator, windows: int) -> bool:
-    """Whether a micro-batch fits into the memory of this process."""
     device, held = accelerator.device, []
     try:
         for parameter in objective.parameters():  # Adam's two moments do not exist yet

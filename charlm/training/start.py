@@ -135,7 +135,7 @@ def open_run(
                 news += _changes(state, run.config(), config, objective, accelerator)
             accelerator.wait_for_everyone()
             if main and not resumes:
-                Run.create(config, corpus.to_dict())
+                Run.create(config, corpus.model_dump())
             elif main:
                 run.checkpoints_path.mkdir(exist_ok=True)
                 if checkpoint is None:

@@ -128,7 +128,7 @@ def test_drafts_from_run_to_table(text: Path, tmp_path: Path) -> None:
     contestants that write different amounts."""
     config = charlm_config(TOY, text, mixed_precision="fp32").replace(run=RunConfig(dir=tmp_path / "run"))
     objective = build_objective(config, 256)
-    run = Run.create(config, load_corpus(config.data, show_progress=False).to_dict())
+    run = Run.create(config, load_corpus(config.data, show_progress=False).model_dump())
     save_checkpoint(run, take_snapshot(objective, [], {"step": 0}), best=True, keep=1)
     shape = shape_of(run.path)
     assert vars(shape) == vars(TOY) | {"name": "run"}

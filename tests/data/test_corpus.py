@@ -159,7 +159,7 @@ def test_a_corpus_is_prepared_once_and_read_without_a_lock(file_config, monkeypa
     first = load_corpus(file_config)
     monkeypatch.setattr(module, "_prepare", None)
     monkeypatch.setattr(module, "locked", None)
-    assert load_corpus(file_config).to_dict() == first.to_dict()
+    assert load_corpus(file_config).model_dump() == first.model_dump()
     assert whole(load_corpus(file_config)) == TEXT
 
 
@@ -210,7 +210,7 @@ def test_the_files_that_differ_are_named(tmp_path):
     for name in ("a", "b", "c"):
         (folder / name).write_bytes(TEXT)
     config = DataConfig(corpus="file", path=folder, cache_dir=tmp_path / "cache")
-    before = load_corpus(config).to_dict()
+    before = load_corpus(config).model_dump()
     assert how_it_differs(before, load_corpus(config)) == ""
     (folder / "a").write_bytes(TEXT.upper())
     (folder / "b").unlink()
@@ -277,13 +277,13 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_cache_is_prepared_anew(file_config, damage):
     """Guards against a crash, a hang, or worse a wrong text, for ever after a disk has failed once."""
-    expected = load_corpus(file_config).to_dict()
+    expected = load_corpus(file_config).model_dump()
     [name] = left_in(file_config.cache_dir)
     record = (file_config.cache_dir / name / "corpus.json").read_text()
     damage(file_config.cache_dir / name)
     corpus = load_corpus(file_config)
     assert (file_config.cache_dir / name / "corpus.json").read_text() == record
-    assert corpus.to_dict() == expected
+    assert corpus.model_dump() == expected
     assert whole(corpus) == TEXT
 
 

@@ -101,7 +101,7 @@ def make_run(folder: Path, text: Path, *, steps: int = 40, seed: int = 0, **mode
         train=TrainConfig(steps=40, batch_size=4, seed=seed, valid_symbols=100),
         run=RunConfig(dir=folder),
     )
-    run = Run.create(config, load_corpus(config.data, show_progress=False).to_dict())
+    run = Run.create(config, load_corpus(config.data, show_progress=False).model_dump())
     torch.manual_seed(seed)
     objective = build_objective(config, 256)
     with torch.no_grad():

@@ -107,7 +107,7 @@ def test_a_run_killed_before_its_first_step_is_not_in_the_way(again, tmp_path, t
     """Guards against a command that cannot be corrected once the system has killed it for its memory."""
     flags = [*TINY, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}"]
     config = charlm.load_config(overrides=flags)
-    run = Run.create(config, charlm.load_corpus(config.data).to_dict())
+    run = Run.create(config, charlm.load_corpus(config.data).model_dump())
     VariantRun(Variant("full"), 0, charlm.load_config(overrides=[*flags, "--model.d_ff=48"])).check_unchanged()
     with pytest.raises(UserError, match="has no checkpoint 2"):
         train(*flags, "--run.resume_from=2")

@@ -96,7 +96,7 @@ def test_a_run_records_what_it_was_made_from(tmp_path, text_corpus_flags):
     run = Run.open(charlm.train(config))
     assert run.config() == config
     provenance = run.provenance()
-    assert provenance["corpus"] == load_corpus(config.data).to_dict()
+    assert provenance["corpus"] == load_corpus(config.data).model_dump()
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CONFIGS, capture_output=True, text=True).stdout.strip()
     assert (provenance["git_commit"] or "").removesuffix("-dirty") == head
     assert provenance["versions"]["torch"] == torch.__version__
