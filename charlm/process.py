@@ -102,13 +102,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
-def physical_memory() -> int:
-    """The machine's memory, in bytes."""
-    import psutil
-
-    return psutil.virtual_memory().total
-
-
 def processor_name() -> str:
     """Name of the processor if the system knows it, else its architecture."""
     with contextlib.suppress(OSError):

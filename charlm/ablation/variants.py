@@ -80,11 +80,8 @@ class VariantRun:
             if not has_mark(name, Mark.NO_EFFECT)
         ]
         if changed:
-            raise UserError(
-                f"{run.path} was made with another configuration ({'; '.join(changed)}): "
-                "restore it, choose another --run.dir, "
-                "or remove the folder to train this run again"
-            )
+            ways_out = "restore it, choose another --run.dir, or remove the folder to train this run again"
+            raise UserError(f"{run.path} was made with another configuration ({'; '.join(changed)}): {ways_out}")
 
     def fraction_done(self) -> float:
         """The share of the steps that the metrics show, from 0 to 1."""

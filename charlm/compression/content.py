@@ -30,11 +30,9 @@ def scan(pieces: Iterable[bytes], name: Path, vocabulary: Vocabulary) -> dict[st
         try:
             ids = vocabulary.encode(piece)
         except EncodingError as error:
-            raise UserError(
-                f"{name}: {error.problem} at byte {length + error.offset:,}, "
-                f"and the model's vocabulary ({vocabulary.name}) cannot express it; "
-                "use a model of bytes"
-            ) from None
+            place = f"{name}: {error.problem} at byte {length + error.offset:,}"
+            problem = f"the model's vocabulary ({vocabulary.name}) cannot express it; use a model of bytes"
+            raise UserError(f"{place}, and {problem}") from None
         length += len(piece)
         symbols += len(ids)
         characters += vocabulary.count_characters(ids)

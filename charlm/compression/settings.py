@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any, Self
 
+import psutil
 import torch
 from pydantic import Field, model_validator
 
@@ -9,7 +10,6 @@ from charlm.config import Precision, Section, UserError
 from charlm.config.types import Count
 from charlm.data.windows import default_stride
 from charlm.inference.scoring import AUTOCAST_DTYPES, check_precision
-from charlm.process import physical_memory
 from charlm.runs.trained import TrainedModel
 
 MAX_BLOCK = 2**26
@@ -76,12 +76,9 @@ def check_settings(trained: TrainedModel, settings: CodingSettings) -> None:
         raise UserError(f"{problem}; give no more", "context")
     check_precision(settings.precision, trained.device)
     on_gpu = trained.device.type == "cuda"
-    memory = torch.cuda.mem_get_info(trained.device)[1] if on_gpu else physical_memory()
+    memory = torch.cuda.mem_get_info(trained.device)[1] if on_gpu else psutil.virtual_memory().total
     symbols = settings.streams * model.context_length
     needed = 2 * symbols * model.num_layers * model.d_model * settings.dtype.itemsize
     if needed > memory:
-        raise UserError(
-            f"streams={settings.streams}: their keys and values take {needed / 1e9:,.0f} GB, "
-            f"and the memory has {memory / 1e9:,.0f} GB; take fewer streams",
-            "streams",
-        )
+        problem = f"their keys and values take {needed / 1e9:,.0f} GB, and the memory has {memory / 1e9:,.0f} GB"
+        raise UserError(f"streams={settings.streams}: {problem}; take fewer streams", "streams")

@@ -56,7 +56,7 @@ class Streams:
         each, longer = divmod(len(ids_N), S)
         starts_S = np.arange(S) * each + np.minimum(np.arange(S), longer)
         symbols_S = np.zeros(S, np.int64)
-        self._cache.reset()
+        self._cache.lengths.zero_()
         logits_SV = torch.zeros(S, self.trained.vocabulary.size, device=self.trained.device)
         steps = math.ceil(len(ids_N) / S)
         for step in range(steps):
@@ -73,7 +73,7 @@ class Streams:
         """Read a symbol of each stream; returns the logits [S, V] of the next."""
         start, ids_SC = self._cache.length, self._cache.ids
         if start == self.settings.context:
-            self._cache.reset()
+            self._cache.lengths.zero_()
             earlier = self.settings.context - self.settings.stride
             ids_SC[:, :earlier] = ids_SC[:, start - earlier : start].clone()
             start = earlier

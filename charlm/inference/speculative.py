@@ -104,7 +104,7 @@ class Speculation:
         context_length = self.reader.config.context_length
         if len(self.context) > context_length:
             self.context = self.context[-default_stride(context_length) :]
-        self.cache.reset()
+        self.cache.lengths.zero_()
         self.num_exact = len(self.context)
         return self._read_plainly(self.context)
 

@@ -67,9 +67,6 @@ class KVCache:
         """The length of the longest row."""
         return max(self.lengths.tolist())
 
-    def reset(self) -> None:
-        self.lengths.zero_()
-
     def row(self, row: int) -> "KVCache":
         """A view of one row: it shares the buffers and the length."""
         view = copy.copy(self)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import psutil
 import torch
 from torch import nn
 
@@ -17,7 +18,6 @@ from charlm.model.transformer import CharTransformer
 from charlm.objective.objective import Objective
 from charlm.objective.routes import blocked_layers, learning_from
 from charlm.objective.terms import Term, active_by_layer
-from charlm.process import physical_memory
 
 
 def num_parameters(*modules: nn.Module) -> int:
@@ -37,7 +37,7 @@ def transformer_parameters(config: ModelConfig, vocabulary_size: int) -> int:
 def check_memory(config: ModelConfig, vocabulary_size: int) -> None:
     """Raise ConfigError if the transformer's parameters do not fit in memory, or, on meta, in torch's counts."""
     parameters = transformer_parameters(config, vocabulary_size)
-    memory = physical_memory()
+    memory = psutil.virtual_memory().total
     if 4 * parameters > (2**62 if torch.get_default_device().type == "meta" else memory):
         raise ConfigError(
             f"model.num_layers={config.num_layers}, d_model={config.d_model}, d_ff={config.d_ff}, "

@@ -52,12 +52,8 @@ def check_registered(names: Iterable[str]) -> None:
     for name in names:
         if name not in _builders:
             known = ", ".join(sorted(_builders)) or "none"
-            raise UserError(
-                f"aux.tasks: {name!r} is not registered; registered: {known}. "
-                "Register it with charlm.auxiliary_task in a script of your own, "
-                "and train from there (docs/tasks.md)",
-                "aux.tasks",
-            )
+            way_out = "register it with charlm.auxiliary_task in a script, and train from there (docs/tasks.md)"
+            raise UserError(f"aux.tasks: {name!r} is not registered; registered: {known}; {way_out}", "aux.tasks")
 
 
 def build_tasks(names: Iterable[str], config: ModelConfig, vocabulary_size: int) -> nn.ModuleDict:

@@ -93,11 +93,9 @@ def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tu
     for left, right in intervals(*(term.weight for term in terms)):
         if not any(active(terms, (left + right) / 2)):
             silent = "aux.main_weight=0.0" if aux.main_weight == 0 else "aux.targets.schedule=stages"
-            raise ConfigError(
-                f"{silent}: all losses have weight zero from progress {left:g} on; "
-                "raise it, or enable other losses for that time",
-                silent.partition("=")[0],
-            )
+            text = f"{silent}: all losses have weight zero from progress {left:g} on"
+            way_out = "raise it, or enable other losses for that time"
+            raise ConfigError(f"{text}; {way_out}", silent.partition("=")[0])
     return terms
 
 

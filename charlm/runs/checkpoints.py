@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
@@ -31,7 +32,6 @@ from torch.optim import Optimizer
 
 from charlm.config import UserError
 from charlm.files import read_json, remove, replacing, sha256_of, sync, write_whole
-from charlm.process import physical_memory
 from charlm.runs.folder import Run
 from charlm.runs.tensors import (
     Snapshot,
@@ -129,8 +129,7 @@ def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> C
     _tidy(run)
     tensors = [*snapshot.model.values(), *snapshot.optimizer.values()]
     check_space(run.checkpoints_path, tensors)
-    vocabulary = run.provenance()["corpus"].get("vocabulary")
-    metadata = {"vocabulary": digest(vocabulary)}
+    metadata = {"vocabulary": digest(run.provenance()["corpus"].get("vocabulary"))}
     try:
         with replacing(target) as temporary:
             temporary.mkdir()
@@ -280,7 +279,7 @@ def _read(folder: Path) -> Checkpoint:
         for name, entry in files.items():
             if (folder / name).stat().st_size != entry.get("bytes"):
                 raise UserError(f"{folder / name} {unlike}")
-        if (size := sum(entry["bytes"] for entry in files.values())) > 4 * physical_memory():
+        if (size := sum(entry["bytes"] for entry in files.values())) > 4 * psutil.virtual_memory().total:
             raise UserError(f"{folder} has {size:,} bytes, more than four times this machine's memory")
         for name in (MODEL, OPTIMIZER):
             load_tensors(folder / name)  # the headers, too, say how long the files are

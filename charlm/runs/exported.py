@@ -72,7 +72,6 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
     check_absent(folder)
     state = trained.modules.state_dict()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    corpus_keys = [key for key in ("name", "sha256", "splits") if key in trained.corpus]
     options = portable(trained.config).model_dump(
         mode="json",
         include={"model": True, "data": True, "aux": {"layers": {"head", "tower_width", "tower_dropout"}}},
@@ -86,7 +85,7 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
         "hedge_weights": trained.hedge_weights,
         "checkpoint": trained.checkpoint,
         "step": trained.step,
-        "corpus": {key: trained.corpus[key] for key in corpus_keys},
+        "corpus": {key: trained.corpus[key] for key in ("name", "sha256", "splits") if key in trained.corpus},
         "scores": trained.scores,
         "trained_with": trained_with(trained),
     }
@@ -97,8 +96,7 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
             check_space(temporary, tensors.values())
             config = temporary / EXPORT_CONFIG
             write_whole(config, json.dumps(record, indent=2) + "\n")
-            vocabulary = trained.vocabulary.to_dict()
-            write_whole(temporary / VOCABULARY, json.dumps(vocabulary, indent=2) + "\n")
+            write_whole(temporary / VOCABULARY, json.dumps(trained.vocabulary.to_dict(), indent=2) + "\n")
             write_whole(temporary / CARD, _card(trained, name or folder.name))
             save_tensors(tensors, temporary / TENSORS, config, {"format": "pt"})
     except OSError as error:

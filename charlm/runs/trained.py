@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ from charlm.config.load import to_yaml
 from charlm.data.vocabulary import Vocabulary
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
-from charlm.process import physical_memory
 from charlm.runs.tensors import check_tensors
 
 
@@ -91,7 +91,7 @@ def filled(
     if 16 * config.num_layers > len(tensors):  # of a layer; building thousands would take minutes
         raise UserError(f"{path} has {len(tensors)} tensors, too few for the {config.num_layers:,} layers of {owner}")
     needed = 8 * config.context_length * config.num_layers * config.d_model
-    if needed > physical_memory():
+    if needed > psutil.virtual_memory().total:
         text = f"keys and values of {config.context_length:,} symbols take {needed / 1e9:,.0f} GB"
         raise UserError(f"{path}: no machine like this can use {owner}: {text}")
     try:

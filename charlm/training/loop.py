@@ -199,13 +199,9 @@ class Training:
         state.validated_step = min(state.validated_step, state.step)
         if self.saved_step < state.step:
             self.save()
-        raise refusal(
-            self.config,
-            "train.max_skipped",
-            f"the last {skipped} updates were skipped; the newest checkpoint is from before them; begin "
-            "another --run.dir with a smaller --train.learning_rate, a longer --train.warmup or "
-            "--train.clip_norm=1",
-        )
+        text = f"the last {skipped} updates were skipped; the newest checkpoint is from before them; begin another"
+        way_out = "--run.dir with a smaller --train.learning_rate, a longer --train.warmup or --train.clip_norm=1"
+        raise refusal(self.config, "train.max_skipped", f"{text} {way_out}")
 
     def diagnose(self) -> None:
         """Record the diagnostics of the newest step."""

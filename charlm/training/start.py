@@ -22,7 +22,6 @@ from charlm.objective.count import num_parameters, route_cost
 from charlm.objective.objective import Objective
 from charlm.objective.routes import check_route
 from charlm.objective.terms import Term
-from charlm.process import physical_memory
 from charlm.runs.checkpoints import STATE, Checkpoint, find_checkpoint, newest_whole_checkpoint, rewind
 from charlm.runs.folder import Run
 from charlm.text import counted
@@ -81,7 +80,7 @@ def check_fits(
         text = "needs a GPU that holds the whole model; give a number, or none"
         raise refusal(config, "train.micro_batch_size", text)
     windows_bytes = 8 * train.batch_size * length
-    if windows_bytes > physical_memory():
+    if windows_bytes > psutil.virtual_memory().total:
         text = f"its windows alone take {windows_bytes / 1e9:,.0f} GB, more than this machine has"
         raise refusal(config, "train.batch_size", f"{text}; lower it")
     if train.batch_size < num_processes:
@@ -92,12 +91,8 @@ def check_fits(
         fewest = windows // num_processes
         micro_batch = (train.micro_batch_size or most) * divisor
         if -(-most // micro_batch) != -(-fewest // micro_batch):
-            raise refusal(
-                config,
-                "train.batch_size",
-                f"some processes would have more micro-batches of {train.micro_batch_size}, and "
-                f"wait; choose a multiple of {num_processes}",
-            )
+            text = f"some processes would have more micro-batches of {train.micro_batch_size}, and wait"
+            raise refusal(config, "train.batch_size", f"{text}; choose a multiple of {num_processes}")
 
 
 @contextmanager

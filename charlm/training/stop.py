@@ -119,12 +119,9 @@ def explained(train: TrainConfig, stop: StopRequests) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if is_about_memory(error):
             now = train.micro_batch_size or "the whole batch of a process"
-            raise UserError(
-                f"out of memory: lower --train.micro_batch_size, now {now}, or use a smaller model or "
-                "context, --train.activation_checkpointing=true, or --train.sharding=fsdp2 on several "
-                f"GPUs ({first_line(error)})",
-                "train.micro_batch_size",
-            ) from error
+            text = f"out of memory: lower --train.micro_batch_size, now {now}, or use a smaller model or context"
+            others = "--train.activation_checkpointing=true, or --train.sharding=fsdp2 on several GPUs"
+            raise UserError(f"{text}, {others} ({first_line(error)})", "train.micro_batch_size") from error
         if type(error).__module__.startswith(COMPILERS):
             text = "install a C++ compiler, on a GPU also triton, or give --train.compile=no"
             text = f"the model cannot be compiled; {text} ({first_line(error)})"

@@ -8,11 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks.results import RaceResult, drafts_table, mebibytes, middle_half, paired, spread
 from benchmarks.setups import ALL_LOSSES, ALLOCATOR, CHECKPOINTED, MAIN_LOSS
 from benchmarks.suites import BenchmarkResult, Point, Settings
-from charlm.process import physical_memory, processor_name
+from charlm.process import processor_name
 from charlm.text import markdown_table
 
 PACKAGES = ("torch", "accelerate", "x-transformers", "transformers")
@@ -56,7 +57,7 @@ def machine(device: str) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     words = (
         f"{processor_name()}, {cores} cores, {platform.system()}, Python {platform.python_version()}, "
-        f"{physical_memory() / 2**30:.0f} GiB of memory"
+        f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory"
     )
     if device == "cuda":
         import torch

@@ -57,7 +57,7 @@ def test_texts_of_unequal_lengths_in_one_cache(build_model, positions, ngrams):
                 torch.testing.assert_close(logits_V, all_logits(trained, text[:n])[-1], rtol=1e-4, atol=1e-5)
             logits_BV = reader.next_logits([[text[n]] for text, n in zip(texts, lengths, strict=True)], cache)
             lengths = [n + 1 for n in lengths]
-        cache.reset()
+        cache.lengths.zero_()
 
 
 @pytest.mark.parametrize("draft", [None, 1])

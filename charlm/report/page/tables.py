@@ -87,14 +87,10 @@ def mismatch(runs: Sequence[Metrics]) -> tuple[str, Table] | None:
 def differences(configs: Sequence[Config]) -> Table:
     """The options that differ between configs and affect what a run learns."""
     first, *others = configs
-    columns = [flatten(config.model_dump(), ".") for config in configs]
+    columns = [{name: shown(value) for name, value in flatten(config.model_dump(), ".").items()} for config in configs]
     names = dict.fromkeys(name for other in others for name in differences_of(first, other))
     names = [name for name in names if not has_mark(name, Mark.NO_EFFECT)]
-
-    def row(name: str) -> list[str]:
-        return [shown(column[name]) if name in column else NONE for column in columns]
-
-    return [(name, row(name)) for name in names]
+    return [(name, [column.get(name, NONE) for column in columns]) for name in names]
 
 
 def vocabulary(run: Metrics) -> str:
