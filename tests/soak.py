@@ -289,7 +289,9 @@ def kill_script(name: str, home: Path, choose: random.Random, kills: int) -> lis
         (code,) = wait([call(out)])
         assert code == 0 or (name == "export" and there == whole), said.read_text()[-3000:]
         left = [str(path) for path in out.rglob("*.tmp")]
-        assert files_in(out).keys() == whole.keys() and not left, f"{name} left {left}"
+        # A run can end by itself after its ablation was killed; nobody has measured its costs then.
+        differing = {path for path in files_in(out).keys() ^ whole.keys() if not path.endswith("seed-0.json")}
+        assert not differing and not left, f"{name} left {left}; {differing} differ"
         shutil.rmtree(out)
     return found
 

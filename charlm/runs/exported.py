@@ -129,7 +129,7 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
         vocabulary=vocabulary,
         checkpoint=record.checkpoint,
         step=record.step,
-        corpus=record.corpus.model_dump() | {"vocabulary": vocabulary_record},
+        corpus=record.corpus.model_dump(exclude_unset=True) | {"vocabulary": vocabulary_record},
         device=device,
         hedge_weights=record.hedge_weights,
         scores=tuple(record.scores),
