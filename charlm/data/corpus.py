@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from charlm.config import DataConfig, UserError
 from charlm.data.sources import Choice, Source, absolute, find_source
-from charlm.data.text_files import CHUNK, changes, pack_listing, some, text_files
+from charlm.data.text_files import CHUNK, changes, is_plain, pack_listing, some, text_files
 from charlm.data.vocabulary import (
     ByteVocabulary,
     EncodingError,
@@ -132,7 +132,7 @@ def _open(folder: Path, source: Source) -> Corpus:
     record = read_json(folder / "corpus.json")
     if record["format"] != FORMAT or source.fingerprint not in (None, record["fingerprint"]):
         raise ValueError("made by another version, or from another text")
-    if "files" not in record and record["name"] == "file":
+    if "files" not in record and record["name"] == "file" and not all(map(is_plain, source.files())):
         raise ValueError("made when packed files were taken as they are")
     vocabulary = vocabulary_from_dict(record["vocabulary"])
     ids_path = folder / "ids.bin"

@@ -117,6 +117,12 @@ def plain_text(path: Path) -> Generator[bytes]:
     yield from chunks
 
 
+def is_plain(path: Path) -> bool:
+    """True for a file that is of no kind in PACKED or REFUSED."""
+    with path.open("rb") as file:
+        return not re.match(b"|".join([*PACKED, *REFUSED]), file.read(HEAD), re.DOTALL)
+
+
 def joined(root: Path, files: Callable[[], list[Path]], read: Callable, listing: dict[str, int]) -> Generator[bytes]:
     """The output of `read` for the files, one after another; adds a checksum of each to `listing`."""
     for file in files():

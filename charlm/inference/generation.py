@@ -3,7 +3,7 @@
 import codecs
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import overload
 
 import torch
 from tqdm import tqdm
@@ -28,18 +28,23 @@ def generate(
     prompt: str | bytes | Sequence[str | bytes],
     *,
     length: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
+    draft: Draft | None = None,
+    num_draft_tokens: int | None = None,
+    statistics: DraftStatistics | None = None,
+    exit_entropy: float | None = None,
     show_progress: bool = False,
-    **options: Any,
 ) -> str | list[str]:
     """The text that the model writes after `prompt`, without it; the same seed gives the same text.
 
     Every symbol is predicted from all before it, until the model's context is full: then its older half
     is forgotten, and the newer half is read again. The weights must not change before the text ends.
 
-    Several prompts are continued together or, with drafts or early exit, one after the other. The first
-    text is the one that `seed` gives alone, the next that of `seed` + 1, and so on, except for rounding in
-    the model.
+    Several prompts are continued together or, with drafts or early exit, one after the other. The first text is the one
+    that `seed` gives alone, the next that of `seed` + 1, and so on, except for rounding in the model.
 
     Args:
         prompt: at least one symbol and at most context_length.
@@ -59,8 +64,10 @@ def generate(
     if not prompts:
         raise UserError("prompt: give at least one", option="prompt")
     encoded = [_encode(trained, own) for own in prompts]
-    alone = any(options.get(name) is not None for name in ("draft", "exit_entropy"))
-    groups = [[own] for own in encoded] if alone else [encoded]
+    groups = [encoded] if draft is None and exit_entropy is None else [[own] for own in encoded]
+    options = {"length": length, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options |= {"draft": draft, "num_draft_tokens": num_draft_tokens, "statistics": statistics}
+    options["exit_entropy"] = exit_entropy
     texts = []
     with tqdm(
         total=len(groups) * length,
@@ -72,7 +79,7 @@ def generate(
         for group in groups:
             data, ids = zip(*group, strict=True)
             steps = []
-            for step in _write(trained, ids, length=length, seed=seed + len(texts), **options):
+            for step in _write(trained, ids, seed=seed + len(texts), **options):
                 steps.append(step)
                 bar.update(len(step[0]))
             rows = zip(*steps, strict=True)
@@ -107,7 +114,10 @@ def _write(
     if not 0 <= seed < 2**63:
         raise UserError(f"seed={seed}: must lie in [0, 2^63)", option="seed")
     if draft is None and num_draft_tokens is not None:
-        raise UserError(f"num_draft_tokens={num_draft_tokens}: requires draft, their source", "num_draft_tokens")
+        raise UserError(
+            f"num_draft_tokens={num_draft_tokens}: requires draft, which names their source",
+            option="num_draft_tokens",
+        )
     if draft is not None and exit_entropy is not None:
         raise UserError(f"exit_entropy={exit_entropy}: cannot be combined with draft; leave one out", "exit_entropy")
     statistics = statistics or DraftStatistics()
@@ -164,5 +174,8 @@ def _encode(trained: TrainedModel, prompt: str | bytes) -> tuple[bytes, list[int
         raise UserError(f"prompt: {error}; use only what the vocabulary has", option="prompt") from error
     context_length = trained.config.model.context_length
     if not 1 <= len(ids) <= context_length:
-        raise UserError(f"prompt: has {len(ids)} symbols; give 1 to {context_length}, the context", option="prompt")
+        raise UserError(
+            f"prompt: has {len(ids)} symbols; give at least 1, at most the context of {context_length}",
+            option="prompt",
+        )
     return data, ids

@@ -22,7 +22,10 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature={self.temperature}: must be finite and at least 0", option="temperature")
+            raise UserError(
+                f"temperature={self.temperature}: must be finite and at least 0",
+                option="temperature",
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k={self.top_k}: must be at least 1", option="top_k")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -197,7 +197,10 @@ def choose_num_drafts(reader: Reader, draft: Draft, num_draft_tokens: int | None
     if num_draft_tokens is None:
         return min(default, most)
     if not 1 <= num_draft_tokens <= most:
-        raise UserError(f"num_draft_tokens={num_draft_tokens}: must lie in [1, {most}] ({limit})", "num_draft_tokens")
+        raise UserError(
+            f"num_draft_tokens={num_draft_tokens}: must lie between 1 and {most} ({limit})",
+            option="num_draft_tokens",
+        )
     return num_draft_tokens
 
 

@@ -191,14 +191,16 @@ def test_a_changed_folder_is_prepared_anew(tmp_path):
         assert whole(load_corpus(config)) == text
 
 
-def test_the_cache_of_an_earlier_version(file_config):
-    """Guards against packed bytes that still pass for text because they were prepared when they did."""
-    file_config.path.write_bytes(gzip.compress(TEXT))
+@pytest.mark.parametrize(("content", "found"), [(TEXT, True), (gzip.compress(TEXT), False)])
+def test_the_cache_of_an_earlier_version(file_config, content, found, monkeypatch):
+    """Guards against text that is prepared again for nothing, and against packed bytes that still pass for text because
+    they were prepared when they did."""
+    file_config.path.write_bytes(content)
     load_corpus(file_config)
     [name] = left_in(file_config.cache_dir)
     record = file_config.cache_dir / name / "corpus.json"
     record.write_text(record.read_text().replace('"files"', '"unknown"'))
-    assert prepared_corpus(file_config) is None
+    assert (prepared_corpus(file_config) is not None) == found
     assert whole(load_corpus(file_config)) == TEXT
 
 
