@@ -48,9 +48,9 @@ class Row(BaseModel, strict=True, extra="allow"):
     """A line of metrics.jsonl, as far as it is used."""
 
     step: NonNegativeInt
-    seconds: Annotated[float, Field(ge=0, le=1e12)] | None = None
-    characters_per_second: PositiveFloat | None = None
-    valid: dict[str, float] | None = None
+    seconds: Annotated[float, Field(ge=0, le=1e12)] = 0.0
+    characters_per_second: PositiveFloat = 1.0
+    valid: dict[str, float] = {}
 
 
 class CorpusRecord(BaseModel, strict=True, extra="allow"):

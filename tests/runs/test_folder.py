@@ -129,10 +129,11 @@ def test_a_row_that_the_disk_does_not_take_leaves_the_others(tmp_path):
 
 
 SCORE = {"bits_per_character": 8.0, "bits_per_byte": 8.0}
-DAMAGE = (b"\x00\xff", b"[1]", b"{}", b'{"step": "2"}', b'{"step": 1' + b"0" * 400 + b"}", b"[" * 5000)
+NO_VALID, HUGE = b'{"step": 1, "valid": null}', b'{"step": 1' + b"0" * 400 + b"}"
+DAMAGE = (b"\x00\xff", b"[1]", b"{}", b'{"step": "2"}', NO_VALID, HUGE, b"[" * 5000)
 
 
-@pytest.mark.parametrize("damage", [*DAMAGE, b"1" * MAX_ROW_BYTES], ids=range(7))
+@pytest.mark.parametrize("damage", [*DAMAGE, b"1" * MAX_ROW_BYTES], ids=range(8))
 def test_a_damaged_row_is_named_and_then_dropped(damage, tmp_path):
     """Guards against a traceback from a damaged row, or from a last one that a kill cut short, and a run that cannot go
     on because of one."""
