@@ -229,7 +229,9 @@ class Run:
                 if line.endswith(b"\n") or len(line) == MAX_ROW_BYTES:
                     row = None
                     with suppress(ValueError):
-                        row = Row.model_validate(parse_json(line)).model_dump(exclude_unset=True)
+                        parsed = parse_json(line)
+                        Row.model_validate(parsed)
+                        row = parsed  # not the model's dump, whose fields have another order
                     yield number, row
                 if not line.strip(b"\0"):
                     return  # a hole in the file, which may have no end
