@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from charlm import cli
-from charlm.config import Config, Mark, UserError, differences, has_mark
+from charlm.config import Config, ConfigError, Mark, UserError, differences, has_mark
 from charlm.config.load import OPTIONS, load_config, to_yaml
 from charlm.config.objective import Stage, TaskConfig
 
@@ -383,3 +383,10 @@ def test_shipped_config(path: Path) -> None:
     load_config(path)
     small = load_config(path, ["--model.num_layers=3", "--train.steps=60", "--train.batch_size=4"])
     assert (small.model.num_layers, small.train.steps, small.train.batch_size) == (3, 60, 4)
+
+
+def test_no_more_is_said_than_can_be_read():
+    """Guards against a message of megabytes, and minutes of looking for names like thousands of unknown ones."""
+    with pytest.raises(ConfigError) as caught:
+        load_config((), {f"model.key{i}": 1 for i in range(5000)})
+    assert str(caught.value).count("unknown option") == 20

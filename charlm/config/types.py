@@ -143,7 +143,7 @@ def _config_error(kind: type[Section], error: ValidationError, places: Mapping[s
     """All faults in the values of a `kind`, in one message."""
     options, names = options_of(kind), []
     lines: dict[tuple[str, str], list[str]] = {}
-    for fault in error.errors(include_url=False):
+    for fault in error.errors(include_url=False)[:20]:  # names like each unknown one are looked for
         location, value, others = _place_of(fault)
         name = next((option for option in options if f"{location}.".startswith(f"{option}.")), location)
         names.append(name)
