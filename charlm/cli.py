@@ -7,6 +7,7 @@ import sys
 sys.excepthook = lambda kind, *rest: os._exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
 
 import argparse
+import logging
 import re
 import shlex
 import time
@@ -188,6 +189,7 @@ def in_words(schema: dict[str, Any]) -> str:
 def script(main: Callable[[], None]) -> NoReturn:
     """Run `main` and exit: 0, also when asked to stop; 2 after the message of an error; 130 on Ctrl-C."""
     keep_streams()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where a user has no home for its cache
     try:
         main()
     except (UserError, OSError) as error:

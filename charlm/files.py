@@ -62,7 +62,7 @@ def parse_json(text: bytes) -> Any:
 
 
 def check_output(path: Path) -> Path:
-    """The place to write what is to be found at `path`: if that is a link, its target, as with cp.
+    """The file to write for `path`: the target, if it is a link, as with cp.
 
     Raises ValueError if anything but a regular file is there, or the nearest folder cannot be written.
     """
@@ -119,7 +119,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def share(path: Path) -> None:
     """Let a group that may write the folder of `path` write `path` as well."""
-    folder, mode = path.parent.stat(), path.parent.stat().st_mode
+    folder = path.parent.stat()
+    mode = folder.st_mode
     if mode & stat.S_IWGRP and not mode & stat.S_ISVTX and path.stat().st_gid == folder.st_gid:
         with suppress(PermissionError):  # another user's
             path.chmod(stat.S_IMODE(path.stat().st_mode) | mode & (0o2070 if path.is_dir() else 0o060))

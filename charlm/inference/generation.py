@@ -43,8 +43,9 @@ def generate(
     Every symbol is predicted from all before it, until the model's context is full: then its older half
     is forgotten, and the newer half is read again. The weights must not change before the text ends.
 
-    Several prompts are continued together or, with drafts or early exit, one after the other. The first text is the one
-    that `seed` gives alone, the next that of `seed` + 1, and so on, except for rounding in the model.
+    Several prompts are continued together or, with drafts or early exit, one after the other. The first
+    text is the one that `seed` gives alone, the next that of `seed` + 1, and so on, except for rounding in
+    the model.
 
     Args:
         prompt: at least one symbol and at most context_length.

@@ -3,7 +3,6 @@
 matplotlib is imported only to draw. Its `Figure` objects need no display and share no state.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,7 +65,6 @@ class Style:
     """Whether a figure has its own title, legend and colour bar; those of the page are HTML."""
 
 
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where a user has no home for its cache
 PICTURE = Style(_WITH_GRID, WIDTH, 2.3, 2, explains=True)
 _PAGE = _WITH_GRID | {"font.size": 12, "axes.titleweight": "bold"}
 WINDOW = Style(_PAGE, 1080 / 72, 270 / 72, 3)

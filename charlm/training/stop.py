@@ -29,7 +29,7 @@ SAME_REQUEST = 1.0
 """Seconds in which signals count as one request: a launcher repeats the terminal's Ctrl-C."""
 NO_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 """Words of gloo in plain RuntimeErrors."""
-COMPILERS = ("torch._dynamo", "torch._inductor")  # modules of the errors of torch.compile
+COMPILERS = ("torch._dynamo", "torch._inductor")  # modules of the errors of torch.compile, which have no public base
 
 
 class StopRequests:
