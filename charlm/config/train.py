@@ -1,8 +1,8 @@
 """Options of the training loop."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from charlm.config.types import (
     BelowOne,
@@ -28,8 +28,8 @@ def steps_of(cadence: float, total_steps: int) -> int:
 
 
 class TrainConfig(Section):
-    """The training loop. An interval or warm-up below 1 is a fraction of `steps`; from 1 on it is a number
-    of steps."""
+    """The training loop. An interval, warm-up or decay below 1 is a fraction of `steps`; from 1 on it is a
+    number of steps."""
 
     steps: Annotated[Count, Mark.MAY_CHANGE] = 100_000
     """Number of optimizer steps."""
@@ -48,10 +48,16 @@ class TrainConfig(Section):
     AdamW for the rest."""
     learning_rate: Positive = 1e-3
     """Peak learning rate."""
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up: keep the peak, or decay along a cosine or a line to final_lr at the end."""
+    lr_schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    """After the warm-up: keep the peak, or decay along a cosine or a line to final_lr at the end. wsd: keep the
+    peak, and decay over the last decay_steps (Hu et al. 2024, MiniCPM, section 4, "warmup-stable-decay")."""
     warmup: NonNegative = 0.0
     """Length of the learning rate's linear warm-up."""
+    decay_steps: NonNegative = 0.2
+    """Length of the decay of lr_schedule=wsd; 0 keeps the peak to the end."""
+    decay_type: Literal["linear", "1-sqrt"] = "1-sqrt"
+    """Shape of the decay of lr_schedule=wsd: a line, or 1 minus the square root of the decay's completed
+    fraction (Hägele et al. 2024, section 3)."""
     final_lr: Unit = 0.0
     """Learning rate at the end of a decay, as a fraction of the peak."""
     momentum: BelowOne = 0.99
@@ -112,3 +118,11 @@ class TrainConfig(Section):
     diagnose_every: Annotated[NonNegative, Mark.MAY_CHANGE] = 0.0
     """Interval of `diagnostics` rows in metrics.jsonl: bits per character of each head, and the gradients
     that reach each layer; 0 turns them off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        warmup, decay = steps_of(self.warmup, self.steps), steps_of(self.decay_steps, self.steps)
+        if self.lr_schedule == "wsd" and warmup + decay > self.steps:
+            text = f"{decay} steps do not fit behind a warm-up of {warmup} in train.steps={self.steps}; lower one"
+            raise self.mistake("decay_steps", text, "warmup", "steps")
+        return self

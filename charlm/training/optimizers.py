@@ -14,19 +14,23 @@ from charlm.config import TrainConfig, steps_of
 def learning_rate_factor(train: TrainConfig, step: int) -> float:
     """Factor of the peak learning rate for the update after `step` completed steps.
 
-    Linear from 1/w to 1 over the w steps of the warm-up; then constant, or a cosine or line from 1
-    to `final_lr` at the last step.
+    Linear from 1/w to 1 over the w steps of the warm-up; then constant, or a fall from 1 to
+    `final_lr` at the last step, which begins after the warm-up, or with wsd as late as it can.
     """
-    warmup = steps_of(train.warmup, train.steps)
+    begin = warmup = steps_of(train.warmup, train.steps)
     if step < warmup:
         return (step + 1) / warmup
-    u = (step - warmup) / max(1, train.steps - warmup)
+    shape = train.lr_schedule
+    if shape == "wsd":
+        begin, shape = train.steps - steps_of(train.decay_steps, train.steps), train.decay_type
+    u = max(0, step - begin) / max(1, train.steps - begin)
     falls = {
         "constant": 1.0,
         "linear": 1.0 - u,
         "cosine": (1.0 + math.cos(math.pi * u)) / 2,
+        "1-sqrt": 1.0 - math.sqrt(u),
     }
-    return train.final_lr + (1.0 - train.final_lr) * falls[train.lr_schedule]
+    return train.final_lr + (1.0 - train.final_lr) * falls[shape]
 
 
 def set_learning_rates(step_sizes: Mapping[Optimizer, float], factor: float) -> None:

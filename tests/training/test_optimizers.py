@@ -13,7 +13,10 @@ from charlm.model.transformer import CharTransformer
 from charlm.objective.objective import Objective, head_pairs
 from charlm.objective.terms import build_terms
 from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
-from tiny import typed
+from tiny import refused, typed
+
+WSD = {"steps": 20, "lr_schedule": "wsd", "warmup": 2, "decay_steps": 0.2}
+"""Decays over the last 4 of 20 steps."""
 
 
 @pytest.mark.parametrize(
@@ -33,12 +36,35 @@ from tiny import typed
         ),
         ({"steps": 8, "lr_schedule": "cosine"}, {0: 1.0, 2: (2 + math.sqrt(2)) / 4, 4: 0.5, 6: (2 - math.sqrt(2)) / 4}),
         ({"steps": 12, "lr_schedule": "cosine", "warmup": 4, "final_lr": 0.5}, {3: 1.0, 4: 1.0, 8: 0.75}),
+        (WSD | {"decay_type": "linear"}, {0: 0.5, 1: 1.0, 2: 1.0, 15: 1.0, 16: 1.0, 17: 0.75, 18: 0.5, 19: 0.25}),
+        (WSD, {15: 1.0, 16: 1.0, 17: 0.5, 18: 1 - math.sqrt(0.5), 19: 1 - math.sqrt(0.75)}),
+        (WSD | {"final_lr": 0.2}, {16: 1.0, 17: 0.6}),
+        (WSD | {"decay_steps": 16, "warmup": 4, "decay_type": "linear"}, {3: 1.0, 4: 1.0, 12: 0.5}),  # no hold
+        (WSD | {"decay_steps": 0}, {2: 1.0, 19: 1.0}),
     ],
 )
 def test_learning_rate_by_hand(options, factors):
     """Guards against a first step at rate zero, a decay from the wrong step on, or a warm-up fraction read as steps."""
     train = TrainConfig(**options)
     assert {step: learning_rate_factor(train, step) for step in factors} == pytest.approx(factors)
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(0.5, 0.6), (17, 0.2), (0, 21)])
+def test_a_decay_that_does_not_fit_is_refused(warmup, decay):
+    """Guards against a warm-up that ends in the middle of the decay, at the full rate for a step or never."""
+    with refused("decay_steps", r"warmup|warm-up"):
+        TrainConfig.read(WSD | {"warmup": warmup, "decay_steps": decay})
+    TrainConfig.read(WSD | {"warmup": warmup, "decay_steps": decay, "lr_schedule": "cosine"})
+
+
+def test_a_branch_decays_from_the_rate_of_the_run_that_held():
+    """Guards against a decay that depends on the length of the run before it: one long run ends at any step."""
+    held = TrainConfig(**WSD | {"steps": 1000, "warmup": 10, "decay_steps": 0})
+    for step in (100, 357, 960):
+        branch = TrainConfig(**WSD | {"steps": step + 40, "warmup": 10, "decay_steps": 40})
+        before, after = range(step + 1), range(step, step + 40)
+        assert [learning_rate_factor(branch, n) for n in before] == [learning_rate_factor(held, n) for n in before]
+        assert [learning_rate_factor(branch, n) for n in after] == [1 - math.sqrt(n / 40) for n in range(40)]
 
 
 def line() -> nn.Linear:
