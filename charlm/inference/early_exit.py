@@ -1,8 +1,8 @@
 """Early exit: every symbol is predicted by the first layer that is sure enough.
 
-A layer with a head predicts a symbol if the entropy of its prediction is under a threshold; otherwise
-the next one decides (Teerapittayanon et al. 2016, "BranchyNet"). Scoring computes all layers; generation
-skips those above the exit.
+A layer with a head predicts a symbol if its prediction has less entropy than a threshold; otherwise the
+next one decides (Teerapittayanon et al. 2016, "BranchyNet"). Scoring computes all layers; generation skips
+those above the exit.
 
 Shapes: M symbols of a batch, N symbols, E exits including the last layer, Q thresholds, D d_model,
 V vocabulary.
@@ -31,23 +31,18 @@ QUANTILES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def early_exit(
-    trained: TrainedModel,
-    corpus: Corpus,
-    *,
-    quantiles: Sequence[float] = QUANTILES,
-    **protocol: Any,
+    trained: TrainedModel, corpus: Corpus, *, quantiles: Sequence[float] = QUANTILES, **protocol: Any
 ) -> Score:
     """Score the model, each layer that has a head, and early exit at several thresholds.
 
     The thresholds are quantiles of the entropies on the symbols that the run was validated on: at 0 the
-    last layer predicts everything, at 1 the first exit. `protocol` as for `charlm.bits_per_character`.
-
-    Raises UserError as there, or if only the last layer has a head, or a quantile is not in [0, 1].
+    last layer predicts everything, at 1 the first exit. `protocol`, and errors, as for
+    `charlm.bits_per_character`; UserError also if only the last layer has a head.
     """
     scorer = Scorer(trained, corpus, **protocol)
     layers = _exits(trained)
     if any(not 0 <= quantile <= 1 for quantile in quantiles):
-        raise UserError(f"quantiles={list(quantiles)}: must lie in [0, 1]", option="quantiles")
+        raise UserError(f"quantiles={list(quantiles)}: must lie in [0, 1]", "quantiles")
     models = (trained.transformer, trained.heads)
     valid = corpus.splits["valid"]
     valid_ids = valid.ids[: trained.config.train.valid_symbols]
@@ -72,20 +67,16 @@ def early_exit(
         for quantile, threshold, nats, counts_E in rows
     ]
     chosen_on = f"the first {len(valid_ids):,} of {valid.symbols:,} symbols of the valid split"
-    return scorer.score(
-        last_nats_N.numpy(),
-        layers=scorer.by_layer(dict(zip(layers, nats_E.split(1), strict=True))),
-        early_exit=EarlyExit(chosen_on=chosen_on, points=tuple(points)),
-    )
+    curve = EarlyExit(chosen_on=chosen_on, points=tuple(points))
+    by_layer = scorer.by_layer(dict(zip(layers, nats_E.split(1), strict=True)))
+    return scorer.score(last_nats_N.numpy(), layers=by_layer, early_exit=curve)
 
 
 def _exits(trained: TrainedModel) -> list[int]:
     layers = exit_layers(trained)
     if len(layers) < 2:
-        raise UserError(
-            "early exit: only the last layer has a head for the next symbol; "
-            "train with --aux.layers.enabled=true, or export with --keep-heads"
-        )
+        problem = "early exit: only the last layer has a head for the next symbol"
+        raise UserError(f"{problem}; train with --aux.layers.enabled=true")
     return layers
 
 
@@ -93,15 +84,13 @@ class ExitReader(Reader):
     """Reads a text symbol by symbol, each up to the first exit that is sure of the next.
 
     The layers above get keys and values of the exit's hidden state (Schuster et al. 2022, CALM, "state
-    propagation"), so later predictions are those of the whole model only roughly. All layers read a
-    prompt, and the newer half of a full context.
+    propagation"), so later predictions are roughly the whole model's. All layers read a prompt, and the
+    newer half of a full context.
     """
 
     def __init__(self, trained: TrainedModel, entropy: float, exits: Counter[int]):
         """`entropy` is the threshold in bits; `exits` counts the symbols that each layer predicts."""
         super().__init__(trained)
-        if not entropy >= 0:
-            raise UserError(f"exit_entropy={entropy}: must be at least 0", "exit_entropy")
         self.exit_layers, self.threshold = _exits(trained), entropy * math.log(2)
         self.exits = exits
 
@@ -111,26 +100,23 @@ class ExitReader(Reader):
         if cache.length == 0:
             self.exits[self.config.num_layers] += 1
             return super().next_logits(ids, cache)
-        first, *higher = self.exit_layers
-        layer, hidden_11D = first, self.read(ids, cache, layer=first)
-        for above in (*higher, None):
-            logits_1V = self.logits(hidden_11D, layer)[:, 0, 0]
-            if above is None:
-                break
+        layer, *higher = self.exit_layers
+        hidden_11D = self.read(ids, cache, layer=layer)
+        logits_1V = self.logits(hidden_11D, layer)[:, 0, 0]
+        for above in higher:
             cache.lengths -= 1
             if torch.special.entr(logits_1V.double().softmax(-1)).sum() < self.threshold:
                 self.skip_from(hidden_11D, layer, cache)
                 break
-            layer, hidden_11D = above, self.run_from(hidden_11D, layer, cache, above)
+            hidden_11D = self.run_from(hidden_11D, layer, cache, above)
+            layer = above
+            logits_1V = self.logits(hidden_11D, layer)[:, 0, 0]
         self.exits[layer] += 1
         return logits_1V
 
 
 def choose_thresholds(entropies_EN: np.ndarray, quantiles: Sequence[float]) -> Tensor:
-    """The thresholds [Q] at these quantiles of the entropies of all exits but the last.
-
-    Quantile 0 gives 0 and 1 gives infinity, whatever text is scored.
-    """
+    """The thresholds [Q]: quantiles of the entropies of all exits but the last; 0 gives 0, 1 infinity."""
     thresholds_Q = np.quantile(entropies_EN[:-1], quantiles)
     ends = [np.equal(quantiles, 0), np.equal(quantiles, 1)]
     return torch.from_numpy(np.select(ends, [0.0, math.inf], thresholds_Q))
@@ -144,10 +130,7 @@ def first_sure(entropies_EM: Tensor, thresholds_Q: Tensor) -> Tensor:
 
 
 def _sums(
-    batches: Iterable[tuple[Tensor, Tensor]],
-    thresholds_Q: Tensor,
-    num_exits: int,
-    num_symbols: int,
+    batches: Iterable[tuple[Tensor, Tensor]], thresholds_Q: Tensor, num_exits: int, num_symbols: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Nats of the last layer [N], of each exit [E], at each threshold [Q]; symbols per exit [Q, E]."""
     last_nats_N = torch.zeros(num_symbols, dtype=torch.float64)

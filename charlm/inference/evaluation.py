@@ -1,9 +1,6 @@
-"""Scores: bits per character and per byte of a text, with their protocol.
+"""Scores: bits per character and per byte of a text, with their protocol. Shapes: N symbols.
 
-Costs are float64 nats, added exactly (`math.fsum`) and divided once. So a score depends on the batch size
-and the number of processes only by rounding inside the model.
-
-Shapes: N symbols.
+Costs are float64 nats, added exactly (`math.fsum`) and divided once.
 """
 
 import math
@@ -28,11 +25,10 @@ class ExitPoint:
     """A point of the curve of early exit: one threshold for all exits."""
 
     quantile: float
-    """Share of exits' predictions on validation text with entropy under the threshold."""
+    """Share of validation predictions under the threshold."""
     threshold: float | None
     """In bits; None means infinity."""
     mean_layers: float
-    """Mean number of the layer that predicts."""
     bits_per_character: float
     bits_per_byte: float
     shares: dict[str, float]
@@ -70,7 +66,7 @@ class Score:
     layers: dict[str, float] | None = None
     """Bits per character of each layer that has a head for the next symbol."""
     mixture: dict[str, float] | None = None
-    """Weight of each layer in the scored prediction; None if only the last layer predicts."""
+    """Weight of each layer in the scored prediction, if it is a mixture."""
     streams: int | None = None
     """Parts of the text read side by side, if scored as a compressor."""
     compressed_bytes: int | None = None
@@ -78,9 +74,9 @@ class Score:
     early_exit: EarlyExit | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, without those of the last five that are None."""
-        optional = ("layers", "mixture", "streams", "compressed_bytes", "early_exit")
-        return {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
+        """For JSON, without optional fields that are None."""
+        values = asdict(self).items()
+        return {name: value for name, value in values if value is not None or name == "standard_error"}
 
 
 def bits_per_character(
@@ -107,8 +103,8 @@ def bits_per_character(
         batch_size: windows per batch and process; the default depends on the device.
         precision: the transformer's; heads are in fp32 and the softmax in float64.
         all_layers: also score every layer that has a head for the next symbol.
-        mixture: "hedge" scores the prediction sum_i alpha_i f_i in place of the last layer's, with the
-            weights alpha that hedge backpropagation has learned (Sahoo et al. 2018).
+        mixture: "hedge" scores sum_i alpha_i f_i in place of the last layer's prediction, with the weights
+            alpha that hedge backpropagation has learned (Sahoo et al. 2018).
 
     Raises UserError for a value out of range, fp16 on a CPU, another corpus than the run's, or a mixture
     without weights.
@@ -117,15 +113,11 @@ def bits_per_character(
     last = trained.config.model.num_layers
     weights = trained.hedge_weights if mixture else {last: 1.0}
     if weights is None:
-        raise UserError("mixture=hedge: the model learned no weights; train with --aux.hedge.enabled=true", "mixture")
+        raise UserError("mixture=hedge: no weights were learned; train with --aux.hedge.enabled=true", "mixture")
+    models = (trained.transformer, trained.heads)
+    layers = exit_layers(trained) if all_layers else weights
     with full_fp32_matmul(trained.device):
-        nats = negative_log_likelihoods(
-            trained.transformer,
-            trained.heads,
-            scorer.ids,
-            layers=exit_layers(trained) if all_layers else weights,
-            **scorer.options,
-        )
+        nats = negative_log_likelihoods(*models, scorer.ids, layers=layers, **scorer.options)
     return scorer.score(
         mixture_nats(nats, weights) if mixture else nats[last],
         layers=scorer.by_layer(nats) if all_layers else None,
@@ -152,16 +144,15 @@ class Scorer:
             raise UserError(
                 f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on "
                 f"{trained.corpus['name']} ({trained.corpus['sha256'][:12]}), another text or vocabulary"
-                f"{how_it_differs(trained.corpus, corpus)}; "
-                "score it on that one (--data.path, --data.hub_id), or score a file of any text with "
-                "scripts/compress.py RUN FILE -o FILE.clm --report"
+                f"{how_it_differs(trained.corpus, corpus)}; name that one (--data.path, --data.hub_id), "
+                "or score any file with scripts/compress.py RUN FILE -o FILE.clm --report"
             )
         if split not in corpus.splits:
-            raise UserError(f"split={split}: must be one of {', '.join(corpus.splits)}", option="split")
+            raise UserError(f"split={split}: must be one of {', '.join(corpus.splits)}", "split")
         check_precision(precision, trained.device)
         for option, value in (("limit", limit), ("batch_size", batch_size)):
             if value is not None and value < 1:
-                raise UserError(f"{option}={value}: must be at least 1", option=option)
+                raise UserError(f"{option}={value}: must be at least 1", option)
         context_length = trained.config.model.context_length
         self.options = {
             "stride": default_stride(context_length) if stride is None else stride,
@@ -217,12 +208,12 @@ def mixture_nats(nats: Mapping[int, np.ndarray], weights: Mapping[int, float]) -
 
 
 def bits_per(nats: np.ndarray, count: int) -> float:
-    """Bits per unit of a text of `count` units. The sum is exact, whatever its order."""
+    """Bits per unit of a text of `count` units."""
     return math.fsum(nats) / (count * math.log(2))
 
 
 def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
-    """The numbers of characters that begin in a text, and of bytes; UserError if none begins."""
+    """The characters that begin in a text, and its bytes; UserError if none begins."""
     characters = vocabulary.count_characters(ids)
     if characters == 0:
         raise UserError(f"a text of {len(ids)} symbols: no character begins in it")
@@ -230,11 +221,11 @@ def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
 
 
 def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) -> float | None:
-    """Standard error of bits per character, if the text is a sample of all such texts.
+    """Standard error of bits per character, as a ratio estimator over blocks; None for one symbol.
 
     Neighbouring symbols are not independent, so the text is cut into K equal blocks: 100, or fewer so
     that each holds 1,000 symbols, but at least 10. With b_k bits and c_k characters in block k, and
-    R = sum b / sum c, it is that of the ratio estimator (None if there is only one symbol):
+    R = sum b / sum c:
 
         sqrt(K / (K - 1) * sum_k (b_k - R c_k)^2) / sum_k c_k
     """

@@ -3,20 +3,40 @@
 import codecs
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from typing import Annotated, Self, overload
 
 import torch
-from tqdm import tqdm
+from pydantic import Field, model_validator
 
 from charlm.config import UserError
+from charlm.config.types import Count, Index, NonNegative
 from charlm.data.vocabulary import EncodingError
 from charlm.data.windows import default_stride
 from charlm.inference.early_exit import ExitReader
 from charlm.inference.sampling import Sampling
+from charlm.inference.scoring import progress_bar
 from charlm.inference.speculative import Draft, DraftStatistics, Speculation, choose_num_drafts
 from charlm.inference.stepping import Reader
 from charlm.model.cache import KVCache
 from charlm.runs.trained import TrainedModel
+
+
+class Writing(Sampling):
+    """Options of `generate`, which describes them."""
+
+    length: Count
+    seed: Annotated[Index, Field(lt=2**63)] = 0
+    draft: Draft | None = None
+    num_draft_tokens: Count | None = None
+    exit_entropy: Annotated[NonNegative, Field(allow_inf_nan=True)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.draft is None and self.num_draft_tokens is not None:
+            raise self.mistake("num_draft_tokens", "requires draft, which names their source")
+        if self.draft is not None and self.exit_entropy is not None:
+            raise self.mistake("exit_entropy", "cannot be combined with draft; leave one out")
+        return self
 
 
 @overload
@@ -40,24 +60,23 @@ def generate(
 ) -> str | list[str]:
     """The text that the model writes after `prompt`, without it; the same seed gives the same text.
 
-    Every symbol is predicted from all before it, until the model's context is full: then its older half
-    is forgotten, and the newer half is read again. The weights must not change before the text ends.
+    When the model's context is full, its older half is forgotten, and the newer half is read again. The
+    weights must not change before the text ends.
 
     Several prompts are continued together or, with drafts or early exit, one after the other. The first
-    text is the one that `seed` gives alone, the next that of `seed` + 1, and so on, except for rounding in
-    the model.
+    text is the one that `seed` gives alone, the next that of `seed` + 1, except for rounding.
 
     Args:
         prompt: at least one symbol and at most context_length.
         length: symbols to write. Bytes that form no UTF-8 character become U+FFFD.
         temperature, top_k, top_p: see `Sampling`.
-        draft: write several symbols per pass of the model: "offsets" drafts them with the last layer's
-            heads for later symbols, a number with the exit at this layer. At temperature 0 the text
-            stays the same; others follow the same distribution.
+        draft: write several symbols per pass: "offsets" drafts them with the last layer's heads for later
+            symbols, a number with the exit at this layer. The text follows the same distribution; at
+            temperature 0 it stays the same.
         num_draft_tokens: the most symbols to draft before a pass; by default one per head, or 5.
-        statistics: counts how useful the drafts were, or the exits.
-        exit_entropy: in bits; a symbol is predicted by the first layer whose prediction has less entropy, and
-            the layers above are skipped (see `ExitReader`). 0 is plain generation.
+        statistics: counts drafts or exits.
+        exit_entropy: in bits; the first layer whose prediction has less entropy predicts a symbol, and the
+            layers above are skipped (see `ExitReader`). 0 is plain generation.
 
     Raises UserError for a value out of range, an unreadable prompt, or drafts without their heads.
     """
@@ -67,20 +86,13 @@ def generate(
     encoded = [_encode(trained, own) for own in prompts]
     groups = [encoded] if draft is None and exit_entropy is None else [[own] for own in encoded]
     options = {"length": length, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    options |= {"draft": draft, "num_draft_tokens": num_draft_tokens, "statistics": statistics}
-    options["exit_entropy"] = exit_entropy
+    options |= {"draft": draft, "num_draft_tokens": num_draft_tokens, "exit_entropy": exit_entropy}
     texts = []
-    with tqdm(
-        total=len(groups) * length,
-        desc="generating",
-        unit=" symbols",
-        leave=False,
-        disable=None if show_progress else True,
-    ) as bar:
+    with progress_bar(len(groups) * length, "generating", show_progress) as bar:
         for group in groups:
             data, ids = zip(*group, strict=True)
             steps = []
-            for step in _write(trained, ids, seed=seed + len(texts), **options):
+            for step in _write(trained, ids, statistics, seed=seed + len(texts), **options):
                 steps.append(step)
                 bar.update(len(step[0]))
             rows = zip(*steps, strict=True)
@@ -97,62 +109,39 @@ def stream(trained: TrainedModel, prompt: str | bytes, **options) -> Iterator[st
 
 
 def _write(
-    trained: TrainedModel,
-    ids: Sequence[list[int]],
-    *,
-    length: int,
-    seed: int = 0,
-    draft: Draft | None = None,
-    num_draft_tokens: int | None = None,
-    statistics: DraftStatistics | None = None,
-    exit_entropy: float | None = None,
-    **sampling,
+    trained: TrainedModel, ids: Sequence[list[int]], statistics: DraftStatistics | None = None, **options
 ) -> Iterator[Sequence[list[int]]]:
     """The symbols that each step adds to each text; a single text, if there are drafts."""
-    sampling = Sampling(**sampling)
-    if length < 1:
-        raise UserError(f"length={length}: must be at least 1", option="length")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed}: must lie in [0, 2^63)", option="seed")
-    if draft is None and num_draft_tokens is not None:
-        raise UserError(
-            f"num_draft_tokens={num_draft_tokens}: requires draft, which names their source",
-            option="num_draft_tokens",
-        )
-    if draft is not None and exit_entropy is not None:
-        raise UserError(f"exit_entropy={exit_entropy}: cannot be combined with draft; leave one out", "exit_entropy")
+    how = Writing.read(options)
     statistics = statistics or DraftStatistics()
-    reader = Reader(trained) if exit_entropy is None else ExitReader(trained, exit_entropy, statistics.exits)
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(ids))]
-    if draft is None:
-        return _write_plainly(reader, ids, length, sampling, generators)
-    statistics.num_draft_tokens = choose_num_drafts(reader, draft, num_draft_tokens)
-    speculation = Speculation(
-        reader, draft, statistics.num_draft_tokens, sampling, *generators, statistics, context=list(*ids)
-    )
-    return ([symbols] for symbols in speculation.write(length))
+    reader = Reader(trained)
+    if how.exit_entropy is not None:
+        reader = ExitReader(trained, how.exit_entropy, statistics.exits)
+    generators = [torch.Generator().manual_seed(how.seed + row) for row in range(len(ids))]
+    if how.draft is None:
+        return _write_plainly(reader, ids, how, generators)
+    num_drafts = choose_num_drafts(reader, how.draft, how.num_draft_tokens)
+    statistics.num_draft_tokens = num_drafts
+    speculation = Speculation(reader, how.draft, num_drafts, how, *generators, statistics, list(*ids))
+    return ([symbols] for symbols in speculation.write(how.length))
 
 
 def _write_plainly(
-    reader: Reader,
-    ids: Sequence[list[int]],
-    length: int,
-    sampling: Sampling,
-    generators: Sequence[torch.Generator],
+    reader: Reader, ids: Sequence[list[int]], how: Writing, generators: Sequence[torch.Generator]
 ) -> Iterator[list[list[int]]]:
     """The symbol that each step adds to each text, as a list of one."""
     context_length = reader.config.context_length
     recent = [deque(own, maxlen=default_stride(context_length)) for own in ids]
     cache = KVCache(reader.config, len(ids), reader.device)
     unread = list(ids)
-    for _ in range(length):
+    for _ in range(how.length):
         for row, seen in enumerate(cache.lengths.tolist()):
             if seen + len(unread[row]) > context_length:
                 cache.lengths[row] = 0
                 unread[row] = list(recent[row])
         logits_BV = reader.next_logits(unread, cache)
         rows = zip(logits_BV.split(1), generators, strict=True)
-        unread = [sampling.choose(logits_1V, generator)[0] for logits_1V, generator in rows]
+        unread = [how.choose(logits_1V, generator)[0] for logits_1V, generator in rows]
         for symbols, symbol in zip(recent, unread, strict=True):
             symbols.extend(symbol)
         yield list(unread)
@@ -173,10 +162,7 @@ def _encode(trained: TrainedModel, prompt: str | bytes) -> tuple[bytes, list[int
         ids = trained.vocabulary.encode(data).tolist()
     except (EncodingError, UnicodeEncodeError) as error:
         raise UserError(f"prompt: {error}; use only what the vocabulary has", option="prompt") from error
-    context_length = trained.config.model.context_length
-    if not 1 <= len(ids) <= context_length:
-        raise UserError(
-            f"prompt: has {len(ids)} symbols; give at least 1, at most the context of {context_length}",
-            option="prompt",
-        )
+    most = trained.config.model.context_length
+    if not 1 <= len(ids) <= most:
+        raise UserError(f"prompt: has {len(ids)} symbols; give 1 to {most}, the context", "prompt")
     return data, ids

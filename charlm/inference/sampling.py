@@ -1,39 +1,27 @@
 """The choice of the next symbol. Shapes: V vocabulary, K rows; `...` any dimensions."""
 
-import math
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from charlm.config import UserError
+from charlm.config import Section
+from charlm.config.types import Count, NonNegative
 
 
-@dataclass(frozen=True)
-class Sampling:
+class Sampling(Section):
     """How symbols are chosen from logits."""
 
-    temperature: float = 1.0
+    temperature: NonNegative = 1.0
     """Divides the logits; 0 always takes the likeliest symbol."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Draw from the k likeliest symbols only."""
-    top_p: float | None = None
-    """Draw from the fewest likeliest symbols with this share of what top_k leaves (Holtzman et al. 2020)."""
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(
-                f"temperature={self.temperature}: must be finite and at least 0",
-                option="temperature",
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k={self.top_k}: must be at least 1", option="top_k")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1", option="top_p")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw from the fewest symbols with this share of what top_k leaves (Holtzman et al. 2020)."""
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest symbol is always taken."""
         return self.temperature == 0 or self.top_k == 1
 
     def distribution(self, logits: Tensor) -> Tensor:

@@ -23,12 +23,12 @@ from charlm.model.transformer import CharTransformer
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of matrix products by precision; None leaves that of the parameters."""
 BATCH_SYMBOLS = {"cpu": 2**11, "cuda": 2**16}
-"""Symbols that a batch reads by default, by type of device. On a CPU more is no faster."""
+"""Symbols that a batch reads by default, by type of device."""
 CHUNK_LOGITS = 2**18
 """Logits whose softmax is taken at once: keeps their float64 copies small."""
 
 Measure = Callable[[Tensor, Tensor], Tensor]
-"""(log-probabilities [M, V] in float64, targets [M]) -> K figures of each prediction, [K, M]."""
+"""(log-probabilities [M, V] in float64, targets [M]) -> figures [K, M]."""
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -58,7 +58,7 @@ def negative_log_likelihoods(
     layers: Iterable[int] | None = None,
     **options,
 ) -> dict[int, np.ndarray]:
-    """The cost of each symbol in nats, {layer: float64 [N]}; options as for `predictions`."""
+    """Nats of each symbol, {layer: float64 [N]}; options as for `predictions`."""
     layers = sorted(layers) if layers is not None else [transformer.config.num_layers]
     nats_L1N = measure_text(transformer, heads, ids, layers=layers, **options)
     return dict(zip(layers, nats_L1N[:, 0], strict=True))
@@ -86,18 +86,14 @@ def predictions(
     show_progress: bool = False,
     **options,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Predict every symbol of a text once, batch by batch, without dropout.
-
-    The first symbol has no context: it counts as predicted with equal probabilities.
+    """Predict every symbol of a text once, batch by batch, without dropout; the first with equal probabilities.
 
     Args:
         ids: the text, [N], at least one symbol.
         layers: 1-based, in ascending order, each with a head for offset 1.
         options: batch_size, autocast_dtype and before_batch of `read_windows`.
 
-    Yields:
-        symbols_M: indices in the text.
-        figures_LKM: of these symbols, float64; both on the CPU.
+    Yields indices [M] in the text and figures [L, K, M], float64, both on the CPU.
 
     Raises UserError if the stride is not in [1, context_length].
     """
@@ -108,31 +104,28 @@ def predictions(
     targets_M = torch.tensor([int(ids[0])])[first_M]
     uniform_MV = torch.full((len(first_M), V), -math.log(V), dtype=torch.float64)
     yield first_M, measure(uniform_MV, targets_M).repeat(len(layers), 1, 1)
-    bar = tqdm(
-        total=math.ceil(len(ids) / num_processes),
-        desc="evaluating",
-        unit="ch",
-        unit_scale=True,
-        initial=len(first_M),
-        leave=False,
-        disable=None if show_progress and rank == 0 else True,
-    )
     modes = [(module, module.training) for module in (transformer, heads)]
     try:
         transformer.eval()
         heads.eval()
-        for symbols_M, hidden_states in read_windows(transformer, ids, windows, layers=layers, **options):
-            targets_M = torch.from_numpy(ids[symbols_M.numpy()].astype(np.int64))
-            figures = []
-            for layer, hidden_MD in hidden_states.items():
-                logits_MV = heads(hidden_MD[None].float(), layer)[0, :, 0]
-                figures.append(_measured(measure, logits_MV, targets_M.to(logits_MV.device)).cpu())
-            yield symbols_M, torch.stack(figures)
-            bar.update(len(symbols_M))
+        with progress_bar(math.ceil(len(ids) / num_processes), "evaluating", show_progress and rank == 0) as bar:
+            for symbols_M, hidden_states in read_windows(transformer, ids, windows, layers=layers, **options):
+                targets_M = torch.from_numpy(ids[symbols_M.numpy()].astype(np.int64))
+                figures = []
+                for layer, hidden_MD in hidden_states.items():
+                    logits_MV = heads(hidden_MD[None].float(), layer)[0, :, 0]
+                    figures.append(_measured(measure, logits_MV, targets_M.to(logits_MV.device)).cpu())
+                yield symbols_M, torch.stack(figures)
+                bar.update(len(symbols_M))
     finally:
-        bar.close()
         for module, mode in modes:
             module.train(mode)
+
+
+def progress_bar(total: int, description: str, shown: bool) -> tqdm:
+    """A bar of symbols on stderr, if that is a terminal."""
+    disable = None if shown else True
+    return tqdm(total=total, desc=description, unit="ch", unit_scale=True, leave=False, disable=disable)
 
 
 @torch.no_grad()
@@ -147,9 +140,7 @@ def read_windows(
     share: bool = True,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
-    """Read a text in windows, batch by batch: the hidden states where predictions count.
-
-    The transformer stays in its mode, with or without dropout.
+    """Read a text in windows, batch by batch, in the transformer's mode.
 
     Args:
         ids: the text, [N].
@@ -158,9 +149,7 @@ def read_windows(
         share: if false, every process reads all windows.
         before_batch: called before each batch, equally often by every process.
 
-    Yields:
-        symbols_M: indices in the text of the predicted symbols; on the CPU.
-        hidden_states: {layer: [M, D]}, in ascending order.
+    Yields the indices [M] of the predicted symbols, on the CPU, and {layer: hidden_MD}, in ascending order.
     """
     layers = sorted(layers)
     device = next(transformer.parameters()).device
@@ -168,7 +157,7 @@ def read_windows(
     if batch_size is None:
         budget = BATCH_SYMBOLS.get(device.type, BATCH_SYMBOLS["cpu"])
         batch_size = max(1, budget // (transformer.config.context_length * len(layers)))
-    # Later windows than the first score only their last predictions: the top layer computes no others.
+    # Windows after the first score only their last predictions: the top layer computes no others.
     num_later = int((windows.length - windows.first_scored[1:]).max(initial=1))
     for symbols_BW, counts_BT in _batches(windows, batch_size, rank, num_processes):
         before_batch()
@@ -195,8 +184,8 @@ def _batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of one process's windows: indices [B, W], and which predictions count, bool [B, T].
 
-    Compiled modules need batches of one size, sharded ones equally many in every process. So the last
-    batches are filled up with other windows, whose predictions do not count.
+    Compiled modules need batches of one size, sharded ones equally many in every process: windows whose
+    predictions do not count fill the last batches up.
     """
     num_windows = len(windows.starts)
     offsets = np.arange(windows.length + 1)
@@ -218,7 +207,6 @@ def _measured(measure: Measure, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
 
 
 def _rank_and_processes() -> tuple[int, int]:
-    """(0, 1) where torch.distributed is not initialised."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1

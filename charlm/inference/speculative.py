@@ -27,7 +27,7 @@ Draft = Literal["offsets"] | int
 EXIT_DRAFT_TOKENS = 5
 NEAR_TIE = 2e-6
 """Two logits that differ by less than this share of the largest, per layer, may change places when symbols
-are read together. In a trained model of 6 layers, about one symbol in 8,000 is too close to call."""
+are read together."""
 
 
 @dataclass
@@ -57,8 +57,8 @@ class DraftStatistics:
 class Speculation:
     """A text that is being written with drafts.
 
-    Where the likeliest symbol is always taken, the text equals that of plain generation: when two logits
-    are too close to call, all symbols since the last exact position are read again one at a time.
+    Greedy text equals that of plain generation: when two logits are too close to call, all symbols since
+    the last exact position are read again one at a time.
     """
 
     reader: Reader
@@ -80,7 +80,7 @@ class Speculation:
         """Holds all of `context` but its newest symbol."""
 
     def write(self, length: int) -> Iterator[list[int]]:
-        """The symbols that each pass of the model adds to the text."""
+        """The symbols that each pass adds."""
         while length:
             symbols = self.advance(length)
             length -= len(symbols)
@@ -174,33 +174,23 @@ class Speculation:
 def choose_num_drafts(reader: Reader, draft: Draft, num_draft_tokens: int | None) -> int:
     """The most symbols to draft before a pass: `num_draft_tokens`, or the default of the source.
 
-    Raises UserError if the model lacks the heads, or `num_draft_tokens` is out of range.
+    Raises UserError if the model lacks the heads, or `num_draft_tokens` is too large.
     """
     last = reader.config.num_layers
-    pairs = reader.heads.pairs
-    num_extra = sum(layer == last and offset > 1 for layer, offset in pairs)
-    exits = [layer for layer, offset in pairs if offset == 1 and layer < last]
-    sources = ["offsets", *exits] if num_extra else exits
-    if draft == "offsets":
-        most = default = num_extra
-        limit = "the run's heads"
-        lacking = "the run trained no head for symbols after the next (aux.targets.num_targets of 2 or more)"
-    else:
-        most = reader.config.context_length
-        default = EXIT_DRAFT_TOKENS
-        limit = "the context"
-        lacking = "this run has no exit at such a layer"
-    if draft not in sources:
-        names = ", ".join(map(str, sources))
-        way_out = f"draft from {names}" if sources else "it has none to draft from; generate without drafts"
-        raise UserError(f"draft={draft}: {lacking}; {way_out}", option="draft")
+    most: dict[Draft, int] = {}
+    if num_extra := sum(layer == last and offset > 1 for layer, offset in reader.heads.pairs):
+        most["offsets"] = num_extra
+    for layer, offset in reader.heads.pairs:
+        if offset == 1 and layer < last:
+            most[layer] = reader.config.context_length
+    if draft not in most:
+        way_out = f"draft from {', '.join(map(str, most))}" if most else "generate without drafts"
+        raise UserError(f"draft={draft}: the model has no such head; {way_out}", "draft")
     if num_draft_tokens is None:
-        return min(default, most)
-    if not 1 <= num_draft_tokens <= most:
-        raise UserError(
-            f"num_draft_tokens={num_draft_tokens}: must lie between 1 and {most} ({limit})",
-            option="num_draft_tokens",
-        )
+        return num_extra if draft == "offsets" else min(EXIT_DRAFT_TOKENS, most[draft])
+    if num_draft_tokens > most[draft]:
+        problem = f"num_draft_tokens={num_draft_tokens}: must be at most {most[draft]}"
+        raise UserError(f"{problem} from this source", "num_draft_tokens")
     return num_draft_tokens
 
 
@@ -212,9 +202,9 @@ def accept(
 ) -> list[int]:
     """The symbols that a pass adds: the accepted drafts, and one more if it is predicted.
 
-    A draft that was drawn with chance q and has probability p is accepted with chance min(1, p / q). The
-    first rejected one is replaced by a symbol drawn from the positive part of p - q, normalised. So all
-    symbols follow p exactly (Leviathan et al. 2023, speculative decoding).
+    A draft drawn with chance q whose probability is p is accepted with chance min(1, p / q). The first
+    rejected one is replaced by a draw from the positive part of p - q, so that all symbols follow p exactly
+    (Leviathan et al. 2023).
 
     Args:
         probabilities_PV: the model's, from the symbol before the first draft on.

@@ -1,9 +1,8 @@
 """A faster forward pass for generation, which feeds new symbols to a model that has a key/value cache.
 
-On a CPU, calls take half the time of a small model's step. A few symbols of one text therefore take a
-fast path: one product gives query, key and value, and no module or hook is called.
-
-tests/inference/test_stepping.py compares it with `CharTransformer` for every option of the model.
+On a CPU, calls take half the time of a small model's step. So a few symbols of one text take a fast path:
+one product gives query, key and value, and no module or hook is called. tests/inference/test_stepping.py
+compares it with `CharTransformer` for every option of the model.
 
 Shapes: B texts, T symbols, D d_model, H heads, C = D / H head size, S positions up to the newest,
 I inputs, E outputs, K offsets, V vocabulary.
@@ -64,10 +63,7 @@ class Reader:
         layer: int | None = None,
         num_last: int | None = None,
     ) -> Tensor:
-        """Hidden states of `layer` (or the last) at the last `num_last` (or all) of `ids`, [B, T, D].
-
-        All texts need the same number of ids, which follow those in the cache.
-        """
+        """Hidden states of `layer` (or the last) at the last `num_last` (or all) of `ids`, [B, T, D]."""
         layer = layer or self.config.num_layers
         ids_BT = torch.tensor(ids, device=self.device)
         with full_fp32_matmul(self.device, ids_BT.numel()):
@@ -89,7 +85,7 @@ class Reader:
 
     @torch.inference_mode()
     def skip_from(self, hidden_1TD: Tensor, layer: int, cache: KVCache) -> None:
-        """As `run_from`, but the layers above `layer` only store keys and values, those of `hidden_1TD`."""
+        """As `run_from`, but the layers above `layer` only store the keys and values of `hidden_1TD`."""
         places = self.transformer.places(hidden_1TD.shape[1], cache)
         inputs = [own.norms_before[0](own.at(hidden_1TD[0], places)) for own in self._layers[layer:]]
         rows_LDE, biases_L1E = (part[layer:] for part in self._keys_and_values)
@@ -102,7 +98,7 @@ class Reader:
 
     @cached_property
     def _keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """The projections of all layers, [L, D, 2D], and their biases: all at once is a third of the time."""
+        """The projections of all layers, [L, D, 2D], and their biases, to be used at once."""
         projections = [own.projection for own in self._layers]
         rows_LDE = torch.stack([own.rows_IE[:, self.config.d_model :] for own in projections])
         return rows_LDE, torch.stack([own.bias_E[None, self.config.d_model :] for own in projections])
@@ -161,8 +157,8 @@ class Reader:
 class _Linear(NamedTuple):
     """A linear layer for a few vectors: the transposed weight's rows, weighted by each and added.
 
-    For one vector this takes half the time of dot products and a third of that of a matrix product (AMD
-    EPYC, Zen 5, two threads). The bits of a result do not depend on the vectors beside it.
+    For one vector this is faster than dot products or a matrix product, and the bits of a result do not
+    depend on the vectors beside it.
     """
 
     rows_IE: Tensor
@@ -170,7 +166,7 @@ class _Linear(NamedTuple):
 
     @staticmethod
     def of(*linears: nn.Linear) -> "_Linear":
-        """Several layers with the same input, joined; their outputs follow one another."""
+        """Layers with the same input, joined; their outputs follow one another."""
         weight_EI = torch.cat([linear.weight.detach() for linear in linears])
         bias_E = torch.cat([linear.bias.detach() for linear in linears])
         return _Linear(weight_EI.t().contiguous(), bias_E)
@@ -178,7 +174,7 @@ class _Linear(NamedTuple):
     def __call__(self, x_TI: Tensor) -> Tensor:
         T = len(x_TI)
         num_bags, indices, starts = _bags(*x_TI.shape)
-        # The vectors lie side by side within a bag, so that its rows are read from memory once.
+        # Vectors lie side by side within a bag, so that its rows are read from memory once.
         weights = x_TI.view(T, num_bags, -1).transpose(0, 1).flatten()
         sums = torch.embedding_bag(self.rows_IE, indices, starts, per_sample_weights=weights)[0]
         return sums.view(num_bags, T, -1).sum(dim=0).add_(self.bias_E)
