@@ -26,6 +26,7 @@ from charlm.config import Precision, UserError
 from charlm.data.corpus import Corpus
 from charlm.data.vocabulary import id_type
 from charlm.inference.evaluation import Score, Scorer
+from charlm.inference.scoring import progress_bar
 from charlm.runs.trained import TrainedModel
 
 SAME_MACHINE = "decompress it on the machine that compressed it"
@@ -73,8 +74,8 @@ def compress(
         show_progress: show bars on stderr if that is a terminal.
         options: fields of `CodingSettings`; those left out, or None, have defaults.
 
-    Raises UserError for an option out of range, a file that cannot be read or written, a text that the
-    vocabulary cannot express, or a result that decodes to other bytes.
+    Raises UserError for an option out of range, a file that cannot be read, written or expressed in the
+    vocabulary, or a result that decodes to other bytes.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
@@ -95,7 +96,7 @@ def compress(
             started = time.perf_counter()
             pieces = pieces_of(file, coded)
             blocks = blocks_of(pieces, trained.vocabulary, settings.block)
-            with _bar("compressing", content["symbols"], show_progress) as bar:
+            with progress_bar(content["symbols"], "compressing", show_progress) as bar:
                 _encode(trained, header, blocks, written, bar)
             seconds = time.perf_counter() - started
             if coded.digest() != scanned.digest():
@@ -103,7 +104,7 @@ def compress(
             compressed_bytes = written.tell()
             started = time.perf_counter()
             if verify:
-                with _bar("verifying", content["symbols"], show_progress) as bar:
+                with progress_bar(content["symbols"], "verifying", show_progress) as bar:
                     _verify(trained, written, target, bar)
     return Compressed(
         **content,
@@ -117,8 +118,8 @@ def compress(
 def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *, show_progress: bool = True) -> int:
     """Restore the file that `compress` made `source` of; returns its size in bytes.
 
-    Raises UserError if `source` is damaged, or needs another model, format version or machine, or `target`
-    cannot be written; it is then as it was.
+    Raises UserError if `source` is damaged or needs another model, version or machine, or `target` cannot
+    be written; it is then as it was.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
@@ -126,8 +127,8 @@ def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *,
         _check_decodable(trained, header, source)
         with output(target, source, header.length) as written, threads_set(header.settings.threads):
             if probe(trained, header.settings) != header.probe:
-                raise UserError(f"{source}: the model's predictions differ here in their last bits; {SAME_MACHINE}")
-            with _bar("decompressing", header.symbols, show_progress) as bar:
+                raise UserError(f"{source}: predictions differ here in their last bits; {SAME_MACHINE}")
+            with progress_bar(header.symbols, "decompressing", show_progress) as bar:
                 for data in _decode(trained, header, file, source, bar):
                     written.write(data)
     return header.length
@@ -139,7 +140,7 @@ def compressed_nats(
     """Cost of each symbol as `compress` codes it, in float64 nats [N], and the settings."""
     settings = choose_settings(trained, len(ids), **options)
     nats_N, streams = np.zeros(len(ids)), Streams(trained, settings)
-    with threads_set(settings.threads), _bar("scoring", len(ids), show_progress) as bar:
+    with threads_set(settings.threads), progress_bar(len(ids), "scoring", show_progress) as bar:
         for begin in range(0, len(ids), settings.block):
             own = slice(begin, begin + settings.block)
             block = ids[own]
@@ -174,13 +175,7 @@ def score_as_compressor(
     )
 
 
-def _encode(
-    trained: TrainedModel,
-    header: Header,
-    blocks: Iterator[np.ndarray],
-    written: BinaryIO,
-    bar: tqdm,
-) -> None:
+def _encode(trained: TrainedModel, header: Header, blocks: Iterator[np.ndarray], written: BinaryIO, bar: tqdm) -> None:
     written.write(header.pack())
     streams = Streams(trained, header.settings)
     for ids in blocks:
@@ -192,9 +187,9 @@ def _encode(
 
 
 def _decode(trained: TrainedModel, header: Header, file: BinaryIO, name: Path, bar: tqdm) -> Iterator[bytes]:
-    """The content by blocks; `file` is at the first. Raises UserError unless it is what was encoded."""
+    """The content by blocks, from a `file` at the first; UserError if it is not what was encoded."""
     problem = "does not decode to the content it was made of"
-    refused = UserError(f"{name}: {problem}; get a whole copy, or compress again")
+    refused = UserError(f"{name}: {problem}; get a whole copy")
     digest, length = hashlib.sha256(), 0
     streams = Streams(trained, header.settings)
     V = trained.vocabulary.size
@@ -225,27 +220,21 @@ def _verify(trained: TrainedModel, written: BinaryIO, target: Path, bar: tqdm) -
         for _ in _decode(trained, header, written, target, bar):
             pass
     except UserError as error:
-        raise UserError(
-            f"{target}: decoding gives other bytes than were compressed, so nothing was kept: "
-            "the arithmetic is not repeatable; try --threads 1, --precision fp32, or a CPU"
-        ) from error
+        problem = "decodes to other bytes, as arithmetic here is not repeatable; nothing was kept"
+        way_out = "try --threads 1, --precision fp32, or a CPU"
+        raise UserError(f"{target}: {problem}; {way_out}") from error
 
 
 def _check_decodable(trained: TrainedModel, header: Header, source: Path) -> None:
     """Raise UserError unless this model can decode the file on this machine."""
-    compressed = f"{source}: was compressed"
+    compressed, own = f"{source}: was compressed", "name the run and checkpoint that made it"
     if vocabulary_digest(trained.vocabulary) != header.vocabulary:
-        raise UserError(f"{compressed} by a model with another vocabulary; name the run that made it")
+        raise UserError(f"{compressed} by a model with another vocabulary; {own}")
     if model_digest(trained) != header.model:
-        raise UserError(f"{compressed} by another model; name the run and checkpoint that made it")
+        raise UserError(f"{compressed} by another model; {own}")
     if header.environment != (here := environment(trained.device)):
         raise UserError(f"{compressed} with {header.environment}; here it is {here}; {SAME_MACHINE}")
     try:
         check_settings(trained, header.settings)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-
-
-def _bar(description: str, num_symbols: int, show_progress: bool) -> tqdm:
-    disable = None if show_progress else True
-    return tqdm(total=num_symbols, desc=description, unit="ch", unit_scale=True, disable=disable)

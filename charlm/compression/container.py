@@ -6,8 +6,7 @@
     checksum                    the first 8 bytes of the SHA-256 of everything before
 
 Numbers are little-endian. The checksum finds damage before anything is decoded; the header's SHA-256
-proves the decoded content. The header is checked against the file's size, so that a malicious file
-costs no more than an honest one.
+proves the content. The header must suit the file's size, so that no file costs more than an honest one.
 """
 
 import hashlib
@@ -81,9 +80,6 @@ def checksum(file: BinaryIO, size: int) -> bytes:
 def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
     """The header of a whole, undamaged file, which is left at its first block.
 
-    Its number of symbols must suit the number of words: every symbol costs a little, as the coder
-    leaves V - 1 of its 2^24 units to the others, and none costs more than 24 bits.
-
     Raises UserError for another kind of file or version, damage, or a header that cannot be true.
     """
     end = file.seek(0, os.SEEK_END) - _CHECKSUM_BYTES
@@ -93,15 +89,14 @@ def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
         raise UserError(f"{name}: not a file that charlm has compressed")
     _, version = _PREFIX.unpack(prefix)
     if version != VERSION:
-        problem = f"has format version {version}, and this charlm reads {VERSION}"
-        raise UserError(f"{name}: {problem}; use the charlm that wrote it")
+        raise UserError(f"{name}: has format version {version}, not {VERSION}; use the charlm that wrote it")
     try:
         header = _unpack(file, end)
         first_block = file.tell()
         _check_blocks(file, end, header, max(2, vocabulary_size))
     except (ValueError, UserError) as error:
         raise UserError(f"{name}: its header claims {error}; get a whole copy") from None
-    if checksum(file, end) != file.read(_CHECKSUM_BYTES):  # after the blocks: the file may be a terabyte of zeros
+    if checksum(file, end) != file.read(_CHECKSUM_BYTES):  # last: it may be a terabyte of zeros
         raise UserError(f"{name}: is damaged or cut short; get a whole copy")
     file.seek(first_block)
     return header
@@ -114,13 +109,16 @@ def read_block(file: BinaryIO) -> np.ndarray:
 
 
 def largest_claim(words: int, vocabulary_size: int) -> int:
-    """The most symbols that so many words hold; the coder's last 64 bits may go unused."""
+    """The most symbols that so many words hold.
+
+    Every symbol costs a little, as the coder leaves V - 1 of its 2^24 units to the others.
+    """
     bits_per_symbol = -math.log2(1 - (vocabulary_size - 1) / 2**CODER_BITS)
     return math.floor((32 * words + 64) / bits_per_symbol)
 
 
 def _unpack(file: BinaryIO, end: int) -> Header:
-    """The header. The messages of its errors say what it claims."""
+    """The header; errors say what it claims."""
     packed = file.read(_FIELDS.size)
     if len(packed) < _FIELDS.size or file.tell() + packed[-1] > end:
         raise ValueError("more bytes than the file has")
@@ -135,10 +133,9 @@ def _unpack(file: BinaryIO, end: int) -> Header:
 
 
 def _check_blocks(file: BinaryIO, end: int, header: Header, vocabulary_size: int) -> None:
-    """Raise ValueError, as `_unpack`, unless the blocks up to `end` can hold the symbols claimed."""
+    """Raise ValueError unless the blocks up to `end` can hold the symbols claimed."""
     for symbols in header.block_sizes():
-        packed = file.read(_COUNT.size)
-        count = _COUNT.unpack(packed)[0] if len(packed) == _COUNT.size else end
+        count = int.from_bytes(file.read(_COUNT.size), "little")
         if file.tell() + 4 * count > end:
             raise ValueError(f"{header.symbols:,} symbols, and the file ends before them")
         if symbols > largest_claim(count, vocabulary_size) or 32 * count > CODER_BITS * symbols + 64:

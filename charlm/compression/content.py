@@ -1,6 +1,5 @@
 """The file to compress, in pieces, and the file to write."""
 
-import errno
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -31,8 +30,8 @@ def scan(pieces: Iterable[bytes], name: Path, vocabulary: Vocabulary) -> dict[st
             ids = vocabulary.encode(piece)
         except EncodingError as error:
             place = f"{name}: {error.problem} at byte {length + error.offset:,}"
-            problem = f"the model's vocabulary ({vocabulary.name}) cannot express it; use a model of bytes"
-            raise UserError(f"{place}, and {problem}") from None
+            problem = f"and the model's vocabulary ({vocabulary.name}) cannot express it"
+            raise UserError(f"{place}, {problem}; use a model of bytes") from None
         length += len(piece)
         symbols += len(ids)
         characters += vocabulary.count_characters(ids)
@@ -65,7 +64,7 @@ def open_regular(path: Path) -> BinaryIO:
 def output(path: Path, source: Path, size: int = 0) -> Iterator[BinaryIO]:
     """A file to write and read that becomes `path` when the context ends without an error.
 
-    Raises UserError if `path` is `source` or not a file, has no room for `size` bytes, or cannot be written.
+    Raises UserError if `path` is `source`, has no room for `size` bytes, or cannot be written.
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a regular file; name another output")
@@ -77,5 +76,4 @@ def output(path: Path, source: Path, size: int = 0) -> Iterator[BinaryIO]:
         with replacing(path) as temporary, temporary.open("w+b") as file:
             yield file
     except OSError as error:
-        way_out = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}){way_out}") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -58,7 +58,7 @@ def environment(device: torch.device) -> str:
 
 
 def probe(trained: TrainedModel, settings: CodingSettings) -> bytes:
-    """8 bytes that identify the arithmetic: a digest of logits and code words. For use in `threads_set`."""
+    """8 bytes that identify the arithmetic by logits and code words; use it in `threads_set`."""
     context = min(settings.context, 16)
     streams = Streams(trained, settings.replace(context=context, stride=1))
     encoder = constriction.stream.queue.RangeEncoder()

@@ -48,7 +48,9 @@ class CompressionReport(BaseModel, frozen=True):
         rate = ""
         if made.bits_per_character is not None:
             rate = f", {made.bits_per_character:.4f} bits per character"
-        verified = "not verified" if made.verify_seconds is None else f"verified in {made.verify_seconds:,.1f} s"
+        verified = "not verified"
+        if made.verify_seconds is not None:
+            verified = f"verified in {made.verify_seconds:,.1f} s"
         speed = made.symbols / max(made.seconds, 1e-9)
         lines = [
             f"{self.file}: {made.bytes:,} bytes in {made.compressed_bytes:,}{rate}",
@@ -70,13 +72,8 @@ class CompressionReport(BaseModel, frozen=True):
                 for name, size in sizes.items()
             ]
             columns = ("", "bytes", "bits per character", "of the file")
-            lines += [
-                "",
-                markdown_table(columns, rows),
-                "",
-                f"The model: {self.model['parameters']:,} parameters in 16 bits each, compressed by xz;",
-                "contests that count the decompressor count it.",
-            ]
+            parameters = f"{self.model['parameters']:,} parameters in 16 bits each, compressed by xz"
+            lines += ["", markdown_table(columns, rows), "", f"The model: {parameters}."]
         if self.speeds:
             speeds = {"generation, one text": self.generation_speed}
             speeds |= {counted(streams, "stream"): speed for streams, speed in self.speeds.items()}
@@ -97,7 +94,7 @@ def weigh(
 
     Args:
         others: also measure other compressors, and the size of the model.
-        speeds: numbers of streams; also measure the speed of encoding with each, and of generation.
+        speeds: numbers of streams to encode with; also measure generation.
     """
     with open_regular(file) as content:
         return CompressionReport(
@@ -121,8 +118,8 @@ def compressed_sizes(pieces: Iterable[bytes]) -> dict[str, int]:
 
 
 def model_size(trained: TrainedModel) -> dict[str, int]:
-    """The number of parameters that predict, and their bytes in 16 bits each, compressed by xz."""
-    # So xz finds what signs and exponents of 16-bit numbers have in common.
+    """The number of parameters that predict, and the size of their 16-bit values by xz."""
+    # xz then finds what signs and exponents have in common
     two_bytes = {"id": lzma.FILTER_LZMA2, "preset": 1, "lp": 1, "lc": 3, "pb": 1}
     packer = lzma.LZMACompressor(filters=[two_bytes])
     parameters = size = 0

@@ -14,7 +14,7 @@ from charlm.runs.trained import TrainedModel
 
 MAX_BLOCK = 2**26
 SYMBOLS_PER_STREAM = 2**13
-"""Default minimum. Streams begin without context: shorter ones cost more than a few per cent."""
+"""Default minimum: shorter streams, which begin without context, cost a few per cent."""
 BLOCK_PER_STREAM = 2**16
 
 
@@ -35,9 +35,9 @@ class CodingSettings(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.stride > self.context:
-            raise self.mistake("stride", f"must lie between 1 and the context of {self.context:,}", "context")
+            raise self.mistake("stride", f"exceeds the context of {self.context:,}", "context")
         if self.block < self.streams:
-            raise self.mistake("block", f"must hold a symbol of each of the {self.streams:,} streams", "streams")
+            raise self.mistake("block", f"is less than the {self.streams:,} streams", "streams")
         return self
 
     @property
@@ -72,13 +72,13 @@ def check_settings(trained: TrainedModel, settings: CodingSettings) -> None:
     """Raise UserError if the model or the machine does not allow these settings."""
     model = trained.config.model
     if settings.context > model.context_length:
-        problem = f"context={settings.context}: the model's is {model.context_length:,}"
-        raise UserError(f"{problem}; give no more", "context")
+        most = f"{model.context_length:,}"
+        raise UserError(f"context={settings.context}: the model's is {most}; give no more", "context")
     check_precision(settings.precision, trained.device)
     on_gpu = trained.device.type == "cuda"
     memory = torch.cuda.mem_get_info(trained.device)[1] if on_gpu else psutil.virtual_memory().total
     symbols = settings.streams * model.context_length
     needed = 2 * symbols * model.num_layers * model.d_model * settings.dtype.itemsize
     if needed > memory:
-        problem = f"their keys and values take {needed / 1e9:,.0f} GB, and the memory has {memory / 1e9:,.0f} GB"
-        raise UserError(f"streams={settings.streams}: {problem}; take fewer streams", "streams")
+        problem = f"their keys and values take {needed / 1e9:,.0f} GB of {memory / 1e9:,.0f} GB"
+        raise UserError(f"streams={settings.streams}: {problem}; take fewer", "streams")

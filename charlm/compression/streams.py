@@ -4,8 +4,8 @@ A block of text is cut into S streams whose lengths differ by one symbol at most
 next symbol's logits in all streams, so that the decoder does exactly the encoder's arithmetic.
 
 A stream begins without context: its first symbol costs log2 V bits. When `context` symbols have been
-read, the newest `context - stride + 1` are kept and read again in one pass. With one stream every symbol
-therefore has the context that `evaluate --stride` gives it; the default stride forgets as generation does.
+read, the newest `context - stride + 1` are kept and read again in one pass. So with one stream every
+symbol has the context that `evaluate --stride` gives it.
 
 Shapes: S streams, A of which still have symbols, T symbols read at once, V vocabulary.
 """
@@ -42,15 +42,9 @@ class Streams:
 
     @torch.inference_mode()
     def walk(self, ids_N: np.ndarray, bar: tqdm) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Go through a block of at least one symbol, step by step.
+        """Go through a block step by step; a decoder fills in the symbols before it asks for more.
 
-        Args:
-            ids_N: the block; a decoder fills in the symbols of a step before it asks for the next.
-            bar: counts the symbols.
-
-        Yields:
-            where_A: index in the block of the next symbol of each stream that still has one.
-            logits_AV: the logits of these symbols.
+        Yields the indices [A] in the block of the streams' next symbols, and their logits [A, V].
         """
         S = self.settings.streams
         each, longer = divmod(len(ids_N), S)
@@ -105,10 +99,10 @@ def threads_set(num_threads: int) -> Iterator[None]:
 
 
 def probabilities(logits_AV: Tensor) -> np.ndarray:
-    """The coder's probabilities, float64 [A, max(V, 2)]. Raises UserError if they are not finite."""
+    """The coder's probabilities, float64 [A, max(V, 2)]; UserError if they are not finite."""
     probabilities_AV = logits_AV.double().softmax(dim=-1).cpu().numpy()
     if not np.isfinite(probabilities_AV).all():
-        raise UserError("the model's probabilities are not finite: its training diverged; use another model")
+        raise UserError("the model's probabilities are not finite; use another model")
     if probabilities_AV.shape[1] == 1:
         probabilities_AV = np.pad(probabilities_AV, ((0, 0), (0, 1)))
     return probabilities_AV

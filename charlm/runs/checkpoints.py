@@ -4,10 +4,10 @@ RUN/checkpoints/
     last, best              text files, each with the name of a folder
     step-00001000/
         model.safetensors       parameters by name, and a digest of the vocabulary
-        optimizer.safetensors   optimizer state by parameter name and state key; after a prefix such as
-                                `layer4/` where each loss has its own optimizer
+        optimizer.safetensors   optimizer state by parameter name and state key, perhaps after a
+                                prefix such as `layer4/`
         state.json              step, best validation so far, gradient scaler
-        manifest.json           size and SHA-256 of these three and of the manifest itself
+        manifest.json           size and SHA-256 of these three and of itself
     .*.tmp                  being written or removed; rubbish after a kill
     .step-*.old             whole, and being replaced by another of the same step
     .step-*.damaged         put aside when a run was resumed; ignored
@@ -24,10 +24,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from charlm.config import UserError
@@ -49,6 +48,7 @@ STATE = "state.json"
 MANIFEST = "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)
 STEP = r"step-(\d{8}|[1-9]\d{8,17})"
+OWNER = "the model of config.yaml and provenance.json"
 FOLDER = re.compile(rf"{STEP}|\.{STEP}\.old", re.ASCII)
 MAX_JSON_BYTES = 2**20
 
@@ -79,18 +79,14 @@ class Checkpoint:
         """Number of completed optimizer steps."""
         return self.state["step"]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The parameters by name, on the CPU."""
-        return load_tensors(self.path / MODEL)[0]
-
     def restore(self, model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
         """Put back parameters and optimizer state, on each parameter's device and in its shards.
 
-        Raises UserError if names, shapes or types of tensors do not fit, or optimizer state is missing.
+        Raises UserError if tensors are missing, too many, or of another shape or type.
         """
-        tensors = self.tensors()
+        tensors, _ = load_tensors(self.path / MODEL)
         expected = model.state_dict()
-        check_tensors(self.path / MODEL, tensors, expected, "the model of config.yaml and provenance.json")
+        check_tensors(self.path / MODEL, tensors, expected, OWNER)
         model.load_state_dict({name: placed(tensor, expected[name]) for name, tensor in tensors.items()})
         self._restore_optimizers(model, optimizers)
 
@@ -105,16 +101,15 @@ class Checkpoint:
             for name, key in product(with_state, keys):
                 owners[f"{name}.{key}"] = (optimizer, owned[name], key)
         expected = {name: parameter for name, (_, parameter, _) in owners.items()}
-        for name, tensor in found.items():
-            if name in owners and tensor.ndim == 0:  # such as a step counter
-                expected[name] = tensor
+        counters = {name for name, tensor in found.items() if tensor.ndim == 0}
+        expected |= {name: found[name] for name in counters & owners.keys()}
         check_tensors(self.path / OPTIMIZER, found, expected, "the optimizer of config.yaml")
         for name, (optimizer, parameter, key) in owners.items():
             value = found[name]
             if value.ndim > 0:
                 value = placed(value, parameter)
             elif value.dtype == torch.int64:
-                value = value.item()  # SparseAdam counts in a Python int; a tensor changes its results
+                value = value.item()  # SparseAdam counts in a Python int
             elif optimizer.param_groups[0].get("fused"):
                 value = value.to(parameter.device)  # others keep step counters on the CPU
             optimizer.state[parameter][key] = value
@@ -123,7 +118,7 @@ class Checkpoint:
 def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> Checkpoint:
     """Write a checkpoint, point `last` (and `best`) at it, and keep the newest `keep` and the best.
 
-    Raises OSError if the disk is full or fails; older checkpoints are then unchanged.
+    Raises OSError if the disk fails; older checkpoints are then unchanged.
     """
     target = run.checkpoints_path / _name(snapshot.state["step"])
     _tidy(run)
@@ -155,7 +150,7 @@ def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> C
 
 
 def find_checkpoint(run: Run, which: str | int = "best") -> Checkpoint:
-    """The checkpoint `which`: best, last, or a step. Raises UserError if it is missing or damaged."""
+    """The checkpoint `which`: best, last, or a step; UserError if it is missing or damaged."""
     step = _pointed(run, which) if which in ("best", "last") else _step_of(f"step-{which:>08}")
     folders = checkpoint_folders(run)
     if step not in folders:
@@ -180,23 +175,20 @@ def newest_whole_checkpoint(run: Run) -> tuple[Checkpoint | None, list[str]]:
 
 
 def checkpoint_folders(run: Run) -> dict[int, Path]:
-    """The run's checkpoints by step, in order; an `.old` one only until it is replaced."""
+    """The run's checkpoints by step, in order."""
     folders = {}
     if run.checkpoints_path.is_dir():
-        for path in sorted(run.checkpoints_path.iterdir()):  # `.old` ones first
+        for path in sorted(run.checkpoints_path.iterdir()):  # `.old` ones first, which give way
             if (step := _step_of(path.name)) is not None:
                 folders[step] = path
     return dict(sorted(folders.items()))
 
 
 def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[str]:
-    """Make `checkpoint` the run's newest: drop later metrics and checkpoints.
+    """Make `checkpoint` the run's newest: drop later metrics and checkpoints; return warnings.
 
     With `discard`, whole checkpoints are removed; others are put aside, as a disk may fail for a moment.
-    `best` will name the best step of the checkpoint's state, if it exists, else the same step as before,
-    else this checkpoint.
-
-    Returns warnings about checkpoints put aside and damaged metrics dropped.
+    `best` will name the state's best step if it exists, else the same as before, else this checkpoint.
     """
     warnings = []
     _tidy(run)
@@ -206,7 +198,7 @@ def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[s
     best = next(existing, checkpoint.step)
     write_whole(run.checkpoints_path / "last", checkpoint.name + "\n")
     write_whole(run.checkpoints_path / "best", _name(best) + "\n")
-    for step in sorted(folders, reverse=True):  # newest first: a kill leaves a run that can continue
+    for step in sorted(folders, reverse=True):  # so that a kill leaves a run that can continue
         if step > checkpoint.step and discard and _is_whole(folders[step]):
             _remove(folders[step])
         elif step > checkpoint.step:
@@ -222,7 +214,7 @@ def _name(step: int) -> str:
 
 
 def _step_of(name: str) -> int | None:
-    """The step in a folder's name; None if it is not the name of a checkpoint."""
+    """The step in the name of a checkpoint's folder, if it is one."""
     match = FOLDER.fullmatch(name)
     return int(match[1] or match[2]) if match else None
 
@@ -257,30 +249,24 @@ def digest(record: Any) -> str:
 
 
 def _read(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder; UserError if it is damaged or cannot be read.
-
-    No path comes from a file. Sizes and headers are compared before anything is hashed.
-    """
+    """The checkpoint in a folder; UserError if it is damaged. Sizes are compared before hashes."""
     if folder.is_symlink() or not folder.is_dir():
         raise UserError(f"{folder} is damaged: it is not a folder")
-    paths = [folder / name for name in (*FILES, MANIFEST)]
-    for path in paths:
-        if path.is_symlink() or not path.is_file():
-            raise UserError(f"{path} is damaged: it is missing, a link, or not a regular file")
     try:
-        if extra := sorted({*folder.iterdir()} - {*paths}):
-            raise UserError(f"{extra[0]} is in the way: no checkpoint has such a file; remove it")
+        paths = {folder / name for name in (*FILES, MANIFEST)}
+        for path in sorted(paths | {*folder.iterdir()}):
+            if path not in paths:
+                raise UserError(f"{path}: no checkpoint has such a file; remove it")
+            if path.is_symlink() or not path.is_file():
+                raise UserError(f"{path} is damaged: it is missing, a link, or not a regular file")
         manifest = read_json(folder / MANIFEST, MAX_JSON_BYTES, dict[str, dict[str, int | str]])
         files = {name: entry for name, entry in manifest.items() if name in FILES}
-        expected_text = _manifest(files).encode()
-        if len(files) < len(FILES) or (folder / MANIFEST).read_bytes() != expected_text:
+        if len(files) < len(FILES) or (folder / MANIFEST).read_text() != _manifest(files):
             raise UserError(f"{folder / MANIFEST} is damaged: it does not match its own SHA-256")
         unlike = f"is damaged: it does not match {MANIFEST}"
         for name, entry in files.items():
             if (folder / name).stat().st_size != entry.get("bytes"):
                 raise UserError(f"{folder / name} {unlike}")
-        if (size := sum(entry["bytes"] for entry in files.values())) > 4 * psutil.virtual_memory().total:
-            raise UserError(f"{folder} has {size:,} bytes, more than four times this machine's memory")
         for name in (MODEL, OPTIMIZER):
             load_tensors(folder / name)  # the headers, too, say how long the files are
         for name, entry in files.items():

@@ -64,7 +64,7 @@ class ModelRecord(BaseModel, strict=True):
 
 
 def save_model(trained: TrainedModel, folder: Path | str, name: str | None = None) -> Path:
-    """Export a model to a new folder. `name` goes into its card, by default that of the folder.
+    """Export a model to a new folder; its card names it `name`, by default as the folder.
 
     Raises UserError if the folder exists or cannot be written.
     """
@@ -112,7 +112,7 @@ def check_absent(folder: Path) -> None:
 
 
 def read_model(folder: Path, device: torch.device) -> TrainedModel:
-    """The model in a folder, for evaluation. Raises UserError if a file is missing or damaged."""
+    """The model in a folder, for evaluation; UserError if a file is missing or damaged."""
     record, config = _read_config(folder / EXPORT_CONFIG)
     vocabulary_record = read_json(folder / VOCABULARY)
     try:
@@ -155,19 +155,17 @@ def _card(trained: TrainedModel, name: str) -> str:
 
 def _score_line(score: dict[str, Any]) -> str:
     """One line of the card: a score with its protocol."""
+    bits, per_byte = (score.get(f"bits_per_{unit}") for unit in ("character", "byte"))
+    line = f"**{bits:.4f}** bits per character" if isinstance(bits, float) else "a score"
+    if isinstance(per_byte, float):
+        line += f" ({per_byte:.4f} per byte)"
     left_out = ("bits_per_character", "bits_per_byte", "layers", "mixture", "seconds")
     shown = [key for key, value in score.items() if value is not None and key not in left_out]
-    protocol = ", ".join(f"{key} {score[key]}" for key in shown)
-    bits = score.get("bits_per_character")
-    per_byte = score.get("bits_per_byte")
-    if not isinstance(bits, float):
-        return f"- {protocol}"
-    in_bytes = f" ({per_byte:.4f} per byte)" if isinstance(per_byte, float) else ""
-    return f"- **{bits:.4f}** bits per character{in_bytes}: {protocol}"
+    return f"- {line}: " + ", ".join(f"{key} {score[key]}" for key in shown)
 
 
 def portable(config: Config) -> Config:
-    """The config without paths of this machine; only the name of a file or folder stays."""
+    """The config without paths of this machine; of files and folders the names stay."""
     data = config.data
     hub_id = data.hub_id
     if hub_id is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id, re.ASCII):
@@ -187,9 +185,9 @@ def _read_config(path: Path) -> tuple[ModelRecord, Config]:
             raise UserError("options: must not name a place on a machine")
         in_range = all(0 < layer <= last and 0 < offset <= MAX_OFFSET for layer, offset in pairs)
         if not in_range or [last, 1] not in pairs:
-            raise UserError(f"heads.pairs: needs [{last}, 1], layers to {last}, offsets to {MAX_OFFSET}")
+            raise UserError(f"heads.pairs: needs [{last}, 1], offsets to {MAX_OFFSET}")
         if weights is not None and not (any(weights.values()) and all([layer, 1] in pairs for layer in weights)):
-            raise UserError("hedge_weights: must belong to layers with a next-symbol head, and not all be 0")
+            raise UserError("hedge_weights: each needs a next-symbol head, and one must not be 0")
     except (UserError, RecursionError) as error:
         raise UserError(f"{path}: {first_line(error)}") from None
     return record, config

@@ -40,7 +40,6 @@ MAX_ROW_BYTES = 2**20
 PATIENCE = 10.0
 """Seconds to wait for the lock: processes whose launcher was killed end after their step."""
 
-
 Visible = Annotated[str, AfterValidator(visible)]
 
 
@@ -100,7 +99,7 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> "Run":
-        """The run in `path`. Raises UserError if there is none."""
+        """The run in `path`; UserError if there is none."""
         run = cls(path)
         if not run.config_path.is_file() or not run.provenance_path.is_file():
             fault = "it lacks config.yaml or provenance.json" if run.path.exists() else "there is no such folder"
@@ -112,8 +111,8 @@ class Run:
     def check_absent(self) -> None:
         """Raise UserError if a new run cannot take this folder."""
         if not self.is_untrained():
-            continued = "continue it with --run.resume=true, or " if self.config_path.exists() else ""
-            raise self._refusal(f"exists and is not empty; {continued}choose another --run.dir")
+            way_out = " continue it with --run.resume=true or" if self.config_path.exists() else ""
+            raise self._refusal(f"exists and is not empty;{way_out}")
 
     def is_untrained(self) -> bool:
         """True if the folder is missing or empty, or its run ended before its first step."""
@@ -126,8 +125,8 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Keep other processes from training into the folder; make it if it does not exist.
 
-        After an error, a new folder in which nothing was trained is removed. Raises UserError if another
-        process is training into it, or it cannot be written.
+        After an error, a new folder in which nothing was trained is removed. Raises UserError if it is in
+        use, or cannot be written.
         """
         lock = FileLock(self.path / ".lock")
         is_new = not self.path.exists()
@@ -136,8 +135,7 @@ class Run:
             try:
                 lock.acquire(timeout=PATIENCE)
             except Timeout:
-                text = "another process is training into it; let it end, or choose another --run.dir"
-                raise self._refusal(text) from None
+                raise self._refusal("another process is training into it; let it end or") from None
             self._locked = self._lock_file() or (0, 0)  # it may be gone already
         try:
             yield
@@ -150,12 +148,12 @@ class Run:
             lock.release()
 
     def check_held(self) -> None:
-        """Raise UserError if the folder was removed or replaced inside `lock`; do nothing outside."""
+        """Raise UserError if the folder was removed or replaced inside `lock`."""
         if self._locked not in (None, self._lock_file()):
-            raise self._refusal("was removed, moved or replaced while in use; restore it, or choose another --run.dir")
+            raise self._refusal("was removed, moved or replaced while in use; restore it or")
 
     def _lock_file(self) -> tuple[int, int] | None:
-        """Device and number of the lock's file, which no other file has while it is open; None if it is missing."""
+        """Device and number of the lock's file, which no other has while it is open."""
         with suppress(FileNotFoundError, NotADirectoryError):
             found = os.stat(self.path / ".lock")
             return found.st_dev, found.st_ino
@@ -168,8 +166,7 @@ class Run:
             yield
         except OSError as error:
             reason = error.strerror or error
-            text = f"cannot be {cannot_be} ({reason}); fix that, or choose another --run.dir"
-            raise self._refusal(text) from error
+            raise self._refusal(f"cannot be {cannot_be} ({reason}); fix that or") from error
 
     def write_config(self, config: Config) -> None:
         """Write config.yaml, for this run and as a file of options for others."""
@@ -180,11 +177,11 @@ class Run:
         return load_config(self.config_path)
 
     def provenance(self) -> dict[str, Any]:
-        """Content of provenance.json: corpus, versions, git commit and command."""
+        """Content of provenance.json."""
         return read_json(self.provenance_path, kind=Provenance).model_dump(exclude_unset=True)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl. If that raises OSError, or UserError as `check_held`, it is as it was."""
+        """Add a line to metrics.jsonl. Raises OSError, or UserError as `check_held`; the file is then as it was."""
         self.check_held()
         line = json.dumps(row).encode() + b"\n"
         with self.metrics_path.open("ab", buffering=0) as file:
@@ -197,11 +194,10 @@ class Run:
                 raise
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The rows of metrics.jsonl, except a last one cut short. UserError for a damaged line."""
+        """The rows of metrics.jsonl, except a last one cut short; UserError for a damaged line."""
         for number, row in self._numbered_metrics():
             if row is None:
-                fault = f"line {number} is damaged: it is not a row of metrics; remove that line"
-                raise UserError(f"{self.metrics_path}, {fault}")
+                raise UserError(f"{self.metrics_path}, line {number} is damaged; remove that line")
             yield row
 
     def forget_metrics_after(self, step: int, validated_step: int | None = None) -> list[str]:
@@ -218,7 +214,7 @@ class Run:
         return warnings
 
     def _numbered_metrics(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        """Line numbers, from 1, and rows of metrics.jsonl; the row of a damaged line is None."""
+        """Line numbers and rows of metrics.jsonl; the row of a damaged line is None."""
         if not self.metrics_path.exists():
             return
         if not self.metrics_path.is_file():
@@ -237,7 +233,7 @@ class Run:
                     return  # a hole in the file, which may have no end
 
     def _refusal(self, text: str) -> UserError:
-        return UserError(f"run.dir={self.path}: {text}", "run.dir")
+        return UserError(f"run.dir={self.path}: {text} choose another --run.dir", "run.dir")
 
 
 def _git_commit() -> str | None:

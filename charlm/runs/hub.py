@@ -22,7 +22,7 @@ def push_to_hub(trained: TrainedModel, repo_id: str, *, private: bool | None = N
     """Publish a model as OWNER/NAME on the Hugging Face hub; return the address of the commit.
 
     Args:
-        private: whether a new repository is private; by default, the owner's settings decide.
+        private: whether a new repository is private; the owner's settings decide if None.
         options: those of `HfApi.upload_folder`, such as commit_message, revision or token.
     """
     api = HfApi(token=options.get("token"))
@@ -50,9 +50,8 @@ def download(hub_id: str) -> Path:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
     except Exception as error:  # the library's own, the network's, the disk's
         raise UserError(
-            f"{hub_id} is neither a folder nor a model that could be downloaded ({first_line(error)}). "
-            "Check the name; for a private model run `hf auth login`; without a network, "
-            "copy HF_HOME from another machine and set HF_HUB_OFFLINE=1"
+            f"{hub_id} is no folder, and no model could be downloaded ({first_line(error)}); check the name; "
+            "for a private model run `hf auth login`; without a network, copy HF_HOME and set HF_HUB_OFFLINE=1"
         ) from error
     if not (folder / EXPORT_CONFIG).exists():
         raise UserError(f"{hub_id} was not exported by charlm: it has no {EXPORT_CONFIG}")

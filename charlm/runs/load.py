@@ -10,7 +10,7 @@ from charlm.config import UserError
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.data.windows import default_stride
 from charlm.objective.build import build_objective
-from charlm.runs.checkpoints import MODEL, digest, find_checkpoint
+from charlm.runs.checkpoints import MODEL, OWNER, digest, find_checkpoint
 from charlm.runs.exported import EXPORT_CONFIG, read_model
 from charlm.runs.folder import Run
 from charlm.runs.tensors import load_tensors
@@ -27,20 +27,18 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
 
     Raises UserError if there is no such run, model or checkpoint, or its files are damaged.
     """
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device or default)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not Path(run).exists():
         from charlm.runs.hub import download, is_hub_id  # a library that most runs do not need
 
         run = download(str(run)) if is_hub_id(str(run)) else run
     is_run = Path(run, "config.yaml").exists()
-    is_exported = Path(run, EXPORT_CONFIG).exists()
-    if is_run or not is_exported:  # for neither, Run.open says what is missing
-        return _load_run(Run.open(run), checkpoint, chosen)
+    if is_run or not Path(run, EXPORT_CONFIG).exists():  # for neither, Run.open says what is missing
+        return _load_run(Run.open(run), checkpoint, device)
     if checkpoint != "best":
-        text = f"checkpoint={checkpoint}: {run} is an exported model, which has only one; leave it out"
-        raise UserError(text, "checkpoint")
-    return read_model(Path(run), chosen)
+        problem = f"{run} is an exported model, which has only one"
+        raise UserError(f"checkpoint={checkpoint}: {problem}; leave it out", "checkpoint")
+    return read_model(Path(run), device)
 
 
 def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> TrainedModel:
@@ -49,14 +47,12 @@ def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> Train
     corpus = folder.provenance()["corpus"]
     tensors, metadata = load_tensors(found.path / MODEL)
     if metadata.get("vocabulary") not in (None, digest(corpus.get("vocabulary"))):
-        fault = "was trained with another vocabulary than provenance.json has; restore that file"
-        raise UserError(f"{found.path}: {fault}")
+        raise UserError(f"{found.path} has another vocabulary than provenance.json; restore that file")
     vocabulary = vocabulary_from_dict(corpus.get("vocabulary"))
     task_prefixes = tuple(f"tasks.{task}." for task in config.aux.tasks)  # needed only for training
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(task_prefixes)}
     build = partial(build_objective, config, vocabulary.size, training=False)
-    owner = "the model of config.yaml and provenance.json"
-    objective = filled(build, config.model, tensors, found.path / MODEL, owner).to(device)
+    objective = filled(build, config.model, tensors, found.path / MODEL, OWNER).to(device)
     hedge = objective.hedge
     hedge_weights = dict(zip(hedge.layers, hedge.weights.tolist(), strict=True)) if hedge else None
     bits = found.state.get("best_bits")

@@ -37,7 +37,7 @@ class Snapshot:
 
 
 def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer], state: Mapping[str, Any]) -> Snapshot | None:
-    """Copy all state on the first process, None on others; all must call it, as they gather shards."""
+    """All state, on the first process; None on others, which must call it too, to gather shards."""
     tensors = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
     optimizer_tensors = {
         f"{name}.{key}": _whole(torch.as_tensor(value))
@@ -49,10 +49,9 @@ def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer], state: Mapp
 
 
 def owned_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of an optimizer by their names in the model.
+    """The parameters of an optimizer by their names in the model, after the group's "state_prefix".
 
-    The "state_prefix" of a parameter group comes first: several optimizers may update the same parameters
-    for different losses.
+    That tells apart optimizers that update the same parameters for different losses.
     """
     prefixes = {}
     for group in optimizer.param_groups:
@@ -81,7 +80,7 @@ def check_space(folder: Path, tensors: Iterable[Tensor]) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, like: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a file with the access rights of the file `like`. Raises OSError if that fails."""
+    """Write a file with the access rights of the file `like`; OSError if that fails."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
@@ -113,16 +112,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: str) -> None:
     """Raise UserError if names, shapes or types of tensors are not those that `owner` needs."""
     for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            raise UserError(f"{path} has no tensor {name}, which {owner} has")
-        if name not in expected:
-            raise UserError(f"{path} has a tensor {name}, which {owner} does not have")
-        kind, expected_kind = _shown(found[name]), _shown(expected[name])
-        if kind != expected_kind:
-            raise UserError(f"{path}: its tensor {name} is {kind}, and that of {owner} is {expected_kind}")
+        kind, needed = _shown(found.get(name)), _shown(expected.get(name))
+        if kind != needed:
+            raise UserError(f"{path}: its tensor {name} is {kind}; in {owner} it is {needed}")
 
 
-def _shown(tensor: Tensor) -> str:
+def _shown(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "missing"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 

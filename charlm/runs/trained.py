@@ -54,7 +54,7 @@ def exit_layers(trained: TrainedModel) -> list[int]:
 
 
 def any_prompt(trained: TrainedModel) -> bytes:
-    """A prompt that the vocabulary can spell and the context holds, for want of the model's text."""
+    """A prompt that the vocabulary can spell and the context holds."""
     for text in (b"The ", b"the ", b"a"):
         with suppress(UserError):
             if len(trained.vocabulary.encode(text)) <= trained.config.model.context_length:
@@ -86,10 +86,11 @@ def filled(
 ) -> nn.Module:
     """The module that `build` makes, with the `tensors` of the file `path` as its parameters.
 
-    Raises UserError if they are not those that `owner` needs, or no machine of this size can use it.
+    Raises UserError if they are not those that `owner` needs, or this machine cannot hold it.
     """
     if 16 * config.num_layers > len(tensors):  # of a layer; building thousands would take minutes
-        raise UserError(f"{path} has {len(tensors)} tensors, too few for the {config.num_layers:,} layers of {owner}")
+        problem = f"has {len(tensors)} tensors, too few for the {config.num_layers:,} layers of"
+        raise UserError(f"{path} {problem} {owner}")
     needed = 8 * config.context_length * config.num_layers * config.d_model
     if needed > psutil.virtual_memory().total:
         text = f"keys and values of {config.context_length:,} symbols take {needed / 1e9:,.0f} GB"
@@ -105,14 +106,9 @@ def filled(
 
 
 def truncate(trained: TrainedModel, depth: int | None = None, *, keep_heads: bool = False) -> TrainedModel:
-    """The model cut at layer `depth`, by default the last; it shares the model's parameters.
+    """The model cut at layer `depth`, by default the last: that exit, to the last bit, and its parameters.
 
-    Its logits are, to the last bit, those of that layer's exit in the whole model.
-
-    Args:
-        keep_heads: keep the heads of lower layers and for later symbols, for early exit and drafts.
-            Otherwise only the head of layer `depth` for the next symbol stays.
-
+    With `keep_heads`, the heads of lower layers and for later symbols stay, for early exit and drafts.
     Raises UserError if there is no such layer, or it has no head for the next symbol.
     """
     num_layers = trained.config.model.num_layers

@@ -175,7 +175,7 @@ FOREIGN = {
     "no more than magic and version": (b"charlm\3\0", "more bytes than the file"),
     "sealed without header": (sealed(b"charlm\3\0" + bytes(8)), "more bytes than the file"),
     "a name longer than the file": (sealed(b"charlm\3\0" + bytes(99) + b"\xff" + bytes(20)), "more bytes than"),
-    "version 1": (b"charlm\1\0" + bytes(200), "version 1, and this charlm reads 3"),
+    "version 1": (b"charlm\1\0" + bytes(200), "version 1, not 3"),
 }
 
 

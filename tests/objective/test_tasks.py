@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import charlm
 from charlm.config import Config, UserError
@@ -48,7 +49,7 @@ def test_the_example_learns_and_its_run_loads_without_it(program, tmp_path, text
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert sum(losses[-10:]) / 10 < 0.6 * math.log(2)
     assert rows[0]["loss"] == pytest.approx(1.5 * math.log(256) + 0.5 * math.log(2), rel=1e-5)
-    saved = find_checkpoint(Run.open(tmp_path / "run"), "last").tensors()
+    saved = load_file(find_checkpoint(Run.open(tmp_path / "run"), "last").path / "model.safetensors")
     assert saved["tasks.order.stretches.weight"].shape == (16, 16, 8)
 
     monkeypatch.setattr(tasks, "_builders", {})

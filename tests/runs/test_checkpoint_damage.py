@@ -101,8 +101,8 @@ FORGED = {
     "a tensor past the end": (written(MODEL, tensor_file(one_tensor(data_offsets=[0, 10**12]))), [MODEL]),
     "a shape that overflows": (written(MODEL, tensor_file(one_tensor(shape=[2**62, 2**62]), bytes(4))), [MODEL]),
     "no tensors at all": (written(MODEL, tensor_file(b"{}")), [MODEL, "has 0 tensors, too few"]),
-    "a missing tensor": (tensors(MODEL, **{WEIGHT: None}), [MODEL, f"has no tensor {WEIGHT}"]),
-    "an extra tensor": (tensors(MODEL, virus=torch.zeros(1)), [MODEL, "has a tensor virus"]),
+    "a missing tensor": (tensors(MODEL, **{WEIGHT: None}), [MODEL, f"tensor {WEIGHT} is missing"]),
+    "an extra tensor": (tensors(MODEL, virus=torch.zeros(1)), [MODEL, "tensor virus is float32 [1]"]),
     "a wrong shape": (
         tensors(MODEL, **{WEIGHT: torch.zeros(4, 16)}),
         [MODEL, WEIGHT, "float32 [4, 16]", "float32 [8, 8]"],
@@ -161,7 +161,7 @@ def test_optimizer_state_is_all_there_or_not_at_all(sound_run, tmp_path):
     tensors(OPTIMIZER, **{f"{silent}.exp_avg": None, f"{silent}.step": None, f"{WEIGHT}.exp_avg": None})(folder)
     (folder / MANIFEST).write_text(manifest_for(folder))
     restored(tmp_path / "run", apart=[WEIGHT])
-    with pytest.raises(UserError, match=rf"{OPTIMIZER} has no tensor {WEIGHT}.exp_avg"):
+    with pytest.raises(UserError, match=rf"{OPTIMIZER}: its tensor {WEIGHT}.exp_avg is missing"):
         restored(tmp_path / "run")
 
 

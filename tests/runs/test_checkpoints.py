@@ -201,5 +201,5 @@ def test_buffers_of_every_type_come_back(tmp_path):
     save_tensors(written, path, like=tmp_path)
     read, _ = load_tensors(path)
     assert all(read[name].dtype == written[name].dtype and read[name].equal(written[name]) for name in written)
-    with pytest.raises(UserError, match=r"its tensor torch.uint8 is uint8 \[3\], and that .* int8 \[3\]"):
+    with pytest.raises(UserError, match=r"its tensor torch.uint8 is uint8 \[3\]; in .* int8 \[3\]"):
         check_tensors(path, read, written | {"torch.uint8": torch.zeros(3, dtype=torch.int8)}, "config.yaml")

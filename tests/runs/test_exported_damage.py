@@ -62,7 +62,7 @@ CASES = {
     "heads without end": (entries(CONFIG, heads__pairs=[[2, 1], [2, 10**9]]), [CONFIG, "heads.pairs"]),
     "a head more than there are tensors": (
         entries(CONFIG, heads__pairs=[[1, 1], [2, 1], [2, 2]]),
-        [TENSORS, "no tensor heads"],
+        [TENSORS, "tensor heads", "is missing"],
     ),
     "a weight of no layer": (entries(CONFIG, hedge_weights={"3": 1.0}), [CONFIG, "hedge_weights"]),
     "weights that are zero": (entries(CONFIG, hedge_weights={"2": 0.0}), [CONFIG, "hedge_weights"]),
@@ -78,7 +78,7 @@ CASES = {
         [VOCABULARY, "SHA-256 does not match"],
     ),
     "a header said to be huge": (written(TENSORS, (2**63).to_bytes(8, "little") + b"{}"), [TENSORS, "too large"]),
-    "an extra tensor": (tensors(TENSORS, virus=torch.zeros(1)), [TENSORS, "has a tensor virus"]),
+    "an extra tensor": (tensors(TENSORS, virus=torch.zeros(1)), [TENSORS, "tensor virus is float32 [1]"]),
 }
 
 
