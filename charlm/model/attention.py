@@ -17,22 +17,19 @@ from charlm.model.kernels_cpu import BlockwiseAttention, attend_by_text, many_te
 
 
 class RotaryTable(NamedTuple):
-    """Rotary position embedding (Su et al. 2021, eq. 34): rotates each pair (c, c + C/2)."""
+    """Rotary position embedding (Su et al. 2021, eq. 34) of the pairs (c, c + C/2)."""
 
     cos: Tensor
-    """[T, C] or [B, 1, T, C]; both halves of the last dimension hold the same angles."""
+    """[T, C], [1, T, C] or [B, 1, T, C]; both halves of C hold the same angles."""
     sin: Tensor
     """Like cos, but negative in the first half, where the partner is subtracted."""
 
     def at(self, positions: slice | Tensor) -> "RotaryTable":
         """The entries of a slice of positions, or of [B, T] positions."""
-        cos, sin = self.cos[positions], self.sin[positions]
-        if isinstance(positions, slice):
-            return RotaryTable(cos, sin)
-        return RotaryTable(cos[:, None], sin[:, None])
+        return RotaryTable(*(angles[positions].unsqueeze(-3) for angles in self))
 
     def last(self, num_positions: int) -> "RotaryTable":
-        return RotaryTable(self.cos[..., -num_positions:, :], self.sin[..., -num_positions:, :])
+        return RotaryTable(*(angles[..., -num_positions:, :] for angles in self))
 
     def __call__(self, x_BHTC: Tensor) -> Tensor:
         cos, sin = self.cos.to(x_BHTC.dtype), self.sin.to(x_BHTC.dtype)
@@ -55,7 +52,7 @@ def _rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Keeps only the table for the backward pass, which rotates the gradient back."""
+    """Keeps only the table for the backward pass."""
 
     @staticmethod
     def forward(ctx, x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
@@ -76,9 +73,8 @@ def attends_in_blocks(backend: AttentionBackend, device_type: str) -> bool:
 class Attention(nn.Module):
     """Causal multi-head self-attention, by the first of these that applies:
 
-    1. `BlockwiseAttention`: several queries, no mask from a cache, no dropout, and the backend is "blocks"
-       (or "auto" on a CPU).
-    2. `attend_by_text`: many texts with few queries, in fp32 on a CPU, without gradients or dropout.
+    1. `BlockwiseAttention`: several queries, no mask or dropout, and `attends_in_blocks`.
+    2. `attend_by_text`: many texts with few queries, in fp32 on a CPU, no gradients or dropout.
     3. torch's `scaled_dot_product_attention` (SDPA).
     """
 
@@ -121,8 +117,8 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(key, value)
             visible = cache.places.visible_B1TS
-            if visible is not None:
-                visible = visible[:, :, T - num_queries :]
+        if visible is not None:
+            visible = visible[:, :, T - num_queries :]
         mixed_BHQC = self._mix(query, key, value, visible)
         return self.out(mixed_BHQC.transpose(1, 2).reshape(B, num_queries, D))
 
@@ -133,7 +129,7 @@ class Attention(nn.Module):
         value_BHTC: Tensor,
         visible: Tensor | None,
     ) -> Tensor:
-        """Each query, one of the last positions, attends to the keys up to its own, or to those `visible`."""
+        """Queries, the last positions, attend to the keys up to their own, or to those `visible`."""
         num_queries, num_keys = query_BHQC.shape[2], key_BHTC.shape[2]
         dropout = self.dropout if self.training else 0.0
         causal = visible is None and num_queries > 1
@@ -141,7 +137,7 @@ class Attention(nn.Module):
             return BlockwiseAttention.apply(query_BHQC, key_BHTC, value_BHTC)
         is_causal = causal and num_queries == num_keys
         if causal and not is_causal:
-            # SDPA's is_causal assumes that query 0 is key 0; here the queries are the last positions.
+            # SDPA's is_causal assumes that query 0 is key 0.
             every_pair = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BHQC.device)
             visible = every_pair.tril(num_keys - num_queries)
         if not is_causal and dropout == 0.0 and many_texts_few_queries(query_BHQC):

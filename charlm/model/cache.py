@@ -20,18 +20,18 @@ class Places(NamedTuple):
     end: int
     """S, the length of the longest row afterwards."""
     visible_B1TS: Tensor | None
-    """Mask of the positions that each new one attends to; None means plain causal attention."""
+    """The positions that each new one attends to; None: plain causal attention."""
 
 
 class LayerCache(NamedTuple):
-    """One layer's buffers, [B, H, context_length, C] each, and where the next positions go."""
+    """One layer's buffers, [B, H, context_length, C], and where the next positions go."""
 
     keys: Tensor
     values: Tensor
     places: Places
 
     def extend(self, keys_BHTC: Tensor, values_BHTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of new positions; return those of all positions up to them."""
+        """Store new keys and values; return those of all positions up to them."""
         positions, end, _ = self.places
         for buffer, new_BHTC in ((self.keys, keys_BHTC), (self.values, values_BHTC)):
             if isinstance(positions, slice):
@@ -64,7 +64,6 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """The length of the longest row."""
         return max(self.lengths.tolist())
 
     def row(self, row: int) -> "KVCache":
@@ -88,7 +87,7 @@ class KVCache:
         return Places(slice(end - num_new, end) if equal else positions_BT, end, visible_BTS[:, None])
 
     def extend_ids(self, ids_BT: Tensor, places: Places, num_earlier: int) -> Tensor:
-        """Store new ids; return them after up to `num_earlier` earlier ones, -1 where there is none."""
+        """Store new ids; return them after up to `num_earlier` earlier ones, -1 for none."""
         if isinstance(places.positions, slice):
             self.ids[:, places.positions] = ids_BT
             return self.ids[:, max(0, places.positions.start - num_earlier) : places.end]

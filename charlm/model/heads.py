@@ -17,15 +17,15 @@ from charlm.config import LayersConfig, ModelConfig, count_of
 class Heads(nn.Module):
     """One untied linear classifier with bias per layer and offset (Al-Rfou et al. 2018, section 3).
 
-    Under pre-norm the head of an intermediate layer begins with a layer norm. Classifiers start at zero:
-    every loss starts at ln V, and no head disturbs the trunk before it has learned something.
+    Under pre-norm the head of an intermediate layer begins with a layer norm. Classifiers start at
+    zero: every loss starts at ln V, and no head disturbs the trunk before it has learned.
 
     Intermediate layers may have another kind of head (`aux.layers.head`):
 
-    - shared: the final norm and the last layer's classifier of the same offset (Elhoushi et al. 2024,
-      LayerSkip, section 4.1.2).
+    - shared: the final norm and the last layer's classifier of the same offset (Elhoushi et al.
+      2024, LayerSkip, section 4.1.2).
     - shared_frozen: the same as constants; the gradient reaches the trunk only.
-    - tower: norm, a hidden layer that the offsets share, ReLU, dropout, and a classifier per offset
+    - tower: norm, a hidden layer shared by the offsets, ReLU, dropout, and a classifier per offset
       (Szegedy et al. 2015, GoogLeNet, section 5; Zhao et al. 2017, PSPNet, section 4).
     """
 
@@ -41,9 +41,9 @@ class Heads(nn.Module):
     ):
         """
         Args:
-            pairs: (layer, offset) of each classifier; layers are 1-based, offset 1 is the next character.
-            layers: names the kind of the intermediate layers' heads; linear by default.
-            final_norm: the transformer's final norm; shared heads need it.
+            pairs: (layer, offset) of each classifier, 1-based; offset 1 is the next character.
+            layers: names the kind of intermediate heads; linear by default.
+            final_norm: the transformer's; shared heads need it.
             last_tower: the last layer also has a tower, as in a model cut off above one.
         """
         super().__init__()
@@ -59,7 +59,7 @@ class Heads(nn.Module):
         self.layers = sorted({layer for layer, _ in self.pairs})
         self._homes = {layer: self.last_layer if shared else layer for layer in self.layers}
         self.exits = nn.ModuleDict()
-        for layer in sorted({layer for layer, _ in owned}):
+        for layer in sorted(set(self._homes.values())):
             intermediate = layer < self.last_layer
             own_norm = config.norm == "pre" and intermediate
             width = config.d_model
@@ -76,11 +76,10 @@ class Heads(nn.Module):
 
     def norm(self, layer: int) -> nn.Module:
         """The norm that the head of `layer` begins with; the identity if states are normalised."""
-        home = self._homes[layer]
-        return self.exits[f"layer{layer}"]["norm"] if home == layer else self._final_norm[0]
+        return self._parts(layer)["norm"] if self._homes[layer] == layer else self._final_norm[0]
 
     def linears(self, layer: int, offsets: Sequence[int]) -> list[nn.Linear]:
-        """The linear layers that predict `offsets` from `layer`: a tower's, and the classifiers."""
+        """The linear layers that predict `offsets`: a tower's, and the classifiers."""
         parts = self._parts(layer)
         tower = [parts["tower"].hidden] if "tower" in parts else []
         return tower + [parts[f"offset{offset}"] for offset in offsets]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 FEW_ROWS = 16
-"""With fewer rows a CPU multiplies fp32 matrices faster at precision "highest", else at "medium"."""
+"""With fewer rows a CPU multiplies fp32 matrices faster at "highest", else at "medium"."""
 
 
 @contextmanager
@@ -27,15 +27,14 @@ def full_fp32_matmul(device: torch.device, num_rows: int = FEW_ROWS) -> Iterator
 
 
 def medium_is_fp32() -> bool:
-    """Whether "medium" is fp32 on this CPU: with AMX it is bf16, and on other architectures it may be."""
-    # The function is missing in the oldest torch that we support.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    """Whether "medium" is fp32 on this CPU: with AMX it is bf16, elsewhere it may be."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest supported torch lacks it
     has_amx = any(present for name, present in capabilities.items() if name.startswith("amx_"))
     return capabilities.get("architecture") == "x86_64" and not has_amx
 
 
 def apply_linear(layer: nn.Linear, x_BTD: Tensor) -> Tensor:
-    """The output of a linear layer; for one vector on a CPU by dot products, 2 to 3 times as fast."""
+    """The output of `layer`; for one vector on a CPU by dot products, 2 to 3 times as fast."""
     leading = x_BTD.shape[:-1]
     if leading.numel() > 1 or x_BTD.device.type != "cpu" or torch.is_grad_enabled():
         return layer(x_BTD)
@@ -51,7 +50,7 @@ def many_texts_few_queries(query_BHQC: Tensor) -> bool:
 
 
 def attend_by_text(query_BHQC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor, visible: Tensor | None) -> Tensor:
-    """Attention in two batched products, which read keys and values faster than a fused kernel."""
+    """Attention in two batched products, here faster than a fused kernel."""
     with full_fp32_matmul(query_BHQC.device, query_BHQC.shape[2]):
         scores_BHQT = (query_BHQC @ key_BHTC.mT).mul_(query_BHQC.shape[3] ** -0.5)
         if visible is not None:
@@ -67,8 +66,8 @@ def block_length(head_size: int) -> int:
 class BlockwiseAttention(torch.autograd.Function):
     """Causal attention in blocks of queries, each over the keys up to the block's end.
 
-    Torch's fused CPU kernel also computes masked scores, and its backward pass is slow. This one keeps
-    B x H x T x T / 2 attention weights for it, in the precision of the queries.
+    Torch's fused CPU kernel also computes masked scores, and its backward pass is slow. This one
+    keeps B x H x T x T / 2 weights for it, in the precision of the queries.
     """
 
     @staticmethod
@@ -78,15 +77,10 @@ class BlockwiseAttention(torch.autograd.Function):
         mixed = torch.empty_like(query)
         future = query.new_full((block_length(C),) * 2, float("-inf")).triu(1)
         weights = []
+        nothing, scale = query.new_empty(1), C**-0.5
         with torch.autocast(query.device.type, enabled=False):
             for start, end, own in _blocks(query, key):
-                scores = torch.baddbmm(
-                    query.new_empty(1),
-                    query[:, own],
-                    key[:, :end].mT,
-                    beta=0,
-                    alpha=C**-0.5,
-                )
+                scores = torch.baddbmm(nothing, query[:, own], key[:, :end].mT, beta=0, alpha=scale)
                 scores[:, :, start:] += future[: end - start, : end - start]
                 block = scores.softmax(dim=-1)
                 torch.bmm(block, value[:, :end], out=mixed[:, own])
@@ -107,21 +101,14 @@ class BlockwiseAttention(torch.autograd.Function):
             grad_block = torch.bmm(grad[:, own], value[:, :end].mT)
             # No public name; public operations take twice as long and round otherwise.
             grad_scores = torch.ops.aten._softmax_backward_data(grad_block, block, -1, block.dtype)
-            torch.baddbmm(
-                query.new_empty(1),
-                grad_scores,
-                key[:, :end],
-                beta=0,
-                alpha=scale,
-                out=grad_query[:, own],
-            )
+            grad_query[:, own].baddbmm_(grad_scores, key[:, :end], beta=0, alpha=scale)
             grad_key[:, :end].baddbmm_(grad_scores.mT, query[:, own], alpha=scale)
         gradients = grad_query, grad_key, grad_value
         return tuple(gradient.unflatten(0, grad_BHQC.shape[:2]) for gradient in gradients)
 
 
 def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[int, int, slice]]:
-    """The first and the last position (exclusive) of each block, and where its queries lie."""
+    """The first and last position (exclusive) of each block, and where its queries lie."""
     T, C = key.shape[1:]
     earlier, length = T - query.shape[1], block_length(C)
     for start in range(earlier, T, length):

@@ -18,7 +18,7 @@ from charlm.model.kernels_cpu import apply_linear
 
 
 class ReluSquared(torch.autograd.Function):
-    """max(x, 0)^2 (So et al. 2021, Primer). Keeps one tensor, which the backward pass reads once."""
+    """max(x, 0)^2 (So et al. 2021, Primer). Keeps one tensor for the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ HASH_BASE, HASH_MODULUS = 1_000_003, 2**31 - 1
 class NgramEmbedding(nn.Module):
     """Embeddings of the n-grams that end at each position (Pagnoni et al. 2024, section 3.2.1).
 
-    For each n the last n characters are hashed to a row of a table. Narrow tables and one matrix (Lan
-    et al. 2020, section 3.1) replace the full-width tables of the paper. Table gradients are sparse.
+    For each n the last n characters are hashed to a row of a table, with a sparse gradient. Narrow
+    tables and one matrix (Lan et al. 2020, section 3.1) replace the paper's full-width tables.
     """
 
     def __init__(self, config: ModelConfig):
@@ -61,7 +61,7 @@ class NgramEmbedding(nn.Module):
     def forward(self, ids_BS: Tensor, num_positions: int) -> Tensor:
         """The embeddings of the last `num_positions` of the S characters: [B, num_positions, D].
 
-        Positions before the first character, and ids of -1, count as one extra symbol.
+        Positions before the first character, and ids of -1, are one extra symbol.
         """
         longest = self.lengths[-1]
         symbols_BS = F.pad(ids_BS + 1, (longest - 1, 0))
@@ -77,14 +77,12 @@ class NgramEmbedding(nn.Module):
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # or powers computed during generation could not be used in training
 def _powers(count: int, device: torch.device) -> Tensor:
-    """base^j modulo a prime for j = 0 ... count - 1: the factor of the character j steps back."""
+    """The factor of the character j steps back: base^j modulo a prime, j = 0 ... count - 1."""
     powers = [pow(HASH_BASE, j, HASH_MODULUS) for j in range(count)]
     return torch.tensor(powers, device=device)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them."""
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.up = nn.Linear(config.d_model, config.d_ff)
@@ -98,7 +96,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each with its residual connection and layer norm."""
+    """Attention, then feed-forward, each with its residual connection and layer norm."""
 
     def __init__(self, config: ModelConfig, attention: AttentionBackend):
         super().__init__()
@@ -129,10 +127,10 @@ class Block(nn.Module):
 class CharTransformer(nn.Module):
     """Maps character ids to the hidden states of chosen layers (Al-Rfou et al. 2018, section 3).
 
-    Matrices start normal with variance 1 / fan-in, biases at zero, embeddings with standard deviation
-    0.3, position tables with 0.02. Matrices that write to the residual stream are divided by sqrt(2L)
-    (Radford et al. 2019), so that all 2L add about the variance of one; under post-norm this also bounds
-    the product of the 2L norms' gradients. With `residual_init` "zero" they start at zero.
+    Matrices start normal with variance 1 / fan-in, biases at zero, embeddings with standard
+    deviation 0.3, position tables with 0.02. Matrices that write to the residual stream are divided
+    by sqrt(2L) (Radford et al. 2019), so that all 2L add about the variance of one; under post-norm
+    this also bounds the product of the norms' gradients. `residual_init` "zero" makes them zero.
     """
 
     def __init__(
@@ -157,9 +155,8 @@ class CharTransformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        residual_scale = (2 * self.config.num_layers) ** -0.5
-        if self.config.residual_init == "zero":
-            residual_scale = 0.0
+        at_zero = self.config.residual_init == "zero"
+        residual_scale = 0.0 if at_zero else (2 * self.config.num_layers) ** -0.5
         nn.init.normal_(self.embedding.weight, std=0.3)
         for table in self.position_tables:
             nn.init.normal_(table, std=0.02)
@@ -181,39 +178,37 @@ class CharTransformer(nn.Module):
         """Hidden states of `layers`.
 
         Args:
-            ids_BT: character ids, at most `context_length` of them counting those that `cache` holds.
-            layers: the layers wanted, from 1; by default the last. Higher layers do not run.
-            cache: the earlier positions. It advances by T in the layers that run, so use it for one depth
-                only, and not in training with activation checkpointing.
+            ids_BT: character ids, with those in `cache` at most `context_length`.
+            layers: those wanted, from 1; by default the last. Higher ones do not run.
+            cache: the earlier positions. It advances by T in the layers that run: use it for one
+                depth only, and not with activation checkpointing.
             num_last: number of last positions to return, at least 1; by default all.
 
-        Returns {layer: hidden_BTD}. Under pre-norm only the last layer's went through the final norm.
-        Raises ValueError if there is no such layer, or the positions exceed the context.
+        Returns {layer: hidden_BTD}. Under pre-norm only the last went through the final norm.
+        Raises ValueError if the positions exceed the context.
         """
         wanted = {self.config.num_layers} if layers is None else set(layers)
-        if not wanted or not wanted <= set(range(1, self.config.num_layers + 1)):
-            raise ValueError(f"layers {sorted(wanted)}: name some of 1 to {self.config.num_layers}")
         places = self.places(ids_BT.shape[1], cache)
         return self._run(self.embed(ids_BT, places, cache), 0, wanted, places, cache, num_last)
 
     def run_from(self, hidden_BTD: Tensor, layer: int, cache: KVCache, highest: int | None = None) -> Tensor:
-        """Run the layers above `layer` on its hidden states from `forward`; return those of `highest` (or the last).
+        """From the hidden states of `layer` those of `highest`, by default the last.
 
-        First set the lengths of `cache` back to before these positions; it advances over them again.
+        First set the lengths of `cache` back to before these positions.
         """
         places = self.places(hidden_BTD.shape[1], cache)
         highest = highest or self.config.num_layers
         return self._run(hidden_BTD, layer, {highest}, places, cache)[highest]
 
     def places(self, num_new: int, cache: KVCache | None) -> Places:
-        """Slots for the next `num_new` positions. Raises ValueError if they exceed the context."""
+        """Slots for new positions. Raises ValueError if they exceed the context."""
         places = Places(slice(0, num_new), num_new, None) if cache is None else cache.places(num_new)
         if places.end > self.config.context_length:
             raise ValueError(f"{places.end} positions exceed the context of {self.config.context_length}")
         return places
 
     def embed(self, ids_BT: Tensor, places: Places, cache: KVCache | None) -> Tensor:
-        """The input of the first layer without its positions, [B, T, D]; stores the ids in `cache`."""
+        """The first layer's input without positions, [B, T, D]; stores ids in `cache`."""
         x_BTD = self.embedding(ids_BT)
         if self.ngram_embedding is None:
             return x_BTD
@@ -222,7 +217,7 @@ class CharTransformer(nn.Module):
         return x_BTD + self.ngram_embedding(seen_BS, ids_BT.shape[1])
 
     def rotation(self, places: Places) -> RotaryTable | None:
-        """The rotation of queries and keys at `places`; None where positions are learned."""
+        """The rotation of queries and keys; None where positions are learned."""
         if self.config.position_encoding != "rotary":
             return None
         head_size = self.config.d_model // self.config.num_heads
