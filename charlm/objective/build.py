@@ -11,10 +11,10 @@ from charlm.objective.terms import build_terms
 
 
 def build_objective(config: Config, vocabulary_size: int, *, training: bool = True) -> Objective:
-    """A fresh model, with the heads and terms of the config; the user's tasks only for `training`.
+    """A fresh model with its heads and terms; the user's tasks only for `training`.
 
-    Raises UserError if a task of aux.tasks is not registered, ConfigError if the parameters do not fit in
-    memory, or all terms have weight zero at some time.
+    Raises UserError if a task is not registered, ConfigError if the parameters do not fit in memory,
+    or all terms have weight zero at some time.
     """
     model, aux, train = config.model, config.aux, config.train
     check_memory(model, vocabulary_size)

@@ -1,4 +1,4 @@
-"""Parameters, floating-point operations (FLOPs) and memory, counted before training.
+"""Parameters, floating-point operations (FLOPs) and memory, before training.
 
 Shapes: T positions of the context, D d_model, V vocabulary, L layers.
 """
@@ -35,14 +35,13 @@ def transformer_parameters(config: ModelConfig, vocabulary_size: int) -> int:
 
 
 def check_memory(config: ModelConfig, vocabulary_size: int) -> None:
-    """Raise ConfigError if the transformer's parameters do not fit in memory, or, on meta, in torch's counts."""
+    """Raise ConfigError if the parameters do not fit in memory, or, on meta, in torch's counts."""
     parameters = transformer_parameters(config, vocabulary_size)
     memory = psutil.virtual_memory().total
     if 4 * parameters > (2**62 if torch.get_default_device().type == "meta" else memory):
         raise ConfigError(
             f"model.num_layers={config.num_layers}, d_model={config.d_model}, d_ff={config.d_ff}, "
-            f"context_length={config.context_length}, "
-            f"ngrams={list(config.ngrams)} of {config.ngram_buckets} buckets: "
+            f"context_length={config.context_length}, ngram_buckets={config.ngram_buckets}: "
             f"{parameters:.3g} parameters take {4 * parameters / 1e9:,.0f} GB, "
             f"and this machine has {memory / 1e9:,.0f}; make them smaller"
         )
@@ -52,16 +51,15 @@ def dense_flops(parameters: float, depth: int, d_model: int, context_length: int
     """FLOPs per character of a training step of `depth` layers: 6 * parameters + 12 * depth * D * T.
 
     A matrix product costs 2 operations per parameter forward and 4 backward. Attention makes two
-    products of 2 * D * T per layer and position; the masked half counts too.
+    products of 2 * D * T per layer and position, the masked half included.
     """
     return round(6 * parameters + 12 * depth * d_model * context_length)
 
 
 def training_flops(transformer: CharTransformer, heads: Heads, active_terms: Sequence[Term]) -> int:
-    """`dense_flops` of a training step on windows of T inputs.
+    """`dense_flops` of a training step up to the highest active layer, without the user's tasks.
 
-    Matrix products count, up to the highest active layer and without the user's own tasks. A layer's
-    heads run at all T positions if a row does, else at the last; rotated heads count when on turn.
+    A layer's heads run at all T positions if a row does, else at the last; rotated ones on turn.
     """
     config = transformer.config
     depth = max(term.layer for term in active_terms)
@@ -76,7 +74,7 @@ def training_flops(transformer: CharTransformer, heads: Heads, active_terms: Seq
 
 
 def inference_flops(transformer: CharTransformer, head: Heads) -> int:
-    """FLOPs per character generated with a full KV cache: 2 * matrix parameters + 4 * L * D * T."""
+    """FLOPs per generated character, the cache full: 2 * matrix parameters + 4 * L * D * T."""
     config = transformer.config
     parameters = _trunk_matrices(transformer, config.num_layers) + _matrices(head)
     return 2 * parameters + 4 * config.num_layers * config.d_model * config.context_length
@@ -86,9 +84,9 @@ def inference_flops(transformer: CharTransformer, head: Heads) -> int:
 class RouteCost:
     """Cost of a route at the start of training, when the most losses are active.
 
-    `forward`, `backward` and their `total` are FLOPs of a step; the joint route's are 1. The others
-    count numbers in memory: `gradients` and `optimizer_state` beyond the joint route's, and `copies` of
-    parameters and their state, for a step that must be undone.
+    `forward`, `backward` and `total` are FLOPs of a step, in those of the joint route. The others
+    count numbers in memory: `gradients` and `optimizer_state` beyond the joint route's, and `copies`
+    of parameters and their state, for a step that must be undone.
     """
 
     forward: float
@@ -102,8 +100,8 @@ class RouteCost:
 def route_cost(config: Config, objective: Objective) -> RouteCost:
     """The cost of `aux.route` for a model, which may be on the meta device.
 
-    n layers run, each at f FLOPs per character in a forward pass (2 per matrix parameter, and 4 D T for
-    attention), and r f in a backward pass: r = 2, or 3 where activations are recomputed. Layers
+    n layers run, each at f FLOPs per character in a forward pass (2 per matrix parameter, and 4 D T
+    for attention), and r f in a backward pass: r = 2, or 3 where activations are recomputed. Layers
     l_1 < ... < l_K = n have losses, and heads that take h_1, ..., h_K in a forward pass.
 
               forward             backward
@@ -127,7 +125,7 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
         "multiway": (once, each),
     }
     of_layer = 2 * _matrices(transformer.blocks[0]) + 4 * model.d_model * model.context_length
-    of_heads = sum(2 * _head_matrices(objective.heads, own, model.context_length) for own in rows.values())
+    of_heads = 2 * sum(_head_matrices(objective.heads, own, model.context_length) for own in rows.values())
     factor = 3 if config.train.activation_checkpointing else 2
 
     def passes(route: str) -> tuple[float, float]:
@@ -137,17 +135,18 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
     forward, backward = passes(aux.route)
     joint = passes("joint")
     learning = [learning_from(objective, own) for own in rows.values()]
-    repeated, moved = Counter(), set()
+    repeated, moved = [], set()
     if aux.route == "multiway":
-        repeated = Counter(chain(*learning)) - Counter(set(chain(*learning)))
+        reached = Counter(chain(*learning))
+        repeated = [*(reached - Counter(set(reached))).elements()]
     if aux.route == "pairwise":
         moved = set(chain(*learning[:-1]))
     return RouteCost(
         forward=forward / joint[0],
         backward=backward / joint[1],
         total=(forward + backward) / sum(joint),
-        gradients=_size(repeated.elements()),
-        optimizer_state=_state_size(repeated.elements(), config.train, transformer),
+        gradients=_size(repeated),
+        optimizer_state=_state_size(repeated, config.train, transformer),
         copies=_size(moved) + _state_size(moved, config.train, transformer),
     )
 
@@ -165,10 +164,7 @@ def _head_matrices(heads: Heads, rows: Sequence[Term], context_length: int) -> f
 
 def _trunk_matrices(transformer: CharTransformer, depth: int) -> int:
     """Matrix parameters that run once per position, up to layer `depth`."""
-    modules: list[nn.Module] = [transformer.blocks[:depth]]
-    if transformer.ngram_embedding is not None:
-        modules.append(transformer.ngram_embedding)
-    return _matrices(*modules)
+    return _matrices(transformer.blocks[:depth], transformer.ngram_embedding or nn.Identity())
 
 
 def _matrices(*modules: nn.Module) -> int:
@@ -182,10 +178,10 @@ def _size(parameters: Iterable[nn.Parameter]) -> int:
 
 def _state_size(parameters: Iterable[nn.Parameter], train: TrainConfig, transformer: CharTransformer) -> int:
     """Numbers that optimizers keep: up to two moments of each element."""
-    usual = {"adamw": 2, "muon": 2, "sgd": 1 if train.momentum else 0}[train.optimizer]
+    usual = {"adamw": 2, "muon": 2, "sgd": int(train.momentum > 0)}[train.optimizer]
     moments: dict[nn.Parameter, int] = {}
-    if (ngrams := transformer.ngram_embedding) is not None:
-        moments |= dict.fromkeys(ngrams.tables.parameters(), 2)  # SparseAdam's
+    if transformer.ngram_embedding is not None:
+        moments |= dict.fromkeys(transformer.ngram_embedding.tables.parameters(), 2)
     if train.optimizer == "muon":
         matrices = [parameter for parameter in transformer.blocks.parameters() if parameter.ndim == 2]
         moments |= dict.fromkeys(matrices, 1)

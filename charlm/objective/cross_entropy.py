@@ -30,11 +30,11 @@ def linear_cross_entropy(
         weight_RD, bias_R: the parameters of the K classifiers, stacked.
         targets_NK: the ids to predict at each offset.
         loss_weights_NK: at least 0, one of them above; fp32, without a gradient.
-        hinge: in nats, at least 0, for each prediction, so that micro-batches of any size agree. Lee et
-            al. 2015 (Deeply-Supervised Nets, section 2) put it on a companion's whole objective.
+        hinge: in nats, at least 0. For each prediction, so that micro-batches of any size agree, and
+            not for the whole loss (Lee et al. 2015, Deeply-Supervised Nets, section 2).
 
     Returns:
-        total: sum of loss_weights * max(0, losses - hinge); differentiable in states, weight and bias.
+        total: sum of loss_weights * max(0, losses - hinge); differentiable.
         losses_NK: -ln softmax(logits)[target] in nats, whatever the hinge; without a gradient.
     """
     function = _reference if backend == "reference" else ChunkedLinearCrossEntropy.apply
@@ -74,9 +74,8 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         hinge: float,
     ) -> tuple[Tensor, Tensor]:
         device = hidden_ND.device.type
-        dtype = hidden_ND.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        in_autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if in_autocast else hidden_ND.dtype
         with torch.autocast(device, enabled=False):
             hidden, weight, bias = hidden_ND.to(dtype), weight_RD.to(dtype), bias_R.to(dtype)
             N, K = targets_NK.shape

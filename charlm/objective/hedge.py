@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Hedge(nn.Module):
-    """One weight per layer. They start equal and sum to 1; nothing here waits for the device.
+    """One weight per layer, equal at first; they sum to 1. Nothing here waits for the device.
 
     After an update in which the n layers had the losses loss_i, in nats:
 
@@ -22,15 +22,14 @@ class Hedge(nn.Module):
         self.layers = sorted(set(layers))
         self.beta = beta
         self.smoothing = smoothing
-        self.weights: Tensor
-        """An entry for each of `layers`; a buffer, so that checkpoints hold it."""
+        self.weights: Tensor  # a buffer, so that checkpoints hold it
         equal = torch.full((len(self.layers),), 1.0 / len(self.layers))
         self.register_buffer("weights", equal)
 
     def weight(self, layer: int) -> Tensor:
         """The factor on the losses of `layer`: a scalar without a gradient."""
-        weight = self.weights[self.layers.index(layer)]
-        return weight.clone()  # a backward pass may come after `adapt`
+        # A copy, as a backward pass may come after `adapt`.
+        return self.weights[self.layers.index(layer)].clone()
 
     @torch.no_grad()
     def adapt(self, losses: Mapping[int, Tensor], skip: Tensor | None = None) -> None:

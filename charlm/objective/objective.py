@@ -25,7 +25,7 @@ class LossReport(NamedTuple):
     total: Tensor
     """The weighted sum of the active terms, which training minimises."""
     parts: dict[str, Tensor]
-    """Each active term's own loss, unweighted and detached, by name."""
+    """Each active term's own loss by name, unweighted and detached."""
     by_layer: dict[int, Tensor]
     """Each layer's share of the total, differentiable like it."""
 
@@ -72,36 +72,17 @@ class Objective(nn.Module):
         t + offset. With T = 4 and two offsets "abcdef" is read as "abcd": the targets are "bcde" at
         offset 1 and "cdef" at offset 2. Inactive rows and layers cost nothing.
 
-        Raises ValueError for windows without input or longer than `window_length`, or no active term.
+        Raises ValueError for no input, more than `window_length`, or no active term.
         """
-        T = windows_BW.shape[1] - self.longest_offset
+        width = windows_BW.shape[1]
+        T = width - self.longest_offset
         if not 1 <= T <= self.transformer.config.context_length:
-            raise ValueError(f"windows have {windows_BW.shape[1]} characters, not {self.window_length} or fewer")
-        rows = self._active_rows(progress, layers)
-        return self._losses(self.transformer(windows_BW[:, :T], rows), windows_BW, rows)
+            raise ValueError(f"windows have {width} characters, not {self.window_length} or fewer")
+        rows = self.active_rows(progress, layers)
+        return self.losses(self.transformer(windows_BW[:, :T], rows), windows_BW, rows)
 
-    def losses(
-        self,
-        hidden_states: Mapping[int, Tensor],
-        windows_BW: Tensor,
-        progress: float,
-    ) -> LossReport:
-        """Like `forward`, for the layers whose `hidden_states` are given, [B, T, D] each."""
-        rows = self._active_rows(progress, hidden_states)
-        return self._losses(hidden_states, windows_BW, rows)
-
-    def adapt(self, parts: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
-        """Adapt the hedge to an update's losses, means over all processes, unless scalar `skip` is true.
-
-        A layer is judged by its loss of the next character, at all positions if there is such a row.
-        """
-        losses: dict[int, Tensor] = {}
-        for positions in ("last", "all"):  # the later wins
-            rows = [term for term in self.terms if (term.offset, term.positions) == (1, positions)]
-            losses |= {term.layer: parts[term.name] for term in rows if term.name in parts}
-        self.hedge.adapt(losses, skip)
-
-    def _active_rows(self, progress: float, layers: Collection[int] | None) -> dict[int, Rows]:
+    def active_rows(self, progress: float, layers: Collection[int] | None = None) -> dict[int, Rows]:
+        """The active terms by layer. Raises ValueError if there are none."""
         rows = active_by_layer(self.terms, progress)
         if layers is not None:
             rows = {layer: rows[layer] for layer in rows if layer in layers}
@@ -109,7 +90,13 @@ class Objective(nn.Module):
             raise ValueError(f"every term has weight zero at progress {progress}")
         return rows
 
-    def _losses(self, hidden_states: Mapping[int, Tensor], windows_BW: Tensor, rows: dict[int, Rows]) -> LossReport:
+    def losses(
+        self,
+        hidden_states: Mapping[int, Tensor],
+        windows_BW: Tensor,
+        rows: Mapping[int, Rows],
+    ) -> LossReport:
+        """The loss of `rows`, given the states of their layers, [B, T, D] each."""
         by_layer, parts = {}, {}
         for layer, layer_rows in rows.items():
             shares = []
@@ -127,13 +114,24 @@ class Objective(nn.Module):
             by_layer[layer] = reduce(torch.add, shares)
         return LossReport(torch.stack(list(by_layer.values())).sum(), parts, by_layer)
 
+    def adapt(self, parts: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
+        """Adapt the hedge to an update's losses, means over all processes, unless `skip` is true.
+
+        A layer is judged by its loss of the next character, at all positions if it has one.
+        """
+        losses: dict[int, Tensor] = {}
+        for positions in ("last", "all"):  # the later wins
+            rows = [term for term in self.terms if (term.offset, term.positions) == (1, positions)]
+            losses |= {term.layer: parts[term.name] for term in rows if term.name in parts}
+        self.hedge.adapt(losses, skip)
+
     def _layer_losses(
         self,
         hidden_BTD: Tensor,
         windows_BW: Tensor,
         rows: Rows,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of a layer's losses, and each row's loss, from one matrix product."""
+        """The weighted sum of a layer's losses, and each row's, from one matrix product."""
         layer, hinge = rows[0][0].layer, rows[0][0].hinge
         offsets = sorted({term.offset for term, _ in rows})
         T = hidden_BTD.shape[1]

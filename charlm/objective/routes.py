@@ -1,7 +1,7 @@
 """Routes: ways in which the gradients of several losses reach the trunk (`aux.route`).
 
-Each layer l has one loss, the weighted sum of its rows: lambda_l, the sum of their weights, times the
-weighted mean. theta_l, the trunk up to layer l, is embeddings, position tables and blocks. All other
+The loss of layer l is the weighted sum of its rows: lambda_l, the sum of their weights, times the
+weighted mean. theta_l, the trunk up to layer l, is embeddings, position tables and blocks; other
 parameters count as heads. Each update clips by itself, and decays what it moves.
 """
 
@@ -21,7 +21,7 @@ from charlm.objective.objective import LossReport, Objective
 from charlm.objective.terms import Term, active_by_layer
 
 OptimizerFactory = Callable[[Sequence[nn.Parameter]], list[Optimizer]]
-"""Builds optimizers that together own each parameter once."""
+"""Builds optimizers that own each parameter once."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ class Joint:
         self.optimizers = self._build(build)
 
     def passes(self, progress: float) -> list[list[int] | None]:
-        """The layers whose losses each pass over a step's windows computes; None: all."""
+        """The layers whose losses each pass over the windows computes; None: all."""
         return [None]
 
     def backward(self, report: LossReport, factor: float, backward: Callable[..., None]) -> None:
-        """Add `factor` times a micro-batch's gradient; `backward` is like torch.autograd.backward."""
+        """Add `factor` times a micro-batch's gradient, by a function like torch.autograd.backward."""
         self.passed = list(report.by_layer)
         backward(report.total * factor)
 
     def updates(self, progress: float) -> list[Update]:
-        """Updates to make after a pass, in this order."""
+        """Updates to make after a pass, in order."""
         if self.aux.step_sizes == "weighted":
             for parameter, divisor in self._divisors(progress).items():
                 if parameter.grad is not None:
@@ -78,14 +78,15 @@ class Joint:
         return [Update(dict.fromkeys(self.optimizers, 1.0))]
 
     def _divisors(self, progress: float) -> dict[nn.Parameter, float]:
-        """AuxNet's divisors: lambda_l for the heads of layer l, the sum of lambda_j over j >= l for theta_l."""
-        rows, at_or_above, divisors = active_by_layer(self.objective.terms, progress), 0.0, defaultdict(float)
-        for layer, weight in reversed(loss_weights(self.objective.terms, progress).items()):
+        """AuxNet's: lambda_l for the heads of layer l, the sum of lambda_j over j >= l for theta_l."""
+        objective, at_or_above, divisors = self.objective, 0.0, defaultdict(float)
+        for layer, rows in reversed(active_by_layer(objective.terms, progress).items()):
+            weight = sum(weight for _, weight in rows)
             at_or_above += weight
             if layer in self.passed:
-                for parameter in learning_from(self.objective, [term for term, _ in rows[layer]]):
+                for parameter in learning_from(objective, [term for term, _ in rows]):
                     divisors[parameter] += weight
-                divisors |= dict.fromkeys(trunk_parameters(self.objective.transformer, 1, layer), at_or_above)
+                divisors |= dict.fromkeys(trunk_parameters(objective.transformer, 1, layer), at_or_above)
         return divisors
 
     def _build(self, build: OptimizerFactory) -> list[Optimizer]:
@@ -95,7 +96,7 @@ class Joint:
 class Relay(Joint):
     """The loss of layer l < L reaches its head and layers l-k+1 to l, k = `aux.relay_layers`.
 
-    Nothing below learns from it (the method that PSPNet compares itself with). A layer includes its own
+    Nothing below learns from it (the method that PSPNet compares itself with). A layer includes its
     position table, and layer 1 the embeddings and a table at the input.
     """
 
@@ -116,8 +117,8 @@ class Relay(Joint):
 class Pairwise(Joint):
     """A forward and a backward pass and an update for each loss (AuxNet, "pair-wise").
 
-    From the lowest layer up each pass runs to its layer, and each update moves theta_l and the layer's
-    heads. Dropout noise is the same in all passes. All losses share one optimizer state.
+    From the lowest layer up each pass runs to its layer, and each update moves theta_l and the
+    layer's heads. Dropout noise is the same in all passes. Losses share one optimizer state.
     """
 
     def passes(self, progress: float) -> list[list[int] | None]:
@@ -128,9 +129,9 @@ class Multiway(Joint):
     """One forward pass, and for each loss a gradient, an update and optimizers (AuxNet, "multi-way").
 
     From the lowest layer up each update moves theta_l and the layer's heads. Under `aux.step_sizes`
-    "auxnet" the trunk's learning rate is divided by the sum of lambda_j over the active layers j >= l,
-    and the heads learn from the mean loss. Under "weighted" the trunk learns from it too, and lambda_l is
-    a factor of the learning rate. Under "common" plain SGD makes the joint route's step.
+    "auxnet" the trunk's learning rate is divided by the sum of lambda_j over active layers j >= l,
+    and the heads learn from the mean loss. Under "weighted" the trunk does too, and lambda_l is a
+    factor of the learning rate. Under "common" plain SGD makes the joint route's step.
     """
 
     one_backward = False
@@ -177,18 +178,18 @@ ROUTES = {"joint": Joint, "relay": Relay, "pairwise": Pairwise, "multiway": Mult
 
 
 def check_route(config: Config, precision: str | None = None, sharded: bool = False) -> None:
-    """Raise UserError if `aux.route` excludes another option; `precision` is the one in use."""
+    """Raise UserError if `aux.route` excludes an option; `precision` is the one in use."""
     aux, train = config.aux, config.train
     fp16 = (precision or train.mixed_precision) == "fp16"
     searched = train.micro_batch_size == "auto"
     apart, weighted = aux.route != "joint", aux.step_sizes == "weighted"
     learned = aux.hedge.enabled and (weighted or (aux.route == "multiway" and aux.step_sizes == "auxnet"))
     for holds, complaint in (
-        (apart and fp16, "fp16 has one gradient scale for one loss; use --train.mixed_precision=bf16 or fp32"),
-        (apart and sharded, "FSDP2 frees shards after one backward pass per step; use --train.sharding=no"),
-        (apart and searched, "train.micro_batch_size=auto measures the memory of a joint step; give a number"),
-        (learned, "aux.hedge learns weights that AuxNet needs fixed; use --aux.step_sizes=common"),
-        (weighted and aux.route == "relay", "it has no step sizes of its own; use --aux.step_sizes=common"),
+        (apart and fp16, "fp16 scales one loss only; use --train.mixed_precision=bf16 or fp32"),
+        (apart and sharded, "FSDP2 allows one backward pass per step; use --train.sharding=no"),
+        (apart and searched, "train.micro_batch_size=auto is for a joint step; give a number"),
+        (learned, "aux.hedge learns weights, AuxNet fixes them; use --aux.step_sizes=common"),
+        (weighted and aux.route == "relay", "has no step sizes; use --aux.step_sizes=common"),
     ):
         if holds:
             raise UserError(f"aux.route={aux.route}: {complaint}", "aux.route")
@@ -201,21 +202,21 @@ def loss_weights(terms: Sequence[Term], progress: float) -> dict[int, float]:
 
 
 def blocked_layers(layers: Sequence[int], num_layers: int, depth: int) -> list[int]:
-    """The layers whose loss, if it reaches `depth` layers, stops short of the embeddings."""
+    """The layers whose loss, reaching `depth` layers, stops short of the embeddings."""
     return [layer for layer in layers if depth < layer < num_layers]
 
 
 def learning_from(objective: Objective, rows: Sequence[Term]) -> list[nn.Parameter]:
     """The parameters that the loss of one layer's `rows` reaches on every route but relay."""
-    layer = rows[0].layer
+    layer, heads = rows[0].layer, objective.heads
     offsets = sorted({term.offset for term in rows if term.task is None})
-    last = layer == objective.transformer.config.num_layers
+    last = layer == heads.last_layer
     modules: list[nn.Module] = [objective.transformer.final_norm] if last else []
-    if offsets and (last or not objective.heads.frozen):
-        modules += [objective.heads.norm(layer), *objective.heads.linears(layer, offsets)]
+    if offsets and (last or not heads.frozen):
+        modules += [heads.norm(layer), *heads.linears(layer, offsets)]
     modules += [objective.tasks[term.task] for term in rows if term.task is not None]
-    heads = [parameter for module in modules for parameter in module.parameters()]
-    return [*trunk_parameters(objective.transformer, 1, layer), *heads]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return [*trunk_parameters(objective.transformer, 1, layer), *parameters]
 
 
 def trunk_parameters(transformer: CharTransformer, lowest: int, highest: int) -> list[nn.Parameter]:
@@ -223,8 +224,6 @@ def trunk_parameters(transformer: CharTransformer, lowest: int, highest: int) ->
     layers = slice(max(lowest, 1) - 1, highest)
     modules: list[nn.Module] = [*transformer.blocks[layers]]
     if lowest <= 1:
-        modules += [transformer.embedding]
-        if transformer.ngram_embedding is not None:
-            modules += [transformer.ngram_embedding]
+        modules += [transformer.embedding, transformer.ngram_embedding or nn.Identity()]
     parameters = [parameter for module in modules for parameter in module.parameters()]
     return [*transformer.position_tables[layers], *parameters]

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class EveryNthStep:
-    """On at every `turns`-th of a run's `steps` optimizer steps, first at step `index`."""
+    """On at every `turns`-th of a run's `steps` steps, first at step `index`."""
 
     index: int
     turns: int
@@ -24,7 +24,7 @@ class EveryNthStep:
         return (round(progress * self.steps) - self.index) % self.turns == 0
 
     def next_on(self, progress: float) -> float:
-        """The progress of the first such step at or after `progress`."""
+        """The progress of the next such step, from `progress` on."""
         step = round(progress * self.steps)
         return (step + (self.index - step) % self.turns) / self.steps
 
@@ -34,8 +34,8 @@ class Schedule:
     """A weight over progress: `schedule(p)` for p in [0, 1).
 
     The formula changes at `breakpoints`. Between two of them `weight` is zero or positive throughout
-    (except for an isolated zero), so that `stops_at` is exact. With a `rotation` the schedule is zero
-    between its turns; `stops_at` and `limit` describe the turns.
+    (except for an isolated zero), so that `stops_at` is exact. With a `rotation` the schedule is
+    zero between its turns; `stops_at` and `limit` describe the turns.
     """
 
     weight: Callable[[float], float]
@@ -60,13 +60,13 @@ class Schedule:
         return Schedule(lambda p: 1.0 - self.weight(p), self.breakpoints)
 
     def at_next_turn(self, progress: float) -> float:
-        """The weight at the rotation's first turn at or after `progress`."""
-        return self.weight(progress if self.rotation is None else self.rotation.next_on(progress))
+        """The weight at the next turn of a rotation, from `progress` on."""
+        return self.weight(self.rotation.next_on(progress) if self.rotation else progress)
 
     @property
     def period(self) -> int:
         """Steps from one turn to the next: 1 without a rotation."""
-        return 1 if self.rotation is None else self.rotation.turns
+        return self.rotation.turns if self.rotation else 1
 
     @property
     def limit(self) -> float:
@@ -85,7 +85,7 @@ class Schedule:
 
 
 def intervals(*schedules: Schedule) -> list[tuple[float, float]]:
-    """The parts of training, in order, within which no schedule's formula changes."""
+    """The parts of training, in order, within which no formula changes."""
     edges = {0.0, 1.0}.union(*(schedule.breakpoints for schedule in schedules))
     return list(pairwise(sorted(edges)))
 
@@ -95,7 +95,7 @@ def constant(value: float) -> Schedule:
 
 
 def _at(clock: Fraction, start: float, end: float) -> float:
-    """The progress at which the clock reads `clock`: exact, as 0.1 + 0.8 * 0.25 in floats is not 0.3."""
+    """The progress at which the clock reads `clock`; in floats 0.1 + 0.8 * 0.25 is not 0.3."""
     exact_start, exact_end = Fraction(repr(start)), Fraction(repr(end))
     return float(exact_start + (exact_end - exact_start) * clock)
 
@@ -113,12 +113,12 @@ def cutoff(start: float = 0.0, end: float = 1.0, clock: Fraction = Fraction(1)) 
 
 
 def linear(start: float = 0.0, end: float = 1.0) -> Schedule:
-    """1 - u: a straight fall from 1 to 0."""
+    """1 - u: a straight fall."""
     return Schedule(lambda p: 1.0 - _clock(p, start, end), frozenset({start, end}))
 
 
 def cosine(start: float = 0.0, end: float = 1.0) -> Schedule:
-    """(1 + cos(pi u)) / 2: a fall from 1 to 0 that is flat at both ends."""
+    """(1 + cos(pi u)) / 2: a fall that is flat at both ends."""
 
     def weight(p: float) -> float:
         return (1.0 + math.cos(math.pi * _clock(p, start, end))) / 2
@@ -134,9 +134,9 @@ DECAYS: dict[str, Callable[[float, float], Schedule]] = {
 }
 
 SWITCHES: dict[str, Callable[[int, int, float, float], Schedule]] = {
-    # The lowest layer stops first, at u = 1/2 all (Al-Rfou et al. 2018, "Intermediate Layer Losses").
+    # Layers stop from the lowest up, by u = 1/2 (Al-Rfou et al. 2018, "Intermediate Layer Losses").
     "staggered": lambda i, n, *span: cutoff(*span, Fraction(i, 2 * n)),
-    # The same ends, each at the foot of a straight fall: the paper can be read so too.
+    # A straight fall to the same ends: the paper can be read so too.
     "staggered_linear": lambda i, n, start, end: linear(start, _at(Fraction(i, 2 * n), start, end)),
     # Layers start from the top down (Elhoushi et al. 2024, LayerSkip, section 4.1.2).
     "gradual": lambda i, n, *span: cutoff(*span, Fraction(n - i, 2 * n)).complement(),
@@ -149,7 +149,7 @@ SWITCHES: dict[str, Callable[[int, int, float, float], Schedule]] = {
 
 
 def rotational(index: int, turns: int, steps: int) -> Schedule:
-    """1 at every `turns`-th step, first at step `index`; 0 at the others (LayerSkip, section 4.1.2)."""
+    """1 at every `turns`-th step, first at step `index` (LayerSkip, section 4.1.2)."""
     return Schedule(lambda p: 1.0, rotation=EveryNthStep(index, turns, steps))
 
 
@@ -162,7 +162,7 @@ def staged(
 ) -> Schedule:
     """`weights[i]` until the clock reads `ends[i]`; the ends rise to 1.
 
-    With `passage` "linear" a stage's weight moves straight to the next stage's; the last one stays.
+    With `passage` "linear" a weight moves straight to the next stage's; the last one stays.
     """
     edges = [_at(Fraction(repr(clock)), start, end) for clock in (0.0, *ends)]
 

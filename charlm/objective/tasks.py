@@ -1,6 +1,5 @@
 """The user's own auxiliary tasks: registered by name, switched on by `aux.tasks`."""
 
-import os
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -27,18 +26,17 @@ def auxiliary_task(name: str) -> Callable[[Builder], Builder]:
             def __init__(self, config, vocabulary_size): ...
             def forward(self, hidden_BTD, windows_BW): ...
 
-    The decorated class or function builds a module from the model's options and the vocabulary's size.
-    The module maps hidden states of its layer, [B, T, D], and windows, [B, W], whose first T characters
-    the layer has read, to losses in nats, of any shape; their mean is used. It is trained and saved with
-    the model; `charlm.load` leaves it out. Under pre-norm only the last layer's states are normalised.
-
-    Draw random numbers from torch alone: it is seeded before each micro-batch, so that a resumed run
-    repeats them. Registering a name again replaces the earlier task.
+    The decorated class or function builds a module from the model's options and the vocabulary's
+    size. The module maps its layer's hidden states, [B, T, D], and windows, [B, W], whose first T
+    characters the layer has read, to losses in nats of any shape, whose mean is used. It is saved
+    with the model; `charlm.load` leaves it out. Under pre-norm only the last layer's states are
+    normalised. Draw random numbers from torch alone, which is seeded before each micro-batch, so
+    that a resumed run repeats them. Registering a name again replaces the earlier task.
 
     Raises UserError if the name cannot be a module's.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", name) or hasattr(nn.ModuleDict(), name):
-        raise UserError(f"auxiliary task {name!r}: choose a plain name of up to 64 letters, digits, _ and -")
+        raise UserError(f"auxiliary task {name!r}: choose a name of up to 64 letters, digits, _ and -")
 
     def register(build: Builder) -> Builder:
         _builders[name] = build
@@ -52,8 +50,9 @@ def check_registered(names: Iterable[str]) -> None:
     for name in names:
         if name not in _builders:
             known = ", ".join(sorted(_builders)) or "none"
-            way_out = "register it with charlm.auxiliary_task in a script, and train from there (docs/tasks.md)"
-            raise UserError(f"aux.tasks: {name!r} is not registered; registered: {known}; {way_out}", "aux.tasks")
+            way_out = "register it in a script that trains (docs/tasks.md)"
+            text = f"aux.tasks: {name!r} is not registered; registered: {known}; {way_out}"
+            raise UserError(text, "aux.tasks")
 
 
 def build_tasks(names: Iterable[str], config: ModelConfig, vocabulary_size: int) -> nn.ModuleDict:
@@ -68,13 +67,14 @@ def build_tasks(names: Iterable[str], config: ModelConfig, vocabulary_size: int)
 
 @contextmanager
 def named_in_errors(name: str) -> Iterator[None]:
-    """Inside, an exception in a task raises a UserError with the lines of the user's code that led to it."""
+    """Inside, an exception in a task raises a UserError with the user's own lines that led to it."""
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or is_about_memory(error):
             raise
-        libraries = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
-        calls = [call for call in traceback.extract_tb(error.__traceback__) if not call.filename.startswith(libraries)]
-        lines = [f"\n  {call.filename}, line {call.lineno}, in {call.name}: {call.line}" for call in calls[-8:]]
+        libraries = {Path(__file__).parents[1], Path(torch.__file__).parent}
+        calls = traceback.extract_tb(error.__traceback__)
+        own = [call for call in calls if libraries.isdisjoint(Path(call.filename).parents)]
+        lines = [f"\n  {call.filename}, line {call.lineno}, in {call.name}: {call.line}" for call in own[-8:]]
         raise UserError(f"aux.tasks: {name!r} raised {error!r}{''.join(lines)}", "aux.tasks") from error

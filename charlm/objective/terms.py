@@ -29,21 +29,20 @@ class TermName(NamedTuple):
 
 @dataclass(frozen=True)
 class Term:
-    """Predict the character `offset` steps ahead from the hidden states of `layer`.
+    """Predict the character `offset` steps ahead from the hidden states of `layer`, from 1.
 
-    `layer` is 1-based and offset 1 is the next character. The loss is the mean cross-entropy over "all"
-    positions of the window, or that of the "last" one.
+    The loss is the mean cross-entropy over "all" positions of a window, or that of the "last".
     """
 
     layer: int
     offset: int
-    """0 for the user's own task."""
+    """1 is the next character; 0 for the user's own task."""
     positions: Literal["all", "last"]
     weight: Schedule
     hinge: float = 0.0
     """In nats: only the loss above it counts."""
     task: str | None = None
-    """Name of the user's own task, if it is one."""
+    """Name of the user's own task."""
 
     @property
     def name(self) -> str:
@@ -58,7 +57,7 @@ class Term:
         if found is None:
             return None
         layer, offset, positions, task = found.groups()
-        return TermName(int(layer), None if offset is None else int(offset), positions, task and visible(task))
+        return TermName(int(layer), offset and int(offset), positions, task and visible(task))
 
 
 Rows = list[tuple[Term, float]]
@@ -68,9 +67,9 @@ Rows = list[tuple[Term, float]]
 def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tuple[Term, ...]:
     """The table of a config, by layer, offset and positions; the user's own tasks come last.
 
-    A weight is the product of the layer's, the offset's and the positions': w of `aux.positions` for
-    "all", 1 - w for the "last". Terms that are always zero are left out. Only a rotational schedule
-    needs the optimizer `steps`.
+    A weight is the product of the layer's, the offset's and the positions': w of `aux.positions`
+    for "all", 1 - w for the "last". Terms that are always zero are left out. Only a rotational
+    schedule needs `steps`.
 
     Raises ConfigError if every term has weight zero at some point of training.
     """
@@ -93,9 +92,8 @@ def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tu
     for left, right in intervals(*(term.weight for term in terms)):
         if not any(active(terms, (left + right) / 2)):
             silent = "aux.main_weight=0.0" if aux.main_weight == 0 else "aux.targets.schedule=stages"
-            text = f"{silent}: all losses have weight zero from progress {left:g} on"
-            way_out = "raise it, or enable other losses for that time"
-            raise ConfigError(f"{text}; {way_out}", silent.partition("=")[0])
+            text = f"all losses are zero from progress {left:g} on; enable one for that time"
+            raise ConfigError(f"{silent}: {text}", silent.partition("=")[0])
     return terms
 
 
@@ -144,7 +142,7 @@ def _schedules(
     by_stage: Sequence[tuple[float, ...]],
     steps: int | None = None,
 ) -> dict[int, Schedule]:
-    """The schedules of layers or offsets `numbers` of `count`; `by_stage`: their weights by stage."""
+    """By layer or offset of `numbers`, of `count` in all; `by_stage`: their weights by stage."""
     span = config.start, config.end
     if config.schedule in SWITCHES:
         return {number: SWITCHES[config.schedule](number, count, *span) for number in numbers}
@@ -168,7 +166,7 @@ def _task_rows(aux: AuxConfig, num_layers: int) -> list[Term]:
 
 
 def _averaged(weights: dict[int, Schedule], weighted: bool) -> dict[int, Schedule]:
-    """The weights divided by the number of layers active, or by the sum of their weights."""
+    """The weights over the number of layers active, or over the sum of their weights."""
     schedules = tuple(weights.values())
 
     def share(p: float) -> float:

@@ -193,7 +193,7 @@ def _states_and_losses(
     hook = norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))
     with torch.autocast(windows_BW.device.type, dtype=autocast_dtype, enabled=enabled):
         hidden_states = transformer(inputs_BT, layers=range(1, num_layers + 1))
-        losses = objective.losses(hidden_states, windows_BW, progress).by_layer
+        losses = objective.losses(hidden_states, windows_BW, objective.active_rows(progress)).by_layer
     hook.remove()
     return hidden_states | {num_layers: before_norm[0]}, losses
 

@@ -135,7 +135,7 @@ def relay_by_hand(objective: Objective, windows_BW: Tensor, depth: int) -> None:
             if number <= len(transformer.position_tables):
                 x_BTD = x_BTD + transformer.position_tables[number - 1]
             x_BTD = transformer.blocks[number - 1](x_BTD)
-        total = total + objective.losses({layer: x_BTD}, windows_BW, 0.0).total
+        total = total + objective.losses({layer: x_BTD}, windows_BW, objective.active_rows(0.0, [layer])).total
     move(objective, gradients_of(total, objective))
 
 
