@@ -45,7 +45,7 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
     Raises:
         UserError: options, corpus or folder do not allow it, and nothing was written; or too many
             updates were skipped, and the last good checkpoint remains.
-        Stopped: a signal, `run.max_time` or the death of the launcher. A checkpoint holds all steps.
+        Stopped: by a signal, `run.max_time` or the launcher's death. A checkpoint holds all steps.
     """
     check_installed(config.run.tracker)
     check_registered(config.aux.tasks)
@@ -76,8 +76,8 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
                 tracker.say(line)
             writer = CheckpointWriter(run, config.train.keep_checkpoints, tracker.say)
             stack.enter_context(closing(writer))
-            kind = kind or Training
-            kind(config, corpus, accelerator, objective, route, state, tracker, writer, stop).fit()
+            parts = config, corpus, accelerator, objective, route, state, tracker, writer, stop
+            (kind or Training)(*parts).fit()
             tracker.conclude(state.best_step, state.best_bits)
         accelerator.wait_for_everyone()
         return run.path
@@ -154,11 +154,11 @@ class Training:
     def step(self) -> None:
         """Forward, backward, clip, and step or skip."""
         config, accelerator, route = self.config, self.accelerator, self.route
-        step = self.state.step
+        step, size = self.state.step, self.micro_batch_size
         progress = step / config.train.steps
         factor = learning_rate_factor(config.train, step)
         ids = self.corpus.splits["train"].ids
-        windows = micro_batches(config, self.micro_batch_size, ids, accelerator, self.objective, step)
+        windows = micro_batches(config, size, ids, accelerator, self.objective, step)
         passes = route.passes(progress)
         for number, layers in enumerate(passes, start=1):
             losses = accumulate_gradients(config, accelerator, self.model, route, step, windows, layers)
@@ -183,7 +183,7 @@ class Training:
             self.give_up()
 
     def read_updates(self) -> None:
-        """Read the new reports, and record skipped updates."""
+        """Record skipped updates, and remember the newest made."""
         for report in self.updates.read():
             if report.skipped:
                 self.tracker.record(report.step, {"skipped": 1, "reason": report.skipped})
@@ -199,9 +199,9 @@ class Training:
         state.validated_step = min(state.validated_step, state.step)
         if self.saved_step < state.step:
             self.save()
-        text = f"the last {skipped} updates were skipped; the newest checkpoint is from before them; begin another"
-        way_out = "--run.dir with a smaller --train.learning_rate, a longer --train.warmup or --train.clip_norm=1"
-        raise refusal(self.config, "train.max_skipped", f"{text} {way_out}")
+        text = f"the last {skipped} updates were skipped; begin another --run.dir with a smaller"
+        ways_out = "--train.learning_rate, a longer --train.warmup or --train.clip_norm=1"
+        raise refusal(self.config, "train.max_skipped", f"{text} {ways_out}")
 
     def diagnose(self) -> None:
         """Record the diagnostics of the newest step."""
@@ -250,7 +250,7 @@ class Training:
                 # The newest counts as the best before the first validation.
                 self.writer.save(snapshot, best or state.best_step is None)
             else:
-                self.tracker.say(f"step {state.step}: no checkpoint: parameters are no longer finite")
+                self.tracker.say(f"step {state.step}: no checkpoint: parameters are not finite")
         self.saved_step = state.step
 
 
@@ -277,10 +277,8 @@ class CheckpointWriter:
         self._thread.shutdown()
         if complaint := self.wait():
             self.run.check_held()
-            raise UserError(
-                f"{self.run.path}: the newest checkpoint is missing: {complaint}; "
-                "make room and continue from the previous one with --run.resume=true"
-            )
+            text = f"{self.run.path}: the newest checkpoint is missing: {complaint}"
+            raise UserError(f"{text}; make room, and continue from the previous one with --run.resume=true")
 
     def _write(self, snapshot: Snapshot, best: bool) -> str | None:
         self.run.check_held()

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import reduce
+from operator import attrgetter
 from typing import Any
 
 import psutil
@@ -40,18 +40,16 @@ class TrainState(BaseModel, strict=True, extra="forbid"):
     validated_step: int = 0  # a run can stop between a step and its validation
     updated_step: int = 0  # the newest step known to have made its update
     accepted_losses: list[float] = []
-    processes: int | None = None
-    threads: int | None = None
+    processes: int | None = None  # these three: last used
+    threads: int | None = None  # per process; None on a GPU
     precision: str | None = None
-    """Resources last used; threads are per process, and None on a GPU."""
     valid_symbols: int | None = None  # length of the text of `best_bits`
     scaler: dict[str, int | float] | None = None
 
 
 def refusal(config: Config, option: str, text: str) -> UserError:
     """The error for an option's value; `text` says what is wrong, and a way out."""
-    value = reduce(getattr, option.split("."), config)
-    return UserError(f"{option}={shown(value)}: {text}", option)
+    return UserError(f"{option}={shown(attrgetter(option)(config))}: {text}", option)
 
 
 def check_fits(
@@ -74,25 +72,22 @@ def check_fits(
             text += f"; {way_out}, lower --model.context_length, or add text"
             raise refusal(config, "data.corpus", text)
     if config.model.ngrams and (sharded or (num_processes > 1 and not on_cpu())):
-        text = "sparse gradients can neither be sharded nor exchanged between GPUs"
+        text = "sparse gradients are neither sharded nor exchanged by GPUs"
         raise refusal(config, "model.ngrams", f"{text}; train on one, or with --model.ngrams=[]")
     if train.micro_batch_size == "auto" and (sharded or on_cpu()):
         text = "needs a GPU that holds the whole model; give a number, or none"
         raise refusal(config, "train.micro_batch_size", text)
-    windows_bytes = 8 * train.batch_size * length
-    if windows_bytes > psutil.virtual_memory().total:
-        text = f"its windows alone take {windows_bytes / 1e9:,.0f} GB, more than this machine has"
-        raise refusal(config, "train.batch_size", f"{text}; lower it")
+    if 8 * train.batch_size * length > psutil.virtual_memory().total:
+        raise refusal(config, "train.batch_size", "its windows do not fit in memory; lower it")
     if train.batch_size < num_processes:
         raise refusal(config, "train.batch_size", f"too few for {num_processes} processes; raise it")
     for divisor in (1, train.context_divisor) if sharded else ():
-        windows = train.batch_size * divisor
-        most = -(-windows // num_processes)
-        fewest = windows // num_processes
+        fewest, more = divmod(train.batch_size * divisor, num_processes)
+        most = fewest + bool(more)
         micro_batch = (train.micro_batch_size or most) * divisor
         if -(-most // micro_batch) != -(-fewest // micro_batch):
-            text = f"some processes would have more micro-batches of {train.micro_batch_size}, and wait"
-            raise refusal(config, "train.batch_size", f"{text}; choose a multiple of {num_processes}")
+            text = f"some processes would have more micro-batches; choose a multiple of {num_processes}"
+            raise refusal(config, "train.batch_size", text)
 
 
 @contextmanager
@@ -111,8 +106,8 @@ def open_run(
     resumes, chosen = check_folder(config.run), config.run.resume_from
     news = []
     restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" or _begun_by_this_launcher(run)
-    if chosen is not None and restarted:  # keep the steps made since
-        news.append(f"run.resume_from={chosen}: ignored after a restart; continues from the newest checkpoint")
+    if chosen is not None and restarted:
+        news.append(f"run.resume_from={chosen}: ignored after a restart, to keep the steps since")
         chosen = None
     accelerator.wait_for_everyone()  # all processes have seen the folder as it was
     with run.lock() if main else nullcontext():
@@ -161,10 +156,10 @@ def _where_to_continue(
         raise UserError(f"{run.path} has no checkpoint that is whole: " + "; ".join(damaged))
     if checkpoint is None:
         news.append("stopped before its first checkpoint: starts from the beginning")
-        return None
-    if checkpoint.step > config.train.steps:
+    elif checkpoint.step > config.train.steps:
         raise refusal(config, "train.steps", f"the checkpoint is past it, at step {checkpoint.step}")
-    news.append(f"resumed at step {checkpoint.step}")
+    else:
+        news.append(f"resumed at step {checkpoint.step}")
     return checkpoint
 
 
@@ -191,8 +186,8 @@ def check_resumable(old: Config, new: Config) -> list[str]:
     refused = [name for name in changed if not has_mark(name, Mark.MAY_CHANGE)]
     if refused:
         text = "; ".join(lines[name] for name in refused)
-        ways_out = "Put it back, or start another --run.dir"
-        raise UserError(f"the run cannot be resumed with a changed {text}. {ways_out}", refused[0])
+        text = f"{text}: may not change in a run; put it back, or start another --run.dir"
+        raise UserError(text, refused[0])
     return [line for name, line in lines.items() if not name.startswith("run.")]
 
 
@@ -204,35 +199,32 @@ def check_same_corpus(recorded: dict[str, Any], corpus: Corpus) -> None:
         way_out = "point data.path or data.hub_id at the run's text, or start another --run.dir"
         raise UserError(f"{text}; {way_out}", "data.path")
     if vocabulary_from_dict(recorded.get("vocabulary")) != corpus.vocabulary:
-        raise UserError(
-            "another vocabulary of the run's text; prepare it with the run's release of sentencepiece, "
-            "or start another --run.dir"
-        )
+        way_out = "use the run's release of sentencepiece, or start another --run.dir"
+        raise UserError(f"another vocabulary of the run's text; {way_out}")
 
 
 def rescaled(terms: Sequence[Term], step: int, old_steps: int, new_steps: int) -> Iterator[str]:
     """Lines about the changed progress, and terms that become active or silent."""
     old, new = step / old_steps, step / new_steps
     yield f"train.steps changed: progress at this step was {old:.3f} and is now {new:.3f}"
-    before = {term.name for term in terms if term.weight.at_next_turn(old) > 0.0}
-    after = {term.name for term in terms if term.weight.at_next_turn(new) > 0.0}
-    for what, names in (("terms switched on", after - before), ("terms switched off", before - after)):
+    before, after = (
+        {term.name for term in terms if term.weight.at_next_turn(progress) > 0.0} for progress in (old, new)
+    )
+    for what, names in (("on", after - before), ("off", before - after)):
         if names:
-            yield f"{what}: {', '.join(sorted(names))}"
+            yield f"terms switched {what}: {', '.join(sorted(names))}"
 
 
 def check_agreed(run: Run, step: int, accelerator: Accelerator) -> None:
     """Raise UserError unless all processes found the same step in the folder."""
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
     if min(steps) != max(steps):
-        raise UserError(
-            f"{run.path}: processes found different steps, {min(steps)} to {max(steps)}; make sure "
-            "that all machines can read the same checkpoints, and start again"
-        )
+        text = f"processes found different steps, {min(steps)} to {max(steps)}"
+        raise UserError(f"{run.path}: {text}; make sure that all machines read the same files")
 
 
 def check_folder(config: RunConfig) -> bool:
-    """Whether to continue the run in the folder, by the options or after a launcher's restart.
+    """Whether to continue the run in the folder, by an option or after a launcher's restart.
 
     Raises UserError if there is no run to continue, or the folder of a new one is not empty.
     """
@@ -256,8 +248,11 @@ def _begun_by_this_launcher(run: Run) -> bool:
 
 def _machine(accelerator: Accelerator) -> dict[str, Any]:
     """The resources in use, as `TrainState` names them."""
-    threads = torch.get_num_threads() if accelerator.device.type == "cpu" else None
-    return {"processes": accelerator.num_processes, "threads": threads, "precision": accelerator.mixed_precision}
+    return {
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads() if accelerator.device.type == "cpu" else None,
+        "precision": accelerator.mixed_precision,
+    }
 
 
 def describe(
@@ -268,6 +263,7 @@ def describe(
     characters = train.batch_size * config.model.context_length
     millions = num_parameters(objective) / 1e6
     terms = counted(len(objective.terms), "term")
+    symbols = corpus.splits["train"].symbols
     device = f"{accelerator.num_processes} x {accelerator.device.type}"
     if threads is not None:
         device += f" ({counted(threads, 'thread')})"
@@ -276,8 +272,7 @@ def describe(
     lines = [
         f"{config.run.dir}: {train.steps:,} steps of {characters:,} characters, "
         f"{millions:.1f}M parameters, {config.model.num_layers} layers, {terms}",
-        f"{corpus.name}: {corpus.splits['train'].symbols:,} symbols of vocabulary "
-        f"{corpus.vocabulary.name}, seed {train.seed}",
+        f"{corpus.name}: {symbols:,} symbols of vocabulary {corpus.vocabulary.name}, seed {train.seed}",
         f"{device}, precision {accelerator.mixed_precision} ({precision_reason})",
         describe_attention(config),
     ]
@@ -287,5 +282,5 @@ def describe(
     if train.diagnose_every and is_sharded(objective):
         lines.append("diagnostics: bits per character alone, as the gradients are in shards")
     if MISSING:
-        lines.append(f"no {' or '.join(MISSING)} here: only Ctrl-C and run.max_time stop the run with a checkpoint")
+        lines.append(f"no {' or '.join(MISSING)} here: stop with Ctrl-C or run.max_time")
     return lines
