@@ -1,4 +1,4 @@
-"""Options of the text and the vocabulary."""
+"""Options of the text, the vocabulary and the order of windows."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ _READ_BY = {
 
 
 class DataConfig(Section):
-    """The text, and how it becomes ids."""
+    """The text, how it becomes ids, and the order in which they are trained on."""
 
     corpus: Literal["enwik8", "text8", "lm1b", "file", "hub", "python-stdlib"] = "enwik8"
     """enwik8 and text8 are downloaded once and verified; lm1b is a dataset from the hub; file reads
@@ -62,6 +62,11 @@ class DataConfig(Section):
     """Share of the text held out for validation if the corpus has no validation split."""
     test_fraction: Share = 0.05
     """Share of the text, at its end, held out for testing if the corpus has no test split."""
+
+    order: Literal["uniform", "epochs"] = "uniform"
+    """How windows are drawn from the training split. uniform: independently, from all that there are (Al-Rfou et
+    al. 2018, section 4). epochs: without replacement, from windows side by side, each once before any comes
+    again; every epoch shifts their boundaries and shuffles anew."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -7,11 +7,16 @@ Shapes: B windows of a batch, W symbols of a training window (context_length + t
 N windows of an evaluation.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from charlm.config import UserError
+
+ROUNDS = 8
+"""Rounds of the permutation; with fewer, not all orders of a handful of windows are equally likely."""
 
 
 def training_windows(
@@ -21,6 +26,8 @@ def training_windows(
     step: int,
     batch_size: int,
     window_length: int,
+    stride: int | None = None,
+    divisor: int = 1,
 ) -> np.ndarray:
     """The windows of one optimizer step, for the whole global batch.
 
@@ -28,19 +35,77 @@ def training_windows(
     generator keyed by (seed, step), whose raw stream numpy keeps the same between versions. A 64-bit
     number modulo the number of starts is uneven by less than 2^-32 for texts below 4 billion symbols.
 
+    With a `stride` they come in epochs instead, see `epoch_starts`.
+
     Args:
         ids: the training split, 1-D.
         step: number of completed optimizer steps.
+        divisor: windows that share a stride, each with its part of it. All are in the same step, which
+            thus uses up as many strides, batch_size / divisor, at any window length.
 
-    Returns int64 [B, W]. Raises ValueError if the text is shorter than a window.
+    Returns int64 [B, W]. Raises ValueError if the text is shorter than a window, or than a stride's.
     """
-    num_starts = len(ids) - window_length + 1
+    offsets = np.zeros(1, np.int64)
+    if stride is not None:
+        offsets = np.minimum(-(-stride * np.arange(divisor) // divisor), stride - 1)
+    span = window_length + int(offsets[-1])
+    num_starts = len(ids) - span + 1
     if num_starts < 1:
-        raise ValueError(f"a text of {len(ids)} symbols holds no window of {window_length}")
-    generator = np.random.Philox(key=np.array([seed, step], dtype=np.uint64))
-    starts_B = (generator.random_raw(batch_size) % num_starts).astype(np.int64)
+        raise ValueError(f"a text of {len(ids)} symbols holds no window of {span}")
+    if stride is None:
+        generator = np.random.Philox(key=np.array([seed, step], dtype=np.uint64))
+        starts_B = (generator.random_raw(batch_size) % num_starts).astype(np.int64)
+    else:
+        count = batch_size // divisor
+        strides = epoch_starts(num_starts, stride, seed=seed, first=step * count, count=count)
+        starts_B = np.add.outer(strides, offsets).ravel()
     windows = [ids[start : start + window_length] for start in starts_B]
     return np.stack(windows).astype(np.int64)
+
+
+def epoch_starts(num_starts: int, stride: int, *, seed: int, first: int, count: int) -> np.ndarray:
+    """Starts number `first`, `first` + 1, ... of a run that draws without replacement: int64 [count].
+
+    In each epoch every start of a grid comes once, in an order keyed by (seed, epoch). The grid has
+    the same number of starts, `stride` apart, in all epochs; where it begins is drawn anew from all
+    places at which it fits into `num_starts`, so that in time windows start everywhere.
+    """
+    size = max(1, num_starts // stride)
+    places = num_starts - (size - 1) * stride
+    starts, end = [], first + count
+    while first < end:
+        epoch, index = divmod(first, size)
+        generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
+        place, *keys = generator.random_raw(1 + ROUNDS).tolist()
+        indices = np.arange(index, min(size, index + end - first))
+        starts.append(place % places + stride * permuted(indices, size, keys))
+        first += len(indices)
+    return np.concatenate(starts)
+
+
+def permuted(indices: np.ndarray, size: int, keys: Sequence[int]) -> np.ndarray:
+    """Where a keyed permutation of range(size) takes `indices`, without computing it for the others.
+
+    A Feistel network over two digits, a round per key of 64 bits; what leaves the range goes through
+    again until it is back (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    base = math.isqrt(size - 1) + 1
+    found = indices.astype(np.uint64)
+    outside = np.full(len(found), True)
+    while outside.any():
+        left, right = np.divmod(found[outside], base)
+        for key in keys:
+            left, right = right, (left + _mixed(right ^ key) % base) % base
+        found[outside] = left * base + right
+        outside = found >= size
+    return found.astype(np.int64)
+
+
+def _mixed(bits: np.ndarray) -> np.ndarray:
+    """The last step of SplitMix64 (Steele et al. 2014), in which each of 64 bits depends on all."""
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
+    return bits ^ (bits >> 31)
 
 
 def default_stride(context_length: int) -> int:

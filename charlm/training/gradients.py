@@ -58,6 +58,8 @@ def micro_batches(
         step=step,
         batch_size=train.batch_size * divisor,
         window_length=max(1, config.model.context_length // divisor) + objective.longest_offset,
+        stride=config.model.context_length if config.data.order == "epochs" else None,
+        divisor=divisor,
     )
     shares = np.array_split(windows, accelerator.num_processes)
     own = torch.from_numpy(shares[accelerator.process_index])

@@ -3,11 +3,13 @@
 Shapes: B windows, W their length.
 """
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from charlm.config import UserError
-from charlm.data.windows import evaluation_windows, training_windows
+from charlm.data.windows import ROUNDS, epoch_starts, evaluation_windows, permuted, training_windows
 
 MASK = 2**64 - 1
 
@@ -76,6 +78,109 @@ def test_a_text_shorter_than_a_window_is_refused():
     """A negative number of starts, taken modulo."""
     with pytest.raises(ValueError, match="a text of 19 symbols holds no window of 20"):
         starts(19, seed=0, step=0, batch_size=1, window_length=20)
+
+
+def permutation(size: int, keys: list[int]) -> list[int]:
+    """Where a Feistel network over two digits takes 0, 1, ...; numbers outside the range walk until they are back."""
+
+    def mixed(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
+        return x ^ (x >> 31)
+
+    def walk(number: int) -> int:
+        left, right = divmod(number, base)
+        for key in keys:
+            left, right = right, (left + mixed(right ^ key)) % base
+        number = left * base + right
+        return number if number < size else walk(number)
+
+    assert mixed(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # the first number of SplitMix64 from seed 0
+    base = next(base for base in range(1, size + 1) if base * base >= size)
+    return [walk(number) for number in range(size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9, 10, 100, 1009])
+def test_a_permutation_is_computed_number_by_number(size):
+    """Guards against a start that comes twice or never, and against arithmetic that overflows."""
+    keys = philox4x64([1, 0, 0, 0], [size, 0]) + philox4x64([2, 0, 0, 0], [size, 0])
+    whole = permuted(np.arange(size), size, keys)
+    assert sorted(whole) == list(range(size))
+    assert whole.tolist() == permutation(size, keys)
+    for index in {0, size // 2, size - 1}:
+        assert permuted(np.array([index]), size, keys) == whole[index]
+
+
+def test_all_orders_are_equally_likely():
+    """Guards against rounds that hardly mix: neighbours that stay neighbours, epochs that begin alike. Of 6 orders of
+    three windows, each comes in a sixth of 6000 epochs, within four standard deviations."""
+    starts = [tuple(epoch_starts(30, 10, seed=1, first=3 * epoch, count=3) // 10) for epoch in range(6000)]
+    counts = Counter(starts)
+    assert len(counts) == 6 and all(abs(count - 1000) < 4 * (1000 * 5 / 6) ** 0.5 for count in counts.values())
+    many = epoch_starts(100_000, 10, seed=1, first=0, count=10_000)
+    assert abs(np.corrcoef(many[1:], many[:-1])[0, 1]) < 0.04 and abs(np.corrcoef(many, range(10_000))[0, 1]) < 0.04
+
+
+def test_epochs_come_from_the_published_generator():
+    """Another order, after an upgrade or a change here: a run that is resumed would read some windows twice."""
+    assert ROUNDS == 8
+    seed, num_starts, stride = 7, 128, 10  # twelve strides, and room for another 8 places
+    for epoch in (0, 1, 123_456):
+        place, *keys = [n for counter in (1, 2, 3) for n in philox4x64([counter, 0, 0, 0], [seed, epoch])][: 1 + ROUNDS]
+        expected = [place % 18 + stride * index for index in permutation(12, keys)]
+        assert epoch_starts(num_starts, stride, seed=seed, first=12 * epoch, count=12).tolist() == expected
+
+
+EPOCHS = [
+    pytest.param(1, 4, id="full windows"),
+    pytest.param(4, 4, id="quarters"),
+    pytest.param(3, 5, id="uneven parts"),  # of 3 symbols: one in 10 is left out
+    pytest.param(1, 29, id="many epochs in a step"),
+]
+
+
+@pytest.mark.parametrize(("divisor", "strides"), EPOCHS)
+def test_every_start_comes_once_an_epoch(divisor, strides):
+    """Guards against starts that come twice or never in an epoch, windows that overlap or leave the text, and the same
+    grid or the same order in all epochs. The text is 137 symbols, of which an epoch reads twelve strides of 10."""
+    length = 10 // divisor
+    arguments = {"seed": 3, "batch_size": strides * divisor, "window_length": length + 2, "stride": 10}
+    steps = [starts(137, step=step, divisor=divisor, **arguments) for step in range(60)]
+    windows = np.concatenate(steps)[: 120 * divisor]
+    assert windows.min() >= 0 and windows.max() + length + 2 <= 137
+    epochs = np.split(windows, 10)
+    begins = [epoch.min() for epoch in epochs]
+    for epoch, begin in zip(epochs, begins, strict=True):
+        read = Counter(symbol for start in epoch for symbol in range(start, start + length))
+        assert set(read.values()) == {1}
+        assert set(read) <= set(range(begin, begin + 120)) and len(read) == 12 * length * divisor
+    assert len(set(begins)) > 1
+    assert len({tuple(epoch - begin) for epoch, begin in zip(epochs, begins, strict=True)}) == 10
+
+
+def test_growing_windows_go_on_in_the_same_epoch():
+    """Guards against an epoch that begins anew, or jumps, where windows become longer or the run does: a step reads the
+    same strides at every length of its windows."""
+    for step in range(40):
+        whole = starts(137, seed=3, step=step, batch_size=5, window_length=12, stride=10)
+        for divisor in (2, 5, 10, 20):
+            parts = {"divisor": divisor, "window_length": max(1, 10 // divisor) + 2}
+            short = starts(137, seed=3, step=step, batch_size=5 * divisor, stride=10, **parts)
+            assert short[::divisor] == whole
+            assert all(0 <= start - whole[index // divisor] < 10 for index, start in enumerate(short))
+
+
+@pytest.mark.parametrize(("num_symbols", "places"), [(12, {0}), (15, {0, 1, 2, 3}), (41, set(range(30)))])
+def test_epochs_reach_both_ends_of_the_text(num_symbols, places):
+    """Guards against text before the first or behind the last stride that is never read, and a text of one window."""
+    drawn = {
+        start
+        for step in range(99)
+        for start in starts(num_symbols, seed=0, step=step, batch_size=8, window_length=12, stride=10)
+    }
+    assert drawn == places
+    with pytest.raises(ValueError, match="a text of 11 symbols holds no window of 12"):
+        starts(11, seed=0, step=0, batch_size=2, window_length=12, stride=10)
 
 
 def targets(windows):

@@ -54,6 +54,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "sgd-uneven": [*SGD, *UNEVEN],
         "sgd-accumulated": [*SGD, "--train.micro_batch_size=1"],
         "ngrams": [*GROWING, "--model.ngrams=[2,3]"],
+        "epochs": [*GROWING, *UNEVEN, "--data.order=epochs"],
         "last-position": [*LAST_POSITION, "--train.micro_batch_size=1"],
     },
     "shards": {

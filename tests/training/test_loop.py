@@ -3,7 +3,10 @@
 import itertools
 import json
 import math
+import random
 import subprocess
+import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from charlm.data.windows import training_windows
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.runs.folder import Run
+from launched import TORCHRUN, launch
 from tiny import SCRIPTS, TINY, refused, train, training_rows, typed
 
 CONFIGS = SCRIPTS.parent / "configs"
@@ -88,6 +92,46 @@ def test_windows_grow_to_the_full_context(tmp_path, text_corpus_flags, monkeypat
     flags = [*FLAGS, *text_corpus_flags, *growing, "--train.micro_batch_size=2", f"--run.dir={tmp_path / 'run'}"]
     train(*flags)
     assert shapes == [(8, 4 + 2)] * 2 * 3 + [(2, 16 + 2)] * 2 * 2
+
+
+GROWING = typed("--train.context_divisor=4 --train.full_context_from=0.45")
+THREE_EPOCHS = {
+    "one process": ("", [sys.executable], []),
+    "stops": ("3,4,11", [sys.executable], ["--train.micro_batch_size=4"]),
+    "two processes, stops": ("2,9", TORCHRUN, []),
+    "growing windows": ("5,13", [sys.executable], GROWING),
+    "growing windows, two processes": ("7", TORCHRUN, GROWING),
+}
+"""Steps after which the run is stopped, how it is started, and flags."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case == "growing windows" else pytest.mark.slow) for case in THREE_EPOCHS]
+)
+def test_three_epochs_read_everything_three_times(case, tmp_path):
+    """Guards against windows that depend on stops, on processes or micro-batches: in 20 steps of 6 windows of 16, 40
+    windows that stand side by side come three times, once in each epoch; windows of 4 read the same."""
+    stops, launcher, flags = THREE_EPOCHS[case]
+    text = bytes(random.Random(0).choices(range(256), k=660 + 2 * 66))  # every window occurs once
+    (tmp_path / "text").write_bytes(text)
+    flags = [*TINY, *flags, *typed("--train.steps=20 --train.batch_size=6 --data.order=epochs --run.auto_resume=true")]
+    flags += typed("--data.corpus=file --data.as_is=true --data.valid_fraction=0.08334 --data.test_fraction=0.08334")
+    flags += [f"--data.path={tmp_path / 'text'}", f"--data.cache_dir={tmp_path}", f"--run.dir={tmp_path / 'run'}"]
+    done = launch([*launcher, SCRIPTS.parent / "tests/training/train_and_note.py", tmp_path, stops, *flags])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("resumed at step") == len(stops.split(",")) * bool(stops)
+    files = sorted(tmp_path.glob("*.jsonl"))
+    assert len(files) == 1 + (launcher is TORCHRUN)
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    windows = [ids for _, ids in sorted(rows, key=lambda row: row[0])]  # of a step, by process
+    starts = [text.index(bytes(ids)) for ids in windows]
+    read = [symbol for start, ids in zip(starts, windows, strict=True) for symbol in range(start, start + len(ids) - 2)]
+    assert len(read) == 3 * 640
+    strides = Counter()
+    for epoch in (read[:640], read[640:1280], read[1280:]):
+        assert sorted(epoch) == list(range(min(epoch), min(epoch) + 640))
+        strides.update((symbol - min(epoch)) // 16 for symbol in epoch)
+    assert strides == dict.fromkeys(range(40), 3 * 16)
 
 
 def test_a_run_records_what_it_was_made_from(tmp_path, text_corpus_flags):

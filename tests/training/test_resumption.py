@@ -44,6 +44,7 @@ SETTINGS = {
     "ngrams": [*MANY, "--model.ngrams=[2,3]", "--model.ngram_buckets=64", "--train.mixed_precision=no"],
     "growing": typed("--train.context_divisor=2 --train.full_context_from=0.5 --train.micro_batch_size=2"),
     "wsd": typed("--train.lr_schedule=wsd --train.decay_steps=0.4 --train.final_lr=0.1"),
+    "epochs": typed("--data.order=epochs --train.context_divisor=4 --train.full_context_from=0.4"),
     "relay": [*MANY, "--aux.route=relay"],
     "pairwise": [*MANY, "--aux.route=pairwise", "--model.ngrams=[2]"],
     "multiway": [*MANY, *CHECKPOINTING, "--aux.route=multiway", "--train.weight_decay=0.1"],
