@@ -20,50 +20,50 @@ from charlm.model.attention import attends_in_blocks
 from charlm.objective.routes import ROUTES
 
 PATIENCE = timedelta(minutes=10)  # with a process that hangs
+OF_LAUNCHERS = (
+    "(ACCELERATE|FORK|FSDP|GROUP|MASTER|MV2|OMPI|PMI|TORCHELASTIC)_.*"
+    "|(LOCAL_)?(RANK|WORLD_SIZE)"
+)
 
 
 @contextmanager
 def launch_explained() -> Iterator[None]:
     """Inside, variables of a launcher that cannot work raise a UserError that shows them."""
-    ours = r"(ACCELERATE|FORK|FSDP|GROUP|MASTER|MV2|OMPI|PMI|TORCHELASTIC)_.*|(LOCAL_)?(RANK|WORLD_SIZE)"
-    found = {name: value for name, value in sorted(os.environ.items()) if re.fullmatch(ours, name)}
+    found = {name: value for name, value in sorted(os.environ.items()) if re.fullmatch(OF_LAUNCHERS, name)}
     try:
-        rank, size = int(found.get("RANK", "0")), int(found.get("WORLD_SIZE", "1"))
-        local_rank = int(found.get("LOCAL_RANK", "0"))
-        if not 0 <= rank < size or local_rank < 0 or (size > 1 and "RANK" not in found):
-            raise ValueError("a process needs a RANK below WORLD_SIZE, and no rank is negative")
+        size = int(found.get("WORLD_SIZE", "1"))
+        rank = int(found.get("RANK", "0" if size == 1 else "-1"))
+        if not 0 <= rank < size or int(found.get("LOCAL_RANK", "0")) < 0:
+            raise ValueError("RANK must be below WORLD_SIZE, and no rank negative")
         DynamoBackend(found.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper())
         torch.ones(1, device=found.get("ACCELERATE_TORCH_DEVICE", "cpu")).item()
         yield
-    except UserError:
-        raise
     except Exception as error:  # torch and accelerate have no type for these
-        if not found:
+        if isinstance(error, UserError) or not found:
             raise
         shown = " ".join(map("=".join, found.items()))
-        way_out = "unset what no launcher set, or start with accelerate launch or torchrun"
-        raise UserError(f"cannot start with {shown}: {first_line(error)}; {way_out}") from error
+        fault = f"cannot start with {shown}: {first_line(error)}"
+        raise UserError(f"{fault}; unset what no launcher set") from error
 
 
 @launch_explained()
 def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
     """The Accelerator of this run, and the reason for its precision.
 
-    Raises UserError for variables of a launcher that are wrong, fp16 on a CPU, and gradient accumulation.
+    Raises UserError for wrong variables of a launcher, fp16 on a CPU, and gradient accumulation.
     """
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
-        raise UserError(
-            f"accelerate's gradient_accumulation_steps={accumulation}: use "
-            "--train.micro_batch_size, which keeps the global batch, and set accelerate's to 1"
-        )
+        text = f"accelerate's gradient_accumulation_steps={accumulation}"
+        raise UserError(f"{text}: use --train.micro_batch_size, and set accelerate's to 1")
     precision, reason = choose_precision(train)
     _rejoin_group()
     # accelerate has no public way to forget the precision of an earlier run of this process.
     AcceleratorState._reset_state()
     with patch_environment(accelerate_use_fsdp="false"):  # `charlm.training.sharding` does that
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else processes on CPUs would not find each other
+            # Without it processes on CPUs would not find each other.
+            cpu=not torch.accelerator.is_available(),
             mixed_precision=precision,
             dynamo_backend="no",  # blocks are compiled one by one
             kwargs_handlers=[
@@ -77,7 +77,7 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
 
 
 def leave_group() -> None:
-    """End the process group and its threads, which end with the last reference to it.
+    """End the process group, and with its last reference its threads.
 
     A gloo thread that frees a tensor while Python shuts down aborts the process.
     """
@@ -99,10 +99,10 @@ def _rejoin_group() -> None:
     one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
     if attempt == "0" or not one_machine or dist.is_initialized():
         return
-    store, rank, num_processes = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
     store = dist.PrefixStore(f"attempt {attempt}", store)
     backend = "gloo" if on_cpu() else "nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_processes, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
 
 @launch_explained()
@@ -113,20 +113,20 @@ def on_cpu() -> bool:
 
 def choose_precision(train: TrainConfig) -> tuple[str, str]:
     """Mixed precision in accelerate's words, and its reason. Raises UserError for fp16 on a CPU."""
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    option = "train.mixed_precision"
     if train.mixed_precision != "auto":
         precision, reason = train.mixed_precision, "as configured"
-    elif launcher := os.environ.get("ACCELERATE_MIXED_PRECISION"):
-        precision, reason = launcher.lower(), "as accelerate was told"
+    elif launcher:
+        precision, reason = launcher, "as accelerate was told"
     elif has_fast_bf16():
         precision, reason = "bf16", "native here"
     else:
         precision, reason = "no", "no native bf16 here"
     if precision not in ("no", "fp32", "bf16", "fp16"):
-        text = f"ACCELERATE_MIXED_PRECISION={launcher}: must be no, bf16 or fp16; --train.mixed_precision overrides it"
-        raise UserError(text, "train.mixed_precision")
+        raise UserError(f"ACCELERATE_MIXED_PRECISION={launcher}: must be no, bf16 or fp16", option)
     if precision == "fp16" and on_cpu():
-        text = "not available on a CPU; use bf16 or fp32"
-        raise UserError(f"train.mixed_precision=fp16: {text}", "train.mixed_precision")
+        raise UserError(f"{option}=fp16: not available on a CPU; use bf16 or fp32", option)
     return {"fp32": "no"}.get(precision, precision), reason
 
 
@@ -134,7 +134,8 @@ def has_fast_bf16() -> bool:
     """Whether matrix products in bf16 run in hardware."""
     if not on_cpu():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest supported torch lacks it
+    # The oldest supported torch lacks the function.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
@@ -147,12 +148,12 @@ def choose_compile(train: TrainConfig) -> bool:
 
 def describe_attention(config: Config) -> str:
     """How attention is computed."""
+    device = "cpu" if on_cpu() else "cuda"
     if config.model.attention_dropout > 0:  # in blocks there is no dropout
-        reason = "the CPU's fused kernel has no dropout; model.attention_dropout=0 is faster"
-        return f"attention unfused ({reason})" if on_cpu() else "attention fused"
-    if attends_in_blocks(config.train.attention, "cpu" if on_cpu() else "cuda"):
-        return "attention in blocks" + (" (the fused kernel also computes the masked half)" if on_cpu() else "")
-    return "attention fused"
+        reason = "the CPU's fused kernel has no dropout"
+        return f"attention unfused ({reason})" if device == "cpu" else "attention fused"
+    in_blocks = attends_in_blocks(config.train.attention, device)
+    return "attention in blocks" if in_blocks else "attention fused"
 
 
 @contextmanager

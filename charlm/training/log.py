@@ -1,7 +1,7 @@
 """Logging of a run: metrics.jsonl, the same numbers for accelerate's trackers, and a progress line.
 
-Trackers are started here: accelerate's `init_trackers` gives all one project name, which tensorboard
-takes for a folder; its `end_training` destroys the process group, which a second run needs.
+Trackers are started here: accelerate's `init_trackers` gives all the same options, and its
+`end_training` destroys the process group, which a second run needs.
 """
 
 import math
@@ -15,7 +15,7 @@ from uuid import uuid4
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from tqdm import tqdm
 
-from charlm.config import Config, UserError, flatten, steps_of
+from charlm.config import Config, UserError, flatten
 from charlm.config.errors import shown
 from charlm.data.corpus import Split
 from charlm.objective.hedge import Hedge
@@ -42,28 +42,25 @@ class Tracker:
         """Raises UserError if one of run.tracker does not start."""
         self.run, self.terms, self.main = run, terms, main
         self.bits_per_nat = split.symbols / split.characters / math.log(2)
-        train = config.train
-        self.total_steps = train.steps
-        self.symbols_per_step = train.batch_size * config.model.context_length
+        self.total_steps = config.train.steps
+        self.symbols_per_step = config.train.batch_size * config.model.context_length
         main_head = f"layer{config.model.num_layers}/offset1"
         self.main_names = [f"{main_head}/all", f"{main_head}/last"]
         self.trackers = start_trackers(config, run, state.step) if main else []
         self.began = time.perf_counter()
         self.earlier_seconds = state.seconds
         self.paused_seconds = 0.0
-        self.cadences = {"validating": train.valid_every, "diagnosing": train.diagnose_every}
-        self.newest_pauses = {}  # seconds by kind; saving takes next to none
-        self.first_step = self.logged_step = state.step
+        self.logged_step = state.step
         self.logged_seconds = 0.0
         self.loses_rows = False
-        self.time_left, self.shown = "?", ""
+        self.shown = ""
         self.bar = tqdm(
             total=self.total_steps,
             initial=state.step,
             disable=None if main else True,
             dynamic_ncols=True,
-            bar_format="{n}/{total} {desc}",
-            desc="? left",
+            bar_format="{n}/{total} {remaining} left{desc}",
+            smoothing=0,
         )
 
     @property
@@ -76,29 +73,16 @@ class Tracker:
         """Duration of this process's steps alone."""
         return time.perf_counter() - self.began - self.paused_seconds
 
-    def seconds_left(self, step: int) -> float:
-        """Estimate from the mean speed and the newest pause of each kind."""
-        left = (self.total_steps - step) * self.training_seconds / max(1, step - self.first_step)
-        for doing, seconds in self.newest_pauses.items():
-            every = steps_of(self.cadences[doing], self.total_steps)
-            left += seconds * (math.ceil(self.total_steps / every) - (step - 1) // every)
-        return left
-
     @contextmanager
     def speed_paused(self, doing: str) -> Iterator[None]:
         """Inside, time does not count as training; the progress line says `doing`."""
-        began, shown = time.perf_counter(), self.shown
-        self._show(f", {doing}")
-        self.bar.refresh()
+        began = time.perf_counter()
+        self.bar.set_description_str(f", {doing}")
         try:
             yield
         finally:
-            self._show(shown)
-            self.bar.refresh()
-        took = time.perf_counter() - began
-        self.paused_seconds += took
-        if doing in self.cadences:
-            self.newest_pauses[doing] = took
+            self.bar.set_description_str(self.shown)
+        self.paused_seconds += time.perf_counter() - began
 
     def log_training(self, update: StepReport, learning_rate: float, hedge: Hedge | None = None) -> None:
         """Record an update, and the weights of `hedge` after it."""
@@ -109,12 +93,11 @@ class Tracker:
         symbols = (step - self.logged_step) * self.symbols_per_step
         speed = symbols / (seconds - self.logged_seconds)
         self.logged_step, self.logged_seconds = step, seconds
-        main_loss = next((parts[name] for name in self.main_names if name in parts), None)
-        bits = None if main_loss is None else main_loss * self.bits_per_nat
+        main_losses = [parts[name] for name in self.main_names if name in parts]
+        bits = main_losses[0] * self.bits_per_nat if main_losses else None
         # The update used the weights of the progress before it.
-        progress = (step - 1) / self.total_steps
-        weights = {term.name: weight for term, weight in active(self.terms, progress)}
-        terms = {name: {"loss": loss, "weight": weights[name]} for name, loss in parts.items()}
+        weighted = active(self.terms, (step - 1) / self.total_steps)
+        weights = {term.name: weight for term, weight in weighted}
         row = {
             "loss": update.loss,
             "bits_per_character": bits,
@@ -122,17 +105,17 @@ class Tracker:
             "characters_per_second": speed,
             "seconds": self.seconds,
             "memory": peak_memory(),
-            "terms": terms,
+            "terms": {name: {"loss": parts[name], "weight": weights[name]} for name in parts},
         }
         if hedge is not None:
             by_layer = zip(hedge.layers, hedge.weights.tolist(), strict=True)
             row["hedge"] = {f"layer{layer}": weight for layer, weight in by_layer}
         self.record(step, row)
-        self.time_left = tqdm.format_interval(self.seconds_left(step))
         shown_bits = "" if bits is None else f" {bits:.3f} bpc"  # the line fits into 80 columns
         shown_speed = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
         losses = f" loss {update.loss:.4g}{shown_bits} lr {learning_rate:.1e}"
-        self._show(f"{losses} {counted(len(parts), 'term')} {shown_speed} ch/s")
+        self.shown = f"{losses} {counted(len(parts), 'term')} {shown_speed} ch/s"
+        self.bar.set_description_str(self.shown, refresh=False)
         self.bar.update(step - self.bar.n)
 
     def log_validation(self, step: int, bits_per_character: float, bits_per_byte: float, best: bool) -> None:
@@ -149,15 +132,13 @@ class Tracker:
 
     def conclude(self, best_step: int | None, best_bits: float | None) -> None:
         """Print the best score and the time taken."""
-        self.time_left = tqdm.format_interval(0.0)
-        self._show(self.shown)
         if best_bits is not None:
             at = f"at step {best_step:,} of {self.total_steps:,}"
             self.say(f"best: {best_bits:.4f} bits per character on valid, {at}")
         took = time.perf_counter() - self.began
-        aside = self.paused_seconds / took if took else 0.0
+        aside = f"{self.paused_seconds / took:.0%}"
         purpose = "validations, checkpoints and diagnostics"
-        self.say(f"time: {tqdm.format_interval(took)}, {aside:.0%} of it for {purpose}")
+        self.say(f"time: {tqdm.format_interval(took)}, {aside} of it for {purpose}")
 
     def close(self) -> None:
         """Finish the trackers and close the progress line."""
@@ -181,11 +162,6 @@ class Tracker:
             if not self._keeping_on(tracker.name, tracker.log, values, step=step):
                 self.trackers.remove(tracker)
 
-    def _show(self, rest: str) -> None:
-        """Show the time left and `rest`; tqdm's own estimate would jump."""
-        self.shown = rest
-        self.bar.set_description_str(f"{self.time_left} left{rest}", refresh=False)
-
     def _keeping_on(self, name: str, call: Callable[..., None], *args: Any, **options: Any) -> bool:
         """Whether the call succeeded. A failed tracker does not end the run."""
         try:
@@ -202,12 +178,15 @@ def check_installed(names: Sequence[str]) -> None:
     if missing:
         differing = {"aim": "'aim<4'", "comet_ml": "comet-ml"}
         packages = " ".join(differing.get(name, name) for name in missing)
-        text = f"not installed; pip install {packages}, or leave it out"
-        raise UserError(f"run.tracker={','.join(missing)}: {text}", "run.tracker")
+        fault = f"run.tracker={','.join(missing)}: not installed"
+        raise UserError(f"{fault}; pip install {packages}, or leave it out", "run.tracker")
 
 
 def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
-    """Start the trackers of a run at `step`, and record its options. Raises UserError if one does not start."""
+    """Start the trackers of a run at `step`, and record its options.
+
+    Raises UserError if one does not start.
+    """
     trackers = []
     options = flatten(config.model_dump(), ".")
     for option, value in options.items():
@@ -222,16 +201,16 @@ def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
     except Exception as error:  # no login, no server, a folder of another version
         for tracker in trackers:
             tracker.finish()
-        text = f"run.tracker={name}: did not start: {error}; fix that, or leave it out"
-        raise UserError(text, "run.tracker") from error
+        text = f"run.tracker={name}: did not start: {error}"
+        raise UserError(f"{text}; fix that, or leave it out", "run.tracker") from error
     return trackers
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
     """The numbers of a row of metrics.jsonl but its step, by path: `terms/layer3/offset1/all/loss`.
 
-    A tracker keeps one value per name and step. Names of a validation therefore begin with `valid/`,
-    and diagnostics leave out the progress, which the training row has.
+    A tracker keeps one value per name and step. Names of a validation therefore begin with
+    `valid/`, and diagnostics leave out the progress.
     """
     if "valid" in row:
         others = {name: value for name, value in row.items() if name not in ("step", "valid")}
@@ -245,7 +224,6 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
 
 def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:
     folder, title = run.path / "trackers", run.path.resolve().name
-    resumed = step > 0
     key_path = folder / "key"  # unique name, kept for resumption
     if not key_path.exists():
         folder.mkdir(exist_ok=True)
@@ -255,10 +233,10 @@ def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:
         "aim": {"experiment": config.run.project},
         "clearml": {"task_name": title, "auto_connect_frameworks": False, "reuse_last_task_id": False},
         "comet_ml": {"experiment_key": key},
-        "dvclive": {"dir": str(folder / "dvclive"), "resume": resumed, "save_dvc_exp": False, "dvcyaml": None},
+        "dvclive": {"dir": str(folder / "dvclive"), "resume": step > 0, "save_dvc_exp": False, "dvcyaml": None},
         "mlflow": {"run_name": title},
         "swanlab": {"log_dir": str(folder / "swanlab"), "name": title, "id": key, "resume": "allow"},
-        "tensorboard": {"purge_step": step + 1 if resumed else None},
+        "tensorboard": {"purge_step": step + 1 if step > 0 else None},
         "trackio": {"name": f"{title}-{key[:8]}", "resume": "allow"},  # resumed by name
         "wandb": {"dir": str(folder), "name": title, "id": key, "resume": "allow"},
     }.get(name, {})
