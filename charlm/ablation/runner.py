@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from charlm.ablation.variants import VariantRun
 from charlm.config.load import to_yaml
-from charlm.data.sources import located
 from charlm.files import write_whole
 from charlm.process import RSS_UNIT
 from charlm.runs.folder import Run
@@ -36,12 +35,11 @@ STOPPED = (0, -signal.SIGTERM, -signal.SIGKILL)
 
 
 class Child(NamedTuple):
-    """The process of a run."""
+    """The process of a run, and where in the log file its output begins."""
 
     run: VariantRun
     process: subprocess.Popen
     log_start: int
-    """Position in the log file at which its output begins."""
 
 
 @dataclass
@@ -63,10 +61,9 @@ class Runner:
     def run(self, runs: Sequence[VariantRun], folder: Path) -> None:
         """Train the unfinished ones of `runs`, in order.
 
-        The first SIGINT, SIGTERM or SIGHUP makes the current runs save and stop; the second kills them.
-
-        Raises UserError if a run was begun with another configuration, or another process works in `folder`,
-        and nothing has been trained; or `folder` was removed while runs were trained.
+        The first SIGINT, SIGTERM or SIGHUP makes the current runs save and stop, the second
+        kills them. Raises UserError if a run was begun with another configuration, another process
+        works in `folder`, or `folder` is removed meanwhile.
         """
         for run in runs:
             run.check_unchanged()
@@ -80,11 +77,10 @@ class Runner:
                 stack.callback(signal.signal, number, earlier)
             waiting = [run for run in runs if run.result() is None]
             self.done = len(runs) - len(waiting)
-            threads = os.environ.get("OMP_NUM_THREADS", self.threads)
-            state = f"{len(runs)} runs, {self.done} finished"
-            _say(f"{folder}: {state}; {self.at_once} at once, {threads} threads each")
+            _say(f"{folder}: {len(runs)} runs, {self.done} finished; {self.at_once} at once")
             try:
-                with tqdm(total=len(runs), initial=sum(run.fraction_done() for run in runs), **BAR) as bar:
+                begun = sum(run.fraction_done() for run in runs)
+                with tqdm(total=len(runs), initial=begun, **BAR) as bar:
                     self._train(waiting, runs, place, bar)
             finally:  # also after an error
                 for child in self.children:
@@ -102,14 +98,14 @@ class Runner:
                 told = self.signals
                 number = signal.SIGTERM if told == 1 else signal.SIGKILL
                 for child in self.children:
-                    os.kill(child.process.pid, number)
+                    os.kill(child.process.pid, number)  # send_signal would reap an ended one
             for child in list(self.children):
                 pid, status, usage = os.wait4(child.process.pid, os.WNOHANG)
                 if pid:
                     child.process.returncode = os.waitstatus_to_exitcode(status)
                     self.children.remove(child)
-                    cpu_seconds = usage.ru_utime + usage.ru_stime
                     failure = self._note_end(child, len(runs))
+                    cpu_seconds = usage.ru_utime + usage.ru_stime
                     child.run.add_costs(usage.ru_maxrss * RSS_UNIT, cpu_seconds, failure)
                     self.after_each()
             if time.monotonic() - drawn > REDRAW_SECONDS:
@@ -123,7 +119,8 @@ class Runner:
 
     def _start(self, run: VariantRun) -> Child:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(run.beside(".yaml"), to_yaml(located(run.config)))
+        write_whole(run.beside(".yaml"), to_yaml(run.config))
+        launcher = str(os.getpid())
         with run.beside(".log").open("ab") as log:
             start = log.tell()
             process = subprocess.Popen(
@@ -131,8 +128,8 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": str(self.threads)} | os.environ | {LAUNCHER: str(os.getpid())},
-                start_new_session=True,  # or Ctrl-C would reach it from the terminal too
+                env={"OMP_NUM_THREADS": str(self.threads)} | os.environ | {LAUNCHER: launcher},
+                start_new_session=True,  # out of reach of the terminal's Ctrl-C
             )
         return Child(run, process, start)
 
@@ -142,12 +139,13 @@ class Runner:
             self.done += 1
             score = f"{result['bits_per_character']:.4f} bits per character"
             _say(f"{self.done} of {total}: {child.run}: {score}")
-        elif not self.signals or child.process.returncode not in STOPPED:
-            self.failed.append(child.run)
-            failure = _failure(child)
-            _say(f"failed: {child.run}: {failure}")
-            return failure
-        return None
+            return None
+        if self.signals and child.process.returncode in STOPPED:
+            return None
+        self.failed.append(child.run)
+        failure = _failure(child)
+        _say(f"failed: {child.run}: {failure}")
+        return failure
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()

@@ -17,17 +17,16 @@ from charlm.report.style import GREY, PICTURE, TRAIN, VALID, new_figure, save
 from charlm.text import markdown_table, visible
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; more use the last one, the safe side."""
+"""Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; more use the last, the safe side."""
 HOW_TO_READ = (
     "Bits per character: mean ± standard deviation over seeds. "
-    "Δ: mean over seeds of the difference to `{reference}`, ± half the 95 % confidence interval (Student's t); "
-    "a seed gives every row the same windows. "
+    "Δ: mean over seeds of the difference to `{reference}`, "
+    "± half the 95 % confidence interval (Student's t). "
     "Better and worse: the interval excludes zero; "
     "about 1 in 20 rows without a real effect is marked so by chance. "
-    "The errors hang together: all rows are compared with the same runs of `{reference}`. "
+    "The errors hang together: all rows are compared with the same runs. "
     "Time per step: median over seeds, without validation. "
-    "CPU s: processor time of a whole run, median over seeds; "
-    "it hardly depends on other work on the machine. "
+    "CPU s: processor time of a whole run, median over seeds. "
     "Memory: the largest resident size of the process, libraries included."
 )
 
@@ -45,16 +44,9 @@ class Row:
     """Messages of the runs that failed."""
 
     @property
-    def scores(self) -> list[float]:
-        return [result["bits_per_character"] for result in self.results.values()]
-
-    @property
-    def deltas(self) -> list[float]:
-        """Bits per character minus the reference's, for the seeds that both have."""
-        name = "bits_per_character"
-        others = self.reference.results if self.reference else {}
-        both = [seed for seed in self.results if seed in others]
-        return [self.results[seed][name] - others[seed][name] for seed in both]
+    def scores(self) -> dict[int, float]:
+        """Bits per character by seed."""
+        return {seed: result["bits_per_character"] for seed, result in self.results.items()}
 
     @cached_property
     def figures(self) -> dict[str, Any]:
@@ -62,7 +54,9 @@ class Row:
 
         delta_95 is half the 95 % interval of delta.
         """
-        scores, deltas = self.scores, self.deltas
+        scores = list(self.scores.values())
+        others = self.reference.scores if self.reference else {}
+        deltas = [bits - others[seed] for seed, bits in self.scores.items() if seed in others]
         delta = statistics.fmean(deltas) if deltas else None
         margin, verdict = None, ""
         if len(deltas) > 1:
@@ -71,7 +65,7 @@ class Row:
             outside = "better" if delta < 0 else "worse"
             verdict = outside if abs(delta) > margin else "within noise"
         paper = self.variant.paper
-        reference = self.reference and self.reference.variant.paper
+        base = self.reference and self.reference.variant.paper
         return {
             "row": self.variant.name,
             "bits_per_character": self._over_seeds("bits_per_character", statistics.fmean),
@@ -86,12 +80,12 @@ class Row:
             "seeds": len(self.results),
             "failed": len(self.failures),
             "paper_bits_per_character": paper,
-            "paper_delta": None if paper is None or reference is None else paper - reference,
+            "paper_delta": paper - base if paper and base else None,
         }
 
-    def _over_seeds(self, name: str, summarise: Callable[[list[Any]], Any]) -> Any:
+    def _over_seeds(self, name: str, mean: Callable[[list[Any]], Any]) -> Any:
         values = [result[name] for result in self.results.values() if result[name] is not None]
-        return summarise(values) if values else None
+        return mean(values) if values else None
 
     def cell(self, name: str, form: str = "{:.4f}", scale: float = 1) -> str:
         """A figure in words; empty where there is none."""
@@ -100,14 +94,14 @@ class Row:
 
 
 def write_tables(runs: Sequence[VariantRun], folder: Path) -> list[Row]:
-    """Write table.md and table.csv from what is on disk; returns their rows, the reference first."""
+    """Write table.md and table.csv from what is on disk; returns their rows."""
     rows: list[Row] = []
     for variant in [run.variant for run in runs if run.seed == runs[0].seed]:
         results, failures = {}, []
         for run in [run for run in runs if run.variant == variant]:
             if result := run.result():
                 results[run.seed] = result
-            elif failure := run.costs()["failure"]:
+            elif failure := run.costs().failure:
                 failures.append(f"{run}: {failure}")
         rows.append(Row(variant, results, rows[0] if rows else None, failures))
     write_whole(folder / "table.md", to_markdown(rows, protocols(runs)))
@@ -117,28 +111,28 @@ def write_tables(runs: Sequence[VariantRun], folder: Path) -> list[Row]:
 
 def protocols(runs: Iterable[VariantRun]) -> list[str]:
     """A line for each protocol by which rows were scored."""
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, dict[str, None]] = {}
     for run in runs:
-        train = run.config.train
-        context = run.config.model.context_length
+        train, context = run.config.train, run.config.model.context_length
         protocol = (
-            f"first {train.valid_symbols:,} symbols of the valid split of {run.config.data.corpus}, "
-            f"context {context}, stride {default_stride(context)}; "
+            f"Scored on the first {train.valid_symbols:,} symbols of the valid split of "
+            f"{run.config.data.corpus}, context {context}, stride {default_stride(context)}; "
             f"after {train.steps:,} steps of {train.batch_size * context:,} characters."
         )
-        rows.setdefault(protocol, []).append(run.variant.name)
+        rows.setdefault(protocol, {})[run.variant.name] = None
     if len(rows) == 1:
-        return [f"Scored on the {protocol}" for protocol in rows]
-    return [f"{', '.join(dict.fromkeys(names))}: scored on the {protocol}" for protocol, names in rows.items()]
+        return list(rows)
+    return [f"{', '.join(names)}: {protocol}" for protocol, names in rows.items()]
 
 
 def to_markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
     """The notes, the table, how to read it, and what failed."""
+    deviation = " ± {:.4f}"
     cells = [
         {
             "row": row.variant.name,
-            "bits per character": row.cell("bits_per_character") + row.cell("standard_deviation", " ± {:.4f}"),
-            "Δ": row.cell("delta", "{:+.4f}") + row.cell("delta_95", " ± {:.4f}"),
+            "bits per character": row.cell("bits_per_character") + row.cell("standard_deviation", deviation),
+            "Δ": row.cell("delta", "{:+.4f}") + row.cell("delta_95", deviation),
             "verdict": row.figures["verdict"],
             "ms per step": row.cell("seconds_per_step", "{:.1f}", 1000),
             "CPU s": row.cell("cpu_seconds", "{:,.0f}"),
@@ -165,27 +159,26 @@ def to_csv(rows: Sequence[Row]) -> str:
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        scores = {f"seed_{seed}": result["bits_per_character"] for seed, result in row.results.items()}
+        scores = {f"seed_{seed}": bits for seed, bits in row.scores.items()}
         writer.writerow(row.figures | scores)
     return file.getvalue()
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
-    """Draw the seeds and the mean of every row; an arrow stands for a mean that is far from the best."""
+    """Draw the seeds and the mean of every row; an arrow stands for a mean far from the best."""
     shown = [row for row in rows if row.results]
     left, right = _limits(shown)
     with new_figure(PICTURE, 0.9 + 0.26 * len(shown)) as figure:
         axes = figure.subplots()
         beside = axes.get_yaxis_transform()
         for place, row in enumerate(shown):
-            scores, figures = row.scores, row.figures
-            mean = figures["bits_per_character"]
-            places = [place] * len(scores)
-            axes.plot(scores, places, "o", markersize=3, color=TRAIN, alpha=0.6)
+            scores = row.scores.values()
+            mean = row.figures["bits_per_character"]
+            axes.plot(scores, [place] * len(scores), "o", markersize=3, color=TRAIN, alpha=0.6)
             marker, size = (">", 6) if mean > right else ("|", 12)
             mark = {"marker": marker, "markersize": size, "markeredgewidth": 2}
             axes.plot(min(mean, right), place, color=VALID, **mark)
-            star = "*" if figures["verdict"] in ("better", "worse") else ""
+            star = "*" if row.figures["verdict"] in ("better", "worse") else ""
             text = f"{mean:.3f}" + row.cell("delta", "  {:+.3f}") + star
             axes.text(1.01, place, text, transform=beside, va="center")
         if rows[0].results:
@@ -197,7 +190,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
         axes.grid(axis="x")
-        axes.set_xlabel("valid bits per character: seeds, mean, and difference to the first row (* beyond noise)")
+        axes.set_xlabel("valid bits per character: seeds, mean, difference to the first row (* beyond noise)")
     return save(figure, path)
 
 
@@ -205,7 +198,8 @@ def _limits(rows: Sequence[Row]) -> tuple[float, float]:
     """The lowest and highest score shown: up to four times as far from the best as the middle."""
     means = sorted(row.figures["bits_per_character"] for row in rows)
     far = means[0] + 4 * max(means[len(means) // 2] - means[0], 0.02)
-    lowest = min(min(row.scores) for row in rows)
-    highest = max(max(row.scores) for row in rows if row.figures["bits_per_character"] <= far)
+    lowest = min(min(row.scores.values()) for row in rows)
+    near = [row for row in rows if row.figures["bits_per_character"] <= far]
+    highest = max(max(row.scores.values()) for row in near)
     margin = 0.05 * max(highest - lowest, 0.02)
     return lowest - margin, highest + margin

@@ -1,6 +1,5 @@
 """The variants that an ablation compares, and their runs."""
 
-import json
 import math
 import re
 import shlex
@@ -43,11 +42,10 @@ class Variant:
 class Costs(BaseModel, strict=True):
     """The costs of a run's processes, as far as they are known."""
 
-    peak_memory: int | float | None = None
-    """Largest resident size, in bytes."""
+    peak_memory: int | float | None = None  # bytes
     cpu_seconds: float | None = None
     failure: str | None = None
-    """Why the last one failed."""
+    """Why the last process failed."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +68,18 @@ class VariantRun:
         return self.folder.with_name(self.folder.name + suffix)
 
     def check_unchanged(self) -> None:
-        """Raise UserError if the run was begun with other options that affect its result, or lies in its text."""
+        """Raise UserError if the run lies in its text, or was begun with other options of effect."""
         check_outside(self.config.data, "run.dir", self.folder)
         run = Run(self.folder)
         found = {} if run.is_untrained() else differences(Run.open(run.path).config(), self.config)
-        changed = [
+        changed = "; ".join(
             f"{name}: {shown(old)} -> {shown(new)}"
             for name, (old, new) in found.items()
             if not has_mark(name, Mark.NO_EFFECT)
-        ]
+        )
         if changed:
-            ways_out = "restore it, choose another --run.dir, or remove the folder to train this run again"
-            raise UserError(f"{run.path} was made with another configuration ({'; '.join(changed)}): {ways_out}")
+            fault = f"{run.path} was made with another configuration ({changed})"
+            raise UserError(f"{fault}: choose another --run.dir, or remove the folder")
 
     def fraction_done(self) -> float:
         """The share of the steps that the metrics show, from 0 to 1."""
@@ -94,22 +92,22 @@ class VariantRun:
         scores = [row["valid"] for row in rows if "valid" in row and row["step"] == train.steps]
         if not scores or not math.isfinite(scores[-1].get("bits_per_character", math.nan)):
             return None
-        characters = train.batch_size * self.config.model.context_length
-        seconds = seconds_per_step(rows, characters)
-        return {"bits_per_byte": math.nan} | scores[-1] | {"seconds_per_step": seconds} | self.costs()
+        speed = seconds_per_step(rows, train.batch_size * self.config.model.context_length)
+        costs = self.costs().model_dump() | {"seconds_per_step": speed}
+        return {"bits_per_byte": math.nan} | scores[-1] | costs
 
-    def costs(self) -> dict[str, Any]:
-        """The fields of `Costs`."""
+    def costs(self) -> Costs:
+        """The costs so far."""
         path = self.beside(".json")
-        return (read_json(path, kind=Costs) if path.exists() else Costs()).model_dump()
+        return read_json(path, kind=Costs) if path.exists() else Costs()
 
     def add_costs(self, peak_memory: int, cpu_seconds: float, failure: str | None) -> None:
         """Record the costs of a process on top of earlier ones."""
-        old = self.costs()
-        peak_memory = max(peak_memory, old["peak_memory"] or 0)
-        cpu_seconds += old["cpu_seconds"] or 0.0
-        costs = {"peak_memory": peak_memory, "cpu_seconds": cpu_seconds, "failure": failure}
-        write_whole(self.beside(".json"), json.dumps(costs) + "\n")
+        costs = self.costs()
+        costs.peak_memory = max(peak_memory, costs.peak_memory or 0)
+        costs.cpu_seconds = cpu_seconds + (costs.cpu_seconds or 0.0)
+        costs.failure = failure
+        write_whole(self.beside(".json"), costs.model_dump_json() + "\n")
 
 
 def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -> float | None:
@@ -117,20 +115,21 @@ def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -
 
     A row's speed is measured since the row before. The first is left out: it holds the warm-up.
     """
-    key = "characters_per_second"
-    logged = [(row["step"], row[key]) for row in rows if key in row]
-    spans = [(step - before, speed) for (before, _), (step, speed) in pairwise(logged) if step > before]
-    seconds = sum(steps * characters_per_step / speed for steps, speed in spans)
-    return seconds / sum(steps for steps, _ in spans) if spans else None
+    steps, seconds = 0, 0.0
+    logged = [row for row in rows if "characters_per_second" in row]
+    for before, row in pairwise(logged):
+        steps += row["step"] - before["step"]
+        characters = (row["step"] - before["step"]) * characters_per_step
+        seconds += characters / row["characters_per_second"]
+    return seconds / steps if steps else None
 
 
 def paper_variants(base: Config) -> list[Variant]:
     """The rows of the paper's ablation; the steps of plain SGD are as long as the base's."""
-    train = base.train
-    sgd_rate = PAPER_SGD_RATE
-    if train.optimizer == "sgd":
-        sgd_rate = train.learning_rate / (1 - train.momentum)
-    sgd = {"train.optimizer": "sgd", "train.momentum": 0, "train.learning_rate": f"{sgd_rate:.6g}"}
+    rate = PAPER_SGD_RATE
+    if base.train.optimizer == "sgd":
+        rate = base.train.learning_rate / (1 - base.train.momentum)
+    sgd = {"train.optimizer": "sgd", "train.momentum": 0, "train.learning_rate": f"{rate:.6g}"}
     return [
         Variant("full", paper=1.062),
         Variant("without positions", {"aux.positions.enabled": False}, paper=2.482),
@@ -143,19 +142,16 @@ def paper_variants(base: Config) -> list[Variant]:
 
 def parse_row(text: str) -> Variant:
     """The variant of `name: --section.field=value ...`, or of flags alone, which then name it."""
-    name, has_name, changes = "", "", text
-    if not text.lstrip().startswith("--"):
-        name, has_name, changes = text.partition(": ")
+    name = re.match(r"\s*(?!--)(\S.*?)\s*: ", text)
     try:
-        flags = shlex.split(changes)
+        flags = shlex.split(text[name.end() :] if name else text)
+        if not (name or flags) or not all(re.match(r"--[\w.-]+=", flag) for flag in flags):
+            raise ValueError("give it as 'name: --section.field=value ...'")
     except ValueError as error:
         raise UserError(f"row {text!r}: {error}", "row") from None
-    named = name.strip() if has_name else flags
-    if not named or not all(re.match(r"--[\w.-]+=", flag) for flag in flags):
-        raise UserError(f"row {text!r}: give it as 'name: --section.field=value ...'", "row")
     changes = [flag.removeprefix("--") for flag in flags]
     options = dict(change.split("=", 1) for change in changes)
-    return Variant(name.strip() or " ".join(changes), options)
+    return Variant(name[1] if name else " ".join(changes), options)
 
 
 def parse_sweeps(sweeps: Sequence[str]) -> list[Variant]:
@@ -170,15 +166,16 @@ def parse_sweeps(sweeps: Sequence[str]) -> list[Variant]:
         if name in axes:
             raise UserError(f"sweep={sweep}: swept twice; give all values to one sweep", "sweep")
         axes[name] = values
-    combinations = [dict(zip(axes, values, strict=True)) for values in product(*axes.values()) if values]
-    return [Variant(" ".join(map("=".join, options.items())), options) for options in combinations]
+    combinations = product(*axes.values()) if axes else []
+    rows = [dict(zip(axes, values, strict=True)) for values in combinations]
+    return [Variant(" ".join(map("=".join, options.items())), options) for options in rows]
 
 
 def read_methods(paths: Sequence[Path]) -> list[Variant]:
     """A variant for every YAML file, named after it; a folder stands for its YAML files."""
     variants = []
     for path in paths:
-        files = sorted(file for file in path.iterdir() if file.suffix == ".yaml") if path.is_dir() else [path]
+        files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
         if not files:
             raise UserError(f"methods={path}: the folder holds no YAML file", "methods")
         variants += [Variant(file.stem, files=(file,)) for file in files]
@@ -200,34 +197,26 @@ def plan(
     """
     base = load_config(files, flags)
     folders = [variant.folder for variant in variants]
-    for variant in variants:
-        if not variant.folder or folders.count(variant.folder) > 1:
-            raise UserError(
-                f"row {variant.name!r}: its folder would be {variant.folder!r}, "
-                "which is empty or another row's; choose another name"
-            )
+    for variant, folder in zip(variants, folders, strict=True):
+        if not folder or folders.count(folder) > 1:
+            fault = f"row {variant.name!r}: its folder would be {folder!r}"
+            raise UserError(f"{fault}, which is empty or another row's; choose another name")
     configs = [_config_of(variant, files, flags) for variant in variants]
     # Without a report: its time would count.
     own = {"resume": False, "resume_from": None, "auto_resume": True, "report": False}
-    return [
-        VariantRun(
-            variant,
-            seed,
-            config.replace(
-                train=config.train.replace(seed=seed),
-                run=config.run.replace(dir=base.run.dir / variant.folder / f"seed-{seed}", **own),
-            ),
-        )
-        for seed in range(base.train.seed, base.train.seed + seeds)
-        for variant, config in zip(variants, configs, strict=True)
-    ]
+    runs = []
+    for seed in range(base.train.seed, base.train.seed + seeds):
+        for variant, config in zip(variants, configs, strict=True):
+            folder = base.run.dir / variant.folder / f"seed-{seed}"
+            train, run = config.train.replace(seed=seed), config.run.replace(dir=folder, **own)
+            runs.append(VariantRun(variant, seed, config.replace(train=train, run=run)))
+    return runs
 
 
 def _config_of(variant: Variant, files: Sequence[Path], flags: Mapping[str, Any]) -> Config:
     for name in variant.options:
         if name == "train.seed" or name.startswith("run."):
-            problem = f"a row cannot set {name}, since every run has its own"
-            raise UserError(f"row {variant.name!r}: {problem}", name)
+            raise UserError(f"row {variant.name!r}: {name} is each run's own", name)
     try:
         return load_config([*files, *variant.files], {**flags, **typed(variant.options)})
     except UserError as error:

@@ -20,10 +20,7 @@ from charlm.model.attention import attends_in_blocks
 from charlm.objective.routes import ROUTES
 
 PATIENCE = timedelta(minutes=10)  # with a process that hangs
-OF_LAUNCHERS = (
-    "(ACCELERATE|FORK|FSDP|GROUP|MASTER|MV2|OMPI|PMI|TORCHELASTIC)_.*"
-    "|(LOCAL_)?(RANK|WORLD_SIZE)"
-)
+OF_LAUNCHERS = "(ACCELERATE|FORK|FSDP|GROUP|MASTER|MV2|OMPI|PMI|TORCHELASTIC)_.*|(LOCAL_)?(RANK|WORLD_SIZE)"
 
 
 @contextmanager

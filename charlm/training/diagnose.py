@@ -1,9 +1,9 @@
-"""Diagnostics in training: bits per character of each head, and gradients of the losses at each layer.
+"""Diagnostics in training: bits per character of each head, gradients of the losses at each layer.
 
-Both are measured without dropout on the same text: bits on the first symbols that validation scores,
-gradients on windows spread over all of it.
+Both are measured without dropout on validation text: bits on its first symbols, gradients on
+windows spread over it.
 
-Shapes: B batch, T positions, D d_model, K offsets, M predictions of a batch, W characters of a window.
+Shapes: B batch, T positions, D d_model, K offsets, M predictions of a batch, W length of a window.
 """
 
 import math
@@ -41,14 +41,12 @@ def diagnose(
 ) -> dict[str, Any]:
     """A row for metrics.jsonl: `bits_per_head` and, unless the model is sharded, `gradient_figures`.
 
-    Leaves parameters, their `.grad`, optimizers and random state alone. `objective` is in training
-    mode, and not in DDP, whose reducer must not see these gradients.
+    Leaves parameters, their `.grad`, optimizers and random state alone. `objective` is not in DDP,
+    whose reducer must not see these gradients.
     """
     train = config.train
     ids = corpus.splits["valid"].ids
     text = ids[: min(train.valid_symbols, SYMBOLS)]
-    part = ids[: max(train.valid_symbols, objective.window_length)]
-    micro_batch_size = micro_batch_size or -(-train.batch_size // accelerator.num_processes)
     autocast_dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision)
     eager = torch.compiler.set_stance("force_eager") if choose_compile(train) else nullcontext()
     objective.eval()
@@ -59,15 +57,16 @@ def diagnose(
         bits = bits_per_head(objective, text, characters, autocast_dtype)
         record = {"symbols": len(text), "bits_per_character": bits}
         if not is_sharded(objective):
-            record["windows"] = WINDOWS
+            part = ids[: max(train.valid_symbols, objective.window_length)]
             windows = spread_windows(part, WINDOWS, objective.window_length)
+            record["windows"] = WINDOWS
             record |= gradient_figures(
                 objective,
                 torch.from_numpy(windows),
                 progress,
-                micro_batch_size=micro_batch_size,
-                autocast_dtype=autocast_dtype,
-                loss_scale=accelerator.scaler.get_scale() if accelerator.scaler else 1.0,
+                micro_batch_size or -(-train.batch_size // accelerator.num_processes),
+                autocast_dtype,
+                accelerator.scaler.get_scale() if accelerator.scaler else 1.0,
             )
     objective.train()
     return record
@@ -75,19 +74,21 @@ def diagnose(
 
 @torch.no_grad()
 def bits_per_head(
-    objective: Objective, ids: np.ndarray, characters: int, autocast_dtype: torch.dtype | None = None
+    objective: Objective,
+    ids: np.ndarray,
+    characters: int,
+    autocast_dtype: torch.dtype | None = None,
 ) -> Figures:
     """Bits per character of a text by each head, {"layer3/offset2": ...}, silent heads included.
 
-    The last layer's head of offset 1 is scored as in validation. The head of offset k predicts a
-    symbol from those at least k before it; the first k cost ln V. Only finite figures are returned.
-    `ids` is the text, [N], in which `characters` begin.
+    The head of offset k predicts a symbol from those at least k before it; the first k cost ln V.
+    Only finite figures are returned. `ids` is the text, [N], in which `characters` begin.
     """
     transformer, heads = objective.transformer, objective.heads
     context_length = transformer.config.context_length
     device = next(transformer.parameters()).device
     unknown = math.log(transformer.vocabulary_size)
-    offsets_of = {layer: [] for layer in heads.layers}
+    offsets_of = defaultdict(list)
     nats = {}
     for layer, offset in heads.pairs:
         offsets_of[layer].append(offset)
@@ -115,16 +116,15 @@ def gradient_figures(
     objective: Objective,
     windows_BW: Tensor,
     progress: float,
-    *,
     micro_batch_size: int = WINDOWS,
     autocast_dtype: torch.dtype | None = None,
     loss_scale: float = 1.0,
 ) -> dict[str, Figures]:
     """Gradients of the table's losses at each layer, {"supervision_ratio": {"layer3": ...}, ...}.
 
-    loss_i is the sum of the active rows of layer i, if any; L the last layer, x_l the output of layer l
-    before the final norm, theta_l the parameters of its block; norms are Euclidean, over all windows
-    and positions or parameters. The figures of layer l are
+    loss_i is the sum of the active rows of layer i; L the last layer, x_l the output of layer l
+    before the final norm, theta_l the parameters of its block; norms are Euclidean, over all
+    windows and positions or parameters. The figures of layer l are
 
         supervision_ratio      = mean over i >= l of |d loss_i / d x_i| / |d loss_i / d x_l|
         main_supervision_ratio = |d loss_L / d x_L| / |d loss_L / d x_l|
@@ -133,24 +133,19 @@ def gradient_figures(
         a                      = sum over i < L of d loss_i / d theta_l
         m                      = d loss_L / d theta_l
 
-    Figures that are not finite, or that no output defines, are left out. aux.route is ignored.
-    Source: Guo et al. 2016, AuxNet, for the ratio of one output.
-
-    Args:
-        windows_BW: windows of at most `objective.window_length` symbols.
-        loss_scale: factor of the losses, for fp16.
+    Figures that are not finite are left out. aux.route is ignored. `loss_scale`, for fp16, is a
+    factor of the losses. Source: Guo et al. 2016, AuxNet, for the ratio of one output.
     """
     transformer = objective.transformer
     num_layers, device = transformer.config.num_layers, transformer.embedding.weight.device
     blocks, auxiliary, main = {}, {}, {}
     for layer, block in enumerate(transformer.blocks, start=1):
         blocks[layer] = list(block.parameters())
-        auxiliary[layer] = [torch.zeros_like(parameter) for parameter in blocks[layer]]
-        main[layer] = [torch.zeros_like(parameter) for parameter in blocks[layer]]
+        auxiliary[layer] = list(map(torch.zeros_like, blocks[layer]))
+        main[layer] = list(map(torch.zeros_like, blocks[layer]))
     squares = defaultdict(float)  # |d loss / d x|^2 by output and layer
-    for micro_batch_BW in windows_BW.split(micro_batch_size):
-        on_device_BW = micro_batch_BW.to(device)
-        states, losses = _states_and_losses(objective, on_device_BW, progress, autocast_dtype)
+    for micro_batch_BW in windows_BW.to(device).split(micro_batch_size):
+        states, losses = _states_and_losses(objective, micro_batch_BW, progress, autocast_dtype)
         factor = loss_scale * len(micro_batch_BW) / len(windows_BW)
         for output, loss in losses.items():
             below = range(1, output + 1)
@@ -176,7 +171,7 @@ def gradient_figures(
 
 
 def spread_windows(ids: np.ndarray, count: int, length: int) -> np.ndarray:
-    """`count` windows spread evenly over a whole text: int64 [count, length]."""
+    """Windows spread evenly over a text, int64 [count, length]."""
     starts = np.linspace(0, len(ids) - length, count).astype(np.int64)
     return np.stack([ids[start : start + length] for start in starts]).astype(np.int64)
 
@@ -186,16 +181,17 @@ def _states_and_losses(
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """The residual stream after each layer, [B, T, D], and the loss of each active layer."""
     transformer = objective.transformer
-    num_layers = transformer.config.num_layers
+    last = transformer.config.num_layers
     inputs_BT = windows_BW[:, : -objective.longest_offset]
-    before_norm = []
-    norm, enabled = transformer.final_norm, autocast_dtype is not None
+    before_norm = []  # a shared head calls the norm again
+    norm = transformer.final_norm
     hook = norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))
-    with torch.autocast(windows_BW.device.type, dtype=autocast_dtype, enabled=enabled):
-        hidden_states = transformer(inputs_BT, layers=range(1, num_layers + 1))
-        losses = objective.losses(hidden_states, windows_BW, objective.active_rows(progress)).by_layer
+    with torch.autocast(windows_BW.device.type, autocast_dtype, autocast_dtype is not None):
+        hidden_states = transformer(inputs_BT, layers=range(1, last + 1))
+        rows = objective.active_rows(progress)
+        losses = objective.losses(hidden_states, windows_BW, rows).by_layer
     hook.remove()
-    return hidden_states | {num_layers: before_norm[0]}, losses
+    return hidden_states | {last: before_norm[0]}, losses
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:

@@ -23,13 +23,14 @@ SIGNALS = tuple(signal.Signals[name] for name in NAMES if hasattr(signal, name))
 MISSING = [name for name in NAMES if not hasattr(signal, name)]  # on Windows
 REASONS = (*NAMES, "run.max_time is over", "the launcher is gone")
 LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "FORK_LAUNCHED"}
-"""Variables of torchelastic, `accelerate launch` and `notebook_launcher` that nobody sets by hand."""
+"""Variables of torchelastic and accelerate that nobody sets by hand."""
 LAUNCHER = "CHARLM_LAUNCHER"  # the id of the process of charlm.ablation that started this one
 SAME_REQUEST = 1.0
 """Seconds in which signals count as one request: a launcher repeats the terminal's Ctrl-C."""
-NO_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+NO_PEER = ("Connection closed by", "Connection reset by", "Broken pipe", "Timed out waiting")
 """Words of gloo in plain RuntimeErrors."""
-COMPILERS = ("torch._dynamo", "torch._inductor")  # modules of the errors of torch.compile, which have no public base
+COMPILERS = ("torch._dynamo", "torch._inductor")
+"""Modules of the errors of torch.compile, which have no public base."""
 
 
 class StopRequests:
@@ -49,9 +50,9 @@ class StopRequests:
         launched = LAUNCHED & os.environ.keys()
         self._launcher = os.environ.get(LAUNCHER) or (str(os.getppid()) if launched else None)
         self._group: dist.ProcessGroup | None = None
+        self._handlers = {}
 
     def __enter__(self) -> "StopRequests":
-        self._handlers = {}
         # Python delivers signals to the main thread only.
         if threading.current_thread() is not threading.main_thread():
             return self
@@ -75,17 +76,14 @@ class StopRequests:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Inside, a signal interrupts at once, as there is nothing to save. Call `agreed` after it."""
+        """Inside, a signal interrupts at once. Call `agreed` after it."""
         self._interrupts = True
-        try:
+        with suppress(Stopped):
             yield
-        except Stopped:
-            pass
-        finally:
-            self._interrupts = False
+        self._interrupts = False
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop; all must call it, and get the same answer."""
+        """Whether any process was asked to stop. All must call it; all get the same answer."""
         if self.reason is None and time.monotonic() >= self._deadline:
             self.reason = "run.max_time is over"
         if self.reason is None and self._launcher not in (None, str(os.getppid())):
@@ -113,40 +111,40 @@ class StopRequests:
 
 @contextmanager
 def explained(train: TrainConfig, stop: StopRequests) -> Iterator[None]:
-    """Inside, lack of memory, of a compiler or of a process raises a UserError that names the way out."""
+    """Inside, lack of memory, of a compiler or of a process raises a UserError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        option = None
         if is_about_memory(error):
+            option = "train.micro_batch_size"
             now = train.micro_batch_size or "the whole batch of a process"
-            text = f"out of memory: lower --train.micro_batch_size, now {now}, or use a smaller model or context"
-            others = "--train.activation_checkpointing=true, or --train.sharding=fsdp2 on several GPUs"
-            raise UserError(f"{text}, {others} ({first_line(error)})", "train.micro_batch_size") from error
-        if type(error).__module__.startswith(COMPILERS):
-            text = "install a C++ compiler, on a GPU also triton, or give --train.compile=no"
-            text = f"the model cannot be compiled; {text} ({first_line(error)})"
-            raise UserError(f"train.compile={train.compile}: {text}", "train.compile") from error
-        if any(words in str(error) for words in NO_PEER):
+            text = f"out of memory: lower --{option}, now {now}, or use a smaller model, "
+            text += "--train.activation_checkpointing=true or --train.sharding=fsdp2"
+        elif type(error).__module__.startswith(COMPILERS):
+            option = "train.compile"
+            text = f"{option}={train.compile}: the model cannot be compiled; install a C++ compiler, "
+            text += "on a GPU also triton, or give --train.compile=no"
+        elif any(words in str(error) for words in NO_PEER):
             stop.stays = True  # the launcher's SIGTERM must not cut off the message
-            raise UserError(
-                "another process has ended or hangs, and its own message says why; "
-                f"--run.resume=true continues from the newest checkpoint ({first_line(error)})"
-            ) from error
-        raise
+            text = "another process has ended or hangs, and its own message says why; "
+            text += "--run.resume=true continues from the newest checkpoint"
+        else:
+            raise
+        raise UserError(f"{text} ({first_line(error)})", option) from error
 
 
 def _exit_at_the_second(watched: socket.socket) -> None:
     """Read signals as they arrive, even while a library keeps handlers from running."""
     message = b"\nstopping, once what is done is saved; a second Ctrl-C or signal ends it at once\n"
-    first = None
+    first = math.inf
     with watched:
         while number := watched.recv(1):
             if number[0] not in SIGNALS:
                 continue
-            if first is None:
-                first = time.monotonic()
-                if is_main_process():
-                    with suppress(OSError):  # a terminal that is closed
-                        os.write(2, message)
             if time.monotonic() - first > SAME_REQUEST:
                 os._exit(128 + number[0])
+            if first == math.inf and is_main_process():
+                with suppress(OSError):  # a terminal that is closed
+                    os.write(2, message)
+            first = min(first, time.monotonic())

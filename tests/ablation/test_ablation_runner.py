@@ -96,11 +96,11 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(runs_of, train, tmp_pat
     assert [run.fraction_done() for run in runs] == [0.5, 0.5, 0.0]
     assert not runs[2].folder.exists()
     assert not any(row.failures for row in write_tables(runs, tmp_path / "out"))
-    cpu_seconds = runs[0].costs()["cpu_seconds"]
+    cpu_seconds = runs[0].costs().cpu_seconds
     runs[2].folder.parent.mkdir(exist_ok=True)
     runs[2].beside(".log").write_text("threads")  # so that the stub does not wait
     assert train(runs) == (3, 0, False)
-    assert runs[0].costs()["cpu_seconds"] > cpu_seconds
+    assert runs[0].costs().cpu_seconds > cpu_seconds
 
 
 def test_another_configuration_is_refused(runs_of, train, tmp_path, monkeypatch) -> None:
