@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -24,12 +23,7 @@ from charlm.training.stop import LAUNCHER, SAME_REQUEST
 
 POLL_SECONDS, REDRAW_SECONDS = 0.2, 2.0
 LONGEST_MESSAGE = 300
-BAR = {
-    "bar_format": "{desc}, {remaining} left{postfix}",
-    "smoothing": 0,
-    "disable": None,
-    "leave": False,
-}
+BAR = {"smoothing": 0, "disable": None, "leave": False}
 STOPPED = (0, -signal.SIGTERM, -signal.SIGKILL)
 """Exit codes of a run that was told to stop: it saved, had not begun, or was killed."""
 
@@ -48,22 +42,19 @@ class Runner:
 
     command: Sequence[str | Path]
     at_once: int
-    threads: int
-    """Threads of each process, unless OMP_NUM_THREADS is set."""
+    threads: int  # of each process, unless OMP_NUM_THREADS is set
     after_each: Callable[[], object]
     children: list[Child] = field(default_factory=list)
-    done: int = 0
-    """Number of runs that have finished, now or earlier."""
+    done: int = 0  # now or earlier
     failed: list[VariantRun] = field(default_factory=list)
     signals: int = 0
     signalled_at: float = float("-inf")
 
     def run(self, runs: Sequence[VariantRun], folder: Path) -> None:
-        """Train the unfinished ones of `runs`, in order.
+        """Train the unfinished ones of `runs`, in order. The first signal stops, the second kills.
 
-        The first SIGINT, SIGTERM or SIGHUP makes the current runs save and stop, the second
-        kills them. Raises UserError if a run was begun with another configuration, another process
-        works in `folder`, or `folder` is removed meanwhile.
+        Raises UserError if a run was begun with another configuration, another process works in
+        `folder`, or `folder` is removed meanwhile.
         """
         for run in runs:
             run.check_unchanged()
@@ -78,9 +69,10 @@ class Runner:
             waiting = [run for run in runs if run.result() is None]
             self.done = len(runs) - len(waiting)
             _say(f"{folder}: {len(runs)} runs, {self.done} finished; {self.at_once} at once")
+            begun = sum(run.fraction_done() for run in runs)
+            form = "{desc}, {remaining} left{postfix}"
             try:
-                begun = sum(run.fraction_done() for run in runs)
-                with tqdm(total=len(runs), initial=begun, **BAR) as bar:
+                with tqdm(total=len(runs), initial=begun, bar_format=form, **BAR) as bar:
                     self._train(waiting, runs, place, bar)
             finally:  # also after an error
                 for child in self.children:
@@ -135,19 +127,18 @@ class Runner:
 
     def _note_end(self, child: Child, total: int) -> str | None:
         """Count an ended process and report it; returns why it failed, if it did."""
+        failure = None
         if result := child.run.result():
             self.done += 1
             score = f"{result['bits_per_character']:.4f} bits per character"
             _say(f"{self.done} of {total}: {child.run}: {score}")
-            return None
-        if self.signals and child.process.returncode in STOPPED:
-            return None
-        self.failed.append(child.run)
-        failure = _failure(child)
-        _say(f"failed: {child.run}: {failure}")
+        elif not self.signals or child.process.returncode not in STOPPED:
+            self.failed.append(child.run)
+            failure = _failure(child)
+            _say(f"failed: {child.run}: {failure}")
         return failure
 
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
+    def _on_signal(self, *_: object) -> None:
         now = time.monotonic()
         if now - self.signalled_at > SAME_REQUEST:
             self.signals, self.signalled_at = self.signals + 1, now
@@ -161,9 +152,9 @@ def _failure(child: Child) -> str:
     """The error message of a process, or its last line, and the path of its log."""
     log = child.run.beside(".log")
     output = log.read_bytes()[child.log_start :].decode(errors="replace")
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = ["it printed nothing", *filter(str.strip, output.splitlines())]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    message = (errors or lines[-1:] or ["it printed nothing"])[0]
+    message = (errors or lines[-1:])[0].strip()
     if child.process.returncode < 0:
         message = f"killed by {signal.Signals(-child.process.returncode).name}; {message}"
     return f"{message[:LONGEST_MESSAGE]} ({log})"

@@ -50,10 +50,7 @@ class Row:
 
     @cached_property
     def figures(self) -> dict[str, Any]:
-        """The row's figures by their names in the CSV file; None if there are too few seeds.
-
-        delta_95 is half the 95 % interval of delta.
-        """
+        """By their names in the CSV file, None for too few seeds; delta_95 is half an interval."""
         scores = list(self.scores.values())
         others = self.reference.scores if self.reference else {}
         deltas = [bits - others[seed] for seed, bits in self.scores.items() if seed in others]
@@ -97,12 +94,10 @@ def write_tables(runs: Sequence[VariantRun], folder: Path) -> list[Row]:
     """Write table.md and table.csv from what is on disk; returns their rows."""
     rows: list[Row] = []
     for variant in [run.variant for run in runs if run.seed == runs[0].seed]:
-        results, failures = {}, []
-        for run in [run for run in runs if run.variant == variant]:
-            if result := run.result():
-                results[run.seed] = result
-            elif failure := run.costs().failure:
-                failures.append(f"{run}: {failure}")
+        own = [run for run in runs if run.variant == variant]
+        results = {run.seed: result for run in own if (result := run.result())}
+        unfinished = [(run, run.costs().failure) for run in own if run.seed not in results]
+        failures = [f"{run}: {failure}" for run, failure in unfinished if failure]
         rows.append(Row(variant, results, rows[0] if rows else None, failures))
     write_whole(folder / "table.md", to_markdown(rows, protocols(runs)))
     write_whole(folder / "table.csv", to_csv(rows))
@@ -146,8 +141,8 @@ def to_markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
     columns = [name for name in cells[0] if "paper" not in name or any(row[name] for row in cells)]
     table = markdown_table(columns, [[row[name] for name in columns] for row in cells])
     text = [*notes, "", table, "", HOW_TO_READ.format(reference=rows[0].variant.name)]
-    failures = [f"- {failure}" for row in rows for failure in row.failures]
-    text += ["", "Failed:", "", *failures] if failures else []
+    if failures := [f"- {failure}" for row in rows for failure in row.failures]:
+        text += ["", "Failed:", "", *failures]
     return "\n".join(text).strip() + "\n"
 
 
@@ -182,8 +177,8 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
             text = f"{mean:.3f}" + row.cell("delta", "  {:+.3f}") + star
             axes.text(1.01, place, text, transform=beside, va="center")
         if rows[0].results:
-            reference = rows[0].figures["bits_per_character"]
-            axes.axvline(reference, color=GREY, linewidth=0.8, linestyle="--")
+            mean = rows[0].figures["bits_per_character"]
+            axes.axvline(mean, color=GREY, linewidth=0.8, linestyle="--")
         axes.set_xlim(left, right + 0.02 * (right - left))
         axes.set_yticks(range(len(shown)), [visible(row.variant.name) for row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)

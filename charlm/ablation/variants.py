@@ -24,11 +24,10 @@ PAPER_SGD_RATE = 0.3
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: options and files on top of the shared configuration."""
+    """A row of the table: files, and over them options, on top of the shared configuration."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    """By dotted name; they win over `files`."""
     files: tuple[Path, ...] = ()
     paper: float | None = None
     """Bits per character of T64 on text8's dev split, from Al-Rfou et al. 2018, table 4."""
@@ -44,8 +43,7 @@ class Costs(BaseModel, strict=True):
 
     peak_memory: int | float | None = None  # bytes
     cpu_seconds: float | None = None
-    failure: str | None = None
-    """Why the last process failed."""
+    failure: str | None = None  # of the last process
 
 
 @dataclass(frozen=True)
@@ -190,10 +188,8 @@ def plan(
 ) -> list[VariantRun]:
     """The runs in the order of training: all variants with the first seed, then all with the next.
 
-    Later options win: the shared `files`, the variant's files, the shared `flags`, the variant's
-    options. The shared run.dir holds all runs; the shared train.seed is the first.
-
-    Raises UserError if a configuration cannot work, or two rows would share a folder.
+    Later options win: `files`, the variant's files, `flags`, the variant's options. Raises
+    UserError if a configuration cannot work, or two rows would share a folder.
     """
     base = load_config(files, flags)
     folders = [variant.folder for variant in variants]

@@ -15,6 +15,7 @@ from charlm.objective.count import RouteCost, inference_flops, num_parameters, r
 from charlm.objective.routes import check_route
 from charlm.objective.schedules import Schedule
 from charlm.objective.terms import Term
+from charlm.text import counted
 
 PROGRESSES = (0.0, 0.25, 0.5, 0.75, 1.0)
 TERM_FIELDS = ("name", "layer", "offset", "positions", "task", "hinge")
@@ -30,20 +31,18 @@ class Explanation:
     vocabulary_is_known: bool
     """False if the corpus is not prepared yet; the size is then that of bytes."""
     terms: tuple[Term, ...]
-    """The table, ordered by layer, offset and positions; the user's own tasks come last."""
+    """Ordered by layer, offset and positions; the user's own tasks come last."""
     parameters: dict[str, int]
     """training: with all heads and own tasks; inference: with the last layer's head."""
     flops_per_character: dict[str, int]
-    """training_start and training_end (of the joint route), and inference; see `training_flops`."""
+    """training_start and training_end (of the joint route), and inference."""
     route_cost: RouteCost
 
     def to_dict(self) -> dict:
-        """For JSON. `terms[].weights` are pairs [progress, weight], before hedge learns its factors.
-
-        In a rotation the weight is that at the next turn, at progress 1 the limit from the left.
-        """
+        """For JSON. `terms[].weights` are pairs [progress, weight], at progress 1 the limit."""
         aux, train = self.config.aux, self.config.train
         context_length = self.config.model.context_length
+        route = {"name": aux.route, "relay_layers": aux.relay_layers, "step_sizes": aux.step_sizes}
         return {
             "parameters": self.parameters,
             "flops_per_character": self.flops_per_character,
@@ -54,32 +53,25 @@ class Explanation:
             "vocabulary_is_known": self.vocabulary_is_known,
             "head": aux.layers.head,
             "hedge": aux.hedge.model_dump() if aux.hedge.enabled else None,
-            "route": {"name": aux.route, "relay_layers": aux.relay_layers, "step_sizes": aux.step_sizes}
-            | asdict(self.route_cost),
-            "terms": [
-                {name: getattr(term, name) for name in TERM_FIELDS}
-                | {
-                    "one_of_steps": term.weight.period,
-                    "weights": [[p, term.weight.at_next_turn(p) if p < 1.0 else term.weight.limit] for p in PROGRESSES],
-                    "stops_at_step": stops_at_step(term.weight, train.steps),
-                }
-                for term in self.terms
-            ],
+            "route": route | asdict(self.route_cost),
+            "terms": [_term_to_dict(term, train.steps) for term in self.terms],
         }
 
     def to_text(self, width: int = 80) -> str:
         """For people: sizes and costs, then the table of terms, `width` characters wide."""
-        return "\n".join([*_summary(self), "", *_table(self.terms, self.config.train.steps, width)])
+        table = _table(self.terms, self.config.train.steps, width)
+        return "\n".join([*_summary(self), "", *table])
 
 
 def explain(config: Config) -> Explanation:
     """Build the model of `config` on the meta device, and count.
 
-    Raises ConfigError if every loss has weight zero at some time, UserError for a route that cannot be
+    Raises UserError if every loss has weight zero at some time, and for a route that cannot be
     taken or a task that is not registered.
     """
     check_route(config)
-    corpus = prepared_corpus(config.data) if config.data.vocabulary != ByteVocabulary.name else None
+    is_bytes = config.data.vocabulary == ByteVocabulary.name
+    corpus = None if is_bytes else prepared_corpus(config.data)
     vocabulary_size = corpus.vocabulary.size if corpus else ByteVocabulary().size
     with torch.device("meta"):
         objective = build_objective(config, vocabulary_size)
@@ -87,12 +79,13 @@ def explain(config: Config) -> Explanation:
         last_head = Heads(config.model, vocabulary_size, [(config.model.num_layers, 1)])
     starting = [term for term in objective.terms if term.weight.at_next_turn(0.0) != 0.0]
     ending = [term for term in objective.terms if term.weight.stops_at is None]
+    at_inference = num_parameters(transformer, last_head)
     return Explanation(
         config=config,
         vocabulary_size=vocabulary_size,
-        vocabulary_is_known=corpus is not None or config.data.vocabulary == ByteVocabulary.name,
+        vocabulary_is_known=is_bytes or corpus is not None,
         terms=objective.terms,
-        parameters={"training": num_parameters(objective), "inference": num_parameters(transformer, last_head)},
+        parameters={"training": num_parameters(objective), "inference": at_inference},
         flops_per_character={
             "training_start": training_flops(transformer, heads, starting),
             "training_end": training_flops(transformer, heads, ending),
@@ -110,24 +103,35 @@ def stops_at_step(weight: Schedule, steps: int) -> int | None:
     return step if step < steps else None
 
 
+def _term_to_dict(term: Term, steps: int) -> dict:
+    weight = term.weight
+    weights = [*map(weight.at_next_turn, PROGRESSES[:-1]), weight.limit]
+    return {name: getattr(term, name) for name in TERM_FIELDS} | {
+        "one_of_steps": weight.period,
+        "weights": list(map(list, zip(PROGRESSES, weights, strict=True))),
+        "stops_at_step": stops_at_step(weight, steps),
+    }
+
+
 def _short(number: float) -> str:
     """Three or more digits and a unit: 44.3M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
-            return f"{number / size:.2f}{unit}" if number < 10 * size else f"{number / size:.1f}{unit}"
+            decimals = 2 if number < 10 * size else 1
+            return f"{number / size:.{decimals}f}{unit}"
     return f"{number:.0f}"
 
 
 def _summary(explanation: Explanation) -> list[str]:
     model, train = explanation.config.model, explanation.config.train
-    parameters = {name: _short(count) for name, count in explanation.parameters.items()}
-    flops = {name: _short(count) for name, count in explanation.flops_per_character.items()}
+    parameters = map(_short, explanation.parameters.values())
+    flops = map(_short, explanation.flops_per_character.values())
+    characters = train.batch_size * model.context_length
     lines = {
         "model": f"{model.num_layers} layers of width {model.d_model}, context {model.context_length}",
-        "parameters": f"{parameters['training']} in training, {parameters['inference']} at inference",
-        "FLOPs per character": f"{flops['training_start']} in training ({flops['training_end']} at the end), "
-        f"{flops['inference']} at inference",
-        "training": f"{train.steps:,} steps of {train.batch_size * model.context_length:,} characters",
+        "parameters": "{} in training, {} at inference".format(*parameters),
+        "FLOPs per character": "{} in training ({} at the end), {} at inference".format(*flops),
+        "training": f"{train.steps:,} steps of {characters:,} characters",
     }
     lines |= _methods(explanation)
     lines |= _route(explanation.config, explanation.route_cost)
@@ -140,14 +144,14 @@ def _summary(explanation: Explanation) -> list[str]:
 def _methods(explanation: Explanation) -> dict[str, str]:
     """Settings besides the table that are not the default."""
     aux, model = explanation.config.aux, explanation.config.model
-    layers = aux.layers
-    tower_width = count_of(layers.tower_width or 1.0, model.d_model)
+    layers, hedge = aux.layers, aux.hedge
+    width = count_of(layers.tower_width or 1.0, model.d_model)
     turns = max(term.weight.period for term in explanation.terms)
     lines = {}
     heads = {
         "shared": "the last layer's, on every layer",
         "shared_frozen": "the last layer's, as constants on intermediate layers",
-        "tower": f"towers of width {tower_width}, dropout {layers.tower_dropout:g}",
+        "tower": f"towers of width {width}, dropout {layers.tower_dropout:g}",
     }
     if layers.intermediate(model.num_layers):
         if layers.head in heads:
@@ -156,34 +160,33 @@ def _methods(explanation: Explanation) -> dict[str, str]:
             lines["hinge"] = f"losses of intermediate layers count above {layers.hinge:g} nats"
     if turns > 1:
         lines["rotation"] = f"each intermediate head is on at one of {turns} steps"
-    if aux.hedge.enabled:
-        settings = f"beta {aux.hedge.beta:g}, smoothing {aux.hedge.smoothing:g}"
+    if hedge.enabled:
+        settings = f"beta {hedge.beta:g}, smoothing {hedge.smoothing:g}"
         lines["hedge"] = f"weights times alphas, learned with {settings}"
     return lines
 
 
 def _route(config: Config, cost: RouteCost) -> dict[str, str]:
-    """The gradients' route, and its cost relative to the joint one; nothing for joint without step sizes."""
+    """The route, and its cost relative to joint; nothing for joint without step sizes."""
     aux, optimizer = config.aux, config.train.optimizer
-    plural = "s" if aux.relay_layers > 1 else ""
     weighted = aux.step_sizes == "weighted"
     if aux.route == "joint" and not weighted:
         return {}
-    routes = {
-        "joint": "joint, one update",
-        "relay": f"relay, down to {aux.relay_layers} layer{plural} below each head",
-        "pairwise": "pairwise, an update per exit layer",
-        "multiway": "multiway, an update per exit layer",
-    }
-    lines = {"route": routes[aux.route]}
+    route = f"{aux.route}, an update per exit layer"
+    if aux.route == "joint":
+        route = "joint, one update"
+    elif aux.route == "relay":
+        route = f"relay, down to {counted(aux.relay_layers, 'layer')} below each head"
     if weighted or aux.route == "multiway":
-        lines["route"] += f", step sizes: {aux.step_sizes}"
+        route += f", step sizes: {aux.step_sizes}"
+    lines = {"route": route}
     if optimizer != "sgd" and aux.route == "multiway" and not weighted:
         lines["- weights"] = f"cancel out under {optimizer}, not with step sizes: weighted"
     if optimizer != "sgd" and aux.route == "joint":
         lines["- step sizes"] = f"hardly any effect under {optimizer}, which ignores a factor"
-    memory = {"gradients": cost.gradients, "optimizer state": cost.optimizer_state, "copies": cost.copies}
-    more = ", ".join(f"+{_short(numbers)} {name}" for name, numbers in memory.items() if numbers)
+    memory = {"gradients": cost.gradients, "optimizer state": cost.optimizer_state}
+    memory["copies"] = cost.copies
+    more = ", ".join(f"+{_short(count)} {name}" for name, count in memory.items() if count)
     parts = f"{cost.forward:.2f} forward, {cost.backward:.2f} backward"
     lines["- operations"] = f"{cost.total:.2f} of the joint route's ({parts})"
     lines["- memory"] = f"{more} (numbers)" if more else "the joint route's"
@@ -191,7 +194,7 @@ def _route(config: Config, cost: RouteCost) -> dict[str, str]:
 
 
 def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
-    """Columns are as wide as their content; the strips, of the weight where each cell begins, take the rest."""
+    """Strips, of the weight where each cell begins, take the width that is left."""
     rows = [("term", "at start", "stops at step")]
     for term in terms:
         step = stops_at_step(term.weight, steps)
@@ -200,10 +203,11 @@ def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
     names, weights, stops = (max(map(len, column)) for column in zip(*rows, strict=True))
     cells = max(16, width - names - weights - stops - 6)
     title = " weight over training " if cells > 24 else " weight "
-    over_time = [[term.weight.at_next_turn(cell / cells) for cell in range(cells)] for term in terms]
+    progresses = [cell / cells for cell in range(cells)]
+    over_time = [list(map(term.weight.at_next_turn, progresses)) for term in terms]
     unit = max(map(max, over_time)) / (len(BLOCKS) - 1)
-    blocks = ["".join(BLOCKS[math.ceil(round(weight / unit, 8))] for weight in row) for row in over_time]
-    strips = [f"0{title:─^{cells - 2}}1", *blocks]
+    strips = [f"0{title:─^{cells - 2}}1"]
+    strips += ["".join(BLOCKS[math.ceil(round(w / unit, 8))] for w in row) for row in over_time]
     return [
         f"{name:{names}}  {weight:>{weights}}  {stop:>{stops}}  {strip}".rstrip()
         for (name, weight, stop), strip in zip(rows, strips, strict=True)

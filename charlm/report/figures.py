@@ -1,7 +1,4 @@
-"""The figures of runs, of a config's weights, and of early exit.
-
-Most functions take a `Style` and return a matplotlib figure, or None if there is nothing to draw.
-"""
+"""Figures of runs, of a config's weights, of early exit; None where there is nothing to draw."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -36,10 +33,8 @@ if TYPE_CHECKING:
 
     from charlm.inference.evaluation import Score
 
-MOST_POINTS = 300
-"""Most points of a line; of more, neighbours are averaged."""
-FEW_POINTS = 80
-"""Most points of a line that is smoothed."""
+MOST_POINTS, FEW_POINTS = 300, 80
+"""Most points of a line, and of one that is smoothed; of more, neighbours are averaged."""
 HEAT_COLUMNS = 400
 MOST_ROW_LABELS = 32
 BITS = "bits per character"
@@ -55,22 +50,22 @@ DIAGNOSTICS = {
 def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
     """Draw a run's learning curves above the weights of its terms, over optimizer steps.
 
-    Returns `path`, by default RUN/run.png; its suffix is the format.
-
-    Raises UserError for no run, no metrics yet, or a suffix that matplotlib does not write.
+    Returns `path`, by default RUN/run.png; its suffix is the format. Raises UserError for no run,
+    no metrics yet, or a suffix that matplotlib does not write.
     """
     (run,) = read_runs([run_dir])
     if not run.has_bits:
-        raise UserError(f"{run.folder.metrics_path} holds no bits per character; draw the run once it has trained")
+        raise UserError(f"{run.folder.metrics_path} holds no bits per character yet")
     return save(run_figure(run), Path(path or run.folder.path / "run.png"))
 
 
 def draw_diagnostics(run_dir: Path | str, path: Path | str | None = None) -> Path:
-    """Draw a run's diagnostics as `draw_run` does its curves, by default into RUN/diagnostics.png."""
+    """Draw a run's diagnostics as `draw_run` does its curves; RUN/diagnostics.png by default."""
     (run,) = read_runs([run_dir])
     figure = diagnostics(run, PICTURE)
     if figure is None:
-        raise UserError(f"{run.folder.metrics_path} holds no diagnostics; train with --train.diagnose_every=0.05")
+        text = f"{run.folder.metrics_path} holds no diagnostics"
+        raise UserError(f"{text}; train with --train.diagnose_every=0.05")
     return save(figure, Path(path or run.folder.path / "diagnostics.png"))
 
 
@@ -86,11 +81,6 @@ def run_figure(run: Metrics) -> "Figure":
     with new_figure(PICTURE, 1.5 + sum(heights), title) as figure:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=heights)
         _draw_learning(above, [run], [1.0], False)
-        if run.best is not None:
-            bottom, top = above.get_ylim()
-            above.set_ylim(bottom - 0.1 * (top - bottom))  # room for the label below the best
-            place = {"xytext": (0, -8), "textcoords": "offset points", "ha": "right", "va": "top"}
-            above.annotate(f"{run.best[1]:.3f}", run.best, color=VALID, fontweight="bold", **place)
         above.legend(loc="upper right")
         conversions = (lambda step: step * factor, lambda count: count / factor)
         characters = above.secondary_xaxis("top", functions=conversions)
@@ -108,7 +98,8 @@ def learning(runs: Sequence[Metrics], style: Style) -> "Figure | None":
     longest = max(run.points("seconds")[1].max(initial=0) for run in runs)
     units = [(3600, "hours"), (60, "minutes"), (1, "seconds")]
     unit, name = next((unit for unit in units if longest > 2 * unit[0]), units[-1])
-    by_characters = ("", _draw_learning, runs, [run.characters_per_step for run in runs], False)
+    scales = [run.characters_per_step for run in runs]
+    by_characters = ("", _draw_learning, runs, scales, False)
     by_time = ("", _draw_learning, runs, [1 / unit] * len(runs), True)
     figure = draw_panels(style, [by_characters, by_time], 1.3)
     left, right = figure.axes
@@ -124,14 +115,13 @@ def tasks(runs: Sequence[Metrics], style: Style) -> "Figure | None":
         for title, layers in _losses_by_task(run).items():
             steps, losses = layers[max(layers)]
             panels.setdefault(title, {})[place] = steps * run.characters_per_step, losses
-    rest = (_looks, "characters seen")
-    return draw_panels(style, [(title, _draw_lines, lines, *rest) for title, lines in panels.items()])
+    return draw_panels(style, [(title, _draw_lines, lines) for title, lines in panels.items()])
 
 
 def terms(run: Metrics, style: Style) -> "Figure | None":
     """The loss of every term over training: a panel for each task, a line for each layer."""
-    losses = _losses_by_task(run)
-    return draw_panels(style, [(title, _draw_layers, run, lines) for title, lines in losses.items()])
+    losses = _losses_by_task(run).items()
+    return draw_panels(style, [(title, _draw_layers, run, lines) for title, lines in losses])
 
 
 def hedge(run: Metrics, style: Style) -> "Figure | None":
@@ -150,14 +140,18 @@ def diagnostics(run: Metrics, style: Style) -> "Figure | None":
             y = "log" if "ratio" in kind or "norm" in kind else "cut"
             panels.append((title, _draw_layers, run, lines, y))
     if panels:
-        ends = [points[0, -1] for path, points in run.series.items() if path.startswith("diagnostics/")]
-        newest = int(max(ends))
+        paths = [path for path in run.series if path.startswith("diagnostics/")]
+        newest = int(max(run.points(path)[0][-1] for path in paths))
         panels.append((f"bits per character after {newest:,} steps", _draw_profile, run, newest))
     title = f"{run.name}: diagnostics of the validation split"
     return draw_panels(style, panels, title=title, num_layers=run.config.model.num_layers)
 
 
-def bits_against(lines: dict[int, tuple[np.ndarray, ...]], label: str, style: Style) -> "Figure | None":
+def bits_against(
+    lines: dict[int, tuple[np.ndarray, ...]],
+    label: str,
+    style: Style,
+) -> "Figure | None":
     """Bits per character against "layer" or "symbols of context".
 
     `lines` maps the place of a run to x, bits and, if known, their standard errors.
@@ -165,10 +159,11 @@ def bits_against(lines: dict[int, tuple[np.ndarray, ...]], label: str, style: St
 
     def draw(axes: "Axes") -> None:
         for place, (x, bits, *errors) in lines.items():
+            looks = _looks(place)
             for error in errors:
-                colour = _looks(place)["color"]
-                axes.fill_between(x, bits - error, bits + error, color=colour, alpha=0.2, linewidth=0)
-            axes.plot(x, bits, marker="o", **_looks(place))
+                shade = {"color": looks["color"], "alpha": 0.2, "linewidth": 0}
+                axes.fill_between(x, bits - error, bits + error, **shade)
+            axes.plot(x, bits, marker="o", **looks)
         axes.set(xlabel=label, ylabel=BITS)
         if label == "layer":
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -181,26 +176,28 @@ def bits_against(lines: dict[int, tuple[np.ndarray, ...]], label: str, style: St
 
 def speed(runs: Sequence[Metrics], style: Style) -> "Figure | None":
     """Characters per second over training, and memory if recorded."""
-    panels = []
-    kinds = [("characters per second", "characters_per_second", 1), ("memory, GiB", "memory", 2**30)]
-    for title, path, unit in kinds:
-        lines = {}
-        for place, run in enumerate(runs):
+    panels: dict[str, dict[int, Points]] = {}
+    speeds = ("characters per second", "characters_per_second", 1)
+    memory = ("memory, GiB", "memory", 2**30)
+    for place, run in enumerate(runs):
+        for title, path, unit in (speeds, memory):
             steps, values = run.points(path)
             if len(steps):
-                lines[place] = steps * run.characters_per_step, values / unit
-        if lines:
-            panels.append((title, _draw_lines, lines, _looks, "characters seen", "zero"))
-    return draw_panels(style, panels)
+                line = steps * run.characters_per_step, values / unit
+                panels.setdefault(title, {})[place] = line
+    return draw_panels(style, [(title, _draw_lines, panels[title], "zero") for title in panels])
 
 
 def early_exit(score: "Score") -> "Figure":
     """Bits per character against layers used: by early exit, and by one layer alone."""
-    points = sorted((point.mean_layers, point.bits_per_character) for point in score.early_exit.points)
+    exits = score.early_exit.points
+    points = sorted((point.mean_layers, point.bits_per_character) for point in exits)
+    layers = list(map(int, score.layers))
 
     def draw(axes: "Axes") -> None:
-        axes.plot(*zip(*points, strict=True), color=TRAIN, marker="o", markersize=3.5, label="early exit")
-        axes.plot(list(map(int, score.layers)), score.layers.values(), "s", color=VALID, label="one layer")
+        looks = {"color": TRAIN, "marker": "o", "markersize": 3.5}
+        axes.plot(*zip(*points, strict=True), label="early exit", **looks)
+        axes.plot(layers, score.layers.values(), "s", color=VALID, label="one layer")
         axes.axhline(score.bits_per_character, color=GREY, linewidth=0.8, linestyle=":")
         axes.set(xlabel="layers used on average", ylabel=BITS)
         axes.legend(loc="upper right")
@@ -218,11 +215,13 @@ def weights(config: Config, style: Style) -> "Figure":
     return figure
 
 
-def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS, end: float | None = None) -> Points:
-    """A line of at most `most` points: means over equal stretches from 0 to `end`.
-
-    Without an `end`, a line that is short enough stays as it is.
-    """
+def thinned(
+    x: np.ndarray,
+    y: np.ndarray,
+    most: int = MOST_POINTS,
+    end: float | None = None,
+) -> Points:
+    """Means over `most` equal stretches from 0 to `end`; without it a short line stays as it is."""
     if len(x) <= most and end is None:
         return x, y
     stretches = np.clip(x / (end or x.max() or 1) * most, 0, most - 1).astype(int)
@@ -231,8 +230,13 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS, end: float | 
     return tuple(total[counts > 0] / counts[counts > 0] for total in sums)
 
 
-def _draw_learning(axes: "Axes", runs: Sequence[Metrics], scales: Sequence[float], timed: bool) -> None:
-    """Training thin and smoothed, validation with points; x is steps or seconds times the run's scale."""
+def _draw_learning(
+    axes: "Axes",
+    runs: Sequence[Metrics],
+    scales: Sequence[float],
+    timed: bool,
+) -> None:
+    """Training smoothed, validation with points; x is steps or seconds times the run's scale."""
     shown = []
     alone = len(runs) == 1
     for place, (run, scale) in enumerate(zip(runs, scales, strict=True)):
@@ -240,12 +244,12 @@ def _draw_learning(axes: "Axes", runs: Sequence[Metrics], scales: Sequence[float
         valid_x, valid_bits = run.points("valid/bits_per_character", timed)
         train = thinned(x * scale, bits, FEW_POINTS)
         valid = thinned(valid_x * scale, valid_bits)
-        looks = _looks(place)
+        looks, pale = _looks(place), {"color": TRAIN, "alpha": 0.3, "linewidth": 0.8}
+        colour, width = looks["color"], 1.6 if alone else 0.9
         if alone:
-            axes.plot(*thinned(x * scale, bits), color=TRAIN, alpha=0.3, linewidth=0.8, label="training")
+            axes.plot(*thinned(x * scale, bits), label="training", **pale)
             looks = {"color": VALID}
-        width = 1.6 if alone else 0.9
-        axes.plot(*train, color=_looks(place)["color"], linewidth=width, label="training, smoothed")
+        axes.plot(*train, color=colour, linewidth=width, label="training, smoothed")
         looks |= {"linewidth": 1.6, "marker": "o", "markersize": 4}
         axes.plot(*valid, clip_on=False, label="validation", **looks)
         shown += [train, valid]
@@ -253,18 +257,21 @@ def _draw_learning(axes: "Axes", runs: Sequence[Metrics], scales: Sequence[float
     _cut_fall(axes, shown)
 
 
+def _looks(place: int) -> dict[str, Any]:
+    """Colour and dashes of a run by its place."""
+    colour, dashes = SERIES[place % len(SERIES)], DASHES[place % len(DASHES)]
+    return {"color": colour, "linestyle": dashes, "markersize": 4.5}
+
+
 def _draw_lines(
     axes: "Axes",
     lines: dict[int, Points],
-    looks: Callable,
-    label: str,
     y: str = "cut",
+    looks: Callable = _looks,
+    label: str = "characters seen",
     end: int | None = None,
 ) -> None:
-    """Lines over training as means over the same stretches, so equally smooth.
-
-    `y` is the scale of the axis: "cut" by `_cut_fall`, "log", or from "zero".
-    """
+    """Means over the same stretches, so equally smooth lines; `y` is "cut", "log" or "zero"."""
     from matplotlib.ticker import MaxNLocator
 
     last = max(float(x[-1]) for x, _ in lines.values())
@@ -302,7 +309,7 @@ def _draw_layers(axes: "Axes", run: Metrics, lines: dict[int, Points], y: str = 
             "markersize": 3 if few else 0,
         }
 
-    _draw_lines(axes, lines, looks, "optimizer steps", y, run.config.train.steps)
+    _draw_lines(axes, lines, y, looks, "optimizer steps", run.config.train.steps)
 
 
 def _draw_profile(axes: "Axes", run: Metrics, newest: int) -> None:
@@ -323,22 +330,23 @@ def _draw_profile(axes: "Axes", run: Metrics, newest: int) -> None:
 def _draw_weights(axes: "Axes", terms: Sequence[Term], steps: int, wrapped: bool = False) -> None:
     """A heat map of the weights over `steps` optimizer steps, with a row for each term.
 
-    Rows form one block per task; within it the deepest layer is on top. Each column shows the weight at
-    its middle. `wrapped` breaks the labels of the blocks.
+    Rows form one block per task; within it the deepest layer is on top. Columns show the weight
+    at their middle. `wrapped` breaks the labels of the blocks.
     """
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     rows = sorted(terms, key=lambda term: (term.task or "", term.offset, term.positions, -term.layer))
     progresses = (np.arange(HEAT_COLUMNS) + 0.5) / HEAT_COLUMNS
-    weights = np.array([[term.weight.at_next_turn(progress) for progress in progresses] for term in rows])
+    weights = np.array([list(map(term.weight.at_next_turn, progresses)) for term in rows])
     peaks = [max(term.weight.at_next_turn(0.0), term.weight.limit) for term in rows]
+    faint, full = (*to_rgb(MAP), 0.2), (*to_rgb(MAP), 1.0)
     image = axes.imshow(
         np.ma.masked_equal(weights, 0.0),
         aspect="auto",
         interpolation="nearest",
         extent=(0, steps, len(rows) - 0.5, -0.5),
         # One colour that fades suits light and dark backgrounds.
-        cmap=LinearSegmentedColormap.from_list("weights", [(*to_rgb(MAP), 0.2), (*to_rgb(MAP), 1.0)]),
+        cmap=LinearSegmentedColormap.from_list("weights", [faint, full]),
         vmin=0.0,
         vmax=max(weights.max(), *peaks),
     )
@@ -382,7 +390,7 @@ def _task_title(offset: int, positions: str, task: str | None) -> str:
 
 def _losses_by_task(run: Metrics) -> dict[str, dict[int, Points]]:
     """Losses by task and layer: bits per character, or nats for a user's task."""
-    panels: dict[str, dict[int, Points]] = {}
+    panels = {}
     for term, (steps, losses) in run.by_term("terms/", "/loss").items():
         title = _task_title(term.offset, term.positions, term.task and f"{term.task}, nats")
         factor = 1.0 if term.task else run.symbols_per_character / math.log(2)
@@ -395,17 +403,8 @@ def _over(axes: "Axes", label: str, end: float | None = None) -> None:
     axes.xaxis.set_major_formatter(engineering())
 
 
-def _looks(place: int) -> dict[str, Any]:
-    """Colour and dashes of a run by its place."""
-    colour, dashes = SERIES[place % len(SERIES)], DASHES[place % len(DASHES)]
-    return {"color": colour, "linestyle": dashes, "markersize": 4.5}
-
-
 def _cut_fall(axes: "Axes", lines: Iterable[Points]) -> None:
-    """End the y axis where the lines are after a fiftieth of their length.
-
-    A run falls from 8 bits within its first steps, which would flatten all the rest.
-    """
+    """End the y axis where lines are after a fiftieth of their length: the fall would flatten the rest."""
     lines = [line for line in lines if len(line[0])]
     last = max((float(x[-1]) for x, _ in lines), default=0.0)
     shown = [value for x, values in lines for value in values[x >= last / 50]]

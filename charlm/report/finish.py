@@ -21,14 +21,14 @@ from charlm.training.loop import train
 from charlm.training.stop import StopRequests
 
 QUICK_SECONDS, QUICK_LAYERS = 10, 16
-"""Limits for measuring the model at the end of a run: seconds by the speed of training, and layers."""
+"""Limits for measuring the model at the end: seconds by the speed of training, and layers."""
 
 
 def train_and_report(config: Config) -> Path:
-    """Train as `charlm.train` does, then leave RUN/run.png, RUN/diagnostics.png and RUN/report.html.
+    """Train as `charlm.train` does, then leave run.png, diagnostics.png and report.html in the run.
 
-    If the run stops or fails after training began, only the pictures are made. The main process draws.
-    Returns the run's folder; raises UserError and Stopped as `charlm.train` does.
+    If the run stops or fails after training began, only the pictures are made. Returns the run's
+    folder; raises UserError and Stopped as `charlm.train` does.
     """
     run = Run(config.run.dir)
     before = _last_change(run)
@@ -55,29 +55,27 @@ def train_and_report(config: Config) -> Path:
 
 def draw_pictures(run: Run, config: Config) -> None:
     """Draw RUN/run.png, and RUN/diagnostics.png if the run took diagnostics."""
-    with suppress(UserError, OSError):  # it ended before there was a point to draw, or the disk is full
+    with suppress(UserError, OSError):  # no point to draw yet, or the disk is full
         draw_run(run.path)
         if config.train.diagnose_every:
             draw_diagnostics(run.path)
 
 
 def write_page(run: Run, config: Config) -> None:
-    """Write RUN/report.html, or print an error: the run itself is done and safe.
-
-    The parts that need the model are left out unless they are quick and this is the only process.
-    """
+    """Write RUN/report.html, with what needs the model if that is quick; or print an error."""
+    path, probes = run.path / "report.html", None
     try:
-        probes = None
         _, speeds = read_runs([run.path])[0].points("characters_per_second")
         fast = len(speeds) > 0 and np.median(speeds) * QUICK_SECONDS >= CHARACTERS
         quick = fast and config.model.num_layers <= QUICK_LAYERS
         if quick and os.environ.get("WORLD_SIZE", "1") == "1":
-            probes = [measure(run, load_corpus(config.data, show_progress=False), show_progress=False)]
-        write_report([run.path], run.path / "report.html", probes)
+            corpus = load_corpus(config.data, show_progress=False)
+            probes = [measure(run, corpus, show_progress=False)]
+        write_report([run.path], path, probes)
     except Exception as error:
         failure = f"report.html was not written ({error!r})"
         print(fitted(f"{failure}; this tries again:"), file=sys.stderr)
-        say("  " + command("report.py", run.path, "-o", run.path / "report.html"), file=sys.stderr)
+        say("  " + command("report.py", run.path, "-o", path), file=sys.stderr)
 
 
 def _last_change(run: Run) -> int | None:

@@ -29,15 +29,14 @@ class Metrics:
     provenance: dict[str, Any]
     """What the run was made from, by path such as "corpus/splits/valid/symbols"."""
     series: dict[str, np.ndarray]
-    """The finite numbers in metrics.jsonl by path, such as "terms/layer1/offset1/all/loss": steps, seconds
-    of training (NaN if unknown) and values, float64 [3, N]."""
+    """Steps, seconds (NaN if unknown) and finite values, float64 [3, N], by path in metrics.jsonl."""
 
     @property
     def symbols_per_character(self) -> float:
         """In the training split; 1 if the run did not record it."""
-        symbols = self.provenance.get("corpus/splits/train/symbols", 1)
-        characters = self.provenance.get("corpus/splits/train/characters", 1)
-        return number(symbols) / number(characters)
+        split = "corpus/splits/train"
+        symbols = number(self.provenance.get(f"{split}/symbols", 1))
+        return symbols / number(self.provenance.get(f"{split}/characters", 1))
 
     @property
     def characters_per_step(self) -> float:
@@ -67,15 +66,18 @@ class Metrics:
 
     def by_term(self, before: str, after: str = "") -> dict[TermName, Points]:
         """The series with a term's name, or its beginning, between `before` and `after`."""
-        paths = [path for path in self.series if path.startswith(before) and path.endswith(after)]
-        names = {path: Term.parse(path.removeprefix(before).removesuffix(after)) for path in paths}
-        layers = range(1, self.config.model.num_layers + 1)
-        return {name: self.points(path) for path, name in names.items() if name is not None and name.layer in layers}
+        found = {}
+        for path in self.series:
+            if path.startswith(before) and path.endswith(after):
+                name = Term.parse(path.removeprefix(before).removesuffix(after))
+                if name and 1 <= name.layer <= self.config.model.num_layers:
+                    found[name] = self.points(path)
+        return found
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Metrics]:
-    """The records of runs; raises UserError if a folder is not a run, or a file of it is damaged."""
-    runs = [Run.open(folder) for folder in folders]
+    """The records of runs; raises UserError if a folder is no run, or a file of it is damaged."""
+    runs = list(map(Run.open, folders))
     names = short_names([run.path for run in runs])
     return [
         Metrics(run, name, run.config(), flatten(run.provenance(), "/"), _series(run))

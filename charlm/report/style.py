@@ -24,10 +24,8 @@ TRAIN, VALID = SERIES[:2]
 INK, GREY, GRID, MAP = "#1a1a1b", "#555556", "#ddddde", "#2389d0"
 """Text, axes, grid, heat map. All differ, because in the page each becomes a variable."""
 DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
-LAYER_STEPS = 16
-"""Number of colours for layers."""
-WIDTH = 7.5
-"""Width of a picture in inches."""
+LAYER_STEPS = 16  # colours for layers
+WIDTH = 7.5  # of a picture, in inches
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -57,18 +55,14 @@ class Style:
 
     rc: dict[str, Any]
     width: float
-    row: float
-    """Height of a row of panels."""
-    columns: int
-    """Most panels side by side."""
-    explains: bool = False
-    """Whether a figure has its own title, legend and colour bar; those of the page are HTML."""
+    row: float  # height of a row of panels
+    columns: int  # most panels side by side
+    explains: bool = False  # by its own title and colour bar; those of the page are HTML
 
 
 PICTURE = Style(_WITH_GRID, WIDTH, 2.3, 2, explains=True)
 _PAGE = _WITH_GRID | {"font.size": 12, "axes.titleweight": "bold"}
-WINDOW = Style(_PAGE, 1080 / 72, 270 / 72, 3)
-"""In the page an inch is 72 CSS pixels, so that a point is a pixel."""
+WINDOW = Style(_PAGE, 1080 / 72, 270 / 72, 3)  # an inch is 72 CSS pixels, a point is a pixel
 PHONE = Style(_PAGE, 358 / 72, 220 / 72, 1)
 
 
@@ -96,16 +90,15 @@ def draw_panels(
 ) -> "Figure | None":
     """A figure with as many panels side by side as `style` allows; None if there are no panels.
 
-    Args:
-        panels: the title of each, a function that fills its axes, and its further arguments.
-        row: scales the height of panels.
-        num_layers: if above 1, a colour bar of layers is drawn.
+    A panel is its title, a function that fills its axes, and its further arguments. `row` scales
+    the height of panels. Layers, if more than one, are explained by a colour bar.
     """
     if not panels:
         return None
     rows = math.ceil(len(panels) / style.columns)
     columns = math.ceil(len(panels) / rows)
-    with new_figure(style, rows * row * style.row + (0.3 if style.explains else 0.0), title) as figure:
+    height = rows * row * style.row + (0.3 if style.explains else 0.0)
+    with new_figure(style, height, title) as figure:
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (heading, draw, *data) in zip(grid, panels, strict=False):
             axes.set_title(heading)
@@ -117,7 +110,8 @@ def draw_panels(
             from matplotlib.colors import ListedColormap, Normalize
 
             colours = ScalarMappable(Normalize(1, num_layers), ListedColormap(layer_colours()))
-            bar = figure.colorbar(colours, ax=grid[: len(panels)], pad=0.015, aspect=50, label="layer")
+            place = {"ax": grid[: len(panels)], "pad": 0.015, "aspect": 50}
+            bar = figure.colorbar(colours, label="layer", **place)
             bar.outline.set_visible(False)
             bar.ax.yaxis.get_major_locator().set_params(integer=True)
     return figure

@@ -49,10 +49,10 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
 
     Raises UserError for wrong variables of a launcher, fp16 on a CPU, and gradient accumulation.
     """
-    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation != "1":
-        text = f"accelerate's gradient_accumulation_steps={accumulation}"
-        raise UserError(f"{text}: use --train.micro_batch_size, and set accelerate's to 1")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        fault = f"accelerate's gradient_accumulation_steps={steps}"
+        raise UserError(f"{fault}: use --train.micro_batch_size instead")
     precision, reason = choose_precision(train)
     _rejoin_group()
     # accelerate has no public way to forget the precision of an earlier run of this process.
@@ -80,10 +80,9 @@ def leave_group() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-        for thing in gc.get_objects():
-            # Private caches of DTensor hold the mesh, and it holds the group.
-            if type(thing) is dist.DeviceMesh:
-                vars(thing).clear()
+        # Private caches of DTensor hold the mesh, and it holds the group.
+        for mesh in [thing for thing in gc.get_objects() if type(thing) is dist.DeviceMesh]:
+            vars(mesh).clear()
         gc.collect()
 
 
@@ -145,11 +144,10 @@ def choose_compile(train: TrainConfig) -> bool:
 
 def describe_attention(config: Config) -> str:
     """How attention is computed."""
-    device = "cpu" if on_cpu() else "cuda"
-    if config.model.attention_dropout > 0:  # in blocks there is no dropout
-        reason = "the CPU's fused kernel has no dropout"
-        return f"attention unfused ({reason})" if device == "cpu" else "attention fused"
-    in_blocks = attends_in_blocks(config.train.attention, device)
+    has_dropout, device = config.model.attention_dropout > 0, "cpu" if on_cpu() else "cuda"
+    if has_dropout and device == "cpu":
+        return "attention unfused (the CPU's fused kernel has no dropout)"
+    in_blocks = not has_dropout and attends_in_blocks(config.train.attention, device)
     return "attention in blocks" if in_blocks else "attention fused"
 
 

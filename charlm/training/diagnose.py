@@ -41,8 +41,7 @@ def diagnose(
 ) -> dict[str, Any]:
     """A row for metrics.jsonl: `bits_per_head` and, unless the model is sharded, `gradient_figures`.
 
-    Leaves parameters, their `.grad`, optimizers and random state alone. `objective` is not in DDP,
-    whose reducer must not see these gradients.
+    `objective` is not in DDP, whose reducer must not see these gradients. It stays as it is.
     """
     train = config.train
     ids = corpus.splits["valid"].ids

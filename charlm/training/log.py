@@ -1,14 +1,14 @@
-"""Logging of a run: metrics.jsonl, the same numbers for accelerate's trackers, and a progress line.
+"""Logging of a run: metrics.jsonl, the same numbers for accelerate's trackers, a progress line.
 
-Trackers are started here: accelerate's `init_trackers` gives all the same options, and its
-`end_training` destroys the process group, which a second run needs.
+accelerate's `init_trackers` would give all the same place, and its `end_training` would end the
+process group, which a second run needs.
 """
 
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import uuid4
 
@@ -68,11 +68,6 @@ class Tracker:
         """Duration of the run, earlier sessions included."""
         return self.earlier_seconds + time.perf_counter() - self.began
 
-    @property
-    def training_seconds(self) -> float:
-        """Duration of this process's steps alone."""
-        return time.perf_counter() - self.began - self.paused_seconds
-
     @contextmanager
     def speed_paused(self, doing: str) -> Iterator[None]:
         """Inside, time does not count as training; the progress line says `doing`."""
@@ -89,7 +84,7 @@ class Tracker:
         if not self.main:
             return
         step, parts = update.step, update.parts
-        seconds = self.training_seconds
+        seconds = time.perf_counter() - self.began - self.paused_seconds
         symbols = (step - self.logged_step) * self.symbols_per_step
         speed = symbols / (seconds - self.logged_seconds)
         self.logged_step, self.logged_seconds = step, seconds
@@ -108,8 +103,8 @@ class Tracker:
             "terms": {name: {"loss": parts[name], "weight": weights[name]} for name in parts},
         }
         if hedge is not None:
-            by_layer = zip(hedge.layers, hedge.weights.tolist(), strict=True)
-            row["hedge"] = {f"layer{layer}": weight for layer, weight in by_layer}
+            layers = [f"layer{layer}" for layer in hedge.layers]
+            row["hedge"] = dict(zip(layers, hedge.weights.tolist(), strict=True))
         self.record(step, row)
         shown_bits = "" if bits is None else f" {bits:.3f} bpc"  # the line fits into 80 columns
         shown_speed = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
@@ -136,9 +131,8 @@ class Tracker:
             at = f"at step {best_step:,} of {self.total_steps:,}"
             self.say(f"best: {best_bits:.4f} bits per character on valid, {at}")
         took = time.perf_counter() - self.began
-        aside = f"{self.paused_seconds / took:.0%}"
-        purpose = "validations, checkpoints and diagnostics"
-        self.say(f"time: {tqdm.format_interval(took)}, {aside} of it for {purpose}")
+        aside = f"{self.paused_seconds / took:.0%} of it for validations, checkpoints and diagnostics"
+        self.say(f"time: {tqdm.format_interval(took)}, {aside}")
 
     def close(self) -> None:
         """Finish the trackers and close the progress line."""
@@ -188,10 +182,10 @@ def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
     Raises UserError if one does not start.
     """
     trackers = []
-    options = flatten(config.model_dump(), ".")
-    for option, value in options.items():
-        if not isinstance(value, int | float | str):
-            options[option] = shown(value, limit=10_000)
+    options = {
+        name: value if isinstance(value, int | float | str) else shown(value, limit=10_000)
+        for name, value in flatten(config.model_dump(), ".").items()
+    }
     try:
         for name in config.run.tracker:
             tracker = _build(name, config, run, step)
@@ -207,33 +201,36 @@ def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row of metrics.jsonl but its step, by path: `terms/layer3/offset1/all/loss`.
+    """The numbers of a row but its step, by path: `terms/layer3/offset1/all/loss`.
 
-    A tracker keeps one value per name and step. Names of a validation therefore begin with
-    `valid/`, and diagnostics leave out the progress.
+    A tracker keeps one value per name and step. So names of a validation begin with `valid/`, and
+    diagnostics leave out the progress.
     """
     if "valid" in row:
         others = {name: value for name, value in row.items() if name not in ("step", "valid")}
         row = {"valid": others | row["valid"]}
     elif "diagnostics" in row:
         row = {"diagnostics": row["diagnostics"]}
-    values = flatten(row, "/")
-    values.pop("step", None)
-    return {path: value for path, value in values.items() if isinstance(value, int | float)}
+    values = flatten(row, "/").items()
+    return {path: own for path, own in values if isinstance(own, int | float) and path != "step"}
 
 
 def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:
     folder, title = run.path / "trackers", run.path.resolve().name
-    key_path = folder / "key"  # unique name, kept for resumption
-    if not key_path.exists():
-        folder.mkdir(exist_ok=True)
-        key_path.write_text(uuid4().hex)
-    key = key_path.read_text()
+    folder.mkdir(exist_ok=True)
+    with suppress(FileExistsError), (folder / "key").open("x") as file:
+        file.write(uuid4().hex)
+    key = (folder / "key").read_text()  # unique name, kept for resumption
     options = {
         "aim": {"experiment": config.run.project},
         "clearml": {"task_name": title, "auto_connect_frameworks": False, "reuse_last_task_id": False},
         "comet_ml": {"experiment_key": key},
-        "dvclive": {"dir": str(folder / "dvclive"), "resume": step > 0, "save_dvc_exp": False, "dvcyaml": None},
+        "dvclive": {
+            "dir": str(folder / "dvclive"),
+            "resume": step > 0,
+            "save_dvc_exp": False,
+            "dvcyaml": None,
+        },
         "mlflow": {"run_name": title},
         "swanlab": {"log_dir": str(folder / "swanlab"), "name": title, "id": key, "resume": "allow"},
         "tensorboard": {"purge_step": step + 1 if step > 0 else None},

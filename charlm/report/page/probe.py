@@ -1,8 +1,7 @@
 """A run's model on held-out text: bits by layer and by position, a passage, samples.
 
-Only the passage is of the test split: pages help to choose between runs.
-
-Shapes: V vocabulary, N symbols, M predictions, K likeliest, W windows, T positions of a window, B bins.
+Only the passage is of the test split: pages help to choose between runs. Shapes: V vocabulary,
+N symbols, M predictions, K likeliest, W windows, T positions of a window, B bins.
 """
 
 import math
@@ -28,14 +27,12 @@ from charlm.runs.load import load
 from charlm.runs.trained import TrainedModel, any_prompt
 from charlm.text import visible
 
-CHARACTERS = 20_000
-"""Characters of the validation split that are scored by default."""
+CHARACTERS = 20_000  # of the validation split that are scored by default
 PASSAGE, PROMPT, SAMPLE = 1_200, 60, 400
 """Symbols of the passage, of the prompt of a sample, and of its text."""
-LIKELIEST = 5
+LIKELIEST, MOST_SAMPLES, MOST_BINS = 5, 4, 24
 TEMPERATURE = 0.8
-MOST_SAMPLES = 4
-MOST_BINS = 24
+Lines = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Piece(NamedTuple):
@@ -43,19 +40,16 @@ class Piece(NamedTuple):
 
     text: str
     bits: float
-    """The cost of all symbols that spell it."""
-    num_symbols: int
+    num_symbols: int  # that spell it, and cost `bits` together
     likeliest: list[tuple[str, float]]
     """The likeliest symbols in place of its first, with their probabilities."""
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """The text that a checkpoint writes after the prompt."""
 
     step: int
-    names: list[str]
-    """The run's names for the checkpoint: best, last, both or none."""
+    names: list[str]  # of the checkpoint: best, last
     text: str
 
 
@@ -63,13 +57,11 @@ class Sample:
 class Probe:
     """The findings about a run's model."""
 
-    score: Score | None = None
-    """Score of the first characters of the validation split, for every layer with a head."""
-    by_position: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-    """Symbols of context, bits per character there, and their standard errors."""
+    score: Score | None = None  # for every layer with a head
+    by_position: Lines | None = None
+    """Symbols of context, bits per character there, and their standard errors, float64 [B]."""
     passage: list[Piece] = field(default_factory=list)
-    passage_start: int = 0
-    """Index in the test split of the passage's first symbol."""
+    passage_start: int = 0  # in the test split
     prompt: str = ""
     samples: list[Sample] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
@@ -87,12 +79,9 @@ def measure(
     characters: int = CHARACTERS,
     show_progress: bool = True,
 ) -> Probe:
-    """Score a run's best checkpoint, and let its checkpoints write samples.
+    """Score a run's best checkpoint on `characters`, and let its checkpoints write samples.
 
-    Args:
-        corpus: or the reason why it is not available; the samples need none.
-        characters: how much of the validation split to score.
-        show_progress: on stderr, if that is a terminal.
+    Instead of the corpus there may be the reason why there is none; the samples need none.
     """
     try:
         trained = load(run.path)
@@ -104,8 +93,8 @@ def measure(
             raise corpus
         valid, ids = corpus.splits["valid"], corpus.splits["test"].ids
         limit = symbols_of(characters, valid.ids, corpus.vocabulary)
-        options = {"split": "valid", "limit": limit, "show_progress": show_progress}
-        probe.score = bits_per_character(trained, corpus, all_layers=True, **options)
+        how = {"split": "valid", "limit": limit, "show_progress": show_progress}
+        probe.score = bits_per_character(trained, corpus, all_layers=True, **how)
         num_windows = max(1, limit // trained.config.model.context_length)
         nats_WT = nats_by_position(trained, valid.ids, num_windows)
         probe.by_position = binned(nats_WT, valid.symbols / valid.characters)
@@ -144,11 +133,8 @@ def nats_by_position(trained: TrainedModel, ids: np.ndarray, num_windows: int) -
     return np.stack(found)
 
 
-def binned(nats_WT: np.ndarray, symbols_per_character: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`Probe.by_position`, in bins that grow by a constant factor.
-
-    The context of a bin is its geometric middle. The standard error of a single window is 0.
-    """
+def binned(nats_WT: np.ndarray, symbols_per_character: float) -> Lines:
+    """`Probe.by_position`, in bins that grow by a factor; their context is the geometric middle."""
     num_windows, length = nats_WT.shape
     edges = np.unique(np.geomspace(1, length + 1, MOST_BINS + 1).round().astype(int))
     means = [nats_WT[:, first - 1 : end - 1].mean(axis=1) for first, end in pairwise(edges)]
@@ -167,10 +153,7 @@ def start_of_passage(trained: TrainedModel, ids: np.ndarray) -> int:
 
 
 def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int) -> list[Piece]:
-    """`count` symbols from `start` on, with their costs and the likeliest in their places.
-
-    Each is predicted from at least three quarters of a context, as far as the text reaches back.
-    """
+    """`count` symbols from `start` on, predicted from at least three quarters of a context."""
     context_length = trained.config.model.context_length
     before = min(start, context_length)
     text = ids[start - before : start + count]
@@ -178,7 +161,8 @@ def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int)
 
     def likeliest(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tensor:
         values, symbols = log_probabilities_MV.topk(width, dim=-1)
-        return torch.cat([nats(log_probabilities_MV, targets_M), values.exp().T, symbols.double().T])
+        nats_1M = nats(log_probabilities_MV, targets_M)
+        return torch.cat([nats_1M, values.exp().T, symbols.double().T])
 
     with full_fp32_matmul(trained.device):
         (found_KN,) = measure_text(
@@ -189,10 +173,10 @@ def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int)
             layers=[trained.config.model.num_layers],
             measure=likeliest,
         )
-    nats_N, probabilities_NK, symbols_NK = np.split(found_KN.T[before:], [1, 1 + width], axis=1)
-    bits_N = nats_N[:, 0] / math.log(2)
-    symbols_NK = symbols_NK.astype(np.int64)
-    return pieces_of(trained.vocabulary, text[before:], bits_N, probabilities_NK, symbols_NK)
+    bits_N = found_KN[0, before:] / math.log(2)
+    probabilities_NK, symbols_NK = np.split(found_KN[1:, before:].T, 2, axis=1)
+    found = (text[before:], bits_N, probabilities_NK, symbols_NK.astype(np.int64))
+    return pieces_of(trained.vocabulary, *found)
 
 
 def pieces_of(
@@ -203,11 +187,13 @@ def pieces_of(
     symbols_NK: np.ndarray,
 ) -> list[Piece]:
     """A piece for each symbol that begins a character, with those that continue it."""
-    begins = [place for place in range(1, len(ids_N)) if vocabulary.count_characters(ids_N[[place]])]
+    count = vocabulary.count_characters
+    begins = [place for place in range(1, len(ids_N)) if count(ids_N[[place]])]
     pieces = []
     for first, end in pairwise(sorted({0, *begins, len(ids_N)})):
         candidates = [visible(vocabulary.decode(symbol)) for symbol in symbols_NK[first][:, None]]
-        likeliest = list(zip(candidates, probabilities_NK[first].round(6).tolist(), strict=True))
+        probabilities = probabilities_NK[first].round(6).tolist()
+        likeliest = list(zip(candidates, probabilities, strict=True))
         text = visible(vocabulary.decode(ids_N[first:end]))
         bits = round(bits_N[first:end].sum().item(), 4)
         pieces.append(Piece(text, bits, end - first, likeliest))
@@ -219,11 +205,9 @@ def write_samples(run: Run, prompt: bytes) -> list[Sample]:
     named = {which: find_checkpoint(run, which).step for which in ("best", "last")}
     steps = list(checkpoint_folders(run))
     places = np.linspace(0, len(steps) - 1, MOST_SAMPLES).round().astype(int)
-    return [
-        Sample(
-            step,
-            [which for which, own in named.items() if own == step],
-            generate(load(run.path, step), prompt, length=SAMPLE, temperature=TEMPERATURE),
-        )
-        for step in sorted({steps[place] for place in places} | set(named.values()))
-    ]
+    samples = []
+    for step in sorted({steps[place] for place in places} | set(named.values())):
+        names = [which for which, own in named.items() if own == step]
+        text = generate(load(run.path, step), prompt, length=SAMPLE, temperature=TEMPERATURE)
+        samples.append(Sample(step, names, text))
+    return samples

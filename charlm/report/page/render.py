@@ -1,7 +1,4 @@
-"""write_report: the page of one or several runs.
-
-Its figures are SVG with text in the page's font, and colours that its style sheet sets.
-"""
+"""The page of runs. Its style sheet sets the font and the colours of its figures."""
 
 import re
 import shlex
@@ -28,8 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SERIES_DARK = ("#4aa8e0", "#ff8a3d", "#2fc79a", "#e59ac6", "#e6c14b", "#9ad4f5", "#b894d6", "#c9a96b")
-LEVELS = 9
-"""Number of shades of the passage; the last stands for 8 bits and more."""
+LEVELS = 9  # shades of the passage; the last stands for 8 bits and more
 FIGURES_OF_A_RUN = {
     "terms": (
         figures.terms,
@@ -42,7 +38,11 @@ FIGURES_OF_A_RUN = {
         "Empty where silent.",
     ),
     "hedge": (figures.hedge, "Weights learned by hedge", "They multiply the weights above."),
-    "diagnostics": (figures.diagnostics, "Diagnostics", "On the validation split; see docs/diagnostics.md."),
+    "diagnostics": (
+        figures.diagnostics,
+        "Diagnostics",
+        "On the validation split; see docs/diagnostics.md.",
+    ),
 }
 """Function, heading and caption."""
 
@@ -54,11 +54,8 @@ def write_report(
 ) -> Path:
     """Write the page of some runs, making its folder, and return `path`.
 
-    Args:
-        folders: the runs, finished or going on, in the order of the page.
-        probes: what `measure` found about each; None leaves that out.
-
-    Raises UserError if a folder is not a run, or a file is damaged; OSError if the page cannot be written.
+    `probes` are what `measure` found about each; None leaves that out. Raises UserError if a folder
+    is not a run, or a file is damaged; OSError if the page cannot be written.
     """
     path = Path(path)
     runs = read_runs(folders)
@@ -74,19 +71,17 @@ def render(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
     missing = [Probe.without(again.format(shlex.quote(str(run.folder.path)))) for run in runs]
     probes = [probe or other for probe, other in zip(probes, missing, strict=True)]
     configs = [run.config for run in runs]
-    layers, positions = {}, {}
-    for place, probe in enumerate(probes):
-        if probe.score is not None:
-            bits = probe.score.layers
-            layers[place] = (list(map(int, bits)), list(bits.values()))
-        if probe.by_position is not None:
-            positions[place] = probe.by_position
+    measured = [(place, probe) for place, probe in enumerate(probes) if probe.by_position]
+    bits = [(place, probe.score.layers) for place, probe in measured]
+    layers = {place: (list(map(int, own)), list(own.values())) for place, own in bits}
+    positions = {place: probe.by_position for place, probe in measured}
+    context = "symbols of context"
     drawn = [
         ("learning", "Bits per character over characters and over time", figures.learning, runs),
         ("tasks", "The losses of each run's highest layer over training", figures.tasks, runs),
         ("speed", "Characters per second over training", figures.speed, runs),
         ("layers", "Bits per character by layer", figures.bits_against, layers, "layer"),
-        ("positions", "Bits per character by context", figures.bits_against, positions, "symbols of context"),
+        ("positions", "Bits per character by context", figures.bits_against, positions, context),
     ]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -112,16 +107,21 @@ def render(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
     )
 
 
-def picture(name: str, label: str, draw: Callable[[Style], "Figure | None"]) -> dict[str, str] | None:
+def picture(
+    name: str,
+    label: str,
+    draw: Callable[[Style], "Figure | None"],
+) -> dict[str, str] | None:
     """The name of a figure and its SVGs, wide and narrow; None if there is nothing to draw.
 
-    `label` tells readers who do not see the figure what it shows. Ids are made from it.
+    `label` says what the figure shows, to who does not see it. Ids are made from it.
     """
     import matplotlib
 
     drawn = {"name": name}
     for width, style in (("wide", WINDOW), ("narrow", PHONE)):
-        with matplotlib.rc_context({"svg.hashsalt": f"{label}-{style.width}", "svg.fonttype": "none"}):
+        unique = {"svg.hashsalt": f"{label}-{style.width}", "svg.fonttype": "none"}
+        with matplotlib.rc_context(unique):
             figure = draw(style)
             if figure is None:
                 return None
@@ -155,8 +155,8 @@ def inline(figure: "Figure", label: str) -> str:
 
 def palette(dark: bool) -> dict[str, str]:
     """The values of the page's variables for the colours of runs and layers."""
-    series = {f"--series-{place}": colour for place, colour in enumerate(SERIES_DARK if dark else SERIES)}
-    return series | {f"--layer-{place}": colour for place, colour in enumerate(layer_colours(dark))}
+    kinds = {"series": SERIES_DARK if dark else SERIES, "layer": layer_colours(dark)}
+    return {f"--{kind}-{n}": colour for kind in kinds for n, colour in enumerate(kinds[kind])}
 
 
 def _section(place: int, run: Metrics, probe: Probe, row: dict[str, str]) -> dict[str, Any]:

@@ -28,7 +28,6 @@ def results(runs: Sequence[Metrics], probes: Sequence[Probe]) -> list[dict[str, 
 def protocols(run: Metrics, probe: Probe) -> dict[str, dict[str, str]]:
     """How the run was validated, by itself and by this page, and its origin."""
     record = run.provenance
-    score = probe.score
     context_length = run.config.model.context_length
     found = {
         "Validation": {
@@ -40,10 +39,11 @@ def protocols(run: Metrics, probe: Probe) -> dict[str, dict[str, str]]:
             "corpus": f"{record.get('corpus/name')} (SHA-256 {record.get('corpus/sha256')})",
         }
     }
-    if score is not None:
+    if score := probe.score:
+        sizes = f"{score.characters:,} characters, {score.bytes:,} bytes"
         found["Validation, by this page"] = {
             "split": score.split,
-            "symbols": f"the first {score.symbols:,}: {score.characters:,} characters, {score.bytes:,} bytes",
+            "symbols": f"the first {score.symbols:,}: {sizes}",
             "stride": str(score.stride),
             "context": str(score.context_length),
             "precision": score.precision,
@@ -63,8 +63,7 @@ def protocols(run: Metrics, probe: Probe) -> dict[str, dict[str, str]]:
 def mismatch(runs: Sequence[Metrics]) -> tuple[str, Table] | None:
     """Why the runs' bits per character do not compare, and what differs; None if they do.
 
-    Runs of different vocabularies compare only if both validate on all of the split: the first symbols of
-    two vocabularies are not the same text.
+    The first symbols of two vocabularies are not the same text.
     """
     rows = {
         "text": [f"SHA-256 {str(run.provenance.get('corpus/sha256'))[:12]}…" for run in runs],
@@ -74,23 +73,24 @@ def mismatch(runs: Sequence[Metrics]) -> tuple[str, Table] | None:
     }
     differing = {name: values for name, values in rows.items() if len(set(values)) > 1}
     if "text" in differing:
-        why = "These runs read different texts: their bits per character cannot be compared."
+        why = "read different texts"
     elif "splits" in differing:
-        why = "These runs hold out different parts of one text: their bits per character cannot be compared."
+        why = "hold out different parts of one text"
     elif differing and not all(words.startswith("all") for words in rows["validated on"]):
-        why = "These runs validated on different parts of the split: their validations cannot be compared."
+        why = "validated on different parts of the split"
     else:
         return None
-    return why, list(differing.items())
+    words = f"These runs {why}: their bits per character cannot be compared."
+    return words, list(differing.items())
 
 
 def differences(configs: Sequence[Config]) -> Table:
     """The options that differ between configs and affect what a run learns."""
     first, *others = configs
-    columns = [{name: shown(value) for name, value in flatten(config.model_dump(), ".").items()} for config in configs]
+    columns = [flatten(config.model_dump(), ".") for config in configs]
     names = dict.fromkeys(name for other in others for name in differences_of(first, other))
     names = [name for name in names if not has_mark(name, Mark.NO_EFFECT)]
-    return [(name, [column.get(name, NONE) for column in columns]) for name in names]
+    return [(name, [shown(column.get(name, NONE)) for column in columns]) for name in names]
 
 
 def vocabulary(run: Metrics) -> str:
@@ -111,8 +111,8 @@ def validated(run: Metrics) -> str:
 def _result(run: Metrics, probe: Probe) -> dict[str, str]:
     paths = ("bits_per_character", "characters_per_second", "memory", "seconds", "skipped")
     bits, speeds, memory, seconds, skipped = (run.points(path)[1] for path in paths)
-    by_page, score = NONE, probe.score
-    if score is not None:
+    by_page = NONE
+    if score := probe.score:
         by_page = f"{score.bits_per_character:.4f} ± {score.standard_error or 0:.4f}"
     return {
         "steps": f"{run.step:,} of {run.config.train.steps:,}",
@@ -128,11 +128,12 @@ def _result(run: Metrics, probe: Probe) -> dict[str, str]:
 
 
 def _sizes(run: Metrics) -> str:
-    splits = ("train", "valid", "test")
-    sizes = [number(run.provenance.get(f"corpus/splits/{split}/bytes")) for split in splits]
-    return " + ".join(f"{size:,.0f}" for size in sizes) + " bytes"
+    paths = [f"corpus/splits/{split}/bytes" for split in ("train", "valid", "test")]
+    sizes = [f"{number(run.provenance.get(path)):,.0f}" for path in paths]
+    return " + ".join(sizes) + " bytes"
 
 
 def _pairs(run: Metrics, part: str) -> str:
-    found = {path: value for path, value in run.provenance.items() if path.startswith(part)}
-    return ", ".join(f"{path.removeprefix(part)} {value}" for path, value in found.items()) or "not recorded"
+    record = run.provenance.items()
+    found = [f"{path.removeprefix(part)} {own}" for path, own in record if path.startswith(part)]
+    return ", ".join(found) or "not recorded"
