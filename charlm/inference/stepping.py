@@ -76,12 +76,16 @@ class Reader:
 
     @torch.inference_mode()
     def run_from(self, hidden_BTD: Tensor, layer: int, cache: KVCache, highest: int | None = None) -> Tensor:
-        """See `CharTransformer.run_from`."""
+        """From the hidden states of `layer` those of `highest`, by default the last.
+
+        First set the lengths of `cache` back to before these positions.
+        """
+        highest = highest or self.config.num_layers
+        places = self.transformer.places(hidden_BTD.shape[1], cache)
         with full_fp32_matmul(self.device, hidden_BTD.shape[1]):
-            if not self._takes_fast_path(hidden_BTD):
-                return self.transformer.run_from(hidden_BTD, layer, cache, highest)
-            places = self.transformer.places(hidden_BTD.shape[1], cache)
-            return self._run(hidden_BTD, layer, highest or self.config.num_layers, places, cache)
+            if self._takes_fast_path(hidden_BTD):
+                return self._run(hidden_BTD, layer, highest, places, cache)
+            return self.transformer.run(hidden_BTD, layer, {highest}, places, cache)[highest]
 
     @torch.inference_mode()
     def skip_from(self, hidden_1TD: Tensor, layer: int, cache: KVCache) -> None:

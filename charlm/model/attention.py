@@ -84,10 +84,8 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
         self.backend = backend
         # Separate matrices, because Muon orthogonalises each one as a whole.
-        self.query = nn.Linear(config.d_model, config.d_model)
-        self.key = nn.Linear(config.d_model, config.d_model)
-        self.value = nn.Linear(config.d_model, config.d_model)
-        self.out = nn.Linear(config.d_model, config.d_model)
+        D = config.d_model
+        self.query, self.key, self.value, self.out = (nn.Linear(D, D) for _ in range(4))
 
     def forward(
         self,

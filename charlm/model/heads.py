@@ -22,11 +22,10 @@ class Heads(nn.Module):
 
     Intermediate layers may have another kind of head (`aux.layers.head`):
 
-    - shared: the final norm and the last layer's classifier of the same offset (Elhoushi et al.
-      2024, LayerSkip, section 4.1.2).
+    - shared: the final norm and the last layer's classifiers (LayerSkip, section 4.1.2).
     - shared_frozen: the same as constants; the gradient reaches the trunk only.
-    - tower: norm, a hidden layer shared by the offsets, ReLU, dropout, and a classifier per offset
-      (Szegedy et al. 2015, GoogLeNet, section 5; Zhao et al. 2017, PSPNet, section 4).
+    - tower: norm, a hidden layer shared by the offsets, ReLU, dropout, and classifiers (GoogLeNet,
+      section 5; PSPNet, section 4).
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Heads(nn.Module):
             self.exits[f"layer{layer}"] = nn.ModuleDict(parts)
 
     def norm(self, layer: int) -> nn.Module:
-        """The norm that the head of `layer` begins with; the identity if states are normalised."""
+        """The norm that the head begins with; the identity if states are normalised."""
         return self._parts(layer)["norm"] if self._homes[layer] == layer else self._final_norm[0]
 
     def linears(self, layer: int, offsets: Sequence[int]) -> list[nn.Linear]:

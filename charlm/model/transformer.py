@@ -128,9 +128,9 @@ class CharTransformer(nn.Module):
     """Maps character ids to the hidden states of chosen layers (Al-Rfou et al. 2018, section 3).
 
     Matrices start normal with variance 1 / fan-in, biases at zero, embeddings with standard
-    deviation 0.3, position tables with 0.02. Matrices that write to the residual stream are divided
-    by sqrt(2L) (Radford et al. 2019), so that all 2L add about the variance of one; under post-norm
-    this also bounds the product of the norms' gradients. `residual_init` "zero" makes them zero.
+    deviation 0.3, position tables with 0.02. Those that write to the residual stream are divided by
+    sqrt(2L) (Radford et al. 2019): all 2L add about the variance of one, and under post-norm the
+    product of the norms' gradients is bounded.
     """
 
     def __init__(
@@ -189,16 +189,7 @@ class CharTransformer(nn.Module):
         """
         wanted = {self.config.num_layers} if layers is None else set(layers)
         places = self.places(ids_BT.shape[1], cache)
-        return self._run(self.embed(ids_BT, places, cache), 0, wanted, places, cache, num_last)
-
-    def run_from(self, hidden_BTD: Tensor, layer: int, cache: KVCache, highest: int | None = None) -> Tensor:
-        """From the hidden states of `layer` those of `highest`, by default the last.
-
-        First set the lengths of `cache` back to before these positions.
-        """
-        places = self.places(hidden_BTD.shape[1], cache)
-        highest = highest or self.config.num_layers
-        return self._run(hidden_BTD, layer, {highest}, places, cache)[highest]
+        return self.run(self.embed(ids_BT, places, cache), 0, wanted, places, cache, num_last)
 
     def places(self, num_new: int, cache: KVCache | None) -> Places:
         """Slots for new positions. Raises ValueError if they exceed the context."""
@@ -224,7 +215,7 @@ class CharTransformer(nn.Module):
         table = rotary_table(self.config.context_length, head_size, self.embedding.weight.device)
         return table.at(places.positions)
 
-    def _run(
+    def run(
         self,
         x_BTD: Tensor,
         lowest: int,
@@ -233,7 +224,7 @@ class CharTransformer(nn.Module):
         cache: KVCache | None,
         num_last: int | None = None,
     ) -> dict[int, Tensor]:
-        """Run the layers above `lowest`, whose output is `x_BTD`; layer 0 is the embedding."""
+        """As `forward`, from the output `x_BTD` of layer `lowest`; layer 0 is the embedding."""
         rotation = self.rotation(places)
         T = x_BTD.shape[1]
         hidden_states = {}

@@ -4,7 +4,7 @@ Shapes: T positions of the context, D d_model, V vocabulary, L layers.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -21,7 +21,7 @@ from charlm.objective.terms import Term, active_by_layer
 
 
 def num_parameters(*modules: nn.Module) -> int:
-    return _size(chain(*(module.parameters() for module in modules)))
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def transformer_parameters(config: ModelConfig, vocabulary_size: int) -> int:
@@ -35,7 +35,7 @@ def transformer_parameters(config: ModelConfig, vocabulary_size: int) -> int:
 
 
 def check_memory(config: ModelConfig, vocabulary_size: int) -> None:
-    """Raise ConfigError if the parameters do not fit in memory, or, on meta, in torch's counts."""
+    """Raise ConfigError if the parameters do not fit in memory (on meta: in torch's counts)."""
     parameters = transformer_parameters(config, vocabulary_size)
     memory = psutil.virtual_memory().total
     if 4 * parameters > (2**62 if torch.get_default_device().type == "meta" else memory):
@@ -82,19 +82,17 @@ def inference_flops(transformer: CharTransformer, head: Heads) -> int:
 
 @dataclass(frozen=True)
 class RouteCost:
-    """Cost of a route at the start of training, when the most losses are active.
-
-    `forward`, `backward` and `total` are FLOPs of a step, in those of the joint route. The others
-    count numbers in memory: `gradients` and `optimizer_state` beyond the joint route's, and `copies`
-    of parameters and their state, for a step that must be undone.
-    """
+    """Cost of a route at the start of training, when the most losses are active."""
 
     forward: float
     backward: float
     total: float
+    """FLOPs of a step; those of the joint route are 1."""
     gradients: int
     optimizer_state: int
+    """Numbers in memory beyond those of the joint route."""
     copies: int
+    """Numbers kept of parameters and their state, for a step that must be undone."""
 
 
 def route_cost(config: Config, objective: Objective) -> RouteCost:
@@ -124,18 +122,18 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
         "pairwise": (each, each),
         "multiway": (once, each),
     }
-    of_layer = 2 * _matrices(transformer.blocks[0]) + 4 * model.d_model * model.context_length
-    of_heads = 2 * sum(_head_matrices(objective.heads, own, model.context_length) for own in rows.values())
+    T = model.context_length
+    of_layer = 2 * _matrices(transformer.blocks[0]) + 4 * model.d_model * T
+    of_heads = 2 * sum(_head_matrices(objective.heads, own, T) for own in rows.values())
     factor = 3 if config.train.activation_checkpointing else 2
 
-    def passes(route: str) -> tuple[float, float]:
-        forward, backward = layers[route]
+    def passes(forward: int, backward: int) -> tuple[float, float]:
         return forward * of_layer + of_heads, factor * backward * of_layer + 2 * of_heads
 
-    forward, backward = passes(aux.route)
-    joint = passes("joint")
+    forward, backward = passes(*layers[aux.route])
+    joint = passes(once, once)
     learning = [learning_from(objective, own) for own in rows.values()]
-    repeated, moved = [], set()
+    repeated, moved, moments = [], set(), _moments(objective, config.train)
     if aux.route == "multiway":
         reached = Counter(chain(*learning))
         repeated = [*(reached - Counter(set(reached))).elements()]
@@ -145,9 +143,9 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
         forward=forward / joint[0],
         backward=backward / joint[1],
         total=(forward + backward) / sum(joint),
-        gradients=_size(repeated),
-        optimizer_state=_state_size(repeated, config.train, transformer),
-        copies=_size(moved) + _state_size(moved, config.train, transformer),
+        gradients=sum(p.numel() for p in repeated),
+        optimizer_state=sum(moments[p] * p.numel() for p in repeated),
+        copies=sum((1 + moments[p]) * p.numel() for p in moved),
     )
 
 
@@ -172,17 +170,14 @@ def _matrices(*modules: nn.Module) -> int:
     return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
 
 
-def _size(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _state_size(parameters: Iterable[nn.Parameter], train: TrainConfig, transformer: CharTransformer) -> int:
-    """Numbers that optimizers keep: up to two moments of each element."""
+def _moments(objective: Objective, train: TrainConfig) -> dict[nn.Parameter, int]:
+    """How many numbers optimizers keep for each element of a parameter."""
     usual = {"adamw": 2, "muon": 2, "sgd": int(train.momentum > 0)}[train.optimizer]
-    moments: dict[nn.Parameter, int] = {}
+    moments = dict.fromkeys(objective.parameters(), usual)
+    transformer = objective.transformer
     if transformer.ngram_embedding is not None:
         moments |= dict.fromkeys(transformer.ngram_embedding.tables.parameters(), 2)
     if train.optimizer == "muon":
-        matrices = [parameter for parameter in transformer.blocks.parameters() if parameter.ndim == 2]
-        moments |= dict.fromkeys(matrices, 1)
-    return sum(moments.get(parameter, usual) * parameter.numel() for parameter in parameters)
+        blocks = transformer.blocks.parameters()
+        moments |= {parameter: 1 for parameter in blocks if parameter.ndim == 2}
+    return moments

@@ -30,25 +30,16 @@ def linear_cross_entropy(
         weight_RD, bias_R: the parameters of the K classifiers, stacked.
         targets_NK: the ids to predict at each offset.
         loss_weights_NK: at least 0, one of them above; fp32, without a gradient.
-        hinge: in nats, at least 0. For each prediction, so that micro-batches of any size agree, and
-            not for the whole loss (Lee et al. 2015, Deeply-Supervised Nets, section 2).
+        hinge: in nats, at least 0. It is taken off each prediction, so that micro-batches of any size
+            agree, and not off the mean (Lee et al. 2015, Deeply-Supervised Nets, section 2).
 
     Returns:
         total: sum of loss_weights * max(0, losses - hinge); differentiable.
         losses_NK: -ln softmax(logits)[target] in nats, whatever the hinge; without a gradient.
     """
-    function = _reference if backend == "reference" else ChunkedLinearCrossEntropy.apply
-    return function(hidden_ND, weight_RD, bias_R, targets_NK, loss_weights_NK, hinge)
-
-
-def _reference(
-    hidden_ND: Tensor,
-    weight_RD: Tensor,
-    bias_R: Tensor,
-    targets_NK: Tensor,
-    loss_weights_NK: Tensor,
-    hinge: float,
-) -> tuple[Tensor, Tensor]:
+    if backend == "chunked":
+        arguments = hidden_ND, weight_RD, bias_R, targets_NK, loss_weights_NK, hinge
+        return ChunkedLinearCrossEntropy.apply(*arguments)
     N, K = targets_NK.shape
     logits = F.linear(hidden_ND, weight_RD, bias_R).float().view(N * K, -1)
     losses_NK = F.cross_entropy(logits, targets_NK.flatten(), reduction="none").view(N, K)

@@ -69,8 +69,8 @@ class Objective(nn.Module):
         """The loss of `windows_BW` at `progress`, of all layers or only of `layers`.
 
         The first T characters of a window are the input; position t (0-based) predicts character
-        t + offset. With T = 4 and two offsets "abcdef" is read as "abcd": the targets are "bcde" at
-        offset 1 and "cdef" at offset 2. Inactive rows and layers cost nothing.
+        t + offset: with T = 4 "abcdef" is read as "abcd", with the targets "bcde" at offset 1 and
+        "cdef" at offset 2. Inactive rows and layers cost nothing.
 
         Raises ValueError for no input, more than `window_length`, or no active term.
         """

@@ -8,7 +8,7 @@ parameters count as heads. Each update clips by itself, and decays what it moves
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
@@ -30,19 +30,17 @@ class Update:
 
     step_sizes: dict[Optimizer, float]
     """Factor of each optimizer's learning rate."""
-    gradients: dict[nn.Parameter, Tensor] | None = None
-    """None: those in `.grad`."""
+    gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    """Those that are not in `.grad` anyway."""
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, the update's gradients are in `.grad`."""
-        for parameter, gradient in (self.gradients or {}).items():
+        for parameter, gradient in self.gradients.items():
             parameter.grad = gradient
-        try:
-            yield
-        finally:
-            for parameter in self.gradients or ():
-                parameter.grad = None
+        yield
+        for parameter in self.gradients:
+            parameter.grad = None
 
 
 class Joint:
@@ -61,11 +59,11 @@ class Joint:
         self.optimizers = self._build(build)
 
     def passes(self, progress: float) -> list[list[int] | None]:
-        """The layers whose losses each pass over the windows computes; None: all."""
+        """The layers of each pass over the windows; None: all."""
         return [None]
 
     def backward(self, report: LossReport, factor: float, backward: Callable[..., None]) -> None:
-        """Add `factor` times a micro-batch's gradient, by a function like torch.autograd.backward."""
+        """Add `factor` times a gradient; `backward` is like torch.autograd.backward."""
         self.passed = list(report.by_layer)
         backward(report.total * factor)
 
@@ -78,7 +76,7 @@ class Joint:
         return [Update(dict.fromkeys(self.optimizers, 1.0))]
 
     def _divisors(self, progress: float) -> dict[nn.Parameter, float]:
-        """AuxNet's: lambda_l for the heads of layer l, the sum of lambda_j over j >= l for theta_l."""
+        """lambda_l for the heads of layer l, the sum of lambda_j over j >= l for theta_l."""
         objective, at_or_above, divisors = self.objective, 0.0, defaultdict(float)
         for layer, rows in reversed(active_by_layer(objective.terms, progress).items()):
             weight = sum(weight for _, weight in rows)
@@ -96,8 +94,8 @@ class Joint:
 class Relay(Joint):
     """The loss of layer l < L reaches its head and layers l-k+1 to l, k = `aux.relay_layers`.
 
-    Nothing below learns from it (the method that PSPNet compares itself with). A layer includes its
-    position table, and layer 1 the embeddings and a table at the input.
+    PSPNet compares itself with this. A layer includes its position table, and layer 1 the embeddings
+    and a table at the input.
     """
 
     one_backward = False
@@ -106,10 +104,10 @@ class Relay(Joint):
         transformer, depth = self.objective.transformer, self.aux.relay_layers
         blocked = blocked_layers(report.by_layer, transformer.config.num_layers, depth)
         whole = [loss for layer, loss in report.by_layer.items() if layer not in blocked]
-        for index, layer in enumerate(blocked, start=1):
+        for layer in blocked:
             reached = [*self.heads, *trunk_parameters(transformer, layer - depth + 1, layer)]
-            more = index < len(blocked) or bool(whole)
-            backward(report.by_layer[layer] * factor, inputs=reached, retain_graph=more)
+            last = layer == blocked[-1] and not whole
+            backward(report.by_layer[layer] * factor, inputs=reached, retain_graph=not last)
         if whole:
             backward(torch.stack(whole).sum() * factor)
 
@@ -117,8 +115,8 @@ class Relay(Joint):
 class Pairwise(Joint):
     """A forward and a backward pass and an update for each loss (AuxNet, "pair-wise").
 
-    From the lowest layer up each pass runs to its layer, and each update moves theta_l and the
-    layer's heads. Dropout noise is the same in all passes. Losses share one optimizer state.
+    From the lowest layer up each pass runs to its layer, with the same dropout, and each update
+    moves theta_l and the layer's heads. Losses share one optimizer state.
     """
 
     def passes(self, progress: float) -> list[list[int] | None]:
@@ -128,10 +126,8 @@ class Pairwise(Joint):
 class Multiway(Joint):
     """One forward pass, and for each loss a gradient, an update and optimizers (AuxNet, "multi-way").
 
-    From the lowest layer up each update moves theta_l and the layer's heads. Under `aux.step_sizes`
-    "auxnet" the trunk's learning rate is divided by the sum of lambda_j over active layers j >= l,
-    and the heads learn from the mean loss. Under "weighted" the trunk does too, and lambda_l is a
-    factor of the learning rate. Under "common" plain SGD makes the joint route's step.
+    From the lowest layer up each update moves theta_l and the layer's heads. `aux.step_sizes` sums
+    over active layers j >= l; under "common" plain SGD makes the joint step.
     """
 
     one_backward = False
@@ -151,7 +147,7 @@ class Multiway(Joint):
     def backward(self, report: LossReport, factor: float, backward: Callable[..., None]) -> None:
         highest = max(report.by_layer)
         for layer, loss in report.by_layer.items():
-            with Update({}, self.gradients.get(layer)).in_place():
+            with Update({}, self.gradients.get(layer, {})).in_place():
                 backward(loss * factor, retain_graph=layer != highest)
                 self.gradients[layer] = {p: p.grad for p in self.parameters if p.grad is not None}
                 for parameter in self.gradients[layer]:
@@ -165,7 +161,8 @@ class Multiway(Joint):
             if self.aux.step_sizes != "common":
                 above = [weight for other, weight in weights.items() if other >= layer]
                 step_size = (weights[layer] if weighted else 1.0) / sum(above)
-                for parameter in gradients.keys() & set(self.parameters if weighted else self.heads):
+                divided = self.parameters if weighted else self.heads
+                for parameter in gradients.keys() & set(divided):
                     gradients[parameter] /= weights[layer]
             step_sizes = dict.fromkeys(self.of_trunk[layer], step_size)
             step_sizes |= dict.fromkeys(self.of_heads[layer], 1.0)
@@ -183,12 +180,12 @@ def check_route(config: Config, precision: str | None = None, sharded: bool = Fa
     fp16 = (precision or train.mixed_precision) == "fp16"
     searched = train.micro_batch_size == "auto"
     apart, weighted = aux.route != "joint", aux.step_sizes == "weighted"
-    learned = aux.hedge.enabled and (weighted or (aux.route == "multiway" and aux.step_sizes == "auxnet"))
+    fixed = weighted or (aux.route == "multiway" and aux.step_sizes == "auxnet")
     for holds, complaint in (
         (apart and fp16, "fp16 scales one loss only; use --train.mixed_precision=bf16 or fp32"),
         (apart and sharded, "FSDP2 allows one backward pass per step; use --train.sharding=no"),
         (apart and searched, "train.micro_batch_size=auto is for a joint step; give a number"),
-        (learned, "aux.hedge learns weights, AuxNet fixes them; use --aux.step_sizes=common"),
+        (fixed and aux.hedge.enabled, "aux.hedge learns weights; use --aux.step_sizes=common"),
         (weighted and aux.route == "relay", "has no step sizes; use --aux.step_sizes=common"),
     ):
         if holds:
@@ -196,13 +193,13 @@ def check_route(config: Config, precision: str | None = None, sharded: bool = Fa
 
 
 def loss_weights(terms: Sequence[Term], progress: float) -> dict[int, float]:
-    """lambda_l of every layer with an active row, from the lowest layer up."""
+    """lambda_l of every layer with an active row, from the lowest up."""
     rows = active_by_layer(terms, progress)
     return {layer: sum(weight for _, weight in own) for layer, own in rows.items()}
 
 
 def blocked_layers(layers: Sequence[int], num_layers: int, depth: int) -> list[int]:
-    """The layers whose loss, reaching `depth` layers, stops short of the embeddings."""
+    """The layers whose loss, going down `depth` layers, reaches no embeddings."""
     return [layer for layer in layers if depth < layer < num_layers]
 
 
@@ -220,7 +217,7 @@ def learning_from(objective: Objective, rows: Sequence[Term]) -> list[nn.Paramet
 
 
 def trunk_parameters(transformer: CharTransformer, lowest: int, highest: int) -> list[nn.Parameter]:
-    """Parameters and position tables of layers `lowest` to `highest`; with layer 1 the embeddings."""
+    """The parameters of layers `lowest` to `highest`; with layer 1 the embeddings."""
     layers = slice(max(lowest, 1) - 1, highest)
     modules: list[nn.Module] = [*transformer.blocks[layers]]
     if lowest <= 1:

@@ -47,7 +47,7 @@ class Schedule:
         return 0.0 if off else self.weight(progress)
 
     def __mul__(self, other: "Schedule") -> "Schedule":
-        assert self.rotation is None or other.rotation is None
+        """The product; at most one has a rotation."""
         return Schedule(
             lambda p: self.weight(p) * other.weight(p),
             self.breakpoints | other.breakpoints,
@@ -56,7 +56,6 @@ class Schedule:
 
     def complement(self) -> "Schedule":
         """1 - weight, of a schedule without a rotation."""
-        assert self.rotation is None
         return Schedule(lambda p: 1.0 - self.weight(p), self.breakpoints)
 
     def at_next_turn(self, progress: float) -> float:

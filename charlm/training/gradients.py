@@ -18,12 +18,12 @@ from charlm.data.windows import training_windows
 from charlm.objective.objective import LossReport, Objective
 from charlm.objective.routes import Joint
 from charlm.process import is_about_memory
-from charlm.training.sharding import no_sync
+from charlm.training.sharding import is_sharded
 
 
 @dataclass(frozen=True)
 class Losses:
-    """This process's share of a step's losses, in nats per symbol. All shares add up to the batch's."""
+    """This process's share of a step's losses, in nats; all shares add up to the batch's."""
 
     names: tuple[str, ...]
     row: Tensor  # total loss, then the loss of each term in `names`
@@ -36,9 +36,8 @@ class Losses:
 
 def weighted_losses(reports: Sequence[tuple[float, LossReport]]) -> Losses:
     """The sum of the losses of micro-batches, weighted by their shares of the batch."""
-    rows = [share * torch.stack([report.total.detach(), *report.parts.values()]) for share, report in reports]
-    _, first = reports[0]
-    return Losses(tuple(first.parts), torch.stack(rows).sum(dim=0))
+    rows = [share * torch.stack([own.total.detach(), *own.parts.values()]) for share, own in reports]
+    return Losses(tuple(reports[0][1].parts), torch.stack(rows).sum(dim=0))
 
 
 def micro_batches(
@@ -49,7 +48,7 @@ def micro_batches(
     objective: Objective,
     step: int,
 ) -> list[tuple[float, Tensor]]:
-    """This process's micro-batches of a step: each one's share of the batch, and its ids, [B, W]."""
+    """This process's micro-batches: their shares of the batch, and their ids, [B, W]."""
     train = config.train
     divisor = train.context_divisor if step / train.steps < train.full_context_from else 1
     windows = training_windows(
@@ -83,10 +82,12 @@ def accumulate_gradients(
         noise = np.random.SeedSequence([train.seed, step, accelerator.process_index, index])
         torch.manual_seed(int(noise.generate_state(1, np.uint64)[0]))
         is_last = index == len(windows) - 1
-        with nullcontext() if is_last else no_sync(accelerator, model):
+        if is_sharded(model):
+            model.set_requires_gradient_sync(is_last)
+        with nullcontext() if is_last else accelerator.no_sync(model):
             on_device_BW = windows_BW.to(accelerator.device, non_blocking=True)
             report = model(on_device_BW, step / train.steps, layers)
-            # Gradients are averaged over processes later.
+            # The last backward pass averages gradients over processes.
             route.backward(report, share * accelerator.num_processes, accelerator.backward)
         reports.append((share, report))
     return weighted_losses(reports)
@@ -95,8 +96,8 @@ def accumulate_gradients(
 def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper: int) -> int:
     """The most windows, up to `upper`, that fit into every process's memory with optimizer state.
 
-    Tries the first step, when most terms are active, each time with a tenth less. Leaves parameters,
-    gradients and random state alone. Raises UserError if not even one window fits.
+    Tries the first step, when most terms are active, each time with a tenth less. Leaves no trace in
+    gradients or random state. Raises UserError if not even one window fits.
     """
     windows = upper
     with torch.random.fork_rng():
@@ -108,9 +109,8 @@ def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper:
             gc.collect()
             torch.cuda.empty_cache()
             windows = int(windows * 0.9)
-    ways_out = "use --train.activation_checkpointing=true, or a smaller model"
-    text = f"train.micro_batch_size=auto: not one window fits into memory; {ways_out}"
-    raise UserError(text, "train.micro_batch_size")
+    text = "not one window fits; use --train.activation_checkpointing=true, or a smaller model"
+    raise UserError(f"train.micro_batch_size=auto: {text}", "train.micro_batch_size")
 
 
 def _fits(objective: Objective, accelerator: Accelerator, windows: int) -> bool:
@@ -118,8 +118,7 @@ def _fits(objective: Objective, accelerator: Accelerator, windows: int) -> bool:
     try:
         for parameter in objective.parameters():  # Adam's two moments do not exist yet
             held += [torch.empty_like(parameter), torch.empty_like(parameter)]
-        # A twentieth may be lost to fragmentation.
-        if device.type == "cuda":
+        if device.type == "cuda":  # a twentieth may be lost to fragmentation
             total = torch.cuda.get_device_properties(device).total_memory
             held.append(torch.empty(total // 20, dtype=torch.uint8, device=device))
         windows_BW = torch.zeros(windows, objective.window_length, dtype=torch.int64, device=device)

@@ -43,10 +43,10 @@ def set_learning_rates(step_sizes: Mapping[Optimizer, float], factor: float) -> 
 def build_optimizers(
     train: TrainConfig, model: nn.Module, only: Collection[nn.Parameter] | None = None
 ) -> list[Optimizer]:
-    """Optimizers that together own every parameter of `model` once, or every parameter in `only`.
+    """Optimizers that own every parameter of `model` once, or every parameter in `only`.
 
-    Weight decay applies to matrices only, not to biases, norms, position tables, and embeddings with
-    their projection. Parameters without a gradient are not moved; in n-gram tables, rows.
+    Weight decay applies to matrices only, not to biases, norms, position tables, and embeddings
+    with their projection. Parameters (of n-gram tables, rows) without a gradient are not moved.
     """
     wanted = set(model.parameters() if only is None else only)
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]

@@ -1,7 +1,7 @@
 """Sharding of the model over processes: FSDP2, by torch's `fully_shard`.
 
-Unlike accelerate's FSDP, it also runs on CPUs. Parameters stay in fp32 under autocast, so losses are
-those of DDP up to rounding.
+Unlike accelerate's FSDP, it also runs on CPUs. Parameters stay in fp32 under autocast, so losses
+are those of DDP up to rounding.
 """
 
 import os
@@ -19,11 +19,6 @@ from charlm.config import TrainConfig, UserError
 from charlm.objective.objective import Objective
 from charlm.training.device import launch_explained
 
-UNSUPPORTED = {  # settings of accelerate's launcher, and the way out
-    "FSDP_OFFLOAD_PARAMS": "parameters stay on their device",
-    "FSDP_ACTIVATION_CHECKPOINTING": "use --train.activation_checkpointing=true",
-}
-
 
 @launch_explained()
 def wants_shards(train: TrainConfig, num_processes: int) -> bool:
@@ -36,9 +31,10 @@ def wants_shards(train: TrainConfig, num_processes: int) -> bool:
     version = os.environ.get("FSDP_VERSION", "1")  # accelerate's default
     if version != "2":
         raise UserError(f"accelerate's fsdp_version={version}: only FSDP2 is supported; set it to 2")
-    for name, way_out in UNSUPPORTED.items():
+    for name in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"):
         if parse_flag_from_env(name):
-            raise UserError(f"accelerate's {name.lower()}=true: {way_out}; set it to false")
+            way_out = "set it to false, and use --train.activation_checkpointing=true"
+            raise UserError(f"accelerate's {name.lower()}=true: {way_out}")
     return num_processes > 1
 
 
@@ -50,7 +46,6 @@ def shard(objective: Objective) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` was called."""
     return isinstance(model, FSDPModule)
 
 
@@ -66,18 +61,6 @@ def average(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> Non
     together = parameters_to_vector(dense)
     dist.all_reduce(together)
     vector_to_parameters(together / accelerator.num_processes, dense)
-
-
-@contextmanager
-def no_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Inside, backward passes add up gradients; the next one outside exchanges them."""
-    if is_sharded(model):
-        model.set_requires_gradient_sync(False)
-        yield
-        model.set_requires_gradient_sync(True)
-    else:
-        with accelerator.no_sync(model):
-            yield
 
 
 @contextmanager

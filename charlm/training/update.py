@@ -1,6 +1,6 @@
 """The updates of a step, which are skipped if a loss or gradient is not finite or spikes.
 
-A skipped step leaves parameters and optimizer state as they were, on all processes alike. The device
+A skipped step leaves parameters and optimizer state as they were, on all processes. The device
 decides; the host learns of it when it reads the losses.
 """
 
@@ -44,9 +44,7 @@ class Updates:
         accepted_losses: Sequence[float],
         adapt: Callable[[Mapping[str, Tensor], Tensor], None] | None = None,
     ):
-        """`adapt` gets the global mean loss of each active term by name after each step, and whether
-        the step was skipped, a scalar on the device.
-        """
+        """`adapt` gets each step's global mean losses by term, and whether it was skipped."""
         self.train, self.accelerator, self.adapt = train, accelerator, adapt
         self.parameters = route.parameters
         losses = [math.nan] * HISTORY + list(accepted_losses)
@@ -61,7 +59,7 @@ class Updates:
     def apply(self, step: int, losses: Losses, updates: Sequence[Update], last: bool = True) -> None:
         """Clip the gradients and make all updates, or none; then remove the gradients.
 
-        Updates of passes before the `last` of a step are undone if a later one is not finite.
+        Updates before the `last` pass of a step are undone if a later one is not finite.
         """
         norms = [self._clip(update) for update in updates]
         total = self.accelerator.reduce(losses.row[0], reduction="sum")
@@ -70,9 +68,8 @@ class Updates:
             earlier, earlier_total, earlier_finite = self.pending
             losses, total = earlier + losses, earlier_total + total
             finite = earlier_finite & finite
-        spikes = torch.zeros_like(finite)
-        if last and self.train.spike_threshold:
-            spikes = self._spikes(total)
+        judged = last and self.train.spike_threshold
+        spikes = self._spikes(total) if judged else torch.zeros_like(finite)
         skip = ~finite | spikes
         for update in updates:
             with update.in_place():
@@ -91,7 +88,6 @@ class Updates:
         self.pending = None if last else (losses, total, finite)
 
     def _record(self, step: int, losses: Losses, total: Tensor, skip: Tensor, spikes: Tensor) -> None:
-        """Tell scaler, history and `adapt` of a step, and keep it for `read`."""
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
         if self.train.spike_threshold:
@@ -119,7 +115,7 @@ class Updates:
         return reports
 
     def accepted_losses(self) -> list[float]:
-        """Newest accepted losses, from which a resumed run judges spikes."""
+        """The losses from which a resumed run judges spikes."""
         return self.history[~self.history.isnan()].tolist()
 
     def _clip(self, update: Update) -> Tensor:
@@ -140,7 +136,7 @@ class Updates:
         return torch.stack([norm, *sparse_norms]).norm()
 
     def _spikes(self, total: Tensor) -> Tensor:
-        """Whether `total` is too many robust deviations above the median of accepted losses."""
+        """Whether `total` is too many robust deviations above the median."""
         median = self.history.nanmedian()
         deviation = (self.history - median).abs().nanmedian() * DEVIATION
         limit = median + self.train.spike_threshold * deviation
@@ -149,7 +145,7 @@ class Updates:
 
 
 def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
-    """Step unless `skip` holds, a bool on the device, without waiting for the device."""
+    """Step unless `skip` holds, a bool on the device, without waiting for it."""
     if optimizer.defaults.get("fused"):  # it reads these two, as torch.amp.GradScaler sets them
         optimizer.grad_scale = torch.ones((), device=skip.device)
         optimizer.found_inf = skip.float()
@@ -178,7 +174,7 @@ class Undo:
 
     @torch.no_grad()
     def restore_if(self, skip: Tensor, on_host: bool) -> None:
-        """Restore all if `skip` holds, a bool on the device, and drop the copies."""
+        """Restore all if `skip` holds, and drop the copies."""
         for parameter, (optimizer, value, state) in self.before.items():
             if not on_host:
                 parameter.copy_(torch.where(skip, value, parameter))
