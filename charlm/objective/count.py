@@ -39,19 +39,18 @@ def check_memory(config: ModelConfig, vocabulary_size: int) -> None:
     parameters = transformer_parameters(config, vocabulary_size)
     memory = psutil.virtual_memory().total
     if 4 * parameters > (2**62 if torch.get_default_device().type == "meta" else memory):
-        raise ConfigError(
-            f"model.num_layers={config.num_layers}, d_model={config.d_model}, d_ff={config.d_ff}, "
-            f"context_length={config.context_length}, ngram_buckets={config.ngram_buckets}: "
-            f"{parameters:.3g} parameters take {4 * parameters / 1e9:,.0f} GB, "
-            f"and this machine has {memory / 1e9:,.0f}; make them smaller"
-        )
+        names = ("num_layers", "d_model", "d_ff", "context_length", "ngram_buckets")
+        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+        needed, present = (f"{size / 1e9:,.0f}" for size in (4 * parameters, memory))
+        text = f"parameters take {needed} GB, and this machine has {present}; make them smaller"
+        raise ConfigError(f"model.{sizes}: {parameters:.3g} {text}")
 
 
 def dense_flops(parameters: float, depth: int, d_model: int, context_length: int) -> int:
-    """FLOPs per character of a training step of `depth` layers: 6 * parameters + 12 * depth * D * T.
+    """FLOPs per character of a training step of `depth` layers.
 
-    A matrix product costs 2 operations per parameter forward and 4 backward. Attention makes two
-    products of 2 * D * T per layer and position, the masked half included.
+    A matrix product costs 2 per parameter forward and 4 backward. Attention makes two products of
+    2 * D * T per layer and position, the masked half included.
     """
     return round(6 * parameters + 12 * depth * d_model * context_length)
 
@@ -74,7 +73,7 @@ def training_flops(transformer: CharTransformer, heads: Heads, active_terms: Seq
 
 
 def inference_flops(transformer: CharTransformer, head: Heads) -> int:
-    """FLOPs per generated character, the cache full: 2 * matrix parameters + 4 * L * D * T."""
+    """FLOPs per generated character with a full cache."""
     config = transformer.config
     parameters = _trunk_matrices(transformer, config.num_layers) + _matrices(head)
     return 2 * parameters + 4 * config.num_layers * config.d_model * config.context_length
@@ -98,8 +97,8 @@ class RouteCost:
 def route_cost(config: Config, objective: Objective) -> RouteCost:
     """The cost of `aux.route` for a model, which may be on the meta device.
 
-    n layers run, each at f FLOPs per character in a forward pass (2 per matrix parameter, and 4 D T
-    for attention), and r f in a backward pass: r = 2, or 3 where activations are recomputed. Layers
+    n layers run, each at f FLOPs per character in a forward pass (2 per matrix parameter, 4 D T for
+    attention), and r f in a backward pass: r = 2, or 3 if activations are recomputed. Layers
     l_1 < ... < l_K = n have losses, and heads that take h_1, ..., h_K in a forward pass.
 
               forward             backward
@@ -108,7 +107,7 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
         pairwise   sum (l_k f + h_k)   sum (r l_k f + 2 h_k)
         multiway   n f + sum h_k       sum (r l_k f + 2 h_k)
 
-    where a is the highest layer whose loss reaches everything. Embeddings and updates are not counted.
+    where a is the highest layer whose loss is not blocked. Embeddings and updates do not count.
     """
     aux, transformer, model = config.aux, objective.transformer, config.model
     active = active_by_layer(objective.terms, 0.0)
@@ -161,7 +160,6 @@ def _head_matrices(heads: Heads, rows: Sequence[Term], context_length: int) -> f
 
 
 def _trunk_matrices(transformer: CharTransformer, depth: int) -> int:
-    """Matrix parameters that run once per position, up to layer `depth`."""
     return _matrices(transformer.blocks[:depth], transformer.ngram_embedding or nn.Identity())
 
 

@@ -131,7 +131,6 @@ class Objective(nn.Module):
         windows_BW: Tensor,
         rows: Rows,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of a layer's losses, and each row's, from one matrix product."""
         layer, hinge = rows[0][0].layer, rows[0][0].hinge
         offsets = sorted({term.offset for term, _ in rows})
         T = hidden_BTD.shape[1]

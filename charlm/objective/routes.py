@@ -1,8 +1,8 @@
 """Routes: ways in which the gradients of several losses reach the trunk (`aux.route`).
 
-The loss of layer l is the weighted sum of its rows: lambda_l, the sum of their weights, times the
-weighted mean. theta_l, the trunk up to layer l, is embeddings, position tables and blocks; other
-parameters count as heads. Each update clips by itself, and decays what it moves.
+The loss of layer l is the weighted sum of its rows; lambda_l is the sum of their weights. theta_l,
+the trunk up to layer l, is embeddings, position tables and blocks; other parameters count as heads.
+Each update clips by itself, and decays what it moves.
 """
 
 from collections import defaultdict
@@ -94,8 +94,7 @@ class Joint:
 class Relay(Joint):
     """The loss of layer l < L reaches its head and layers l-k+1 to l, k = `aux.relay_layers`.
 
-    PSPNet compares itself with this. A layer includes its position table, and layer 1 the embeddings
-    and a table at the input.
+    PSPNet compares itself with this. A layer includes its position table, layer 1 the embeddings.
     """
 
     one_backward = False
@@ -116,7 +115,7 @@ class Pairwise(Joint):
     """A forward and a backward pass and an update for each loss (AuxNet, "pair-wise").
 
     From the lowest layer up each pass runs to its layer, with the same dropout, and each update
-    moves theta_l and the layer's heads. Losses share one optimizer state.
+    moves theta_l and the layer's heads. They share one optimizer state.
     """
 
     def passes(self, progress: float) -> list[list[int] | None]:
@@ -204,7 +203,7 @@ def blocked_layers(layers: Sequence[int], num_layers: int, depth: int) -> list[i
 
 
 def learning_from(objective: Objective, rows: Sequence[Term]) -> list[nn.Parameter]:
-    """The parameters that the loss of one layer's `rows` reaches on every route but relay."""
+    """The parameters that the loss of one layer's `rows` reaches, except by relay."""
     layer, heads = rows[0].layer, objective.heads
     offsets = sorted({term.offset for term in rows if term.task is None})
     last = layer == heads.last_layer

@@ -60,8 +60,7 @@ class Term:
         return TermName(int(layer), offset and int(offset), positions, task and visible(task))
 
 
-Rows = list[tuple[Term, float]]
-"""Terms with their weights."""
+Rows = list[tuple[Term, float]]  # with weights
 
 
 def build_terms(aux: AuxConfig, num_layers: int, steps: int | None = None) -> tuple[Term, ...]:
@@ -110,7 +109,6 @@ def _layer_weights(aux: AuxConfig, num_layers: int, steps: int | None) -> dict[i
 
 
 def _base_weights(layers: LayersConfig, num_layers: int) -> dict[int, float]:
-    """The weights of intermediate layers with a head, before their schedules."""
     heads = layers.intermediate(num_layers)
     if isinstance(layers.weights, dict):
         by_layer = {count_of(depth, num_layers): weight for depth, weight in layers.weights.items()}
@@ -142,7 +140,7 @@ def _schedules(
     by_stage: Sequence[tuple[float, ...]],
     steps: int | None = None,
 ) -> dict[int, Schedule]:
-    """By layer or offset of `numbers`, of `count` in all; `by_stage`: their weights by stage."""
+    """By layer or offset of `numbers`; `by_stage` are their weights in each stage."""
     span = config.start, config.end
     if config.schedule in SWITCHES:
         return {number: SWITCHES[config.schedule](number, count, *span) for number in numbers}
@@ -166,7 +164,6 @@ def _task_rows(aux: AuxConfig, num_layers: int) -> list[Term]:
 
 
 def _averaged(weights: dict[int, Schedule], weighted: bool) -> dict[int, Schedule]:
-    """The weights over the number of layers active, or over the sum of their weights."""
     schedules = tuple(weights.values())
 
     def share(p: float) -> float:
@@ -180,7 +177,7 @@ def _averaged(weights: dict[int, Schedule], weighted: bool) -> dict[int, Schedul
 
 
 def active(terms: Sequence[Term], progress: float) -> Iterator[tuple[Term, float]]:
-    """The terms of nonzero weight at `progress`, with their weights."""
+    """The terms of nonzero weight, with their weights."""
     for term in terms:
         if weight := term.weight(progress):
             yield term, weight

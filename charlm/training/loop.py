@@ -43,8 +43,7 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
     `kind` replaces `Training`; `stop` is given if requests to stop are collected already.
 
     Raises:
-        UserError: options, corpus or folder do not allow it, and nothing was written; or too many
-            updates were skipped, and the last good checkpoint remains.
+        UserError: options, corpus or folder do not allow it; or too many updates were skipped.
         Stopped: by a signal, `run.max_time` or the launcher's death. A checkpoint holds all steps.
     """
     check_installed(config.run.tracker)
@@ -199,8 +198,8 @@ class Training:
         state.validated_step = min(state.validated_step, state.step)
         if self.saved_step < state.step:
             self.save()
-        text = f"the last {skipped} updates were skipped; begin another --run.dir with a smaller"
-        ways_out = "--train.learning_rate, a longer --train.warmup or --train.clip_norm=1"
+        text = f"the last {skipped} updates were skipped; begin another --run.dir"
+        ways_out = "with a smaller --train.learning_rate or --train.clip_norm=1"
         raise refusal(self.config, "train.max_skipped", f"{text} {ways_out}")
 
     def diagnose(self) -> None:

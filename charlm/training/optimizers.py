@@ -45,8 +45,8 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """Optimizers that own every parameter of `model` once, or every parameter in `only`.
 
-    Weight decay applies to matrices only, not to biases, norms, position tables, and embeddings
-    with their projection. Parameters (of n-gram tables, rows) without a gradient are not moved.
+    Biases, norms, position tables, and embeddings with their projection do not decay. Parameters
+    (of n-gram tables, rows) without a gradient are not moved.
     """
     wanted = set(model.parameters() if only is None else only)
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]

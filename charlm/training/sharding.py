@@ -24,7 +24,7 @@ from charlm.training.device import launch_explained
 def wants_shards(train: TrainConfig, num_processes: int) -> bool:
     """Whether to shard: train.sharding decides, or else `accelerate launch --use_fsdp`.
 
-    Raises UserError if the launcher asks for FSDP1 or an unsupported setting.
+    Raises UserError if the launcher asks for what is not supported.
     """
     if train.sharding != "auto" or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return train.sharding == "fsdp2" and num_processes > 1

@@ -59,14 +59,14 @@ def check_fits(
     accelerator: Accelerator,
     sharded: bool,
 ) -> None:
-    """Raise UserError if a split or process has no window, or an option cannot be used here."""
+    """Raise UserError if a split or process has no window, or an option cannot work."""
     train, length = config.train, objective.window_length
     num_processes = accelerator.num_processes
     check_route(config, accelerator.mixed_precision, sharded)
     for name, split in corpus.splits.items():
         if split.symbols < length:
             text = f"its {name} split of {split.symbols} symbols is shorter than a window of {length}"
-            way_out = f"raise --data.{name}_fraction (--data.{name}_split, if it is the dataset's own)"
+            way_out = f"raise --data.{name}_fraction or --data.{name}_split"
             if name == "train":
                 way_out = "lower --data.valid_fraction or --data.test_fraction"
             text += f"; {way_out}, lower --model.context_length, or add text"
@@ -100,7 +100,7 @@ def open_run(
 ) -> Iterator[tuple[Run, TrainState, list[str]]]:
     """A new run or one to continue, its state, and lines to print. Inside, its folder is locked.
 
-    Raises UserError if the folder is in use, or holds anything but a run that can continue.
+    Raises UserError if the folder is in use, or is not that of a run that can continue.
     """
     main, run = accelerator.is_main_process, Run(config.run.dir)
     resumes, chosen = check_folder(config.run), config.run.resume_from
@@ -226,7 +226,7 @@ def check_agreed(run: Run, step: int, accelerator: Accelerator) -> None:
 def check_folder(config: RunConfig) -> bool:
     """Whether to continue the run in the folder, by an option or after a launcher's restart.
 
-    Raises UserError if there is no run to continue, or the folder of a new one is not empty.
+    Raises UserError if there is none, or the folder of a new one is not empty.
     """
     run = Run(config.dir)
     with run.os_errors_explained(cannot_be="read"):
@@ -240,14 +240,12 @@ def check_folder(config: RunConfig) -> bool:
 
 
 def _begun_by_this_launcher(run: Run) -> bool:
-    """Whether earlier processes of this launcher have worked on the run."""
     path, launcher = run.config_path, psutil.Process(os.getppid())
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     return restarted and path.exists() and path.stat().st_mtime > launcher.create_time()
 
 
 def _machine(accelerator: Accelerator) -> dict[str, Any]:
-    """The resources in use, as `TrainState` names them."""
     return {
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads() if accelerator.device.type == "cpu" else None,
