@@ -16,7 +16,7 @@ FEW_ROWS = 16
 
 @contextmanager
 def full_fp32_matmul(device: torch.device, num_rows: int = FEW_ROWS) -> Iterator[None]:
-    """Inside, products of `num_rows` rows run at the fastest precision that is fp32 throughout."""
+    """Inside, products of `num_rows` rows run at the fastest precision that is fp32."""
     medium = device.type == "cpu" and num_rows >= FEW_ROWS and medium_is_fp32()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if medium else "highest")
@@ -28,13 +28,13 @@ def full_fp32_matmul(device: torch.device, num_rows: int = FEW_ROWS) -> Iterator
 
 def medium_is_fp32() -> bool:
     """Whether "medium" is fp32 on this CPU: with AMX it is bf16, elsewhere it may be."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest supported torch lacks it
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest torch lacks it
     has_amx = any(present for name, present in capabilities.items() if name.startswith("amx_"))
     return capabilities.get("architecture") == "x86_64" and not has_amx
 
 
 def apply_linear(layer: nn.Linear, x_BTD: Tensor) -> Tensor:
-    """The output of `layer`; for one vector on a CPU by dot products, 2 to 3 times as fast."""
+    """The output of `layer`; for one vector on a CPU twice as fast, by dot products."""
     leading = x_BTD.shape[:-1]
     if leading.numel() > 1 or x_BTD.device.type != "cpu" or torch.is_grad_enabled():
         return layer(x_BTD)
@@ -59,15 +59,15 @@ def attend_by_text(query_BHQC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor, vis
 
 
 def block_length(head_size: int) -> int:
-    """Queries that `BlockwiseAttention` takes at once: the fastest of 64 to 512 on a CPU."""
+    """Queries that are taken at once: the fastest number on a CPU."""
     return 256 if head_size >= 128 else 128
 
 
 class BlockwiseAttention(torch.autograd.Function):
     """Causal attention in blocks of queries, each over the keys up to the block's end.
 
-    Torch's fused CPU kernel also computes masked scores, and its backward pass is slow. This one
-    keeps B x H x T x T / 2 weights for it, in the precision of the queries.
+    Torch's fused CPU kernel also computes masked scores, and its backward pass is slow. For that
+    this one keeps B x H x T x T / 2 weights.
     """
 
     @staticmethod
@@ -108,7 +108,7 @@ class BlockwiseAttention(torch.autograd.Function):
 
 
 def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[int, int, slice]]:
-    """The first and last position (exclusive) of each block, and where its queries lie."""
+    """Where each block begins and ends, and where its queries lie."""
     T, C = key.shape[1:]
     earlier, length = T - query.shape[1], block_length(C)
     for start in range(earlier, T, length):

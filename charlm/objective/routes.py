@@ -53,8 +53,7 @@ class Joint:
         self.objective = objective
         self.aux = aux
         self.parameters = list(objective.parameters())
-        transformer = objective.transformer
-        trunk = set(trunk_parameters(transformer, 1, transformer.config.num_layers))
+        trunk = set(trunk_parameters(objective.transformer, 1, objective.heads.last_layer))
         self.heads = [parameter for parameter in self.parameters if parameter not in trunk]
         self.optimizers = self._build(build)
 
@@ -84,7 +83,8 @@ class Joint:
             if layer in self.passed:
                 for parameter in learning_from(objective, [term for term, _ in rows]):
                     divisors[parameter] += weight
-                divisors |= dict.fromkeys(trunk_parameters(objective.transformer, 1, layer), at_or_above)
+                trunk = trunk_parameters(objective.transformer, 1, layer)
+                divisors |= dict.fromkeys(trunk, at_or_above)
         return divisors
 
     def _build(self, build: OptimizerFactory) -> list[Optimizer]:
@@ -211,8 +211,8 @@ def learning_from(objective: Objective, rows: Sequence[Term]) -> list[nn.Paramet
     if offsets and (last or not heads.frozen):
         modules += [heads.norm(layer), *heads.linears(layer, offsets)]
     modules += [objective.tasks[term.task] for term in rows if term.task is not None]
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    return [*trunk_parameters(objective.transformer, 1, layer), *parameters]
+    trunk = trunk_parameters(objective.transformer, 1, layer)
+    return [*trunk, *nn.ModuleList(modules).parameters()]
 
 
 def trunk_parameters(transformer: CharTransformer, lowest: int, highest: int) -> list[nn.Parameter]:
@@ -221,5 +221,4 @@ def trunk_parameters(transformer: CharTransformer, lowest: int, highest: int) ->
     modules: list[nn.Module] = [*transformer.blocks[layers]]
     if lowest <= 1:
         modules += [transformer.embedding, transformer.ngram_embedding or nn.Identity()]
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    return [*transformer.position_tables[layers], *parameters]
+    return [*transformer.position_tables[layers], *nn.ModuleList(modules).parameters()]

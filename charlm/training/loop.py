@@ -203,7 +203,6 @@ class Training:
         raise refusal(self.config, "train.max_skipped", f"{text} {ways_out}")
 
     def diagnose(self) -> None:
-        """Record the diagnostics of the newest step."""
         self.read_updates()
         config, step, size = self.config, self.state.step, self.micro_batch_size
         progress = (step - 1) / config.train.steps
@@ -277,7 +276,7 @@ class CheckpointWriter:
         if complaint := self.wait():
             self.run.check_held()
             text = f"{self.run.path}: the newest checkpoint is missing: {complaint}"
-            raise UserError(f"{text}; make room, and continue from the previous one with --run.resume=true")
+            raise UserError(f"{text}; make room, and continue with --run.resume=true")
 
     def _write(self, snapshot: Snapshot, best: bool) -> str | None:
         self.run.check_held()
