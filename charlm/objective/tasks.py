@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from charlm.config import ModelConfig, UserError
@@ -66,15 +67,21 @@ def build_tasks(names: Iterable[str], config: ModelConfig, vocabulary_size: int)
 
 
 @contextmanager
-def named_in_errors(name: str) -> Iterator[None]:
-    """Inside, an exception in a task raises a UserError with the user's own lines that led to it."""
+def named_in_errors(name: str, within: str = "") -> Iterator[None]:
+    """Inside, an exception in a task raises a UserError with the user's own lines that led to it.
+
+    With `within`, this is true of functions whose names contain it; others raise what they raise.
+    """
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or is_about_memory(error):
+        stack = traceback.extract_tb(error.__traceback__)
+        lost_process = isinstance(error, dist.DistError) or "gloo" in str(error)
+        elsewhere = lost_process or not any(within in call.name for call in stack)
+        if elsewhere or isinstance(error, UserError) or is_about_memory(error):
             raise
-        libraries = {Path(__file__).parents[1], Path(torch.__file__).parent}
-        calls = traceback.extract_tb(error.__traceback__)
-        own = [call for call in calls if libraries.isdisjoint(Path(call.filename).parents)]
+        torch_folder = Path(torch.__file__).parent
+        libraries = {Path(__file__).parents[1], torch_folder, torch_folder.with_name("accelerate")}
+        own = [call for call in stack if libraries.isdisjoint(Path(call.filename).parents)]
         lines = [f"\n  {call.filename}, line {call.lineno}, in {call.name}: {call.line}" for call in own[-8:]]
         raise UserError(f"aux.tasks: {name!r} raised {error!r}{''.join(lines)}", "aux.tasks") from error

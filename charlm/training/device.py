@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,7 +21,7 @@ from charlm.model.attention import attends_in_blocks
 from charlm.objective.routes import ROUTES
 
 PATIENCE = timedelta(minutes=10)  # with a process that hangs
-OF_LAUNCHERS = "(ACCELERATE|FORK|FSDP|GROUP|MASTER|MV2|OMPI|PMI|TORCHELASTIC)_.*|(LOCAL_)?(RANK|WORLD_SIZE)"
+OF_LAUNCHERS = "(ACCELERATE|FORK|FSDP|GROUP|MASTER|MV2|OMPI|PMI|TORCH(ELASTIC|INDUCTOR))_.*|(LOCAL_)?(RANK|WORLD_SIZE)"
 
 
 @contextmanager
@@ -32,6 +33,8 @@ def launch_explained() -> Iterator[None]:
         rank = int(found.get("RANK", "0" if size == 1 else "-1"))
         if not 0 <= rank < size or int(found.get("LOCAL_RANK", "0")) < 0:
             raise ValueError("RANK must be below WORLD_SIZE, and no rank negative")
+        if size > 1:  # torch would try for minutes to find the first process
+            socket.getaddrinfo(found.get("MASTER_ADDR", "localhost"), None)
         DynamoBackend(found.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper())
         torch.ones(1, device=found.get("ACCELERATE_TORCH_DEVICE", "cpu")).item()
         yield
@@ -160,7 +163,8 @@ def torch_settings(config: Config) -> Iterator[None]:
     matmul = torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.set_float32_matmul_precision(config.train.matmul_precision)
-    torch.use_deterministic_algorithms(config.train.deterministic or deterministic)
+    with launch_explained():  # makes TORCHINDUCTOR_CACHE_DIR
+        torch.use_deterministic_algorithms(config.train.deterministic or deterministic)
     try:
         with functorch.patch(donated_buffer=ROUTES[config.aux.route].one_backward):
             yield

@@ -21,7 +21,7 @@ from charlm.inference.scoring import AUTOCAST_DTYPES, negative_log_likelihoods
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.objective.routes import ROUTES, Joint
-from charlm.objective.tasks import check_registered
+from charlm.objective.tasks import check_registered, named_in_errors
 from charlm.process import lasting
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
@@ -59,6 +59,8 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
         if stop.agreed():
             raise Stopped(f"stopped before training began: {stop.reason}; there is nothing new to save")
         with ExitStack() as stack:
+            if tasks := ", ".join(config.aux.tasks):  # torch does not say whose gradient failed
+                stack.enter_context(named_in_errors(tasks, within="backward"))
             stack.enter_context(explained(config.train, stop))
             torch.manual_seed(config.train.seed)
             objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)

@@ -1,12 +1,16 @@
 """Precision, compilation and accumulation by config, launcher and hardware, in this order."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from charlm.config import Config, TrainConfig, UserError
 from charlm.training import device as hardware
 from charlm.training.sharding import wants_shards
-from tiny import refused
+from tiny import SCRIPTS, refused
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +68,7 @@ def test_the_launchers_accumulation_is_refused(monkeypatch):
         {"LOCAL_RANK": "-3"},
         {"LOCAL_RANK": "x"},
         {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29555", "MASTER_ADDR": "nowhere.invalid"},
         {"ACCELERATE_USE_CPU": "maybe"},
         {"ACCELERATE_USE_FSDP": "maybe"},
         {"ACCELERATE_DEBUG_MODE": "maybe"},
@@ -83,6 +88,16 @@ def test_nonsense_of_a_launcher_is_refused(variables, monkeypatch):
     option = "train.mixed_precision" if name == "ACCELERATE_MIXED_PRECISION" else None
     with refused(option, f"{name}={value}"):
         wants_shards(TrainConfig(), hardware.build_accelerator(TrainConfig())[0].num_processes)
+
+
+def test_a_compiler_cache_that_cannot_be_made_is_refused():
+    """Guards against torch's traceback, which does not name the variable. torch reads it once in a process."""
+    code = "import charlm.training.device as device\nwith device.torch_settings(charlm.Config()): pass"
+    place = {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/cache", "PYTHONPATH": str(SCRIPTS.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import charlm\n{code}"], env=os.environ | place, capture_output=True, text=True
+    )
+    assert "UserError: cannot start with" in done.stderr and "TORCHINDUCTOR_CACHE_DIR=/dev/null/cache" in done.stderr
 
 
 @pytest.mark.parametrize("there", [True, False])

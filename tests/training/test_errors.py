@@ -33,6 +33,35 @@ def test_lack_of_memory_names_the_flags_to_change(device):
         torch.empty(2**50)
 
 
+class Clone(torch.autograd.Function):
+    """A function without a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+
+class Raising(Clone):
+    @staticmethod
+    def backward(ctx, gradient):
+        raise LookupError("lost")
+
+
+class Misshapen(Clone):
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient[:1]
+
+
+class WithPeer(Clone):
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:3")
+
+
+BACKWARD = {"missing": Clone, "raising": Raising, "misshapen": Misshapen, "peer": WithPeer}
+
+
 class OfAUser(torch.nn.Module):
     """A task that fails, by its name."""
 
@@ -43,6 +72,8 @@ class OfAUser(torch.nn.Module):
             {}[name]
 
     def forward(self, hidden_BTD, windows_BW):
+        if self.name in BACKWARD:
+            return BACKWARD[self.name].apply(hidden_BTD)
         return None if self.name == "none" else self.fail(hidden_BTD)
 
     def fail(self, hidden_BTD):
@@ -56,17 +87,23 @@ TASKS = {
     "shape": ["RuntimeError('", ", in forward: return None", ", in fail: return torch.zeros(2, 3) @ hidden_BTD"],
     "none": ["RuntimeError('"],
     "memory": ["out of memory: lower --train.micro_batch_size"],
+    "missing": ["NotImplementedError('"],
+    "raising": ["LookupError('lost')", 'in backward: raise LookupError("lost")'],
+    "misshapen": ["RuntimeError('Function MisshapenBackward returned an invalid gradient"],
+    "peer": ["another process has ended or hangs"],
 }
+OPTIONS = {"memory": "train.micro_batch_size", "peer": None}
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_that_fails_is_named_with_its_own_lines(name, tmp_path, text_corpus_flags, monkeypatch):
-    """Guards against hundreds of lines of torch's around the one at fault, and a folder in the way of the next try."""
+    """Guards against hundreds of lines of torch's around the one at fault, also in a backward pass, a lost process that
+    is put down to a task, and a folder in the way of the next try."""
     monkeypatch.setattr(tasks, "_builders", {name: lambda *_: OfAUser(name)})
     with pytest.raises(UserError) as caught:
         train(*TINY, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}", f"--aux.tasks={{{name}: 1}}")
     assert all(part in str(caught.value) for part in TASKS[name])
-    assert caught.value.option == ("train.micro_batch_size" if name == "memory" else "aux.tasks")
+    assert caught.value.option == OPTIONS.get(name, "aux.tasks")
     assert "site-packages" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
@@ -100,6 +137,14 @@ def failing_from(first: float, error: BaseException):
         return forward(self, windows_BW, progress, layers)
 
     return failing
+
+
+def test_a_fault_of_the_model_is_not_put_down_to_a_task(tmp_path, text_corpus_flags, monkeypatch):
+    """Guards against a search in the user's code for what is wrong elsewhere."""
+    monkeypatch.setattr(tasks, "_builders", {"none": lambda *_: OfAUser("none")})
+    monkeypatch.setattr(Objective, "forward", failing_from(0.0, LookupError()))
+    with pytest.raises(LookupError):
+        train(*TINY, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}", "--aux.tasks={none: 1}")
 
 
 @pytest.mark.parametrize("again", [[], ["--run.auto_resume=true"], ["--run.resume=true"]], ids=str)
