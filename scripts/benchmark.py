@@ -60,7 +60,9 @@ def main() -> None:
     from benchmarks import pictures, report, suites  # not before --help and mistakes were answered
     from benchmarks.shapes import named_shape, shape_of
 
+    from charlm.data.sources import check_outside
     from charlm.report.style import check_suffix
+    from charlm.runs.folder import Run
     from charlm.training.device import has_fast_bf16, on_cpu
 
     is_training = options.benchmark not in ("evaluate", "generate", "drafts")
@@ -79,6 +81,8 @@ def main() -> None:
     )
     if options.picture is not None:
         check_suffix(options.picture)
+        if options.run is not None:
+            check_outside(Run.open(options.run).config().data, "picture", options.picture)
 
     tell = partial(say, file=sys.stderr, flush=True)
     result = suites.run(settings, tell)

@@ -57,12 +57,16 @@ class Options(Section):
 def main() -> None:
     options = cli.parse(Options)
     from charlm.compression import report as compression  # not before --help and mistakes were answered
+    from charlm.data.sources import check_outside
     from charlm.report.style import check_suffix
 
     if options.picture is not None:
         check_suffix(options.picture)
     keep_freed_memory()
     trained = charlm.load(options.run, options.checkpoint)
+    check_outside(trained.config.data, "output", options.output)
+    if options.picture is not None:
+        check_outside(trained.config.data, "picture", options.picture)
     compressed = charlm.compress(
         trained,
         options.file,
@@ -81,7 +85,7 @@ def main() -> None:
     if options.picture is not None:
         compression.draw(report, options.picture)
     if not options.as_json:
-        words = [options.run, options.output, "-o", Path(f"{options.file}.copy")]
+        words = [options.run, options.output, "-o", options.output.with_suffix(".copy")]
         words += [] if options.checkpoint == "best" else ["--checkpoint", options.checkpoint]
         say("Next:", command("decompress.py", *words))
 

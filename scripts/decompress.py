@@ -30,8 +30,11 @@ class Options(Section):
 
 def main() -> None:
     options = cli.parse(Options)
+    from charlm.data.sources import check_outside  # not before --help and mistakes were answered
+
     keep_freed_memory()
     trained = charlm.load(options.run, options.checkpoint)
+    check_outside(trained.config.data, "output", options.output.parent)  # the text itself may be restored
     length = charlm.decompress(trained, options.file, options.output)
     say(f"{options.output}: {length:,} bytes, restored")
 

@@ -64,13 +64,17 @@ def main() -> None:
     check(options)
     from accelerate import PartialState  # not before --help and mistakes were answered
 
+    from charlm.data.sources import check_outside
     from charlm.training.device import launch_explained, on_cpu
 
     keep_freed_memory()
     with launch_explained():
         processes = PartialState(cpu=on_cpu())
     trained = charlm.load(options.run, options.checkpoint, device=processes.device)
-    corpus = charlm.load_corpus(options.data.where(trained.config.data), show_progress=processes.is_main_process)
+    where = options.data.where(trained.config.data)
+    if options.picture is not None:
+        check_outside(where, "picture", options.picture)
+    corpus = charlm.load_corpus(where, show_progress=processes.is_main_process)
     protocol = {name: getattr(options, name) for name in ("split", "stride", "limit", "batch_size", "precision")}
     if options.early_exit:
         from charlm.inference.early_exit import early_exit

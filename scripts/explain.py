@@ -28,12 +28,14 @@ class Options(cli.WithConfig):
 
 def main() -> None:
     options = cli.parse(Options)
+    from charlm.data.sources import check_outside
     from charlm.report.explain import explain
     from charlm.report.figures import weights
     from charlm.report.style import PICTURE, save
 
     explanation = explain(options.config)
     if options.picture is not None:
+        check_outside(options.config.data, "picture", options.picture)
         save(weights(options.config, PICTURE), options.picture)
     if options.as_json:
         say(json.dumps(explanation.to_dict(), indent=2))

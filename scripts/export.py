@@ -47,6 +47,7 @@ class Options(Section):
 
 def main() -> None:
     options = cli.parse(Options)
+    from charlm.data.sources import check_outside
     from charlm.inference.evaluation import score_at
     from charlm.runs.exported import check_absent, portable, save_model
     from charlm.runs.trained import shallowest, truncate
@@ -55,6 +56,7 @@ def main() -> None:
     if not options.within >= 0:
         raise charlm.UserError(f"within={options.within}: must be a number of bits, at least 0")
     trained = charlm.load(options.run, options.checkpoint)
+    check_outside(options.data.where(trained.config.data), "to", options.to)
     scores = ()
     if options.depth == "auto":
         limit = options.limit if options.limit is not None else trained.config.train.valid_symbols

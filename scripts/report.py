@@ -40,10 +40,14 @@ class Options(Section):
 
 def main() -> None:
     options = cli.parse(Options)
+    from charlm.data.sources import check_outside  # not before --help and mistakes were answered
     from charlm.report.metrics import read_runs
     from charlm.report.page.probe import measure
     from charlm.report.page.render import write_report
+    from charlm.runs.folder import Run
 
+    for folder in options.runs:
+        check_outside(options.data.where(Run.open(folder).config().data), "output", options.output)
     measured = None
     if not options.records_only:
         keep_freed_memory()

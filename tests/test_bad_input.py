@@ -43,6 +43,7 @@ def place(tmp_path_factory) -> Path:
         patch.setenv("CHARLM_CACHE", str(folder / "cache"))
         patch.setenv("ACCELERATE_USE_CPU", "true")
         assert run_script("train", *TINY, *ON_TEXT, "--run.dir=run") == 0
+        assert run_script("train", *TINY, "--data.corpus=file", "--data.path=linked", "--run.dir=of_folder") == 0
     return folder
 
 
@@ -95,7 +96,7 @@ CASES = {
     f"train {TEXT} --run.dir=no_run --run.resume=true": ["no_run is not a run"],
     f"train {TEXT} --aux.main_weight=0 --aux.layers.enabled=false": [
         "aux.main_weight=0",
-        "losses have weight zero",
+        "losses are zero",
     ],
     "evaluate run --data.path=other.txt": ["corpus=file", "another text", "compress.py RUN FILE", "--report"],
     "train --data.corpus=file --data.path=. --run.dir=new/run": ["data.path=", "run.dir=new/run lies inside"],
@@ -104,6 +105,18 @@ CASES = {
     "ablate --data.corpus=file --data.path=no_run --run.dir=no_run/x": [
         "data.path=",
         "run.dir=no_run/x/full/seed-0 lies",
+    ],
+    "report of_folder -o linked/page.html": ["data.path=", "output=linked/page.html lies inside"],
+    "report run --data.path=linking -o linked/page.html": ["data.path=", "output=linked/page.html lies inside"],
+    "export of_folder --to=linked/model": ["data.path=", "to=linked/model lies inside"],
+    "compress of_folder text.txt -o linked/text.clm": ["data.path=", "output=linked/text.clm lies inside"],
+    "compress of_folder text.txt -o new.clm --picture=linked/a.png": ["data.path=", "picture=linked/a.png lies inside"],
+    "decompress of_folder text.txt -o linked/copy.txt": ["data.path=", "output=linked lies inside"],
+    "evaluate of_folder --early-exit --picture=linked/a.png": ["data.path=", "picture=linked/a.png lies inside"],
+    "benchmark drafts --run=of_folder --picture=linked/a.png": ["data.path=", "picture=linked/a.png lies inside"],
+    "explain --data.corpus=file --data.path=linked --picture=linked/a.png": [
+        "data.path=",
+        "picture=linked/a.png lies inside",
     ],
     "evaluate no_run": ["no_run is not a run"],
     "generate nowhere --prompt=a": ["nowhere is not a run"],

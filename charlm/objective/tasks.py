@@ -51,7 +51,7 @@ def check_registered(names: Iterable[str]) -> None:
     for name in names:
         if name not in _builders:
             known = ", ".join(sorted(_builders)) or "none"
-            way_out = "register it in a script that trains (docs/tasks.md)"
+            way_out = "register it with charlm.auxiliary_task in a script that trains (docs/tasks.md)"
             text = f"aux.tasks: {name!r} is not registered; registered: {known}; {way_out}"
             raise UserError(text, "aux.tasks")
 
