@@ -23,7 +23,7 @@ OUT_OF_RANGE = {
     "model.activation_dropout train.weight_decay": "-0.1",
     "aux.positions.start": "-0.5",
     "aux.positions.end": "1.5",
-    "aux.layers.at": "[3, 3] | [3, 13] | [0] | [1/3, 0.5, 1.5] | [4/3] | [0/3] | [1/0] | [0.0] | [nan] | [1/3, 1/3]",
+    "aux.layers.at": "[3, 13] | [0] | [1/3, 0.5, 1.5] | [4/3] | [0/3] | [1/0] | [0.0] | [nan]",
     "aux.layers.weights": "[1, 2] | [] | {4: -1} | {4: inf} | {13: 1} | {2/1: 1} | {4: 1, 1/3: 1} | {12: 1}",
     "aux.layers.schedule aux.targets.schedule": "stages",
     "aux.layers.stages": """[{until: 0.5, weights: [1]}] | [{until: 0, weights: [1]}, {weights: [1]}]
@@ -67,7 +67,7 @@ def test_value_out_of_range(name: str, value: str) -> None:
     ("flags", "option", "way_out"),
     [
         ("weights=[1, 2] --aux.layers.at=[3, 6] --aux.layers.weighting=linear", "weights", "weighting=linear"),
-        ("weights={4: 1} --aux.layers.at=[3, 6]", "weights", "aux.layers.at=null"),
+        ("weights={4: 1} --aux.layers.at=[3, 6]", "weights", "leave out aux.layers.at"),
         ("weights=[1, 2] --aux.layers.at=[3, 6, 9]", "weights", "has 2 weights, and 3 .* head: 3, 6, 9"),
         ("weights=[1, 2, 3] --aux.layers.at=[3, 6, 12]", "weights", "has 3 weights, and 2 .* head: 3, 6"),
         ("weights=[0, 0] --aux.layers.at=[3, 6] --aux.layers.total=1", "total", "all zero"),

@@ -1,8 +1,5 @@
 """Every option of charlm, with its default, limits and docstring.
 
-YAML files and flags are read into a `Config` (see `charlm.config.load`), which a run keeps as `config.yaml`.
-A value that cannot work raises `ConfigError`, before anything heavy is imported.
-
 Progress, in all schedules, is the fraction of `train.steps` that is completed: a float in [0, 1].
 """
 
@@ -46,7 +43,7 @@ class Config(Section):
         for option, depths in named.items():
             for depth in depths:
                 if isinstance(depth, int) and not 1 <= depth <= num_layers:
-                    text = f"there is no layer {depth}; layers run from 1 to model.num_layers={num_layers}"
+                    text = f"there is no layer {depth} of model.num_layers={num_layers}"
                     raise self.mistake(option, text, "model.num_layers")
         if layers.enabled:
             for option, problem in layers.errors_for_depth(num_layers):
@@ -55,7 +52,7 @@ class Config(Section):
         weights = weights.values() if isinstance(weights, dict) else weights or [layers.weight] * len(heads)
         weighed = sum(weight > 0 for weight in (*(weights if heads else ()), self.aux.main_weight))
         if self.aux.hedge.enabled and weighed < 2:
-            text = f"weighs layers against each other, but only {weighed} predicts; give more a head (aux.layers)"
+            text = "weighs layers against each other; give another a head (aux.layers)"
             raise self.mistake("aux.hedge.enabled", text, "model.num_layers", "aux.layers.enabled")
         return self
 
@@ -72,7 +69,7 @@ def flatten(tree: dict[str, Any], separator: str) -> dict[str, Any]:
 
 
 def differences(a: Section, b: Section) -> dict[str, tuple[Any, Any]]:
-    """The options in which two configs differ, by dotted name, with both values (None if one lacks it)."""
+    """The options in which two configs differ, with both values (None if one lacks it)."""
     before, after = flatten(a.model_dump(), "."), flatten(b.model_dump(), ".")
     pairs = {name: (before.get(name), after.get(name)) for name in before | after}
     return {name: (old, new) for name, (old, new) in pairs.items() if old != new}

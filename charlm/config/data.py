@@ -16,31 +16,30 @@ _READ_BY = {
     **dict.fromkeys(("train_split", "valid_split", "test_split"), _DATASETS),
     **dict.fromkeys(("valid_fraction", "test_fraction"), (*_DATASETS, "file", "python-stdlib")),
 }
-"""Options that only some corpora read; for other corpora they are refused, not silently ignored."""
+"""Options that only some corpora read; for others they are refused."""
 
 
 class DataConfig(Section):
     """The text, how it becomes ids, and the order in which they are trained on."""
 
     corpus: Literal["enwik8", "text8", "lm1b", "file", "hub", "python-stdlib"] = "enwik8"
-    """enwik8 and text8 are downloaded once and verified; lm1b is a dataset from the hub; file reads
-    data.path; hub reads data.hub_id; python-stdlib needs no network."""
+    """enwik8 and text8 are downloaded once; lm1b is a dataset from the hub; file reads data.path; hub
+    reads data.hub_id; python-stdlib needs no network."""
     path: Annotated[Path | None, Mark.MAY_CHANGE, Mark.NO_EFFECT] = None
-    """A local copy of enwik8 or text8 (raw, .zip, .gz, .bz2, .xz), or the file or folder for corpus=file."""
+    """A copy of enwik8 or text8 (raw, .zip, .gz, .bz2, .xz), or the file or folder for corpus=file."""
     as_is: Annotated[bool, Mark.MAY_CHANGE] = False
-    """Take files of corpus=file as they are: also hidden ones, and the bytes of packed and binary ones."""
+    """Take files of corpus=file as they are, also hidden, packed and binary ones."""
     cache_dir: Annotated[Path, Mark.MAY_CHANGE, Mark.NO_EFFECT] = Field(
         default_factory=lambda: Path(os.environ.get("CHARLM_CACHE") or "~/.cache/charlm")
     )
     """Folder for prepared corpora. The environment variable CHARLM_CACHE changes the default."""
     vocabulary: Literal["bytes", "characters", "sentencepiece"] = "bytes"
-    """How text becomes ids. bytes: always 256 symbols. characters: all characters of the training split;
-    the other splits must not have more. sentencepiece: the common characters of the training split; others
-    are spelt in bytes."""
+    """bytes: always 256 symbols. characters: all characters of the training split; other splits must
+    not have more. sentencepiece: its common characters; others are spelt in bytes."""
     character_coverage: Annotated[float, Field(ge=0.98, le=1)] = 0.9995
-    """Share of the training text that the characters of vocabulary=sentencepiece cover."""
+    """Share of the training text that the characters of sentencepiece cover."""
     hub_id: Annotated[str | None, Mark.MAY_CHANGE, Mark.NO_EFFECT] = None
-    """Dataset for corpus=hub, or another copy of lm1b: OWNER/NAME, or a local folder of parquet files."""
+    """Dataset for corpus=hub, or a copy of lm1b: OWNER/NAME, or a folder of parquet files."""
     hub_config: str | None = None
     """Configuration of the dataset, if it has several."""
     hub_revision: str | None = None
@@ -52,16 +51,15 @@ class DataConfig(Section):
     train_split: str = "train"
     """Split of the dataset for training."""
     valid_split: str | None = None
-    """Split of the dataset for validation. null: validation if it exists, else the end of train_split."""
+    """Split for validation. null: validation if it exists, else the end of train_split."""
     test_split: str | None = None
-    """Split of the dataset for testing. null: test if it exists, else the end of train_split."""
+    """Split for testing. null: test if it exists, else the end of train_split."""
     separator: Annotated[str, BeforeValidator(lambda text: "" if text is None else text), Mark.ESCAPES] = "\n"
-    r"""Text between two documents of a dataset. A flag may contain \n, \t, \\ and the like, as may text in double
-    quotes in YAML. null: nothing."""
+    r"""Text between two documents; null: nothing. A flag may contain \n, \t, \\ and the like."""
     valid_fraction: Share = 0.05
-    """Share of the text held out for validation if the corpus has no validation split."""
+    """Share of the text held out for validation if the corpus has no such split."""
     test_fraction: Share = 0.05
-    """Share of the text, at its end, held out for testing if the corpus has no test split."""
+    """Share of the text, at its end, held out for testing if the corpus has no such split."""
 
     order: Literal["uniform", "epochs"] = "uniform"
     """How windows are drawn from the training split. uniform: independently, from all that there are (Al-Rfou et
@@ -71,22 +69,23 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.valid_fraction + self.test_fraction >= 1:
-            text = f"with test_fraction={self.test_fraction} this leaves no training text; lower one"
+            text = f"with test_fraction={self.test_fraction} no text is left for training"
             raise self.mistake("valid_fraction", text, "test_fraction")
         if self.corpus == "file" and self.path is None:
             raise self.mistake("corpus", "needs --data.path=FILE_OR_FOLDER")
         if self.corpus == "hub" and not self.hub_id:
             raise self.mistake("corpus", "needs --data.hub_id=OWNER/NAME_OR_FOLDER")
-        earlier_splits = {"test_split": ("train_split", "valid_split"), "valid_split": ("train_split",)}
-        for name, others in earlier_splits.items():
-            taken = [getattr(self, other) for other in others]
-            if getattr(self, name) is not None and getattr(self, name) in taken:
-                text = "another split has this name; choose another, or null for the end of train_split"
-                raise self.mistake(name, text, *others)
+        others = [self.train_split]
+        for name in ("valid_split", "test_split"):
+            split = getattr(self, name)
+            if split is not None and split in others:
+                text = "another split has this name; choose another, or null"
+                raise self.mistake(name, text, "train_split")
+            others.append(split)
         for name, corpora in _READ_BY.items():
             default = type(self).model_fields[name].default
             if self.corpus not in corpora and getattr(self, name) != default:
                 choices = f"--data.corpus={' or '.join(corpora)}"
-                text = f"corpus={self.corpus} has no use for it; leave it out, or choose {choices}"
+                text = f"corpus={self.corpus} has no use for it; choose {choices}"
                 raise self.mistake(name, text, "corpus")
         return self

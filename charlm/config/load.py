@@ -1,7 +1,7 @@
 """YAML files, flags and mappings -> Config, and back.
 
-Values stay text until the type of their option makes them a number, a path or a word. So files and flags are
-read alike, without YAML's guesses (`no` is false, `1e-3` is text).
+Values stay text until their option's type makes them a number, a path or a word, without YAML's guesses
+(`no` is false, `1e-3` is text).
 """
 
 import re
@@ -34,11 +34,9 @@ def load_config(
 ) -> Config:
     """Read a configuration from YAML files, of which the later wins, and overrides, which win over files.
 
-    Overrides are flags, `["--train.steps=60"]`, or a mapping, `{"train.steps": 60}`, which may be nested.
+    Overrides are flags, `["--train.steps=60"]`, or a mapping, `{"train.steps": 60}`, maybe nested.
 
-    Raises:
-        UserError: missing or unreadable file.
-        ConfigError: unknown names (with similar ones) and values that cannot work, all in one message.
+    Raises UserError for an unreadable file, and ConfigError for names and values that cannot work.
     """
     if not isinstance(overrides, Mapping):
         overrides = typed(dict(flag.removeprefix("--").partition("=")[::2] for flag in overrides))
@@ -47,16 +45,16 @@ def load_config(
 
 
 def typed(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of flags as they were meant: null is None, and options with Mark.ESCAPES may contain escapes."""
+    """Values of flags: null is None, and options with Mark.ESCAPES may contain escapes."""
     values = {name: None if value == "null" else value for name, value in flags.items()}
-    for name in values:
-        if values[name] is not None and name in OPTIONS and Mark.ESCAPES in OPTIONS[name].metadata:
-            values[name] = ESCAPE.sub(lambda found: found[0].encode().decode("unicode_escape"), values[name])
+    for name, value in values.items():
+        if value is not None and name in OPTIONS and Mark.ESCAPES in OPTIONS[name].metadata:
+            values[name] = ESCAPE.sub(lambda found: found[0].encode().decode("unicode_escape"), value)
     return values
 
 
 def settings_of(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> dict[str, Setting]:
-    """Settings by name. `reset: true` in a section of a file drops what earlier files set there."""
+    """Settings by name. `reset: true` in a section drops what earlier files set there."""
     settings: dict[str, Setting] = {}
     for file in map(Path, files):
         found = dict(_settings(_read(file), str(file)))
@@ -69,7 +67,7 @@ def settings_of(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> di
 
 
 def validate(kind: type[S], settings: Mapping[str, Setting]) -> S:
-    """A `kind` with these settings. Raises ConfigError, with the places that set the values at fault."""
+    """A `kind` with these settings. Raises ConfigError, with the place of each fault."""
     tree: dict[str, Any] = {}
     for name, setting in settings.items():
         *sections, option = name.split(".") if name in options_of(kind) else [name]
@@ -81,12 +79,12 @@ def validate(kind: type[S], settings: Mapping[str, Setting]) -> S:
 
 
 def to_yaml(config: Config, **how: Any) -> str:
-    """The config as YAML for `load_config`; `how` goes to pydantic's `model_dump`."""
+    """The config as YAML; `how` goes to pydantic's `model_dump`."""
     return yaml.dump(config.model_dump(**how), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Also writes paths; a file named null becomes ./null."""
+    """Also writes paths, and ./null for a file called null."""
 
 
 def _write_text(dumper: yaml.SafeDumper, value: str | PurePath) -> yaml.ScalarNode:
@@ -114,7 +112,7 @@ def _read(file: Path) -> Mapping[str, Any]:
 
 
 def _settings(tree: Mapping[str, Any], source: str, section: str = "") -> Iterator[tuple[str, Setting]]:
-    """The options in a mapping. Sections may be nested, dotted or empty, and names may have dashes."""
+    """The options in a mapping. Sections may be nested, dotted or empty, names may have dashes."""
     for key, value in tree.items():
         name = f"{section}.{key}".lstrip(".").replace("-", "_")
         place = f"{source}, line {tree.lines[key]}" if isinstance(tree, Lines) else source
@@ -123,5 +121,5 @@ def _settings(tree: Mapping[str, Any], source: str, section: str = "") -> Iterat
         elif isinstance(value, Mapping):
             yield from _settings(value, source, name)
         elif str(value).lower() not in NULLS:
-            text = f"{name}={shown(value)}: is a section, which holds `name: value` lines"
+            text = f"{name}={shown(value)}: is a section of `name: value` lines"
             raise UserError(f"{place}: {text}", name)

@@ -8,7 +8,7 @@ from charlm.config.types import BelowOne, Count, Section, Whole
 
 
 class ModelConfig(Section):
-    """The deep character Transformer. The defaults are T12 of Al-Rfou et al. 2018 without its dropout."""
+    """The Transformer. The defaults are T12 of Al-Rfou et al. 2018 without its dropout."""
 
     num_layers: Annotated[int, Field(ge=1, le=10_000), Whole] = 12
     """Number of layers, L."""
@@ -19,25 +19,24 @@ class ModelConfig(Section):
     d_ff: Count = 2048
     """Width of the feed-forward layer."""
     context_length: Count = 512
-    """Maximum number of characters that a prediction sees, T."""
+    """Number of characters that a prediction sees, T."""
     position_encoding: Literal["per_layer", "input", "rotary"] = "per_layer"
-    """per_layer: a learned table is added to the input of every layer (the paper). input: a table is added
-    to the input of the first layer only. rotary: queries and keys are rotated (Su et al. 2021)."""
+    """per_layer: a learned table is added to the input of every layer (the paper). input: of the first
+    layer only. rotary: queries and keys are rotated (Su et al. 2021)."""
     ngrams: tuple[Annotated[int, Field(ge=2, le=64), Whole], ...] = ()
-    """Lengths of n-grams, as a YAML list: [2, 3, 4]. Each has a hashed table of embeddings, which are added
-    to the character's (Pagnoni et al. 2024, Byte Latent Transformer, section 3.2.1). They cost memory but
-    almost no compute."""
+    """Lengths of n-grams, such as [2, 3, 4]. Each has a hashed table of embeddings, which are added to
+    the character's (Pagnoni et al. 2024, Byte Latent Transformer, section 3.2.1)."""
     ngram_buckets: Count = 32_768
     """Rows of each n-gram table."""
     ngram_width: Count = 64
-    """Columns of each n-gram table; one matrix for all tables projects them to d_model."""
+    """Columns of each n-gram table; one matrix projects all to d_model."""
     norm: Literal["pre", "post"] = "pre"
-    """pre: layer norm before each sublayer. post: after its residual sum. The paper does not say which."""
+    """Layer norm before each sublayer, or after its residual sum. The paper does not say which."""
     activation: Literal["relu", "gelu", "relu_squared"] = "relu"
     """Activation of the feed-forward layer. relu_squared is So et al. 2021 (Primer)."""
     residual_init: Literal["scaled", "zero"] = "scaled"
-    """Initial values of the matrices that write to the residual stream. scaled: by 1 / sqrt(2L) (Radford
-    et al. 2019). zero: every sublayer starts by adding nothing (Zhang et al. 2019, Fixup)."""
+    """Initial matrices that write to the residual stream: scaled by 1 / sqrt(2L) (Radford et al. 2019),
+    or zero (Zhang et al. 2019, Fixup)."""
     attention_dropout: BelowOne = 0.0
     """Dropout on the attention weights."""
     activation_dropout: BelowOne = 0.0

@@ -17,22 +17,21 @@ class RunConfig(Section):
     """The run on disk: its folder, how to continue it, and where its numbers go."""
 
     dir: Path = Path("runs/charlm")
-    """Folder of the run. It must not already hold a run, unless that run is resumed."""
+    """Folder of the run. It must not hold a run, unless that is resumed."""
     resume: bool = False
     """Continue the run from its newest checkpoint."""
     resume_from: Index | None = None
     """Continue the run from the checkpoint of this step."""
     auto_resume: bool = False
-    """Continue the run if it exists, else start it; for queues that may start a job again."""
+    """Continue the run if it exists, else start it; for queues that start jobs again."""
     max_time: str | None = None
     """Write a checkpoint and stop after this time, such as 3h50m, 90m or 1d12h."""
     report: bool = True
-    """Write RUN/report.html at the end, with measurements of the model if they are quick to compute."""
+    """Write RUN/report.html at the end, with what is quickly measured."""
     tracker: tuple[TrackerName, ...] = ()
-    """Experiment trackers that also get every number of metrics.jsonl, such as tensorboard or
-    [tensorboard, wandb]. Each needs its own package."""
+    """Experiment trackers that also get every number, such as [tensorboard, wandb]."""
     project: str = "charlm"
-    """Name of the project or experiment in trackers that group runs."""
+    """Name of the project or experiment in trackers."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -40,15 +39,14 @@ class RunConfig(Section):
             text = "would go back to that step at every restart; leave out run.auto_resume"
             raise self.mistake("resume_from", text, "auto_resume")
         if self.max_time is not None and self.max_seconds is None:
-            text = "must be a time like 3h50m, in days (d), hours, minutes and seconds"
-            raise self.mistake("max_time", text)
+            raise self.mistake("max_time", "must be a time like 1d3h50m10s")
         if len(set(self.tracker)) < len(self.tracker):
             raise self.mistake("tracker", "contains a tracker twice")
         return self
 
     @property
     def max_seconds(self) -> int | None:
-        """`max_time` in seconds; None if it is null or not a valid time."""
+        """`max_time` in seconds; None if it is null or invalid."""
         pattern = r"(?:(\d{1,5})d)?(?:(\d{1,5})h)?(?:(\d{1,5})m)?(?:(\d{1,9})s)?"
         match = re.fullmatch(pattern, self.max_time or "")
         if match is None:

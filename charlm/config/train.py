@@ -21,43 +21,39 @@ CrossEntropyBackend = Literal["chunked", "reference"]
 
 
 def steps_of(cadence: float, total_steps: int) -> int:
-    """An interval in steps. Below 1, `cadence` is a fraction of `total_steps`, rounded to at least one step."""
+    """An interval in steps, at least 1; `cadence` below 1 is a fraction of `total_steps`."""
     if 0 < cadence < 1:
         return max(1, round(cadence * total_steps))
     return int(cadence)
 
 
 class TrainConfig(Section):
-    """The training loop. An interval, warm-up or decay below 1 is a fraction of `steps`; from 1 on it is a
-    number of steps."""
+    """The training loop. An interval or a warm-up below 1 is a fraction of `steps`, else a number of them."""
 
     steps: Annotated[Count, Mark.MAY_CHANGE] = 100_000
     """Number of optimizer steps."""
     batch_size: Count = 16
-    """Windows per optimizer step, over all processes and accumulated micro-batches."""
+    """Windows per optimizer step, over all processes and micro-batches."""
     micro_batch_size: Annotated[Count | Literal["auto"] | None, Mark.MAY_CHANGE] = None
-    """Maximum number of windows that a process holds at once, through gradient accumulation. null: no
-    accumulation. auto: as many as fit into the memory of a GPU, to within about a tenth."""
+    """Windows that a process holds at once, at most; gradients of several such are accumulated. null:
+    no limit. auto: about as many as fit into the memory of a GPU."""
     context_divisor: Count = 1
-    """Divide the window length by this, and multiply the windows per step by it, until full_context_from
-    (Press et al. 2021, Shortformer, "staged training")."""
+    """Shorter windows, and as many more, until full_context_from (Press et al. 2021, Shortformer)."""
     full_context_from: Unit = 0.0
     """Progress from which windows have their full length."""
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
-    """sgd: the paper's optimizer. muon: orthogonalised updates for the hidden matrices (Jordan et al. 2024),
-    AdamW for the rest."""
+    """sgd: the paper's. muon: orthogonalised updates of matrices (Jordan et al. 2024), and AdamW."""
     learning_rate: Positive = 1e-3
     """Peak learning rate."""
     lr_schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
-    """After the warm-up: keep the peak, or decay along a cosine or a line to final_lr at the end. wsd: keep the
-    peak, and decay over the last decay_steps (Hu et al. 2024, MiniCPM, section 4, "warmup-stable-decay")."""
+    """After the warm-up: keep the peak, or decay along a cosine or a line to final_lr. wsd: keep the
+    peak, and decay over the last decay_steps (Hu et al. 2024, MiniCPM, section 4)."""
     warmup: NonNegative = 0.0
     """Length of the learning rate's linear warm-up."""
     decay_steps: NonNegative = 0.2
     """Length of the decay of lr_schedule=wsd; 0 keeps the peak to the end."""
     decay_type: Literal["linear", "1-sqrt"] = "1-sqrt"
-    """Shape of the decay of lr_schedule=wsd: a line, or 1 minus the square root of the decay's completed
-    fraction (Hägele et al. 2024, section 3)."""
+    """Shape of wsd's decay: a line, or 1 minus the root of its completed fraction (Hägele et al. 2024)."""
     final_lr: Unit = 0.0
     """Learning rate at the end of a decay, as a fraction of the peak."""
     momentum: BelowOne = 0.99
@@ -65,44 +61,37 @@ class TrainConfig(Section):
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
     """Betas of adamw."""
     weight_decay: NonNegative = 0.0
-    """Weight decay of matrices. Biases, norms, embeddings (with the projection of n-gram tables) and
-    position tables have none."""
+    """Weight decay of all matrices but embeddings, their projections and position tables."""
     muon_learning_rate: Positive = 0.02
-    """Peak learning rate of the hidden matrices with optimizer=muon; learning_rate is for the rest."""
+    """Peak learning rate of the hidden matrices with muon; learning_rate is for the rest."""
     muon_momentum: BelowOne = 0.95
-    """Nesterov momentum of the hidden matrices with optimizer=muon."""
+    """Nesterov momentum of the hidden matrices with muon."""
     ngram_learning_rate: Positive = 0.04
-    """Peak learning rate of the n-gram tables, which torch.optim.SparseAdam trains with any optimizer. It is
-    high because only the rows that a batch reads are updated, without momentum."""
+    """Peak learning rate of the n-gram tables, which SparseAdam trains with any optimizer."""
     clip_norm: NonNegative = 0.0
     """Maximum norm of the gradient, without n-gram tables; 0 turns clipping off."""
     max_skipped: Annotated[Count, Mark.MAY_CHANGE] = 20
     """Updates with a loss or gradient that is not finite are skipped; so many in a row stop the run."""
     spike_threshold: NonNegative = 0.0
-    """Also skip an update if its loss is more than this many robust standard deviations (1.4826 times the
+    """Also skip an update whose loss is more than so many robust standard deviations (1.4826 times the
     median absolute deviation) above the median of the last 128 losses; 0 turns this off."""
     mixed_precision: Annotated[Precision | Literal["auto"], Mark.MAY_CHANGE] = "auto"
-    """Precision of training. auto: the launcher's setting; without a launcher, bf16 if the hardware has it.
-    `no` is accelerate's word for fp32."""
+    """auto: the launcher's, or without one bf16 if the hardware has it. `no` is fp32."""
     matmul_precision: Annotated[Literal["highest", "high", "medium"], Mark.MAY_CHANGE] = "medium"
-    """Precision of fp32 matrix products in training, see torch.set_float32_matmul_precision. On a CPU
-    without AMX, medium stays fp32 and is faster."""
+    """See torch.set_float32_matmul_precision. On a CPU without AMX, medium stays fp32 but is faster."""
     attention: Annotated[AttentionBackend, Mark.MAY_CHANGE] = "auto"
-    """sdpa: torch's scaled_dot_product_attention. blocks: blocks of queries, each with the keys up to its
-    end, which skips the masked half. auto: blocks on a CPU, where sdpa computes that half. With
-    attention_dropout, training uses sdpa in any case."""
+    """sdpa: torch's scaled_dot_product_attention. blocks: blocks of queries, which skip the masked half
+    of the keys. auto: blocks on a CPU. Training with attention_dropout always uses sdpa."""
     cross_entropy: Annotated[CrossEntropyBackend, Mark.MAY_CHANGE] = "chunked"
-    """chunked: logits of a few hundred positions at a time, none kept for the backward pass. reference: all
-    logits at once. They differ by rounding only."""
+    """chunked: logits of a few hundred positions at a time, none kept. reference: all at once."""
     activation_checkpointing: Annotated[bool, Mark.MAY_CHANGE] = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     compile: Annotated[Literal["auto", "yes", "no"], Mark.MAY_CHANGE] = "auto"
-    """Compile each block with torch.compile. auto: if accelerate's launcher was given a dynamo backend."""
+    """Compile each block with torch.compile. auto: if accelerate was given a dynamo backend."""
     sharding: Annotated[Literal["auto", "no", "fsdp2"], Mark.MAY_CHANGE] = "auto"
-    """fsdp2: each process keeps a part of the parameters and of the optimizer state. no: each process keeps
-    all of them (DDP). auto: fsdp2 if the launcher's config asks for it."""
+    """fsdp2: sharded parameters and optimizer state. no: DDP. auto: as the launcher says."""
     deterministic: Annotated[bool, Mark.MAY_CHANGE] = False
-    """Use deterministic kernels only (needed for bit-exact runs on a GPU)."""
+    """Use deterministic kernels only, for bit-exact runs on a GPU."""
     seed: Annotated[int, Field(ge=0, lt=2**63), Whole] = 0
     """Seed for initialisation, window sampling and dropout."""
     log_every: Annotated[Positive, Mark.MAY_CHANGE] = 0.001
@@ -112,12 +101,11 @@ class TrainConfig(Section):
     checkpoint_every: Annotated[NonNegative, Mark.MAY_CHANGE, Mark.NO_EFFECT] = 0.0
     """Interval of further checkpoints between validations; 0 turns them off."""
     valid_symbols: Annotated[Count, Mark.MAY_CHANGE] = 200_000
-    """Number of symbols to validate on, taken from the start of the validation split."""
+    """Symbols to validate on, from the start of the validation split."""
     keep_checkpoints: Annotated[Count, Mark.MAY_CHANGE, Mark.NO_EFFECT] = 2
-    """Number of newest checkpoints to keep, besides the best."""
+    """Newest checkpoints to keep, besides the best."""
     diagnose_every: Annotated[NonNegative, Mark.MAY_CHANGE] = 0.0
-    """Interval of `diagnostics` rows in metrics.jsonl: bits per character of each head, and the gradients
-    that reach each layer; 0 turns them off."""
+    """Interval of `diagnostics` rows (bits of each head, gradients of each layer); 0 turns them off."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

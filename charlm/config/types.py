@@ -27,7 +27,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from charlm.config.errors import ConfigError, did_you_mean, first_line, shown
 from charlm.text import visible
 
-MAX_YAML, MAX_ALIASES = 2**16, 10  # so many characters take about a second to read
+MAX_YAML, MAX_ALIASES = 2**16, 10  # characters that take a second to read
 NULLS = ("null", "none", "~", "")
 MESSAGES = {
     "missing": "is missing",
@@ -37,12 +37,12 @@ MESSAGES = {
     "path_type": "should be a path",
     "bool_parsing": "should be true or false",
 }
-"""Our message for each type of error of pydantic's."""
-UNION_MEMBER = re.compile(r"int|list|mapping|.*\[.*\]")  # pydantic's names for members of a union, in a location
+"""Our messages for pydantic's types of errors."""
+UNION_MEMBER = re.compile(r"int|list|mapping|.*\[.*\]")  # pydantic's names, in a location
 
 
 class Mark(Enum):
-    """A property of an option, set in the `Annotated` of its type."""
+    """A property of an option, in the `Annotated` of its type."""
 
     MAY_CHANGE = "a resumed run may change the option"
     NO_EFFECT = "the option does not affect what a run learns"
@@ -50,7 +50,7 @@ class Mark(Enum):
 
 
 class Section(BaseModel):
-    """A group of options, frozen. Help and docs/configuration.md print the docstrings of its fields."""
+    """A group of options, frozen. Help prints the docstrings of its fields."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -62,7 +62,7 @@ class Section(BaseModel):
 
     @classmethod
     def read(cls, values: Mapping[str, Any], places: Mapping[str, str] = {}) -> Self:
-        """A section of these values. Raises ConfigError, with the place (file, line) of each fault."""
+        """A section of these values. Raises ConfigError, with the file and line of each fault."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -73,15 +73,15 @@ class Section(BaseModel):
         return self.read(dict(self) | changes)
 
     def mistake(self, option: str, text: str, *others: str) -> PydanticCustomError:
-        """The error that a check raises for the value of `option`; `others` are further options in `text`."""
-        value = [attrgetter(option)(self)]  # in a list: pydantic tries to render a str, which may be no UTF-8
+        """The error of a check of `option`; `others` are further options in `text`."""
+        value = [attrgetter(option)(self)]  # in a list: pydantic cannot render a str that is not UTF-8
         context = {"option": option, "value": value, "others": others}
         return PydanticCustomError("mistake", text, context)
 
     @field_validator("*", mode="before")
     @classmethod
     def _read_text(cls, value: Any, info: ValidationInfo) -> Any:
-        """Turn text of a flag or YAML file into null, a list or a mapping if the option may be one."""
+        """Turn text into null, a list or a mapping if the option may be one."""
         field = cls.model_fields[info.field_name]
         kinds = parts_of(field.annotation)
         if isinstance(value, str):
@@ -98,7 +98,7 @@ class Section(BaseModel):
 
 
 def expanded(path: Any) -> Any:
-    """A path with the home folder for `~`. Raises ValueError if there is none, or this is no path."""
+    """A path with the home folder for `~`. Raises ValueError if it is none, or there is none."""
     if not isinstance(path, (str, Path)):
         return path
     if not str(path) or b"\0" in os.fsencode(path):
@@ -111,7 +111,7 @@ def expanded(path: Any) -> Any:
 
 @cache
 def parts_of(annotation: Any) -> list[Any]:
-    """The types in a type, such as tuple, int and NoneType in `tuple[int, ...] | None`."""
+    """The types in a type: tuple, int and NoneType in `tuple[int, ...] | None`."""
     parts = [get_origin(annotation) or annotation]
     for argument in get_args(annotation):
         parts += parts_of(argument)
@@ -130,7 +130,7 @@ def sections_of(kind: type[Section], name: str = "") -> dict[str, type[Section]]
 
 @cache
 def options_of(kind: type[Section]) -> dict[str, FieldInfo]:
-    """The options of a section and of the sections in it, by dotted name: all fields with a docstring."""
+    """The options in a section, by dotted name: all fields with a docstring."""
     return {
         f"{section}.{name}".lstrip("."): info
         for section, part in sections_of(kind).items()
@@ -143,7 +143,7 @@ def _config_error(kind: type[Section], error: ValidationError, places: Mapping[s
     """All faults in the values of a `kind`, in one message."""
     options, names = options_of(kind), []
     lines: dict[tuple[str, str], list[str]] = {}
-    for fault in error.errors(include_url=False)[:20]:  # names like each unknown one are looked for
+    for fault in error.errors(include_url=False)[:20]:  # looking for similar names takes time
         location, value, others = _place_of(fault)
         name = next((option for option in options if f"{location}.".startswith(f"{option}.")), location)
         names.append(name)
@@ -160,7 +160,7 @@ def _config_error(kind: type[Section], error: ValidationError, places: Mapping[s
 
 
 def _place_of(fault: ErrorDetails) -> tuple[str, Any, list[str]]:
-    """The dotted name of a value at fault, the value, and the other options that the message names."""
+    """The dotted name of a value at fault, the value, and other options in the message."""
     location, value, others = fault["loc"], fault["input"], []
     if fault["type"] == "mistake":
         mistake = fault["ctx"]
@@ -181,8 +181,9 @@ class _TextLoader(yaml.BaseLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.aliases += self.check_event(yaml.AliasEvent)
-        if self.aliases > MAX_ALIASES:  # lists of lists of them could stand for a billion values
-            raise yaml.MarkedYAMLError(problem="too many aliases", problem_mark=self.peek_event().start_mark)
+        if self.aliases > MAX_ALIASES:  # nested ones could stand for a billion values
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="too many aliases", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Lines:
@@ -190,7 +191,8 @@ class _TextLoader(yaml.BaseLoader):
         mapping.lines = {}
         for key, value in node.value:
             if key.value in mapping.lines:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is set twice", problem_mark=key.start_mark)
+                problem = f"{key.value} is set twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             mapping.lines[key.value] = key.start_mark.line + 1
             if value.value == "null" and value.style is None:  # without quotes
                 mapping[key.value] = None
@@ -198,7 +200,7 @@ class _TextLoader(yaml.BaseLoader):
 
 
 def read_yaml(text: str) -> Any:
-    """Read YAML as text, lists and mappings; numbers stay text. Raises ValueError, also for a key set twice."""
+    """Read YAML as text, lists and mappings. Raises ValueError, also for a key set twice."""
     if len(text) > MAX_YAML:
         raise ValueError(f"has more than {MAX_YAML:,} characters")
     try:
