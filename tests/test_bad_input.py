@@ -79,7 +79,7 @@ CASES = {
         *("rare.txt", "byte 44 of its test split", "'z' (U+007A)", "--data.vocabulary=sentencepiece")
     ],
     f"prepare {HUB} --data.hub_id=./scripted": ["data.hub_id=", "needs code", "never run", "--data.hub_revision"],
-    f"prepare {HUB} --data.hub_id=./dataset": ["data.hub_id=", "no column 'text'", "--data.text_column", "body"],
+    f"prepare {HUB} --data.hub_id=./dataset": ["data.hub_id=", "['text'] not in", "--data.text_column", "body"],
     f"train {HUB} --data.hub_id=./dataset --data.text_column=body --data.test_split=held": ["no split 'held'", "train"],
     "prepare --data.corpus=lm1b --data.hub_id=./nowhere": ["data.hub_id=", "No such file"],
     SHORT: ["valid split of 10 symbols", "window of 18", "context_length", "raise --data.valid_fraction"],

@@ -1,18 +1,18 @@
 """A corpus: the verified ids of three splits, prepared once and memory-mapped from then on.
 
-A prepared corpus is a folder in the cache: CACHE/KEY/{ids.bin, corpus.json}. ids.bin is a plain array of
-the ids of train, valid and test, in this order.
+It is a folder, CACHE/KEY/{ids.bin, corpus.json}. ids.bin is a plain array of the ids of train, valid
+and test, in this order.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, BinaryIO
 
 import numpy as np
 from pydantic import BaseModel, Field, NonNegativeInt, PlainSerializer, PositiveInt
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from charlm.config import DataConfig, UserError
 from charlm.data.sources import Choice, Source, absolute, find_source
-from charlm.data.text_files import CHUNK, changes, is_plain, pack_listing, some, text_files
+from charlm.data.text_files import CHUNK, pack_listing
 from charlm.data.vocabulary import (
     ByteVocabulary,
     EncodingError,
@@ -34,8 +34,7 @@ from charlm.data.vocabulary import (
 from charlm.files import locked, make_folder, read_json, remove, replacing, sha256_of, share, sync, write_whole
 from charlm.text import visible
 
-FORMAT = 1
-"""Version of the folder's layout; a folder of another version is prepared again."""
+FORMAT = 1  # a folder of another version is prepared again
 SPLITS = ("train", "valid", "test")
 
 
@@ -56,69 +55,54 @@ class Corpus(BaseModel, arbitrary_types_allowed=True, frozen=True, strict=True):
     source: str
     """Origin of the text: an address, a path, or a version of Python."""
     sha256: str
-    """SHA-256 of the whole text."""
+    """Of the whole text."""
     vocabulary: Annotated[Vocabulary, PlainSerializer(lambda vocabulary: vocabulary.to_dict())]
     splits: dict[str, Split]
     """train, valid and test, in this order."""
     files: str | None = None
-    """Names and checksums of the files of the text, from `pack_listing`."""
+    """Names and checksums of the text's files, from `pack_listing`."""
 
 
 def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     """The corpus that the config names, prepared if the cache lacks it or its text has changed.
 
-    enwik8 and text8 are split 90M / 5M / 5M bytes (Al-Rfou et al. 2018); datasets keep their own splits.
+    enwik8 and text8 are split 90M / 5M / 5M bytes (Al-Rfou et al. 2018); datasets keep their splits.
     Other texts hold out the last data.valid_fraction + data.test_fraction of their bytes; UTF-8 text is
-    cut between characters. When several processes call this at once, one prepares and the others wait.
-    Progress bars are shown only on a terminal.
+    cut between characters. Of several processes one prepares and the others wait.
 
-    Raises UserError if the text cannot be fetched or read, fails verification, is too short to split, cannot
-    be expressed in the vocabulary, or the cache cannot be written. The cache then holds what it held before,
-    plus any completed download.
+    Raises UserError if the text cannot be fetched, verified, split or encoded, or the cache cannot be
+    written. The cache then holds what it held before, plus any completed download.
     """
-    cache_dir = absolute("data.cache_dir", config.cache_dir)
-    source = find_source(config, cache_dir, show_progress)
-    folder = cache_dir / _folder_name(config, source)
+    source, folder = _place(config, show_progress)
     if corpus := _cached(folder, source):
         return corpus
     try:
-        make_folder(cache_dir)
+        make_folder(folder.parent)
         # All vocabularies of a text share its download, so the lock is one per text.
-        with locked(cache_dir / f".{source.key}.lock"):
-            if corpus := _cached(folder, source):  # prepared by another process in the meantime
-                return corpus
-            _prepare(config, source, folder, show_progress)
+        with locked(folder.with_name(f".{source.key}.lock")):
+            if not _cached(folder, source):  # prepared by another process in the meantime
+                _prepare(config, source, folder, show_progress)
             return _open(folder, source)
     except OSError as error:
         problem = f"cannot be written ({error}); name another with --data.cache_dir"
-        raise Choice("data.cache_dir", cache_dir).error(problem) from error
+        raise Choice("data.cache_dir", folder.parent).error(problem) from error
 
 
 def prepared_corpus(config: DataConfig) -> Corpus | None:
     """The corpus that the config names if the cache holds it; nothing is fetched or prepared."""
     with suppress(UserError):
-        cache_dir = absolute("data.cache_dir", config.cache_dir)
-        source = find_source(config, cache_dir, show_progress=False)
-        return _cached(cache_dir / _folder_name(config, source), source)
+        source, folder = _place(config, show_progress=False)
+        return _cached(folder, source)
     return None
 
 
-def how_it_differs(recorded: Mapping[str, Any], corpus: Corpus) -> str:
-    """The files that differ from those of a run's record, as the end of a message; empty if that is not known."""
-    if "files" in recorded or corpus.name != "file":
-        return changes(recorded.get("files"), corpus.files)
-    root = Path(corpus.source)
-    hidden = set()
-    with suppress(UserError, OSError):  # a broken link that is hidden
-        hidden = {file.relative_to(root).as_posix() for file in {*text_files(root, "(?!)")} - {*text_files(root)}}
-    names = f" ({some(hidden)})" if hidden else ""
-    text = f"earlier versions took packed and hidden files{names} as they are, which --data.as_is=true does"
-    return f"; {text}, and left out linked folders"
-
-
-def _folder_name(config: DataConfig, source: Source) -> str:
-    endings = {"characters": "-characters", "sentencepiece": f"-sentencepiece-{config.character_coverage}"}
-    return source.key + endings.get(config.vocabulary, "")
+def _place(config: DataConfig, show_progress: bool) -> tuple[Source, Path]:
+    """The source, and the corpus's folder in the cache."""
+    cache_dir = absolute("data.cache_dir", config.cache_dir)
+    source = find_source(config, cache_dir, show_progress)
+    coverage = f"-sentencepiece-{config.character_coverage}"
+    endings = {"characters": "-characters", "sentencepiece": coverage}
+    return source, cache_dir / (source.key + endings.get(config.vocabulary, ""))
 
 
 def _cached(folder: Path, source: Source) -> Corpus | None:
@@ -132,21 +116,17 @@ def _open(folder: Path, source: Source) -> Corpus:
     record = read_json(folder / "corpus.json")
     if record["format"] != FORMAT or source.fingerprint not in (None, record["fingerprint"]):
         raise ValueError("made by another version, or from another text")
-    if "files" not in record and record["name"] == "file" and not all(map(is_plain, source.files())):
+    if "files" not in record and record["name"] == "file":
         raise ValueError("made when packed files were taken as they are")
     vocabulary = vocabulary_from_dict(record["vocabulary"])
-    ids_path = folder / "ids.bin"
-    is_file = ids_path.is_file() and not ids_path.is_symlink()
-    size = id_type(vocabulary.size).itemsize * sum(record["splits"][name]["symbols"] for name in SPLITS)
-    if not is_file or ids_path.stat().st_size != size or sha256_of(ids_path) != record["ids_sha256"]:
+    path = folder / "ids.bin"
+    *starts, end = accumulate(record["splits"][name]["symbols"] for name in SPLITS)
+    is_whole = path.is_file() and path.stat().st_size == end * id_type(vocabulary.size).itemsize
+    if not is_whole or path.is_symlink() or sha256_of(path) != record["ids_sha256"]:
         raise ValueError("ids.bin is damaged")
-    ids = np.memmap(ids_path, dtype=id_type(vocabulary.size), mode="r")
-    splits, start = {}, 0
-    for name in SPLITS:
-        sizes = record["splits"][name]
-        end = start + sizes["symbols"]
-        splits[name] = Split(ids=ids[start:end], **sizes)
-        start = end
+    ids = np.memmap(path, dtype=id_type(vocabulary.size), mode="r")
+    parts = zip(SPLITS, np.split(ids, starts), strict=True)
+    splits = {name: Split(ids=part, **record["splits"][name]) for name, part in parts}
     return Corpus(**record | {"vocabulary": vocabulary, "splits": splits})
 
 
@@ -155,8 +135,8 @@ def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bo
     with replacing(folder) as temporary:
         free = shutil.disk_usage(folder.parent).free
         if source.size is not None and source.size > free:
-            room = f"data.cache_dir={folder.parent} has {free:,} bytes free"
-            raise source.choice.error(f"has {source.size:,} bytes, but {room}; make room, or choose another")
+            room = f"data.cache_dir={folder.parent} has only {free:,} bytes free"
+            raise source.choice.error(f"has {source.size:,} bytes, but {room}; make room")
         make_folder(temporary)
         text = temporary / "text.bin"
         ids = temporary / "ids.bin"
@@ -165,12 +145,11 @@ def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bo
         sha256, parts, not_utf8_at = _write_text(source, text, bar)
         utf8 = not_utf8_at is None
         if not utf8 and config.vocabulary != ByteVocabulary.name:
-            problem = f"not UTF-8 at byte {not_utf8_at:,}, which data.vocabulary={config.vocabulary} needs"
+            problem = f"is not UTF-8 at byte {not_utf8_at:,}"
             raise source.choice.error(f"{problem}; convert it, or use --data.vocabulary=bytes")
         ranges = _cut(config, source, text, parts, utf8)
         pieces = partial(_pieces, text, bar)
-        training_text = pieces(ranges["train"], "reading the training split")
-        vocabulary = train_vocabulary(config, utf8, training_text)
+        vocabulary = train_vocabulary(config, utf8, pieces(ranges["train"], "reading train"))
         splits = {}
         with ids.open("wb") as file:
             for split in SPLITS:
@@ -184,7 +163,6 @@ def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bo
             "fingerprint": source.fingerprint,
             "sha256": sha256,
             "vocabulary": vocabulary.to_dict(),
-            "dtype": id_type(vocabulary.size).name,
             "ids_sha256": sha256_of(ids),
             "splits": splits,
             "files": pack_listing(source.listing),
@@ -197,7 +175,7 @@ def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bo
 
 
 def _write_text(source: Source, path: Path, bar: Callable[..., tqdm]) -> tuple[str, dict[str, range], int | None]:
-    """Returns the SHA-256, the range of each part in bytes, and the first byte that is not UTF-8."""
+    """Returns the SHA-256, each part's range in bytes, and the first byte that is not UTF-8."""
     digest = hashlib.sha256()
     parts = {}
     not_utf8_at = None
@@ -226,7 +204,6 @@ def _cut(
     parts: dict[str, range],
     utf8: bool,
 ) -> dict[str, range]:
-    """The range of each split in the text, in bytes."""
     if source.split_sizes:
         bounds = [0, *accumulate(source.split_sizes)]
         return dict(zip(SPLITS, map(range, bounds, bounds[1:]), strict=True))
@@ -248,24 +225,23 @@ def _cut(
     for split in SPLITS:
         if not ranges[split]:
             problem = f"its {size:,} bytes leave the {split} split empty"
-            options = [f"data.{name}_fraction={fractions[name]}" for name in ("valid", "test")]
-            raise source.choice.error(f"{problem}; give more text or change {' and '.join(options)}")
+            way_out = "give more text, or change data.valid_fraction and data.test_fraction"
+            raise source.choice.error(f"{problem}; {way_out}")
     return ranges
 
 
 def _encode(
     pieces: Iterable[bytes], split: str, vocabulary: Vocabulary, file: BinaryIO, source: Source
 ) -> dict[str, int]:
-    """Write the ids of a split; return its symbols, characters and bytes."""
+    """Write the ids of a split; return its sizes."""
     sizes = {"symbols": 0, "characters": 0, "bytes": 0}
     for piece in pieces:
         try:
             ids = vocabulary.encode(piece)
         except EncodingError as error:
             place = f"at byte {sizes['bytes'] + error.offset:,} of its {split} split"
-            problem = f"{place}, {error.problem}; it has those of the training split"
             way_out = "use --data.vocabulary=sentencepiece or bytes"
-            raise source.choice.error(f"{problem}; {way_out}") from error
+            raise source.choice.error(f"{place}, {error.problem}; {way_out}") from error
         file.write(ids)
         sizes["symbols"] += len(ids)
         sizes["characters"] += vocabulary.count_characters(ids)
@@ -274,7 +250,7 @@ def _encode(
 
 
 def _pieces(path: Path, bar: Callable[..., tqdm], part: range, description: str) -> Iterator[bytes]:
-    """A part of the file, cut between characters. It is read, not mapped, so that memory stays small."""
+    """A part of the file, cut between characters; read, not mapped, to save memory."""
     with bar(desc=description, total=len(part)) as shown, path.open("rb") as file:
         file.seek(part.start)
         chunks = iter(lambda: file.read(min(CHUNK, part.stop - file.tell())), b"")

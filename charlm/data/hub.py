@@ -1,8 +1,4 @@
-"""Datasets, read by the `datasets` library from the Hugging Face hub or a local folder of parquet files.
-
-A dataset's own code is never run. The library keeps datasets of the hub in its cache (HF_HOME); files
-of a folder are read in place. The caller adds the dataset to errors.
-"""
+"""Datasets of the `datasets` library: on the hub, or in a local folder of parquet files."""
 
 import logging
 import os
@@ -23,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def open_dataset(where: str | Path, config: str | None, revision: str | None, show_progress: bool) -> "Splits":
-    """The splits, by name, of OWNER/NAME on the hub or of a folder. UserError if they cannot be read."""
+    """The splits of OWNER/NAME on the hub or of a folder. UserError if they cannot be read."""
     try:
         expanded(os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~")
     except ValueError as error:  # the library would make a folder called ~
@@ -41,27 +37,19 @@ def open_dataset(where: str | Path, config: str | None, revision: str | None, sh
 
 
 def documents(splits: "Splits", split: str, column: str, separator: str, skip_null: bool = False) -> Generator[bytes]:
-    """The documents of a split in UTF-8, in order, with the separator between them.
-
-    Raises UserError if there is no such split or column, or a row holds no text; `skip_null` permits null.
-    """
+    """The documents of a split in UTF-8. Raises UserError if it does not exist, or a row has no text."""
     if split not in splits:
         options = "--data.train_split, --data.valid_split, --data.test_split"
         raise UserError(f"has no split {split!r}; name one of {', '.join(splits)} ({options})")
     with _explained():
-        columns = splits[split].column_names
-        if columns and column not in columns:
-            way_out = f"set --data.text_column to one of {', '.join(columns)}"
-            raise UserError(f"has no column {column!r}; {way_out}", "data.text_column")
         rows, before = 0, ""
         for batch in splits[split].select_columns([column]).iter(64):  # each document may be a whole book
             texts = batch[column]
             for row, text in enumerate(texts, start=rows):
                 if not isinstance(text, str) and not (text is None and skip_null):
                     kind = "null" if text is None else type(text).__name__
-                    problem = f"row {row} of split {split!r} holds {kind}, not text, in column {column!r}"
-                    way_out = "set --data.text_column to one of text in every row"
-                    way_out += ", or skip such rows by --data.skip_null=true" if text is None else ""
+                    problem = f"row {row} of split {split!r} holds {kind}, not text"
+                    way_out = "choose another --data.text_column, or --data.skip_null=true"
                     raise UserError(f"{problem}; {way_out}", "data.text_column")
             rows += len(texts)
             if kept := [text for text in texts if text is not None]:
@@ -80,18 +68,13 @@ def _explained() -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, DatasetNotFoundError):
-            problem = "no such dataset"
-            way_out = "check the name and --data.hub_revision; log in with `hf auth login` if it is not public"
+            way_out = "check --data.hub_revision, or log in with `hf auth login`"
         elif isinstance(error, ConnectionError):
-            problem = "cannot be fetched"
-            way_out = (
-                "without a network, give a folder with its parquet files as --data.hub_id=FOLDER, "
-                "or fetch it on another machine, copy its folder HF_HOME, and set HF_HUB_OFFLINE=1"
-            )
+            way_out = "give its parquet files as --data.hub_id=FOLDER"
+            way_out += ", or copy HF_HOME from elsewhere and set HF_HUB_OFFLINE=1"
         elif "scripts are no longer supported" in str(error):
-            problem = "needs code of its own, which is never run"
-            way_out = "try --data.hub_revision=refs/convert/parquet, or a copy in parquet files"
+            way_out = "it needs code of its own, which is never run; "
+            way_out += "try --data.hub_revision=refs/convert/parquet"
         else:
-            problem = "cannot be read"
-            way_out = "check its files and --data.hub_config"
-        raise UserError(f"{problem} ({first_line(error)}); {way_out}") from error
+            way_out = "check its files, --data.hub_config and --data.text_column"
+        raise UserError(f"cannot be read ({first_line(error)}); {way_out}") from error

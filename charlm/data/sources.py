@@ -1,7 +1,4 @@
-"""Sources of text: published files (downloaded or local), datasets, and the user's files and folders.
-
-A source gives the same bytes each time, or an error: published files are verified, others have a fingerprint.
-"""
+"""Sources of text: published files, datasets, and the user's files and folders."""
 
 import hashlib
 import os
@@ -61,11 +58,11 @@ PUBLISHED = {
 }
 
 HUB_IDS = {"lm1b": "dvruette/lm1b"}
-"""Datasets with their own corpus name. The hub's "lm1b" needs a loading script; this is a copy."""
+"""Copies of datasets that need code of their own."""
 
 
 class Choice(NamedTuple):
-    """The option that chose a text, and its value; errors begin with both."""
+    """The option that chose a text, and its value."""
 
     option: str
     value: Path | str
@@ -79,7 +76,7 @@ class Choice(NamedTuple):
             yield
         except OSError as error:
             problem = f"cannot read {error.filename or 'it'} ({error.strerror})"
-            raise self.error(f"{problem}; give a file or folder that can be read with --{self.option}") from error
+            raise self.error(f"{problem}; give a file or folder that can be read") from error
         except UserError as error:
             raise self.error(error, error.option) from error
 
@@ -92,22 +89,20 @@ class Source:
     key: str
     """Name of the prepared corpus in the cache."""
     origin: str
-    """An address, a path, or a version of Python."""
     parts: Mapping[str, Callable[[], Generator[bytes]]]
-    """Readers of the main text ("train"), and of separate texts for valid and test, which may be empty."""
+    """Readers of the text ("train"), and of further ones for valid and test, which may be empty."""
     fingerprint: str | None = None
     """Changes when the text at `origin` does; None for a text that never changes."""
     files: Callable[[], list[Path]] | None = None
-    """Lists the files that must not change while they are read, if any."""
+    """Lists the files that must not change while they are read."""
     listing: dict[str, int] = field(default_factory=dict)
     """A checksum of each, complete when all were read."""
     split_sizes: tuple[int, int, int] | None = None
-    """Bytes of train, valid and test in the text; None if the config's fractions decide."""
+    """Bytes of train, valid and test; None if the config's fractions decide."""
     size: int | None = None
-    """Bytes of the text, if known before it is read."""
 
     def chunks(self, part: str = "train") -> Generator[bytes]:
-        """The text of a part, verified at its end. Raises UserError if it cannot be fetched or read."""
+        """The text of a part. Raises UserError if it cannot be fetched or read."""
         with self.choice.named_in_errors():
             yield from self.parts[part]()
             if self.files and fingerprint_of(self.files()) != self.fingerprint:
@@ -115,10 +110,7 @@ class Source:
 
 
 def find_source(config: DataConfig, cache_dir: Path, show_progress: bool) -> Source:
-    """The source the config asks for; nothing is fetched or read yet.
-
-    Raises UserError if a path does not exist, cannot be read, is of the wrong kind, or holds the cache.
-    """
+    """The source the config asks for, not read yet. Raises UserError for an unfit path."""
     check_outside(config, "data.cache_dir", cache_dir)
     choice = _choice(config)
     with choice.named_in_errors():
@@ -130,16 +122,17 @@ def find_source(config: DataConfig, cache_dir: Path, show_progress: bool) -> Sou
 
 
 def check_outside(config: DataConfig, option: str, folder: Path) -> None:
-    """Raise UserError if the value of `option`, a folder to write into, lies inside the folder of the text."""
+    """Raise UserError if `folder`, the value of `option`, lies inside that of the text."""
     choice, place = _choice(config), absolute(option, folder)
-    if config.corpus in PUBLISHED or not isinstance(choice.value, Path):  # of these the text is a single file
+    if config.corpus in PUBLISHED or not isinstance(choice.value, Path):
         return
     folders = {choice.value}
     if config.corpus == "file" and os.path.isdir(choice.value):
-        with suppress(UserError, OSError):  # links lead to further folders; `find_source` names what is broken
-            folders |= {absolute(option, parent) for parent in {file.parent for file in text_files(choice.value)}}
+        with suppress(UserError, OSError):  # `find_source` names what is broken
+            folders |= {parent.resolve() for parent in {file.parent for file in text_files(choice.value)}}
     if any(place.is_relative_to(one) for one in folders):
-        raise choice.error(f"{option}={folder} lies inside and would become part of the text; move one of them")
+        problem = f"{option}={folder} lies inside and would become part of the text"
+        raise choice.error(f"{problem}; move one of them")
 
 
 def _choice(config: DataConfig) -> Choice:
@@ -153,7 +146,6 @@ def _choice(config: DataConfig) -> Choice:
 
 
 def _published(config: DataConfig, choice: Choice, downloads: Path, show_progress: bool) -> Source:
-    """A published text, from the user's own copy if there is one."""
     published = PUBLISHED[config.corpus]
     origin = published.url
     fingerprint = None
@@ -163,7 +155,7 @@ def _published(config: DataConfig, choice: Choice, downloads: Path, show_progres
         fingerprint = fingerprint_of([path])
         text = partial(unpacked, path, published.member)
         if not path.is_file():
-            raise UserError(f"not a file; give a copy of {published.member}, raw or as .zip, .gz, .bz2 or .xz")
+            raise UserError(f"not a file; give a copy of {published.member}")
     return Source(
         choice=choice,
         key=config.corpus,
@@ -176,7 +168,7 @@ def _published(config: DataConfig, choice: Choice, downloads: Path, show_progres
 
 
 def _fetched(published: Published, downloads: Path, show_progress: bool) -> Generator[bytes]:
-    """The text from the archive, which is removed afterwards; from the mirror if the download fails."""
+    """The text from the archive, which is removed afterwards, or else from the mirror."""
     try:
         archive = _download(published, downloads, show_progress)
     except UserError as error:
@@ -187,14 +179,14 @@ def _fetched(published: Published, downloads: Path, show_progress: bool) -> Gene
             for split in ("train", "validation", "test"):
                 yield from documents(splits, split, "text", "")
         except UserError as another:
-            raise UserError(f"{error}\nIts mirror {published.mirror} fails, too: {another}") from another
+            raise UserError(f"{error}\nIts mirror {published.mirror}: {another}") from another
     else:
         yield from unpacked(archive, published.member)
     shutil.rmtree(downloads, ignore_errors=True)
 
 
 def _download(published: Published, folder: Path, show_progress: bool) -> Path:
-    """Fetch and verify the archive unless `folder` has it. Two processes must not do so at once."""
+    """The verified archive, fetched unless `folder` has it."""
     import pooch  # takes a moment to import, and most runs download nothing
     from requests.exceptions import ConnectionError
 
@@ -210,25 +202,22 @@ def _download(published: Published, folder: Path, show_progress: bool) -> Path:
         return archive
     except (OSError, ValueError) as error:  # the network, a full disk, or a wrong checksum
         why = "no connection" if isinstance(error, ConnectionError) else first_line(error)
-        raise UserError(
-            f"{published.url} cannot be fetched ({why}). Fetch this file elsewhere "
-            f"(SHA-256 {published.archive_sha256}) and give it as --data.path=FILE"
-        ) from error
+        way_out = f"fetch it elsewhere (SHA-256 {published.archive_sha256})"
+        problem = f"{published.url} cannot be fetched ({why}); {way_out}"
+        raise UserError(f"{problem} and give it as --data.path=FILE") from error
 
 
 def _files(config: DataConfig, choice: Choice) -> Source:
-    """A file, or the files of a folder, joined in the order of relative paths with nothing in between."""
-    root = choice.value
-    origin = str(root)
-    as_is = partial(unpacked, kinds={})
-    files, read = partial(text_files, root), plain_text
-    if config.as_is:
-        files, read = partial(text_files, root, skipped="(?!)"), as_is
+    """A file, or the files of a folder, joined with nothing in between."""
+    root, origin = choice.value, str(choice.value)
+    skipped, suffix = "(?!)" if config.as_is else HIDDEN, ""
+    read = partial(unpacked, kinds={}) if config.as_is else plain_text
     if config.corpus == "python-stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         origin = f"Python {platform.python_version()}, standard library"
-        skipped = rf"{HIDDEN}|__pycache__|dist-packages|idle_test|site-packages|tests?"
-        files, read = partial(text_files, root, skipped, ".py"), as_is
+        skipped += r"|__pycache__|dist-packages|idle_test|site-packages|tests?"
+        suffix, read = ".py", partial(unpacked, kinds={})
+    files = partial(text_files, root, skipped, suffix)
     found = files()
     fingerprint = fingerprint_of(found)
     listing: dict[str, int] = {}
@@ -247,7 +236,6 @@ def _files(config: DataConfig, choice: Choice) -> Source:
 
 
 def _dataset(config: DataConfig, choice: Choice, show_progress: bool) -> Source:
-    """The documents of a dataset on the hub, or of a folder of parquet files."""
     where = choice.value
     revision = config.hub_revision
     opened = cache(partial(open_dataset, where, config.hub_config, revision, show_progress))
@@ -259,9 +247,11 @@ def _dataset(config: DataConfig, choice: Choice, show_progress: bool) -> Source:
             yield from documents(opened(), split or default, *how)
 
     files = partial(text_files, where) if isinstance(where, Path) else None
-    for file in files() if files else ():
+    found = files() if files else []
+    for file in found:
         if file.parent.resolve() != file.parent:
-            raise UserError(f"{file.parent} lies behind a link, which the library passes over; link its files")
+            text = f"{file.parent} lies behind a link, which the library passes over"
+            raise UserError(f"{text}; link its files")
     return Source(
         choice=choice,
         key=_key(config, str(where), config.hub_config, revision, config.text_column, config.separator, *named),
@@ -271,14 +261,13 @@ def _dataset(config: DataConfig, choice: Choice, show_progress: bool) -> Source:
             "valid": partial(text, config.valid_split, "validation"),
             "test": partial(text, config.test_split, "test"),
         },
-        fingerprint=fingerprint_of(files()) if files else None,
+        fingerprint=fingerprint_of(found) if files else None,
         files=files,
-        listing={file.relative_to(where).as_posix(): file.stat().st_size for file in files()} if files else {},
+        listing={file.relative_to(where).as_posix(): file.stat().st_size for file in found},
     )
 
 
 def _key(config: DataConfig, *identity: str | None) -> str:
-    """A name for the prepared corpus, unique to the text and the fractions that split it."""
     others = [name for name in ("as_is", "skip_null") if getattr(config, name)]
     everything = repr((*identity, *others, config.valid_fraction, config.test_fraction))
     digest = hashlib.sha256(os.fsencode(everything)).hexdigest()
@@ -286,7 +275,7 @@ def _key(config: DataConfig, *identity: str | None) -> str:
 
 
 def absolute(option: str, path: Path | str) -> Path:
-    """The one full name of an option's path, without ~ or links. UserError if this user has no home for ~."""
+    """The full name of an option's path, without ~ or links. UserError if there is no home for ~."""
     try:
         return Path(os.path.realpath(expanded(path)))
     except ValueError as error:
@@ -294,7 +283,7 @@ def absolute(option: str, path: Path | str) -> Path:
 
 
 def located(config: Config) -> Config:
-    """The config with places that are the same from every folder. The default cache stays each user's own."""
+    """The config with places that are the same from every folder, but the default cache."""
     choice, cache_dir = _choice(config.data), config.data.cache_dir
     places = {choice.option.removeprefix("data."): str(choice.value)} if isinstance(choice.value, Path) else {}
     if not str(cache_dir).startswith("~"):
@@ -304,7 +293,7 @@ def located(config: Config) -> Config:
 
 
 def _verified(chunks: Iterator[bytes], published: Published) -> Generator[bytes]:
-    """Pass chunks on; raise UserError after the last one if they are not the published text."""
+    """Pass chunks on; raise UserError at their end if they are not the published text."""
     digest = hashlib.new(published.algorithm, usedforsecurity=False)
     size = 0
     for chunk in chunks:

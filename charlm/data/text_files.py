@@ -1,4 +1,4 @@
-"""The user's own files: which of a folder are read, which are unpacked or refused, and which have changed."""
+"""The user's own files: which are read, unpacked or refused, and which have changed."""
 
 import base64
 import bz2
@@ -25,15 +25,14 @@ from charlm.files import MAX_JSON_BYTES, parse_json
 CHUNK = 1 << 20
 HIDDEN = r"\..*|.*~|#.*#"
 """Names that are left out: hidden ones, and editors' copies."""
-HEAD = 8192
-"""First bytes of a file by which its kind is known."""
+HEAD = 8192  # bytes by which the kind of a file is known
 PACKED = {
     rb"\x1f\x8b": gzip.open,
     rb"BZh[1-9](1AY&SY|\x17rE8P)": bz2.open,
     rb"\xfd7zXZ\x00": lzma.open,
     rb"PK(\x03\x04|\x05\x06)": zipfile.ZipFile,
 }
-"""First bytes of the kinds that are unpacked."""
+"""First bytes of what is unpacked."""
 REFUSED = {
     rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff": "is UTF-16 or UTF-32; convert it to UTF-8",
     rb"PAR1": "is a parquet file; give its folder as --data.corpus=hub --data.hub_id=FOLDER",
@@ -45,15 +44,11 @@ REFUSED = {
 
 
 def text_files(root: Path, skipped: str = HIDDEN, suffix: str = "") -> list[Path]:
-    """The files below `root` whose names match no `skipped` pattern, in the order of relative paths.
-
-    Links are followed, and every folder is read once. Raises UserError for a name that is neither a file
-    nor a folder, such as a broken link.
-    """
+    """The files below `root`, sorted; links are followed. Raises UserError for a pipe or a broken link."""
     if not root.is_dir():
         return [root]
     files, folders, links, seen = [], [root], [], set()
-    while folders or links:  # a folder is read at its own place, if that is below the root
+    while folders or links:  # links last: a folder is read at its own place, if that is below the root
         folder = (folders or links).pop(0)
         info = folder.stat()
         if (info.st_dev, info.st_ino) in seen:
@@ -72,7 +67,7 @@ def text_files(root: Path, skipped: str = HIDDEN, suffix: str = "") -> list[Path
 
 
 def fingerprint_of(files: Iterable[Path]) -> str:
-    """Hash of paths, sizes and times of change; reading gigabytes at every start would take too long."""
+    """Hash of paths, sizes and times of change, which is faster than one of the content."""
     infos = ((os.fsencode(file), file.stat()) for file in files)
     entries = ((name, info.st_size, info.st_mtime_ns, info.st_ctime_ns) for name, info in infos)
     return hashlib.sha256("".join(map(repr, entries)).encode()).hexdigest()
@@ -84,7 +79,7 @@ def blocks(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def unpacked(path: Path, member: str | None = None, kinds: dict[bytes, Callable] = PACKED) -> Generator[bytes]:
-    """The content of a file of these kinds, else the file itself; of a .zip `member`, or its only file."""
+    """The content of a file of these kinds (of a .zip `member`, or its only file), else its bytes."""
     with path.open("rb") as file:
         head = file.read(HEAD)
         file.seek(0)
@@ -93,7 +88,7 @@ def unpacked(path: Path, member: str | None = None, kinds: dict[bytes, Callable]
             with opener(file) as opened:
                 is_zip = opener is zipfile.ZipFile
                 yield from blocks(opened.open(member or _only_member(opened)) if is_zip else opened)
-        except Exception as error:  # each format has its own, and an xz header can cause a MemoryError
+        except Exception as error:  # each format has its own
             if isinstance(error, UserError) or getattr(error, "errno", None):
                 raise
             raise UserError(f"cannot be read to its end ({first_line(error)}); fetch it again") from error
@@ -117,14 +112,8 @@ def plain_text(path: Path) -> Generator[bytes]:
     yield from chunks
 
 
-def is_plain(path: Path) -> bool:
-    """True for a file that is of no kind in PACKED or REFUSED."""
-    with path.open("rb") as file:
-        return not re.match(b"|".join([*PACKED, *REFUSED]), file.read(HEAD), re.DOTALL)
-
-
 def joined(root: Path, files: Callable[[], list[Path]], read: Callable, listing: dict[str, int]) -> Generator[bytes]:
-    """The output of `read` for the files, one after another; adds a checksum of each to `listing`."""
+    """The output of `read` for each file; adds a checksum of each to `listing`."""
     for file in files():
         name = file.relative_to(root.parent if file == root else root).as_posix()
         checksum = 0
@@ -134,7 +123,7 @@ def joined(root: Path, files: Callable[[], list[Path]], read: Callable, listing:
                 yield block
         except UserError as error:
             raise error if file == root else UserError(f"{shown(name)} {error}") from None
-        listing[name] = checksum & 0xFFFF  # more would make the listing longer, and differences no clearer
+        listing[name] = checksum & 0xFFFF  # enough, and short
 
 
 def pack_listing(listing: dict[str, int]) -> str | None:
@@ -144,10 +133,9 @@ def pack_listing(listing: dict[str, int]) -> str | None:
 
 
 def changes(before: Any, now: Any) -> str:
-    """The files that differ between two packed listings, as the end of a message; empty if one cannot be read."""
+    """What differs between two packed listings, as the end of a message; empty if one is unreadable."""
     try:
-        packed = [zlib.decompressobj().decompress(base64.b64decode(one), MAX_JSON_BYTES) for one in (before, now)]
-        old, new = (TypeAdapter(dict[str, int]).validate_python(parse_json(text)) for text in packed)
+        old, new = map(_unpack_listing, (before, now))
     except (ValueError, TypeError, zlib.error):
         return ""
     groups = {
@@ -155,10 +143,14 @@ def changes(before: Any, now: Any) -> str:
         "removed": old.keys() - new.keys(),
         "changed": {name for name in new.keys() & old.keys() if new[name] != old[name]},
     }
-    return "".join(f"; {what}: {some(names)}" for what, names in groups.items() if names)
+    return "".join(f"; {what}: {_first(names)}" for what, names in groups.items() if names)
 
 
-def some(names: set[str], most: int = 5) -> str:
-    """The first names, and how many there are more."""
+def _unpack_listing(packed: str) -> dict[str, int]:
+    text = zlib.decompressobj().decompress(base64.b64decode(packed), MAX_JSON_BYTES)
+    return TypeAdapter(dict[str, int]).validate_python(parse_json(text))
+
+
+def _first(names: set[str], most: int = 5) -> str:
     text = ", ".join(map(shown, sorted(names)[:most]))
     return text if len(names) <= most else f"{text} and {len(names) - most:,} more"

@@ -18,7 +18,7 @@ CODE_POINTS = sys.maxunicode + 1
 
 
 class EncodingError(UserError):
-    """The vocabulary cannot express a text; `offset` is the position of the first byte at fault."""
+    """The vocabulary cannot express a text; `offset` is that of the first byte at fault."""
 
     def __init__(self, problem: str, offset: int):
         super().__init__(f"{problem} at byte {offset:,}")
@@ -26,10 +26,7 @@ class EncodingError(UserError):
 
 
 class Vocabulary(ABC):
-    """A table of symbols, each of which is a character or one byte of a character.
-
-    Ids are 1-D arrays; text is bytes, so that nothing is lost.
-    """
+    """A table of symbols, each a character or one byte of one. Ids are 1-D arrays; text is bytes."""
 
     name: ClassVar[str]
     symbols: tuple[bytes, ...]
@@ -52,8 +49,7 @@ class Vocabulary(ABC):
             text = data.decode()
             position = int(ids.argmin())
             offset = len(text[:position].encode())
-            unknown = text[position]
-            shown = f"the character {unknown!r} (U+{ord(unknown):04X})"
+            shown = f"the character {text[position]!r} (U+{ord(text[position]):04X})"
             raise EncodingError(f"{shown} is not among the vocabulary's {self.size:,}", offset)
         return ids.astype(id_type(self.size))
 
@@ -61,19 +57,17 @@ class Vocabulary(ABC):
         """The text of some ids. Raises ValueError for an id outside [0, V)."""
         ids = np.asarray(ids)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.size:
-            found = f"ids run from {ids.min()} to {ids.max()}"
-            raise ValueError(f"{found}; the vocabulary's lie in [0, {self.size})")
+            raise ValueError(f"some of the ids lie outside [0, {self.size})")
         return b"".join(map(self.symbols.__getitem__, ids.tolist()))
 
     def count_characters(self, ids: np.ndarray) -> int:
-        """Characters that start in the text of some ids; counts of consecutive pieces add up."""
+        """Characters that start in the text of some ids; counts of pieces add up."""
         return int(np.count_nonzero(self._starts_V[ids]))
 
     @cached_property
     def _ids_of_code_points(self) -> np.ndarray:
-        """The id of each code point, -1 if it has none."""
         characters = b"".join(self.symbols[self.first_character :])
-        table = np.full(CODE_POINTS, -1, np.int32)
+        table = np.full(CODE_POINTS, -1, np.int32)  # -1 where there is none
         table[_code_points(characters)] = np.arange(self.first_character, self.size)
         return table
 
@@ -123,8 +117,7 @@ class CharacterVocabulary(Vocabulary):
 class SentencePieceVocabulary(Vocabulary):
     """A character model of sentencepiece with byte fallback: common characters, and bytes for the rest.
 
-    The ids are the library's. Encoding looks them up in a table, which is faster, and exact where the
-    library confuses U+2581 with a space.
+    The ids are the library's, looked up in a table: it confuses U+2581 with a space.
     """
 
     name: ClassVar[str] = "sentencepiece"
@@ -133,7 +126,7 @@ class SentencePieceVocabulary(Vocabulary):
     symbols: tuple[bytes, ...]
     """U+FFFD for the unknown piece, which is never used; the 256 bytes; the characters."""
     model: bytes = field(compare=False, repr=False)
-    """The library's model file, which its releases may write differently for the same symbols."""
+    """The library's model file, which releases may write differently."""
 
     @classmethod
     def from_model(cls, model: bytes) -> "SentencePieceVocabulary":
@@ -144,24 +137,16 @@ class SentencePieceVocabulary(Vocabulary):
         pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
         expected = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
         characters = [piece.replace("\u2581", " ") for piece in pieces[cls.first_character :]]
-        if (
-            pieces[: cls.first_character] != expected
-            or len(set(characters)) < len(characters)
-            or any(len(character) != 1 for character in characters)
-        ):
+        if pieces[: cls.first_character] != expected or any(len(one) != 1 for one in characters):
             raise ValueError("its sentencepiece model is not one of characters with byte fallback")
         return cls(("\ufffd".encode(), *ByteVocabulary.symbols, *map(str.encode, characters)), model)
 
     @classmethod
     def train(cls, counts: np.ndarray, character_coverage: float) -> "SentencePieceVocabulary":
-        """Let the library choose the characters that make up a share in [0.98, 1] of a text.
-
-        The choice depends on nothing but `counts`, the frequency of each code point. The library reads
-        these in place of the text, which needs little memory and skips no long line.
-        """
+        """Let the library choose the characters of a share in [0.98, 1] of a text, from their counts."""
         import sentencepiece
 
-        counts[[0x00, 0x09, 0x2581, 0x2585]] = 0  # marks of the library, which it reads as no text
+        counts[[0x00, 0x09, 0x2581, 0x2585]] = 0  # marks of the library
         if not counts.any():  # the library cannot be trained on nothing
             counts[0x20] = 1
         codes = np.flatnonzero(counts)
@@ -198,10 +183,7 @@ class SentencePieceVocabulary(Vocabulary):
 
 
 def train_vocabulary(config: DataConfig, utf8: bool, texts: Iterable[bytes]) -> Vocabulary:
-    """The vocabulary that the config names, made from a training text in pieces of whole characters.
-
-    `utf8` is whether the whole text is UTF-8.
-    """
+    """The vocabulary that the config names, from a training text in pieces of whole characters."""
     if config.vocabulary == ByteVocabulary.name:
         return ByteVocabulary(utf8)
     counts = np.zeros(CODE_POINTS, np.int64)
@@ -213,7 +195,7 @@ def train_vocabulary(config: DataConfig, utf8: bool, texts: Iterable[bytes]) -> 
 
 
 def vocabulary_from_dict(record: dict[str, Any]) -> Vocabulary:
-    """The vocabulary of a record made by `to_dict`. Raises UserError if it is damaged or of no known kind."""
+    """The vocabulary of a record made by `to_dict`. Raises UserError if it is damaged or unknown."""
     try:
         match record:
             case {"name": ByteVocabulary.name, "utf8": bool(utf8)}:
@@ -223,11 +205,11 @@ def vocabulary_from_dict(record: dict[str, Any]) -> Vocabulary:
             case {"name": SentencePieceVocabulary.name, "model": str(model)} if model:
                 vocabulary = SentencePieceVocabulary.from_model(base64.b64decode(model))
             case _:
-                raise UserError(f"vocabulary {str(record)[:80]}: not one that this version of charlm knows")
+                raise UserError(f"vocabulary {str(record)[:80]}: not one that this version knows")
         if vocabulary.to_dict() != record:
             raise ValueError("another SHA-256")
     except (ValueError, RuntimeError) as error:  # sentencepiece raises RuntimeError
-        raise UserError("vocabulary: its SHA-256 does not match its content; restore provenance.json") from error
+        raise UserError("vocabulary: damaged; restore provenance.json") from error
     return vocabulary
 
 
@@ -237,7 +219,7 @@ def id_type(size: int) -> np.dtype:
 
 
 def whole_characters(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The same text in blocks that end between characters, if it is UTF-8; other text in any blocks."""
+    """The same text in blocks that end between characters, if it is UTF-8."""
     rest = b""
     for block in blocks:
         text = rest + block
@@ -248,7 +230,7 @@ def whole_characters(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def last_start(text: bytes | np.ndarray) -> int:
-    """Where the last UTF-8 character starts, whole or not; the end if none starts in the last 4 bytes."""
+    """Where the last UTF-8 character starts; the end if none starts in the last 4 bytes."""
     tail = np.frombuffer(text[-4:], np.uint8)
     starts = np.flatnonzero(_starts_character(tail))
     last = int(starts[-1]) if starts.size else len(tail)

@@ -29,21 +29,16 @@ def training_windows(
     stride: int | None = None,
     divisor: int = 1,
 ) -> np.ndarray:
-    """The windows of one optimizer step, for the whole global batch.
+    """The windows [B, W], int64, of the whole global batch after `step` completed optimizer steps.
 
-    Their starts are drawn uniformly and independently (Al-Rfou et al. 2018, section 4) by a counter-based
-    generator keyed by (seed, step), whose raw stream numpy keeps the same between versions. A 64-bit
-    number modulo the number of starts is uneven by less than 2^-32 for texts below 4 billion symbols.
+    Their starts are drawn uniformly and independently (Al-Rfou et al. 2018, section 4) by a generator
+    keyed by (seed, step), whose raw stream numpy keeps the same between versions. Modulo the number of
+    starts it is uneven by less than 2^-32 for texts below 4 billion symbols.
 
-    With a `stride` they come in epochs instead, see `epoch_starts`.
+    With a `stride` they come in epochs instead, see `epoch_starts`; so many windows as `divisor` share
+    a stride, in one step, which thus uses up batch_size / divisor strides at any window length.
 
-    Args:
-        ids: the training split, 1-D.
-        step: number of completed optimizer steps.
-        divisor: windows that share a stride, each with its part of it. All are in the same step, which
-            thus uses up as many strides, batch_size / divisor, at any window length.
-
-    Returns int64 [B, W]. Raises ValueError if the text is shorter than a window, or than a stride's.
+    Raises ValueError if the text is shorter than a window, or than a stride's.
     """
     offsets = np.zeros(1, np.int64)
     if stride is not None:
@@ -116,8 +111,8 @@ def default_stride(context_length: int) -> int:
 class EvaluationWindows(NamedTuple):
     """Windows that together predict every symbol of a text but the first exactly once.
 
-    Window w reads the symbols starts[w] ... starts[w] + length - 1. Its position p predicts symbol
-    starts[w] + p + 1, and this prediction is scored if p >= first_scored[w].
+    Window w reads `length` symbols from starts[w] on. Its position p predicts symbol
+    starts[w] + p + 1, which is scored if p >= first_scored[w].
     """
 
     starts: np.ndarray
@@ -132,14 +127,13 @@ def evaluation_windows(num_symbols: int, context_length: int, stride: int) -> Ev
     """Sliding windows over a text; its first symbol has no context and is not scored.
 
     Window 0 scores all its predictions. Each later window starts `stride` symbols further and scores its
-    last `stride` predictions, which have at least context_length - stride + 1 symbols of context. The last
-    window is moved back to end with the text, and scores what is left. Stride 1 is the evaluation of
-    Al-Rfou et al. 2018.
+    last `stride` predictions. The last window is moved back to end with the text, and scores what is
+    left. Stride 1 is the evaluation of Al-Rfou et al. 2018.
 
     Raises UserError if the stride is not in [1, context_length].
     """
     if not 1 <= stride <= context_length:
-        raise UserError(f"stride={stride}: must lie in [1, {context_length}], the model's context", "stride")
+        raise UserError(f"stride={stride}: must lie in [1, {context_length}]", "stride")
     last_symbol = num_symbols - 1
     length = min(context_length, last_symbol)
     if length < 1:

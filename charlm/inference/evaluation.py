@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from charlm.config import Precision, UserError
-from charlm.data.corpus import Corpus, how_it_differs
+from charlm.data.corpus import Corpus
+from charlm.data.text_files import changes
 from charlm.data.vocabulary import Vocabulary
 from charlm.data.windows import default_stride
 from charlm.inference.scoring import AUTOCAST_DTYPES, check_precision, negative_log_likelihoods
@@ -144,7 +145,8 @@ class Scorer:
             raise UserError(
                 f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on "
                 f"{trained.corpus['name']} ({trained.corpus['sha256'][:12]}), another text or vocabulary"
-                f"{how_it_differs(trained.corpus, corpus)}; name that one (--data.path, --data.hub_id), "
+                f"{changes(trained.corpus.get('files'), corpus.files)}; "
+                "name that one (--data.path, --data.hub_id), "
                 "or score any file with scripts/compress.py RUN FILE -o FILE.clm --report"
             )
         if split not in corpus.splits:

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from charlm.config import Config, Mark, RunConfig, UserError, differences, has_mark
 from charlm.config.errors import shown
-from charlm.data.corpus import Corpus, how_it_differs
+from charlm.data.corpus import Corpus
 from charlm.data.sources import located
+from charlm.data.text_files import changes
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.files import read_json
 from charlm.objective.count import num_parameters, route_cost
@@ -195,7 +196,7 @@ def check_same_corpus(recorded: dict[str, Any], corpus: Corpus) -> None:
     """Raise UserError if text or vocabulary differ from those of the run."""
     before, now = recorded["sha256"], corpus.sha256
     if before != now:
-        text = f"another corpus: sha256 was {before}, now {now}{how_it_differs(recorded, corpus)}"
+        text = f"another corpus: sha256 was {before}, now {now}{changes(recorded.get('files'), corpus.files)}"
         way_out = "point data.path or data.hub_id at the run's text, or start another --run.dir"
         raise UserError(f"{text}; {way_out}", "data.path")
     if vocabulary_from_dict(recorded.get("vocabulary")) != corpus.vocabulary:
