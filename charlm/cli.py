@@ -1,4 +1,4 @@
-"""Reads the arguments of all scripts and prints their errors. Imports nothing heavy: --help is fast."""
+"""Reads the arguments of all scripts and prints their errors. Imports nothing heavy."""
 
 import os
 import sys
@@ -34,26 +34,25 @@ LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveM
 
 
 class Flag:
-    """Arguments of `add_argument` for an option that is not typed as `--its-name VALUE`."""
+    """Arguments of `add_argument` for an option that is not typed `--its-name VALUE`."""
 
     def __init__(self, *names: str, **how: Any):
         self.names, self.how = names, how
 
 
 class WithConfig(Section):
-    """Options of a script that also takes `--config FILE` and every option of `Config` as a flag."""
+    """Options of a script that also takes --config FILE and every option of `Config`."""
 
     help: Annotated[bool, Flag("--help", "-h")] = False
     """Show this text, with the values of the --config files as defaults."""
     config_files: Annotated[
         tuple[Path, ...], Flag("--config", dest="config_files", action="append", metavar="FILE")
     ] = ()
-    """A YAML file of options. May be given several times: the later wins, and flags win over files."""
+    """A YAML file of options. Of several the later wins, and flags win over files."""
     flags: dict[str, Any]
 
     @cached_property
     def config(self) -> Config:
-        """The configuration that the files and flags make."""
         settings = settings_of(self.config_files, self.flags)
         for name, setting in settings.items():
             if name != setting.name and is_main_process():
@@ -67,7 +66,7 @@ class MovedCorpus(Section):
     path: Path | None = None
     """A local copy of the corpus, or the file or folder that it was made from."""
     as_is: bool | None = None
-    """Take the corpus's files as they are: also hidden ones, and the bytes of packed ones."""
+    """Take the corpus's files as they are, also hidden, packed and binary ones."""
     hub_id: str | None = None
     """Another copy of a dataset, such as a folder of its parquet files."""
     cache_dir: Path | None = None
@@ -91,16 +90,16 @@ def parse(kind: type[S], argv: Sequence[str] | None = None) -> S:
         given["flags"] = typed({name: given.pop(name) for name in list(given) if "." in name})
     options = validate(kind, {name: Setting(value) for name, value in given.items()})
     if isinstance(options, WithConfig):
-        values = {name: shown(attrgetter(name)(options.config)) for name in OPTIONS}
+        config = options.config  # is checked
         if options.help:
-            parser.set_defaults(**values)
+            parser.set_defaults(**{name: shown(attrgetter(name)(config)) for name in OPTIONS})
             parser.print_help()
             sys.exit(0)
     return options
 
 
 def _spelt(word: str) -> str:
-    """A word with its flag spelt as in --help: underscores for options of sections, else dashes."""
+    """A word with its flag as in --help: underscores in options of sections, else dashes."""
     name, equals, value = word.partition("=")
     if name.startswith("--"):
         name = "--" + name[2:].replace("-", "_") if "." in name else name.replace("_", "-")
@@ -112,8 +111,9 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, kind: type[Section]):
         has_config = issubclass(kind, WithConfig)
+        usage = "%(prog)s [--config FILE ...] [--section.option=VALUE ...] [options]"
         super().__init__(
-            usage="%(prog)s [--config FILE ...] [--section.option=VALUE ...] [options]" if has_config else None,
+            usage=usage if has_config else None,
             description=kind.__doc__,
             formatter_class=partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=8),
             add_help=not has_config,
@@ -139,7 +139,8 @@ class _Parser(argparse.ArgumentParser):
         if len(kinds) > 55:  # in the text it can be broken
             how = {"metavar": "WORD", "help": f"{kinds}. {text}"}
         if is_own and info.annotation is bool:  # a bare flag
-            how = {"help": text, "action": argparse.BooleanOptionalAction if info.default else "store_true"}
+            action = argparse.BooleanOptionalAction if info.default else "store_true"
+            how = {"help": text, "action": action}
         if info.is_required() and flag.names[0].startswith("-"):
             how["required"] = True
         elif is_own and info.default and not info.is_required():
@@ -155,16 +156,16 @@ class _Parser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
             message += did_you_mean(unknown[1], self.flags) or "; --help lists all options"
             if unknown[1].endswith((".yaml", ".yml")):
-                message += f"; a file of options is given as --config {unknown[1]}"
+                message += f"; give a file of options as --config {unknown[1]}"
         for name, value in pairwise(self.words):
             takes_it = name in self.valued and value.startswith("-") and value not in self.flags
             if takes_it and ("expected" in message or value in message):
-                message += f"; a value that begins with a dash is given as {shlex.quote(f'{name}={value}')}"
+                message += f"; give a value with a dash as {shlex.quote(f'{name}={value}')}"
         raise UserError(message, option and option[1].replace("-", "_"))
 
 
 def in_words(schema: dict[str, Any]) -> str:
-    """What a JSON schema allows: words as they are, kinds in capitals."""
+    """What a JSON schema allows."""
     match schema:
         case {"anyOf": members} | {"oneOf": members}:
             return " | ".join(map(in_words, members))
@@ -187,14 +188,14 @@ def in_words(schema: dict[str, Any]) -> str:
 
 
 def script(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit: 0, also when asked to stop; 2 after the message of an error; 130 on Ctrl-C."""
+    """Run `main` and exit: 0, also when asked to stop; 2 after an error; 130 on Ctrl-C."""
     keep_streams()
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where a user has no home for its cache
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # warns where there is no home
     try:
         main()
     except (UserError, OSError) as error:
         if not is_main_process():
-            time.sleep(10)  # a launcher usually ends this process first, so that the message is printed once
+            time.sleep(10)  # a launcher usually ends this process first: one message is enough
         print(fitted(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:

@@ -25,17 +25,12 @@ MAX_JSON_BYTES = 2**24
 JSON = TypeAdapter(JsonValue)
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 TEMPORARY = re.compile(rf"\.(.+)\.{HOST}-(\d{{1,9}})-[0-9a-f]{{8}}\.tmp", re.ASCII | re.DOTALL)
-"""Name of what `replacing` writes on this machine: the target's name, the id of the process, and chance."""
-_being_written: set[str] = set()
-"""Names of what this process is writing; a killed one may have had the same id."""
+"""What `replacing` writes on this machine: the target's name, the process's id, and chance."""
+_being_written: set[str] = set()  # a killed process may have had the id of this one
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, kind: Any = Any) -> Any:
-    """The content of a JSON file, as a `kind`: a model or another type that pydantic can check.
-
-    Raises UserError if it is missing, not a regular file, larger than `max_bytes`, damaged, nested too
-    deeply, or no `kind`.
-    """
+    """The content of a JSON file, as a `kind` that pydantic can check. Raises UserError if it is none."""
     try:
         if not path.is_file():  # a reader of a pipe could wait for ever
             raise ValueError("it is missing or no regular file")
@@ -47,25 +42,22 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, kind: Any = Any) -> A
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))[:80]
-        raise UserError(f"{path} is not one that this version of charlm writes: {place}: {fault['msg']}") from None
+        raise UserError(f"{path} does not fit this version: {place}: {fault['msg']}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def parse_json(text: bytes) -> Any:
-    """The value of a JSON text; whole numbers of more than 18 digits become floats. Raises ValueError."""
+    """The value of a JSON text; numbers of more than 18 digits become floats. Raises ValueError."""
     try:
-        value = json.loads(text.decode(), parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
+        value = json.loads(text.decode(), parse_int=lambda n: (int if len(n) < 19 else float)(n))
         return JSON.validate_python(value)  # bounds the depth
     except (RecursionError, ValidationError):
         raise ValueError("it is nested too deeply") from None
 
 
 def check_output(path: Path) -> Path:
-    """The file to write for `path`: the target, if it is a link, as with cp.
-
-    Raises ValueError if anything but a regular file is there, or the nearest folder cannot be written.
-    """
+    """The file to write for `path`, of a link its target. Raises ValueError if it cannot be written."""
     target = Path(os.path.realpath(path)) if os.path.islink(path) else path
     if os.path.exists(target) and not os.path.isfile(target):
         raise ValueError("a folder, a pipe or a device is there; name another place")
@@ -73,12 +65,13 @@ def check_output(path: Path) -> Path:
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror}); name another place") from None
+        problem = f"{folder} cannot be written ({error.strerror})"
+        raise ValueError(f"{problem}; name another place") from None
     return target
 
 
 OutputPath = Annotated[Path, AfterValidator(check_output)]
-"""The type of an option that names a file or folder to make. It is checked before any work is done."""
+"""The type of an option that names a file or folder to make."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -92,28 +85,28 @@ def replacing(path: Path) -> Iterator[Path]:
     """A hidden path beside `path`; the file or folder made there moves to `path` when the context ends.
 
     It is removed instead if there was an error. The content of a folder must be on disk by then, and
-    no folder may stand at `path`. Every call has its own hidden path, so that threads, processes and
-    machines may write the same `path` at once: the last file stays, or the first folder. What killed
-    processes of this machine left for `path` is removed.
+    no folder may stand at `path`. If several processes write the same `path` at once, the last file
+    stays, or the first folder. What killed processes of this machine left for `path` is removed.
     """
     if os.path.exists(path) and not path.is_file() and not path.is_dir():
         raise FileExistsError(errno.EEXIST, "a pipe or a device is there", str(path))
     for left in path.parent.glob(".*.tmp"):
         match = TEMPORARY.fullmatch(left.name)
-        if match and match[1] == path.name:
+        if match and match[1] == path.name and left.name not in _being_written:
             writer = int(match[2])
-            if left.name not in _being_written and (writer == os.getpid() or not psutil.pid_exists(writer)):
+            if writer == os.getpid() or not psutil.pid_exists(writer):
                 with suppress(OSError):  # another user's, perhaps
                     remove(left)
-    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    _being_written.add(temporary.name)
+    name = f".{path.name}.{HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    temporary = path.with_name(name)
+    _being_written.add(name)
     try:
         yield temporary
         sync(temporary)
         temporary.replace(path)
     finally:
         remove(temporary)
-        _being_written.remove(temporary.name)
+        _being_written.remove(name)
     sync(path.parent)
 
 
@@ -136,7 +129,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other processes out, also those of other users. Raises OSError if the lock cannot be made or read."""
+    """Keep other processes out, also other users'. Raises OSError if the lock cannot be read."""
     with ExitStack() as stack:
         try:
             stack.enter_context(FileLock(path))

@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import TextIO
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
-"""Bytes that one unit of `ru_maxrss` stands for."""
-NO_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED")  # in plain RuntimeErrors
+"""Bytes of one unit of `ru_maxrss`."""
+NO_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def is_main_process() -> bool:
-    """Whether this is the only process of a launch or the first; known before torch is imported."""
+    """Whether this is the first process of a launch; known before torch is imported."""
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", ""))
     return not rank.isdecimal() or int(rank) == 0
 
 
 class _Lasting(io.FileIO):
-    """A file whose writes never fail: what it cannot take is lost."""
-
     complains = True
 
     def write(self, data: bytes) -> int:
@@ -42,16 +40,14 @@ class _Lasting(io.FileIO):
 
 
 def lasting(stream: TextIO) -> TextIO:
-    """`stream`, for a process that must outlive its terminal, its log and its reader.
-
-    Writes to it never fail. Characters that it cannot encode are spelt out, as \\xe9.
-    """
+    """`stream` with writes that never fail; what it cannot encode is spelt out, as \\xe9."""
     raw = getattr(stream, "buffer", None)
     raw = getattr(raw, "raw", raw)
     if type(raw) is not io.FileIO:  # a notebook's, or one that is lasting
         return stream
     raw = _Lasting(raw.fileno(), "w", closefd=False)
-    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", None, stream.line_buffering, stream.write_through)
+    options = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", **options)
 
 
 def keep_streams() -> None:
@@ -60,16 +56,13 @@ def keep_streams() -> None:
     while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(null, True)
     os.close(null)
-    sys.stdin, sys.stdout = sys.stdin or os.fdopen(0), lasting(sys.stdout or os.fdopen(1, "w", closefd=False))
+    sys.stdin = sys.stdin or os.fdopen(0)
+    sys.stdout = lasting(sys.stdout or os.fdopen(1, "w", closefd=False))
     sys.stderr = lasting(sys.stderr or os.fdopen(2, "w", closefd=False))
 
 
 def keep_freed_memory() -> None:
-    """Make the process keep memory that it frees. For scripts, not for libraries.
-
-    glibc returns large freed blocks to the system, which zeroes them before it hands them out again, here
-    hundreds of times a step. Without glibc this does nothing.
-    """
+    """Make glibc keep freed memory, which the system would zero. For scripts, not for libraries."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
@@ -85,7 +78,7 @@ def is_about_memory(error: Exception) -> bool:
 
 
 def peak_memory() -> int:
-    """Peak memory of this process so far, in bytes: on its GPU, or resident memory if it uses none."""
+    """Peak memory of this process in bytes: on its GPU, or resident memory if it uses none."""
     import psutil
     import torch
 

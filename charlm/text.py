@@ -15,18 +15,14 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SIGNS = {code: chr(0x2400 + code) for code in range(0x20)} | {ord("\n"): "↵", ord("\t"): "⇥"}
 SIGNS |= {ord(sign): f"\\u{ord(sign):04X}" for sign in SIGNS.values()}
 SIGNS |= {0xDC00 + byte: f"\\x{byte:02X}" for byte in range(0x80, 0x100)}
-"""Signs for control characters, for these signs themselves, and for stray bytes."""
+"""For control characters, for these signs themselves, and for stray bytes."""
 
 
 def visible(text: str | bytes, kept: str = "") -> str:
-    """Text with a sign for every control character but those `kept`; stray bytes read \\xE2.
-
-    Nothing of it is a command to a terminal. Marks that change the direction of writing are spelled out.
-    """
+    """Text without commands to a terminal: what is not printable, nor in `kept`, is made visible."""
     text = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
-    signs = {code: sign for code, sign in SIGNS.items() if chr(code) not in kept}
-    shown = text.translate(signs)
-    own = (c in kept or c.isprintable() or unicodedata.category(c) == "Zs" for c in shown)
+    shown = text.translate({code: sign for code, sign in SIGNS.items() if chr(code) not in kept})
+    own = [c in kept or c.isprintable() or unicodedata.category(c) == "Zs" for c in shown]
     return "".join(c if is_own else f"\\u{ord(c):04X}" for c, is_own in zip(shown, own, strict=True))
 
 
@@ -36,24 +32,20 @@ def say(*parts: object, **how: Any) -> None:
 
 
 def fitted(text: str) -> str:
-    """A visible `text`, with lines wrapped at spaces to the terminal's width if stderr is a terminal."""
-    text = visible(text, kept="\n")
-    try:
-        width = os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, AttributeError):  # no terminal, or not even a file
-        width = 0
-    if not width:
-        return text
+    """A visible `text`, with lines wrapped at spaces if stderr is a terminal."""
+    lines = visible(text, kept="\n").split("\n")
     how = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-    lines = [textwrap.fill(line, width, **how) for line in text.split("\n")]
+    with suppress(OSError, AttributeError):  # no terminal, or not even a file
+        if width := os.get_terminal_size(sys.stderr.fileno()).columns:
+            lines = [textwrap.fill(line, width, **how) for line in lines]
     return "\n".join(lines)
 
 
 def command(script: str, *words: object) -> str:
-    """A line for this shell, in this folder, that runs a script with these arguments."""
+    """A line for this shell, in this folder, that runs a script."""
     python = shutil.which("python") or ""
     same = os.path.dirname(python) == os.path.dirname(sys.executable)
-    words = (f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words)
+    words = [f"./{word}" if isinstance(word, Path) and str(word)[0] == "-" else str(word) for word in words]
     place = SCRIPTS / script
     with suppress(OSError, ValueError):  # no working folder, or one on another drive
         place = os.path.relpath(place)
@@ -61,7 +53,7 @@ def command(script: str, *words: object) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """A count with its noun: "1 term", "2 terms"."""
+    """A count with its noun: 1 term, 2 terms."""
     return f"{count:,} {noun}" + ("s" if count > 1 else "")
 
 
@@ -73,11 +65,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _aligned(column: Sequence[str]) -> list[str]:
-    """A column's cells at equal width, with the rule below the first."""
     title, *cells = column
     width = max(3, *map(len, column))
     filled = [cell for cell in cells if cell]
-    has_numbers = bool(filled) and all(cell.lstrip("+-")[:1].isdigit() for cell in filled)
-    if has_numbers:
-        return [title.rjust(width), "-" * (width - 1) + ":", *(cell.rjust(width) for cell in cells)]
-    return [title.ljust(width), "-" * width, *(cell.ljust(width) for cell in cells)]
+    if filled and all(cell.lstrip("+-")[:1].isdigit() for cell in filled):
+        lines = [title, "-" * (width - 1) + ":", *cells]
+        return [line.rjust(width) for line in lines]
+    return [line.ljust(width) for line in [title, "-" * width, *cells]]
