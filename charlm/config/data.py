@@ -62,9 +62,8 @@ class DataConfig(Section):
     """Share of the text, at its end, held out for testing if the corpus has no such split."""
 
     order: Literal["uniform", "epochs"] = "uniform"
-    """How windows are drawn from the training split. uniform: independently, from all that there are (Al-Rfou et
-    al. 2018, section 4). epochs: without replacement, from windows side by side, each once before any comes
-    again; every epoch shifts their boundaries and shuffles anew."""
+    """How training windows are drawn. uniform: independently (Al-Rfou et al. 2018, section 4). epochs:
+    side by side, each once before any comes again; every epoch shifts and shuffles them anew."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,7 +1,6 @@
 """YAML files, flags and mappings -> Config, and back.
 
-Values stay text until their option's type makes them a number, a path or a word, without YAML's guesses
-(`no` is false, `1e-3` is text).
+Values stay text until their option's type reads them, without YAML's guesses (`no` is false).
 """
 
 import re
@@ -32,10 +31,9 @@ class Setting(NamedTuple):
 def load_config(
     files: str | Path | Sequence[str | Path] = (), overrides: Sequence[str] | Mapping[str, Any] = ()
 ) -> Config:
-    """Read a configuration from YAML files, of which the later wins, and overrides, which win over files.
+    """Read a configuration from YAML files, of which the later wins, and overrides of their values.
 
-    Overrides are flags, `["--train.steps=60"]`, or a mapping, `{"train.steps": 60}`, maybe nested.
-
+    These are flags, `["--train.steps=60"]`, or a mapping, `{"train.steps": 60}`, maybe nested.
     Raises UserError for an unreadable file, and ConfigError for names and values that cannot work.
     """
     if not isinstance(overrides, Mapping):

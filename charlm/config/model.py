@@ -35,8 +35,8 @@ class ModelConfig(Section):
     activation: Literal["relu", "gelu", "relu_squared"] = "relu"
     """Activation of the feed-forward layer. relu_squared is So et al. 2021 (Primer)."""
     residual_init: Literal["scaled", "zero"] = "scaled"
-    """Initial matrices that write to the residual stream: scaled by 1 / sqrt(2L) (Radford et al. 2019),
-    or zero (Zhang et al. 2019, Fixup)."""
+    """Matrices that write to the residual stream start scaled by 1 / sqrt(2L) (Radford et al. 2019),
+    or at zero (Zhang et al. 2019, Fixup)."""
     attention_dropout: BelowOne = 0.0
     """Dropout on the attention weights."""
     activation_dropout: BelowOne = 0.0

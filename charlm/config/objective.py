@@ -118,10 +118,10 @@ class LayersConfig(StagedLossConfig):
     """A prediction head on intermediate layers (Al-Rfou et al. 2018, "Intermediate Layer Losses")."""
 
     schedule: Literal[Decay, "staggered", "staggered_linear", "rotational", "gradual", "stages"] = "staggered"
-    """staggered: layer l of n stops when the clock reads l/(2n) (the paper). staggered_linear: its
-    weight falls in a straight line to zero there. gradual: layer l starts at (n - l)/(2n), the highest
-    first. rotational: one of R groups of heads is on at each step (both Elhoushi et al. 2024,
-    LayerSkip, section 4.1.2). stages: the table of `stages`. The others treat all layers alike."""
+    """staggered: layer l of n stops when the clock reads l/(2n) (the paper). staggered_linear: it falls
+    in a straight line to zero there. gradual: layer l starts at (n - l)/(2n). rotational: one of R
+    groups of heads is on at each step (both Elhoushi et al. 2024, LayerSkip, section 4.1.2). stages:
+    the table of `stages`. The others treat all layers alike."""
     rotation: Count | None = None
     """R of schedule=rotational. null: the number of heads."""
     every: Count = 1
@@ -142,10 +142,9 @@ class LayersConfig(StagedLossConfig):
     total: Positive | None = None
     """Scale the weights of intermediate layers, before their schedules, to this sum."""
     head: Literal["linear", "shared", "shared_frozen", "tower"] = "linear"
-    """Heads of intermediate layers. linear: a classifier each (the paper). shared: the final norm and
-    the last layer's classifiers (LayerSkip). shared_frozen: the same, not trained by these losses.
-    tower: norm, hidden layer, activation, dropout and classifier (Szegedy et al. 2015, GoogLeNet; Zhao
-    et al. 2017, PSPNet)."""
+    """linear: a classifier each (the paper). shared: the final norm and the last layer's classifiers
+    (LayerSkip). shared_frozen: the same, not trained by these losses. tower: norm, hidden layer,
+    activation, dropout and classifier (Szegedy et al. 2015, GoogLeNet; Zhao et al. 2017, PSPNet)."""
     tower_width: Width | None = None
     """Width of a tower's hidden layer, or its fraction of d_model, 1/4; null is d_model."""
     tower_dropout: BelowOne = 0.0

@@ -111,6 +111,6 @@ class TrainConfig(Section):
     def _check(self) -> Self:
         warmup, decay = steps_of(self.warmup, self.steps), steps_of(self.decay_steps, self.steps)
         if self.lr_schedule == "wsd" and warmup + decay > self.steps:
-            text = f"{decay} steps do not fit behind a warm-up of {warmup} in train.steps={self.steps}; lower one"
+            text = f"does not fit with warmup={self.warmup} into train.steps={self.steps}; lower one"
             raise self.mistake("decay_steps", text, "warmup", "steps")
         return self

@@ -147,19 +147,17 @@ def _choice(config: DataConfig) -> Choice:
 
 def _published(config: DataConfig, choice: Choice, downloads: Path, show_progress: bool) -> Source:
     published = PUBLISHED[config.corpus]
-    origin = published.url
-    fingerprint = None
+    is_local = isinstance(path := choice.value, Path)
+    fingerprint = fingerprint_of([path]) if is_local else None
     text = partial(_fetched, published, downloads, show_progress)
-    if isinstance(path := choice.value, Path):
-        origin = str(path)
-        fingerprint = fingerprint_of([path])
+    if is_local:
         text = partial(unpacked, path, published.member)
         if not path.is_file():
             raise UserError(f"not a file; give a copy of {published.member}")
     return Source(
         choice=choice,
         key=config.corpus,
-        origin=origin,
+        origin=str(path) if is_local else published.url,
         parts={"train": lambda: _verified(text(), published)},
         fingerprint=fingerprint,
         split_sizes=published.split_sizes,

@@ -115,7 +115,7 @@ class CharacterVocabulary(Vocabulary):
 
 @dataclass(frozen=True)
 class SentencePieceVocabulary(Vocabulary):
-    """A character model of sentencepiece with byte fallback: common characters, and bytes for the rest.
+    """A character model of sentencepiece: common characters, and bytes for the rest.
 
     The ids are the library's, looked up in a table: it confuses U+2581 with a space.
     """

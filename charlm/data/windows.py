@@ -1,7 +1,6 @@
 """Windows of a text.
 
 Training windows are a pure function of (seed, step): there is no sampler whose state could be lost.
-Evaluation windows are placed so that every symbol is scored exactly once.
 
 Shapes: B windows of a batch, W symbols of a training window (context_length + the largest offset),
 N windows of an evaluation.
