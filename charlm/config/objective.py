@@ -81,7 +81,7 @@ class PositionsConfig(Clock, Switch):
 
     schedule: Decay = "constant"
     """Share w of the loss over all positions; the rest is the loss of the last position alone.
-    constant: w stays 1. linear, cosine: w falls to 0. cutoff: w is 1 until the clock ends."""
+    constant: w stays 1. linear, cosine: w falls to 0. cutoff: w is 1 until the clock ends, then 0."""
 
 
 class Stage(Section):
@@ -97,7 +97,7 @@ class StagedLossConfig(Clock, Switch):
     """An auxiliary loss whose weights may be a table of stages."""
 
     stages: tuple[Stage, ...] = ()
-    """Those of schedule=stages, in YAML: [{until: 0.4, weights: [1, 0.5]}, {weights: [1]}]."""
+    """For schedule=stages, in YAML: [{until: 0.4, weights: [1, 0.5]}, {weights: [1]}]."""
     passage: Literal["step", "linear"] = "step"
     """step: weights change at the end of a stage. linear: they change within a stage, in a straight
     line to those of the next (Jordan et al. 2024, modded-nanogpt)."""
@@ -118,8 +118,8 @@ class LayersConfig(StagedLossConfig):
     """A prediction head on intermediate layers (Al-Rfou et al. 2018, "Intermediate Layer Losses")."""
 
     schedule: Literal[Decay, "staggered", "staggered_linear", "rotational", "gradual", "stages"] = "staggered"
-    """staggered: layer l of n stops when the clock reads l/(2n) (the paper). staggered_linear: it falls
-    in a straight line to zero there. gradual: layer l starts at (n - l)/(2n). rotational: one of R
+    """staggered: layer l of n stops when the clock reads l/(2n) (the paper). staggered_linear: its
+    weight falls in a line to zero there. gradual: layer l starts at (n - l)/(2n). rotational: one of R
     groups of heads is on at each step (both Elhoushi et al. 2024, LayerSkip, section 4.1.2). stages:
     the table of `stages`. The others treat all layers alike."""
     rotation: Count | None = None
@@ -146,7 +146,7 @@ class LayersConfig(StagedLossConfig):
     (LayerSkip). shared_frozen: the same, not trained by these losses. tower: norm, hidden layer,
     activation, dropout and classifier (Szegedy et al. 2015, GoogLeNet; Zhao et al. 2017, PSPNet)."""
     tower_width: Width | None = None
-    """Width of a tower's hidden layer, or its fraction of d_model, 1/4; null is d_model."""
+    """Width of a tower's hidden layer, or a fraction of d_model, such as 1/4; null is d_model."""
     tower_dropout: BelowOne = 0.0
     """Dropout after a tower's activation."""
     hinge: NonNegative = 0.0

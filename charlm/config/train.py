@@ -28,7 +28,7 @@ def steps_of(cadence: float, total_steps: int) -> int:
 
 
 class TrainConfig(Section):
-    """The training loop. An interval or a warm-up below 1 is a fraction of `steps`, else a number of them."""
+    """The training loop. Intervals, warm-up and decay below 1 are fractions of `steps`."""
 
     steps: Annotated[Count, Mark.MAY_CHANGE] = 100_000
     """Number of optimizer steps."""
@@ -38,11 +38,11 @@ class TrainConfig(Section):
     """Windows that a process holds at once, at most; gradients of several such are accumulated. null:
     no limit. auto: about as many as fit into the memory of a GPU."""
     context_divisor: Count = 1
-    """Shorter windows, and as many more, until full_context_from (Press et al. 2021, Shortformer)."""
+    """Divides the windows' length and multiplies their number until full_context_from (Press et al. 2021)."""
     full_context_from: Unit = 0.0
     """Progress from which windows have their full length."""
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
-    """sgd: the paper's. muon: orthogonalised updates of matrices (Jordan et al. 2024), and AdamW."""
+    """sgd: the paper's. muon: orthogonal updates of hidden matrices (Jordan et al. 2024), else AdamW."""
     learning_rate: Positive = 1e-3
     """Peak learning rate."""
     lr_schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"

@@ -6,19 +6,16 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from charlm.config import UserError
 from charlm.config.errors import first_line
 from charlm.config.types import expanded
 
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
-    Splits = dict[str, Dataset | IterableDataset]
+Splits = dict[str, Any]  # a Dataset or IterableDataset each, whose import takes a second
 
 
-def open_dataset(where: str | Path, config: str | None, revision: str | None, show_progress: bool) -> "Splits":
+def open_dataset(where: str | Path, config: str | None, revision: str | None, show_progress: bool) -> Splits:
     """The splits of OWNER/NAME on the hub or of a folder. UserError if they cannot be read."""
     try:
         expanded(os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~")
@@ -36,7 +33,7 @@ def open_dataset(where: str | Path, config: str | None, revision: str | None, sh
         return dict(datasets.load_dataset(str(where), config, revision=revision, streaming=in_place))
 
 
-def documents(splits: "Splits", split: str, column: str, separator: str, skip_null: bool = False) -> Generator[bytes]:
+def documents(splits: Splits, split: str, column: str, separator: str, skip_null: bool = False) -> Generator[bytes]:
     """The documents of a split in UTF-8. Raises UserError if it does not exist, or a row has no text."""
     if split not in splits:
         options = "--data.train_split, --data.valid_split, --data.test_split"

@@ -14,8 +14,7 @@ import numpy as np
 
 from charlm.config import UserError
 
-ROUNDS = 8
-"""Rounds of the permutation; with fewer, not all orders of a handful of windows are equally likely."""
+ROUNDS = 8  # with fewer, not all orders of a few windows are equally likely
 
 
 def training_windows(
