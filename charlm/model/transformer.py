@@ -152,11 +152,7 @@ class CharTransformer(nn.Module):
         self.position_tables = nn.ParameterList(nn.Parameter(torch.empty(T, D)) for _ in range(num_tables))
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(L))
         self.final_norm = nn.LayerNorm(D) if config.norm == "pre" else nn.Identity()
-        self._initialise()
-
-    def _initialise(self) -> None:
-        at_zero = self.config.residual_init == "zero"
-        residual_scale = 0.0 if at_zero else (2 * self.config.num_layers) ** -0.5
+        residual_scale = 0.0 if config.residual_init == "zero" else (2 * L) ** -0.5
         nn.init.normal_(self.embedding.weight, std=0.3)
         for table in self.position_tables:
             nn.init.normal_(table, std=0.02)

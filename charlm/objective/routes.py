@@ -176,16 +176,15 @@ ROUTES = {"joint": Joint, "relay": Relay, "pairwise": Pairwise, "multiway": Mult
 def check_route(config: Config, precision: str | None = None, sharded: bool = False) -> None:
     """Raise UserError if `aux.route` excludes an option; `precision` is the one in use."""
     aux, train = config.aux, config.train
-    fp16 = (precision or train.mixed_precision) == "fp16"
-    searched = train.micro_batch_size == "auto"
     apart, weighted = aux.route != "joint", aux.step_sizes == "weighted"
+    fp16 = (precision or train.mixed_precision) == "fp16"
     fixed = weighted or (aux.route == "multiway" and aux.step_sizes == "auxnet")
     for holds, complaint in (
-        (apart and fp16, "fp16 scales one loss only; use --train.mixed_precision=bf16 or fp32"),
-        (apart and sharded, "FSDP2 allows one backward pass per step; use --train.sharding=no"),
-        (apart and searched, "train.micro_batch_size=auto is for a joint step; give a number"),
+        (apart and fp16, "fp16 scales one loss; use --train.mixed_precision=bf16"),
+        (apart and sharded, "FSDP2 allows one backward pass; use --train.sharding=no"),
+        (apart and train.micro_batch_size == "auto", "micro_batch_size=auto is for joint; give a number"),
         (fixed and aux.hedge.enabled, "aux.hedge learns weights; use --aux.step_sizes=common"),
-        (weighted and aux.route == "relay", "has no step sizes; use --aux.step_sizes=common"),
+        (weighted and aux.route == "relay", "has no weights; use --aux.step_sizes=common"),
     ):
         if holds:
             raise UserError(f"aux.route={aux.route}: {complaint}", "aux.route")

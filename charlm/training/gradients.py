@@ -4,7 +4,6 @@ Shapes: B windows of this process, W characters of a window.
 """
 
 import gc
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from charlm.config import Config, UserError
 from charlm.data.windows import training_windows
-from charlm.objective.objective import LossReport, Objective
+from charlm.objective.objective import Objective
 from charlm.objective.routes import Joint
 from charlm.process import is_about_memory
 from charlm.training.sharding import is_sharded
@@ -32,12 +31,6 @@ class Losses:
         """The losses of two passes, which share no term."""
         total = self.row[:1] + other.row[:1]
         return Losses(self.names + other.names, torch.cat([total, self.row[1:], other.row[1:]]))
-
-
-def weighted_losses(reports: Sequence[tuple[float, LossReport]]) -> Losses:
-    """The sum of the losses of micro-batches, weighted by their shares of the batch."""
-    rows = [share * torch.stack([own.total.detach(), *own.parts.values()]) for share, own in reports]
-    return Losses(tuple(reports[0][1].parts), torch.stack(rows).sum(dim=0))
 
 
 def micro_batches(
@@ -76,7 +69,7 @@ def accumulate_gradients(
     layers: list[int] | None,
 ) -> Losses:
     """Run forward and backward passes over `windows`; return this process's losses."""
-    train, reports = config.train, []
+    train, rows = config.train, []
     for index, (share, windows_BW) in enumerate(windows):
         # A resumed run repeats the dropout of the step.
         noise = np.random.SeedSequence([train.seed, step, accelerator.process_index, index])
@@ -89,8 +82,8 @@ def accumulate_gradients(
             report = model(on_device_BW, step / train.steps, layers)
             # The last backward pass averages gradients over processes.
             route.backward(report, share * accelerator.num_processes, accelerator.backward)
-        reports.append((share, report))
-    return weighted_losses(reports)
+        rows.append(share * torch.stack([report.total.detach(), *report.parts.values()]))
+    return Losses(tuple(report.parts), torch.stack(rows).sum(dim=0))
 
 
 def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper: int) -> int:

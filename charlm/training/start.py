@@ -70,11 +70,11 @@ def check_fits(
             way_out = f"raise --data.{name}_fraction or --data.{name}_split"
             if name == "train":
                 way_out = "lower --data.valid_fraction or --data.test_fraction"
-            text += f"; {way_out}, lower --model.context_length, or add text"
-            raise refusal(config, "data.corpus", text)
+            way_out += ", or lower --model.context_length"
+            raise refusal(config, "data.corpus", f"{text}; {way_out}")
     if config.model.ngrams and (sharded or (num_processes > 1 and not on_cpu())):
-        text = "sparse gradients are neither sharded nor exchanged by GPUs"
-        raise refusal(config, "model.ngrams", f"{text}; train on one, or with --model.ngrams=[]")
+        text = "several GPUs or shards exclude sparse gradients; use one, or --model.ngrams=[]"
+        raise refusal(config, "model.ngrams", text)
     if train.micro_batch_size == "auto" and (sharded or on_cpu()):
         text = "needs a GPU that holds the whole model; give a number, or none"
         raise refusal(config, "train.micro_batch_size", text)
@@ -87,7 +87,7 @@ def check_fits(
         most = fewest + bool(more)
         micro_batch = (train.micro_batch_size or most) * divisor
         if -(-most // micro_batch) != -(-fewest // micro_batch):
-            text = f"some processes would have more micro-batches; choose a multiple of {num_processes}"
+            text = f"micro-batches would be uneven; choose a multiple of {num_processes}"
             raise refusal(config, "train.batch_size", text)
 
 
@@ -138,7 +138,7 @@ def open_run(
         now = {"valid_symbols": config.train.valid_symbols} | _machine(accelerator)
         state = state.model_copy(update=now)
         if state.validated_step == state.step == config.train.steps:
-            news.append(f"finished before, at step {state.step:,}; give more --train.steps to train on")
+            news.append(f"finished before, at step {state.step:,}; give more --train.steps")
         yield run, state, news
 
 
@@ -187,7 +187,7 @@ def check_resumable(old: Config, new: Config) -> list[str]:
     refused = [name for name in changed if not has_mark(name, Mark.MAY_CHANGE)]
     if refused:
         text = "; ".join(lines[name] for name in refused)
-        text = f"{text}: may not change in a run; put it back, or start another --run.dir"
+        text = f"{text}: may not change; put it back, or give another --run.dir"
         raise UserError(text, refused[0])
     return [line for name, line in lines.items() if not name.startswith("run.")]
 
@@ -197,10 +197,10 @@ def check_same_corpus(recorded: dict[str, Any], corpus: Corpus) -> None:
     before, now = recorded["sha256"], corpus.sha256
     if before != now:
         text = f"another corpus: sha256 was {before}, now {now}{changes(recorded.get('files'), corpus.files)}"
-        way_out = "point data.path or data.hub_id at the run's text, or start another --run.dir"
+        way_out = "give the run's data.path or data.hub_id, or another --run.dir"
         raise UserError(f"{text}; {way_out}", "data.path")
     if vocabulary_from_dict(recorded.get("vocabulary")) != corpus.vocabulary:
-        way_out = "use the run's release of sentencepiece, or start another --run.dir"
+        way_out = "use the run's release of sentencepiece, or another --run.dir"
         raise UserError(f"another vocabulary of the run's text; {way_out}")
 
 
@@ -221,7 +221,7 @@ def check_agreed(run: Run, step: int, accelerator: Accelerator) -> None:
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
     if min(steps) != max(steps):
         text = f"processes found different steps, {min(steps)} to {max(steps)}"
-        raise UserError(f"{run.path}: {text}; make sure that all machines read the same files")
+        raise UserError(f"{run.path}: {text}; make sure that all machines read it")
 
 
 def check_folder(config: RunConfig) -> bool:

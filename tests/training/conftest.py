@@ -4,7 +4,7 @@ from collections.abc import Callable, Container
 
 import pytest
 
-from charlm.training import gradients
+from charlm.training import loop
 
 
 @pytest.fixture
@@ -12,14 +12,14 @@ def break_losses(monkeypatch) -> Callable[[Container[int], int], None]:
     """`break_losses(passes, term)`: in some passes over the windows, counted from 0, the total and one term are nan."""
 
     def arrange(passes: Container[int], term: int) -> None:
-        plain, count = gradients.weighted_losses, iter(range(10_000))
+        plain, count = loop.accumulate_gradients, iter(range(10_000))
 
-        def breaking(reports):
-            losses = plain(reports)
+        def breaking(*arguments):
+            losses = plain(*arguments)
             if next(count) in passes:
                 losses.row[0] = losses.row[1:][term] = float("nan")
             return losses
 
-        monkeypatch.setattr(gradients, "weighted_losses", breaking)
+        monkeypatch.setattr(loop, "accumulate_gradients", breaking)
 
     return arrange
