@@ -37,7 +37,7 @@ class RotaryTable(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # or a table made during generation could not be used in training
+@torch.inference_mode(False)  # or generation would make tables that training cannot use
 def rotary_table(num_positions: int, head_size: int, device: torch.device) -> RotaryTable:
     """The table whose angles are position x 10000^(-2i / C) for i = 0 ... C / 2 - 1."""
     half = head_size // 2
@@ -66,7 +66,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def attends_in_blocks(backend: AttentionBackend, device_type: str) -> bool:
-    """Whether attention without dropout runs in blocks; GPU kernels skip masked scores anyway."""
+    """Whether to attend in blocks without dropout; GPU kernels skip masked scores anyway."""
     return backend == "blocks" or (backend == "auto" and device_type == "cpu")
 
 
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         B, T, D = x_BTD.shape
         num_queries = T if num_last is None else min(num_last, T)
         queried_BQD = x_BTD[:, T - num_queries :]
-        if cache is not None:  # joining the weights costs more than it saves for a few characters
+        if cache is not None:  # for a few characters joining the weights costs too much
             projected = [self.query(queried_BQD), self.key(x_BTD), self.value(x_BTD)]
         elif num_queries < T:
             projected = [self.query(queried_BQD), *_project(x_BTD, self.key, self.value)]
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         value_BHTC: Tensor,
         visible: Tensor | None,
     ) -> Tensor:
-        """Queries, the last positions, attend to the keys up to their own, or to those `visible`."""
+        """Let the last positions attend to those up to their own, or to the `visible` ones."""
         num_queries, num_keys = query_BHQC.shape[2], key_BHTC.shape[2]
         dropout = self.dropout if self.training else 0.0
         causal = visible is None and num_queries > 1

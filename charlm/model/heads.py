@@ -1,4 +1,4 @@
-"""Prediction heads: they map a layer's hidden states to logits of the characters at some offsets.
+"""Prediction heads map a layer's hidden states to logits of the characters at some offsets.
 
 Shapes: B batch, T positions, D d_model, E input width of a classifier, K offsets, V vocabulary.
 """
@@ -20,12 +20,9 @@ class Heads(nn.Module):
     Under pre-norm the head of an intermediate layer begins with a layer norm. Classifiers start at
     zero: every loss starts at ln V, and no head disturbs the trunk before it has learned.
 
-    Intermediate layers may have another kind of head (`aux.layers.head`):
-
-    - shared: the final norm and the last layer's classifiers (LayerSkip, section 4.1.2).
-    - shared_frozen: the same as constants; the gradient reaches the trunk only.
-    - tower: norm, a hidden layer shared by the offsets, ReLU, dropout, and classifiers (GoogLeNet,
-      section 5; PSPNet, section 4).
+    Of the other kinds for intermediate layers (`aux.layers.head`), shared ones are the final norm and
+    the last layer's classifiers (LayerSkip, section 4.1.2), and a tower's hidden layer serves all
+    offsets (GoogLeNet, section 5; PSPNet, section 4).
     """
 
     def __init__(

@@ -67,17 +67,15 @@ class NgramEmbedding(nn.Module):
         symbols_BS = F.pad(ids_BS + 1, (longest - 1, 0))
         newest_first_BTN = symbols_BS.unfold(1, longest, 1)[:, -num_positions:].flip(-1)
         hashes_BTN = (newest_first_BTN * _powers(longest, ids_BS.device)).cumsum(dim=-1) % HASH_MODULUS
-        rows = [
-            table(hashes_BTN[..., n - 1] % table.num_embeddings)
-            for n, table in zip(self.lengths, self.tables, strict=True)
-        ]
+        tables = zip(self.lengths, self.tables, strict=True)
+        rows = [table(hashes_BTN[..., n - 1] % table.num_embeddings) for n, table in tables]
         return self.up(torch.cat(rows, dim=-1))
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # or powers computed during generation could not be used in training
+@torch.inference_mode(False)  # as a rotary table
 def _powers(count: int, device: torch.device) -> Tensor:
-    """The factor of the character j steps back: base^j modulo a prime, j = 0 ... count - 1."""
+    """base^j modulo a prime: the factor of the character j steps back."""
     powers = [pow(HASH_BASE, j, HASH_MODULUS) for j in range(count)]
     return torch.tensor(powers, device=device)
 

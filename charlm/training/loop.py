@@ -99,7 +99,7 @@ class Training:
     stop: StopRequests
 
     def fit(self) -> None:
-        """Train to the last step. A step depends only on config, corpus and completed steps."""
+        """Train to the last step. Each depends only on config, corpus and the steps before."""
         train, state = self.config.train, self.state
         self.prepare()
         try:
@@ -138,7 +138,7 @@ class Training:
             most = -(-train.batch_size // self.accelerator.num_processes)
             self.micro_batch_size = find_micro_batch_size(self.objective, self.accelerator, most)
             self.tracker.say(f"train.micro_batch_size=auto: {self.micro_batch_size} windows fit")
-        # DDP's reducer cannot follow several backward passes of one forward pass; `average` can.
+        # DDP's reducer cannot follow several backward passes of a forward pass; `average` can.
         without_ddp = is_sharded(self.objective) or not self.route.one_backward
         self.model = self.accelerator.prepare_model(self.objective, evaluation_mode=without_ddp)
         adapt = self.objective.adapt if self.objective.hedge is not None else None
