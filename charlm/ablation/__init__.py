@@ -1,1 +1,1 @@
-"""Variants of a configuration, trained with several seeds and compared."""
+"""Variants of a configuration, trained and compared."""

@@ -1,4 +1,4 @@
-"""Trains runs, each in a process of its own; finished ones are skipped, others resumed."""
+"""Trains runs, each in a process of its own; finished ones are skipped."""
 
 import os
 import signal
@@ -24,8 +24,8 @@ from charlm.training.stop import LAUNCHER, SAME_REQUEST
 POLL_SECONDS, REDRAW_SECONDS = 0.2, 2.0
 LONGEST_MESSAGE = 300
 BAR = {"smoothing": 0, "disable": None, "leave": False}
+# Exit codes when told to stop: it saved, had not begun, or was killed.
 STOPPED = (0, -signal.SIGTERM, -signal.SIGKILL)
-"""Exit codes of a run that was told to stop: it saved, had not begun, or was killed."""
 
 
 class Child(NamedTuple):
@@ -51,7 +51,7 @@ class Runner:
     signalled_at: float = float("-inf")
 
     def run(self, runs: Sequence[VariantRun], folder: Path) -> None:
-        """Train the unfinished ones of `runs`, in order. The first signal stops, the second kills.
+        """Train the unfinished `runs`. The first signal stops, the second kills them.
 
         Raises UserError if a run was begun with another configuration, another process works in
         `folder`, or `folder` is removed meanwhile.
@@ -126,7 +126,6 @@ class Runner:
         return Child(run, process, start)
 
     def _note_end(self, child: Child, total: int) -> str | None:
-        """Count an ended process and report it; returns why it failed, if it did."""
         failure = None
         if result := child.run.result():
             self.done += 1
@@ -149,7 +148,6 @@ def _say(line: str) -> None:
 
 
 def _failure(child: Child) -> str:
-    """The error message of a process, or its last line, and the path of its log."""
     log = child.run.beside(".log")
     output = log.read_bytes()[child.log_start :].decode(errors="replace")
     lines = ["it printed nothing", *filter(str.strip, output.splitlines())]

@@ -17,7 +17,7 @@ from charlm.report.style import GREY, PICTURE, TRAIN, VALID, new_figure, save
 from charlm.text import markdown_table, visible
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; more use the last, the safe side."""
+"""Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; more use the last."""
 HOW_TO_READ = (
     "Bits per character: mean ± standard deviation over seeds. "
     "Δ: mean over seeds of the difference to `{reference}`, "
@@ -27,7 +27,7 @@ HOW_TO_READ = (
     "The errors hang together: all rows are compared with the same runs. "
     "Time per step: median over seeds, without validation. "
     "CPU s: processor time of a whole run, median over seeds. "
-    "Memory: the largest resident size of the process, libraries included."
+    "Memory: the largest resident size of the process."
 )
 
 
@@ -38,10 +38,8 @@ class Row:
     variant: Variant
     results: Mapping[int, Mapping[str, Any]]
     """`VariantRun.result` of each seed whose run has finished."""
-    reference: "Row | None" = None
-    """The row to compare with; None for the first row."""
-    failures: Sequence[str] = ()
-    """Messages of the runs that failed."""
+    reference: "Row | None" = None  # to compare with
+    failures: Sequence[str] = ()  # messages of the runs that failed
 
     @property
     def scores(self) -> dict[int, float]:
@@ -50,7 +48,7 @@ class Row:
 
     @cached_property
     def figures(self) -> dict[str, Any]:
-        """By their names in the CSV file, None for too few seeds; delta_95 is half an interval."""
+        """By name in the CSV file, None for too few seeds."""
         scores = list(self.scores.values())
         others = self.reference.scores if self.reference else {}
         deltas = [bits - others[seed] for seed, bits in self.scores.items() if seed in others]
@@ -160,7 +158,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
-    """Draw the seeds and the mean of every row; an arrow stands for a mean far from the best."""
+    """Draw the seeds and the mean of every row, an arrow for one far from the best."""
     shown = [row for row in rows if row.results]
     left, right = _limits(shown)
     with new_figure(PICTURE, 0.9 + 0.26 * len(shown)) as figure:
@@ -185,12 +183,12 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
         axes.grid(axis="x")
-        axes.set_xlabel("valid bits per character: seeds, mean, difference to the first row (* beyond noise)")
+        axes.set_xlabel("valid bits per character, and difference to the first row (* beyond noise)")
     return save(figure, path)
 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """The lowest and highest score shown: up to four times as far from the best as the middle."""
+    """The ends of the axis: up to four times as far from the best as the middle."""
     means = sorted(row.figures["bits_per_character"] for row in rows)
     far = means[0] + 4 * max(means[len(means) // 2] - means[0], 0.02)
     lowest = min(min(row.scores.values()) for row in rows)

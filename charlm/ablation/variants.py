@@ -24,7 +24,7 @@ PAPER_SGD_RATE = 0.3
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: files, and over them options, on top of the shared configuration."""
+    """A row of the table: files and, over them, options, on top of the shared ones."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -34,7 +34,6 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """Name of the folder that holds the variant's runs."""
         return re.sub(r"[^\w.,=+\-]+", "_", self.name).strip("._")
 
 
@@ -66,7 +65,7 @@ class VariantRun:
         return self.folder.with_name(self.folder.name + suffix)
 
     def check_unchanged(self) -> None:
-        """Raise UserError if the run lies in its text, or was begun with other options of effect."""
+        """Raise UserError if the run lies in its text, or was begun with other options."""
         check_outside(self.config.data, "run.dir", self.folder)
         run = Run(self.folder)
         found = {} if run.is_untrained() else differences(Run.open(run.path).config(), self.config)
@@ -95,12 +94,11 @@ class VariantRun:
         return {"bits_per_byte": math.nan} | scores[-1] | costs
 
     def costs(self) -> Costs:
-        """The costs so far."""
         path = self.beside(".json")
         return read_json(path, kind=Costs) if path.exists() else Costs()
 
     def add_costs(self, peak_memory: int, cpu_seconds: float, failure: str | None) -> None:
-        """Record the costs of a process on top of earlier ones."""
+        """Add those of a process."""
         costs = self.costs()
         costs.peak_memory = max(peak_memory, costs.peak_memory or 0)
         costs.cpu_seconds = cpu_seconds + (costs.cpu_seconds or 0.0)
@@ -109,9 +107,9 @@ class VariantRun:
 
 
 def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -> float | None:
-    """Mean time of a training step, without validation; None if fewer than two rows have a speed.
+    """Mean time of a training step; None if fewer than two rows have a speed.
 
-    A row's speed is measured since the row before. The first is left out: it holds the warm-up.
+    A row's speed is measured since the row before; the first holds the warm-up.
     """
     steps, seconds = 0, 0.0
     logged = [row for row in rows if "characters_per_second" in row]
@@ -123,7 +121,7 @@ def seconds_per_step(rows: Sequence[dict[str, Any]], characters_per_step: int) -
 
 
 def paper_variants(base: Config) -> list[Variant]:
-    """The rows of the paper's ablation; the steps of plain SGD are as long as the base's."""
+    """The paper's rows; the steps of plain SGD are as long as the base's."""
     rate = PAPER_SGD_RATE
     if base.train.optimizer == "sgd":
         rate = base.train.learning_rate / (1 - base.train.momentum)
@@ -139,7 +137,7 @@ def paper_variants(base: Config) -> list[Variant]:
 
 
 def parse_row(text: str) -> Variant:
-    """The variant of `name: --section.field=value ...`, or of flags alone, which then name it."""
+    """The variant of `name: --section.field=value ...`, or of flags, which then name it."""
     name = re.match(r"\s*(?!--)(\S.*?)\s*: ", text)
     try:
         flags = shlex.split(text[name.end() :] if name else text)
@@ -153,7 +151,7 @@ def parse_row(text: str) -> Variant:
 
 
 def parse_sweeps(sweeps: Sequence[str]) -> list[Variant]:
-    """A variant for every combination of the values of sweeps such as `section.field=a,b,c`."""
+    """A variant for every combination of values of `section.field=a,b,c`."""
     axes: dict[str, list[str]] = {}
     for sweep in sweeps:
         name, _, text = sweep.removeprefix("--").partition("=")
@@ -162,7 +160,7 @@ def parse_sweeps(sweeps: Sequence[str]) -> list[Variant]:
         if not name or not all(values):
             raise UserError(f"sweep={sweep}: give it as section.field=value,value,...", "sweep")
         if name in axes:
-            raise UserError(f"sweep={sweep}: swept twice; give all values to one sweep", "sweep")
+            raise UserError(f"sweep={sweep}: swept twice; join the values", "sweep")
         axes[name] = values
     combinations = product(*axes.values()) if axes else []
     rows = [dict(zip(axes, values, strict=True)) for values in combinations]
@@ -170,7 +168,7 @@ def parse_sweeps(sweeps: Sequence[str]) -> list[Variant]:
 
 
 def read_methods(paths: Sequence[Path]) -> list[Variant]:
-    """A variant for every YAML file, named after it; a folder stands for its YAML files."""
+    """A variant for every YAML file, or those in a folder, named after it."""
     variants = []
     for path in paths:
         files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
@@ -186,7 +184,7 @@ def plan(
     flags: Mapping[str, Any],
     seeds: int,
 ) -> list[VariantRun]:
-    """The runs in the order of training: all variants with the first seed, then all with the next.
+    """The runs in order: all variants with the first seed, then all with the next.
 
     Later options win: `files`, the variant's files, `flags`, the variant's options. Raises
     UserError if a configuration cannot work, or two rows would share a folder.
@@ -196,7 +194,7 @@ def plan(
     for variant, folder in zip(variants, folders, strict=True):
         if not folder or folders.count(folder) > 1:
             fault = f"row {variant.name!r}: its folder would be {folder!r}"
-            raise UserError(f"{fault}, which is empty or another row's; choose another name")
+            raise UserError(f"{fault}; choose another name")
     configs = [_config_of(variant, files, flags) for variant in variants]
     # Without a report: its time would count.
     own = {"resume": False, "resume_from": None, "auto_resume": True, "report": False}

@@ -1,1 +1,1 @@
-"""Runs and configs as people read them: figures, the page of runs, `explain`."""
+"""Runs and configs for people: figures, the page, `explain`."""

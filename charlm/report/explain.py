@@ -1,4 +1,4 @@
-"""A config explained before anything is trained: its table of terms, parameters and FLOPs."""
+"""A config explained: its table of terms, parameters and FLOPs."""
 
 import math
 from bisect import bisect_left
@@ -28,18 +28,16 @@ class Explanation:
 
     config: Config
     vocabulary_size: int
-    vocabulary_is_known: bool
-    """False if the corpus is not prepared yet; the size is then that of bytes."""
-    terms: tuple[Term, ...]
-    """Ordered by layer, offset and positions; the user's own tasks come last."""
+    vocabulary_is_known: bool  # else the size is that of bytes
+    terms: tuple[Term, ...]  # by layer, offset and positions; own tasks come last
     parameters: dict[str, int]
-    """training: with all heads and own tasks; inference: with the last layer's head."""
+    """training (all heads, own tasks) and inference (the last layer's head)."""
     flops_per_character: dict[str, int]
-    """training_start and training_end (of the joint route), and inference."""
+    """training_start, training_end (by the joint route) and inference."""
     route_cost: RouteCost
 
     def to_dict(self) -> dict:
-        """For JSON. `terms[].weights` are pairs [progress, weight], at progress 1 the limit."""
+        """For JSON. Weights are pairs [progress, weight], at progress 1 the limit."""
         aux, train = self.config.aux, self.config.train
         context_length = self.config.model.context_length
         route = {"name": aux.route, "relay_layers": aux.relay_layers, "step_sizes": aux.step_sizes}
@@ -58,7 +56,7 @@ class Explanation:
         }
 
     def to_text(self, width: int = 80) -> str:
-        """For people: sizes and costs, then the table of terms, `width` characters wide."""
+        """For people: sizes, costs and the table, `width` characters wide."""
         table = _table(self.terms, self.config.train.steps, width)
         return "\n".join([*_summary(self), "", *table])
 
@@ -66,8 +64,8 @@ class Explanation:
 def explain(config: Config) -> Explanation:
     """Build the model of `config` on the meta device, and count.
 
-    Raises UserError if every loss has weight zero at some time, and for a route that cannot be
-    taken or a task that is not registered.
+    Raises UserError if every loss has weight zero at some time, for a route that cannot be taken,
+    and for a task that is not registered.
     """
     check_route(config)
     is_bytes = config.data.vocabulary == ByteVocabulary.name
@@ -96,7 +94,7 @@ def explain(config: Config) -> Explanation:
 
 
 def stops_at_step(weight: Schedule, steps: int) -> int | None:
-    """The first optimizer step of a run of `steps` from which `weight` stays zero, or None."""
+    """The first optimizer step of `steps` from which `weight` stays zero, or None."""
     if weight.stops_at is None:
         return None
     step = bisect_left(range(steps), weight.stops_at, key=lambda step: step / steps)
@@ -142,7 +140,6 @@ def _summary(explanation: Explanation) -> list[str]:
 
 
 def _methods(explanation: Explanation) -> dict[str, str]:
-    """Settings besides the table that are not the default."""
     aux, model = explanation.config.aux, explanation.config.model
     layers, hedge = aux.layers, aux.hedge
     width = count_of(layers.tower_width or 1.0, model.d_model)
@@ -153,11 +150,11 @@ def _methods(explanation: Explanation) -> dict[str, str]:
         "shared_frozen": "the last layer's, as constants on intermediate layers",
         "tower": f"towers of width {width}, dropout {layers.tower_dropout:g}",
     }
-    if layers.intermediate(model.num_layers):
-        if layers.head in heads:
-            lines["heads"] = heads[layers.head]
-        if layers.hinge:
-            lines["hinge"] = f"losses of intermediate layers count above {layers.hinge:g} nats"
+    has_heads = bool(layers.intermediate(model.num_layers))
+    if has_heads and layers.head in heads:
+        lines["heads"] = heads[layers.head]
+    if has_heads and layers.hinge:
+        lines["hinge"] = f"losses of intermediate layers count above {layers.hinge:g} nats"
     if turns > 1:
         lines["rotation"] = f"each intermediate head is on at one of {turns} steps"
     if hedge.enabled:
@@ -167,7 +164,6 @@ def _methods(explanation: Explanation) -> dict[str, str]:
 
 
 def _route(config: Config, cost: RouteCost) -> dict[str, str]:
-    """The route, and its cost relative to joint; nothing for joint without step sizes."""
     aux, optimizer = config.aux, config.train.optimizer
     weighted = aux.step_sizes == "weighted"
     if aux.route == "joint" and not weighted:
@@ -194,7 +190,6 @@ def _route(config: Config, cost: RouteCost) -> dict[str, str]:
 
 
 def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
-    """Strips, of the weight where each cell begins, take the width that is left."""
     rows = [("term", "at start", "stops at step")]
     for term in terms:
         step = stops_at_step(term.weight, steps)

@@ -1,4 +1,4 @@
-"""Figures of runs, of a config's weights, of early exit; None where there is nothing to draw."""
+"""Figures of runs, weights and early exit; None where there is nothing to draw."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
     from charlm.inference.evaluation import Score
 
-MOST_POINTS, FEW_POINTS = 300, 80
-"""Most points of a line, and of one that is smoothed; of more, neighbours are averaged."""
+MOST_POINTS, FEW_POINTS = 300, 80  # of a line, and of a smoothed one
 HEAT_COLUMNS = 400
 MOST_ROW_LABELS = 32
 BITS = "bits per character"
@@ -50,8 +49,8 @@ DIAGNOSTICS = {
 def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
     """Draw a run's learning curves above the weights of its terms, over optimizer steps.
 
-    Returns `path`, by default RUN/run.png; its suffix is the format. Raises UserError for no run,
-    no metrics yet, or a suffix that matplotlib does not write.
+    Returns `path`, by default RUN/run.png. Raises UserError for no run, no metrics yet, or a suffix
+    of no format.
     """
     (run,) = read_runs([run_dir])
     if not run.has_bits:
@@ -60,7 +59,7 @@ def draw_run(run_dir: Path | str, path: Path | str | None = None) -> Path:
 
 
 def draw_diagnostics(run_dir: Path | str, path: Path | str | None = None) -> Path:
-    """Draw a run's diagnostics as `draw_run` does its curves; RUN/diagnostics.png by default."""
+    """Draw a run's diagnostics as `draw_run` does its curves."""
     (run,) = read_runs([run_dir])
     figure = diagnostics(run, PICTURE)
     if figure is None:
@@ -75,7 +74,7 @@ def run_figure(run: Metrics) -> "Figure":
     terms = build_terms(run.config.aux, run.config.model.num_layers, steps)
     heights = [2.9, _heat_height(terms, PICTURE)]
     result = "not validated yet"
-    if run.best is not None:
+    if run.best:
         result = "validation {1:.3f} bits per character after {0:,} steps".format(*run.best)
     title = f"{run.name}: {result}"
     with new_figure(PICTURE, 1.5 + sum(heights), title) as figure:
@@ -119,7 +118,7 @@ def tasks(runs: Sequence[Metrics], style: Style) -> "Figure | None":
 
 
 def terms(run: Metrics, style: Style) -> "Figure | None":
-    """The loss of every term over training: a panel for each task, a line for each layer."""
+    """The loss of every term: a panel for each task, a line for each layer."""
     losses = _losses_by_task(run).items()
     return draw_panels(style, [(title, _draw_layers, run, lines) for title, lines in losses])
 
@@ -127,7 +126,8 @@ def terms(run: Metrics, style: Style) -> "Figure | None":
 def hedge(run: Metrics, style: Style) -> "Figure | None":
     """The weight that hedge gives each layer over training."""
     lines = {term.layer: points for term, points in run.by_term("hedge/").items()}
-    return draw_panels(style, [("weight of a layer", _draw_layers, run, lines)] if lines else [])
+    panels = [("weight of a layer", _draw_layers, run, lines)] if lines else []
+    return draw_panels(style, panels)
 
 
 def diagnostics(run: Metrics, style: Style) -> "Figure | None":
@@ -147,11 +147,7 @@ def diagnostics(run: Metrics, style: Style) -> "Figure | None":
     return draw_panels(style, panels, title=title, num_layers=run.config.model.num_layers)
 
 
-def bits_against(
-    lines: dict[int, tuple[np.ndarray, ...]],
-    label: str,
-    style: Style,
-) -> "Figure | None":
+def bits_against(lines: dict[int, tuple], label: str, style: Style) -> "Figure | None":
     """Bits per character against "layer" or "symbols of context".
 
     `lines` maps the place of a run to x, bits and, if known, their standard errors.
@@ -189,7 +185,7 @@ def speed(runs: Sequence[Metrics], style: Style) -> "Figure | None":
 
 
 def early_exit(score: "Score") -> "Figure":
-    """Bits per character against layers used: by early exit, and by one layer alone."""
+    """Bits per character by early exit and by one layer, against layers used."""
     exits = score.early_exit.points
     points = sorted((point.mean_layers, point.bits_per_character) for point in exits)
     layers = list(map(int, score.layers))
@@ -219,10 +215,10 @@ def thinned(
     x: np.ndarray,
     y: np.ndarray,
     most: int = MOST_POINTS,
-    end: float | None = None,
+    end: float = 0.0,
 ) -> Points:
-    """Means over `most` equal stretches from 0 to `end`; without it a short line stays as it is."""
-    if len(x) <= most and end is None:
+    """Means over `most` stretches from 0 to `end`; without it a short line stays as it is."""
+    if len(x) <= most and not end:
         return x, y
     stretches = np.clip(x / (end or x.max() or 1) * most, 0, most - 1).astype(int)
     counts = np.bincount(stretches, minlength=most)
@@ -230,13 +226,8 @@ def thinned(
     return tuple(total[counts > 0] / counts[counts > 0] for total in sums)
 
 
-def _draw_learning(
-    axes: "Axes",
-    runs: Sequence[Metrics],
-    scales: Sequence[float],
-    timed: bool,
-) -> None:
-    """Training smoothed, validation with points; x is steps or seconds times the run's scale."""
+def _draw_learning(axes: "Axes", runs: list[Metrics], scales: list[float], timed: bool) -> None:
+    """Training smoothed, validation with points, over steps or seconds times a scale."""
     shown = []
     alone = len(runs) == 1
     for place, (run, scale) in enumerate(zip(runs, scales, strict=True)):
@@ -258,7 +249,6 @@ def _draw_learning(
 
 
 def _looks(place: int) -> dict[str, Any]:
-    """Colour and dashes of a run by its place."""
     colour, dashes = SERIES[place % len(SERIES)], DASHES[place % len(DASHES)]
     return {"color": colour, "linestyle": dashes, "markersize": 4.5}
 
@@ -266,12 +256,11 @@ def _looks(place: int) -> dict[str, Any]:
 def _draw_lines(
     axes: "Axes",
     lines: dict[int, Points],
-    y: str = "cut",
+    y: str = "cut",  # or "log" or "zero"
     looks: Callable = _looks,
     label: str = "characters seen",
     end: int | None = None,
 ) -> None:
-    """Means over the same stretches, so equally smooth lines; `y` is "cut", "log" or "zero"."""
     from matplotlib.ticker import MaxNLocator
 
     last = max(float(x[-1]) for x, _ in lines.values())
@@ -313,7 +302,6 @@ def _draw_layers(axes: "Axes", run: Metrics, lines: dict[int, Points], y: str = 
 
 
 def _draw_profile(axes: "Axes", run: Metrics, newest: int) -> None:
-    """The newest bits per character by layer, a line for each offset."""
     by_offset: dict[int, dict[int, float]] = {}
     for term, (steps, bits) in run.by_term("diagnostics/bits_per_character/").items():
         if term.offset and steps[-1] == newest:
@@ -321,17 +309,15 @@ def _draw_profile(axes: "Axes", run: Metrics, newest: int) -> None:
     for place, (offset, bits) in enumerate(sorted(by_offset.items())):
         label = _task_title(offset, "all", None)
         axes.plot(list(bits), list(bits.values()), marker="o", label=label, **_looks(place))
-    if len(by_offset) <= len(SERIES):
-        axes.legend()
+    axes.legend()
     axes.set(xlabel="layer", xlim=(0.5, run.config.model.num_layers + 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_weights(axes: "Axes", terms: Sequence[Term], steps: int, wrapped: bool = False) -> None:
-    """A heat map of the weights over `steps` optimizer steps, with a row for each term.
+    """A heat map of the weights: a row for each term, a block of rows for each task.
 
-    Rows form one block per task; within it the deepest layer is on top. Columns show the weight
-    at their middle. `wrapped` breaks the labels of the blocks.
+    Columns show the weight at their middle. `wrapped` breaks the labels of the blocks.
     """
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
@@ -358,7 +344,6 @@ def _draw_weights(axes: "Axes", terms: Sequence[Term], steps: int, wrapped: bool
 
 
 def _label_rows(axes: "Axes", terms: Sequence[Term], wrapped: bool) -> None:
-    """Label blocks of rows with their task, and rows with their layer."""
     titles = [_task_title(term.offset, term.positions, term.task) for term in terms]
     stride = math.ceil(len(terms) / MOST_ROW_LABELS)
     labels = {}
@@ -383,13 +368,12 @@ def _heat_height(terms: Sequence[Term], style: Style) -> float:
 
 
 def _task_title(offset: int, positions: str, task: str | None) -> str:
-    """The task of a term in words."""
     title = task or ("next character" if offset == 1 else f"{offset} ahead")
     return title if task or positions == "all" else f"{title}, last position"
 
 
 def _losses_by_task(run: Metrics) -> dict[str, dict[int, Points]]:
-    """Losses by task and layer: bits per character, or nats for a user's task."""
+    """Losses by task and layer; own tasks in nats."""
     panels = {}
     for term, (steps, losses) in run.by_term("terms/", "/loss").items():
         title = _task_title(term.offset, term.positions, term.task and f"{term.task}, nats")
@@ -404,7 +388,7 @@ def _over(axes: "Axes", label: str, end: float | None = None) -> None:
 
 
 def _cut_fall(axes: "Axes", lines: Iterable[Points]) -> None:
-    """End the y axis where lines are after a fiftieth of their length: the fall would flatten the rest."""
+    """End the y axis where lines are after a fiftieth of their length."""
     lines = [line for line in lines if len(line[0])]
     last = max((float(x[-1]) for x, _ in lines), default=0.0)
     shown = [value for x, values in lines for value in values[x >= last / 50]]

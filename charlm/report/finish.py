@@ -21,14 +21,14 @@ from charlm.training.loop import train
 from charlm.training.stop import StopRequests
 
 QUICK_SECONDS, QUICK_LAYERS = 10, 16
-"""Limits for measuring the model at the end: seconds by the speed of training, and layers."""
+"""Limits for measuring the model: seconds by the speed of training, and layers."""
 
 
 def train_and_report(config: Config) -> Path:
-    """Train as `charlm.train` does, then leave run.png, diagnostics.png and report.html in the run.
+    """Train as `charlm.train` does, then draw pictures and write the page into the run's folder.
 
-    If the run stops or fails after training began, only the pictures are made. Returns the run's
-    folder; raises UserError and Stopped as `charlm.train` does.
+    If the run stops or fails after training began, only the pictures are made. Returns the folder;
+    raises UserError and Stopped as `charlm.train` does.
     """
     run = Run(config.run.dir)
     before = _last_change(run)
@@ -37,7 +37,7 @@ def train_and_report(config: Config) -> Path:
         try:
             train(config, stop=stop)
         except BaseException as error:
-            # The folder of a run that was refused, or lost its folder, may be another run's.
+            # The folder of a run that was refused, or lost it, may be another's.
             is_others = getattr(error, "option", None) == "run.dir"
             if is_main_process() and _last_change(run) != before and not is_others:
                 draw_pictures(run, config)
@@ -62,7 +62,7 @@ def draw_pictures(run: Run, config: Config) -> None:
 
 
 def write_page(run: Run, config: Config) -> None:
-    """Write RUN/report.html, with what needs the model if that is quick; or print an error."""
+    """Write RUN/report.html, with what needs the model if quick; or print an error."""
     path, probes = run.path / "report.html", None
     try:
         _, speeds = read_runs([run.path])[0].points("characters_per_second")
@@ -79,5 +79,4 @@ def write_page(run: Run, config: Config) -> None:
 
 
 def _last_change(run: Run) -> int | None:
-    """When the run's metrics were last written, in nanoseconds."""
     return run.metrics_path.stat().st_mtime_ns if run.metrics_path.exists() else None

@@ -23,13 +23,12 @@ class Metrics:
     """The records of a run."""
 
     folder: Run
-    name: str
-    """The end of the folder's path that tells the runs of a page apart."""
+    name: str  # the end of the path that tells the runs of a page apart
     config: Config
     provenance: dict[str, Any]
     """What the run was made from, by path such as "corpus/splits/valid/symbols"."""
     series: dict[str, np.ndarray]
-    """Steps, seconds (NaN if unknown) and finite values, float64 [3, N], by path in metrics.jsonl."""
+    """Steps, seconds (or NaN) and finite values, float64 [3, N], by path."""
 
     @property
     def symbols_per_character(self) -> float:
@@ -40,7 +39,7 @@ class Metrics:
 
     @property
     def characters_per_step(self) -> float:
-        """Characters that an optimizer step predicts, one for each position."""
+        """Characters that an optimizer step predicts."""
         symbols = self.config.train.batch_size * self.config.model.context_length
         return symbols / self.symbols_per_character
 
@@ -65,7 +64,7 @@ class Metrics:
         return (seconds[known], values[known]) if timed else (steps, values)
 
     def by_term(self, before: str, after: str = "") -> dict[TermName, Points]:
-        """The series with a term's name, or its beginning, between `before` and `after`."""
+        """The series with a term's name between `before` and `after`."""
         found = {}
         for path in self.series:
             if path.startswith(before) and path.endswith(after):
@@ -76,7 +75,7 @@ class Metrics:
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Metrics]:
-    """The records of runs; raises UserError if a folder is no run, or a file of it is damaged."""
+    """The records of runs; raises UserError if a folder is no run, or damaged."""
     runs = list(map(Run.open, folders))
     names = short_names([run.path for run in runs])
     return [
@@ -97,7 +96,8 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def number(value: Any) -> float:
     """A number from a record that may hold anything; NaN if it is none or infinite."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if is_number else math.nan
 
 
 def _series(run: Run) -> dict[str, np.ndarray]:
@@ -105,5 +105,6 @@ def _series(run: Run) -> dict[str, np.ndarray]:
     for row in run.metrics():
         for path, value in flatten(row, "/").items():
             if abs(number(value)) < LARGEST:  # not NaN
-                found.setdefault(path, []).append((row["step"], number(row.get("seconds")), value))
+                point = (row["step"], number(row.get("seconds")), value)
+                found.setdefault(path, []).append(point)
     return {path: np.array(points, float).T for path, points in found.items()}

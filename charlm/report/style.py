@@ -1,6 +1,6 @@
 """Style sheets of the figures: one for pictures, two for the page of runs.
 
-matplotlib is imported only to draw. Its `Figure` objects need no display and share no state.
+matplotlib is imported only to draw. Its `Figure` objects need no display.
 """
 
 import math
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7a5195", "#8c6d31")
-"""The palette of Okabe and Ito, readable without colour vision; its yellow is darkened."""
+"""Okabe and Ito's palette, readable without colour vision; its yellow is darkened."""
 TRAIN, VALID = SERIES[:2]
 INK, GREY, GRID, MAP = "#1a1a1b", "#555556", "#ddddde", "#2389d0"
 """Text, axes, grid, heat map. All differ, because in the page each becomes a variable."""
@@ -118,7 +118,7 @@ def draw_panels(
 
 
 def layer_colours(dark: bool = False) -> list[str]:
-    """Viridis from the lowest layer to the last, without the end that the background hides."""
+    """Viridis from the lowest layer to the last, where the background does not hide it."""
     import matplotlib
     from matplotlib.colors import to_hex
 

@@ -26,8 +26,9 @@ OF_LAUNCHERS = "(ACCELERATE|FORK|FSDP|GROUP|MASTER|MV2|OMPI|PMI|TORCH(ELASTIC|IN
 
 @contextmanager
 def launch_explained() -> Iterator[None]:
-    """Inside, variables of a launcher that cannot work raise a UserError that shows them."""
-    found = {name: value for name, value in sorted(os.environ.items()) if re.fullmatch(OF_LAUNCHERS, name)}
+    """Inside, variables of a launcher that cannot work raise a UserError."""
+    names = filter(re.compile(OF_LAUNCHERS).fullmatch, sorted(os.environ))
+    found = {name: os.environ[name] for name in names}
     try:
         size = int(found.get("WORLD_SIZE", "1"))
         rank = int(found.get("RANK", "0" if size == 1 else "-1"))
@@ -50,7 +51,7 @@ def launch_explained() -> Iterator[None]:
 def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
     """The Accelerator of this run, and the reason for its precision.
 
-    Raises UserError for wrong variables of a launcher, fp16 on a CPU, and gradient accumulation.
+    Raises UserError for variables of a launcher that cannot work, and fp16 on a CPU.
     """
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":
@@ -58,7 +59,7 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
         raise UserError(f"{fault}: use --train.micro_batch_size instead")
     precision, reason = choose_precision(train)
     _rejoin_group()
-    # accelerate has no public way to forget the precision of an earlier run of this process.
+    # There is no public way to forget the precision of an earlier run.
     AcceleratorState._reset_state()
     with patch_environment(accelerate_use_fsdp="false"):  # `charlm.training.sharding` does that
         accelerator = Accelerator(
@@ -67,7 +68,7 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
             mixed_precision=precision,
             dynamo_backend="no",  # blocks are compiled one by one
             kwargs_handlers=[
-                # Silent heads take no part in the backward pass; the reducer must expect that.
+                # Silent heads take no part in the backward pass.
                 DistributedDataParallelKwargs(find_unused_parameters=True),
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
@@ -111,7 +112,7 @@ def on_cpu() -> bool:
 
 
 def choose_precision(train: TrainConfig) -> tuple[str, str]:
-    """Mixed precision in accelerate's words, and its reason. Raises UserError for fp16 on a CPU."""
+    """Mixed precision in accelerate's words, and its reason."""
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
     option = "train.mixed_precision"
     if train.mixed_precision != "auto":
@@ -139,7 +140,7 @@ def has_fast_bf16() -> bool:
 
 
 def choose_compile(train: TrainConfig) -> bool:
-    """Whether to compile: the config decides, or else the launcher's dynamo backend."""
+    """Whether to compile, by the config or else the launcher."""
     if train.compile != "auto":
         return train.compile == "yes"
     return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
@@ -147,7 +148,8 @@ def choose_compile(train: TrainConfig) -> bool:
 
 def describe_attention(config: Config) -> str:
     """How attention is computed."""
-    has_dropout, device = config.model.attention_dropout > 0, "cpu" if on_cpu() else "cuda"
+    device = "cpu" if on_cpu() else "cuda"
+    has_dropout = config.model.attention_dropout > 0
     if has_dropout and device == "cpu":
         return "attention unfused (the CPU's fused kernel has no dropout)"
     in_blocks = not has_dropout and attends_in_blocks(config.train.attention, device)
@@ -157,7 +159,7 @@ def describe_attention(config: Config) -> str:
 @contextmanager
 def torch_settings(config: Config) -> Iterator[None]:
     """Inside, torch's process-wide settings are those of the run."""
-    # Several backward passes share buffers. torch's error message advises this private name.
+    # Several backward passes share buffers. torch advises this private name.
     from torch._functorch import config as functorch
 
     matmul = torch.get_float32_matmul_precision()

@@ -1,9 +1,6 @@
-"""Diagnostics in training: bits per character of each head, gradients of the losses at each layer.
+"""Diagnostics in training, on validation text: bits of each head, gradients at each layer.
 
-Both are measured without dropout on validation text: bits on its first symbols, gradients on
-windows spread over it.
-
-Shapes: B batch, T positions, D d_model, K offsets, M predictions of a batch, W length of a window.
+Shapes: B batch, T positions, D d_model, K offsets, M predictions, W length of a window.
 """
 
 import math
@@ -39,9 +36,9 @@ def diagnose(
     progress: float,
     micro_batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """A row for metrics.jsonl: `bits_per_head` and, unless the model is sharded, `gradient_figures`.
+    """A row for metrics.jsonl: `bits_per_head` and, without shards, `gradient_figures`.
 
-    `objective` is not in DDP, whose reducer must not see these gradients. It stays as it is.
+    `objective` must not be in DDP, whose reducer would see the gradients.
     """
     train = config.train
     ids = corpus.splits["valid"].ids
@@ -78,10 +75,10 @@ def bits_per_head(
     characters: int,
     autocast_dtype: torch.dtype | None = None,
 ) -> Figures:
-    """Bits per character of a text by each head, {"layer3/offset2": ...}, silent heads included.
+    """Bits per character of a text by each head, silent ones included: {"layer3/offset2": ...}.
 
     The head of offset k predicts a symbol from those at least k before it; the first k cost ln V.
-    Only finite figures are returned. `ids` is the text, [N], in which `characters` begin.
+    `ids` is the text, [N], in which `characters` begin.
     """
     transformer, heads = objective.transformer, objective.heads
     context_length = transformer.config.context_length
@@ -119,7 +116,7 @@ def gradient_figures(
     autocast_dtype: torch.dtype | None = None,
     loss_scale: float = 1.0,
 ) -> dict[str, Figures]:
-    """Gradients of the table's losses at each layer, {"supervision_ratio": {"layer3": ...}, ...}.
+    """Gradients of the losses at each layer, {"supervision_ratio": {"layer3": ...}, ...}.
 
     loss_i is the sum of the active rows of layer i; L the last layer, x_l the output of layer l
     before the final norm, theta_l the parameters of its block; norms are Euclidean, over all
@@ -158,7 +155,8 @@ def gradient_figures(
     figures = defaultdict(dict)
     for layer in range(1, max(losses) + 1):
         name = f"layer{layer}"
-        ratios = {i: float((squares[i, i] / squares[i, layer]).sqrt()) for i in losses if i >= layer}
+        above = [i for i in losses if i >= layer]
+        ratios = {i: float((squares[i, i] / squares[i, layer]).sqrt()) for i in above}
         a, m = auxiliary[layer], main[layer]
         norms = math.sqrt(_dot(a, a)) * math.sqrt(_dot(m, m))
         both = [x + y for x, y in zip(a, m, strict=True)]
@@ -178,7 +176,7 @@ def spread_windows(ids: np.ndarray, count: int, length: int) -> np.ndarray:
 def _states_and_losses(
     objective: Objective, windows_BW: Tensor, progress: float, autocast_dtype: torch.dtype | None
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """The residual stream after each layer, [B, T, D], and the loss of each active layer."""
+    """The residual stream after each layer, [B, T, D], and the loss of each."""
     transformer = objective.transformer
     last = transformer.config.num_layers
     inputs_BT = windows_BW[:, : -objective.longest_offset]

@@ -1,7 +1,6 @@
-"""Logging of a run: metrics.jsonl, the same numbers for accelerate's trackers, a progress line.
+"""Logging of a run: metrics.jsonl, accelerate's trackers, and a progress line.
 
-accelerate's `init_trackers` would give all the same place, and its `end_training` would end the
-process group, which a second run needs.
+`init_trackers` gives all trackers one place; `end_training` ends the process group.
 """
 
 import math
@@ -131,8 +130,9 @@ class Tracker:
             at = f"at step {best_step:,} of {self.total_steps:,}"
             self.say(f"best: {best_bits:.4f} bits per character on valid, {at}")
         took = time.perf_counter() - self.began
-        aside = f"{self.paused_seconds / took:.0%} of it for validations, checkpoints and diagnostics"
-        self.say(f"time: {tqdm.format_interval(took)}, {aside}")
+        aside = f"{self.paused_seconds / took:.0%} of it for"
+        purpose = "validations, checkpoints and diagnostics"
+        self.say(f"time: {tqdm.format_interval(took)}, {aside} {purpose}")
 
     def close(self) -> None:
         """Finish the trackers and close the progress line."""
@@ -157,7 +157,6 @@ class Tracker:
                 self.trackers.remove(tracker)
 
     def _keeping_on(self, name: str, call: Callable[..., None], *args: Any, **options: Any) -> bool:
-        """Whether the call succeeded. A failed tracker does not end the run."""
         try:
             call(*args, **options)
         except Exception as error:
@@ -177,10 +176,7 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
-    """Start the trackers of a run at `step`, and record its options.
-
-    Raises UserError if one does not start.
-    """
+    """Start the trackers of a run at `step`. Raises UserError if one does not start."""
     trackers = []
     options = {
         name: value if isinstance(value, int | float | str) else shown(value, limit=10_000)
@@ -201,18 +197,16 @@ def start_trackers(config: Config, run: Run, step: int) -> list[GeneralTracker]:
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row but its step, by path: `terms/layer3/offset1/all/loss`.
-
-    A tracker keeps one value per name and step. So names of a validation begin with `valid/`, and
-    diagnostics leave out the progress.
-    """
+    """The numbers of a row but its step, by path: `terms/layer3/offset1/all/loss`."""
+    row = {name: value for name, value in row.items() if name != "step"}
+    # A tracker keeps one value per name and step.
     if "valid" in row:
-        others = {name: value for name, value in row.items() if name not in ("step", "valid")}
-        row = {"valid": others | row["valid"]}
+        valid = row.pop("valid")
+        row = {"valid": row | valid}
     elif "diagnostics" in row:
         row = {"diagnostics": row["diagnostics"]}
     values = flatten(row, "/").items()
-    return {path: own for path, own in values if isinstance(own, int | float) and path != "step"}
+    return {path: own for path, own in values if isinstance(own, int | float)}
 
 
 def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:
@@ -221,23 +215,19 @@ def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:
     with suppress(FileExistsError), (folder / "key").open("x") as file:
         file.write(uuid4().hex)
     key = (folder / "key").read_text()  # unique name, kept for resumption
+    no_repository = {"save_dvc_exp": False, "dvcyaml": None}
     options = {
         "aim": {"experiment": config.run.project},
         "clearml": {"task_name": title, "auto_connect_frameworks": False, "reuse_last_task_id": False},
         "comet_ml": {"experiment_key": key},
-        "dvclive": {
-            "dir": str(folder / "dvclive"),
-            "resume": step > 0,
-            "save_dvc_exp": False,
-            "dvcyaml": None,
-        },
+        "dvclive": {"dir": f"{folder}/dvclive", "resume": step > 0} | no_repository,
         "mlflow": {"run_name": title},
-        "swanlab": {"log_dir": str(folder / "swanlab"), "name": title, "id": key, "resume": "allow"},
+        "swanlab": {"log_dir": f"{folder}/swanlab", "name": title, "id": key, "resume": "allow"},
         "tensorboard": {"purge_step": step + 1 if step > 0 else None},
         "trackio": {"name": f"{title}-{key[:8]}", "resume": "allow"},  # resumed by name
         "wandb": {"dir": str(folder), "name": title, "id": key, "resume": "allow"},
     }.get(name, {})
-    # tensorboard takes the project for a folder; aim, if given none, looks for the nearest .aim.
+    # tensorboard takes the project for a folder; aim would look for the nearest .aim.
     places = {"tensorboard": ("tensorboard", folder), "aim": (title, None)}
     place = places.get(name, (config.run.project,))
     return LOGGER_TYPE_TO_CLASS[name](*place, **options)

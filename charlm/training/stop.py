@@ -24,9 +24,9 @@ MISSING = [name for name in NAMES if not hasattr(signal, name)]  # on Windows
 REASONS = (*NAMES, "run.max_time is over", "the launcher is gone")
 LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "FORK_LAUNCHED"}
 """Variables of torchelastic and accelerate that nobody sets by hand."""
-LAUNCHER = "CHARLM_LAUNCHER"  # the id of the process of charlm.ablation that started this one
+LAUNCHER = "CHARLM_LAUNCHER"  # the id of an ablation's process
 SAME_REQUEST = 1.0
-"""Seconds in which signals count as one request: a launcher repeats the terminal's Ctrl-C."""
+"""Seconds in which signals count as one: a launcher repeats the terminal's Ctrl-C."""
 NO_PEER = ("Connection closed by", "Connection reset by", "Broken pipe", "Timed out waiting")
 """Words of gloo in plain RuntimeErrors."""
 COMPILERS = ("torch._dynamo", "torch._inductor")
@@ -36,8 +36,7 @@ COMPILERS = ("torch._dynamo", "torch._inductor")
 class StopRequests:
     """Collects requests to stop: signals, a time limit, the death of the launcher.
 
-    A request is kept until `agreed` or `check`; inside `interrupting` it raises at once. A second
-    signal ends the process immediately.
+    A request is kept until `agreed` or `check`. A second signal ends the process at once.
     """
 
     def __init__(self, max_seconds: float | None = None):
@@ -83,7 +82,7 @@ class StopRequests:
         self._interrupts = False
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop. All must call it; all get the same answer."""
+        """Whether any process was asked to stop. All must call it."""
         if self.reason is None and time.monotonic() >= self._deadline:
             self.reason = "run.max_time is over"
         if self.reason is None and self._launcher not in (None, str(os.getppid())):
@@ -93,7 +92,7 @@ class StopRequests:
                 self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
             code = torch.tensor(REASONS.index(self.reason) + 1 if self.reason else 0)
             dist.all_reduce(code, dist.ReduceOp.MAX, group=self._group)
-            if not code:  # a signal that came meanwhile counts next time, for all processes
+            if not code:  # a signal that came meanwhile counts next time
                 return False
             self.reason = REASONS[code.item() - 1]
         return self.reason is not None
@@ -123,11 +122,11 @@ def explained(train: TrainConfig, stop: StopRequests) -> Iterator[None]:
             text += "--train.activation_checkpointing=true or --train.sharding=fsdp2"
         elif type(error).__module__.startswith(COMPILERS):
             option = "train.compile"
-            text = f"{option}={train.compile}: the model cannot be compiled; install a C++ compiler, "
-            text += "on a GPU also triton, or give --train.compile=no"
+            text = f"{option}={train.compile}: the model cannot be compiled; install a C++ "
+            text += "compiler, on a GPU also triton, or give --train.compile=no"
         elif any(words in str(error) for words in NO_PEER):
             stop.stays = True  # the launcher's SIGTERM must not cut off the message
-            text = "another process has ended or hangs, and its own message says why; "
+            text = "another process has ended or hangs; see its own message; "
             text += "--run.resume=true continues from the newest checkpoint"
         else:
             raise
@@ -135,8 +134,8 @@ def explained(train: TrainConfig, stop: StopRequests) -> Iterator[None]:
 
 
 def _exit_at_the_second(watched: socket.socket) -> None:
-    """Read signals as they arrive, even while a library keeps handlers from running."""
-    message = b"\nstopping, once what is done is saved; a second Ctrl-C or signal ends it at once\n"
+    """Read signals even while a library keeps handlers from running."""
+    message = b"\nstopping, once all is saved; a second Ctrl-C or signal ends it at once\n"
     first = math.inf
     with watched:
         while number := watched.recv(1):

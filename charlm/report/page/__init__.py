@@ -1,1 +1,1 @@
-"""The report of one or several runs: one HTML page that needs nothing beside itself."""
+"""Runs as one HTML page that needs no other file."""

@@ -1,7 +1,6 @@
-"""A run's model on held-out text: bits by layer and by position, a passage, samples.
+"""A run's model on validation text, except for a passage of the test split.
 
-Only the passage is of the test split: pages help to choose between runs. Shapes: V vocabulary,
-N symbols, M predictions, K likeliest, W windows, T positions of a window, B bins.
+Shapes: V vocabulary, N symbols, M predictions, K likeliest, W windows, T positions, B bins.
 """
 
 import math
@@ -59,13 +58,12 @@ class Probe:
 
     score: Score | None = None  # for every layer with a head
     by_position: Lines | None = None
-    """Symbols of context, bits per character there, and their standard errors, float64 [B]."""
+    """Symbols of context, bits per character, and standard errors, float64 [B]."""
     passage: list[Piece] = field(default_factory=list)
     passage_start: int = 0  # in the test split
     prompt: str = ""
     samples: list[Sample] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
-    """Why a part is left out: score, passage or samples."""
+    missing: dict[str, str] = field(default_factory=dict)  # why a part is left out
 
     @classmethod
     def without(cls, reason: str) -> "Probe":
@@ -79,9 +77,9 @@ def measure(
     characters: int = CHARACTERS,
     show_progress: bool = True,
 ) -> Probe:
-    """Score a run's best checkpoint on `characters`, and let its checkpoints write samples.
+    """Score a run's best checkpoint, and let its checkpoints write samples.
 
-    Instead of the corpus there may be the reason why there is none; the samples need none.
+    Instead of the corpus there may be the reason why there is none.
     """
     try:
         trained = load(run.path)
@@ -108,20 +106,20 @@ def measure(
     probe.prompt = prompt.decode(errors="replace")
     try:
         probe.samples = write_samples(run, prompt)
-    except UserError as error:  # a run that goes on may have deleted a checkpoint meanwhile
+    except UserError as error:  # a run that goes on may delete checkpoints
         probe.missing["samples"] = str(error)
     return probe
 
 
 def symbols_of(characters: int, ids: np.ndarray, vocabulary: Vocabulary) -> int:
-    """The number of symbols that spell the first characters: the same text for every vocabulary."""
+    """The number of symbols that spell the first characters."""
     most = min(len(ids), 4 * characters)  # a character of UTF-8 has at most 4 bytes
     count = vocabulary.count_characters
     return bisect_right(range(1, most + 1), characters, key=lambda end: count(ids[:end]))
 
 
 def nats_by_position(trained: TrainedModel, ids: np.ndarray, num_windows: int) -> np.ndarray:
-    """Nats in windows spread over a text, float64 [W, T]; column t has t + 1 symbols of context."""
+    """Nats in spread windows, float64 [W, T]; column t has t + 1 symbols of context."""
     models = (trained.transformer, trained.heads)
     length = min(trained.config.model.context_length, len(ids) - 1)
     found = []
@@ -134,7 +132,7 @@ def nats_by_position(trained: TrainedModel, ids: np.ndarray, num_windows: int) -
 
 
 def binned(nats_WT: np.ndarray, symbols_per_character: float) -> Lines:
-    """`Probe.by_position`, in bins that grow by a factor; their context is the geometric middle."""
+    """`Probe.by_position`, in bins that grow by a factor."""
     num_windows, length = nats_WT.shape
     edges = np.unique(np.geomspace(1, length + 1, MOST_BINS + 1).round().astype(int))
     means = [nats_WT[:, first - 1 : end - 1].mean(axis=1) for first, end in pairwise(edges)]
@@ -153,7 +151,7 @@ def start_of_passage(trained: TrainedModel, ids: np.ndarray) -> int:
 
 
 def read_passage(trained: TrainedModel, ids: np.ndarray, start: int, count: int) -> list[Piece]:
-    """`count` symbols from `start` on, predicted from at least three quarters of a context."""
+    """`count` symbols, predicted from at least three quarters of a context."""
     context_length = trained.config.model.context_length
     before = min(start, context_length)
     text = ids[start - before : start + count]
@@ -201,7 +199,7 @@ def pieces_of(
 
 
 def write_samples(run: Run, prompt: bytes) -> list[Sample]:
-    """Samples of four checkpoints spread over the run, with the newest, and of the best."""
+    """Samples of four checkpoints over the run, and of the best."""
     named = {which: find_checkpoint(run, which).step for which in ("best", "last")}
     steps = list(checkpoint_folders(run))
     places = np.linspace(0, len(steps) - 1, MOST_SAMPLES).round().astype(int)

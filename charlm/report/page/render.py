@@ -27,24 +27,11 @@ if TYPE_CHECKING:
 SERIES_DARK = ("#4aa8e0", "#ff8a3d", "#2fc79a", "#e59ac6", "#e6c14b", "#9ad4f5", "#b894d6", "#c9a96b")
 LEVELS = 9  # shades of the passage; the last stands for 8 bits and more
 FIGURES_OF_A_RUN = {
-    "terms": (
-        figures.terms,
-        "Loss of every term",
-        "Bits per character, while a term weighs something. The first steps' fall is cut off.",
-    ),
-    "weights": (
-        lambda run, style: figures.weights(run.config, style),
-        "Weights of the terms",
-        "Empty where silent.",
-    ),
-    "hedge": (figures.hedge, "Weights learned by hedge", "They multiply the weights above."),
-    "diagnostics": (
-        figures.diagnostics,
-        "Diagnostics",
-        "On the validation split; see docs/diagnostics.md.",
-    ),
+    "terms": ("Loss of every term", figures.terms),
+    "weights": ("Weights of the terms", lambda run, style: figures.weights(run.config, style)),
+    "hedge": ("Weights learned by hedge", figures.hedge),
+    "diagnostics": ("Diagnostics", figures.diagnostics),
 }
-"""Function, heading and caption."""
 
 
 def write_report(
@@ -54,8 +41,8 @@ def write_report(
 ) -> Path:
     """Write the page of some runs, making its folder, and return `path`.
 
-    `probes` are what `measure` found about each; None leaves that out. Raises UserError if a folder
-    is not a run, or a file is damaged; OSError if the page cannot be written.
+    `probes` are what `measure` found about each. Raises UserError if a folder is not a run, or a
+    file is damaged; OSError if the page cannot be written.
     """
     path = Path(path)
     runs = read_runs(folders)
@@ -68,7 +55,8 @@ def write_report(
 def render(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
     """The page's HTML."""
     again = "not measured when this page was made; python scripts/report.py {} measures it"
-    missing = [Probe.without(again.format(shlex.quote(str(run.folder.path)))) for run in runs]
+    paths = [shlex.quote(str(run.folder.path)) for run in runs]
+    missing = [Probe.without(again.format(path)) for path in paths]
     probes = [probe or other for probe, other in zip(probes, missing, strict=True)]
     configs = [run.config for run in runs]
     measured = [(place, probe) for place, probe in enumerate(probes) if probe.by_position]
@@ -107,14 +95,10 @@ def render(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
     )
 
 
-def picture(
-    name: str,
-    label: str,
-    draw: Callable[[Style], "Figure | None"],
-) -> dict[str, str] | None:
-    """The name of a figure and its SVGs, wide and narrow; None if there is nothing to draw.
+def picture(name: str, label: str, draw: Callable[[Style], Any]) -> dict[str, str] | None:
+    """The name of a figure and its SVGs; None if there is nothing to draw.
 
-    `label` says what the figure shows, to who does not see it. Ids are made from it.
+    `label` says what the figure shows. Ids are made from it.
     """
     import matplotlib
 
@@ -122,8 +106,7 @@ def picture(
     for width, style in (("wide", WINDOW), ("narrow", PHONE)):
         unique = {"svg.hashsalt": f"{label}-{style.width}", "svg.fonttype": "none"}
         with matplotlib.rc_context(unique):
-            figure = draw(style)
-            if figure is None:
+            if (figure := draw(style)) is None:
                 return None
             drawn[width] = inline(figure, label)
     return drawn
@@ -138,13 +121,14 @@ def inline(figure: "Figure", label: str) -> str:
     root = ElementTree.fromstring(file.getvalue())
     used = set(re.findall(rb"#([\w-]+)[\")]", file.getvalue()))
     for element in list(root.iter()):
-        for child in [child for child in element if child.tag.endswith(("}metadata", "}style"))]:
-            element.remove(child)
+        for child in list(element):
+            if child.tag.endswith(("}metadata", "}style")):
+                element.remove(child)
         element.tag = element.tag.partition("}")[2]
         for key, value in list(element.items()):
             del element.attrib[key]
             if key in ("style", "fill", "stroke"):
-                value = re.sub(r"#[0-9a-f]{6}\b", lambda match: variables.get(match[0], match[0]), value)
+                value = re.sub(r"#[0-9a-f]{6}\b", lambda m: variables.get(m[0], m[0]), value)
             elif key in ("d", "transform", "x", "y"):
                 value = re.sub(r"(\d\.\d\d)\d+", r"\1", value)  # a hundredth of a pixel will do
             if key != "id" or value.encode() in used:
@@ -161,9 +145,9 @@ def palette(dark: bool) -> dict[str, str]:
 
 def _section(place: int, run: Metrics, probe: Probe, row: dict[str, str]) -> dict[str, Any]:
     drawn = []
-    for name, (draw, heading, note) in FIGURES_OF_A_RUN.items():
+    for name, (heading, draw) in FIGURES_OF_A_RUN.items():
         label = f"{heading} of {visible(run.name)}, over training"
-        drawn.append((heading, note, picture(name, label, partial(draw, run))))
+        drawn.append((heading, picture(name, label, partial(draw, run))))
     return {
         "name": run.name,
         "series": place % len(SERIES),
@@ -171,7 +155,7 @@ def _section(place: int, run: Metrics, probe: Probe, row: dict[str, str]) -> dic
         "metrics": run,
         "validated": tables.validated(run),
         "row": row,
-        "figures": [parts for parts in drawn if parts[2] is not None],
+        "figures": [(heading, own) for heading, own in drawn if own],
         "probe": probe,
         "protocols": tables.protocols(run, probe),
         "config": to_yaml(run.config),

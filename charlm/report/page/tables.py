@@ -14,8 +14,7 @@ from charlm.report.page.probe import Probe
 from charlm.report.style import engineering
 
 NONE = "-"
-Table = list[tuple[str, list[str]]]
-"""The name of each row, and its value for each run."""
+Table = list[tuple[str, list[str]]]  # names of rows, and their values for each run
 
 
 def results(runs: Sequence[Metrics], probes: Sequence[Probe]) -> list[dict[str, str]]:
@@ -61,10 +60,7 @@ def protocols(run: Metrics, probe: Probe) -> dict[str, dict[str, str]]:
 
 
 def mismatch(runs: Sequence[Metrics]) -> tuple[str, Table] | None:
-    """Why the runs' bits per character do not compare, and what differs; None if they do.
-
-    The first symbols of two vocabularies are not the same text.
-    """
+    """Why runs do not compare, and what differs; None if they do."""
     rows = {
         "text": [f"SHA-256 {str(run.provenance.get('corpus/sha256'))[:12]}…" for run in runs],
         "splits": [_sizes(run) for run in runs],
@@ -76,6 +72,7 @@ def mismatch(runs: Sequence[Metrics]) -> tuple[str, Table] | None:
         why = "read different texts"
     elif "splits" in differing:
         why = "hold out different parts of one text"
+    # The first symbols of two vocabularies are not the same text.
     elif differing and not all(words.startswith("all") for words in rows["validated on"]):
         why = "validated on different parts of the split"
     else:
