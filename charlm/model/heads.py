@@ -20,9 +20,9 @@ class Heads(nn.Module):
     Under pre-norm the head of an intermediate layer begins with a layer norm. Classifiers start at
     zero: every loss starts at ln V, and no head disturbs the trunk before it has learned.
 
-    Of the other kinds for intermediate layers (`aux.layers.head`), shared ones are the final norm and
-    the last layer's classifiers (LayerSkip, section 4.1.2), and a tower's hidden layer serves all
-    offsets (GoogLeNet, section 5; PSPNet, section 4).
+    Intermediate layers may have other kinds (`aux.layers.head`). Shared heads are the final norm and
+    the last layer's classifiers (LayerSkip, section 4.1.2); frozen ones are constants. The hidden
+    layer of a tower serves all offsets (GoogLeNet, section 5; PSPNet, section 4).
     """
 
     def __init__(

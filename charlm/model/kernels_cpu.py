@@ -66,8 +66,8 @@ def block_length(head_size: int) -> int:
 class BlockwiseAttention(torch.autograd.Function):
     """Causal attention in blocks of queries, each over the keys up to the block's end.
 
-    Torch's fused CPU kernel also computes masked scores, and its backward pass is slow. For that
-    this one keeps B x H x T x T / 2 weights.
+    Torch's fused CPU kernel also computes masked scores, and its backward pass is slow. This one
+    keeps B x H x T x T / 2 weights for it.
     """
 
     @staticmethod

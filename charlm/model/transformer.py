@@ -73,7 +73,7 @@ class NgramEmbedding(nn.Module):
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # as a rotary table
+@torch.inference_mode(False)  # for the reason given at `rotary_table`
 def _powers(count: int, device: torch.device) -> Tensor:
     """base^j modulo a prime: the factor of the character j steps back."""
     powers = [pow(HASH_BASE, j, HASH_MODULUS) for j in range(count)]

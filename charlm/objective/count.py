@@ -86,10 +86,10 @@ class RouteCost:
     forward: float
     backward: float
     total: float
-    """FLOPs of a step; those of the joint route are 1."""
+    """These three: FLOPs of a step, in those of the joint route."""
     gradients: int
     optimizer_state: int
-    """Numbers in memory beyond those of the joint route."""
+    """These two: numbers in memory beyond those of the joint route."""
     copies: int
     """Numbers kept of parameters and their state, for a step that must be undone."""
 

@@ -31,7 +31,7 @@ class Update:
     step_sizes: dict[Optimizer, float]
     """Factor of each optimizer's learning rate."""
     gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    """Those that are not in `.grad` anyway."""
+    """Those that are not in `.grad` already."""
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -178,13 +178,14 @@ def check_route(config: Config, precision: str | None = None, sharded: bool = Fa
     aux, train = config.aux, config.train
     apart, weighted = aux.route != "joint", aux.step_sizes == "weighted"
     fp16 = (precision or train.mixed_precision) == "fp16"
+    searched = train.micro_batch_size == "auto"
     fixed = weighted or (aux.route == "multiway" and aux.step_sizes == "auxnet")
     for holds, complaint in (
         (apart and fp16, "fp16 scales one loss; use --train.mixed_precision=bf16"),
         (apart and sharded, "FSDP2 allows one backward pass; use --train.sharding=no"),
-        (apart and train.micro_batch_size == "auto", "micro_batch_size=auto is for joint; give a number"),
-        (fixed and aux.hedge.enabled, "aux.hedge learns weights; use --aux.step_sizes=common"),
-        (weighted and aux.route == "relay", "has no weights; use --aux.step_sizes=common"),
+        (apart and searched, "train.micro_batch_size=auto is for joint; give a number"),
+        (fixed and aux.hedge.enabled, "aux.hedge changes weights; use --aux.step_sizes=common"),
+        (weighted and aux.route == "relay", "has no step sizes; use --aux.step_sizes=common"),
     ):
         if holds:
             raise UserError(f"aux.route={aux.route}: {complaint}", "aux.route")

@@ -99,7 +99,7 @@ class Training:
     stop: StopRequests
 
     def fit(self) -> None:
-        """Train to the last step. Each depends only on config, corpus and the steps before."""
+        """Train to the last step. A step depends only on config, corpus and those before."""
         train, state = self.config.train, self.state
         self.prepare()
         try:

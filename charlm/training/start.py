@@ -73,7 +73,7 @@ def check_fits(
             way_out += ", or lower --model.context_length"
             raise refusal(config, "data.corpus", f"{text}; {way_out}")
     if config.model.ngrams and (sharded or (num_processes > 1 and not on_cpu())):
-        text = "several GPUs or shards exclude sparse gradients; use one, or --model.ngrams=[]"
+        text = "works on one GPU or on unsharded CPUs; use those, or --model.ngrams=[]"
         raise refusal(config, "model.ngrams", text)
     if train.micro_batch_size == "auto" and (sharded or on_cpu()):
         text = "needs a GPU that holds the whole model; give a number, or none"
@@ -87,7 +87,7 @@ def check_fits(
         most = fewest + bool(more)
         micro_batch = (train.micro_batch_size or most) * divisor
         if -(-most // micro_batch) != -(-fewest // micro_batch):
-            text = f"micro-batches would be uneven; choose a multiple of {num_processes}"
+            text = f"some processes would have more micro-batches; use a multiple of {num_processes}"
             raise refusal(config, "train.batch_size", text)
 
 
