@@ -228,8 +228,7 @@ class Training:
                 )[config.model.num_layers]
             characters, num_bytes = count_units(ids, self.corpus.vocabulary)
             bits = bits_per(nats, characters)
-            bits_before = float("inf") if state.best_bits is None else state.best_bits
-            best = bits < bits_before
+            best = bits < (float("inf") if state.best_bits is None else state.best_bits)
             if best:
                 state.best_step, state.best_bits = state.step, bits
             state.validated_step = state.step
