@@ -1,6 +1,6 @@
 """Lossless compression with a model: a range coder over its distribution of the next symbol.
 
-A file takes as many bits as its predictions cost, so a file that decodes to its text proves a score.
+A file takes as many bits as its predictions cost: one that decodes to its text proves a score.
 
 Shapes: A streams that still have symbols, V vocabulary, N symbols of a text or a block.
 """

@@ -77,8 +77,10 @@ class CompressionReport(BaseModel, frozen=True):
         if self.speeds:
             speeds = {"generation, one text": self.generation_speed}
             speeds |= {counted(streams, "stream"): speed for streams, speed in self.speeds.items()}
-            rows = [(name, f"{speed:,.0f}", f"{speed / self.generation_speed:.1f}") for name, speed in speeds.items()]
-            lines += ["", markdown_table(("", "characters per second", "of generation's"), rows)]
+            columns = ("", "characters per second", "of generation's")
+            unit = self.generation_speed
+            rows = [(name, f"{speed:,.0f}", f"{speed / unit:.1f}") for name, speed in speeds.items()]
+            lines += ["", markdown_table(columns, rows)]
         return "\n".join(lines)
 
     def sizes(self) -> dict[str, int]:

@@ -3,9 +3,8 @@
 A block of text is cut into S streams whose lengths differ by one symbol at most. Every step computes the
 next symbol's logits in all streams, so that the decoder does exactly the encoder's arithmetic.
 
-A stream begins without context: its first symbol costs log2 V bits. When `context` symbols have been
-read, the newest `context - stride + 1` are kept and read again in one pass. So with one stream every
-symbol has the context that `evaluate --stride` gives it.
+A stream begins without context. When `context` symbols have been read, the newest `context - stride + 1`
+are read again in one pass: in one stream every symbol has the context that `evaluate --stride` gives it.
 
 Shapes: S streams, A of which still have symbols, T symbols read at once, V vocabulary.
 """

@@ -1,11 +1,9 @@
 """Early exit: every symbol is predicted by the first layer that is sure enough.
 
 A layer with a head predicts a symbol if its prediction has less entropy than a threshold; otherwise the
-next one decides (Teerapittayanon et al. 2016, "BranchyNet"). Scoring computes all layers; generation skips
-those above the exit.
+next one decides (Teerapittayanon et al. 2016, "BranchyNet"). Only generation skips the layers above.
 
-Shapes: M symbols of a batch, N symbols, E exits including the last layer, Q thresholds, D d_model,
-V vocabulary.
+Shapes: M symbols of a batch, N symbols, E exits including the last layer, Q thresholds, V vocabulary.
 """
 
 import math
@@ -35,9 +33,9 @@ def early_exit(
 ) -> Score:
     """Score the model, each layer that has a head, and early exit at several thresholds.
 
-    The thresholds are quantiles of the entropies on the symbols that the run was validated on: at 0 the
-    last layer predicts everything, at 1 the first exit. `protocol`, and errors, as for
-    `charlm.bits_per_character`; UserError also if only the last layer has a head.
+    These are quantiles of the entropies on the symbols that the run was validated on: at 0 the last layer
+    predicts everything, at 1 the first exit. `protocol` and errors as for `charlm.bits_per_character`;
+    UserError also if only the last layer has a head.
     """
     scorer = Scorer(trained, corpus, **protocol)
     layers = _exits(trained)
@@ -53,7 +51,8 @@ def early_exit(
         thresholds_Q = choose_thresholds(figures_EKN[:, 1], quantiles)
         batches = predictions(*models, scorer.ids, **options)
         sums = _sums(batches, thresholds_Q, len(layers), num_symbols)
-    last_nats_N, nats_E, nats_Q, counts_QE = (sum_over_processes(part, trained.device) for part in sums)
+    sums = (sum_over_processes(part, trained.device) for part in sums)
+    last_nats_N, nats_E, nats_Q, counts_QE = sums
     rows = zip(quantiles, thresholds_Q.tolist(), nats_Q.split(1), counts_QE.numpy(), strict=True)
     points = [
         ExitPoint(
@@ -89,7 +88,7 @@ class ExitReader(Reader):
     """
 
     def __init__(self, trained: TrainedModel, entropy: float, exits: Counter[int]):
-        """`entropy` is the threshold in bits; `exits` counts the symbols that each layer predicts."""
+        """`entropy` is in bits; `exits` counts the symbols that each layer predicts."""
         super().__init__(trained)
         self.exit_layers, self.threshold = _exits(trained), entropy * math.log(2)
         self.exits = exits
@@ -116,14 +115,14 @@ class ExitReader(Reader):
 
 
 def choose_thresholds(entropies_EN: np.ndarray, quantiles: Sequence[float]) -> Tensor:
-    """The thresholds [Q]: quantiles of the entropies of all exits but the last; 0 gives 0, 1 infinity."""
+    """Quantiles [Q] of the entropies of all exits but the last; 0 gives 0, 1 infinity."""
     thresholds_Q = np.quantile(entropies_EN[:-1], quantiles)
     ends = [np.equal(quantiles, 0), np.equal(quantiles, 1)]
     return torch.from_numpy(np.select(ends, [0.0, math.inf], thresholds_Q))
 
 
 def first_sure(entropies_EM: Tensor, thresholds_Q: Tensor) -> Tensor:
-    """The first exit whose entropy is under each threshold, or the last exit: indices [Q, M]."""
+    """The index [Q, M] of the first exit with less entropy than each threshold, or of the last."""
     sure_QEM = entropies_EM < thresholds_Q[:, None, None]
     sure_QEM[:, -1] = True
     return sure_QEM.int().argmax(dim=1)
@@ -132,7 +131,7 @@ def first_sure(entropies_EM: Tensor, thresholds_Q: Tensor) -> Tensor:
 def _sums(
     batches: Iterable[tuple[Tensor, Tensor]], thresholds_Q: Tensor, num_exits: int, num_symbols: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Nats of the last layer [N], of each exit [E], at each threshold [Q]; symbols per exit [Q, E]."""
+    """Nats: the last layer's [N], by exit [E], by threshold [Q]; symbols by exit [Q, E]."""
     last_nats_N = torch.zeros(num_symbols, dtype=torch.float64)
     nats, counts = [], []
     for symbols_M, figures in batches:

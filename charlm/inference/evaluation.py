@@ -38,7 +38,7 @@ class ExitPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyExit:
-    """The curve of early exit; the thresholds were chosen on the text `chosen_on`."""
+    """The curve of early exit; `chosen_on` says on what text the thresholds were."""
 
     chosen_on: str
     points: tuple[ExitPoint, ...]
@@ -95,7 +95,7 @@ def bits_per_character(
 ) -> Score:
     """Score a split of the corpus that the model was trained on (see `charlm.data.windows`).
 
-    Where torch.distributed is initialised, every process must call this; all return the same score.
+    Where torch.distributed is initialised, every process must call this; all return the score.
 
     Args:
         corpus: the one that `charlm.load_corpus(trained.config.data)` returns.
@@ -104,11 +104,10 @@ def bits_per_character(
         batch_size: windows per batch and process; the default depends on the device.
         precision: the transformer's; heads are in fp32 and the softmax in float64.
         all_layers: also score every layer that has a head for the next symbol.
-        mixture: "hedge" scores sum_i alpha_i f_i in place of the last layer's prediction, with the weights
-            alpha that hedge backpropagation has learned (Sahoo et al. 2018).
+        mixture: "hedge" scores sum_i alpha_i f_i with the weights alpha that hedge backpropagation has
+            learned (Sahoo et al. 2018).
 
-    Raises UserError for a value out of range, fp16 on a CPU, another corpus than the run's, or a mixture
-    without weights.
+    Raises UserError for a value out of range, another corpus than the run's, or a mixture without weights.
     """
     scorer = Scorer(trained, corpus, split, stride, limit, batch_size, precision, show_progress)
     last = trained.config.model.num_layers
@@ -122,7 +121,7 @@ def bits_per_character(
     return scorer.score(
         mixture_nats(nats, weights) if mixture else nats[last],
         layers=scorer.by_layer(nats) if all_layers else None,
-        mixture={str(layer): weight for layer, weight in sorted(weights.items())} if mixture else None,
+        mixture={str(layer): weights[layer] for layer in sorted(weights)} if mixture else None,
     )
 
 
@@ -194,7 +193,7 @@ class Scorer:
 
 
 def score_at(score: Score, depth: int) -> dict[str, Any]:
-    """The score of one layer out of several, for the card of a model that ends there."""
+    """The score of one layer, for the card of a model that ends there."""
     bits = score.layers[str(depth)]
     per_byte = bits * score.characters / score.bytes
     own = {"bits_per_character": bits, "bits_per_byte": per_byte, "standard_error": None}
@@ -202,7 +201,7 @@ def score_at(score: Score, depth: int) -> dict[str, Any]:
 
 
 def mixture_nats(nats: Mapping[int, np.ndarray], weights: Mapping[int, float]) -> np.ndarray:
-    """-log sum_i weight_i exp(-nats_i), float64 [N], with the weights scaled to sum to 1."""
+    """-log sum_i weight_i exp(-nats_i) [N], with weights scaled to sum to 1."""
     total = math.fsum(weights.values())
     present = [(layer, weight / total) for layer, weight in weights.items() if weight > 0]
     log_shares = [math.log(share) - nats[layer] for layer, share in present]
@@ -223,11 +222,10 @@ def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
 
 
 def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) -> float | None:
-    """Standard error of bits per character, as a ratio estimator over blocks; None for one symbol.
+    """Standard error of bits per character: a ratio estimator over blocks; None for one symbol.
 
-    Neighbouring symbols are not independent, so the text is cut into K equal blocks: 100, or fewer so
-    that each holds 1,000 symbols, but at least 10. With b_k bits and c_k characters in block k, and
-    R = sum b / sum c:
+    Neighbours are not independent, so the text is cut into K equal blocks: 100, or fewer so that each holds
+    1,000 symbols, but at least 10. With b_k bits and c_k characters in block k, and R = sum b / sum c:
 
         sqrt(K / (K - 1) * sum_k (b_k - R c_k)^2) / sum_k c_k
     """
@@ -235,6 +233,7 @@ def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) ->
     if num_blocks < 2:
         return None
     bits = np.array([block.sum() for block in np.array_split(nats, num_blocks)]) / math.log(2)
-    characters = np.array([vocabulary.count_characters(block) for block in np.array_split(ids, num_blocks)])
+    blocks = np.array_split(ids, num_blocks)
+    characters = np.array([vocabulary.count_characters(block) for block in blocks])
     residuals = bits - bits.sum() / characters.sum() * characters
     return math.sqrt(num_blocks / (num_blocks - 1) * np.square(residuals).sum()) / int(characters.sum())

@@ -58,25 +58,23 @@ def generate(
     exit_entropy: float | None = None,
     show_progress: bool = False,
 ) -> str | list[str]:
-    """The text that the model writes after `prompt`, without it; the same seed gives the same text.
+    """The text that the model writes after `prompt`; the same seed gives the same text.
 
-    When the model's context is full, its older half is forgotten, and the newer half is read again. The
-    weights must not change before the text ends.
+    When the context is full, its older half is forgotten, and the newer half is read again. The weights
+    must not change before the text ends.
 
-    Several prompts are continued together or, with drafts or early exit, one after the other. The first
-    text is the one that `seed` gives alone, the next that of `seed` + 1, except for rounding.
+    Several prompts are continued together or, with drafts or early exit, in turn. The first text is the one
+    that `seed` gives alone, the next that of `seed` + 1, except for rounding.
 
     Args:
         prompt: at least one symbol and at most context_length.
         length: symbols to write. Bytes that form no UTF-8 character become U+FFFD.
         temperature, top_k, top_p: see `Sampling`.
-        draft: write several symbols per pass: "offsets" drafts them with the last layer's heads for later
-            symbols, a number with the exit at this layer. The text follows the same distribution; at
-            temperature 0 it stays the same.
+        draft: write several symbols per pass: "offsets" drafts them with the heads for later symbols, a
+            number with the exit at this layer. The distribution, or text at temperature 0, is the same.
         num_draft_tokens: the most symbols to draft before a pass; by default one per head, or 5.
         statistics: counts drafts or exits.
-        exit_entropy: in bits; the first layer whose prediction has less entropy predicts a symbol, and the
-            layers above are skipped (see `ExitReader`). 0 is plain generation.
+        exit_entropy: in bits; the first layer whose prediction has less predicts (see `ExitReader`).
 
     Raises UserError for a value out of range, an unreadable prompt, or drafts without their heads.
     """
@@ -161,7 +159,7 @@ def _encode(trained: TrainedModel, prompt: str | bytes) -> tuple[bytes, list[int
         data = prompt.encode("utf-8", "surrogateescape") if isinstance(prompt, str) else prompt
         ids = trained.vocabulary.encode(data).tolist()
     except (EncodingError, UnicodeEncodeError) as error:
-        raise UserError(f"prompt: {error}; use only what the vocabulary has", option="prompt") from error
+        raise UserError(f"prompt: {error}; use what the vocabulary has", "prompt") from error
     most = trained.config.model.context_length
     if not 1 <= len(ids) <= most:
         raise UserError(f"prompt: has {len(ids)} symbols; give 1 to {most}, the context", "prompt")

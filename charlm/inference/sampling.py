@@ -28,7 +28,7 @@ class Sampling(Section):
         """The probabilities that the next symbol is drawn from, [..., V] in float64."""
         temperature, top_k = (1.0, 1) if self.temperature == 0 else (self.temperature, self.top_k)
         logits = logits.double()
-        # Subtracting the largest first keeps a tiny temperature from dividing infinity by infinity.
+        # So that a tiny temperature does not divide infinity by infinity.
         below_largest = logits - logits.amax(dim=-1, keepdim=True)
         probabilities = (below_largest / temperature).softmax(dim=-1)
         if top_k is None and self.top_p is None:
@@ -44,7 +44,7 @@ class Sampling(Section):
         return probabilities.scatter_(-1, symbols, descending)
 
     def choose(self, logits_KV: Tensor, generator: torch.Generator) -> tuple[list[int], Tensor | None]:
-        """A symbol for each row, and the distributions [K, V] if the symbols were drawn from them."""
+        """A symbol for each row, and the distributions [K, V] if they were drawn."""
         if self.is_greedy:
             return logits_KV.argmax(dim=-1).tolist(), None
         probabilities_KV = self.distribution(logits_KV)

@@ -34,7 +34,7 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 def check_precision(precision: str, device: torch.device) -> None:
     """Raise UserError unless the device has this precision."""
     if precision not in AUTOCAST_DTYPES:
-        raise UserError(f"precision={precision}: must be one of {', '.join(AUTOCAST_DTYPES)}", "precision")
+        raise UserError(f"precision={precision}: must be fp32, bf16 or fp16", "precision")
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision=fp16: needs a GPU; on a CPU use bf16 or fp32", "precision")
 
@@ -86,7 +86,7 @@ def predictions(
     show_progress: bool = False,
     **options,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Predict every symbol of a text once, batch by batch, without dropout; the first with equal probabilities.
+    """Predict every symbol of a text once, without dropout; the first with equal probabilities.
 
     Args:
         ids: the text, [N], at least one symbol.
@@ -108,7 +108,8 @@ def predictions(
     try:
         transformer.eval()
         heads.eval()
-        with progress_bar(math.ceil(len(ids) / num_processes), "evaluating", show_progress and rank == 0) as bar:
+        total = math.ceil(len(ids) / num_processes)
+        with progress_bar(total, "evaluating", show_progress and rank == 0) as bar:
             for symbols_M, hidden_states in read_windows(transformer, ids, windows, layers=layers, **options):
                 targets_M = torch.from_numpy(ids[symbols_M.numpy()].astype(np.int64))
                 figures = []
@@ -149,7 +150,7 @@ def read_windows(
         share: if false, every process reads all windows.
         before_batch: called before each batch, equally often by every process.
 
-    Yields the indices [M] of the predicted symbols, on the CPU, and {layer: hidden_MD}, in ascending order.
+    Yields the indices [M] of the predicted symbols, on the CPU, and {layer: hidden_MD}.
     """
     layers = sorted(layers)
     device = next(transformer.parameters()).device
@@ -157,7 +158,7 @@ def read_windows(
     if batch_size is None:
         budget = BATCH_SYMBOLS.get(device.type, BATCH_SYMBOLS["cpu"])
         batch_size = max(1, budget // (transformer.config.context_length * len(layers)))
-    # Windows after the first score only their last predictions: the top layer computes no others.
+    # Windows after the first score, and the top layer computes, only the last predictions.
     num_later = int((windows.length - windows.first_scored[1:]).max(initial=1))
     for symbols_BW, counts_BT in _batches(windows, batch_size, rank, num_processes):
         before_batch()
@@ -184,8 +185,8 @@ def _batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of one process's windows: indices [B, W], and which predictions count, bool [B, T].
 
-    Compiled modules need batches of one size, sharded ones equally many in every process: windows whose
-    predictions do not count fill the last batches up.
+    Compiled modules need batches of one size, sharded ones equally many in every process: windows that do
+    not count fill up.
     """
     num_windows = len(windows.starts)
     offsets = np.arange(windows.length + 1)
@@ -203,7 +204,8 @@ def _measured(measure: Measure, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     """The figures of each prediction, [K, M], from a part of the logits at a time."""
     rows = max(1, CHUNK_LOGITS // logits_MV.shape[-1])
     parts = zip(logits_MV.split(rows), targets_M.split(rows), strict=True)
-    return torch.cat([measure(logits.double().log_softmax(-1), targets) for logits, targets in parts], dim=-1)
+    figures = [measure(logits.double().log_softmax(-1), targets) for logits, targets in parts]
+    return torch.cat(figures, dim=-1)
 
 
 def _rank_and_processes() -> tuple[int, int]:

@@ -1,10 +1,9 @@
 """Writing several symbols per pass: cheap drafts, which the whole model verifies at once.
 
-The drafts come from the last layer's heads for later symbols (Stern et al. 2018, blockwise parallel
-decoding; Gloeckle et al. 2024), or from an exit's layers and head (Elhoushi et al. 2024, LayerSkip).
+They come from the last layer's heads for later symbols (Stern et al. 2018; Gloeckle et al. 2024), or from
+an exit's layers and head (Elhoushi et al. 2024, LayerSkip).
 
-Shapes: P positions of a pass, K drafts, D d_model, V vocabulary. P is K + 1, or K if the last draft was
-not read.
+Shapes: P positions of a pass, K drafts, V vocabulary. P is K + 1, or K if the last draft was not read.
 """
 
 from collections import Counter
@@ -26,8 +25,7 @@ Draft = Literal["offsets"] | int
 """Source of drafts: the last layer's heads for offsets 2, 3, ..., or the exit at this layer."""
 EXIT_DRAFT_TOKENS = 5
 NEAR_TIE = 2e-6
-"""Two logits that differ by less than this share of the largest, per layer, may change places when symbols
-are read together."""
+"""Logits that differ by less than this share of the largest, per layer, are too close to call."""
 
 
 @dataclass
@@ -57,8 +55,8 @@ class DraftStatistics:
 class Speculation:
     """A text that is being written with drafts.
 
-    Greedy text equals that of plain generation: when two logits are too close to call, all symbols since
-    the last exact position are read again one at a time.
+    Greedy text equals that of plain generation: when two logits are too close to call, symbols since the
+    last exact position are read again one at a time.
     """
 
     reader: Reader
@@ -138,9 +136,9 @@ class Speculation:
         return symbols
 
     def _draft_by_offsets(self, num_positions: int) -> tuple[list[int], Tensor | None, Tensor]:
-        """Draft the symbols after the newest, and read it and them into the cache.
+        """Draft symbols, and read them after the newest.
 
-        Returns the drafts, their distributions [K, V] if they were drawn, and the last hidden states.
+        Returns them, their distributions [K, V] if they were drawn, and the last hidden states.
         """
         offsets = range(2, self.num_drafts + 2)  # from one symbol before the newest
         logits_KV = self.reader.logits(self.hidden_11D, offsets=offsets)[0, 0, : num_positions - 1]
@@ -148,7 +146,7 @@ class Speculation:
         return drafts, chances_KV, self.reader.read([[self.context[-1], *drafts]], self.cache)
 
     def _draft_by_exit(self, num_positions: int) -> tuple[list[int], Tensor | None, Tensor]:
-        """As `_draft_by_offsets`, symbol by symbol; the layers above the exit then read all at once."""
+        """As `_draft_by_offsets`; the layers above the exit read all drafts at once."""
         symbols = [self.context[-1]]
         chances, states = [], []
         for _ in range(num_positions):
@@ -202,9 +200,8 @@ def accept(
 ) -> list[int]:
     """The symbols that a pass adds: the accepted drafts, and one more if it is predicted.
 
-    A draft drawn with chance q whose probability is p is accepted with chance min(1, p / q). The first
-    rejected one is replaced by a draw from the positive part of p - q, so that all symbols follow p exactly
-    (Leviathan et al. 2023).
+    A draft drawn with chance q whose probability is p is accepted with chance min(1, p / q), and the first
+    rejected one replaced by a draw from the positive part of p - q: all follow p (Leviathan et al. 2023).
 
     Args:
         probabilities_PV: the model's, from the symbol before the first draft on.
@@ -225,9 +222,9 @@ def accept(
 
 
 def accept_likeliest(logits_PV: Tensor, drafts: list[int], near_tie: float) -> tuple[list[int], int]:
-    """`accept` where the likeliest symbol is always taken, and the number of symbols that are certain.
+    """`accept` for greedy text, and the number of symbols that are certain.
 
-    A symbol is uncertain if its two largest logits differ by at most `near_tie` times the largest of all.
+    Others have two largest logits that differ by at most `near_tie` times the largest of all.
     """
     best_P2, symbols_P2 = logits_PV.topk(min(2, logits_PV.shape[-1]))
     symbols = symbols_P2[:, 0].tolist()

@@ -1,8 +1,7 @@
 """A faster forward pass for generation, which feeds new symbols to a model that has a key/value cache.
 
-On a CPU, calls take half the time of a small model's step. So a few symbols of one text take a fast path:
-one product gives query, key and value, and no module or hook is called. tests/inference/test_stepping.py
-compares it with `CharTransformer` for every option of the model.
+On a CPU, a few symbols of one text take a fast path: one product gives query, key and value, and no module
+or hook is called. tests/inference/test_stepping.py compares it with `CharTransformer`.
 
 Shapes: B texts, T symbols, D d_model, H heads, C = D / H head size, S positions up to the newest,
 I inputs, E outputs, K offsets, V vocabulary.
@@ -89,20 +88,23 @@ class Reader:
 
     @torch.inference_mode()
     def skip_from(self, hidden_1TD: Tensor, layer: int, cache: KVCache) -> None:
-        """As `run_from`, but the layers above `layer` only store the keys and values of `hidden_1TD`."""
+        """As `run_from`, but layers above `layer` only store keys and values of `hidden_1TD`."""
         places = self.transformer.places(hidden_1TD.shape[1], cache)
         inputs = [own.norms_before[0](own.at(hidden_1TD[0], places)) for own in self._layers[layer:]]
         rows_LDE, biases_L1E = (part[layer:] for part in self._keys_and_values)
         projected_LTE = torch.baddbmm(biases_L1E, torch.stack(inputs), rows_LDE)
-        keys_LHTC, values_LHTC = projected_LTE.unflatten(-1, (2, self.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        projected_LT2HC = projected_LTE.unflatten(-1, (2, self.config.num_heads, -1))
+        keys_LHTC, values_LHTC = projected_LT2HC.permute(2, 0, 3, 1, 4)
         rotation = self.transformer.rotation(places)
-        cache.keys[layer:, 0, :, places.positions] = keys_LHTC if rotation is None else rotation(keys_LHTC)
+        if rotation is not None:
+            keys_LHTC = rotation(keys_LHTC)
+        cache.keys[layer:, 0, :, places.positions] = keys_LHTC
         cache.values[layer:, 0, :, places.positions] = values_LHTC
         cache.lengths += len(hidden_1TD[0])
 
     @cached_property
     def _keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """The projections of all layers, [L, D, 2D], and their biases, to be used at once."""
+        """The projections of all layers, [L, D, 2D], and their biases."""
         projections = [own.projection for own in self._layers]
         rows_LDE = torch.stack([own.rows_IE[:, self.config.d_model :] for own in projections])
         return rows_LDE, torch.stack([own.bias_E[None, self.config.d_model :] for own in projections])
@@ -129,7 +131,7 @@ class Reader:
         return [_Layer(block, table_TD) for block, table_TD in pairs]
 
     def _run(self, x_1TD: Tensor, lowest: int, highest: int, places: Places, cache: KVCache) -> Tensor:
-        """Hidden states of the layer `highest` from those of `lowest`; layer 0 is the embedding."""
+        """Hidden states of layer `highest` from those of `lowest`; 0 is the embedding."""
         x_TD = x_1TD[0]
         T, H = len(x_TD), self.config.num_heads
         rotation = self.transformer.rotation(places)
@@ -155,14 +157,15 @@ class Reader:
             raised_TE = layer.activation(layer.up(layer.norms_before[1](x_TD)))
             x_TD = layer.norms_after[1](x_TD + layer.down(raised_TE))
         cache.lengths += T
-        return (self.transformer.final_norm(x_TD) if highest == self.config.num_layers else x_TD)[None]
+        if highest == self.config.num_layers:
+            x_TD = self.transformer.final_norm(x_TD)
+        return x_TD[None]
 
 
 class _Linear(NamedTuple):
     """A linear layer for a few vectors: the transposed weight's rows, weighted by each and added.
 
-    For one vector this is faster than dot products or a matrix product, and the bits of a result do not
-    depend on the vectors beside it.
+    This is faster than a matrix product, and a result does not depend on the vectors beside it.
     """
 
     rows_IE: Tensor

@@ -87,7 +87,7 @@ class Checkpoint:
         tensors, _ = load_tensors(self.path / MODEL)
         expected = model.state_dict()
         check_tensors(self.path / MODEL, tensors, expected, OWNER)
-        model.load_state_dict({name: placed(tensor, expected[name]) for name, tensor in tensors.items()})
+        model.load_state_dict({name: placed(tensors[name], like) for name, like in expected.items()})
         self._restore_optimizers(model, optimizers)
 
     def _restore_optimizers(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
@@ -116,7 +116,7 @@ class Checkpoint:
 
 
 def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> Checkpoint:
-    """Write a checkpoint, point `last` (and `best`) at it, and keep the newest `keep` and the best.
+    """Write a checkpoint as `last` (and `best`), and keep the newest `keep` and the best.
 
     Raises OSError if the disk fails; older checkpoints are then unchanged.
     """
@@ -155,7 +155,8 @@ def find_checkpoint(run: Run, which: str | int = "best") -> Checkpoint:
     folders = checkpoint_folders(run)
     if step not in folders:
         steps = ", ".join(map(str, folders)) or "none yet"
-        raise UserError(f"{run.path} has no checkpoint {which!r}; its steps are: {steps}", "checkpoint")
+        problem = f"{run.path} has no checkpoint {which!r}"
+        raise UserError(f"{problem}; its steps are: {steps}", "checkpoint")
     try:
         return _read(folders.pop(step))
     except UserError as error:
@@ -164,7 +165,7 @@ def find_checkpoint(run: Run, which: str | int = "best") -> Checkpoint:
 
 
 def newest_whole_checkpoint(run: Run) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, whatever `last` says, and warnings of damaged newer ones."""
+    """The newest whole checkpoint, and warnings of damaged newer ones."""
     warnings = []
     for step, path in reversed(checkpoint_folders(run).items()):
         try:
@@ -187,8 +188,8 @@ def checkpoint_folders(run: Run) -> dict[int, Path]:
 def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[str]:
     """Make `checkpoint` the run's newest: drop later metrics and checkpoints; return warnings.
 
-    With `discard`, whole checkpoints are removed; others are put aside, as a disk may fail for a moment.
-    `best` will name the state's best step if it exists, else the same as before, else this checkpoint.
+    With `discard`, whole checkpoints are removed; others are put aside. `best` will name the state's best
+    step if it exists, else the same as before, else this checkpoint.
     """
     warnings = []
     _tidy(run)
@@ -206,7 +207,8 @@ def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[s
             remove(aside)  # an earlier one of the same step
             folders[step].rename(aside)
             warnings.append(f"checkpoint of step {step:,} put aside as {aside}")
-    return warnings + run.forget_metrics_after(checkpoint.step, checkpoint.state.get("validated_step"))
+    validated_step = checkpoint.state.get("validated_step")
+    return warnings + run.forget_metrics_after(checkpoint.step, validated_step)
 
 
 def _name(step: int) -> str:
@@ -214,13 +216,11 @@ def _name(step: int) -> str:
 
 
 def _step_of(name: str) -> int | None:
-    """The step in the name of a checkpoint's folder, if it is one."""
     match = FOLDER.fullmatch(name)
     return int(match[1] or match[2]) if match else None
 
 
 def _beside(folder: Path, suffix: str) -> Path:
-    """A hidden path beside a checkpoint's folder, such as .step-00001000.tmp."""
     return folder.with_name(f".{_name(_step_of(folder.name))}.{suffix}")
 
 
@@ -288,7 +288,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _tidy(run: Run) -> None:
-    """Remove what a kill or a failure left; put back a checkpoint that was not replaced."""
+    """Remove what a kill left; put back a checkpoint that was not replaced."""
     for path in run.checkpoints_path.glob(".*"):
         if path.suffix == ".tmp":
             remove(path)

@@ -5,7 +5,7 @@ FOLDER/model.safetensors    parameters of transformer and heads, by name
 FOLDER/vocabulary.json      the vocabulary; for sentencepiece, the library's model in base64
 FOLDER/README.md            a model card: what it is, its scores with their protocols, its use
 
-A stranger may have made it: loading runs no code, refuses paths in the files, and checks sizes first.
+A stranger may have made it: loading runs no code, refuses paths, and checks sizes first.
 """
 
 import json
@@ -32,7 +32,6 @@ TENSORS = "model.safetensors"
 VOCABULARY = "vocabulary.json"
 CARD = "README.md"
 FILES = (EXPORT_CONFIG, TENSORS, VOCABULARY)
-"""The files needed for loading."""
 MAX_CONFIG_BYTES = 2**20
 MAX_OFFSET = 1000
 CARD_TEMPLATE = Path(__file__).with_name("card.md")
@@ -43,8 +42,6 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class HeadsRecord(BaseModel, strict=True):
-    """Arguments of `Heads`."""
-
     pairs: Annotated[list[Pair], Field(max_length=10_000)]
     last_tower: bool
 
@@ -106,7 +103,7 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
 
 
 def check_absent(folder: Path) -> None:
-    """Raise UserError if the place of a new folder is taken."""
+    """Raise UserError if there is something."""
     if folder.exists() or folder.is_symlink():
         raise UserError(f"{folder} exists already; choose another folder", "to")
 
@@ -154,7 +151,6 @@ def _card(trained: TrainedModel, name: str) -> str:
 
 
 def _score_line(score: dict[str, Any]) -> str:
-    """One line of the card: a score with its protocol."""
     bits, per_byte = (score.get(f"bits_per_{unit}") for unit in ("character", "byte"))
     line = f"**{bits:.4f}** bits per character" if isinstance(bits, float) else "a score"
     if isinstance(per_byte, float):

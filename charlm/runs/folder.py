@@ -35,7 +35,7 @@ from charlm.text import visible
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
 UNTRAINED = re.compile(r"\.lock|checkpoints|trackers(/.*)?|\.?(provenance\.json|config\.yaml)(\..+\.tmp)?", re.DOTALL)
-"""Names in a run's folder before its first step; config.yaml is written after provenance.json."""
+"""Names in a run's folder before its first step."""
 MAX_ROW_BYTES = 2**20
 PATIENCE = 10.0
 """Seconds to wait for the lock: processes whose launcher was killed end after their step."""
@@ -77,7 +77,8 @@ class Run:
         self.provenance_path = self.path / "provenance.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints_path = self.path / "checkpoints"
-        self._locked: tuple[int, int] | None = None  # the lock's file, while this object holds it
+        self._locked: tuple[int, int] | None = None
+        """The lock's file, while this object holds it."""
 
     @classmethod
     def create(cls, config: Config, corpus: dict[str, Any]) -> "Run":
@@ -102,7 +103,9 @@ class Run:
         """The run in `path`; UserError if there is none."""
         run = cls(path)
         if not run.config_path.is_file() or not run.provenance_path.is_file():
-            fault = "it lacks config.yaml or provenance.json" if run.path.exists() else "there is no such folder"
+            fault = "there is no such folder"
+            if run.path.exists():
+                fault = "it lacks config.yaml or provenance.json"
             names = [path.parent.name for path in run.path.parent.glob("*/provenance.json")]
             way_out = did_you_mean(run.path.name, names) or "; give a run's folder"
             raise UserError(f"{run.path} is not a run: {fault}{way_out}")
@@ -115,11 +118,12 @@ class Run:
             raise self._refusal(f"exists and is not empty;{way_out}")
 
     def is_untrained(self) -> bool:
-        """True if the folder is missing or empty, or its run ended before its first step."""
+        """Whether the folder is missing or empty, or its run ended before its first step."""
         if self.config_path.exists() and not self.provenance_path.exists():
             return False  # the config is the user's own
         names = (path.relative_to(self.path).as_posix() for path in self.path.rglob("*"))
-        return (self.path.is_dir() or not self.path.exists()) and all(map(UNTRAINED.fullmatch, names))
+        can_be_folder = self.path.is_dir() or not self.path.exists()
+        return can_be_folder and all(map(UNTRAINED.fullmatch, names))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -169,7 +173,7 @@ class Run:
             raise self._refusal(f"cannot be {cannot_be} ({reason}); fix that or") from error
 
     def write_config(self, config: Config) -> None:
-        """Write config.yaml, for this run and as a file of options for others."""
+        """Write config.yaml, which `--config` takes, too."""
         write_whole(self.config_path, to_yaml(located(config), exclude={"run": OF_ONE_CALL}))
 
     def config(self) -> Config:
@@ -181,14 +185,14 @@ class Run:
         return read_json(self.provenance_path, kind=Provenance).model_dump(exclude_unset=True)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl. Raises OSError, or UserError as `check_held`; the file is then as it was."""
+        """Add a line to metrics.jsonl, or raise OSError, or UserError as `check_held`."""
         self.check_held()
         line = json.dumps(row).encode() + b"\n"
         with self.metrics_path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
                 if file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics_path))
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.metrics_path)
             except OSError:
                 file.truncate(end)  # or the next row would continue this line
                 raise
@@ -201,13 +205,14 @@ class Run:
             yield row
 
     def forget_metrics_after(self, step: int, validated_step: int | None = None) -> list[str]:
-        """Drop rows after `step`, validations after `validated_step`, and damaged rows; return warnings."""
+        """Drop damaged rows, rows after `step`, validations after `validated_step`; return warnings."""
         known = step if validated_step is None else min(step, validated_step)
         kept = []
         warnings = []
         for number, row in self._numbered_metrics():
             if row is None:
-                warnings.append(f"{self.metrics_path}, line {number} was damaged and has been dropped")
+                place = f"{self.metrics_path}, line {number}"
+                warnings.append(f"{place} was damaged and has been dropped")
             elif row["step"] <= (known if "valid" in row else step):
                 kept.append(row)
         write_whole(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -237,7 +242,6 @@ class Run:
 
 
 def _git_commit() -> str | None:
-    """Commit of the code, with `-dirty` if files changed; None without git or a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError):
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)

@@ -49,12 +49,13 @@ def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> Train
     if metadata.get("vocabulary") not in (None, digest(corpus.get("vocabulary"))):
         raise UserError(f"{found.path} has another vocabulary than provenance.json; restore that file")
     vocabulary = vocabulary_from_dict(corpus.get("vocabulary"))
-    task_prefixes = tuple(f"tasks.{task}." for task in config.aux.tasks)  # needed only for training
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(task_prefixes)}
+    only_trained = tuple(f"tasks.{task}." for task in config.aux.tasks)
+    tensors = {name: own for name, own in tensors.items() if not name.startswith(only_trained)}
     build = partial(build_objective, config, vocabulary.size, training=False)
     objective = filled(build, config.model, tensors, found.path / MODEL, OWNER).to(device)
-    hedge = objective.hedge
-    hedge_weights = dict(zip(hedge.layers, hedge.weights.tolist(), strict=True)) if hedge else None
+    hedge_weights = None
+    if hedge := objective.hedge:
+        hedge_weights = dict(zip(hedge.layers, hedge.weights.tolist(), strict=True))
     bits = found.state.get("best_bits")
     context_length = config.model.context_length
     score: dict[str, Any] = {

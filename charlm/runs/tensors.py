@@ -37,7 +37,7 @@ class Snapshot:
 
 
 def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer], state: Mapping[str, Any]) -> Snapshot | None:
-    """All state, on the first process; None on others, which must call it too, to gather shards."""
+    """All state, on the first process; None on others, which must call it too."""
     tensors = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
     optimizer_tensors = {
         f"{name}.{key}": _whole(torch.as_tensor(value))
@@ -49,10 +49,7 @@ def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer], state: Mapp
 
 
 def owned_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of an optimizer by their names in the model, after the group's "state_prefix".
-
-    That tells apart optimizers that update the same parameters for different losses.
-    """
+    """The parameters of an optimizer by name, after the "state_prefix" of their group."""
     prefixes = {}
     for group in optimizer.param_groups:
         prefixes |= dict.fromkeys(group["params"], group.get("state_prefix", ""))
@@ -61,7 +58,7 @@ def owned_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Par
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every process has, moved to the device and shards of `like`."""
+    """A whole tensor, moved to the device and shards of `like`."""
     tensor = tensor.to(like.device)
     if not _in_shards(like):
         return tensor

@@ -38,9 +38,9 @@ class TrainedModel:
     hedge_weights: dict[int, float] | None = None
     """Weight of each layer learned by aux.hedge, summing to 1; None without it."""
     scores: tuple[dict[str, Any], ...] = ()
-    """Scores for the model card with their protocols, as in `Score.as_dict`."""
+    """For the model card, as `Score.as_dict` gives them."""
     options: str | None = None
-    """YAML of the options it was trained with, if `config` no longer has them all."""
+    """YAML of the options it was trained with, if `config` lacks some."""
 
     @property
     def modules(self) -> nn.ModuleDict:
@@ -63,7 +63,7 @@ def any_prompt(trained: TrainedModel) -> bytes:
 
 
 def trained_with(trained: TrainedModel) -> str:
-    """YAML of the options of model, objective and training that differ from the defaults."""
+    """YAML of the options that differ from the defaults."""
     if trained.options is not None:
         return trained.options
     return to_yaml(trained.config, include={"model", "aux", "train"}, exclude_defaults=True)
@@ -73,11 +73,10 @@ def empty_model(
     config: Config, vocabulary_size: int, pairs: Iterable[tuple[int, int]], last_tower: bool
 ) -> nn.ModuleDict:
     """Transformer and heads on the meta device; `pairs` and `last_tower` as in `Heads`."""
-    model, layers = config.model, config.aux.layers
     with torch.device("meta"):
-        transformer = CharTransformer(model, vocabulary_size)
-        norm = transformer.final_norm
-        heads = Heads(model, vocabulary_size, pairs, layers=layers, final_norm=norm, last_tower=last_tower)
+        transformer = CharTransformer(config.model, vocabulary_size)
+        how = {"layers": config.aux.layers, "final_norm": transformer.final_norm, "last_tower": last_tower}
+        heads = Heads(config.model, vocabulary_size, pairs, **how)
     return nn.ModuleDict({"transformer": transformer, "heads": heads})
 
 
@@ -106,10 +105,10 @@ def filled(
 
 
 def truncate(trained: TrainedModel, depth: int | None = None, *, keep_heads: bool = False) -> TrainedModel:
-    """The model cut at layer `depth`, by default the last: that exit, to the last bit, and its parameters.
+    """The model cut at layer `depth`, by default the last: that exit, with the same parameters.
 
-    With `keep_heads`, the heads of lower layers and for later symbols stay, for early exit and drafts.
-    Raises UserError if there is no such layer, or it has no head for the next symbol.
+    With `keep_heads`, the heads of lower layers and for later symbols stay. Raises UserError if there is no
+    such layer, or it has no head for the next symbol.
     """
     num_layers = trained.config.model.num_layers
     depth = num_layers if depth is None else depth
@@ -118,7 +117,7 @@ def truncate(trained: TrainedModel, depth: int | None = None, *, keep_heads: boo
     exits = exit_layers(trained)
     if depth not in exits:
         choices = ", ".join(map(str, exits))
-        raise UserError(f"depth={depth}: has no head for the next symbol; choose one of {choices}", "depth")
+        raise UserError(f"depth={depth}: has no head; choose one of {choices}", "depth")
     pairs = [(depth, 1)]
     if keep_heads:
         pairs = [(layer, offset) for layer, offset in trained.heads.pairs if layer <= depth]
@@ -147,12 +146,13 @@ def _state_of_exit(trained: TrainedModel, depth: int) -> dict[str, Tensor]:
         # the exit has used the last layer's classifier
         last = f"heads.exits.layer{trained.config.model.num_layers}."
         own = f"heads.exits.layer{depth}."
-        state |= {name.replace(last, own): tensor for name, tensor in state.items() if name.startswith(last)}
+        shared = [name for name in state if name.startswith(last)]
+        state |= {name.replace(last, own): state[name] for name in shared}
     norm = trained.heads.norm(depth).state_dict()
     return state | {f"transformer.final_norm.{name}": tensor for name, tensor in norm.items()}
 
 
 def shallowest(layers: Mapping[int, float], within: float) -> int:
-    """The lowest layer whose bits per character are at most `within` above the best layer's."""
+    """The lowest layer at most `within` bits per character above the best."""
     limit = min(layers.values()) + within
     return min(layer for layer, bits in layers.items() if bits <= limit)
