@@ -118,16 +118,17 @@ def compress(
 def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *, show_progress: bool = True) -> int:
     """Restore the file that `compress` made `source` of; returns its size in bytes.
 
-    Raises UserError if `source` is damaged or needs another model, version or machine, or `target` cannot
-    be written; it is then as it was.
+    Raises UserError if `source` is damaged or needs another model or machine; `target` is then as it was.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
         header = read_header(file, str(source), trained.vocabulary.size)
         _check_decodable(trained, header, source)
-        with output(target, source, header.length) as written, threads_set(header.settings.threads):
-            if probe(trained, header.settings) != header.probe:
-                raise UserError(f"{source}: predictions differ here in their last bits; {SAME_MACHINE}")
+        settings = header.settings
+        with output(target, source, header.length) as written, threads_set(settings.threads):
+            if probe(trained, settings) != header.probe:
+                problem = "predictions differ here in their last bits"
+                raise UserError(f"{source}: {problem}; {SAME_MACHINE}")
             with progress_bar(header.symbols, "decompressing", show_progress) as bar:
                 for data in _decode(trained, header, file, source, bar):
                     written.write(data)
@@ -175,7 +176,13 @@ def score_as_compressor(
     )
 
 
-def _encode(trained: TrainedModel, header: Header, blocks: Iterator[np.ndarray], written: BinaryIO, bar: tqdm) -> None:
+def _encode(
+    trained: TrainedModel,
+    header: Header,
+    blocks: Iterator[np.ndarray],
+    written: BinaryIO,
+    bar: tqdm,
+) -> None:
     written.write(header.pack())
     streams = Streams(trained, header.settings)
     for ids in blocks:
@@ -187,7 +194,7 @@ def _encode(trained: TrainedModel, header: Header, blocks: Iterator[np.ndarray],
 
 
 def _decode(trained: TrainedModel, header: Header, file: BinaryIO, name: Path, bar: tqdm) -> Iterator[bytes]:
-    """The content by blocks, from a `file` at the first; UserError if it is not what was encoded."""
+    """The content by blocks; UserError if it is not what was encoded."""
     problem = "does not decode to the content it was made of"
     refused = UserError(f"{name}: {problem}; get a whole copy")
     digest, length = hashlib.sha256(), 0
@@ -233,7 +240,8 @@ def _check_decodable(trained: TrainedModel, header: Header, source: Path) -> Non
     if model_digest(trained) != header.model:
         raise UserError(f"{compressed} by another model; {own}")
     if header.environment != (here := environment(trained.device)):
-        raise UserError(f"{compressed} with {header.environment}; here it is {here}; {SAME_MACHINE}")
+        with_other = f"with {header.environment}; here it is {here}"
+        raise UserError(f"{compressed} {with_other}; {SAME_MACHINE}")
     try:
         check_settings(trained, header.settings)
     except UserError as error:

@@ -78,10 +78,7 @@ def checksum(file: BinaryIO, size: int) -> bytes:
 
 
 def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
-    """The header of a whole, undamaged file, which is left at its first block.
-
-    Raises UserError for another kind of file or version, damage, or a header that cannot be true.
-    """
+    """The header of a whole, undamaged file, left at its first block; UserError for any other."""
     end = file.seek(0, os.SEEK_END) - _CHECKSUM_BYTES
     file.seek(0)
     prefix = file.read(_PREFIX.size)
@@ -89,7 +86,8 @@ def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
         raise UserError(f"{name}: not a file that charlm has compressed")
     _, version = _PREFIX.unpack(prefix)
     if version != VERSION:
-        raise UserError(f"{name}: has format version {version}, not {VERSION}; use the charlm that wrote it")
+        problem = f"has format version {version}, not {VERSION}"
+        raise UserError(f"{name}: {problem}; use the charlm that wrote it")
     try:
         header = _unpack(file, end)
         first_block = file.tell()
@@ -127,7 +125,7 @@ def _unpack(file: BinaryIO, end: int) -> Header:
     settings = dict(zip(CodingSettings.model_fields, [*values[6:], word], strict=True))
     environment = file.read(length).decode(errors="backslashreplace")
     header = Header(*values[:6], CodingSettings.read(settings), environment)
-    if not header.symbols <= header.length <= 4 * header.symbols:  # a symbol is a byte or a character
+    if not header.symbols <= header.length <= 4 * header.symbols:
         raise ValueError(f"{header.length:,} bytes in {header.symbols:,} symbols")
     return header
 
@@ -138,7 +136,8 @@ def _check_blocks(file: BinaryIO, end: int, header: Header, vocabulary_size: int
         count = int.from_bytes(file.read(_COUNT.size), "little")
         if file.tell() + 4 * count > end:
             raise ValueError(f"{header.symbols:,} symbols, and the file ends before them")
-        if symbols > largest_claim(count, vocabulary_size) or 32 * count > CODER_BITS * symbols + 64:
+        too_many = symbols > largest_claim(count, vocabulary_size)
+        if too_many or 32 * count > CODER_BITS * symbols + 64:
             raise ValueError(f"{symbols:,} symbols in {4 * count:,} bytes")
         file.seek(4 * count, os.SEEK_CUR)
     if file.tell() != end:

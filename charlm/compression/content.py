@@ -62,17 +62,15 @@ def open_regular(path: Path) -> BinaryIO:
 
 @contextmanager
 def output(path: Path, source: Path, size: int = 0) -> Iterator[BinaryIO]:
-    """A file to write and read that becomes `path` when the context ends without an error.
-
-    Raises UserError if `path` is `source`, has no room for `size` bytes, or cannot be written.
-    """
+    """A file that becomes `path` when the context ends; UserError if it is `source` or cannot be written."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a regular file; name another output")
     if path.exists() and path.samefile(source):
         raise UserError(f"{path}: is the input; name another output")
     try:
         if size > (free := shutil.disk_usage(path.parent).free):
-            raise UserError(f"{path}: needs {size:,} bytes, and {free:,} are free; free some space")
+            problem = f"needs {size:,} bytes, and {free:,} are free"
+            raise UserError(f"{path}: {problem}; free some space")
         with replacing(path) as temporary, temporary.open("w+b") as file:
             yield file
     except OSError as error:

@@ -20,7 +20,7 @@ from charlm.runs.trained import TrainedModel
 def model_digest(trained: TrainedModel) -> bytes:
     """16 bytes that identify the model's shape and `predicting_tensors`."""
     shape = trained.config.model.model_dump()
-    shape["positions"] = shape.pop("position_encoding")  # as the digest of older files has it
+    shape["positions"] = shape.pop("position_encoding")  # as in older files
     hashed = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     for name, tensor in predicting_tensors(trained).items():
         hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -59,21 +59,18 @@ class CompressionReport(BaseModel, frozen=True):
             f"  {settings.precision}, {counted(settings.threads, 'thread')}, "
             f"{speed:,.0f} characters per second, {made.seconds:,.1f} s; {verified}",
         ]
-        if self.model is not None:
+        if self.model is not None and made.characters:
             sizes = {"the file": made.bytes} | self.sizes()
-            sizes["charlm with its model"] = made.compressed_bytes + self.model["compressed_bytes"]
-            rows = [
-                (
-                    name,
-                    f"{size:,}",
-                    f"{8 * size / made.characters:.4f}" if made.characters else "",
-                    f"{100 * size / made.bytes:.2f} %" if made.bytes else "",
-                )
-                for name, size in sizes.items()
-            ]
+            whole = made.compressed_bytes + self.model["compressed_bytes"]
+            sizes["charlm with its model"] = whole
+            rows = []
+            for name, size in sizes.items():
+                rate = f"{8 * size / made.characters:.4f}"
+                rows.append((name, f"{size:,}", rate, f"{100 * size / made.bytes:.2f} %"))
             columns = ("", "bytes", "bits per character", "of the file")
-            parameters = f"{self.model['parameters']:,} parameters in 16 bits each, compressed by xz"
-            lines += ["", markdown_table(columns, rows), "", f"The model: {parameters}."]
+            parameters = f"{self.model['parameters']:,} parameters in 16 bits each"
+            model = f"The model: {parameters}, compressed by xz."
+            lines += ["", markdown_table(columns, rows), "", model]
         if self.speeds:
             speeds = {"generation, one text": self.generation_speed}
             speeds |= {counted(streams, "stream"): speed for streams, speed in self.speeds.items()}
@@ -92,20 +89,16 @@ class CompressionReport(BaseModel, frozen=True):
 def weigh(
     trained: TrainedModel, file: Path, compressed: Compressed, others: bool, speeds: Sequence[int]
 ) -> CompressionReport:
-    """The report of a file that was compressed.
-
-    Args:
-        others: also measure other compressors, and the size of the model.
-        speeds: numbers of streams to encode with; also measure generation.
-    """
+    """The report of a compressed file: with `others`, and the speeds of so many streams."""
+    protocol = compressed.protocol
     with open_regular(file) as content:
         return CompressionReport(
             file=str(file),
             compressed=compressed,
             others=compressed_sizes(blocks(content)) if others else None,
             model=model_size(trained) if others else None,
-            speeds={streams: _encoding_speed(trained, compressed.protocol, streams) for streams in speeds},
-            generation_speed=_generation_speed(trained, compressed.protocol) if speeds else None,
+            speeds={streams: _encoding_speed(trained, protocol, streams) for streams in speeds},
+            generation_speed=_generation_speed(trained, protocol) if speeds else None,
         )
 
 

@@ -47,10 +47,7 @@ class CodingSettings(Section):
 
 
 def choose_settings(trained: TrainedModel, num_symbols: int, **options: Any) -> CodingSettings:
-    """The given `options`, with defaults for a text of `num_symbols` in place of None.
-
-    Raises UserError for a value out of range, or too many streams for the memory.
-    """
+    """The given `options`, with defaults in place of None; UserError if they cannot be."""
     given = {name: value for name, value in options.items() if value is not None}
     most = 512 if trained.device.type == "cuda" else 64
     streams = given.get("streams", min(max(1, num_symbols // SYMBOLS_PER_STREAM), most))
@@ -58,7 +55,7 @@ def choose_settings(trained: TrainedModel, num_symbols: int, **options: Any) -> 
     defaults = {
         "streams": streams,
         "context": context,
-        "stride": max(1, context - default_stride(context) + 1),  # keeps as many symbols as generation does
+        "stride": max(1, context - default_stride(context) + 1),  # as in generation
         "block": min(BLOCK_PER_STREAM * max(1, streams), MAX_BLOCK),
         "threads": torch.get_num_threads(),
         "precision": "fp32",
@@ -72,11 +69,12 @@ def check_settings(trained: TrainedModel, settings: CodingSettings) -> None:
     """Raise UserError if the model or the machine does not allow these settings."""
     model = trained.config.model
     if settings.context > model.context_length:
-        most = f"{model.context_length:,}"
-        raise UserError(f"context={settings.context}: the model's is {most}; give no more", "context")
+        problem = f"the model's is {model.context_length:,}"
+        raise UserError(f"context={settings.context}: {problem}; give no more", "context")
     check_precision(settings.precision, trained.device)
-    on_gpu = trained.device.type == "cuda"
-    memory = torch.cuda.mem_get_info(trained.device)[1] if on_gpu else psutil.virtual_memory().total
+    memory = psutil.virtual_memory().total
+    if trained.device.type == "cuda":
+        _, memory = torch.cuda.mem_get_info(trained.device)
     symbols = settings.streams * model.context_length
     needed = 2 * symbols * model.num_layers * model.d_model * settings.dtype.itemsize
     if needed > memory:

@@ -43,7 +43,7 @@ class Streams:
     def walk(self, ids_N: np.ndarray, bar: tqdm) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Go through a block step by step; a decoder fills in the symbols before it asks for more.
 
-        Yields the indices [A] in the block of the streams' next symbols, and their logits [A, V].
+        Yields the indices [A] of the streams' next symbols, and their logits [A, V].
         """
         S = self.settings.streams
         each, longer = divmod(len(ids_N), S)

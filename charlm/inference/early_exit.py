@@ -29,7 +29,11 @@ QUANTILES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def early_exit(
-    trained: TrainedModel, corpus: Corpus, *, quantiles: Sequence[float] = QUANTILES, **protocol: Any
+    trained: TrainedModel,
+    corpus: Corpus,
+    *,
+    quantiles: Sequence[float] = QUANTILES,
+    **protocol: Any,
 ) -> Score:
     """Score the model, each layer that has a head, and early exit at several thresholds.
 
@@ -54,6 +58,7 @@ def early_exit(
     sums = (sum_over_processes(part, trained.device) for part in sums)
     last_nats_N, nats_E, nats_Q, counts_QE = sums
     rows = zip(quantiles, thresholds_Q.tolist(), nats_Q.split(1), counts_QE.numpy(), strict=True)
+    names = list(map(str, layers))
     points = [
         ExitPoint(
             quantile=quantile,
@@ -61,7 +66,7 @@ def early_exit(
             mean_layers=float(counts_E @ layers) / num_symbols,
             bits_per_character=bits_per(nats, scorer.characters),
             bits_per_byte=bits_per(nats, scorer.bytes),
-            shares=dict(zip(map(str, layers), (counts_E / num_symbols).tolist(), strict=True)),
+            shares=dict(zip(names, (counts_E / num_symbols).tolist(), strict=True)),
         )
         for quantile, threshold, nats, counts_E in rows
     ]
@@ -82,9 +87,8 @@ def _exits(trained: TrainedModel) -> list[int]:
 class ExitReader(Reader):
     """Reads a text symbol by symbol, each up to the first exit that is sure of the next.
 
-    The layers above get keys and values of the exit's hidden state (Schuster et al. 2022, CALM, "state
-    propagation"), so later predictions are roughly the whole model's. All layers read a prompt, and the
-    newer half of a full context.
+    The layers above get keys and values of the exit's hidden state (Schuster et al. 2022, CALM), so later
+    predictions are roughly the whole model's. All layers read a prompt, and half of a full context.
     """
 
     def __init__(self, trained: TrainedModel, entropy: float, exits: Counter[int]):
@@ -129,7 +133,10 @@ def first_sure(entropies_EM: Tensor, thresholds_Q: Tensor) -> Tensor:
 
 
 def _sums(
-    batches: Iterable[tuple[Tensor, Tensor]], thresholds_Q: Tensor, num_exits: int, num_symbols: int
+    batches: Iterable[tuple[Tensor, Tensor]],
+    thresholds_Q: Tensor,
+    num_exits: int,
+    num_symbols: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Nats: the last layer's [N], by exit [E], by threshold [Q]; symbols by exit [Q, E]."""
     last_nats_N = torch.zeros(num_symbols, dtype=torch.float64)
@@ -142,4 +149,5 @@ def _sums(
         counts.append(F.one_hot(chosen_QM, num_exits).sum(dim=1))
     columns = torch.stack(nats).T.tolist()
     totals = torch.tensor([math.fsum(column) for column in columns], dtype=torch.float64)
-    return last_nats_N, totals[:num_exits], totals[num_exits:], torch.stack(counts).sum(dim=0)
+    counts_QE = torch.stack(counts).sum(dim=0)
+    return last_nats_N, totals[:num_exits], totals[num_exits:], counts_QE

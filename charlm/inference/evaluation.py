@@ -113,7 +113,9 @@ def bits_per_character(
     last = trained.config.model.num_layers
     weights = trained.hedge_weights if mixture else {last: 1.0}
     if weights is None:
-        raise UserError("mixture=hedge: no weights were learned; train with --aux.hedge.enabled=true", "mixture")
+        problem = "mixture=hedge: no weights were learned"
+        raise UserError(f"{problem}; train with --aux.hedge.enabled=true", "mixture")
+    shares = {str(layer): weights[layer] for layer in sorted(weights)}
     models = (trained.transformer, trained.heads)
     layers = exit_layers(trained) if all_layers else weights
     with full_fp32_matmul(trained.device):
@@ -121,7 +123,7 @@ def bits_per_character(
     return scorer.score(
         mixture_nats(nats, weights) if mixture else nats[last],
         layers=scorer.by_layer(nats) if all_layers else None,
-        mixture={str(layer): weights[layer] for layer in sorted(weights)} if mixture else None,
+        mixture=shares if mixture else None,
     )
 
 
@@ -141,6 +143,7 @@ class Scorer:
     ):
         self.started = time.perf_counter()
         if corpus.sha256 != trained.corpus["sha256"] or corpus.vocabulary != trained.vocabulary:
+            own = f"{trained.corpus['name']} ({trained.corpus['sha256'][:12]})"
             raise UserError(
                 f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on "
                 f"{trained.corpus['name']} ({trained.corpus['sha256'][:12]}), another text or vocabulary"
@@ -149,7 +152,8 @@ class Scorer:
                 "or score any file with scripts/compress.py RUN FILE -o FILE.clm --report"
             )
         if split not in corpus.splits:
-            raise UserError(f"split={split}: must be one of {', '.join(corpus.splits)}", "split")
+            choices = ", ".join(corpus.splits)
+            raise UserError(f"split={split}: must be one of {choices}", "split")
         check_precision(precision, trained.device)
         for option, value in (("limit", limit), ("batch_size", batch_size)):
             if value is not None and value < 1:
@@ -236,4 +240,5 @@ def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) ->
     blocks = np.array_split(ids, num_blocks)
     characters = np.array([vocabulary.count_characters(block) for block in blocks])
     residuals = bits - bits.sum() / characters.sum() * characters
-    return math.sqrt(num_blocks / (num_blocks - 1) * np.square(residuals).sum()) / int(characters.sum())
+    variance = num_blocks / (num_blocks - 1) * np.square(residuals).sum()
+    return math.sqrt(variance) / int(characters.sum())

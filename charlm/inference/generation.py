@@ -74,7 +74,7 @@ def generate(
             number with the exit at this layer. The distribution, or text at temperature 0, is the same.
         num_draft_tokens: the most symbols to draft before a pass; by default one per head, or 5.
         statistics: counts drafts or exits.
-        exit_entropy: in bits; the first layer whose prediction has less predicts (see `ExitReader`).
+        exit_entropy: the first layer with less entropy, in bits, predicts (see `ExitReader`).
 
     Raises UserError for a value out of range, an unreadable prompt, or drafts without their heads.
     """
@@ -82,7 +82,9 @@ def generate(
     if not prompts:
         raise UserError("prompt: give at least one", option="prompt")
     encoded = [_encode(trained, own) for own in prompts]
-    groups = [encoded] if draft is None and exit_entropy is None else [[own] for own in encoded]
+    groups = [[own] for own in encoded]
+    if draft is None and exit_entropy is None:
+        groups = [encoded]
     options = {"length": length, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     options |= {"draft": draft, "num_draft_tokens": num_draft_tokens, "exit_entropy": exit_entropy}
     texts = []
@@ -94,7 +96,8 @@ def generate(
                 steps.append(step)
                 bar.update(len(step[0]))
             rows = zip(*steps, strict=True)
-            texts += ["".join(_decode(trained, own, row)) for own, row in zip(data, rows, strict=True)]
+            for own, row in zip(data, rows, strict=True):
+                texts.append("".join(_decode(trained, own, row)))
     return texts[0] if isinstance(prompt, str | bytes) else texts
 
 
@@ -125,7 +128,10 @@ def _write(
 
 
 def _write_plainly(
-    reader: Reader, ids: Sequence[list[int]], how: Writing, generators: Sequence[torch.Generator]
+    reader: Reader,
+    ids: Sequence[list[int]],
+    how: Writing,
+    generators: Sequence[torch.Generator],
 ) -> Iterator[list[list[int]]]:
     """The symbol that each step adds to each text, as a list of one."""
     context_length = reader.config.context_length

@@ -18,7 +18,7 @@ class Sampling(Section):
     top_k: Count | None = None
     """Draw from the k likeliest symbols only."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Draw from the fewest symbols with this share of what top_k leaves (Holtzman et al. 2020)."""
+    """Draw from the fewest with this share of what top_k leaves (Holtzman et al. 2020)."""
 
     @property
     def is_greedy(self) -> bool:
@@ -26,7 +26,9 @@ class Sampling(Section):
 
     def distribution(self, logits: Tensor) -> Tensor:
         """The probabilities that the next symbol is drawn from, [..., V] in float64."""
-        temperature, top_k = (1.0, 1) if self.temperature == 0 else (self.temperature, self.top_k)
+        temperature, top_k = self.temperature, self.top_k
+        if temperature == 0:
+            temperature, top_k = 1.0, 1
         logits = logits.double()
         # So that a tiny temperature does not divide infinity by infinity.
         below_largest = logits - logits.amax(dim=-1, keepdim=True)

@@ -115,7 +115,8 @@ def predictions(
                 figures = []
                 for layer, hidden_MD in hidden_states.items():
                     logits_MV = heads(hidden_MD[None].float(), layer)[0, :, 0]
-                    figures.append(_measured(measure, logits_MV, targets_M.to(logits_MV.device)).cpu())
+                    targets_M = targets_M.to(logits_MV.device)
+                    figures.append(_measured(measure, logits_MV, targets_M).cpu())
                 yield symbols_M, torch.stack(figures)
                 bar.update(len(symbols_M))
     finally:
@@ -141,7 +142,7 @@ def read_windows(
     share: bool = True,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
-    """Read a text in windows, batch by batch, in the transformer's mode.
+    """Read a text in windows, batch by batch; the transformer stays in its mode.
 
     Args:
         ids: the text, [N].
@@ -185,8 +186,8 @@ def _batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of one process's windows: indices [B, W], and which predictions count, bool [B, T].
 
-    Compiled modules need batches of one size, sharded ones equally many in every process: windows that do
-    not count fill up.
+    Compiled modules need batches of one size, sharded ones equally many in every process: other windows,
+    which do not count, fill up the last.
     """
     num_windows = len(windows.starts)
     offsets = np.arange(windows.length + 1)

@@ -122,7 +122,8 @@ class Speculation:
         if self.sampling.is_greedy:
             symbols, num_certain = accept_likeliest(logits_PV, drafts, self.near_tie)
         else:
-            symbols = accept(self.sampling.distribution(logits_PV), drafts, chances_KV, self.generator)
+            own_PV = self.sampling.distribution(logits_PV)
+            symbols = accept(own_PV, drafts, chances_KV, self.generator)
             num_certain = len(symbols)
         self.statistics.passes += 1
         if num_certain < len(symbols):
@@ -141,9 +142,11 @@ class Speculation:
         Returns them, their distributions [K, V] if they were drawn, and the last hidden states.
         """
         offsets = range(2, self.num_drafts + 2)  # from one symbol before the newest
-        logits_KV = self.reader.logits(self.hidden_11D, offsets=offsets)[0, 0, : num_positions - 1]
+        logits_KV = self.reader.logits(self.hidden_11D, offsets=offsets)[0, 0]
+        logits_KV = logits_KV[: num_positions - 1]
         drafts, chances_KV = self.sampling.choose(logits_KV, self.generator)
-        return drafts, chances_KV, self.reader.read([[self.context[-1], *drafts]], self.cache)
+        hidden_1PD = self.reader.read([[self.context[-1], *drafts]], self.cache)
+        return drafts, chances_KV, hidden_1PD
 
     def _draft_by_exit(self, num_positions: int) -> tuple[list[int], Tensor | None, Tensor]:
         """As `_draft_by_offsets`; the layers above the exit read all drafts at once."""
@@ -170,10 +173,7 @@ class Speculation:
 
 
 def choose_num_drafts(reader: Reader, draft: Draft, num_draft_tokens: int | None) -> int:
-    """The most symbols to draft before a pass: `num_draft_tokens`, or the default of the source.
-
-    Raises UserError if the model lacks the heads, or `num_draft_tokens` is too large.
-    """
+    """`num_draft_tokens`, or a default; UserError if it is too large, or the model lacks the heads."""
     last = reader.config.num_layers
     most: dict[Draft, int] = {}
     if num_extra := sum(layer == last and offset > 1 for layer, offset in reader.heads.pairs):
@@ -182,7 +182,8 @@ def choose_num_drafts(reader: Reader, draft: Draft, num_draft_tokens: int | None
         if offset == 1 and layer < last:
             most[layer] = reader.config.context_length
     if draft not in most:
-        way_out = f"draft from {', '.join(map(str, most))}" if most else "generate without drafts"
+        sources = ", ".join(map(str, most))
+        way_out = f"draft from {sources}" if most else "generate without drafts"
         raise UserError(f"draft={draft}: the model has no such head; {way_out}", "draft")
     if num_draft_tokens is None:
         return num_extra if draft == "offsets" else min(EXIT_DRAFT_TOKENS, most[draft])
@@ -217,14 +218,15 @@ def accept(
     weights_V = probabilities_PV[kept]
     if kept < len(drafts):
         rest_V = (weights_V - chances_KV[kept]).clamp_(min=0)
-        weights_V = rest_V if rest_V.any() else weights_V  # p and q can differ by rounding alone
+        if rest_V.any():  # p and q can differ by rounding alone
+            weights_V = rest_V
     return [*drafts[:kept], int(draw(weights_V, generator))]
 
 
 def accept_likeliest(logits_PV: Tensor, drafts: list[int], near_tie: float) -> tuple[list[int], int]:
     """`accept` for greedy text, and the number of symbols that are certain.
 
-    Others have two largest logits that differ by at most `near_tie` times the largest of all.
+    Their two largest logits differ by more than `near_tie` times the largest of all.
     """
     best_P2, symbols_P2 = logits_PV.topk(min(2, logits_PV.shape[-1]))
     symbols = symbols_P2[:, 0].tolist()

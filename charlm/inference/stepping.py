@@ -90,7 +90,8 @@ class Reader:
     def skip_from(self, hidden_1TD: Tensor, layer: int, cache: KVCache) -> None:
         """As `run_from`, but layers above `layer` only store keys and values of `hidden_1TD`."""
         places = self.transformer.places(hidden_1TD.shape[1], cache)
-        inputs = [own.norms_before[0](own.at(hidden_1TD[0], places)) for own in self._layers[layer:]]
+        layers = self._layers[layer:]
+        inputs = [own.norms_before[0](own.at(hidden_1TD[0], places)) for own in layers]
         rows_LDE, biases_L1E = (part[layer:] for part in self._keys_and_values)
         projected_LTE = torch.baddbmm(biases_L1E, torch.stack(inputs), rows_LDE)
         projected_LT2HC = projected_LTE.unflatten(-1, (2, self.config.num_heads, -1))
@@ -106,8 +107,9 @@ class Reader:
     def _keys_and_values(self) -> tuple[Tensor, Tensor]:
         """The projections of all layers, [L, D, 2D], and their biases."""
         projections = [own.projection for own in self._layers]
-        rows_LDE = torch.stack([own.rows_IE[:, self.config.d_model :] for own in projections])
-        return rows_LDE, torch.stack([own.bias_E[None, self.config.d_model :] for own in projections])
+        kept = slice(self.config.d_model, None)
+        rows_LDE = torch.stack([own.rows_IE[:, kept] for own in projections])
+        return rows_LDE, torch.stack([own.bias_E[None, kept] for own in projections])
 
     @torch.inference_mode()
     def logits(self, hidden_BTD: Tensor, layer: int | None = None, offsets: Sequence[int] = (1,)) -> Tensor:

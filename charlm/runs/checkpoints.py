@@ -4,8 +4,7 @@ RUN/checkpoints/
     last, best              text files, each with the name of a folder
     step-00001000/
         model.safetensors       parameters by name, and a digest of the vocabulary
-        optimizer.safetensors   optimizer state by parameter name and state key, perhaps after a
-                                prefix such as `layer4/`
+        optimizer.safetensors   state by parameter name and key, perhaps after a prefix (`layer4/`)
         state.json              step, best validation so far, gradient scaler
         manifest.json           size and SHA-256 of these three and of itself
     .*.tmp                  being written or removed; rubbish after a kill
@@ -80,14 +79,12 @@ class Checkpoint:
         return self.state["step"]
 
     def restore(self, model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
-        """Put back parameters and optimizer state, on each parameter's device and in its shards.
-
-        Raises UserError if tensors are missing, too many, or of another shape or type.
-        """
+        """Put back parameters and optimizer state; UserError if tensors do not fit."""
         tensors, _ = load_tensors(self.path / MODEL)
         expected = model.state_dict()
         check_tensors(self.path / MODEL, tensors, expected, OWNER)
-        model.load_state_dict({name: placed(tensors[name], like) for name, like in expected.items()})
+        whole = {name: placed(tensors[name], like) for name, like in expected.items()}
+        model.load_state_dict(whole)
         self._restore_optimizers(model, optimizers)
 
     def _restore_optimizers(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
@@ -151,7 +148,9 @@ def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> C
 
 def find_checkpoint(run: Run, which: str | int = "best") -> Checkpoint:
     """The checkpoint `which`: best, last, or a step; UserError if it is missing or damaged."""
-    step = _pointed(run, which) if which in ("best", "last") else _step_of(f"step-{which:>08}")
+    step = _step_of(f"step-{which:>08}")
+    if which in ("best", "last"):
+        step = _pointed(run, which)
     folders = checkpoint_folders(run)
     if step not in folders:
         steps = ", ".join(map(str, folders)) or "none yet"
@@ -161,7 +160,8 @@ def find_checkpoint(run: Run, which: str | int = "best") -> Checkpoint:
         return _read(folders.pop(step))
     except UserError as error:
         whole = ", ".join(str(step) for step, path in folders.items() if _is_whole(path))
-        raise UserError(f"{error}; whole checkpoints are at the steps: {whole or 'none'}") from None
+        way_out = f"whole checkpoints are at the steps: {whole or 'none'}"
+        raise UserError(f"{error}; {way_out}") from None
 
 
 def newest_whole_checkpoint(run: Run) -> tuple[Checkpoint | None, list[str]]:
@@ -179,7 +179,7 @@ def checkpoint_folders(run: Run) -> dict[int, Path]:
     """The run's checkpoints by step, in order."""
     folders = {}
     if run.checkpoints_path.is_dir():
-        for path in sorted(run.checkpoints_path.iterdir()):  # `.old` ones first, which give way
+        for path in sorted(run.checkpoints_path.iterdir()):  # `.old` ones first
             if (step := _step_of(path.name)) is not None:
                 folders[step] = path
     return dict(sorted(folders.items()))
@@ -199,7 +199,7 @@ def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[s
     best = next(existing, checkpoint.step)
     write_whole(run.checkpoints_path / "last", checkpoint.name + "\n")
     write_whole(run.checkpoints_path / "best", _name(best) + "\n")
-    for step in sorted(folders, reverse=True):  # so that a kill leaves a run that can continue
+    for step in sorted(folders, reverse=True):  # a kill leaves a run that can continue
         if step > checkpoint.step and discard and _is_whole(folders[step]):
             _remove(folders[step])
         elif step > checkpoint.step:

@@ -1,9 +1,9 @@
 """Exported models: folders that can be loaded without a run and a corpus.
 
-FOLDER/config.json          the options it was trained with, its heads, its corpus, its scores
+FOLDER/config.json          options it was trained with, heads, corpus, scores
 FOLDER/model.safetensors    parameters of transformer and heads, by name
-FOLDER/vocabulary.json      the vocabulary; for sentencepiece, the library's model in base64
-FOLDER/README.md            a model card: what it is, its scores with their protocols, its use
+FOLDER/vocabulary.json      for sentencepiece, the library's model in base64
+FOLDER/README.md            a model card: scores with their protocols, use
 
 A stranger may have made it: loading runs no code, refuses paths, and checks sizes first.
 """
@@ -61,19 +61,14 @@ class ModelRecord(BaseModel, strict=True):
 
 
 def save_model(trained: TrainedModel, folder: Path | str, name: str | None = None) -> Path:
-    """Export a model to a new folder; its card names it `name`, by default as the folder.
-
-    Raises UserError if the folder exists or cannot be written.
-    """
+    """Export a model, called `name` in its card, to a new folder; UserError if that cannot be."""
     folder = Path(folder)
     check_absent(folder)
-    state = trained.modules.state_dict()
+    corpus, state = trained.corpus, trained.modules.state_dict()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    options = portable(trained.config).model_dump(
-        mode="json",
-        include={"model": True, "data": True, "aux": {"layers": {"head", "tower_width", "tower_dropout"}}},
-        exclude={"data": {"cache_dir"}},
-    )
+    heads = {"head", "tower_width", "tower_dropout"}
+    included = {"model": True, "data": True, "aux": {"layers": heads}}
+    options = portable(trained.config).model_dump(mode="json", include=included, exclude={"data": {"cache_dir"}})
     record = {
         "library_name": "charlm",
         "format": 1,
@@ -82,7 +77,7 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
         "hedge_weights": trained.hedge_weights,
         "checkpoint": trained.checkpoint,
         "step": trained.step,
-        "corpus": {key: trained.corpus[key] for key in ("name", "sha256", "splits") if key in trained.corpus},
+        "corpus": {key: corpus[key] for key in ("name", "sha256", "splits") if key in corpus},
         "scores": trained.scores,
         "trained_with": trained_with(trained),
     }
@@ -93,7 +88,8 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
             check_space(temporary, tensors.values())
             config = temporary / EXPORT_CONFIG
             write_whole(config, json.dumps(record, indent=2) + "\n")
-            write_whole(temporary / VOCABULARY, json.dumps(trained.vocabulary.to_dict(), indent=2) + "\n")
+            vocabulary = json.dumps(trained.vocabulary.to_dict(), indent=2) + "\n"
+            write_whole(temporary / VOCABULARY, vocabulary)
             write_whole(temporary / CARD, _card(trained, name or folder.name))
             save_tensors(tensors, temporary / TENSORS, config, {"format": "pt"})
     except OSError as error:
@@ -156,8 +152,9 @@ def _score_line(score: dict[str, Any]) -> str:
     if isinstance(per_byte, float):
         line += f" ({per_byte:.4f} per byte)"
     left_out = ("bits_per_character", "bits_per_byte", "layers", "mixture", "seconds")
-    shown = [key for key, value in score.items() if value is not None and key not in left_out]
-    return f"- {line}: " + ", ".join(f"{key} {score[key]}" for key in shown)
+    protocol = {key: value for key, value in score.items() if key not in left_out}
+    shown = (f"{key} {value}" for key, value in protocol.items() if value is not None)
+    return f"- {line}: {', '.join(shown)}"
 
 
 def portable(config: Config) -> Config:
@@ -182,8 +179,10 @@ def _read_config(path: Path) -> tuple[ModelRecord, Config]:
         in_range = all(0 < layer <= last and 0 < offset <= MAX_OFFSET for layer, offset in pairs)
         if not in_range or [last, 1] not in pairs:
             raise UserError(f"heads.pairs: needs [{last}, 1], offsets to {MAX_OFFSET}")
-        if weights is not None and not (any(weights.values()) and all([layer, 1] in pairs for layer in weights)):
-            raise UserError("hedge_weights: each needs a next-symbol head, and one must not be 0")
+        if weights is not None:
+            have_heads = all([layer, 1] in pairs for layer in weights)
+            if not have_heads or not any(weights.values()):
+                raise UserError("hedge_weights: each needs a head, and one must not be 0")
     except (UserError, RecursionError) as error:
         raise UserError(f"{path}: {first_line(error)}") from None
     return record, config

@@ -34,7 +34,8 @@ from charlm.process import processor_name
 from charlm.text import visible
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
-UNTRAINED = re.compile(r"\.lock|checkpoints|trackers(/.*)?|\.?(provenance\.json|config\.yaml)(\..+\.tmp)?", re.DOTALL)
+RECORDS = r"\.?(provenance\.json|config\.yaml)(\..+\.tmp)?"
+UNTRAINED = re.compile(rf"\.lock|checkpoints|trackers(/.*)?|{RECORDS}", re.DOTALL)
 """Names in a run's folder before its first step."""
 MAX_ROW_BYTES = 2**20
 PATIENCE = 10.0
@@ -82,14 +83,15 @@ class Run:
 
     @classmethod
     def create(cls, config: Config, corpus: dict[str, Any]) -> "Run":
-        """Make the folder of a new run. Raises UserError if it is taken or cannot be made."""
+        """Make the folder of a new run; UserError if it is taken or cannot be made."""
         run = cls(config.run.dir)
         run.check_absent()
         with run.os_errors_explained(cannot_be="made"):
             run.checkpoints_path.mkdir(parents=True, exist_ok=True)
+            versions = {name: version(name) for name in PACKAGES}
             provenance = {
                 "corpus": corpus,
-                "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+                "versions": {"python": platform.python_version()} | versions,
                 "git_commit": _git_commit(),
                 "command": sys.argv,
                 "machine": {"processor": processor_name(), "cores": os.cpu_count()},
@@ -114,8 +116,10 @@ class Run:
     def check_absent(self) -> None:
         """Raise UserError if a new run cannot take this folder."""
         if not self.is_untrained():
-            way_out = " continue it with --run.resume=true or" if self.config_path.exists() else ""
-            raise self._refusal(f"exists and is not empty;{way_out}")
+            problem = "exists and is not empty;"
+            if self.config_path.exists():
+                problem += " continue it with --run.resume=true or"
+            raise self._refusal(problem)
 
     def is_untrained(self) -> bool:
         """Whether the folder is missing or empty, or its run ended before its first step."""
@@ -129,8 +133,7 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Keep other processes from training into the folder; make it if it does not exist.
 
-        After an error, a new folder in which nothing was trained is removed. Raises UserError if it is in
-        use, or cannot be written.
+        A new one in which nothing was trained is removed after an error. Raises UserError if it is in use.
         """
         lock = FileLock(self.path / ".lock")
         is_new = not self.path.exists()
@@ -139,7 +142,8 @@ class Run:
             try:
                 lock.acquire(timeout=PATIENCE)
             except Timeout:
-                raise self._refusal("another process is training into it; let it end or") from None
+                problem = "another process is training into it; let it end or"
+                raise self._refusal(problem) from None
             self._locked = self._lock_file() or (0, 0)  # it may be gone already
         try:
             yield
@@ -182,7 +186,8 @@ class Run:
 
     def provenance(self) -> dict[str, Any]:
         """Content of provenance.json."""
-        return read_json(self.provenance_path, kind=Provenance).model_dump(exclude_unset=True)
+        found = read_json(self.provenance_path, kind=Provenance)
+        return found.model_dump(exclude_unset=True)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, or raise OSError, or UserError as `check_held`."""
@@ -198,14 +203,15 @@ class Run:
                 raise
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The rows of metrics.jsonl, except a last one cut short; UserError for a damaged line."""
+        """The rows of metrics.jsonl, but not a last one cut short; UserError for damage."""
         for number, row in self._numbered_metrics():
             if row is None:
-                raise UserError(f"{self.metrics_path}, line {number} is damaged; remove that line")
+                place = f"{self.metrics_path}, line {number}"
+                raise UserError(f"{place} is damaged; remove that line")
             yield row
 
     def forget_metrics_after(self, step: int, validated_step: int | None = None) -> list[str]:
-        """Drop damaged rows, rows after `step`, validations after `validated_step`; return warnings."""
+        """Drop damaged rows and those after `step`, or `validated_step`; return warnings."""
         known = step if validated_step is None else min(step, validated_step)
         kept = []
         warnings = []
@@ -244,6 +250,7 @@ class Run:
 def _git_commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError):
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        place = Path(__file__).parent
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True)
         return done.stdout.strip() or None
     return None

@@ -21,9 +21,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASC
 def push_to_hub(trained: TrainedModel, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
     """Publish a model as OWNER/NAME on the Hugging Face hub; return the address of the commit.
 
-    Args:
-        private: whether a new repository is private; the owner's settings decide if None.
-        options: those of `HfApi.upload_folder`, such as commit_message, revision or token.
+    `options` are those of `HfApi.upload_folder`, such as commit_message, revision or token.
     """
     api = HfApi(token=options.get("token"))
     with TemporaryDirectory() as folder:
@@ -34,15 +32,12 @@ def push_to_hub(trained: TrainedModel, repo_id: str, *, private: bool | None = N
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this can be a name on the hub, and not a mistyped path in an existing folder."""
+    """Whether this can be a name on the hub, and no path in an existing folder."""
     return bool(HUB_ID.fullmatch(name)) and not Path(name).parent.exists()
 
 
 def download(hub_id: str) -> Path:
-    """Download a model to the cache of huggingface_hub (HF_HOME); return its folder.
-
-    Raises UserError if that fails, or the model was not exported by charlm.
-    """
+    """The folder to which a model was downloaded; UserError if that fails, or charlm did not export it."""
     name, _, revision = hub_id.partition("@")
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -50,8 +45,9 @@ def download(hub_id: str) -> Path:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
     except Exception as error:  # the library's own, the network's, the disk's
         raise UserError(
-            f"{hub_id} is no folder, and no model could be downloaded ({first_line(error)}); check the name; "
-            "for a private model run `hf auth login`; without a network, copy HF_HOME and set HF_HUB_OFFLINE=1"
+            f"{hub_id} is no folder, and could not be downloaded ({first_line(error)}); "
+            "check the name; for a private model run `hf auth login`; "
+            "without a network, copy HF_HOME and set HF_HUB_OFFLINE=1"
         ) from error
     if not (folder / EXPORT_CONFIG).exists():
         raise UserError(f"{hub_id} was not exported by charlm: it has no {EXPORT_CONFIG}")

@@ -47,7 +47,8 @@ def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> Train
     corpus = folder.provenance()["corpus"]
     tensors, metadata = load_tensors(found.path / MODEL)
     if metadata.get("vocabulary") not in (None, digest(corpus.get("vocabulary"))):
-        raise UserError(f"{found.path} has another vocabulary than provenance.json; restore that file")
+        problem = "has another vocabulary than provenance.json"
+        raise UserError(f"{found.path} {problem}; restore that file")
     vocabulary = vocabulary_from_dict(corpus.get("vocabulary"))
     only_trained = tuple(f"tasks.{task}." for task in config.aux.tasks)
     tensors = {name: own for name, own in tensors.items() if not name.startswith(only_trained)}

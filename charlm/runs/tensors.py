@@ -49,12 +49,12 @@ def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer], state: Mapp
 
 
 def owned_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of an optimizer by name, after the "state_prefix" of their group."""
+    """An optimizer's parameters by name, after the "state_prefix" of their group."""
     prefixes = {}
     for group in optimizer.param_groups:
         prefixes |= dict.fromkeys(group["params"], group.get("state_prefix", ""))
     named = model.named_parameters()
-    return {prefixes[parameter] + name: parameter for name, parameter in named if parameter in prefixes}
+    return {prefixes[own] + name: own for name, own in named if own in prefixes}
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, like: Path, metadata: d
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Memory-mapped tensors of a file by name, and its metadata; UserError if it is damaged."""
+    """A file's tensors by name, memory-mapped, and its metadata; UserError if it is damaged."""
     try:
         if not path.is_file():
             raise OSError("it is missing or not a regular file")
@@ -107,7 +107,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: str) -> None:
-    """Raise UserError if names, shapes or types of tensors are not those that `owner` needs."""
+    """Raise UserError if names, shapes or types are not those that `owner` needs."""
     for name in sorted(expected.keys() | found.keys()):
         kind, needed = _shown(found.get(name)), _shown(expected.get(name))
         if kind != needed:
@@ -121,7 +121,7 @@ def _shown(tensor: Tensor | None) -> str:
 
 
 def _whole(tensor: Tensor) -> Tensor | None:
-    """A copy on the CPU, gathered if it is sharded; None on every process but the first."""
+    """A copy on the CPU, gathered if it is sharded; None on other processes."""
     if _in_shards(tensor):
         tensor = tensor.full_tensor()
     return tensor.detach().to("cpu", copy=True).contiguous() if _is_first() else None

@@ -81,19 +81,21 @@ def empty_model(
 
 
 def filled(
-    build: Callable[[], nn.Module], config: ModelConfig, tensors: Mapping[str, Tensor], path: Path, owner: str
+    build: Callable[[], nn.Module],
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    owner: str,
 ) -> nn.Module:
-    """The module that `build` makes, with the `tensors` of the file `path` as its parameters.
-
-    Raises UserError if they are not those that `owner` needs, or this machine cannot hold it.
-    """
-    if 16 * config.num_layers > len(tensors):  # of a layer; building thousands would take minutes
-        problem = f"has {len(tensors)} tensors, too few for the {config.num_layers:,} layers of"
-        raise UserError(f"{path} {problem} {owner}")
-    needed = 8 * config.context_length * config.num_layers * config.d_model
+    """What `build` makes, with the `tensors` of the file `path`; UserError if they do not fit."""
+    layers = config.num_layers
+    if 16 * layers > len(tensors):  # building thousands of layers would take minutes
+        problem = f"has {len(tensors)} tensors, too few for the {layers:,} layers"
+        raise UserError(f"{path} {problem} of {owner}")
+    needed = 8 * config.context_length * layers * config.d_model
     if needed > psutil.virtual_memory().total:
-        text = f"keys and values of {config.context_length:,} symbols take {needed / 1e9:,.0f} GB"
-        raise UserError(f"{path}: no machine like this can use {owner}: {text}")
+        reason = f"keys and values take {needed / 1e9:,.0f} GB"
+        raise UserError(f"{path}: no machine like this can use {owner}: {reason}")
     try:
         with torch.device("meta"):
             module = build()
@@ -112,8 +114,6 @@ def truncate(trained: TrainedModel, depth: int | None = None, *, keep_heads: boo
     """
     num_layers = trained.config.model.num_layers
     depth = num_layers if depth is None else depth
-    if not 1 <= depth <= num_layers:
-        raise UserError(f"depth={depth}: the model's layers run from 1 to {num_layers}", "depth")
     exits = exit_layers(trained)
     if depth not in exits:
         choices = ", ".join(map(str, exits))
@@ -129,18 +129,19 @@ def truncate(trained: TrainedModel, depth: int | None = None, *, keep_heads: boo
         layers = trained.config.aux.layers
         state = _state_of_exit(trained, depth)
         last_tower = layers.head == "tower"
-        kinds = LayersConfig(head=layers.head, tower_width=layers.tower_width, tower_dropout=layers.tower_dropout)
+        kinds = layers.model_dump(include={"head", "tower_width", "tower_dropout"})
         model = trained.config.model.replace(num_layers=depth)
-        config = trained.config.replace(model=model, aux=AuxConfig(layers=kinds))
+        aux = AuxConfig(layers=LayersConfig(**kinds))
+        config = trained.config.replace(model=model, aux=aux)
         name = f"{trained.checkpoint}, layers 1 to {depth} of {num_layers}"
         cut = replace(cut, config=config, checkpoint=name, hedge_weights=None, scores=())
     modules = empty_model(cut.config, trained.vocabulary.size, pairs, last_tower).eval()
-    modules.load_state_dict({name: state[name] for name in modules.state_dict()}, assign=True)
+    kept = {name: state[name] for name in modules.state_dict()}
+    modules.load_state_dict(kept, assign=True)
     return replace(cut, **modules)
 
 
 def _state_of_exit(trained: TrainedModel, depth: int) -> dict[str, Tensor]:
-    """Parameters for a model that ends at `depth`: the exit's norm is the final norm."""
     state = dict(trained.modules.state_dict())
     if trained.config.aux.layers.head in ("shared", "shared_frozen"):
         # the exit has used the last layer's classifier
@@ -149,7 +150,7 @@ def _state_of_exit(trained: TrainedModel, depth: int) -> dict[str, Tensor]:
         shared = [name for name in state if name.startswith(last)]
         state |= {name.replace(last, own): state[name] for name in shared}
     norm = trained.heads.norm(depth).state_dict()
-    return state | {f"transformer.final_norm.{name}": tensor for name, tensor in norm.items()}
+    return state | {f"transformer.final_norm.{name}": own for name, own in norm.items()}
 
 
 def shallowest(layers: Mapping[int, float], within: float) -> int:

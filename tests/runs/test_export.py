@@ -211,8 +211,8 @@ def test_depth_auto_says_what_it_saw(run_on_disk, tmp_path, capfd, within, depth
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--depth=3"], "depth=3: the model's layers run from 1 to 2"),
-        (["--depth=0"], "depth=0: the model's layers run from 1 to 2"),
+        (["--depth=3"], "depth=3: has no head; choose one of 1, 2"),
+        (["--depth=0"], "depth=0: has no head; choose one of 1, 2"),
         (["--depth=half"], "depth=half"),
         (["--depth=auto", "--within=-1"], "within=-1.0: must be a number of bits, at least 0"),
         (["--depth=auto", "--within=nan"], "within=nan: should be"),
