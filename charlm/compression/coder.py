@@ -161,10 +161,7 @@ def score_as_compressor(
     show_progress: bool = True,
     **options: Any,
 ) -> Score:
-    """Score a split of the model's corpus as `compress` would code it, without writing a file.
-
-    Arguments and errors as for `charlm.bits_per_character` and, in `options`, for `compress`.
-    """
+    """Score a split as `compress` would code it; arguments and errors as for `Scorer` and `compress`."""
     scorer = Scorer(trained, corpus, split, limit=limit, precision=precision)
     options |= {"precision": precision, "show_progress": show_progress}
     nats_N, settings = compressed_nats(trained, scorer.ids, **options)

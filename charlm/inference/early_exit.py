@@ -43,8 +43,6 @@ def early_exit(
     """
     scorer = Scorer(trained, corpus, **protocol)
     layers = _exits(trained)
-    if any(not 0 <= quantile <= 1 for quantile in quantiles):
-        raise UserError(f"quantiles={list(quantiles)}: must lie in [0, 1]", "quantiles")
     models = (trained.transformer, trained.heads)
     valid = corpus.splits["valid"]
     valid_ids = valid.ids[: trained.config.train.valid_symbols]

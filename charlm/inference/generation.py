@@ -90,22 +90,21 @@ def generate(
     texts = []
     with progress_bar(len(groups) * length, "generating", show_progress) as bar:
         for group in groups:
-            data, ids = zip(*group, strict=True)
             steps = []
-            for step in _write(trained, ids, statistics, seed=seed + len(texts), **options):
+            for step in _write(trained, group, statistics, seed=seed + len(texts), **options):
                 steps.append(step)
                 bar.update(len(step[0]))
             rows = zip(*steps, strict=True)
-            for own, row in zip(data, rows, strict=True):
+            for own, row in zip(group, rows, strict=True):
                 texts.append("".join(_decode(trained, own, row)))
     return texts[0] if isinstance(prompt, str | bytes) else texts
 
 
 def stream(trained: TrainedModel, prompt: str | bytes, **options) -> Iterator[str]:
     """The text that the model writes after `prompt`, piece by piece; as `generate`."""
-    data, ids = _encode(trained, prompt)
+    ids = _encode(trained, prompt)
     steps = _write(trained, [ids], **options)
-    pieces = _decode(trained, data, (symbols for (symbols,) in steps))
+    pieces = _decode(trained, ids, (symbols for (symbols,) in steps))
     return (piece for piece in pieces if piece)
 
 
@@ -151,22 +150,23 @@ def _write_plainly(
         yield list(unread)
 
 
-def _decode(trained: TrainedModel, prompt: bytes, steps: Iterable[list[int]]) -> Iterator[str]:
+def _decode(trained: TrainedModel, prompt: list[int], steps: Iterable[list[int]]) -> Iterator[str]:
     """The text that each step adds; empty while a character is incomplete."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    decoder.decode(prompt)
+    decoder.decode(trained.vocabulary.decode(prompt))
     for symbols in steps:
         yield decoder.decode(trained.vocabulary.decode(symbols))
     yield decoder.decode(b"", final=True)
 
 
-def _encode(trained: TrainedModel, prompt: str | bytes) -> tuple[bytes, list[int]]:
+def _encode(trained: TrainedModel, prompt: str | bytes) -> list[int]:
     try:
-        data = prompt.encode("utf-8", "surrogateescape") if isinstance(prompt, str) else prompt
-        ids = trained.vocabulary.encode(data).tolist()
+        if isinstance(prompt, str):
+            prompt = prompt.encode("utf-8", "surrogateescape")
+        ids = trained.vocabulary.encode(prompt).tolist()
     except (EncodingError, UnicodeEncodeError) as error:
         raise UserError(f"prompt: {error}; use what the vocabulary has", "prompt") from error
     most = trained.config.model.context_length
     if not 1 <= len(ids) <= most:
         raise UserError(f"prompt: has {len(ids)} symbols; give 1 to {most}, the context", "prompt")
-    return data, ids
+    return ids

@@ -137,10 +137,7 @@ class Speculation:
         return symbols
 
     def _draft_by_offsets(self, num_positions: int) -> tuple[list[int], Tensor | None, Tensor]:
-        """Draft symbols, and read them after the newest.
-
-        Returns them, their distributions [K, V] if they were drawn, and the last hidden states.
-        """
+        """Drafts, their distributions [K, V] if they were drawn, and the hidden states of all."""
         offsets = range(2, self.num_drafts + 2)  # from one symbol before the newest
         logits_KV = self.reader.logits(self.hidden_11D, offsets=offsets)[0, 0]
         logits_KV = logits_KV[: num_positions - 1]
@@ -224,10 +221,7 @@ def accept(
 
 
 def accept_likeliest(logits_PV: Tensor, drafts: list[int], near_tie: float) -> tuple[list[int], int]:
-    """`accept` for greedy text, and the number of symbols that are certain.
-
-    Their two largest logits differ by more than `near_tie` times the largest of all.
-    """
+    """`accept` for greedy text, and the number of symbols that are certain, as `near_tie` says."""
     best_P2, symbols_P2 = logits_PV.topk(min(2, logits_PV.shape[-1]))
     symbols = symbols_P2[:, 0].tolist()
     symbols = symbols[: _num_leading(map(eq, drafts, symbols)) + 1]

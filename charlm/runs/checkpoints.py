@@ -113,7 +113,7 @@ class Checkpoint:
 
 
 def save_checkpoint(run: Run, snapshot: Snapshot, *, best: bool, keep: int) -> Checkpoint:
-    """Write a checkpoint as `last` (and `best`), and keep the newest `keep` and the best.
+    """Write a checkpoint as `last` (and `best`); keep the newest `keep` and the best.
 
     Raises OSError if the disk fails; older checkpoints are then unchanged.
     """

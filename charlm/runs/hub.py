@@ -31,24 +31,25 @@ def push_to_hub(trained: TrainedModel, repo_id: str, *, private: bool | None = N
         return api.upload_folder(repo_id=repo_id, folder_path=exported, **options).commit_url
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether this can be a name on the hub, and no path in an existing folder."""
-    return bool(HUB_ID.fullmatch(name)) and not Path(name).parent.exists()
+def download(name: str) -> Path:
+    """The folder of a model, downloaded if it can be a name on the hub and is no mistyped path.
 
-
-def download(hub_id: str) -> Path:
-    """The folder to which a model was downloaded; UserError if that fails, or charlm did not export it."""
-    name, _, revision = hub_id.partition("@")
+    Raises UserError if the download fails, or is no model exported by charlm.
+    """
+    if not HUB_ID.fullmatch(name) or Path(name).parent.exists():
+        return Path(name)
+    repo_id, _, revision = name.partition("@")
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
+        options = {"revision": revision or None, "allow_patterns": list(FILES)}
+        folder = Path(snapshot_download(repo_id, **options))
     except Exception as error:  # the library's own, the network's, the disk's
         raise UserError(
-            f"{hub_id} is no folder, and could not be downloaded ({first_line(error)}); "
-            "check the name; for a private model run `hf auth login`; "
+            f"{name} is neither a folder nor a model that could be downloaded ({first_line(error)}); "
+            "check it; for a private model run `hf auth login`; "
             "without a network, copy HF_HOME and set HF_HUB_OFFLINE=1"
         ) from error
     if not (folder / EXPORT_CONFIG).exists():
-        raise UserError(f"{hub_id} was not exported by charlm: it has no {EXPORT_CONFIG}")
+        raise UserError(f"{name} was not exported by charlm: it has no {EXPORT_CONFIG}")
     return folder

@@ -29,9 +29,9 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not Path(run).exists():
-        from charlm.runs.hub import download, is_hub_id  # a library that most runs do not need
+        from charlm.runs.hub import download  # a library that most runs do not need
 
-        run = download(str(run)) if is_hub_id(str(run)) else run
+        run = download(str(run))
     is_run = Path(run, "config.yaml").exists()
     if is_run or not Path(run, EXPORT_CONFIG).exists():  # for neither, Run.open says what is missing
         return _load_run(Run.open(run), checkpoint, device)
