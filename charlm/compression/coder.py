@@ -7,8 +7,10 @@ Shapes: A streams that still have symbols, V vocabulary, N symbols of a text or 
 
 import hashlib
 import math
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,14 +19,31 @@ import numpy as np
 from pydantic import BaseModel, computed_field
 from tqdm import tqdm
 
-from charlm.compression.container import Header, checksum, pack_block, read_block, read_header
-from charlm.compression.content import blocks_of, open_regular, output, pieces_of, scan
-from charlm.compression.fingerprint import environment, model_digest, probe, vocabulary_digest
-from charlm.compression.settings import CodingSettings, check_settings, choose_settings
-from charlm.compression.streams import FAMILY, Streams, probabilities, threads_set
+from charlm.compression.container import (
+    Header,
+    checksum,
+    environment,
+    model_digest,
+    pack_block,
+    probe,
+    read_block,
+    read_header,
+    vocabulary_digest,
+)
+from charlm.compression.streams import (
+    FAMILY,
+    CodingSettings,
+    Streams,
+    check_settings,
+    choose_settings,
+    probabilities,
+    threads_set,
+)
 from charlm.config import Precision, UserError
 from charlm.data.corpus import Corpus
-from charlm.data.vocabulary import id_type
+from charlm.data.text_files import blocks
+from charlm.data.vocabulary import EncodingError, Vocabulary, id_type, whole_characters
+from charlm.files import replacing
 from charlm.inference.evaluation import Score, Scorer
 from charlm.inference.scoring import progress_bar
 from charlm.runs.trained import TrainedModel
@@ -95,9 +114,9 @@ def compress(
             )
             started = time.perf_counter()
             pieces = pieces_of(file, coded)
-            blocks = blocks_of(pieces, trained.vocabulary, settings.block)
+            ids = blocks_of(pieces, trained.vocabulary, settings.block)
             with progress_bar(content["symbols"], "compressing", show_progress) as bar:
-                _encode(trained, header, blocks, written, bar)
+                _encode(trained, header, ids, written, bar)
             seconds = time.perf_counter() - started
             if coded.digest() != scanned.digest():
                 raise UserError(f"{source}: changed while it was compressed; compress it again")
@@ -174,15 +193,11 @@ def score_as_compressor(
 
 
 def _encode(
-    trained: TrainedModel,
-    header: Header,
-    blocks: Iterator[np.ndarray],
-    written: BinaryIO,
-    bar: tqdm,
+    trained: TrainedModel, header: Header, ids_by_block: Iterator[np.ndarray], written: BinaryIO, bar: tqdm
 ) -> None:
     written.write(header.pack())
     streams = Streams(trained, header.settings)
-    for ids in blocks:
+    for ids in ids_by_block:
         encoder = constriction.stream.queue.RangeEncoder()
         for where_A, logits_AV in streams.walk(ids, bar):
             encoder.encode(ids[where_A].astype(np.int32), FAMILY, probabilities(logits_AV))
@@ -243,3 +258,66 @@ def _check_decodable(trained: TrainedModel, header: Header, source: Path) -> Non
         check_settings(trained, header.settings)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+
+
+def pieces_of(file: BinaryIO, digest: Any) -> Iterator[bytes]:
+    """A whole file, cut between characters; `digest`, of hashlib, is updated with it."""
+    file.seek(0)
+    for piece in whole_characters(blocks(file)):
+        digest.update(piece)
+        yield piece
+
+
+def scan(pieces: Iterable[bytes], name: Path, vocabulary: Vocabulary) -> dict[str, int]:
+    """The size of a text in each unit; UserError if the vocabulary cannot express it."""
+    length = symbols = characters = 0
+    for piece in pieces:
+        try:
+            ids = vocabulary.encode(piece)
+        except EncodingError as error:
+            place = f"{name}: {error.problem} at byte {length + error.offset:,}"
+            problem = f"and the model's vocabulary ({vocabulary.name}) cannot express it"
+            raise UserError(f"{place}, {problem}; use a model of bytes") from None
+        length += len(piece)
+        symbols += len(ids)
+        characters += vocabulary.count_characters(ids)
+    return {"bytes": length, "symbols": symbols, "characters": characters}
+
+
+def blocks_of(pieces: Iterable[bytes], vocabulary: Vocabulary, block: int) -> Iterator[np.ndarray]:
+    """The ids of a text by blocks; the last may be shorter."""
+    waiting = vocabulary.encode(b"")
+    for piece in pieces:
+        waiting = np.concatenate([waiting, vocabulary.encode(piece)])
+        while len(waiting) >= block:
+            yield waiting[:block]
+            waiting = waiting[block:]
+    if len(waiting):
+        yield waiting
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; UserError if it is not a regular file or cannot be read."""
+    if path.exists() and not path.is_file():  # a pipe without a writer would block
+        raise UserError(f"{path}: is a folder, a pipe or a device; give a file")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+@contextmanager
+def output(path: Path, source: Path, size: int = 0) -> Iterator[BinaryIO]:
+    """A file that becomes `path` when the context ends; UserError if it is `source` or cannot be written."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a regular file; name another output")
+    if path.exists() and path.samefile(source):
+        raise UserError(f"{path}: is the input; name another output")
+    try:
+        if size > (free := shutil.disk_usage(path.parent).free):
+            problem = f"needs {size:,} bytes, and {free:,} are free"
+            raise UserError(f"{path}: {problem}; free some space")
+        with replacing(path) as temporary, temporary.open("w+b") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error

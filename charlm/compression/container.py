@@ -1,4 +1,4 @@
-"""The layout of a compressed file.
+"""The layout of a compressed file, and the digests of what encoder and decoder must share.
 
     charlm, format version      6 bytes, uint16
     header                      see `Header`; its last field is a text of up to 255 bytes
@@ -10,16 +10,25 @@ proves the content. The header must suit the file's size, so that no file costs 
 """
 
 import hashlib
+import json
 import math
 import os
+import platform
 import struct
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import BinaryIO, NamedTuple
 
+import constriction
 import numpy as np
+import torch
+from torch import Tensor
 
-from charlm.compression.settings import CodingSettings
+from charlm.compression.streams import FAMILY, CodingSettings, Streams, probabilities
 from charlm.config import UserError
+from charlm.data.vocabulary import Vocabulary
+from charlm.runs.checkpoints import digest
+from charlm.runs.trained import TrainedModel
 
 MAGIC = b"charlm"
 VERSION = 3
@@ -36,7 +45,7 @@ _PIECE = 2**20
 
 
 class Header(NamedTuple):
-    """Facts that decoder and encoder share; see `charlm.compression.fingerprint`."""
+    """Facts that decoder and encoder share."""
 
     length: int
     """Bytes of the content."""
@@ -84,9 +93,9 @@ def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
     prefix = file.read(_PREFIX.size)
     if not prefix.startswith(MAGIC) or len(prefix) < _PREFIX.size:
         raise UserError(f"{name}: not a file that charlm has compressed")
-    _, version = _PREFIX.unpack(prefix)
-    if version != VERSION:
-        problem = f"has format version {version}, not {VERSION}"
+    _, number = _PREFIX.unpack(prefix)
+    if number != VERSION:
+        problem = f"has format version {number}, not {VERSION}"
         raise UserError(f"{name}: {problem}; use the charlm that wrote it")
     try:
         header = _unpack(file, end)
@@ -139,3 +148,59 @@ def _check_blocks(file: BinaryIO, end: int, header: Header, vocabulary_size: int
         file.seek(4 * count, os.SEEK_CUR)
     if file.tell() != end:
         raise ValueError(f"{header.symbols:,} symbols, and more bytes follow")
+
+
+def model_digest(trained: TrainedModel) -> bytes:
+    """16 bytes that identify the model's shape and `predicting_tensors`."""
+    shape = trained.config.model.model_dump()
+    shape["positions"] = shape.pop("position_encoding")  # as in older files
+    hashed = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    for name, tensor in predicting_tensors(trained).items():
+        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        values = tensor.detach().cpu().contiguous()
+        hashed.update(values.view(torch.uint8).numpy().data)
+    return hashed.digest()[:16]
+
+
+def predicting_tensors(trained: TrainedModel) -> dict[str, Tensor]:
+    """The parameters that predict the next symbol, by name."""
+    model = trained.config.model
+    with torch.inference_mode():
+        nothing_11D = torch.zeros(1, 1, model.d_model, device=trained.device)
+        _, weight, bias = trained.heads.classifiers(nothing_11D, model.num_layers, (1,))
+    head = {"head.weight": weight, "head.bias": bias}
+    return dict(sorted((trained.transformer.state_dict() | head).items()))
+
+
+def vocabulary_digest(vocabulary: Vocabulary) -> bytes:
+    """8 bytes that identify the vocabulary."""
+    return bytes.fromhex(digest(vocabulary.to_dict()))[:8]
+
+
+def environment(device: torch.device) -> str:
+    """Versions, device and processor: the last bits of a probability depend on them."""
+    if device.type == "cuda":
+        place = f"{torch.cuda.get_device_name(device)} cuda {torch.version.cuda}"
+    else:
+        found = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest supported torch lacks it
+        # Not the numbers of cores and sockets.
+        features = {name: value for name, value in found.items() if not name.startswith("num_")}
+        kernels = torch.backends.cpu.get_cpu_capability()
+        place = f"{device.type} {platform.machine()} {kernels} {digest(features)[:8]}"
+    return f"torch {torch.__version__}, constriction {version('constriction')}, {place}"
+
+
+def probe(trained: TrainedModel, settings: CodingSettings) -> bytes:
+    """8 bytes that identify the arithmetic by logits and code words; use it in `threads_set`."""
+    context = min(settings.context, 16)
+    streams = Streams(trained, settings.replace(context=context, stride=1))
+    encoder = constriction.stream.queue.RangeEncoder()
+    hashed = hashlib.sha256()
+    shape = (context + 2, settings.streams)
+    random_NS = np.random.Philox(key=0).random_raw(shape) % trained.vocabulary.size
+    for symbols_S in random_NS:
+        logits_SV = streams.append(symbols_S)
+        hashed.update(logits_SV.float().cpu().numpy().tobytes())
+        encoder.encode(symbols_S.astype(np.int32), FAMILY, probabilities(logits_SV))
+    hashed.update(encoder.get_compressed().astype("<u4").tobytes())
+    return hashed.digest()[:8]

@@ -12,10 +12,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from charlm.compression.coder import Compressed
-from charlm.compression.content import open_regular
-from charlm.compression.fingerprint import predicting_tensors
-from charlm.compression.settings import CodingSettings, check_settings
-from charlm.compression.streams import FAMILY, Streams, probabilities, threads_set
+from charlm.compression.container import predicting_tensors
+from charlm.compression.streams import FAMILY, CodingSettings, Streams, check_settings, probabilities, threads_set
 from charlm.data.text_files import blocks
 from charlm.inference.generation import generate
 from charlm.report.style import PICTURE, TRAIN, VALID, new_figure, save
@@ -45,9 +43,7 @@ class CompressionReport(BaseModel, frozen=True):
     def to_text(self) -> str:
         """Lines for people: the file and its settings, then whatever was asked for."""
         made, settings = self.compressed, self.compressed.protocol
-        rate = ""
-        if made.bits_per_character is not None:
-            rate = f", {made.bits_per_character:.4f} bits per character"
+        rate = f", {made.bits_per_character:.4f} bits per character" if made.characters else ""
         verified = "not verified"
         if made.verify_seconds is not None:
             verified = f"verified in {made.verify_seconds:,.1f} s"
@@ -91,7 +87,7 @@ def weigh(
 ) -> CompressionReport:
     """The report of a compressed file: with `others`, and the speeds of so many streams."""
     protocol = compressed.protocol
-    with open_regular(file) as content:
+    with file.open("rb") as content:
         return CompressionReport(
             file=str(file),
             compressed=compressed,

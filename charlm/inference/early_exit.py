@@ -29,11 +29,7 @@ QUANTILES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def early_exit(
-    trained: TrainedModel,
-    corpus: Corpus,
-    *,
-    quantiles: Sequence[float] = QUANTILES,
-    **protocol: Any,
+    trained: TrainedModel, corpus: Corpus, *, quantiles: Sequence[float] = QUANTILES, **protocol: Any
 ) -> Score:
     """Score the model, each layer that has a head, and early exit at several thresholds.
 
@@ -131,10 +127,7 @@ def first_sure(entropies_EM: Tensor, thresholds_Q: Tensor) -> Tensor:
 
 
 def _sums(
-    batches: Iterable[tuple[Tensor, Tensor]],
-    thresholds_Q: Tensor,
-    num_exits: int,
-    num_symbols: int,
+    batches: Iterable[tuple[Tensor, Tensor]], thresholds_Q: Tensor, num_exits: int, num_symbols: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Nats: the last layer's [N], by exit [E], by threshold [Q]; symbols by exit [Q, E]."""
     last_nats_N = torch.zeros(num_symbols, dtype=torch.float64)

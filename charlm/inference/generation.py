@@ -3,7 +3,7 @@
 import codecs
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Self, overload
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -39,10 +39,6 @@ class Writing(Sampling):
         return self
 
 
-@overload
-def generate(trained: TrainedModel, prompt: str | bytes, *, length: int, **options) -> str: ...
-@overload
-def generate(trained: TrainedModel, prompt: Sequence[str | bytes], *, length: int, **options) -> list[str]: ...
 def generate(
     trained: TrainedModel,
     prompt: str | bytes | Sequence[str | bytes],
@@ -127,10 +123,7 @@ def _write(
 
 
 def _write_plainly(
-    reader: Reader,
-    ids: Sequence[list[int]],
-    how: Writing,
-    generators: Sequence[torch.Generator],
+    reader: Reader, ids: Sequence[list[int]], how: Writing, generators: Sequence[torch.Generator]
 ) -> Iterator[list[list[int]]]:
     """The symbol that each step adds to each text, as a list of one."""
     context_length = reader.config.context_length

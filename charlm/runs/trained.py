@@ -118,9 +118,8 @@ def truncate(trained: TrainedModel, depth: int | None = None, *, keep_heads: boo
     if depth not in exits:
         choices = ", ".join(map(str, exits))
         raise UserError(f"depth={depth}: has no head; choose one of {choices}", "depth")
-    pairs = [(depth, 1)]
-    if keep_heads:
-        pairs = [(layer, offset) for layer, offset in trained.heads.pairs if layer <= depth]
+    pairs = trained.heads.pairs if keep_heads else [(depth, 1)]
+    pairs = [(layer, offset) for layer, offset in pairs if layer <= depth]
     hedge_weights = trained.hedge_weights if keep_heads else None
     cut = replace(trained, options=trained_with(trained), hedge_weights=hedge_weights)
     state = trained.modules.state_dict()

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from charlm.compression import coder, container
 from charlm.compression.coder import compressed_nats
 from charlm.compression.container import largest_claim
-from charlm.compression.settings import CodingSettings
-from charlm.compression.streams import FAMILY
+from charlm.compression.streams import FAMILY, CodingSettings
 from charlm.config import UserError
 from charlm.data.vocabulary import CharacterVocabulary, SentencePieceVocabulary
 from charlm.model.heads import Heads

@@ -6,12 +6,10 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from charlm.compression import settings as settings_module
 from charlm.compression import streams as streams_module
 from charlm.compression.coder import compressed_nats
-from charlm.compression.fingerprint import environment, model_digest, probe, vocabulary_digest
-from charlm.compression.settings import choose_settings
-from charlm.compression.streams import Streams, probabilities, threads_set
+from charlm.compression.container import environment, model_digest, probe, vocabulary_digest
+from charlm.compression.streams import Streams, choose_settings, probabilities, threads_set
 from charlm.config import UserError
 from charlm.data.vocabulary import ByteVocabulary, CharacterVocabulary
 from charlm.inference.scoring import negative_log_likelihoods
@@ -129,7 +127,7 @@ def test_options_out_of_range(build_model, given):
 
 def test_more_streams_than_memory_holds(build_model, monkeypatch):
     """Guards against a file whose header, or a user whose option, makes the system end other processes."""
-    monkeypatch.setattr(settings_module.psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000))
+    monkeypatch.setattr(streams_module.psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000))
     with refused("streams", "their keys and values take"):
         choose_settings(build_model(), 100, streams=100)
 
