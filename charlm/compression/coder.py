@@ -93,8 +93,8 @@ def compress(
         show_progress: show bars on stderr if that is a terminal.
         options: fields of `CodingSettings`; those left out, or None, have defaults.
 
-    Raises UserError for an option out of range, a file that cannot be read, written or expressed in the
-    vocabulary, or a result that decodes to other bytes.
+    Raises UserError for an option out of range, a file that cannot be read, written or spelled, or a
+    result that decodes to other bytes.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
@@ -137,7 +137,7 @@ def compress(
 def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *, show_progress: bool = True) -> int:
     """Restore the file that `compress` made `source` of; returns its size in bytes.
 
-    Raises UserError if `source` is damaged or needs another model or machine; `target` is then as it was.
+    Raises UserError if `source` is damaged, or needs another model or machine.
     """
     source, target = Path(source), Path(target)
     with open_regular(source) as file:
@@ -180,7 +180,7 @@ def score_as_compressor(
     show_progress: bool = True,
     **options: Any,
 ) -> Score:
-    """Score a split as `compress` would code it; arguments and errors as for `Scorer` and `compress`."""
+    """Score a split as `compress` would code it; options are those of `Scorer` and `compress`."""
     scorer = Scorer(trained, corpus, split, limit=limit, precision=precision)
     options |= {"precision": precision, "show_progress": show_progress}
     nats_N, settings = compressed_nats(trained, scorer.ids, **options)
@@ -239,9 +239,8 @@ def _verify(trained: TrainedModel, written: BinaryIO, target: Path, bar: tqdm) -
         for _ in _decode(trained, header, written, target, bar):
             pass
     except UserError as error:
-        problem = "decodes to other bytes, as arithmetic here is not repeatable; nothing was kept"
-        way_out = "try --threads 1, --precision fp32, or a CPU"
-        raise UserError(f"{target}: {problem}; {way_out}") from error
+        problem = "decodes to other bytes: arithmetic here is not repeatable, and nothing was kept"
+        raise UserError(f"{target}: {problem}; try --threads 1, or a CPU") from error
 
 
 def _check_decodable(trained: TrainedModel, header: Header, source: Path) -> None:
@@ -308,7 +307,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 @contextmanager
 def output(path: Path, source: Path, size: int = 0) -> Iterator[BinaryIO]:
-    """A file that becomes `path` when the context ends; UserError if it is `source` or cannot be written."""
+    """A file that becomes `path`, which must not be `source`, when the context ends."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a regular file; name another output")
     if path.exists() and path.samefile(source):

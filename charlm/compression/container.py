@@ -6,7 +6,7 @@
     checksum                    the first 8 bytes of the SHA-256 of everything before
 
 Numbers are little-endian. The checksum finds damage before anything is decoded; the header's SHA-256
-proves the content. The header must suit the file's size, so that no file costs more than an honest one.
+proves the content. The header must suit the file's size.
 """
 
 import hashlib
@@ -87,7 +87,7 @@ def checksum(file: BinaryIO, size: int) -> bytes:
 
 
 def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
-    """The header of a whole, undamaged file, left at its first block; UserError for any other."""
+    """The header of a whole file, left at its first block; UserError for any other."""
     end = file.seek(0, os.SEEK_END) - _CHECKSUM_BYTES
     file.seek(0)
     prefix = file.read(_PREFIX.size)
@@ -182,7 +182,7 @@ def environment(device: torch.device) -> str:
     if device.type == "cuda":
         place = f"{torch.cuda.get_device_name(device)} cuda {torch.version.cuda}"
     else:
-        found = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest supported torch lacks it
+        found = getattr(torch.cpu, "get_capabilities", dict)()  # older torch lacks it
         # Not the numbers of cores and sockets.
         features = {name: value for name, value in found.items() if not name.startswith("num_")}
         kernels = torch.backends.cpu.get_cpu_capability()
@@ -191,7 +191,7 @@ def environment(device: torch.device) -> str:
 
 
 def probe(trained: TrainedModel, settings: CodingSettings) -> bytes:
-    """8 bytes that identify the arithmetic by logits and code words; use it in `threads_set`."""
+    """8 bytes that identify the arithmetic by logits and code words."""
     context = min(settings.context, 16)
     streams = Streams(trained, settings.replace(context=context, stride=1))
     encoder = constriction.stream.queue.RangeEncoder()

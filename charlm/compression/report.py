@@ -69,7 +69,8 @@ class CompressionReport(BaseModel, frozen=True):
             lines += ["", markdown_table(columns, rows), "", model]
         if self.speeds:
             speeds = {"generation, one text": self.generation_speed}
-            speeds |= {counted(streams, "stream"): speed for streams, speed in self.speeds.items()}
+            for streams, speed in self.speeds.items():
+                speeds[counted(streams, "stream")] = speed
             columns = ("", "characters per second", "of generation's")
             unit = self.generation_speed
             rows = [(name, f"{speed:,.0f}", f"{speed / unit:.1f}") for name, speed in speeds.items()]

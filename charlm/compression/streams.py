@@ -1,10 +1,10 @@
-"""Streams of text that a model reads side by side, for encoder, decoder and scorer, and their settings.
+"""Streams of text that a model reads side by side, for encoder, decoder and scorer; their settings.
 
-A block of text is cut into S streams whose lengths differ by one symbol at most. Every step computes the
+A block of text is cut into S streams of equal lengths, or longer by one symbol. Every step computes the
 next symbol's logits in all streams, so that the decoder does exactly the encoder's arithmetic.
 
-A stream begins without context. When `context` symbols have been read, the newest `context - stride + 1`
-are read again in one pass: in one stream every symbol has the context that `evaluate --stride` gives it.
+A stream begins without context. When `context` symbols were read, the newest `context - stride + 1` are
+read again in one pass: in one stream every symbol has the context that `evaluate --stride` gives it.
 
 Shapes: S streams, A of which still have symbols, T symbols read at once, V vocabulary.
 """
@@ -114,9 +114,9 @@ class Streams:
 
     @torch.inference_mode()
     def walk(self, ids_N: np.ndarray, bar: tqdm) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Go through a block step by step; a decoder fills in the symbols before it asks for more.
+        """The indices [A] of the streams' next symbols and their logits [A, V], step by step.
 
-        Yields the indices [A] of the streams' next symbols, and their logits [A, V].
+        A decoder fills in the symbols before it asks for more.
         """
         S = self.settings.streams
         each, longer = divmod(len(ids_N), S)
@@ -163,7 +163,7 @@ class Streams:
 def threads_set(num_threads: int) -> Iterator[None]:
     """Use this number of threads inside the context."""
     before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)  # even if it is the same, to keep MKL from choosing fewer
+    torch.set_num_threads(num_threads)  # even the same, to keep MKL from choosing fewer
     try:
         yield
     finally:

@@ -1,9 +1,9 @@
 """Early exit: every symbol is predicted by the first layer that is sure enough.
 
-A layer with a head predicts a symbol if its prediction has less entropy than a threshold; otherwise the
-next one decides (Teerapittayanon et al. 2016, "BranchyNet"). Only generation skips the layers above.
+A layer with a head predicts if its prediction has less entropy than a threshold; otherwise the next one
+decides (Teerapittayanon et al. 2016, "BranchyNet"). Only generation skips the layers above.
 
-Shapes: M symbols of a batch, N symbols, E exits including the last layer, Q thresholds, V vocabulary.
+Shapes: M symbols of a batch, N symbols, E exits with the last layer, Q thresholds, V vocabulary.
 """
 
 import math
@@ -33,8 +33,8 @@ def early_exit(
 ) -> Score:
     """Score the model, each layer that has a head, and early exit at several thresholds.
 
-    These are quantiles of the entropies on the symbols that the run was validated on: at 0 the last layer
-    predicts everything, at 1 the first exit. `protocol` and errors as for `charlm.bits_per_character`;
+    These are quantiles of the entropies on the run's validation text: at 0 the last layer predicts
+    everything, at 1 the first exit. `protocol` and errors are those of `charlm.bits_per_character`;
     UserError also if only the last layer has a head.
     """
     scorer = Scorer(trained, corpus, **protocol)
@@ -81,8 +81,8 @@ def _exits(trained: TrainedModel) -> list[int]:
 class ExitReader(Reader):
     """Reads a text symbol by symbol, each up to the first exit that is sure of the next.
 
-    The layers above get keys and values of the exit's hidden state (Schuster et al. 2022, CALM), so later
-    predictions are roughly the whole model's. All layers read a prompt, and half of a full context.
+    The layers above get keys and values of the exit's hidden state (Schuster et al. 2022, CALM): later
+    predictions are roughly the whole model's. All layers read a prompt, and half a full context.
     """
 
     def __init__(self, trained: TrainedModel, entropy: float, exits: Counter[int]):
@@ -120,7 +120,7 @@ def choose_thresholds(entropies_EN: np.ndarray, quantiles: Sequence[float]) -> T
 
 
 def first_sure(entropies_EM: Tensor, thresholds_Q: Tensor) -> Tensor:
-    """The index [Q, M] of the first exit with less entropy than each threshold, or of the last."""
+    """The first exit with less entropy than each threshold, or the last: indices [Q, M]."""
     sure_QEM = entropies_EM < thresholds_Q[:, None, None]
     sure_QEM[:, -1] = True
     return sure_QEM.int().argmax(dim=1)

@@ -76,8 +76,8 @@ class Score:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, without optional fields that are None."""
-        values = asdict(self).items()
-        return {name: value for name, value in values if value is not None or name == "standard_error"}
+        kept = {name: value for name, value in asdict(self).items() if value is not None}
+        return kept | {"standard_error": self.standard_error}
 
 
 def bits_per_character(
@@ -99,15 +99,15 @@ def bits_per_character(
 
     Args:
         corpus: the one that `charlm.load_corpus(trained.config.data)` returns.
-        stride: symbols from one window to the next; 1 is the paper's, the default half the context.
+        stride: from one window to the next; 1 is the paper's, the default half the context.
         limit: score only this many symbols, as if the split ended there.
         batch_size: windows per batch and process; the default depends on the device.
         precision: the transformer's; heads are in fp32 and the softmax in float64.
         all_layers: also score every layer that has a head for the next symbol.
-        mixture: "hedge" scores sum_i alpha_i f_i with the weights alpha that hedge backpropagation has
-            learned (Sahoo et al. 2018).
+        mixture: "hedge" scores sum_i alpha_i f_i with the weights alpha that hedge backpropagation
+            has learned (Sahoo et al. 2018).
 
-    Raises UserError for a value out of range, another corpus than the run's, or a mixture without weights.
+    Raises UserError for a value out of range, another corpus, or a mixture without weights.
     """
     scorer = Scorer(trained, corpus, split, stride, limit, batch_size, precision, show_progress)
     last = trained.config.model.num_layers
@@ -228,8 +228,8 @@ def count_units(ids: np.ndarray, vocabulary: Vocabulary) -> tuple[int, int]:
 def standard_error(nats: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) -> float | None:
     """Standard error of bits per character: a ratio estimator over blocks; None for one symbol.
 
-    Neighbours are not independent, so the text is cut into K equal blocks: 100, or fewer so that each holds
-    1,000 symbols, but at least 10. With b_k bits and c_k characters in block k, and R = sum b / sum c:
+    The text is cut into K equal blocks: 100, or fewer so that each holds 1,000 symbols, but at least 10.
+    With b_k bits and c_k characters in block k, and R = sum b / sum c:
 
         sqrt(K / (K - 1) * sum_k (b_k - R c_k)^2) / sum_k c_k
     """

@@ -56,23 +56,22 @@ def generate(
 ) -> str | list[str]:
     """The text that the model writes after `prompt`; the same seed gives the same text.
 
-    When the context is full, its older half is forgotten, and the newer half is read again. The weights
-    must not change before the text ends.
+    When the context is full, its older half is forgotten, and the newer half is read again.
 
-    Several prompts are continued together or, with drafts or early exit, in turn. The first text is the one
-    that `seed` gives alone, the next that of `seed` + 1, except for rounding.
+    Several prompts are continued together or, with drafts or early exit, in turn. The first text is that
+    of `seed` alone, the next that of `seed` + 1, except for rounding.
 
     Args:
         prompt: at least one symbol and at most context_length.
         length: symbols to write. Bytes that form no UTF-8 character become U+FFFD.
         temperature, top_k, top_p: see `Sampling`.
-        draft: write several symbols per pass: "offsets" drafts them with the heads for later symbols, a
-            number with the exit at this layer. The distribution, or text at temperature 0, is the same.
-        num_draft_tokens: the most symbols to draft before a pass; by default one per head, or 5.
+        draft: write several symbols per pass, drafted by the heads for later symbols ("offsets"), or the
+            exit at a layer. The distribution, or text at temperature 0, is the same.
+        num_draft_tokens: the most symbols to draft at once; by default one per head, or 5.
         statistics: counts drafts or exits.
         exit_entropy: the first layer with less entropy, in bits, predicts (see `ExitReader`).
 
-    Raises UserError for a value out of range, an unreadable prompt, or drafts without their heads.
+    Raises UserError for a value out of range, an unreadable prompt, or drafts without heads.
     """
     prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
     if not prompts:
@@ -161,5 +160,5 @@ def _encode(trained: TrainedModel, prompt: str | bytes) -> list[int]:
         raise UserError(f"prompt: {error}; use what the vocabulary has", "prompt") from error
     most = trained.config.model.context_length
     if not 1 <= len(ids) <= most:
-        raise UserError(f"prompt: has {len(ids)} symbols; give 1 to {most}, the context", "prompt")
+        raise UserError(f"prompt: has {len(ids)} symbols; give 1 to {most}", "prompt")
     return ids

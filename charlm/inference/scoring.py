@@ -186,8 +186,8 @@ def _batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of one process's windows: indices [B, W], and which predictions count, bool [B, T].
 
-    Compiled modules need batches of one size, sharded ones equally many in every process: other windows,
-    which do not count, fill up the last.
+    Compiled modules need batches of one size, sharded ones equally many in every process: windows that
+    do not count fill up the last.
     """
     num_windows = len(windows.starts)
     offsets = np.arange(windows.length + 1)

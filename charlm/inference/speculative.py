@@ -1,9 +1,9 @@
 """Writing several symbols per pass: cheap drafts, which the whole model verifies at once.
 
-They come from the last layer's heads for later symbols (Stern et al. 2018; Gloeckle et al. 2024), or from
-an exit's layers and head (Elhoushi et al. 2024, LayerSkip).
+They come from the last layer's heads for later symbols (Stern et al. 2018; Gloeckle et al. 2024), or
+from an exit's layers and head (Elhoushi et al. 2024, LayerSkip).
 
-Shapes: P positions of a pass, K drafts, V vocabulary. P is K + 1, or K if the last draft was not read.
+Shapes: P positions of a pass, K drafts, V vocabulary. P is K + 1, or K: the last draft was not read.
 """
 
 from collections import Counter
@@ -55,8 +55,8 @@ class DraftStatistics:
 class Speculation:
     """A text that is being written with drafts.
 
-    Greedy text equals that of plain generation: when two logits are too close to call, symbols since the
-    last exact position are read again one at a time.
+    Greedy text equals that of plain generation: when two logits are too close to call, symbols since
+    the last exact position are read again, one by one.
     """
 
     reader: Reader
@@ -122,8 +122,7 @@ class Speculation:
         if self.sampling.is_greedy:
             symbols, num_certain = accept_likeliest(logits_PV, drafts, self.near_tie)
         else:
-            own_PV = self.sampling.distribution(logits_PV)
-            symbols = accept(own_PV, drafts, chances_KV, self.generator)
+            symbols = accept(self.sampling.distribution(logits_PV), drafts, chances_KV, self.generator)
             num_certain = len(symbols)
         self.statistics.passes += 1
         if num_certain < len(symbols):
@@ -137,7 +136,7 @@ class Speculation:
         return symbols
 
     def _draft_by_offsets(self, num_positions: int) -> tuple[list[int], Tensor | None, Tensor]:
-        """Drafts, their distributions [K, V] if they were drawn, and the hidden states of all."""
+        """Drafts, their distributions [K, V] if they were drawn, and hidden states."""
         offsets = range(2, self.num_drafts + 2)  # from one symbol before the newest
         logits_KV = self.reader.logits(self.hidden_11D, offsets=offsets)[0, 0]
         logits_KV = logits_KV[: num_positions - 1]
@@ -170,7 +169,7 @@ class Speculation:
 
 
 def choose_num_drafts(reader: Reader, draft: Draft, num_draft_tokens: int | None) -> int:
-    """`num_draft_tokens`, or a default; UserError if it is too large, or the model lacks the heads."""
+    """`num_draft_tokens`, or a default; UserError if it is too large, or heads are lacking."""
     last = reader.config.num_layers
     most: dict[Draft, int] = {}
     if num_extra := sum(layer == last and offset > 1 for layer, offset in reader.heads.pairs):
@@ -221,7 +220,7 @@ def accept(
 
 
 def accept_likeliest(logits_PV: Tensor, drafts: list[int], near_tie: float) -> tuple[list[int], int]:
-    """`accept` for greedy text, and the number of symbols that are certain, as `near_tie` says."""
+    """`accept` for greedy text, and how many symbols come before the first near tie."""
     best_P2, symbols_P2 = logits_PV.topk(min(2, logits_PV.shape[-1]))
     symbols = symbols_P2[:, 0].tolist()
     symbols = symbols[: _num_leading(map(eq, drafts, symbols)) + 1]

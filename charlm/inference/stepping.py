@@ -1,7 +1,7 @@
-"""A faster forward pass for generation, which feeds new symbols to a model that has a key/value cache.
+"""A faster forward pass for generation, which feeds new symbols to a model with a key/value cache.
 
-On a CPU, a few symbols of one text take a fast path: one product gives query, key and value, and no module
-or hook is called. tests/inference/test_stepping.py compares it with `CharTransformer`.
+On a CPU, a few symbols of one text take a fast path: one product gives query, key and value, and no
+module or hook is called. tests/inference/test_stepping.py compares it with `CharTransformer`.
 
 Shapes: B texts, T symbols, D d_model, H heads, C = D / H head size, S positions up to the newest,
 I inputs, E outputs, K offsets, V vocabulary.
@@ -29,7 +29,7 @@ NUM_BAGS = 8
 
 
 class Reader:
-    """A model that reads texts. It copies weights on first use: make a new one for each text."""
+    """A model that reads texts. It copies weights on first use: make one for each text."""
 
     def __init__(self, trained: TrainedModel):
         self.config = trained.config.model

@@ -4,7 +4,7 @@ RUN/checkpoints/
     last, best              text files, each with the name of a folder
     step-00001000/
         model.safetensors       parameters by name, and a digest of the vocabulary
-        optimizer.safetensors   state by parameter name and key, perhaps after a prefix (`layer4/`)
+        optimizer.safetensors   state by parameter and key, perhaps with a prefix (`layer4/`)
         state.json              step, best validation so far, gradient scaler
         manifest.json           size and SHA-256 of these three and of itself
     .*.tmp                  being written or removed; rubbish after a kill
@@ -188,8 +188,8 @@ def checkpoint_folders(run: Run) -> dict[int, Path]:
 def rewind(run: Run, checkpoint: Checkpoint, *, discard: bool = False) -> list[str]:
     """Make `checkpoint` the run's newest: drop later metrics and checkpoints; return warnings.
 
-    With `discard`, whole checkpoints are removed; others are put aside. `best` will name the state's best
-    step if it exists, else the same as before, else this checkpoint.
+    With `discard`, whole checkpoints are removed; others are put aside. `best` will name the best step of
+    the state if it exists, else the same as before, else this one.
     """
     warnings = []
     _tidy(run)
@@ -249,7 +249,7 @@ def digest(record: Any) -> str:
 
 
 def _read(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder; UserError if it is damaged. Sizes are compared before hashes."""
+    """The checkpoint in a folder; UserError if it is damaged."""
     if folder.is_symlink() or not folder.is_dir():
         raise UserError(f"{folder} is damaged: it is not a folder")
     try:
@@ -258,11 +258,12 @@ def _read(folder: Path) -> Checkpoint:
             if path not in paths:
                 raise UserError(f"{path}: no checkpoint has such a file; remove it")
             if path.is_symlink() or not path.is_file():
-                raise UserError(f"{path} is damaged: it is missing, a link, or not a regular file")
+                problem = "it is missing, a link, or not a regular file"
+                raise UserError(f"{path} is damaged: {problem}")
         manifest = read_json(folder / MANIFEST, MAX_JSON_BYTES, dict[str, dict[str, int | str]])
         files = {name: entry for name, entry in manifest.items() if name in FILES}
         if len(files) < len(FILES) or (folder / MANIFEST).read_text() != _manifest(files):
-            raise UserError(f"{folder / MANIFEST} is damaged: it does not match its own SHA-256")
+            raise UserError(f"{folder / MANIFEST} is damaged: its own SHA-256 does not match")
         unlike = f"is damaged: it does not match {MANIFEST}"
         for name, entry in files.items():
             if (folder / name).stat().st_size != entry.get("bytes"):

@@ -61,7 +61,7 @@ class ModelRecord(BaseModel, strict=True):
 
 
 def save_model(trained: TrainedModel, folder: Path | str, name: str | None = None) -> Path:
-    """Export a model, called `name` in its card, to a new folder; UserError if that cannot be."""
+    """Export a model, which its card calls `name`, to a new folder, or raise UserError."""
     folder = Path(folder)
     check_absent(folder)
     corpus, state = trained.corpus, trained.modules.state_dict()
@@ -99,7 +99,7 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
 
 
 def check_absent(folder: Path) -> None:
-    """Raise UserError if there is something."""
+    """Raise UserError if anything is there."""
     if folder.exists() or folder.is_symlink():
         raise UserError(f"{folder} exists already; choose another folder", "to")
 

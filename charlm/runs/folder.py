@@ -133,7 +133,7 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Keep other processes from training into the folder; make it if it does not exist.
 
-        A new one in which nothing was trained is removed after an error. Raises UserError if it is in use.
+        A new one in which nothing was trained is removed after an error. Raises UserError if in use.
         """
         lock = FileLock(self.path / ".lock")
         is_new = not self.path.exists()
@@ -142,8 +142,7 @@ class Run:
             try:
                 lock.acquire(timeout=PATIENCE)
             except Timeout:
-                problem = "another process is training into it; let it end or"
-                raise self._refusal(problem) from None
+                raise self._refusal("another process is training into it; let it end or") from None
             self._locked = self._lock_file() or (0, 0)  # it may be gone already
         try:
             yield

@@ -32,8 +32,8 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
         from charlm.runs.hub import download  # a library that most runs do not need
 
         run = download(str(run))
-    is_run = Path(run, "config.yaml").exists()
-    if is_run or not Path(run, EXPORT_CONFIG).exists():  # for neither, Run.open says what is missing
+    is_exported = Path(run, EXPORT_CONFIG).exists()
+    if not is_exported or Path(run, "config.yaml").exists():
         return _load_run(Run.open(run), checkpoint, device)
     if checkpoint != "best":
         problem = f"{run} is an exported model, which has only one"

@@ -75,7 +75,8 @@ def empty_model(
     """Transformer and heads on the meta device; `pairs` and `last_tower` as in `Heads`."""
     with torch.device("meta"):
         transformer = CharTransformer(config.model, vocabulary_size)
-        how = {"layers": config.aux.layers, "final_norm": transformer.final_norm, "last_tower": last_tower}
+        norm = transformer.final_norm
+        how = {"layers": config.aux.layers, "final_norm": norm, "last_tower": last_tower}
         heads = Heads(config.model, vocabulary_size, pairs, **how)
     return nn.ModuleDict({"transformer": transformer, "heads": heads})
 
@@ -87,7 +88,7 @@ def filled(
     path: Path,
     owner: str,
 ) -> nn.Module:
-    """What `build` makes, with the `tensors` of the file `path`; UserError if they do not fit."""
+    """What `build` makes, with the `tensors` of `path`; UserError if they do not fit."""
     layers = config.num_layers
     if 16 * layers > len(tensors):  # building thousands of layers would take minutes
         problem = f"has {len(tensors)} tensors, too few for the {layers:,} layers"
@@ -109,8 +110,8 @@ def filled(
 def truncate(trained: TrainedModel, depth: int | None = None, *, keep_heads: bool = False) -> TrainedModel:
     """The model cut at layer `depth`, by default the last: that exit, with the same parameters.
 
-    With `keep_heads`, the heads of lower layers and for later symbols stay. Raises UserError if there is no
-    such layer, or it has no head for the next symbol.
+    With `keep_heads`, the heads of lower layers and for later symbols stay. UserError if there is no such
+    head for the next symbol.
     """
     num_layers = trained.config.model.num_layers
     depth = num_layers if depth is None else depth
