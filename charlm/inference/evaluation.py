@@ -145,9 +145,8 @@ class Scorer:
         if corpus.sha256 != trained.corpus["sha256"] or corpus.vocabulary != trained.vocabulary:
             own = f"{trained.corpus['name']} ({trained.corpus['sha256'][:12]})"
             raise UserError(
-                f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on "
-                f"{trained.corpus['name']} ({trained.corpus['sha256'][:12]}), another text or vocabulary"
-                f"{changes(trained.corpus.get('files'), corpus.files)}; "
+                f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on {own}, another "
+                f"text or vocabulary{changes(trained.corpus.get('files'), corpus.files)}; "
                 "name that one (--data.path, --data.hub_id), "
                 "or score any file with scripts/compress.py RUN FILE -o FILE.clm --report"
             )

@@ -90,8 +90,7 @@ class Reader:
     def skip_from(self, hidden_1TD: Tensor, layer: int, cache: KVCache) -> None:
         """As `run_from`, but layers above `layer` only store keys and values of `hidden_1TD`."""
         places = self.transformer.places(hidden_1TD.shape[1], cache)
-        layers = self._layers[layer:]
-        inputs = [own.norms_before[0](own.at(hidden_1TD[0], places)) for own in layers]
+        inputs = [own.norms_before[0](own.at(hidden_1TD[0], places)) for own in self._layers[layer:]]
         rows_LDE, biases_L1E = (part[layer:] for part in self._keys_and_values)
         projected_LTE = torch.baddbmm(biases_L1E, torch.stack(inputs), rows_LDE)
         projected_LT2HC = projected_LTE.unflatten(-1, (2, self.config.num_heads, -1))

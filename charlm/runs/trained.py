@@ -75,8 +75,7 @@ def empty_model(
     """Transformer and heads on the meta device; `pairs` and `last_tower` as in `Heads`."""
     with torch.device("meta"):
         transformer = CharTransformer(config.model, vocabulary_size)
-        norm = transformer.final_norm
-        how = {"layers": config.aux.layers, "final_norm": norm, "last_tower": last_tower}
+        how = {"layers": config.aux.layers, "final_norm": transformer.final_norm, "last_tower": last_tower}
         heads = Heads(config.model, vocabulary_size, pairs, **how)
     return nn.ModuleDict({"transformer": transformer, "heads": heads})
 
