@@ -19,7 +19,7 @@ TEXT = " ".join(f"{number}é" for number in range(100)).encode()
 
 def test_there_and_back(run_on_disk, script, tmp_path):
     """Guards against scripts that drop an option, or claim success for something else."""
-    text, packed, back = tmp_path / "a text", tmp_path / "text.clm", tmp_path / "a text.copy"
+    text, packed, back = tmp_path / "a text", tmp_path / "text.clm", tmp_path / "text.copy"
     text.write_bytes(TEXT)
     options = ("--streams=9", "--context=12", "--stride=4", "--threads=1", "--checkpoint=last")
     code, out, err = script("compress", run_on_disk, text, "-o", packed, *options)

@@ -72,9 +72,9 @@ def test_only_layers_that_predict_the_next_character_are_hedged(tmp_path):
     assert build_objective(config, 5).hedge.layers == [1, 2, 3]
     assert build_objective(silent, 5).hedge.layers == [1, 2]
     for layers in (LayersConfig(enabled=False), config.aux.layers.replace(weight=0.0)):
-        with pytest.raises(ConfigError, match=r"aux\.hedge\.enabled=true: .* only 1 predicts"):
+        with pytest.raises(ConfigError, match=r"aux\.hedge\.enabled=true: weighs layers"):
             config.replace(aux=config.aux.replace(layers=layers))
-    with pytest.raises(ConfigError, match=r"aux\.hedge\.enabled=true: .* only 1 predicts"):
+    with pytest.raises(ConfigError, match=r"aux\.hedge\.enabled=true: weighs layers"):
         silent.replace(aux=silent.aux.replace(layers=LayersConfig(at=(1,))))
 
 
