@@ -131,7 +131,7 @@ def hedge(run: Metrics, style: Style) -> "Figure | None":
 
 
 def diagnostics(run: Metrics, style: Style) -> "Figure | None":
-    """Diagnostics over training, and the newest bits per character of each layer."""
+    """Diagnostics over training, and the newest bits of each layer."""
     panels = []
     for kind, title in DIAGNOSTICS.items():
         found = run.by_term(f"diagnostics/{kind}/")
@@ -203,7 +203,7 @@ def early_exit(score: "Score") -> "Figure":
 
 
 def weights(config: Config, style: Style) -> "Figure":
-    """A heat map of the weights of a config's terms over training."""
+    """A heat map of the weights of terms over training."""
     terms = build_terms(config.aux, config.model.num_layers, config.train.steps)
     title = f"Weights of {len(terms)} terms over training"
     with new_figure(style, 0.95 + _heat_height(terms, style), title) as figure:

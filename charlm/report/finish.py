@@ -54,7 +54,7 @@ def train_and_report(config: Config) -> Path:
 
 
 def draw_pictures(run: Run, config: Config) -> None:
-    """Draw RUN/run.png, and RUN/diagnostics.png if the run took diagnostics."""
+    """Draw run.png, and diagnostics.png if there are diagnostics."""
     with suppress(UserError, OSError):  # no point to draw yet, or the disk is full
         draw_run(run.path)
         if config.train.diagnose_every:
