@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
-from charlm import cli
+from charlm import cli  # first: it answers Ctrl-C
+
+# isort: split
+from pydantic import Field, field_validator
+
 from charlm.config import Stopped, UserError
 from charlm.config.types import Count
 from charlm.text import say

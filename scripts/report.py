@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
+from charlm import cli  # first: it answers Ctrl-C
+
+# isort: split
+from pydantic import Field
+
 import charlm
-from charlm import cli
 from charlm.config import Section
 from charlm.files import OutputPath
 from charlm.process import keep_freed_memory

@@ -198,11 +198,14 @@ def test_launched_processes_print_one_message() -> None:
     assert done.stderr.count("error: unrecognized arguments: --train.stepz") == 1
 
 
-@pytest.mark.parametrize("library", ["argcomplete", "pydantic", "torch"])
-def test_ctrl_c_while_libraries_load(library: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "library"),
+    [("generate", "argcomplete"), ("generate", "torch")] + [(path.stem, "pydantic") for path in SCRIPTS.glob("*.py")],
+)
+def test_ctrl_c_while_libraries_load(script: str, library: str, tmp_path: Path) -> None:
     """Guards against pages of traceback for someone who has only changed their mind."""
     (tmp_path / f"{library}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
-    command = [sys.executable, SCRIPTS / "generate.py", tmp_path, "--prompt=x"]
+    command = [sys.executable, SCRIPTS / f"{script}.py", tmp_path, "--prompt=x"]
     restored = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # in case it is ignored here
     (tmp_path / "sitecustomize.py").write_text(restored)
     done = launch(command, PYTHONPATH=str(tmp_path))
