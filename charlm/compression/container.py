@@ -116,9 +116,9 @@ def read_block(file: BinaryIO) -> np.ndarray:
 
 
 def largest_claim(words: int, vocabulary_size: int) -> int:
-    """The most symbols that so many words hold: each leaves V - 1 units to the others."""
+    """The most symbols that so many words hold, at least one: each leaves V - 1 units to the others."""
     bits_per_symbol = -math.log2(1 - (vocabulary_size - 1) / 2**CODER_BITS)
-    return math.floor((32 * words + 64) / bits_per_symbol)
+    return math.floor((32 * words + 64) / bits_per_symbol) if words else 0
 
 
 def _unpack(file: BinaryIO, end: int) -> Header:

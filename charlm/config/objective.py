@@ -199,7 +199,7 @@ class TargetsConfig(StagedLossConfig):
     """growing, shrinking: the number of targets rises from 1 to num_targets K, or falls from K to 1, in
     K equal parts of the clock (Aynetdinov and Akbik 2025, curricula for multi-token prediction).
     stages: the table of `stages`, whose first weight is the next character's, replaces `weight`."""
-    num_targets: Annotated[int, Field(ge=1, le=1000), Whole] = 2
+    num_targets: Annotated[int, Field(ge=1, le=100), Whole] = 2
     """Characters predicted at each position, the next one included."""
     weight: NonNegative = 0.5
     """Weight of each extra target, a factor on the weight of its layer."""

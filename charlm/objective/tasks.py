@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from charlm.config import ModelConfig, UserError
@@ -68,17 +67,14 @@ def build_tasks(names: Iterable[str], config: ModelConfig, vocabulary_size: int)
 
 @contextmanager
 def named_in_errors(name: str, within: str = "") -> Iterator[None]:
-    """Inside, an exception in a task raises a UserError with the user's own lines that led to it.
-
-    With `within`, this is true of functions whose names contain it; others raise what they raise.
-    """
+    """Inside, an exception that passes a function named *within* raises a UserError with the user's own lines."""
     try:
         yield
     except Exception as error:
         stack = traceback.extract_tb(error.__traceback__)
-        lost_process = isinstance(error, dist.DistError) or "gloo" in str(error)
-        elsewhere = lost_process or not any(within in call.name for call in stack)
-        if elsewhere or isinstance(error, UserError) or is_about_memory(error):
+        elsewhere = not any(within in call.name for call in stack)
+        lost_process = re.search("gloo|NCCL", str(error))
+        if elsewhere or lost_process or isinstance(error, UserError) or is_about_memory(error):
             raise
         torch_folder = Path(torch.__file__).parent
         libraries = {Path(__file__).parents[1], torch_folder, torch_folder.with_name("accelerate")}

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from charlm.config import Config, UserError, flatten
 from charlm.config.errors import shown
 from charlm.data.corpus import Split
+from charlm.files import write_whole
 from charlm.objective.hedge import Hedge
 from charlm.objective.terms import Term, active
 from charlm.process import peak_memory
@@ -212,9 +213,11 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
 def _build(name: str, config: Config, run: Run, step: int) -> GeneralTracker:
     folder, title = run.path / "trackers", run.path.resolve().name
     folder.mkdir(exist_ok=True)
-    with suppress(FileExistsError), (folder / "key").open("x") as file:
-        file.write(uuid4().hex)
-    key = (folder / "key").read_text()  # unique name, kept for resumption
+    path = folder / "key"  # unique name, kept for resumption
+    if not path.is_file():
+        write_whole(path, uuid4().hex)
+    with path.open() as file:
+        key = file.read(64)
     no_repository = {"save_dvc_exp": False, "dvcyaml": None}
     options = {
         "aim": {"experiment": config.run.project},

@@ -167,6 +167,15 @@ def test_a_header_that_lies(coded, changes, message):
     assert re.search(message, refused(trained, path, header_with(path, **changes)))
 
 
+def test_zeros_hold_no_symbols(coded):
+    """Guards against a loop of days over blocks that a file claims in terabytes of zeros, which take no space."""
+    trained, path = coded(b"a text", streams=2)
+    with path.open("rb") as file:
+        header = container.read_header(file, "", 256)
+    header = header._replace(length=2**40, symbols=2**40, settings=header.settings.replace(block=2**21))
+    assert "claims 2,097,152 symbols in 0 bytes" in refused(trained, path, sealed(header.pack() + bytes(2**21)))
+
+
 FOREIGN = {
     "empty": (b"", "not a file that charlm has compressed"),
     "another's": (b"PK\3\4" + bytes(300), "not a file that charlm has compressed"),

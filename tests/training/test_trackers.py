@@ -1,6 +1,7 @@
 """Trackers must get the numbers of metrics.jsonl. Needs no network; a tracker that is not installed is skipped, see
 requirements-trackers.txt."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,7 +119,7 @@ class Fake(GeneralTracker):
 
     def __init__(self, project, **options):
         super().__init__(_blank=True)
-        self.calls, self.metrics = [], {}
+        self.calls, self.metrics, self.key = [], {}, options.get("id")
         self.made.append(self)
 
     def _take(self, call):
@@ -196,3 +197,20 @@ def test_trackers_are_finished_when_training_fails(fakes, tmp_path, text_corpus_
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "run", *text_corpus_flags, "--run.tracker=wandb")
     assert [fake.calls for fake in fakes.made] == [["start", 2, 4, "finish"]]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless", "terabyte"])
+def test_the_key_of_a_stranger_is_read_with_a_bound(kind, fakes, tmp_path):
+    """Guards against a run that waits for a pipe, or reads what fills its memory."""
+    config = charlm.load_config(overrides=["--run.tracker=wandb"])
+    key = tmp_path / "trackers" / "key"
+    key.parent.mkdir()
+    if kind == "terabyte":
+        key.write_text("key")
+        os.truncate(key, 2**40)
+        log.start_trackers(config, Run(tmp_path), step=1)
+        assert fakes.made[0].key == "key".ljust(64, "\0")
+        return
+    os.mkfifo(key) if kind == "pipe" else key.symlink_to("/dev/zero")
+    with refused("run.tracker", "a pipe or a device is there"):
+        log.start_trackers(config, Run(tmp_path), step=1)
