@@ -6,6 +6,7 @@ Install the peers with pip install -r requirements-benchmark.txt, and run nothin
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,12 +14,12 @@ from typing import Annotated, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
 from charlm import cli
-from charlm.config import Section
+from charlm.config import Section, UserError
 from charlm.config.types import Count
 from charlm.files import OutputPath
 from charlm.text import say
 
-Benchmark = Literal["train", "evaluate", "generate", "drafts", "auxiliary", "scaling"]
+Benchmark = Literal["train", "evaluate", "generate", "drafts", "auxiliary", "scaling", "pretend"]
 
 
 class Options(Section):
@@ -28,11 +29,12 @@ class Options(Section):
     evaluate: sliding-window evaluation against a plain loop over the same model; generate: cached generation against
     the peers that have a cache; drafts: how much faster a trained run writes with drafts from extra heads and from
     exits; auxiliary: the cost of intermediate layers and extra targets in time and memory, at several depths; scaling:
-    time per character and memory by context, depth and batch, with and without activation checkpointing.
+    time per character and memory by context, depth and batch, with and without activation checkpointing; pretend: what
+    the shipped configs would ask of a GPU, counted without one.
     """
 
     benchmark: Annotated[Benchmark, cli.Flag("benchmark", metavar="BENCHMARK")]
-    """The benchmark to run: train, evaluate, generate, drafts, auxiliary or scaling."""
+    """The benchmark to run: train, evaluate, generate, drafts, auxiliary, scaling or pretend."""
     shape: Literal["S", "P", "D"] = "S"
     """S: 6 layers of 256, batch 8; P: the paper's 12 layers, batch 2, on a GPU 64; D: its 64 layers, on a GPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -57,6 +59,9 @@ class Options(Section):
 
 def main() -> None:
     options = cli.parse(Options)
+    tell = partial(say, file=sys.stderr, flush=True)
+    if options.benchmark == "pretend":
+        return pretend(options, tell)
     from benchmarks import pictures, report, suites  # not before --help and mistakes were answered
     from benchmarks.shapes import named_shape, shape_of
 
@@ -84,13 +89,25 @@ def main() -> None:
         if options.run is not None:
             check_outside(Run.open(options.run).config().data, "picture", options.picture)
 
-    tell = partial(say, file=sys.stderr, flush=True)
     result = suites.run(settings, tell)
     say(report.to_markdown(settings, result), file=sys.stderr if options.as_json else sys.stdout)
     if options.as_json:
         say(json.dumps(report.document(settings, result), indent=2))
     if options.picture is not None:
         tell(f"picture: {pictures.draw(settings, result, options.picture)}")
+
+
+def pretend(options: Options, tell: Callable[[str], None]) -> None:
+    """Count on a pretended GPU, which no other option concerns."""
+    from benchmarks.pretend import guard, table
+
+    if options.picture is not None:
+        raise UserError(f"picture={options.picture}: `pretend` draws none; leave it out", "picture")
+    guard.compiled_guard()
+    found = table.document(tell)
+    say(table.to_markdown(found), file=sys.stderr if options.as_json else sys.stdout)
+    if options.as_json:
+        say(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -222,6 +222,7 @@ def test_a_missing_peer_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
         (["drafts"], "run=None"),
         (["drafts", "--run=nowhere"], "nowhere"),
         (["train", "--picture=speed.doc"], "speed.doc"),
+        (["pretend", "--picture=speed.png"], "picture=speed.png"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

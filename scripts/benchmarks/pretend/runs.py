@@ -1,0 +1,48 @@
+"""The real training loop on a corpus of noise, without folder, log or launcher."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+
+from charlm.config import Config
+from charlm.data.corpus import Corpus, Split
+from charlm.data.vocabulary import ByteVocabulary
+from charlm.objective.build import build_objective
+from charlm.objective.routes import ROUTES
+from charlm.training.device import build_accelerator, torch_settings
+from charlm.training.loop import Training
+from charlm.training.optimizers import build_optimizers
+from charlm.training.sharding import wants_shards
+from charlm.training.start import TrainState, check_fits
+
+SYMBOLS = 1_000_000
+
+
+def any_corpus() -> Corpus:
+    """A corpus of noise."""
+    ids = np.random.default_rng(0).integers(0, 256, SYMBOLS).astype(np.uint8)
+    split = Split(ids=ids, symbols=SYMBOLS, characters=SYMBOLS, bytes=SYMBOLS)
+    splits = dict.fromkeys(("train", "valid", "test"), split)
+    return Corpus(name="noise", source="drawn", sha256="0", vocabulary=ByteVocabulary(), splits=splits)
+
+
+@contextmanager
+def opened(config: Config, corpus: Corpus) -> Iterator[Training]:
+    """The run of a config, about to make its first step."""
+    with torch_settings(config):
+        accelerator, _ = build_accelerator(config.train)
+        torch.manual_seed(config.train.seed)
+        with torch.device(accelerator.device):
+            objective = build_objective(config, corpus.vocabulary.size)
+        check_fits(config, corpus, objective, accelerator, wants_shards(config.train, accelerator.num_processes))
+        route = ROUTES[config.aux.route](objective, config.aux, partial(build_optimizers, config.train, objective))
+        tracker = mock.MagicMock(seconds=0.0)
+        stop = SimpleNamespace(check=lambda: None)
+        run = Training(config, corpus, accelerator, objective, route, TrainState(), tracker, mock.MagicMock(), stop)
+        run.prepare()
+        yield run

@@ -1,0 +1,133 @@
+"""Steps of the real loop on a pretended GPU: no mixed device, no wait, few kernels. A process for each."""
+
+from typing import Any
+
+import pytest
+from benchmarks.pretend import table
+from benchmarks.pretend.guard import missing
+from benchmarks.pretend.worker import ROOT, measure
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=f"the pretended GPU needs {missing()}")
+
+SMALL = {
+    **{"model.num_layers": 4, "model.num_heads": 2, "model.d_model": 32, "model.d_ff": 64, "model.context_length": 64},
+    **{"model.ngram_buckets": 64, "train.batch_size": 4, "train.mixed_precision": "bf16"},
+}
+"""Which kernels run, and where, does not depend on sizes."""
+SHIPPED = [path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")]
+CONFIGS = sorted(name for name in SHIPPED if not name.startswith("accelerate/"))
+FP16, ADAMW, MUON = {"train.mixed_precision": "fp16"}, {"train.optimizer": "adamw"}, {"train.optimizer": "muon"}
+NGRAMS = {"model.ngrams": [2, 3]}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw": ADAMW,
+    "muon": MUON,
+    "fp16": FP16,
+    "fp16, adamw": FP16 | ADAMW,
+    "fp16, muon": FP16 | MUON,
+    "fp32": {"train.mixed_precision": "no"},
+    "relay": {"aux.route": "relay"},
+    "pairwise": {"aux.route": "pairwise"},
+    "multiway": {"aux.route": "multiway"},
+    "weighted": {"aux.step_sizes": "weighted"},
+    "hedge": {"aux.hedge.enabled": True},
+    "spikes": {"train.spike_threshold": 6.0},
+    "hedge, spikes, fp16": {"aux.hedge.enabled": True, "train.spike_threshold": 6.0} | FP16,
+    "checkpointing": {"train.activation_checkpointing": True},
+    "clipping, micro-batches": {"train.clip_norm": 1.0, "train.micro_batch_size": 2},
+    "searched micro-batches": {"train.micro_batch_size": "auto"},
+    "reference loss": {"train.cross_entropy": "reference"},
+    "attention in blocks": {"train.attention": "blocks", "model.attention_dropout": 0.0},
+    "n-grams": NGRAMS,
+    "n-grams, fp16": NGRAMS | FP16,
+    "n-grams, pairwise": NGRAMS | {"aux.route": "pairwise"},
+}
+WAIT_FOR_NGRAMS = "the optimizers read the skip flag on the host, and SparseAdam coalesces"
+IN_CORE = {"enwik8_t12.yaml", "enwik8_fast.yaml", "hedge, spikes, fp16", "n-grams"}
+
+
+def cases() -> list:
+    """Every shipped config, and T12 with every option; the core runs in `make test`."""
+    found = []
+    for name, config, options in [
+        *((name, name, {}) for name in CONFIGS),
+        *((name, table.T12, options) for name, options in OPTIONS.items()),
+    ]:
+        marks = [] if name in IN_CORE else [pytest.mark.slow]
+        if "n-grams" in name or name in ("enwik8_small.yaml", "enwik8_drafts.yaml"):
+            marks.append(pytest.mark.xfail(strict=True, reason=WAIT_FOR_NGRAMS))
+        found.append(pytest.param(config, options, id=name, marks=marks))
+    return found
+
+
+def steps(config: str, options: dict[str, Any], **request: Any) -> list[dict[str, Any]]:
+    """Figures of small steps of a config."""
+    return measure("steps", configs=[config], set=SMALL | options, **request)
+
+
+@pytest.mark.parametrize(("config", "options"), cases())
+def test_no_step_mixes_devices_or_waits(config, options):
+    """Guards against a tensor left on the CPU, and a host that waits for the GPU in a step, early or late in a run."""
+    found = steps(config, options, at=[0.0, 0.6, 0.99], log=True)
+    assert {wait for step in found for wait in step["waits"]} == set()
+    assert all(sum(step["waits_of_log"].values()) <= 2 for step in found)  # flags, and the losses of one step
+
+
+@pytest.mark.xfail(strict=True, reason="windows are int64 in memory that is not pinned")
+def test_windows_come_from_pinned_memory():
+    """Guards against a copy that waits for the device, and windows of eight bytes per character."""
+    (found,) = steps(table.T12, {})
+    assert found["unpinned"] == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        pytest.param(
+            table.T12, {}, marks=pytest.mark.xfail(strict=True, reason="skipped updates are undone by copies")
+        ),
+        pytest.param(table.T12, ADAMW),
+        pytest.param(
+            table.FAST, {}, marks=pytest.mark.xfail(strict=True, reason="Muon takes the matrices one after the other")
+        ),
+    ],
+    ids=["sgd", "adamw", "muon"],
+)
+def test_an_update_is_a_few_kernels(config, options):
+    """Guards against an update that copies, or launches a kernel for every parameter."""
+    (shallow,) = steps(config, options)
+    (deep,) = steps(config, options | {"model.num_layers": 8})
+    few, more = (found["phases"]["update"]["kernels"] for found in (shallow, deep))
+    assert more <= 120 and more - few <= 4  # lists of tensors are cut into launches
+
+
+@pytest.mark.xfail(strict=True, reason="a square is a power, which autocast computes in fp32")
+def test_autocast_sends_no_activation_to_fp32():
+    """Guards against operations that CUDA's autocast computes in fp32, and wide activations cast there and back."""
+    (found,) = steps(table.FAST, {})
+    assert "forward: pow" not in found["operations"]
+
+
+@pytest.mark.xfail(strict=True, reason="train.compile=auto compiles only where the launcher asks for it")
+def test_blocks_are_compiled_by_default():
+    """Guards against runs on a GPU that wait for the host, whose kernels are too many to launch one by one."""
+    (found,) = steps(table.T12, {})
+    assert found["compiled"] >= SMALL["model.num_layers"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", table.TARGETS, ids=lambda target: target.name)
+@pytest.mark.xfail(strict=True, reason="not reached yet")
+def test_target(target):
+    """Guards against a step that gets slower on a GPU while everything is as fast as before on a CPU."""
+    measured = target.measured()
+    assert measured >= target.reach if target.reach in (33, 500) else measured <= target.reach
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "gibibytes"),
+    [("T64 batch 16", 13.8), ("T64 batch 64", 48.6), ("T64 batch 64, checkpointed", 12.5)],
+)
+def test_memory_of_t64(name, gibibytes):
+    """Guards against activations that are kept twice, and checkpointing that keeps them."""
+    assert table.step(name)["peak"] < 1.01 * gibibytes * 2**30
