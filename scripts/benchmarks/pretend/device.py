@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ import torch.optim.optimizer as optimizer_module
 import torch.utils._foreach_utils as foreach_utils
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -143,9 +144,13 @@ class Meter(TorchDispatchMode):
         return tensor
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its parts come here, too
         kwargs = dict(kwargs or {})
         name = operation._schema.name.split("::")[-1]
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if "c10d" in operation.namespace and any(tensor.is_sparse for tensor in tensors):
+            raise RuntimeError(f"NCCL has no {name} of sparse tensors")
         on_device = any(tensor.device.type == "cuda" for tensor in tensors)
         wanted = kwargs.get("device")
         to_device = wanted is not None and torch.device(wanted).type == "cuda"
@@ -210,16 +215,23 @@ class Meter(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._storages:
-            return
-        size = -(-storage.nbytes() // PAGE) * PAGE
+        if key not in self._storages:
+            self._storages[key] = weakref.ref(storage, lambda _: self._resize(key, 0)), 0
+            self._resize(key, storage.nbytes())
 
-        def gone(_, key=key, size=size):
-            if self._storages.pop(key, None) is not None:
-                self.live -= size
+    def resize(self, storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        """`UntypedStorage.resize_`, by which FSDP2 frees and takes memory."""
+        _resize(storage, size)
+        if storage._cdata in self._storages:
+            self._resize(storage._cdata, size)
+        return storage
 
-        self._storages[key] = weakref.ref(storage, gone)
-        self.live += size
+    def _resize(self, key: int, size: int) -> None:
+        reference, before = self._storages.pop(key)
+        size = -(-size // PAGE) * PAGE
+        if reference() is not None:
+            self._storages[key] = reference, size
+        self.live += size - before
         self.record.peak = max(self.record.peak, self.live)
 
     def _count(self, operation, name, args, kwargs, tensors, outputs, result) -> None:
@@ -318,6 +330,17 @@ def _inference_mode(mode=True):
 
 torch.inference_mode = _inference_mode  # which fake tensors do not know; now, because it decorates functions
 
+
+class _Nothing:
+    """A stream or an event, which has nothing to wait for."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __getattr__(self, name: str):
+        return lambda *_, **__: self
+
+
 PATCHES = {
     "torch._subclasses.fake_tensor.init_gpu_context": lambda *_: None,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
@@ -343,9 +366,17 @@ PATCHES = {
         total_memory=MEMORY, multi_processor_count=132, major=9, minor=0, name="pretended H100"
     ),
     "torch._subclasses.fake_tensor.FakeTensor.tolist": lambda tensor: tensor.cpu().tolist(),  # not number by number
+    "torch.cuda.Stream": _Nothing,
+    "torch.cuda.Event": _Nothing,
+    "torch.cuda.current_stream": _Nothing,
+    "torch.cuda.default_stream": _Nothing,
+    "torch.cuda.stream": lambda *_: nullcontext(),
     "torch.nn.Module.to": lambda self, *_, **__: self,  # it would swap tensors, which fake ones refuse
     "torch.nn.functional.scaled_dot_product_attention": _attention,
 }
+
+
+_resize = torch.UntypedStorage.resize_
 
 
 @contextmanager
@@ -361,6 +392,7 @@ def pretended_gpu() -> Iterator[Meter]:
             stack.enter_context(mock.patch(name, replacement))
         stack.enter_context(mock.patch("torch.compile", lambda function, **_: meter.compile(function)))
         stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor, *_: meter.pin(tensor)))
+        stack.enter_context(mock.patch("torch.UntypedStorage.resize_", lambda *given: meter.resize(*given)))
         stack.enter_context(mock.patch("torch.Tensor.coalesce", lambda tensor: meter.coalesce(tensor)))
         stack.enter_context(mode)
         stack.enter_context(meter)

@@ -17,7 +17,7 @@ from charlm.objective.routes import ROUTES
 from charlm.training.device import build_accelerator, torch_settings
 from charlm.training.loop import Training
 from charlm.training.optimizers import build_optimizers
-from charlm.training.sharding import wants_shards
+from charlm.training.sharding import shard, wants_shards
 from charlm.training.start import TrainState, check_fits
 
 SYMBOLS = 1_000_000
@@ -39,7 +39,10 @@ def opened(config: Config, corpus: Corpus) -> Iterator[Training]:
         torch.manual_seed(config.train.seed)
         with torch.device(accelerator.device):
             objective = build_objective(config, corpus.vocabulary.size)
-        check_fits(config, corpus, objective, accelerator, wants_shards(config.train, accelerator.num_processes))
+        sharded = wants_shards(config.train, accelerator.num_processes)
+        check_fits(config, corpus, objective, accelerator, sharded)
+        if sharded:
+            shard(objective)
         route = ROUTES[config.aux.route](objective, config.aux, partial(build_optimizers, config.train, objective))
         tracker = mock.MagicMock(seconds=0.0)
         stop = SimpleNamespace(check=lambda: None)

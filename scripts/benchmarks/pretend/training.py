@@ -2,10 +2,14 @@
 
 from benchmarks.pretend.device import Meter, Record, Work, pretended_gpu  # isort: skip (before torch)
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
+
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.pretend.runs import any_corpus, opened
 from charlm.config import Config
@@ -13,9 +17,19 @@ from charlm.training.loop import Training
 
 
 @contextmanager
-def metered(config: Config) -> Iterator[tuple[Training, Meter]]:
+def launched(processes: int) -> Iterator[None]:
+    """Inside, this is the first of several processes; what they exchange has the right shape and no content."""
+    environ = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes), "MASTER_ADDR": "", "MASTER_PORT": "0"}
+    with mock.patch.dict(os.environ, environ if processes > 1 else {}):
+        if processes > 1:
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+        yield
+
+
+@contextmanager
+def metered(config: Config, processes: int = 1) -> Iterator[tuple[Training, Meter]]:
     """A run about to make its first step, and the meter, which tells forward, backward and update apart."""
-    with pretended_gpu() as meter, opened(config, any_corpus()) as run:
+    with launched(processes), pretended_gpu() as meter, opened(config, any_corpus()) as run:
         for owner, name, phase in ((run.route, "backward", "backward"), (run.updates, "apply", "update")):
             setattr(owner, name, counted(meter, phase, getattr(owner, name)))
         yield run, meter
@@ -31,9 +45,14 @@ def counted(meter: Meter, phase: str, function: Callable) -> Callable:
     return call
 
 
-def measure_steps(config: Config, at: Sequence[float] = (0.0,), log: bool = False) -> list[dict[str, Any]]:
-    """The second of two steps at each progress: the first makes buffers. With `log`, the log's own waits, too."""
-    with metered(config) as (run, meter):
+def measure_steps(
+    config: Config, at: Sequence[float] = (0.0,), log: bool = False, processes: int = 1
+) -> list[dict[str, Any]]:
+    """The second of two steps at each progress: the first makes buffers. With `log`, the log's own waits, too.
+
+    The batch is that of all `processes`, the figures are those of one.
+    """
+    with metered(config, processes) as (run, meter):
         found = []
         for progress in at:
             run.state.step = int(progress * config.train.steps)
