@@ -20,9 +20,10 @@ test-slow: $(READY)
 	$(PYTEST) -m slow || test $$? -eq 5  # 5: no test is slow
 
 KILLS := 100
+LATE_KILLS := 30
 
 soak: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills $(KILLS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills $(KILLS) --late-kills $(LATE_KILLS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

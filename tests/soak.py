@@ -1,10 +1,11 @@
 """Kill what charlm does until it should be lost, and show that it is not: make soak, or tests/soak.py --kills 100
 
-Each run is trained once without disturbance. Then the same command is started again and again with
-`--run.auto_resume=true`, and struck: kill -9 at a random moment or in the middle of a checkpoint write, of all
-processes or of one, or a signal that asks it to stop; between two starts a file of the newest checkpoint may be
-damaged, or the number of processes changed. At the end every step must have been taken, and every validation made,
-exactly once, and weights and optimizer state must be the undisturbed run's to the bit.
+There are two kinds of runs: short ones, struck at their start, and some of a minute, struck 2 to 40 s after it. Each
+run is trained once without disturbance. Then the same command is started again and again with `--run.auto_resume=true`,
+and struck: kill -9 at a random moment or in the middle of a checkpoint write, of all processes or of one, or a signal
+that asks it to stop; between two starts a file of the newest checkpoint may be damaged, or the number of processes
+changed. At the end every step must have been taken, and every validation made, exactly once, and weights and optimizer
+state must be the undisturbed run's to the bit.
 
 Then the other scripts that write are killed at random moments: what is there must be whole, the same command must
 succeed the next time, and nothing else may be left.
@@ -44,7 +45,7 @@ from charlm.text import markdown_table
 from tiny import checkpoint_bytes, checkpoint_folder, run_script, typed
 
 STEPS, VALID_EVERY = 300, 50
-PATIENCE, GRACE = 120.0, 5.0
+PATIENCE, GRACE = 600.0, 5.0
 """Seconds that a run may take before it counts as hanging, and that it has to end once one of its processes has failed:
 then a launcher kills the others, too."""
 FLAGS = [
@@ -76,6 +77,20 @@ SCRIPTS = {
 """Arguments of the scripts that are killed, besides training."""
 STRIKES = {"kill": 5, "kill in a write": 4, "kill one process": 2, "ask to stop": 6}
 """How a run is struck, and how often of so many."""
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Life:
+    """When a run is struck: after `first` to `last` seconds from each start, of `seconds` that it takes in all."""
+
+    first: float
+    last: float
+    seconds: float | None = None
+    """None: as long as STEPS steps take."""
+
+
+SHORT, LONG = Life(0.0, 1.5), Life(2.0, 40.0, seconds=60.0)
 
 
 @dataclass
@@ -84,6 +99,9 @@ class Outcome:
 
     settings: str
     processes: str
+    steps: int = STEPS
+    moments: list[float] = field(default_factory=list)
+    """Seconds from the start to each strike that the run did not end before."""
     strikes: Counter = field(default_factory=Counter)
     slowest_stop: float = 0.0
     """Seconds from a signal to the end of all processes."""
@@ -120,7 +138,8 @@ def forked(action: Callable[[], int | None], said: Path) -> int:
     code = 1
     try:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGHUP):  # which a shell or nohup may have ignored
+            signal.signal(number, signal.SIG_DFL)
         with said.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -153,15 +172,16 @@ def wait(children: list[int]) -> list[int]:
     return [codes[child] for child in children]
 
 
-def strike(kind: str, children: list[int], run: Path, choose: random.Random) -> tuple[list[int], int]:
+def strike(kind: str, children: list[int], run: Path, choose: random.Random, life: Life) -> tuple[list[int], int]:
     """Wait for the moment, and strike; the processes that were struck, and with what signal."""
+    moment = time.monotonic() + choose.uniform(life.first, life.last)
+    while time.monotonic() < moment and not has_ended(children[0]):
+        time.sleep(0.01)
     if kind == "kill in a write":
         while not any((run / "checkpoints").glob(".step-*.tmp")) and not has_ended(children[0]):
             pass
         time.sleep(choose.uniform(0.0, 0.01))
-    else:
-        time.sleep(choose.uniform(0.0, 1.5))
-    number = choose.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]) if kind == "ask to stop" else signal.SIGKILL
+    number = choose.choice(ASKING) if kind == "ask to stop" else signal.SIGKILL
     struck = children[-1:] if kind == "kill one process" else children
     for child in struck:
         os.kill(child, number)
@@ -202,17 +222,24 @@ def damage(run: Path, choose: random.Random) -> bool:
     return True
 
 
-def wrong_steps(run: Path) -> int:
+def wrong_steps(run: Path, steps: int) -> int:
     """How many steps and validations the metrics have not exactly once."""
     wrong = 0
     for kind, every in (("loss", 1), ("valid", VALID_EVERY)):
         found = Counter(row["step"] for row in Run(run).metrics() if kind in row)
-        expected = range(every, STEPS + 1, every)
+        expected = range(every, steps + 1, every)
         wrong += sum(found[step] != (step in expected) for step in found.keys() | set(expected))
     return wrong
 
 
-def soak_one(folder: Path, corpus: list[str], choose: random.Random, strikes: int) -> Outcome:
+def steps_in(seconds: float, flags: list[str], folder: Path, num_processes: int) -> int:
+    """The steps of a run that takes about so long here, as STEPS steps tell; their validations are due at the last."""
+    began = time.monotonic()
+    assert wait(start(flags, folder / "timed", num_processes)) == [0] * num_processes, (folder / "said.txt").read_text()
+    return VALID_EVERY * max(1, round(STEPS / VALID_EVERY * seconds / (time.monotonic() - began)))
+
+
+def soak_one(folder: Path, corpus: list[str], choose: random.Random, strikes: int, life: Life = SHORT) -> Outcome:
     """One run, undisturbed and disturbed."""
     moving = choose.random() < 0.3
     settings = {name: choose.choice(values) for name, values in (MOVING if moving else FREE).items()}
@@ -220,30 +247,37 @@ def soak_one(folder: Path, corpus: list[str], choose: random.Random, strikes: in
     flags = [*FLAGS, *corpus, *settings.values()]
     shown = " ".join(flag.partition(".")[2] for flag in settings.values())
     outcome = Outcome(shown, "1 and 2" if moving else str(fixed))
+    if life.seconds is not None:
+        outcome.steps = steps_in(life.seconds, flags, folder, fixed)
+        flags.append(f"--train.steps={outcome.steps}")
     assert wait(start(flags, folder / "whole", fixed)) == [0] * fixed, (folder / "said.txt").read_text()
     run = folder / "run"
     for _ in range(strikes):
         children = start(flags, run, choose.choice([1, 2]) if moving else fixed)
         (kind,) = choose.choices(list(STRIKES), list(STRIKES.values()))
-        struck, number = strike(kind, children, run, choose)
+        began = time.monotonic()
+        struck, number = strike(kind, children, run, choose, life)
         asked = time.monotonic()
         codes = dict(zip(children, wait(children), strict=True))
         try:
-            outcome.strikes[kind] += came_through(kind, [*codes.values()], [codes[child] for child in struck], number)
+            hit = came_through(kind, [*codes.values()], [codes[child] for child in struck], number)
+            hit &= number == signal.SIGKILL or not checkpoint_folder(run, outcome.steps).exists()  # else it had ended
         except AssertionError as error:
             error.add_note((folder / "said.txt").read_text()[-3000:])
             raise
-        if kind == "ask to stop":
+        outcome.strikes[kind] += hit
+        outcome.moments += [asked - began] * hit
+        if hit and kind == "ask to stop":
             outcome.slowest_stop = max(outcome.slowest_stop, time.monotonic() - asked)
         if run.exists() and choose.random() < 0.25:
             outcome.damaged += damage(run, choose)
-        if checkpoint_folder(run, STEPS).exists():
+        if checkpoint_folder(run, outcome.steps).exists():
             break
     last = choose.choice([1, 2]) if moving else fixed
     if wait(start(flags, run, last)) != [0] * last:
         return outcome
-    outcome.wrong_steps = wrong_steps(run)
-    same = checkpoint_bytes(run, STEPS) == checkpoint_bytes(folder / "whole", STEPS)
+    outcome.wrong_steps = wrong_steps(run, outcome.steps)
+    same = checkpoint_bytes(run, outcome.steps) == checkpoint_bytes(folder / "whole", outcome.steps)
     outcome.end = "identical" if same else "other state"
     return outcome
 
@@ -307,30 +341,36 @@ def table(outcomes: list[Outcome]) -> str:
     rows = []
     for outcome in outcomes:
         counts = [*(outcome.strikes[kind] for kind in STRIKES), outcome.damaged, outcome.wrong_steps]
-        rows.append([f"`{outcome.settings}`", outcome.processes, *map(str, counts), outcome.end])
-    return markdown_table(["settings", "processes", *STRIKES, "damaged", "steps wrong", "end"], rows)
+        moments = " ".join(f"{moment:.1f}" for moment in outcome.moments)
+        facts = [f"`{outcome.settings}`", outcome.processes, outcome.steps, moments, *counts, outcome.end]
+        rows.append([*map(str, facts)])
+    return markdown_table(
+        ["settings", "processes", "steps", "struck after s", *STRIKES, "damaged", "steps wrong", "end"], rows
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="stop after so many kills")
-    parser.add_argument("--minutes", type=float, default=60.0, help="or after so much time")
+    parser.add_argument("--kills", type=int, default=100, help="stop short runs after so many kills")
+    parser.add_argument("--late-kills", type=int, default=30, help="and runs of a minute after so many")
+    parser.add_argument("--minutes", type=float, default=120.0, help="or both after so much time")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # threads do not survive a fork
     choose, began, outcomes = random.Random(arguments.seed), time.monotonic(), []
     with tempfile.TemporaryDirectory() as home:
         corpus = write_texts(Path(home))
-        while (kills := sum(outcome.kills for outcome in outcomes)) < arguments.kills:
-            if time.monotonic() - began > 60 * arguments.minutes:
-                break
-            folder = Path(home) / f"run{len(outcomes)}"
-            folder.mkdir()
-            outcomes.append(soak_one(folder, corpus, choose, strikes=12))
-            print(f"{kills + outcomes[-1].kills} kills, {outcomes[-1]}", file=sys.stderr)
-            if outcomes[-1].end != "identical" or outcomes[-1].wrong_steps:
-                print((folder / "said.txt").read_text()[-5000:], file=sys.stderr)
-            shutil.rmtree(folder)
+        for life, wanted in ((SHORT, arguments.kills), (LONG, arguments.late_kills)):
+            kills = 0
+            while kills < wanted and time.monotonic() - began < 60 * arguments.minutes:
+                folder = Path(home) / f"run{len(outcomes)}"
+                folder.mkdir()
+                outcomes.append(soak_one(folder, corpus, choose, 12, life))
+                kills += outcomes[-1].kills
+                print(f"{kills} of {wanted} kills, {outcomes[-1]}", file=sys.stderr)
+                if outcomes[-1].end != "identical" or outcomes[-1].wrong_steps:
+                    print((folder / "said.txt").read_text()[-5000:], file=sys.stderr)
+                shutil.rmtree(folder)
         rows = [(name, Counter(kill_script(name, Path(home), choose, arguments.kills // 5))) for name in SCRIPTS]
     there = ("nothing", "some", "all", "ended before")
     print(markdown_table(["script", *there], [[name, *(str(count[kind]) for kind in there)] for name, count in rows]))
@@ -338,7 +378,10 @@ def main() -> None:
     print(table(outcomes))
     kills, wrong = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("kills", "wrong_steps"))
     print(f"\n{kills} kills in {len(outcomes)} runs: {kills - lost} survived, {wrong} steps or validations wrong")
-    stops, slowest = sum(o.strikes["ask to stop"] for o in outcomes), max(o.slowest_stop for o in outcomes)
+    late = sorted(moment for outcome in outcomes if outcome.steps != STEPS for moment in outcome.moments)
+    print(f"strikes in runs of a minute, in seconds after a start: {', '.join(f'{moment:.1f}' for moment in late)}")
+    stops = sum(outcome.strikes["ask to stop"] for outcome in outcomes)
+    slowest = max((outcome.slowest_stop for outcome in outcomes), default=0.0)
     print(f"{stops} stops with a checkpoint, the slowest after {slowest:.1f} s")
     sys.exit(1 if lost or wrong else 0)
 

@@ -12,9 +12,10 @@ pytestmark = [
 ]
 
 
-def test_a_killed_run_is_as_if_it_had_not_been_killed(tmp_path):
+@pytest.mark.parametrize("life", [soak.SHORT, soak.Life(1.0, 5.0, seconds=8.0)])
+def test_a_killed_run_is_as_if_it_had_not_been_killed(life, tmp_path):
     """Guards against steps that are lost or taken twice, and other weights, after kills at any moment of a run."""
-    outcome = soak.soak_one(tmp_path, soak.write_texts(tmp_path), random.Random(0), strikes=5)
+    outcome = soak.soak_one(tmp_path, soak.write_texts(tmp_path), random.Random(0), 5, life)
     assert (outcome.end, outcome.wrong_steps) == ("identical", 0)
 
 
