@@ -48,7 +48,8 @@ class WithConfig(Section):
     config_files: Annotated[
         tuple[Path, ...], Flag("--config", dest="config_files", action="append", metavar="FILE")
     ] = ()
-    """A YAML file of options. Of several the later wins, and flags win over files."""
+    """A YAML file of options, or the name of one in configs/, such as demo. Of several the later wins, and flags win
+    over files."""
     flags: dict[str, Any]
 
     @cached_property

@@ -11,7 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+PACKAGE = Path(__file__).resolve().parent
+INSTALLED = (PACKAGE / "shipped").is_dir()
+SHIPPED = PACKAGE / "shipped" if INSTALLED else PACKAGE.parent
+"""The folder that holds scripts/ and configs/: in an installed package, or the checkout."""
 SIGNS = {code: chr(0x2400 + code) for code in range(0x20)} | {ord("\n"): "↵", ord("\t"): "⇥"}
 SIGNS |= {ord(sign): f"\\u{ord(sign):04X}" for sign in SIGNS.values()}
 SIGNS |= {0xDC00 + byte: f"\\x{byte:02X}" for byte in range(0x80, 0x100)}
@@ -42,14 +45,16 @@ def fitted(text: str) -> str:
 
 
 def command(script: str, *words: object) -> str:
-    """A line for this shell, in this folder, that runs a script."""
-    python = shutil.which("python") or ""
-    same = os.path.dirname(python) == os.path.dirname(sys.executable)
+    """A line for this shell, in this folder, that runs a script, or its `charlm` command."""
+    start = [sys.executable, "-m", "charlm"] if INSTALLED else [sys.executable]
+    short = "charlm" if INSTALLED else "python"
+    if os.path.dirname(shutil.which(short) or "") == os.path.dirname(sys.executable):
+        start = [short]
     words = [f"./{word}" if isinstance(word, Path) and str(word)[0] == "-" else str(word) for word in words]
-    place = SCRIPTS / script
+    place = SHIPPED / "scripts" / script
     with suppress(OSError, ValueError):  # no working folder, or one on another drive
         place = os.path.relpath(place)
-    return shlex.join(["python" if same else sys.executable, str(place), *words])
+    return shlex.join([*start, Path(script).stem if INSTALLED else str(place), *words])
 
 
 def counted(count: int, noun: str) -> str:

@@ -222,9 +222,11 @@ def offered(line: str, folder: Path) -> set[str]:
         "COMP_LINE": line,
         "COMP_POINT": str(len(line)),
         "COMP_WORDBREAKS": " ",
+        "PYTHONPATH": str(ROOT),
     }
-    (script,) = [word for word in line.split() if word.endswith(".py")]
-    subprocess.run([sys.executable, SCRIPTS / script], cwd=folder, env=environment, capture_output=True, timeout=120)
+    scripts = [SCRIPTS / word for word in line.split() if word.endswith(".py")]
+    program = [sys.executable, *(scripts or ["-m", "charlm"])]
+    subprocess.run(program, cwd=folder, env=environment, capture_output=True, timeout=120)
     return set(out.read_text().replace("\\", "").split("\n"))
 
 
@@ -242,6 +244,10 @@ def offered(line: str, folder: Path) -> set[str]:
         ("compress.py --no", {"--no-verify "}),
         ("accelerate launch --config_file x.yaml train.py --train.mixed_p", {"--train.mixed_precision "}),
         ("torchrun --nproc_per_node=2 train.py --train.seed=3 --run.resume ", {"true", "false"}),
+        ("charlm ex", {"explain", "export"}),
+        ("charlm explain", {"explain"}),
+        ("charlm explain --train.mixed_p", {"--train.mixed_precision"}),
+        ("charlm evaluate runs/x --split t", {"test"}),
     ],
 )
 def test_a_line_is_completed(line: str, words: set[str], tmp_path: Path) -> None:

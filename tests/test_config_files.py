@@ -93,6 +93,11 @@ GOOD = {
         {"train.steps": 2, "train.batch_size": 3, "aux.layers.weights.4": 0.3},
     ),
     "dotted key": ("--config dotted.yaml", {"aux.layers.enabled": False}),
+    "name of a shipped file": (
+        "--config methods/keras",
+        {"aux.layers.at": ("1/2",), "aux.layers.weight": 0.2, "aux.targets.enabled": False}
+        | {"aux.layers.schedule": "constant"},
+    ),
     "empty file": ("--config empty.yaml", {}),
     "empty sections": ("--config empty_sections.yaml", {}),
     "a flag mends a file": (
@@ -144,6 +149,15 @@ def test_what_is_understood(case: str, folder: Path) -> None:
     """Guards against YAML's own ideas of types, flags and files that differ, and a wrong order of precedence."""
     words, expected = GOOD[case]
     assert {name: after for name, (_, after) in differences(Config(), read(words)).items()} == expected
+
+
+def test_a_file_comes_before_a_shipped_one_of_its_name(folder: Path) -> None:
+    """Guards against a file of the user's that is not read, and a folder that stands in the way of a shipped file."""
+    Path("demo").mkdir()
+    assert read("--config demo").train.steps == load_config(ROOT / "configs" / "demo.yaml").train.steps == 800
+    Path("demo").rmdir()
+    Path("demo").write_text("train: {steps: 7}\n")
+    assert read("--config demo").train.steps == 7
 
 
 BAD = {

@@ -146,7 +146,10 @@ def read(line: str) -> None:
         module, parser = LAUNCHERS[program]
         options = getattr(importlib.import_module(module), parser)().parse_args(words)
         assert not getattr(options, "config_file", None) or (ROOT / options.config_file).is_file()
-        read_by_script(options.training_script, *options.training_script_args)
+        words = [options.training_script, *options.training_script_args]
+        read(shlex.join(words)) if options.module else read_by_script(*words)
+    elif program == "charlm":
+        read_by_script(f"scripts/{words[0]}.py", *words[1:])
     elif program == "sbatch":
         assert (ROOT / words[0]).is_file()
         read_by_script("scripts/train.py", "--config", environment["CONFIG"], *words[1:])
@@ -156,8 +159,10 @@ def read(line: str) -> None:
         (target,) = words
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "pip":
-        assert words[0] == "install"
-        for option, file in zip(words[1::2], words[2::2], strict=True):
+        assert words.pop(0) == "install"
+        if words == ["."]:
+            return
+        for option, file in zip(words[::2], words[1::2], strict=True):
             assert option == "-r" and (ROOT / file).is_file()
     else:
         raise AssertionError(f"{line}: nothing here reads {program}")

@@ -28,6 +28,7 @@ NEEDED = {
     "benchmark": "train --picture ~/p.png --run ~/r",
     "compress": "~/r ~/f -o ~/o --picture=~/p.png",
     "decompress": "~/r ~/f --output ~/o",
+    "env": "",
     "evaluate": "~/r --picture ~/p.png --data.path ~/d --data.cache_dir=~/c",
     "explain": "--picture=~/p.png",
     "export": "~/r --to=~/e --data.path=~/d --data.cache_dir ~/c",

@@ -13,8 +13,10 @@ import yaml
 from charlm.config import Config, Section, UserError
 from charlm.config.errors import did_you_mean, shown
 from charlm.config.types import MAX_YAML, NULLS, Lines, Mark, options_of, read_yaml, sections_of
+from charlm.text import SHIPPED
 
 S = TypeVar("S", bound=Section)
+CONFIGS = SHIPPED / "configs"
 SECTIONS, OPTIONS = sections_of(Config), options_of(Config)
 ESCAPE = re.compile(r"\\(?:[\\abfnrtv]|x[0-9A-Fa-f]{2}|u(?![dD][89a-fA-F])[0-9A-Fa-f]{4})")
 RENAMED = {"model.positions": "model.position_encoding"}  # former names of options, and the present ones
@@ -54,7 +56,9 @@ def typed(flags: Mapping[str, Any]) -> dict[str, Any]:
 def settings_of(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> dict[str, Setting]:
     """Settings by name. `reset: true` in a section drops what earlier files set there."""
     settings: dict[str, Setting] = {}
-    for file in map(Path, files):
+    for file in files:
+        shipped = CONFIGS / f"{file}.yaml"  # of the name demo, or methods/keras
+        file = shipped if shipped.is_file() and not Path(file).is_file() else Path(file)
         found = dict(_settings(_read(file), str(file)))
         for reset in [name for name in found if name.endswith(".reset") and found[name].value == "true"]:
             del found[reset]
@@ -102,7 +106,8 @@ def _read(file: Path) -> Mapping[str, Any]:
         if not isinstance(tree, dict):
             raise ValueError(f"must hold `name: value` lines, not {shown(tree)}")
     except FileNotFoundError:
-        hint = did_you_mean(str(file), [str(path) for path in file.parent.glob("*.yaml")])
+        names = [*map(str, file.parent.glob("*.yaml")), *(path.stem for path in CONFIGS.glob("*.yaml"))]
+        hint = did_you_mean(str(file), names)
         raise UserError(f"config file {file} does not exist{hint}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"config file {file} cannot be read: {error}") from None

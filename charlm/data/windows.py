@@ -38,9 +38,7 @@ def training_windows(
 
     Raises ValueError if the text is shorter than a window, or than a stride's.
     """
-    offsets = np.zeros(1, np.int64)
-    if stride is not None:
-        offsets = np.minimum(-(-stride * np.arange(divisor) // divisor), stride - 1)
+    offsets = np.minimum(-(-(stride or 0) * np.arange(divisor) // divisor), (stride or 1) - 1)
     span = window_length + int(offsets[-1])
     num_starts = len(ids) - span + 1
     if num_starts < 1:

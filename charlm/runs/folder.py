@@ -31,9 +31,9 @@ from charlm.config.run import OF_ONE_CALL
 from charlm.data.sources import located
 from charlm.files import parse_json, read_json, write_whole
 from charlm.process import processor_name
-from charlm.text import visible
+from charlm.text import INSTALLED, visible
 
-PACKAGES = ("torch", "accelerate", "numpy", "safetensors")
+PACKAGES = ("torch", "accelerate", "numpy", "safetensors", *(["charlm"] if INSTALLED else []))
 RECORDS = r"\.?(provenance\.json|config\.yaml)(\..+\.tmp)?"
 UNTRAINED = re.compile(rf"\.lock|checkpoints|trackers(/.*)?|{RECORDS}", re.DOTALL)
 """Names in a run's folder before its first step."""
@@ -88,14 +88,7 @@ class Run:
         run.check_absent()
         with run.os_errors_explained(cannot_be="made"):
             run.checkpoints_path.mkdir(parents=True, exist_ok=True)
-            versions = {name: version(name) for name in PACKAGES}
-            provenance = {
-                "corpus": corpus,
-                "versions": {"python": platform.python_version()} | versions,
-                "git_commit": _git_commit(),
-                "command": sys.argv,
-                "machine": {"processor": processor_name(), "cores": os.cpu_count()},
-            }
+            provenance = {"corpus": corpus, "command": sys.argv} | environment()
             write_whole(run.provenance_path, json.dumps(provenance, indent=2) + "\n")
             run.write_config(config)
         return run
@@ -244,6 +237,15 @@ class Run:
 
     def _refusal(self, text: str) -> UserError:
         return UserError(f"run.dir={self.path}: {text} choose another --run.dir", "run.dir")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit of the code, and machine."""
+    return {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "git_commit": None if INSTALLED else _git_commit(),
+        "machine": {"processor": processor_name(), "cores": os.cpu_count()},
+    }
 
 
 def _git_commit() -> str | None:
