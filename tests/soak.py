@@ -61,6 +61,8 @@ FREE = {  # what a run that keeps its processes may be
     "micro-batch": ["--train.micro_batch_size=4", "--train.micro_batch_size=2"],
     "cadence": ["--train.checkpoint_every=3", "--train.checkpoint_every=20"],
     "clipping": ["--train.clip_norm=0", "--train.clip_norm=1"],
+    "order": ["--data.order=uniform", "--data.order=epochs"],
+    "schedule": ["--train.lr_schedule=linear", "--train.lr_schedule=wsd"],
 }
 MOVING = {  # and one that moves between one and two, which cut the batch into the same pieces: the bits stay, too
     **FREE,
