@@ -4,6 +4,7 @@
 On several GPUs: accelerate launch --multi_gpu scripts/evaluate.py RUN --split valid --json
 """
 
+import atexit
 import json
 import sys
 import textwrap
@@ -65,11 +66,12 @@ def main() -> None:
     from accelerate import PartialState  # not before --help and mistakes were answered
 
     from charlm.data.sources import check_outside
-    from charlm.training.device import launch_explained, on_cpu
+    from charlm.training.device import launch_explained, leave_group, on_cpu
 
     keep_freed_memory()
     with launch_explained():
         processes = PartialState(cpu=on_cpu())
+    atexit.register(leave_group)
     trained = charlm.load(options.run, options.checkpoint, device=processes.device)
     where = options.data.where(trained.config.data)
     if options.picture is not None:
@@ -108,7 +110,6 @@ def main() -> None:
             planned = trained.config.train.steps if trained.options is None else None  # unknown if exported
             lines = describe(score, corpus.splits[options.split].symbols, planned, yardsticks)
             say("\n".join(lines + (describe_exits(score.early_exit) if options.early_exit else [])))
-    processes.destroy_process_group()
 
 
 def check(options: Options) -> None:
