@@ -40,7 +40,7 @@ OUT_OF_RANGE = {
     "train.final_lr": "2",
     "train.adam_betas": "[0.9, 1]",
     "train.seed": f"-1 | {2**63}",
-    "run.max_time": "soon",
+    "run.max_time train.time": "soon",
     "run.tracker": "[wandb, wandb]",
 }
 """Options, and the values that each of them refuses."""

@@ -25,6 +25,7 @@ FILES = {
     "task": "aux: {tasks: {order: 0.1}}\n",
     "nulls": "train: {micro_batch_size: null}\naux: {layers: {at: null}}\n",
     "million": "train: {steps: 1e6}\n",
+    "hour": "train: {time: 1h}\n",
     "rate": "train:\n  learning_rate: 6e-3\n",
     "no": "train: {mixed_precision: no}\n",
     "dotted": "aux.layers.enabled: false\n",
@@ -92,6 +93,12 @@ GOOD = {
         "--config first.yaml --config second.yaml --train.batch_size=3",
         {"train.steps": 2, "train.batch_size": 3, "aux.layers.weights.4": 0.3},
     ),
+    "a time over a file's steps": (
+        "--config million.yaml --train.time=1h",
+        {"train.time": "1h"},
+    ),
+    "steps over a file's time": ("--config hour.yaml --train.steps=7", {"train.steps": 7}),
+    "no time, over a file's steps": ("--config million.yaml --train.time=null", {"train.steps": 1_000_000}),
     "dotted key": ("--config dotted.yaml", {"aux.layers.enabled": False}),
     "name of a shipped file": (
         "--config methods/keras",

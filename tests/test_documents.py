@@ -50,7 +50,14 @@ ELSEWHERE = {
 SMALL = {
     "data": {"corpus": "file", "path": "my.txt"},
     "model": {"num_heads": 2, "d_model": 16, "d_ff": 16, "ngram_buckets": 16, "ngram_width": 4},
-    "train": {"steps": 4, "batch_size": 4, "mixed_precision": "no", "valid_every": 2, "valid_symbols": 100},
+    "train": {
+        "steps": 4,
+        "time": None,
+        "batch_size": 4,
+        "mixed_precision": "no",
+        "valid_every": 2,
+        "valid_symbols": 100,
+    },
 }
 """Options that make the configs small in the folder where commands are run."""
 STEPS = (r"(--run\.resume_from|--train\.steps)=\d+", r"\1=4")

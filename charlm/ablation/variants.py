@@ -196,6 +196,10 @@ def plan(
             fault = f"row {variant.name!r}: its folder would be {folder!r}"
             raise UserError(f"{fault}; choose another name")
     configs = [_config_of(variant, files, flags) for variant in variants]
+    for variant, config in zip(variants, configs, strict=True):
+        if config.train.time is not None:
+            fault = f"row {variant.name!r}: train.time={config.train.time}"
+            raise UserError(f"{fault}: rows are compared after equal --train.steps; give those", "train.time")
     # Without a report: its time would count.
     own = {"resume": False, "resume_from": None, "auto_resume": True, "report": False}
     runs = []

@@ -20,6 +20,8 @@ CONFIGS = SHIPPED / "configs"
 SECTIONS, OPTIONS = sections_of(Config), options_of(Config)
 ESCAPE = re.compile(r"\\(?:[\\abfnrtv]|x[0-9A-Fa-f]{2}|u(?![dD][89a-fA-F])[0-9A-Fa-f]{4})")
 RENAMED = {"model.positions": "model.position_encoding"}  # former names of options, and the present ones
+IN_PLACE_OF = {"train.steps": "train.time", "train.time": "train.steps"}
+"""Options that exclude each other: the one that is given later wins."""
 
 
 class Setting(NamedTuple):
@@ -56,16 +58,21 @@ def typed(flags: Mapping[str, Any]) -> dict[str, Any]:
 def settings_of(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> dict[str, Setting]:
     """Settings by name. `reset: true` in a section drops what earlier files set there."""
     settings: dict[str, Setting] = {}
+    sources = []
     for file in files:
         shipped = CONFIGS / f"{file}.yaml"  # of the name demo, or methods/keras
         file = shipped if shipped.is_file() and not Path(file).is_file() else Path(file)
-        found = dict(_settings(_read(file), str(file)))
+        sources.append((_read(file), str(file)))
+    for tree, source in (*sources, (overrides, "")):
+        found = dict(_settings(tree, source))
         for reset in [name for name in found if name.endswith(".reset") and found[name].value == "true"]:
             del found[reset]
             section = reset.removesuffix("reset")
             settings = {name: settings[name] for name in settings if not name.startswith(section)}
+        given = {name for name, setting in found.items() if str(setting.value).lower() not in NULLS}
+        settings = {name: own for name, own in settings.items() if IN_PLACE_OF.get(name) not in given}
         settings |= found
-    return settings | dict(_settings(overrides, ""))
+    return settings
 
 
 def validate(kind: type[S], settings: Mapping[str, Setting]) -> S:

@@ -1,12 +1,11 @@
 """Options of a run's folder, of how it ends and goes on, and of trackers."""
 
-import re
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import model_validator
 
-from charlm.config.types import Index, Section
+from charlm.config.types import Duration, Index, Section
 
 TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
@@ -24,7 +23,7 @@ class RunConfig(Section):
     """Continue the run from the checkpoint of this step."""
     auto_resume: bool = False
     """Continue the run if it exists, else start it; for queues that start jobs again."""
-    max_time: str | None = None
+    max_time: Duration | None = None
     """Write a checkpoint and stop after this time, such as 3h50m, 90m or 1d12h."""
     report: bool = True
     """Write RUN/report.html at the end, with what is quickly measured."""
@@ -38,18 +37,6 @@ class RunConfig(Section):
         if self.resume_from is not None and self.auto_resume:
             text = "would go back to that step at every restart; leave out run.auto_resume"
             raise self.mistake("resume_from", text, "auto_resume")
-        if self.max_time is not None and self.max_seconds is None:
-            raise self.mistake("max_time", "must be a time like 1d3h50m10s")
         if len(set(self.tracker)) < len(self.tracker):
             raise self.mistake("tracker", "contains a tracker twice")
         return self
-
-    @property
-    def max_seconds(self) -> int | None:
-        """`max_time` in seconds; None if it is null or invalid."""
-        pattern = r"(?:(\d{1,5})d)?(?:(\d{1,5})h)?(?:(\d{1,5})m)?(?:(\d{1,9})s)?"
-        match = re.fullmatch(pattern, self.max_time or "")
-        if match is None:
-            return None
-        days, hours, minutes, seconds = map(int, match.groups("0"))
-        return seconds + 60 * (minutes + 60 * (hours + 24 * days)) or None

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from charlm.config.types import (
     BelowOne,
     Count,
+    Duration,
     Mark,
     NonNegative,
     Positive,
@@ -32,6 +33,9 @@ class TrainConfig(Section):
 
     steps: Annotated[Count, Mark.MAY_CHANGE] = 100_000
     """Number of optimizer steps."""
+    time: Duration | None = None
+    """Train for this time, such as 1h or 90m, in place of `steps`: the first seconds of a new run measure
+    its speed, and the steps that fit are written into its config.yaml."""
     batch_size: Count = 16
     """Windows per optimizer step, over all processes and micro-batches."""
     micro_batch_size: Annotated[Count | Literal["auto"] | None, Mark.MAY_CHANGE] = None
@@ -109,6 +113,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.time is not None and self.steps != type(self).model_fields["steps"].default:
+            text = f"comes in place of train.steps={self.steps}; leave one out"
+            raise self.mistake("time", text, "steps")
         warmup, decay = steps_of(self.warmup, self.steps), steps_of(self.decay_steps, self.steps)
         if self.lr_schedule == "wsd" and warmup + decay > self.steps:
             text = f"does not fit with warmup={self.warmup} into train.steps={self.steps}; lower one"

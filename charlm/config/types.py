@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -223,6 +224,17 @@ def _whole(value: Any) -> Any:
     return value
 
 
+def seconds_of(duration: str) -> int:
+    """A duration such as 1d3h50m10s in seconds. Raises ValueError."""
+    pattern = r"(?:(\d{1,5})d)?(?:(\d{1,5})h)?(?:(\d{1,5})m)?(?:(\d{1,9})s)?"
+    match = re.fullmatch(pattern, duration)
+    days, hours, minutes, seconds = map(int, match.groups("0")) if match else [0] * 4
+    total = seconds + 60 * (minutes + 60 * (hours + 24 * days))
+    if total == 0:
+        raise ValueError("must be a time like 1d3h50m10s")
+    return total
+
+
 # In `Annotated`, limits precede the function; else the JSON schema, from which help is made, lacks them.
 Whole = BeforeValidator(_whole)
 Index = Annotated[int, Field(ge=0), Whole]
@@ -232,5 +244,6 @@ NonNegative = Annotated[float, Field(ge=0)]
 Unit = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Duration = Annotated[str, AfterValidator(lambda duration: seconds_of(duration) and duration)]
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(lambda word: "fp32" if word == "no" else word)]
 """Precision of matrix products; `no` is accelerate's word for fp32."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from charlm.config import Config, count_of
+from charlm.config import Config, TrainConfig, count_of
 from charlm.data.corpus import prepared_corpus
 from charlm.data.vocabulary import ByteVocabulary
 from charlm.model.heads import Heads
@@ -44,7 +44,8 @@ class Explanation:
         return {
             "parameters": self.parameters,
             "flops_per_character": self.flops_per_character,
-            "steps": train.steps,
+            "steps": train.steps if train.time is None else None,
+            "time": train.time,
             "characters_per_step": train.batch_size * context_length,
             "context_length": context_length,
             "vocabulary_size": self.vocabulary_size,
@@ -52,12 +53,12 @@ class Explanation:
             "head": aux.layers.head,
             "hedge": aux.hedge.model_dump() if aux.hedge.enabled else None,
             "route": route | asdict(self.route_cost),
-            "terms": [_term_to_dict(term, train.steps) for term in self.terms],
+            "terms": [_term_to_dict(term, train) for term in self.terms],
         }
 
     def to_text(self, width: int = 80) -> str:
         """For people: sizes, costs and the table, `width` characters wide."""
-        table = _table(self.terms, self.config.train.steps, width)
+        table = _table(self.terms, self.config.train, width)
         return "\n".join([*_summary(self), "", *table])
 
 
@@ -101,13 +102,14 @@ def stops_at_step(weight: Schedule, steps: int) -> int | None:
     return step if step < steps else None
 
 
-def _term_to_dict(term: Term, steps: int) -> dict:
+def _term_to_dict(term: Term, train: TrainConfig) -> dict:
     weight = term.weight
     weights = [*map(weight.at_next_turn, PROGRESSES[:-1]), weight.limit]
     return {name: getattr(term, name) for name in TERM_FIELDS} | {
         "one_of_steps": weight.period,
         "weights": list(map(list, zip(PROGRESSES, weights, strict=True))),
-        "stops_at_step": stops_at_step(weight, steps),
+        "stops_at": weight.stops_at,
+        "stops_at_step": stops_at_step(weight, train.steps) if train.time is None else None,
     }
 
 
@@ -125,11 +127,12 @@ def _summary(explanation: Explanation) -> list[str]:
     parameters = map(_short, explanation.parameters.values())
     flops = map(_short, explanation.flops_per_character.values())
     characters = train.batch_size * model.context_length
+    steps = f"{train.steps:,} steps" if train.time is None else f"as many steps as fit into {train.time},"
     lines = {
         "model": f"{model.num_layers} layers of width {model.d_model}, context {model.context_length}",
         "parameters": "{} in training, {} at inference".format(*parameters),
         "FLOPs per character": "{} in training ({} at the end), {} at inference".format(*flops),
-        "training": f"{train.steps:,} steps of {characters:,} characters",
+        "training": f"{steps} of {characters:,} characters",
     }
     lines |= _methods(explanation)
     lines |= _route(explanation.config, explanation.route_cost)
@@ -189,11 +192,12 @@ def _route(config: Config, cost: RouteCost) -> dict[str, str]:
     return lines
 
 
-def _table(terms: tuple[Term, ...], steps: int, width: int) -> list[str]:
-    rows = [("term", "at start", "stops at step")]
+def _table(terms: tuple[Term, ...], train: TrainConfig, width: int) -> list[str]:
+    rows = [("term", "at start", "stops at step" if train.time is None else "stops at progress")]
     for term in terms:
-        step = stops_at_step(term.weight, steps)
-        stop = "never" if step is None else f"{step:,}"
+        step, stop = stops_at_step(term.weight, train.steps), "never"
+        if step is not None:
+            stop = f"{step:,}" if train.time is None else f"{term.weight.stops_at:.3g}"
         rows.append((term.name, f"{term.weight.at_next_turn(0.0):.3g}", stop))
     names, weights, stops = (max(map(len, column)) for column in zip(*rows, strict=True))
     cells = max(16, width - names - weights - stops - 6)

@@ -33,7 +33,7 @@ def train_and_report(config: Config) -> Path:
     run = Run(config.run.dir)
     before = _last_change(run)
     # A first signal lets drawing finish; a second one kills.
-    with StopRequests(config.run.max_seconds) as stop:
+    with StopRequests(config.run.max_time) as stop:
         try:
             train(config, stop=stop)
         except BaseException as error:

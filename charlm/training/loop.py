@@ -5,11 +5,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, nullcontext, redirect_stderr
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from accelerate import Accelerator
 
 from charlm.config import Config, Stopped, UserError, steps_of
@@ -18,21 +16,21 @@ from charlm.data.sources import check_outside
 from charlm.data.windows import default_stride
 from charlm.inference.evaluation import bits_per, count_units
 from charlm.inference.scoring import AUTOCAST_DTYPES, negative_log_likelihoods
-from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
-from charlm.objective.routes import ROUTES, Joint
+from charlm.objective.routes import Joint
 from charlm.objective.tasks import check_registered, named_in_errors
 from charlm.process import lasting
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.tensors import Snapshot, take_snapshot
+from charlm.training.clock import with_steps
 from charlm.training.device import build_accelerator, choose_compile, torch_settings
 from charlm.training.diagnose import diagnose
 from charlm.training.gradients import accumulate_gradients, find_micro_batch_size, micro_batches
 from charlm.training.log import Tracker, check_installed
-from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
-from charlm.training.sharding import average, is_sharded, shard, unsharded, wants_shards
-from charlm.training.start import TrainState, check_fits, check_folder, describe, open_run, refusal
+from charlm.training.optimizers import learning_rate_factor, set_learning_rates
+from charlm.training.sharding import average, is_sharded, unsharded
+from charlm.training.start import TrainState, build, check_folder, describe, open_run, refusal
 from charlm.training.stop import StopRequests, explained
 from charlm.training.update import Updates
 
@@ -50,27 +48,22 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
     check_registered(config.aux.tasks)
     check_outside(config.data, "run.dir", config.run.dir)
     check_folder(config.run)
-    collected = StopRequests(config.run.max_seconds) if stop is None else nullcontext(stop)
+    collected = StopRequests(config.run.max_time) if stop is None else nullcontext(stop)
     with collected as stop, torch_settings(config), redirect_stderr(lasting(sys.stderr)):
         accelerator, precision_reason = build_accelerator(config.train)
         main = accelerator.is_main_process
         with stop.interrupting():
             corpus = load_corpus(config.data, show_progress=main)
-        if stop.agreed():
-            raise Stopped(f"stopped before training began: {stop.reason}; there is nothing new to save")
+        stop.check()
         with ExitStack() as stack:
             if tasks := ", ".join(config.aux.tasks):  # torch does not say whose gradient failed
                 stack.enter_context(named_in_errors(tasks, within="backward"))
             stack.enter_context(explained(config.train, stop))
-            torch.manual_seed(config.train.seed)
-            objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)
-            sharded = wants_shards(config.train, accelerator.num_processes)
-            check_fits(config, corpus, objective, accelerator, sharded)
-            if sharded:
-                shard(objective)
-            build = partial(build_optimizers, config.train, objective)
-            route = ROUTES[config.aux.route](objective, config.aux, build)
+            kind = kind or Training
+            config, seconds = with_steps(config, corpus, accelerator, kind, stop)
+            objective, route = build(config, corpus, accelerator)
             run, state, news = stack.enter_context(open_run(config, corpus, accelerator, objective, route.optimizers))
+            state.seconds += seconds
             tracker = Tracker(run, config, corpus.splits["train"], objective.terms, state, main)
             stack.enter_context(closing(tracker))
             for line in describe(config, corpus, objective, accelerator, precision_reason) + news:
@@ -78,7 +71,7 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
             writer = CheckpointWriter(run, config.train.keep_checkpoints, tracker.say)
             stack.enter_context(closing(writer))
             parts = config, corpus, accelerator, objective, route, state, tracker, writer, stop
-            (kind or Training)(*parts).fit()
+            kind(*parts).fit()
             tracker.conclude(state.best_step, state.best_bits)
         accelerator.wait_for_everyone()
         return run.path

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -19,15 +20,17 @@ from charlm.data.sources import located
 from charlm.data.text_files import changes
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.files import read_json
+from charlm.objective.build import build_objective
 from charlm.objective.count import num_parameters, route_cost
 from charlm.objective.objective import Objective
-from charlm.objective.routes import check_route
+from charlm.objective.routes import ROUTES, Joint, check_route
 from charlm.objective.terms import Term
 from charlm.runs.checkpoints import STATE, Checkpoint, find_checkpoint, newest_whole_checkpoint, rewind
 from charlm.runs.folder import Run
 from charlm.text import counted
 from charlm.training.device import describe_attention, on_cpu
-from charlm.training.sharding import is_sharded
+from charlm.training.optimizers import build_optimizers
+from charlm.training.sharding import is_sharded, shard, wants_shards
 from charlm.training.stop import MISSING
 
 
@@ -51,6 +54,18 @@ class TrainState(BaseModel, strict=True, extra="forbid"):
 def refusal(config: Config, option: str, text: str) -> UserError:
     """The error for an option's value; `text` says what is wrong, and a way out."""
     return UserError(f"{option}={shown(attrgetter(option)(config))}: {text}", option)
+
+
+def build(config: Config, corpus: Corpus, accelerator: Accelerator) -> tuple[Objective, Joint]:
+    """A fresh objective, maybe in shards, and the route with its optimizers; UserError as `check_fits`."""
+    torch.manual_seed(config.train.seed)
+    objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)
+    sharded = wants_shards(config.train, accelerator.num_processes)
+    check_fits(config, corpus, objective, accelerator, sharded)
+    if sharded:
+        shard(objective)
+    optimizers = partial(build_optimizers, config.train, objective)
+    return objective, ROUTES[config.aux.route](objective, config.aux, optimizers)
 
 
 def check_fits(

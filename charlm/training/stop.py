@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from charlm.config import Stopped, TrainConfig, UserError
 from charlm.config.errors import first_line
+from charlm.config.types import seconds_of
 from charlm.process import is_about_memory, is_main_process
 from charlm.training.device import PATIENCE
 
@@ -39,11 +40,11 @@ class StopRequests:
     A request is kept until `agreed` or `check`. A second signal ends the process at once.
     """
 
-    def __init__(self, max_seconds: float | None = None):
-        """`max_seconds` counts from the start of the process, as in job queues."""
+    def __init__(self, max_time: str | None = None):
+        """`max_time`, such as 3h50m, counts from the start of the process, as in job queues."""
         self.reason: str | None = None
         self.stays = False  # after the context, in a process about to end
-        limit = math.inf if max_seconds is None else max_seconds
+        limit = math.inf if max_time is None else seconds_of(max_time)
         self._deadline = time.monotonic() + psutil.Process().create_time() - time.time() + limit
         self._interrupts = False
         launched = LAUNCHED & os.environ.keys()
@@ -98,9 +99,9 @@ class StopRequests:
         return self.reason is not None
 
     def check(self) -> None:
-        """Raise Stopped if `agreed`."""
+        """Raise Stopped if `agreed`; the message is for a run that has not begun."""
         if self.agreed():
-            raise Stopped(self.reason)
+            raise Stopped(f"stopped before training began: {self.reason}; there is nothing new to save")
 
     def _on_signal(self, number: int, _: object) -> None:
         self.reason = self.reason or signal.Signals(number).name

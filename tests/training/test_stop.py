@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import charlm
-from charlm.config import RunConfig, Stopped
+from charlm.config import RunConfig, Stopped, TrainConfig
+from charlm.config.types import seconds_of
 from charlm.runs.folder import Run
 from charlm.training import stop as signals
 from launched import wait_until
@@ -142,10 +143,11 @@ def test_the_time_limit_counts_from_the_start_of_the_process(whole_run, tmp_path
 def test_times_are_read_as_written_or_refused():
     """Guards against a unit taken for another, and a time limit that is ignored."""
     times = {"3h50m": 13_800, "90m": 5_400, "1d12h": 129_600, "45s": 45}
-    assert {text: RunConfig(max_time=text).max_seconds for text in times} == times
+    assert {text: seconds_of(text) for text in times} == times
     for text in ("5", "1h2d", "-3h", "0m", "soon", "1.5h"):
-        with refused("max_time"):
-            RunConfig().replace(max_time=text)
+        for section, option in ((RunConfig(), "max_time"), (TrainConfig(), "time")):
+            with refused(option):
+                section.replace(**{option: text})
 
 
 def test_resume_from_and_auto_resume_exclude_each_other():
