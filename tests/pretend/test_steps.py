@@ -34,7 +34,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hedge, spikes, fp16": {"aux.hedge.enabled": True, "train.spike_threshold": 6.0} | FP16,
     "checkpointing": {"train.activation_checkpointing": True},
     "clipping, micro-batches": {"train.clip_norm": 1.0, "train.micro_batch_size": 2},
-    "searched micro-batches": {"train.micro_batch_size": "auto"},
     "reference loss": {"train.cross_entropy": "reference"},
     "attention in blocks": {"train.attention": "blocks", "model.attention_dropout": 0.0},
     "n-grams": NGRAMS,

@@ -19,7 +19,8 @@ from charlm.training.loop import Training
 @contextmanager
 def launched(processes: int) -> Iterator[None]:
     """Inside, this is the first of several processes; what they exchange has the right shape and no content."""
-    environ = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes), "MASTER_ADDR": "", "MASTER_PORT": "0"}
+    environ = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
+    environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     with mock.patch.dict(os.environ, environ if processes > 1 else {}):
         if processes > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
