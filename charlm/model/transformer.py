@@ -24,7 +24,7 @@ class ReluSquared(torch.autograd.Function):
     def forward(ctx, x: Tensor) -> Tensor:
         positive = F.relu(x)
         ctx.save_for_backward(positive)
-        return positive.square()
+        return positive * positive  # autocast computes powers in fp32 on a GPU
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:

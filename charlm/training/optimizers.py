@@ -1,6 +1,7 @@
 """Optimizers, and the learning rate as a function of the step."""
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from charlm.config import TrainConfig, steps_of
+from charlm.runs.tensors import placed
 
 
 def learning_rate_factor(train: TrainConfig, step: int) -> float:
@@ -68,9 +70,11 @@ def build_optimizers(
     optimizers = []
     if matrices:
         hidden = _group(matrices, train.muon_learning_rate, train.weight_decay)
-        optimizers.append(torch.optim.Muon([hidden], momentum=train.muon_momentum, nesterov=True))
+        optimizers.append(Muon([hidden], momentum=train.muon_momentum))
     if train.optimizer == "sgd":
-        optimizers.append(torch.optim.SGD(groups, momentum=train.momentum))
+        # The fused one rounds otherwise, and cannot move shards.
+        unfused = any(own.device.type == "cpu" or hasattr(own, "full_tensor") for own in wanted)
+        optimizers.append((torch.optim.SGD if unfused else fused_sgd)(groups, momentum=train.momentum))
     else:
         optimizers.append(torch.optim.AdamW(groups, betas=train.adam_betas, fused=True))
     if sparse:
@@ -79,5 +83,78 @@ def build_optimizers(
     return optimizers
 
 
+def fused_sgd(groups: list[dict[str, Any]], momentum: float) -> Optimizer:
+    """torch.optim.SGD in few kernels. Its momentum begins at zero: that of a skipped step would stay unwritten."""
+    sgd = torch.optim.SGD(groups, momentum=momentum, fused=True)
+    sgd.register_step_pre_hook(_begin_at_rest)
+    return sgd
+
+
+def _begin_at_rest(sgd: Optimizer, *_: Any) -> None:
+    for group in sgd.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and group["momentum"] and not sgd.state[parameter]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def _group(parameters: list[Tensor], peak_lr: float, weight_decay: float = 0.0) -> dict[str, Any]:
     return {"params": parameters, "lr": peak_lr, "peak_lr": peak_lr, "weight_decay": weight_decay}
+
+
+class Muon(Optimizer):
+    """Orthogonal updates of matrices (Jordan et al. 2024), as torch.optim.Muon with Nesterov momentum.
+
+    Matrices of a shape move together, in products of batches. Like torch's fused optimizers it
+    makes no step if `found_inf`, a number on the device, is 1.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float):
+        super().__init__(groups, {"momentum": momentum, "fused": True})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        skip = getattr(self, "found_inf", None)
+        skip = None if skip is None else skip > 0
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            kept = 1 - group["lr"] * group["weight_decay"]
+            if skip is not None and group["weight_decay"]:
+                kept = torch.where(skip, 1.0, kept)
+            for parameters in by_shape.values():
+                if group["weight_decay"]:
+                    torch._foreach_mul_(parameters, kept)
+                self._move(parameters, group["lr"], group["momentum"], skip)
+
+    def _move(self, parameters: list[Tensor], lr: float, momentum: float, skip: Tensor | None) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        for state, parameter in zip(states, parameters, strict=True):
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [state["momentum_buffer"] for state in states]
+        gradients_NAB = torch.stack([parameter.grad for parameter in parameters])
+        if skip is not None:
+            gradients_NAB = torch.where(skip, torch.stack(buffers), gradients_NAB)
+        torch._foreach_lerp_(buffers, gradients_NAB.unbind(), 1 - momentum)
+        updates_NAB = orthogonal(gradients_NAB.lerp(torch.stack(buffers), momentum)).float()
+        if skip is not None:
+            updates_NAB.masked_fill_(skip, 0.0)
+        rows, columns = parameters[0].shape
+        torch._foreach_add_(parameters, updates_NAB.unbind(), alpha=-lr * math.sqrt(max(1, rows / columns)))
+
+
+def orthogonal(matrices_NAB: Tensor) -> Tensor:
+    """Matrices near U V^T of each U S V^T, in bf16, by five steps of Newton and Schulz (Jordan et al. 2024)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    whole_NAB = matrices_NAB.full_tensor() if hasattr(matrices_NAB, "full_tensor") else matrices_NAB
+    tall = whole_NAB.shape[1] > whole_NAB.shape[2]
+    x_NAB = whole_NAB.bfloat16()
+    x_NAB = x_NAB.mT if tall else x_NAB
+    norms_N = torch.stack(torch._foreach_norm(x_NAB.unbind()))
+    x_NAB = x_NAB / norms_N.clamp(min=1e-7)[:, None, None]
+    for _ in range(5):
+        gram_NAA = x_NAB @ x_NAB.mT
+        x_NAB = torch.baddbmm(x_NAB, torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c), x_NAB, beta=a)
+    return placed(x_NAB.mT if tall else x_NAB, matrices_NAB)

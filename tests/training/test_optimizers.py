@@ -12,7 +12,8 @@ from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.objective import Objective, head_pairs
 from charlm.objective.terms import build_terms
-from charlm.training.optimizers import build_optimizers, learning_rate_factor, set_learning_rates
+from charlm.training.optimizers import Muon, build_optimizers, fused_sgd, learning_rate_factor, set_learning_rates
+from charlm.training.update import step_unless
 from tiny import refused, typed
 
 WSD = {"steps": 20, "lr_schedule": "wsd", "warmup": 2, "decay_steps": 0.2}
@@ -169,6 +170,48 @@ def test_muon_takes_the_hidden_matrices_and_only_them():
         scale = 0.01 * max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
         singular_values = torch.linalg.svdvals(parameter.detach() - before[name]) / scale
         assert 0.5 < singular_values.min() <= singular_values.max() < 1.3, name
+
+
+def matrices() -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape)) for shape in ((8, 8), (16, 8), (8, 16), (8, 8), (16, 8))]
+
+
+def test_muon_moves_matrices_as_torch_does():
+    """Guards against matrices of a batch that reach one another, and runs of before that go on with other bits."""
+    own, expected = matrices(), matrices()
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    optimizers = (
+        Muon([{"params": own} | options], 0.95),
+        torch.optim.Muon([{"params": expected} | options], momentum=0.95),
+    )
+    for step in range(4):
+        for number, pair in enumerate(zip(own, expected, strict=True)):
+            gradient = None if step < 2 and number == 3 else torch.randn_like(pair[0])
+            for parameter in pair:
+                parameter.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(map(torch.equal, own, expected))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "muon"])
+def test_a_fused_update_that_is_skipped_moves_nothing(kind):
+    """Guards against momentum of a skipped first step, a parameter that is silent at first, and NaN that stays."""
+    results = []
+    for skipped in ((0, 2), ()):
+        parameters = matrices()
+        optimizer = Muon([{"params": parameters, "lr": 0.1, "weight_decay": 0.1}], 0.9)
+        if kind == "sgd":
+            optimizer = fused_sgd([{"params": parameters, "lr": 0.1, "weight_decay": 0.1}], 0.9)
+        for step in range(5):
+            for number, parameter in enumerate(parameters):
+                silent = step < 3 and number == 4
+                parameter.grad = None if silent else torch.full_like(parameter, math.nan if step in (0, 2) else step)
+            if step not in (0, 2) or step in skipped:
+                step_unless(torch.tensor(step in skipped), optimizer)
+        results.append([*parameters, *(optimizer.state[parameter]["momentum_buffer"] for parameter in parameters)])
+    assert all(map(torch.equal, *results))
 
 
 def test_only_the_ngram_rows_that_were_read_move():
