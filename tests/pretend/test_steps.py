@@ -101,15 +101,9 @@ def test_windows_come_from_pinned_memory():
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        pytest.param(
-            table.T12, {}, marks=pytest.mark.xfail(strict=True, reason="skipped updates are undone by copies")
-        ),
+        (table.T12, {}),
         pytest.param(table.T12, ADAMW, marks=pytest.mark.slow),
-        pytest.param(
-            table.FAST,
-            {},
-            marks=[pytest.mark.xfail(strict=True, reason="Muon takes matrices one by one"), pytest.mark.slow],
-        ),
+        pytest.param(table.FAST, {}, marks=pytest.mark.slow),
     ],
     ids=["sgd", "adamw", "muon"],
 )
