@@ -37,6 +37,8 @@ class ModelConfig(Section):
     residual_init: Literal["scaled", "zero"] = "scaled"
     """Matrices that write to the residual stream start scaled by 1 / sqrt(2L) (Radford et al. 2019),
     or at zero (Zhang et al. 2019, Fixup)."""
+    head_bias: bool = True
+    """Whether classifiers have a bias. Stock formats of other libraries have none (docs/sharing.md)."""
     attention_dropout: BelowOne = 0.0
     """Dropout on the attention weights."""
     activation_dropout: BelowOne = 0.0

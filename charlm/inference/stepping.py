@@ -176,8 +176,8 @@ class _Linear(NamedTuple):
     def of(*linears: nn.Linear) -> "_Linear":
         """Layers with the same input, joined; their outputs follow one another."""
         weight_EI = torch.cat([linear.weight.detach() for linear in linears])
-        bias_E = torch.cat([linear.bias.detach() for linear in linears])
-        return _Linear(weight_EI.t().contiguous(), bias_E)
+        biases = [torch.zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
+        return _Linear(weight_EI.t().contiguous(), torch.cat(biases).detach())
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         T = len(x_TI)

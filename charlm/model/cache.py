@@ -86,6 +86,10 @@ class KVCache:
         visible_BTS = torch.arange(end, device=self.keys.device) <= positions_BT[:, :, None]
         return Places(slice(end - num_new, end) if equal else positions_BT, end, visible_BTS[:, None])
 
+    def layer(self, layer: int, places: Places) -> LayerCache:
+        """The buffers of a layer, from 1, for positions that go to `places`."""
+        return LayerCache(self.keys[layer - 1], self.values[layer - 1], places)
+
     def extend_ids(self, ids_BT: Tensor, places: Places, num_earlier: int) -> Tensor:
         """Store new ids; return them after up to `num_earlier` earlier ones, -1 for none."""
         if isinstance(places.positions, slice):

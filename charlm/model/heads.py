@@ -46,7 +46,7 @@ class Heads(nn.Module):
         layers = layers or LayersConfig()
         shared = layers.head in ("shared", "shared_frozen")
         self.last_layer = config.num_layers
-        self.last_tower = last_tower
+        self.last_tower, self.has_bias = last_tower, config.head_bias
         self.frozen = layers.head == "shared_frozen"
         self._final_norm = (final_norm,)  # in a tuple, as its parameters belong to the transformer
         wanted = set(pairs)
@@ -64,9 +64,9 @@ class Heads(nn.Module):
                 width = count_of(layers.tower_width or 1.0, config.d_model)
                 parts["tower"] = _tower(config.d_model, width, layers.tower_dropout)
             for offset in sorted(offset for pair_layer, offset in owned if pair_layer == layer):
-                classifier = nn.Linear(width, vocabulary_size)
-                nn.init.zeros_(classifier.weight)
-                nn.init.zeros_(classifier.bias)
+                classifier = nn.Linear(width, vocabulary_size, bias=config.head_bias)
+                for parameter in classifier.parameters():
+                    nn.init.zeros_(parameter)
                 parts[f"offset{offset}"] = classifier
             self.exits[f"layer{layer}"] = nn.ModuleDict(parts)
 
@@ -85,7 +85,7 @@ class Heads(nn.Module):
         parts = self._parts(layer)
         linears = [parts[f"offset{offset}"] for offset in offsets]
         weight = _stacked([linear.weight for linear in linears])
-        bias = _stacked([linear.bias for linear in linears])
+        bias = _stacked([linear.bias for linear in linears]) if self.has_bias else weight.new_zeros(len(weight))
         if self.frozen and layer < self.last_layer:
             norm = self.norm(layer)
             constants = {name: parameter.detach() for name, parameter in norm.named_parameters()}

@@ -226,13 +226,11 @@ class CharTransformer(nn.Module):
         for layer, block in enumerate(self.blocks[lowest:highest], start=lowest + 1):
             if layer <= len(self.position_tables):
                 x_BTD = x_BTD + self.position_tables[layer - 1][places.positions]
+            inputs = (rotation, cache and cache.layer(layer, places), num_last if layer == highest else None)
             if self.activation_checkpointing and self.training:
-                x_BTD = checkpoint(block, x_BTD, rotation, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, *inputs, use_reentrant=False)
             else:
-                layer_cache = None
-                if cache is not None:
-                    layer_cache = LayerCache(cache.keys[layer - 1], cache.values[layer - 1], places)
-                x_BTD = block(x_BTD, rotation, layer_cache, num_last if layer == highest else None)
+                x_BTD = block(x_BTD, *inputs)
             if layer in wanted:
                 kept_BTD = x_BTD if num_last is None else x_BTD[:, -num_last:]
                 is_last = layer == self.config.num_layers

@@ -28,7 +28,7 @@ def test_every_option_of_the_architecture_is_compared():
     """Guards against an option of ModelConfig that the short way ignores. Whoever adds one that is a choice between
     names has it compared below at once; any other must be implemented in stepping.py and given a value here."""
     options = set(vars(ModelConfig()))
-    assert options == {*CHOICES, *SIZES, *DROPOUT, "ngrams", "ngram_width"}
+    assert options == {*CHOICES, *SIZES, *DROPOUT, "ngrams", "ngram_width", "head_bias"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(variant.values()))
@@ -82,7 +82,7 @@ def test_the_bits_of_a_symbol_are_its_own(build_model):
 @pytest.mark.parametrize("layer", [1, 2])
 def test_heads_compute_what_heads_compute(build_model, randomise, kind, norm, layer):
     """Guards against a head of another layer or offset, without its norm, its tower or its bias."""
-    trained = build_model(norm=norm)
+    trained = build_model(norm=norm, head_bias=norm == "pre")
     heads = Heads(
         trained.config.model,
         256,

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -41,6 +42,20 @@ def test_logits_by_hand():
     assert torch.equal(heads(hidden_BTD, 1, (1, 2)), expected_BTKV)
     assert torch.equal(heads(hidden_BTD, 1, (2, 1)), expected_BTKV[:, :, [1, 0]])
     assert torch.equal(heads(hidden_BTD, 1), expected_BTKV[:, :, :1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_without_bias(randomise, kind):
+    """Guards against a bias that is learned all the same, or left out of norms and towers as well."""
+    config = small().replace(head_bias=False)
+    final_norm = randomise(nn.LayerNorm(D))
+    heads = randomise(Heads(config, V, PAIRS, layers=LayersConfig(head=kind), final_norm=final_norm))
+    assert not [name for name, _ in heads.named_parameters() if re.search(r"offset\d+\.bias", name)]
+    hidden_BTD = some_states()
+    for layer, offsets in ((1, (1, 3)), (3, (2,))):
+        states_BTD, classifiers = heads.states(hidden_BTD, layer), heads.linears(layer, offsets)[-len(offsets) :]
+        expected_BTKV = torch.stack([states_BTD @ linear.weight.T for linear in classifiers], dim=2)
+        torch.testing.assert_close(heads(hidden_BTD, layer, offsets), expected_BTKV)
 
 
 def test_pairs_are_listed_once_and_in_order():

@@ -37,7 +37,7 @@ BF16 = ["--train.mixed_precision=bf16"]
 MANY = [*DROPOUT, *BF16, "--train.micro_batch_size=4", "--train.clip_norm=1"]
 SETTINGS = {
     "fp32": DROPOUT,
-    "bf16": [*BF16, *DROPOUT, "--train.micro_batch_size=2"],
+    "bf16": [*BF16, *DROPOUT, "--train.micro_batch_size=2", "--model.head_bias=false"],
     "bf16-checkpointed": [*BF16, *DROPOUT, *CHECKPOINTING, "--train.micro_batch_size=4"],
     "sgd": [*DROPOUT, *CHECKPOINTING, "--train.optimizer=sgd", "--train.micro_batch_size=4"],
     "muon": [*BF16, "--train.optimizer=muon", "--train.clip_norm=1"],
