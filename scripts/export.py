@@ -15,6 +15,7 @@ import charlm
 from charlm import cli
 from charlm.config import Section
 from charlm.files import OutputPath
+from charlm.formats import Format, save_model
 from charlm.text import command, say
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class Options(Section):
     """The folder of a run or of an exported model, or OWNER/NAME of one on the hub."""
     to: OutputPath
     """The folder to make."""
+    format: Format = "charlm"
+    """transformers: that library loads the folder too, once charlm.hf is imported. transformers-stock: it loads it
+    without charlm, as a Starcoder2, which is exact for some models only; others are refused."""
     depth: int | Literal["auto"] | None = None
     """The layer to end the model at; it needs a head. auto: the lowest layer that is good enough."""
     within: float = 0.01
@@ -49,7 +53,7 @@ def main() -> None:
     options = cli.parse(Options)
     from charlm.data.sources import check_outside
     from charlm.inference.evaluation import score_at
-    from charlm.runs.exported import check_absent, portable, save_model
+    from charlm.runs.exported import check_absent, portable
     from charlm.runs.trained import shallowest, truncate
 
     check_absent(options.to)
@@ -75,7 +79,7 @@ def main() -> None:
         score = measured(model, options, options.score, options.limit)
         say(f"{options.score}: {score.bits_per_character:.4f} bits per character, {score.symbols:,} symbols")
         model = replace(model, scores=(*model.scores, score.as_dict()))
-    save_model(model, options.to)
+    save_model(model, options.to, options.format)
     say(f"{options.to}: {model.checkpoint}, {model.config.model.num_layers} layers")
     # An exported model does not know where this machine keeps its text.
     text, known = options.data.where(trained.config.data), portable(trained.config).data

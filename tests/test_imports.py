@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,10 @@ def test_public_names() -> None:
 def test_every_imported_package_is_declared_and_pinned() -> None:
     """Guards against a package that the tests' machine happens to have, and one that is installed unpinned."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.match(r"[\w-]+", dependency)[0] for dependency in project["dependencies"]}
-    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    dependencies = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    declared = {re.match(r"[\w-]+", dependency)[0] for dependency in dependencies}
+    files = [(ROOT / name).read_text() for name in ("requirements.txt", "requirements-hf.txt")]
+    lines = [line.partition("#")[0].strip() for file in files for line in file.splitlines()]
     assert declared <= dict(line.split("==") for line in lines if line).keys()
     sources = "\n".join(path.read_text() for path in (ROOT / "charlm").rglob("*.py"))
     modules = set(re.findall(r"^ *(?:import|from) (\w+)(?:[\w.]* import)?", sources, re.M))

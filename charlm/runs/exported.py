@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
+from torch import Tensor
 
 from charlm.config import Config, DataConfig, RunConfig, UserError
 from charlm.config.errors import first_line
@@ -24,7 +25,7 @@ from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.files import read_json, replacing, write_whole
 from charlm.runs.folder import CorpusRecord, Visible
 from charlm.runs.tensors import check_space, load_tensors, save_tensors
-from charlm.runs.trained import TrainedModel, any_prompt, empty_model, filled, trained_with
+from charlm.runs.trained import TrainedModel, any_prompt, build_model, filled, trained_with
 from charlm.text import visible
 
 EXPORT_CONFIG = "config.json"
@@ -62,11 +63,12 @@ class ModelRecord(BaseModel, strict=True):
 
 def save_model(trained: TrainedModel, folder: Path | str, name: str | None = None) -> Path:
     """Export a model, which its card calls `name`, to a new folder, or raise UserError."""
-    folder = Path(folder)
-    check_absent(folder)
-    corpus, state = trained.corpus, trained.modules.state_dict()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    heads = {"head", "tower_width", "tower_dropout"}
+    return write_folder(Path(folder), trained.modules.state_dict(), files_of(trained, name or Path(folder).name))
+
+
+def files_of(trained: TrainedModel, name: str, use: str = "charlm", **entries: Any) -> dict[str, str]:
+    """The texts of an exported folder by file; `use` as for `card`, and `entries` go into config.json."""
+    corpus, heads = trained.corpus, {"head", "tower_width", "tower_dropout"}
     included = {"model": True, "data": True, "aux": {"layers": heads}}
     options = portable(trained.config).model_dump(mode="json", include=included, exclude={"data": {"cache_dir"}})
     record = {
@@ -81,17 +83,25 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
         "scores": trained.scores,
         "trained_with": trained_with(trained),
     }
+    return {
+        EXPORT_CONFIG: json.dumps(record | entries, indent=2) + "\n",
+        VOCABULARY: json.dumps(trained.vocabulary.to_dict(), indent=2) + "\n",
+        CARD: card(trained, name, use),
+    }
+
+
+def write_folder(folder: Path, tensors: dict[str, Tensor], files: dict[str, str]) -> Path:
+    """Make a folder of tensors and texts, whole or not at all; UserError if it exists or cannot be written."""
+    check_absent(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing(folder) as temporary:
             temporary.mkdir()
             check_space(temporary, tensors.values())
-            config = temporary / EXPORT_CONFIG
-            write_whole(config, json.dumps(record, indent=2) + "\n")
-            vocabulary = json.dumps(trained.vocabulary.to_dict(), indent=2) + "\n"
-            write_whole(temporary / VOCABULARY, vocabulary)
-            write_whole(temporary / CARD, _card(trained, name or folder.name))
-            save_tensors(tensors, temporary / TENSORS, config, {"format": "pt"})
+            for name, text in files.items():
+                write_whole(temporary / name, text)
+            save_tensors(tensors, temporary / TENSORS, temporary / EXPORT_CONFIG, {"format": "pt"})
     except OSError as error:
         check_absent(folder)  # another process may have been faster
         raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
@@ -106,7 +116,8 @@ def check_absent(folder: Path) -> None:
 
 def read_model(folder: Path, device: torch.device) -> TrainedModel:
     """The model in a folder, for evaluation; UserError if a file is missing or damaged."""
-    record, config = _read_config(folder / EXPORT_CONFIG)
+    record = read_json(folder / EXPORT_CONFIG, MAX_CONFIG_BYTES, ModelRecord)
+    config = config_of(record, folder / EXPORT_CONFIG)
     vocabulary_record = read_json(folder / VOCABULARY)
     try:
         vocabulary = vocabulary_from_dict(vocabulary_record)
@@ -114,7 +125,7 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
         raise UserError(f"{folder / VOCABULARY}: {str(error).partition(';')[0]}") from error
     tensors, _ = load_tensors(folder / TENSORS)
     pairs = {(layer, offset) for layer, offset in record.heads.pairs}
-    build = partial(empty_model, config, vocabulary.size, pairs, record.heads.last_tower)
+    build = partial(build_model, config, vocabulary.size, pairs, record.heads.last_tower)
     model = filled(build, config.model, tensors, folder / TENSORS, f"the model of {EXPORT_CONFIG}")
     return TrainedModel(
         config=config,
@@ -130,15 +141,20 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
     )
 
 
-def _card(trained: TrainedModel, name: str) -> str:
+def card(trained: TrainedModel, name: str, use: str = "charlm", library: str = "charlm") -> str:
+    """The model card; `use` names the file charlm/runs/use_*.md that shows how it is loaded with `library`."""
     scores = "\n".join(map(_score_line, trained.scores))
     prompt = any_prompt(trained)
-    text = CARD_TEMPLATE.read_text("utf-8").format(
+    shown = CARD_TEMPLATE.with_name(f"use_{use}.md").read_text("utf-8").strip()
+    template = CARD_TEMPLATE.read_text("utf-8").replace("{use}", shown)
+    text = template.format(
+        library=library,
         name=name,
         trained=trained,
         prompt=json.dumps(prompt.decode()) if prompt.isascii() else repr(prompt),
         model=trained.config.model,
         vocabulary=trained.vocabulary,
+        length=trained.config.model.context_length // 2,
         parameters=sum(parameter.numel() for parameter in trained.modules.parameters()),
         scores=scores or "Nothing yet: `scripts/export.py --score test` measures it.",
         options=trained_with(trained).rstrip(),
@@ -168,8 +184,8 @@ def portable(config: Config) -> Config:
     return config.replace(data=data, run=RunConfig())
 
 
-def _read_config(path: Path) -> tuple[ModelRecord, Config]:
-    record = read_json(path, MAX_CONFIG_BYTES, ModelRecord)
+def config_of(record: ModelRecord, path: Path) -> Config:
+    """The options in a record from the file `path`. Raises UserError if they, or the heads, cannot work."""
     pairs, weights = record.heads.pairs, record.hedge_weights
     try:
         config = load_config((), record.options)
@@ -183,6 +199,6 @@ def _read_config(path: Path) -> tuple[ModelRecord, Config]:
             have_heads = all([layer, 1] in pairs for layer in weights)
             if not have_heads or not any(weights.values()):
                 raise UserError("hedge_weights: each needs a head, and one must not be 0")
-    except (UserError, RecursionError) as error:
+    except (UserError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: {first_line(error)}") from None
-    return record, config
+    return config

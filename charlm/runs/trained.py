@@ -69,15 +69,13 @@ def trained_with(trained: TrainedModel) -> str:
     return to_yaml(trained.config, include={"model", "aux", "train"}, exclude_defaults=True)
 
 
-def empty_model(
+def build_model(
     config: Config, vocabulary_size: int, pairs: Iterable[tuple[int, int]], last_tower: bool
 ) -> nn.ModuleDict:
-    """Transformer and heads on the meta device; `pairs` and `last_tower` as in `Heads`."""
-    with torch.device("meta"):
-        transformer = CharTransformer(config.model, vocabulary_size)
-        how = {"layers": config.aux.layers, "final_norm": transformer.final_norm, "last_tower": last_tower}
-        heads = Heads(config.model, vocabulary_size, pairs, **how)
-    return nn.ModuleDict({"transformer": transformer, "heads": heads})
+    """A new transformer with its heads; `pairs` and `last_tower` as in `Heads`."""
+    transformer = CharTransformer(config.model, vocabulary_size)
+    how = {"layers": config.aux.layers, "final_norm": transformer.final_norm, "last_tower": last_tower}
+    return nn.ModuleDict({"transformer": transformer, "heads": Heads(config.model, vocabulary_size, pairs, **how)})
 
 
 def filled(
@@ -134,7 +132,8 @@ def truncate(trained: TrainedModel, depth: int | None = None, *, keep_heads: boo
         config = trained.config.replace(model=model, aux=aux)
         name = f"{trained.checkpoint}, layers 1 to {depth} of {num_layers}"
         cut = replace(cut, config=config, checkpoint=name, hedge_weights=None, scores=())
-    modules = empty_model(cut.config, trained.vocabulary.size, pairs, last_tower).eval()
+    with torch.device("meta"):
+        modules = build_model(cut.config, trained.vocabulary.size, pairs, last_tower).eval()
     kept = {name: state[name] for name in modules.state_dict()}
     modules.load_state_dict(kept, assign=True)
     return replace(cut, **modules)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from charlm import formats
 from charlm.config import UserError
 from charlm.data.vocabulary import CharacterVocabulary
 from charlm.runs.exported import save_model
@@ -99,6 +100,28 @@ def test_a_broken_folder_is_answered_with_one_message(case, sound, tmp_path):
     for part in parts:
         assert part in message
     assert before is None or content(tmp_path) == before
+
+
+ELSEWHERE = (
+    *("a config that never ends", "a config that is no JSON", "a config of megabytes"),
+    *("another library's config", "another vocabulary", "a step beyond numbers"),
+)
+"""Cases in which that library reads the file before charlm is asked, or in which model and tokenizer are sound."""
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ELSEWHERE])
+def test_a_broken_folder_in_transformers(case, build_model, tmp_path):
+    """Guards against the same, where another library opens the folder."""
+    pytest.importorskip("transformers", reason="not installed, see requirements-hf.txt")
+    from charlm.hf import CharlmForCausalLM, CharlmTokenizer
+
+    folder = formats.save_model(build_model(), tmp_path / "model", "transformers")
+    change, parts = CASES[case]
+    change(folder)
+    with pytest.raises((UserError, ValueError)) as caught:
+        CharlmForCausalLM.from_pretrained(folder)
+        CharlmTokenizer.from_pretrained(folder)
+    assert all(part in str(caught.value) for part in parts if not part.endswith(".json"))
 
 
 def test_a_checkpoint_of_what_has_none_is_refused(sound):

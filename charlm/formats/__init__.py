@@ -1,0 +1,27 @@
+"""Formats of exported models. What one needs is imported when it is asked for."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from charlm.config import UserError
+
+if TYPE_CHECKING:
+    from charlm.runs.trained import TrainedModel
+
+Format = Literal["charlm", "transformers", "transformers-stock"]
+WRITERS = {
+    "charlm": ("runs.exported", "save_model"),
+    "transformers": ("formats.transformers", "save_model"),
+    "transformers-stock": ("formats.transformers", "save_stock"),
+}
+"""The module and the function of each."""
+
+
+def save_model(trained: "TrainedModel", folder: Path | str, format: Format, name: str | None = None) -> Path:
+    """Export a model to a new folder; UserError if it exists, or the format cannot express the model."""
+    module, function = WRITERS[format]
+    try:
+        return getattr(import_module(f"charlm.{module}"), function)(trained, folder, name)
+    except ImportError as error:
+        raise UserError(f"format={format}: {error}", "format") from None
