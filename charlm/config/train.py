@@ -91,7 +91,7 @@ class TrainConfig(Section):
     activation_checkpointing: Annotated[bool, Mark.MAY_CHANGE] = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     compile: Annotated[Literal["auto", "yes", "no"], Mark.MAY_CHANGE] = "auto"
-    """Compile each block with torch.compile. auto: if accelerate was given a dynamo backend."""
+    """Compile blocks and losses with torch.compile. auto: on CUDA, or if accelerate has a dynamo backend."""
     sharding: Annotated[Literal["auto", "no", "fsdp2"], Mark.MAY_CHANGE] = "auto"
     """fsdp2: sharded parameters and optimizer state. no: DDP. auto: as the launcher says."""
     deterministic: Annotated[bool, Mark.MAY_CHANGE] = False

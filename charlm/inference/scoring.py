@@ -24,7 +24,7 @@ AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of matrix products by precision; None leaves that of the parameters."""
 BATCH_SYMBOLS = {"cpu": 2**11, "cuda": 2**16}
 """Symbols that a batch reads by default, by type of device."""
-CHUNK_LOGITS = 2**18
+CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**24}
 """Logits whose softmax is taken at once: keeps their float64 copies small."""
 
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -116,8 +116,8 @@ def predictions(
                 for layer, hidden_MD in hidden_states.items():
                     logits_MV = heads(hidden_MD[None].float(), layer)[0, :, 0]
                     targets_M = targets_M.to(logits_MV.device)
-                    figures.append(_measured(measure, logits_MV, targets_M).cpu())
-                yield symbols_M, torch.stack(figures)
+                    figures.append(_measured(measure, logits_MV, targets_M))
+                yield symbols_M, torch.stack(figures).cpu()
                 bar.update(len(symbols_M))
     finally:
         for module, mode in modes:
@@ -166,10 +166,12 @@ def read_windows(
         window_ids = torch.from_numpy(ids[symbols_BW[:, :-1]].astype(np.int64)).to(device)
         num_last = windows.length if counts_BT[:, :-num_later].any() else num_later
         counts = torch.from_numpy(counts_BT[:, -num_last:])
+        rows = counts.flatten().nonzero()[:, 0].to(device)  # a mask would make the device wait
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            hidden_states = transformer(window_ids, layers=layers, num_last=num_last)
+            fewer = num_last if num_last < windows.length else None
+            hidden_states = transformer(window_ids, layers=layers, num_last=fewer)
         symbols_M = torch.from_numpy(symbols_BW[:, -num_last:])[counts]
-        yield symbols_M, {layer: hidden_states[layer][counts] for layer in layers}
+        yield symbols_M, {layer: hidden_states[layer].flatten(0, 1)[rows] for layer in layers}
 
 
 def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
@@ -203,7 +205,8 @@ def _batches(
 
 def _measured(measure: Measure, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     """The figures of each prediction, [K, M], from a part of the logits at a time."""
-    rows = max(1, CHUNK_LOGITS // logits_MV.shape[-1])
+    budget = CHUNK_LOGITS.get(logits_MV.device.type, CHUNK_LOGITS["cpu"])
+    rows = max(1, budget // logits_MV.shape[-1])
     parts = zip(logits_MV.split(rows), targets_M.split(rows), strict=True)
     figures = [measure(logits.double().log_softmax(-1), targets) for logits, targets in parts]
     return torch.cat(figures, dim=-1)

@@ -133,7 +133,7 @@ class Attention(nn.Module):
         causal = visible is None and num_queries > 1
         if causal and dropout == 0.0 and attends_in_blocks(self.backend, query_BHQC.device.type):
             return BlockwiseAttention.apply(query_BHQC, key_BHTC, value_BHTC)
-        is_causal = causal and num_queries == num_keys
+        is_causal = bool(causal and num_queries == num_keys)  # SDPA takes no symbol of a compiler
         if causal and not is_causal:
             # SDPA's is_causal assumes that query 0 is key 0.
             every_pair = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query_BHQC.device)

@@ -4,7 +4,7 @@ Shapes: B batch, T positions, D d_model, K offsets, W characters of a window (T 
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from charlm.config import CrossEntropyBackend
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
-from charlm.objective.cross_entropy import linear_cross_entropy
+from charlm.objective.cross_entropy import linear_cross_entropy, loss_chain
 from charlm.objective.hedge import Hedge
 from charlm.objective.tasks import named_in_errors
 from charlm.objective.terms import Rows, Term, active_by_layer
@@ -57,6 +57,7 @@ class Objective(nn.Module):
         self.hedge = hedge
         self.tasks = tasks
         self.cross_entropy = cross_entropy
+        self.loss_chain = loss_chain
         self.longest_offset = max(offset for _, offset in heads.pairs)
         self.window_length = transformer.config.context_length + self.longest_offset
 
@@ -114,6 +115,12 @@ class Objective(nn.Module):
             by_layer[layer] = reduce(torch.add, shares)
         return LossReport(torch.stack(list(by_layer.values())).sum(), parts, by_layer)
 
+    def compile(self) -> None:
+        """Compile each block for each shape, and the chain from logits to their gradient."""
+        for block in self.transformer.blocks:
+            block.compile(dynamic=False)
+        self.loss_chain = torch.compile(loss_chain)
+
     def adapt(self, parts: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
         """Adapt the hedge to an update's losses, means over all processes, unless `skip` is true.
 
@@ -137,13 +144,9 @@ class Objective(nn.Module):
         first = 0 if any(term.positions == "all" for term, _ in rows) else T - 1
         by_offset = [windows_BW[:, first + offset : T + offset] for offset in offsets]
         targets_BTK = torch.stack(by_offset, dim=-1)
-        weights_BTK = torch.zeros(targets_BTK.shape, device=hidden_BTD.device)
-        chosen = {}
-        for term, weight in rows:
-            positions = slice(0 if term.positions == "all" else -1, None)
-            where = slice(None), positions, offsets.index(term.offset)
-            weights_BTK[where] += weight / weights_BTK[where].numel()
-            chosen[term.name] = where
+        places = [(0 if term.positions == "all" else -1, offsets.index(term.offset)) for term, _ in rows]
+        weighed = tuple((*place, weight) for place, (_, weight) in zip(places, rows, strict=True))
+        weights_BTK = _loss_weights(weighed, targets_BTK.shape, hidden_BTD.device)
         hidden, weight, bias = self.heads.classifiers(hidden_BTD[:, first:], layer, offsets)
         total, losses_NK = linear_cross_entropy(
             hidden.flatten(0, 1),
@@ -153,6 +156,19 @@ class Objective(nn.Module):
             weights_BTK.flatten(0, 1),
             self.cross_entropy,
             hinge,
+            self.loss_chain,
         )
         losses_BTK = losses_NK.view_as(targets_BTK)
-        return total, {name: losses_BTK[where].mean() for name, where in chosen.items()}
+        named = zip((term.name for term, _ in rows), places, strict=True)
+        return total, {name: losses_BTK[:, first:, index].mean() for name, (first, index) in named}
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # training needs them, whoever asked first
+def _loss_weights(rows: tuple[tuple[int, int, float], ...], shape: torch.Size, device: torch.device) -> Tensor:
+    """The weight of each prediction, [B, T, K], by rows of first position, index of the offset, and weight."""
+    weights_BTK = torch.zeros(shape, device=device)
+    for first, index, weight in rows:
+        share = weights_BTK[:, first:, index]
+        share += weight / share.numel()
+    return weights_BTK

@@ -139,11 +139,11 @@ def has_fast_bf16() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def choose_compile(train: TrainConfig) -> bool:
-    """Whether to compile, by the config or else the launcher."""
+def choose_compile(train: TrainConfig, device: torch.device) -> bool:
+    """Whether to compile: by the config, or else on a CUDA device and if the launcher says so."""
     if train.compile != "auto":
         return train.compile == "yes"
-    return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+    return device.type == "cuda" or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
 
 
 def describe_attention(config: Config) -> str:

@@ -44,7 +44,7 @@ def diagnose(
     ids = corpus.splits["valid"].ids
     text = ids[: min(train.valid_symbols, SYMBOLS)]
     autocast_dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision)
-    eager = torch.compiler.set_stance("force_eager") if choose_compile(train) else nullcontext()
+    eager = torch.compiler.set_stance("force_eager") if choose_compile(train, accelerator.device) else nullcontext()
     objective.eval()
     # The transformer's own mode only switches activation checkpointing.
     objective.transformer.training = True

@@ -55,6 +55,8 @@ def micro_batches(
     )
     shares = np.array_split(windows, accelerator.num_processes)
     own = torch.from_numpy(shares[accelerator.process_index])
+    if accelerator.device.type == "cuda":  # narrow and pinned, so that copying does not wait
+        own = torch.from_numpy(own.numpy().astype(ids.dtype)).pin_memory()
     parts = own.split((micro_batch_size or len(own)) * divisor)
     return [(len(windows_BW) / len(windows), windows_BW) for windows_BW in parts]
 
@@ -78,7 +80,7 @@ def accumulate_gradients(
         if is_sharded(model):
             model.set_requires_gradient_sync(is_last)
         with nullcontext() if is_last else accelerator.no_sync(model):
-            on_device_BW = windows_BW.to(accelerator.device, non_blocking=True)
+            on_device_BW = windows_BW.to(accelerator.device, non_blocking=True).long()
             report = model(on_device_BW, step / train.steps, layers)
             # The last backward pass averages gradients over processes.
             route.backward(report, share * accelerator.num_processes, accelerator.backward)

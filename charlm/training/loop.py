@@ -121,16 +121,15 @@ class Training:
             raise Stopped(f"{done}: {self.stop.reason}; the same command{again} continues") from None
 
     def prepare(self) -> None:
-        """Compile the blocks if asked, and wrap the objective in autocast and DDP."""
+        """Choose the micro-batch, compile, and wrap the objective in autocast and DDP."""
         train = self.config.train
-        if choose_compile(train):
-            for block in self.objective.transformer.blocks:
-                block.compile()
         self.micro_batch_size = train.micro_batch_size
         if train.micro_batch_size == "auto":
             most = -(-train.batch_size // self.accelerator.num_processes)
             self.micro_batch_size = find_micro_batch_size(self.objective, self.accelerator, most)
             self.tracker.say(f"train.micro_batch_size=auto: {self.micro_batch_size} windows fit")
+        if choose_compile(train, self.accelerator.device):
+            self.objective.compile()
         # DDP's reducer cannot follow several backward passes of a forward pass; `average` can.
         without_ddp = is_sharded(self.objective) or not self.route.one_backward
         self.model = self.accelerator.prepare_model(self.objective, evaluation_mode=without_ddp)

@@ -71,6 +71,7 @@ class Updates:
         judged = last and self.train.spike_threshold
         spikes = self._spikes(total) if judged else torch.zeros_like(finite)
         skip = ~finite | spikes
+        made = self.decides_on_host and not skip  # the host waits once
         for update in updates:
             with update.in_place():
                 for optimizer in update.step_sizes:
@@ -78,7 +79,7 @@ class Updates:
                         self.undo.keep(optimizer)
                     if not self.decides_on_host:
                         step_unless(skip, optimizer)
-                    elif not skip:
+                    elif made:
                         optimizer.step()
         for parameter in self.parameters:
             parameter.grad = None

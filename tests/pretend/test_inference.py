@@ -10,13 +10,12 @@ SMALL = {
     **{"model.num_layers": 2, "model.num_heads": 2, "model.d_model": 32, "model.d_ff": 64, "model.context_length": 64},
     **{"model.ngram_buckets": 64, "train.valid_symbols": 5_000},
 }
-MASKS = "masks on the CPU index the device's tensors"
 READS = "each figure is read by itself"
 WAITS = {
-    "evaluation": (1, MASKS),
-    "layers_and_entropies": (1, MASKS),
-    "exits": (4, MASKS),
-    "bits_of_heads": (2, MASKS),
+    "evaluation": (1, None),
+    "layers_and_entropies": (1, None),
+    "exits": (4, None),
+    "bits_of_heads": (2, None),
     "gradients": (1, READS),
     "generation": (3, None),
     "generation_past_the_context": (3, None),

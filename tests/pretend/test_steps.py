@@ -91,7 +91,6 @@ def test_shards(options):
     assert [step["waits"] for step in found] == [{}, {}]
 
 
-@pytest.mark.xfail(strict=True, reason="windows are int64 in memory that is not pinned")
 def test_windows_come_from_pinned_memory():
     """Guards against a copy that waits for the device, and windows of eight bytes per character."""
     (found,) = steps(table.T12, {})
@@ -122,7 +121,6 @@ def test_autocast_sends_no_activation_to_fp32():
     assert "forward: pow" not in found["operations"]
 
 
-@pytest.mark.xfail(strict=True, reason="train.compile=auto compiles only where the launcher asks for it")
 def test_blocks_are_compiled_by_default():
     """Guards against runs on a GPU that wait for the host, whose kernels are too many to launch one by one."""
     (found,) = steps(table.T12, {})

@@ -110,14 +110,21 @@ def test_processes_on_cpus_find_each_other_by_themselves(there, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("configured", "backend", "compiles"),
-    [("auto", None, False), ("auto", "NO", False), ("auto", "INDUCTOR", True), ("no", "INDUCTOR", False)],
+    ("configured", "device", "backend", "compiles"),
+    [
+        ("auto", "cpu", None, False),
+        ("auto", "cpu", "NO", False),
+        ("auto", "cpu", "INDUCTOR", True),
+        ("no", "cpu", "INDUCTOR", False),
+        ("auto", "cuda", "NO", True),  # the launcher's default says nothing
+        ("no", "cuda", None, False),
+    ],
 )
-def test_compile_follows_the_launcher_unless_configured(configured, backend, compiles, monkeypatch):
-    """Guards against accelerate compiling the objective as a whole, or not at all when asked to."""
+def test_compile_follows_device_and_launcher_unless_configured(configured, device, backend, compiles, monkeypatch):
+    """Guards against a GPU that waits for the host, and the launcher's wish that is not heard."""
     if backend:
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
-    assert hardware.choose_compile(TrainConfig(compile=configured)) is compiles
+    assert hardware.choose_compile(TrainConfig(compile=configured), torch.device(device)) is compiles
 
 
 def test_a_second_run_of_a_process_may_have_another_precision():

@@ -7,11 +7,12 @@ or False. What stays on the CPU is computed for real.
 Not known here: numbers, real times, which kernels cuBLAS and SDPA choose, and workspaces of kernels.
 """
 
+import itertools
 import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from benchmarks.pretend.guard import load_guard
 load_guard()
 
 import torch
+import torch.distributed as dist
 import torch.optim.optimizer as optimizer_module
 import torch.utils._foreach_utils as foreach_utils
 from torch import Tensor
@@ -31,6 +33,8 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+from benchmarks.pretend.compiled import Operation, Region, compiled, joined
 
 aten = torch.ops.aten
 
@@ -111,7 +115,12 @@ class Meter(TorchDispatchMode):
         self.compiled = 0
         """Functions that torch.compile was asked to compile."""
         self._storages: dict[int, Any] = {}
+        self._numbers = itertools.count()
+        self._serials: dict[int, int] = {}
+        """A number for each storage, whose address may have been another's."""
         self._pinned: set[int] = set()
+        self.current: Region | None = None
+        """Operations that are compiled together."""
         self.reset()
 
     def reset(self, phase: str | None = None) -> None:
@@ -134,9 +143,21 @@ class Meter(TorchDispatchMode):
         return tensor
 
     def compile(self, function: Any) -> Any:
-        """Count what torch.compile is asked for, which runs as it is."""
+        """Count what torch.compile is asked for, which runs as it is, and its work as if it were compiled."""
         self.compiled += 1
-        return function
+        return function if dist.is_initialized() else compiled(self, function)  # shards have hooks inside
+
+    def region(self) -> AbstractContextManager[None]:
+        """Inside, work counts as if it were compiled."""
+        return joined(self)
+
+    def commit(self, region: Region) -> None:
+        """Count the kernels of a region."""
+        alive = {self._serials[key] for key in self._storages}
+        for name, work, moved in region.kernels(alive):
+            if name == "fused":
+                work = Work(1, moved, 0, max(moved / BANDWIDTH, KERNEL))
+            self._add(name, work)
 
     def coalesce(self, tensor: Tensor) -> Tensor:
         """What `Tensor.coalesce` waits for: the number of different rows. Fake sparse tensors have none."""
@@ -217,6 +238,7 @@ class Meter(TorchDispatchMode):
         key = storage._cdata
         if key not in self._storages:
             self._storages[key] = weakref.ref(storage, lambda _: self._resize(key, 0)), 0
+            self._serials[key] = next(self._numbers)
             self._resize(key, storage.nbytes())
 
     def resize(self, storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
@@ -240,6 +262,17 @@ class Meter(TorchDispatchMode):
             work.flops = flop_registry[operation._overloadpacket](*args, **kwargs, out_val=result)
         rate = ATTENTION.get(name, PRODUCTS)
         work.seconds = max(work.moved / BANDWIDTH, work.flops / rate, work.kernels * KERNEL)
+        if self.current is None:
+            return self._add(name, work)
+        reads, writes = _touched(operation, args, kwargs, outputs)
+        sizes = [{self._serial(own): _size(own) for own in some} for some in (reads, writes)]
+        self.current.operations.append(Operation(name, work, *sizes))
+
+    def _serial(self, tensor: Tensor) -> int:
+        self._hold(tensor)
+        return self._serials[tensor.untyped_storage()._cdata]
+
+    def _add(self, name: str, work: Work) -> None:
         record = self.record
         record.work[self.phase] += work
         record.operations[f"{self.phase}: {name}"] += work
@@ -283,6 +316,19 @@ def _traffic(operation, name, args, kwargs, tensors, outputs) -> tuple[int]:
     returns = operation._schema.returns
     fresh = [output for output, kind in zip(outputs, returns, strict=False) if kind.alias_info is None]
     return (moved + sum(map(_size, fresh)),)
+
+
+def _touched(operation, args, kwargs, outputs) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors on the device that an operation reads and writes."""
+    reads, writes = [], list(outputs)
+    for number, argument in enumerate(operation._schema.arguments):
+        given = args[number] if number < len(args) else kwargs.get(argument.name)
+        tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.device.type == "cuda"]
+        is_written = argument.alias_info is not None and argument.alias_info.is_write
+        (writes if is_written else reads).extend(tensors)
+        if is_written and operation._schema.name.split("::")[-1] not in WRITE_ONLY:
+            reads += tensors
+    return reads, writes
 
 
 def _launches(name: str, args) -> int:
