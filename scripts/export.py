@@ -81,12 +81,15 @@ def main() -> None:
         model = replace(model, scores=(*model.scores, score.as_dict()))
     save_model(model, options.to, options.format)
     say(f"{options.to}: {model.checkpoint}, {model.config.model.num_layers} layers")
+    if options.format == "transformers-stock":
+        return  # no script of ours reads it
     # An exported model does not know where this machine keeps its text.
     text, known = options.data.where(trained.config.data), portable(trained.config).data
     places = {name: getattr(text, name) for name in cli.MovedCorpus.model_fields}
     flags = [f"--data.{name}={place}" for name, place in places.items() if place != getattr(known, name)]
     say("Next:", command("evaluate.py", options.to, *flags))
-    say(f'      charlm.push_to_hub(charlm.load({str(options.to)!r}), "OWNER/NAME")')
+    if options.format == "charlm":
+        say(f'      charlm.push_to_hub(charlm.load({str(options.to)!r}), "OWNER/NAME")')
 
 
 def measured(trained: "TrainedModel", options: Options, split: str, limit: int | None, **more):
