@@ -37,6 +37,8 @@ class Options(Section):
     """Score only the first symbols of the split, this many."""
     checkpoint: str = "best"
     """A checkpoint of the run: best, last or a step."""
+    weights: Literal["average", "raw"] = "average"
+    """raw: not the averaged weights of a run with train.average."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the matrix products."""
     batch_size: int | None = None
@@ -72,7 +74,7 @@ def main() -> None:
     with launch_explained():
         processes = PartialState(cpu=on_cpu())
     atexit.register(leave_group)
-    trained = charlm.load(options.run, options.checkpoint, device=processes.device)
+    trained = charlm.load(options.run, options.checkpoint, device=processes.device, weights=options.weights)
     where = options.data.where(trained.config.data)
     if options.picture is not None:
         check_outside(where, "picture", options.picture)

@@ -46,6 +46,8 @@ class Options(Section):
     """Score only the first symbols, this many. --depth auto: the default is as many as the run validated on."""
     checkpoint: str = "best"
     """A checkpoint of the run: best, last or a step."""
+    weights: Literal["average", "raw"] = "average"
+    """raw: not the averaged weights of a run with train.average."""
     data: cli.MovedCorpus = cli.MovedCorpus()
 
 
@@ -59,7 +61,7 @@ def main() -> None:
     check_absent(options.to)
     if not options.within >= 0:
         raise charlm.UserError(f"within={options.within}: must be a number of bits, at least 0")
-    trained = charlm.load(options.run, options.checkpoint)
+    trained = charlm.load(options.run, options.checkpoint, weights=options.weights)
     check_outside(options.data.where(trained.config.data), "to", options.to)
     scores = ()
     if options.depth == "auto":

@@ -8,7 +8,7 @@ Several --prompt options are continued together, each by its own text.
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
@@ -40,6 +40,8 @@ class Options(Section):
     """The same seed gives the same text."""
     checkpoint: str = "best"
     """best, last or a step."""
+    weights: Literal["average", "raw"] = "average"
+    """raw: not the averaged weights of a run with train.average."""
     draft: Annotated[str | None, cli.Flag("--draft", metavar="offsets|LAYER")] = None
     """Draft several symbols for each pass of the model: with its heads for later symbols (offsets), or with the exit at
     a layer. At temperature 0 the text stays the same; else it follows the same distribution."""
@@ -55,7 +57,7 @@ def main() -> None:
     from charlm.inference.generation import stream  # not before --help and mistakes were answered
 
     draft, statistics = parse_draft(options.draft), charlm.DraftStatistics()
-    trained = charlm.load(options.run, options.checkpoint)
+    trained = charlm.load(options.run, options.checkpoint, weights=options.weights)
     names = ("length", "temperature", "top_k", "top_p", "seed", "num_draft_tokens", "exit_entropy")
     how = {name: getattr(options, name) for name in names} | {"draft": draft, "statistics": statistics}
     write = say if sys.stdout.isatty() else print  # a file gets the text as it is

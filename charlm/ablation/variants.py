@@ -196,10 +196,6 @@ def plan(
             fault = f"row {variant.name!r}: its folder would be {folder!r}"
             raise UserError(f"{fault}; choose another name")
     configs = [_config_of(variant, files, flags) for variant in variants]
-    for variant, config in zip(variants, configs, strict=True):
-        if config.train.time is not None:
-            fault = f"row {variant.name!r}: train.time={config.train.time}"
-            raise UserError(f"{fault}: rows are compared after equal --train.steps; give those", "train.time")
     # Without a report: its time would count.
     own = {"resume": False, "resume_from": None, "auto_resume": True, "report": False}
     runs = []
@@ -216,6 +212,10 @@ def _config_of(variant: Variant, files: Sequence[Path], flags: Mapping[str, Any]
         if name == "train.seed" or name.startswith("run."):
             raise UserError(f"row {variant.name!r}: {name} is each run's own", name)
     try:
-        return load_config([*files, *variant.files], {**flags, **typed(variant.options)})
+        config = load_config([*files, *variant.files], {**flags, **typed(variant.options)})
+        if config.train.time is not None:
+            text = f"train.time={config.train.time}: rows are compared after equal steps; give --train.steps"
+            raise UserError(text, "train.time")
+        return config
     except UserError as error:
         raise type(error)(f"row {variant.name!r}: {error}", error.option) from None

@@ -20,8 +20,7 @@ CONFIGS = SHIPPED / "configs"
 SECTIONS, OPTIONS = sections_of(Config), options_of(Config)
 ESCAPE = re.compile(r"\\(?:[\\abfnrtv]|x[0-9A-Fa-f]{2}|u(?![dD][89a-fA-F])[0-9A-Fa-f]{4})")
 RENAMED = {"model.positions": "model.position_encoding"}  # former names of options, and the present ones
-IN_PLACE_OF = {"train.steps": "train.time", "train.time": "train.steps"}
-"""Options that exclude each other: the one that is given later wins."""
+IN_PLACE_OF = {"train.steps": "train.time", "train.time": "train.steps"}  # of two, the later wins
 
 
 class Setting(NamedTuple):

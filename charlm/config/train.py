@@ -34,8 +34,7 @@ class TrainConfig(Section):
     steps: Annotated[Count, Mark.MAY_CHANGE] = 100_000
     """Number of optimizer steps."""
     time: Duration | None = None
-    """Train for this time, such as 1h or 90m, in place of `steps`: the first seconds of a new run measure
-    its speed, and the steps that fit are written into its config.yaml."""
+    """Train for this time, such as 1h or 90m, in place of `steps`: as many as fit, by the speed at first."""
     batch_size: Count = 16
     """Windows per optimizer step, over all processes and micro-batches."""
     micro_batch_size: Annotated[Count | Literal["auto"] | None, Mark.MAY_CHANGE] = None
@@ -74,6 +73,15 @@ class TrainConfig(Section):
     """Peak learning rate of the n-gram tables, which SparseAdam trains with any optimizer."""
     clip_norm: NonNegative = 0.0
     """Maximum norm of the gradient, without n-gram tables; 0 turns clipping off."""
+    average: Literal["no", "ema", "tail"] = "no"
+    """Weights to validate and to use later, unless --weights=raw: an exponential moving average (ema; Polyak
+    and Juditsky 1992), or the mean over the end of training (tail; Izmailov et al. 2018, SWA)."""
+    average_decay: BelowOne = 0.999
+    """Decay of ema per step; at most (1 + t) / (10 + t) after t steps, as in TensorFlow."""
+    average_tail: Positive = 0.2
+    """Length of the end that tail is the mean of. Before it, the weights are raw."""
+    average_every: Positive = 20
+    """Interval at which weights enter the average."""
     max_skipped: Annotated[Count, Mark.MAY_CHANGE] = 20
     """Updates with a loss or gradient that is not finite are skipped; so many in a row stop the run."""
     spike_threshold: NonNegative = 0.0

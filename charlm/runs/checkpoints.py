@@ -4,7 +4,7 @@ RUN/checkpoints/
     last, best              text files, each with the name of a folder
     step-00001000/
         model.safetensors       parameters by name, and a digest of the vocabulary
-        optimizer.safetensors   state by parameter and key, perhaps with a prefix (`layer4/`)
+        optimizer.safetensors   state by parameter and key, perhaps with a prefix (`layer4/`); averages (`average/`)
         state.json              step, best validation so far, gradient scaler
         manifest.json           size and SHA-256 of these three and of itself
     .*.tmp                  being written or removed; rubbish after a kill
@@ -25,13 +25,14 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from charlm.config import UserError
 from charlm.files import read_json, remove, replacing, sha256_of, sync, write_whole
 from charlm.runs.folder import Run
 from charlm.runs.tensors import (
+    AVERAGE,
     Snapshot,
     check_space,
     check_tensors,
@@ -77,6 +78,12 @@ class Checkpoint:
     def step(self) -> int:
         """Number of completed optimizer steps."""
         return self.state["step"]
+
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged parameters by name; none before the first entered."""
+        found, _ = load_tensors(self.path / OPTIMIZER)
+        names = map(re.compile(rf"{AVERAGE}(.*)\.mean").fullmatch, found)
+        return {name[1]: found[name[0]] for name in names if name}
 
     def restore(self, model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
         """Put back parameters and optimizer state; UserError if tensors do not fit."""

@@ -17,13 +17,16 @@ from charlm.runs.tensors import load_tensors
 from charlm.runs.trained import TrainedModel, filled
 
 
-def load(run: Path | str, checkpoint: str | int = "best", device: torch.device | str | None = None) -> TrainedModel:
+def load(
+    run: Path | str, checkpoint: str | int = "best", device: torch.device | str | None = None, weights: str = "average"
+) -> TrainedModel:
     """The model of a run or of an exported folder, in evaluation mode and fp32.
 
     Args:
         run: a folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face hub.
         checkpoint: checkpoint of a run: "best" on validation, "last", or a step.
         device: by default a GPU if there is one.
+        weights: "average" if the run has train.average, or "raw".
 
     Raises UserError if there is no such run, model or checkpoint, or its files are damaged.
     """
@@ -34,18 +37,21 @@ def load(run: Path | str, checkpoint: str | int = "best", device: torch.device |
         run = download(str(run))
     is_exported = Path(run, EXPORT_CONFIG).exists()
     if not is_exported or Path(run, "config.yaml").exists():
-        return _load_run(Run.open(run), checkpoint, device)
-    if checkpoint != "best":
+        return _load_run(Run.open(run), checkpoint, device, raw=weights == "raw")
+    if (checkpoint, weights) != ("best", "average"):
+        name, value = ("weights", weights) if checkpoint == "best" else ("checkpoint", checkpoint)
         problem = f"{run} is an exported model, which has only one"
-        raise UserError(f"checkpoint={checkpoint}: {problem}; leave it out", "checkpoint")
+        raise UserError(f"{name}={value}: {problem}; leave it out", name)
     return read_model(Path(run), device)
 
 
-def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> TrainedModel:
+def _load_run(folder: Run, checkpoint: str | int, device: torch.device, *, raw: bool) -> TrainedModel:
     found = find_checkpoint(folder, checkpoint)
     config = folder.config()
     corpus = folder.provenance()["corpus"]
+    raw = raw and config.train.average != "no"
     tensors, metadata = load_tensors(found.path / MODEL)
+    tensors |= {} if raw else found.averages()
     if metadata.get("vocabulary") not in (None, digest(corpus.get("vocabulary"))):
         problem = "has another vocabulary than provenance.json"
         raise UserError(f"{found.path} {problem}; restore that file")
@@ -75,10 +81,10 @@ def _load_run(folder: Run, checkpoint: str | int, device: torch.device) -> Train
         transformer=objective.transformer,
         heads=objective.heads,
         vocabulary=vocabulary,
-        checkpoint=found.name,
+        checkpoint=f"{found.name}, raw weights" if raw else found.name,
         step=found.step,
         corpus=corpus,
         device=device,
         hedge_weights=hedge_weights,
-        scores=(score,) if is_scored else (),
+        scores=(score,) if is_scored and not raw else (),
     )

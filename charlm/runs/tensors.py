@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from charlm.config import UserError
 from charlm.files import sync
 
+AVERAGE = "average/"  # begins the names of averaged parameters, whose key is `mean`
 MAX_HEADER_BYTES = 2**24  # names and shapes of more than 100,000 tensors
 SPARE_BYTES = 2**20
 """Free space needed beyond the tensors, for headers and small files."""

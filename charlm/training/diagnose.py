@@ -70,10 +70,7 @@ def diagnose(
 
 @torch.no_grad()
 def bits_per_head(
-    objective: Objective,
-    ids: np.ndarray,
-    characters: int,
-    autocast_dtype: torch.dtype | None = None,
+    objective: Objective, ids: np.ndarray, characters: int, autocast_dtype: torch.dtype | None = None
 ) -> Figures:
     """Bits per character of a text by each head, silent ones included: {"layer3/offset2": ...}.
 

@@ -88,8 +88,8 @@ def accumulate_gradients(
     return Losses(tuple(report.parts), torch.stack(rows).sum(dim=0))
 
 
-def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper: int) -> int:
-    """The most windows, up to `upper`, that fit into every process's memory with optimizer state.
+def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper: int, copies: int = 2) -> int:
+    """The most windows, up to `upper`, that fit into every process's memory with `copies` of the parameters.
 
     Tries the first step, when most terms are active, each time with a tenth less. Leaves no trace in
     gradients or random state. Raises UserError if not even one window fits.
@@ -97,7 +97,7 @@ def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper:
     windows = upper
     with torch.random.fork_rng():
         while windows > 0:
-            fits = _fits(objective, accelerator, windows)
+            fits = _fits(objective, accelerator, windows, copies)
             count = torch.tensor(int(fits), device=accelerator.device)
             if accelerator.reduce(count) == accelerator.num_processes:
                 return windows
@@ -108,11 +108,11 @@ def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper:
     raise UserError(f"train.micro_batch_size=auto: {text}", "train.micro_batch_size")
 
 
-def _fits(objective: Objective, accelerator: Accelerator, windows: int) -> bool:
+def _fits(objective: Objective, accelerator: Accelerator, windows: int, copies: int) -> bool:
     device, held = accelerator.device, []
     try:
-        for parameter in objective.parameters():  # Adam's two moments do not exist yet
-            held += [torch.empty_like(parameter), torch.empty_like(parameter)]
+        for parameter in objective.parameters():  # Adam's moments, and averages, do not exist yet
+            held += [torch.empty_like(parameter) for _ in range(copies)]
         if device.type == "cuda":  # a twentieth may be lost to fragmentation
             total = torch.cuda.get_device_properties(device).total_memory
             held.append(torch.empty(total // 20, dtype=torch.uint8, device=device))

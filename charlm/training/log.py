@@ -30,15 +30,7 @@ from charlm.training.update import StepReport
 class Tracker:
     """Writes metrics and shows progress, on the main process only."""
 
-    def __init__(
-        self,
-        run: Run,
-        config: Config,
-        split: Split,
-        terms: Sequence[Term],
-        state: TrainState,
-        main: bool,
-    ):
+    def __init__(self, run: Run, config: Config, split: Split, terms: Sequence[Term], state: TrainState, main: bool):
         """Raises UserError if one of run.tracker does not start."""
         self.run, self.terms, self.main = run, terms, main
         self.bits_per_nat = split.symbols / split.characters / math.log(2)

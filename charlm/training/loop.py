@@ -23,6 +23,7 @@ from charlm.process import lasting
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.tensors import Snapshot, take_snapshot
+from charlm.training.averaging import WeightAverage
 from charlm.training.clock import with_steps
 from charlm.training.device import build_accelerator, choose_compile, torch_settings
 from charlm.training.diagnose import diagnose
@@ -61,8 +62,9 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
             stack.enter_context(explained(config.train, stop))
             kind = kind or Training
             config, seconds = with_steps(config, corpus, accelerator, kind, stop)
-            objective, route = build(config, corpus, accelerator)
-            run, state, news = stack.enter_context(open_run(config, corpus, accelerator, objective, route.optimizers))
+            objective, route, average = build(config, corpus, accelerator)
+            restored = *route.optimizers, average
+            run, state, news = stack.enter_context(open_run(config, corpus, accelerator, objective, restored))
             state.seconds += seconds
             tracker = Tracker(run, config, corpus.splits["train"], objective.terms, state, main)
             stack.enter_context(closing(tracker))
@@ -70,7 +72,7 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
                 tracker.say(line)
             writer = CheckpointWriter(run, config.train.keep_checkpoints, tracker.say)
             stack.enter_context(closing(writer))
-            parts = config, corpus, accelerator, objective, route, state, tracker, writer, stop
+            parts = config, corpus, accelerator, objective, route, average, state, tracker, writer, stop
             kind(*parts).fit()
             tracker.conclude(state.best_step, state.best_bits)
         accelerator.wait_for_everyone()
@@ -86,6 +88,7 @@ class Training:
     accelerator: Accelerator
     objective: Objective
     route: Joint
+    average: WeightAverage
     state: TrainState
     tracker: Tracker
     writer: "CheckpointWriter"
@@ -125,8 +128,9 @@ class Training:
         train = self.config.train
         self.micro_batch_size = train.micro_batch_size
         if train.micro_batch_size == "auto":
+            copies = 2 if train.average == "no" else 3  # of the parameters
             most = -(-train.batch_size // self.accelerator.num_processes)
-            self.micro_batch_size = find_micro_batch_size(self.objective, self.accelerator, most)
+            self.micro_batch_size = find_micro_batch_size(self.objective, self.accelerator, most, copies)
             self.tracker.say(f"train.micro_batch_size=auto: {self.micro_batch_size} windows fit")
         if choose_compile(train, self.accelerator.device):
             self.objective.compile()
@@ -163,6 +167,7 @@ class Training:
                         average(accelerator, route.parameters)
             self.updates.apply(step, losses, updates, last=number == len(passes))
         self.state.step += 1
+        self.average.update(self.state.step)
 
     def log(self) -> None:
         """Record the newest update; end the run if too many were skipped."""
@@ -209,7 +214,7 @@ class Training:
         config, state = self.config, self.state
         ids = self.corpus.splits["valid"].ids[: config.train.valid_symbols]
         with self.tracker.speed_paused("validating"):
-            with unsharded(self.objective):
+            with self.average, unsharded(self.objective):
                 nats = negative_log_likelihoods(
                     self.objective.transformer,
                     self.objective.heads,
@@ -235,7 +240,7 @@ class Training:
         state.seconds = self.tracker.seconds
         state.accepted_losses = self.updates.accepted_losses()
         state.scaler = scaler.state_dict() if scaler else None
-        snapshot = take_snapshot(self.objective, self.route.optimizers, state.model_dump())
+        snapshot = take_snapshot(self.objective, (*self.route.optimizers, self.average), state.model_dump())
         if snapshot is not None:
             if all(tensor.isfinite().all() for tensor in snapshot.model.values()):
                 # The newest counts as the best before the first validation.

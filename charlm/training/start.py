@@ -28,6 +28,7 @@ from charlm.objective.terms import Term
 from charlm.runs.checkpoints import STATE, Checkpoint, find_checkpoint, newest_whole_checkpoint, rewind
 from charlm.runs.folder import Run
 from charlm.text import counted
+from charlm.training.averaging import WeightAverage
 from charlm.training.device import describe_attention, on_cpu
 from charlm.training.optimizers import build_optimizers
 from charlm.training.sharding import is_sharded, shard, wants_shards
@@ -56,8 +57,8 @@ def refusal(config: Config, option: str, text: str) -> UserError:
     return UserError(f"{option}={shown(attrgetter(option)(config))}: {text}", option)
 
 
-def build(config: Config, corpus: Corpus, accelerator: Accelerator) -> tuple[Objective, Joint]:
-    """A fresh objective, maybe in shards, and the route with its optimizers; UserError as `check_fits`."""
+def build(config: Config, corpus: Corpus, accelerator: Accelerator) -> tuple[Objective, Joint, WeightAverage]:
+    """A fresh objective, maybe in shards, the route with its optimizers, and averages; UserError as `check_fits`."""
     torch.manual_seed(config.train.seed)
     objective = build_objective(config, corpus.vocabulary.size).to(accelerator.device)
     sharded = wants_shards(config.train, accelerator.num_processes)
@@ -65,16 +66,11 @@ def build(config: Config, corpus: Corpus, accelerator: Accelerator) -> tuple[Obj
     if sharded:
         shard(objective)
     optimizers = partial(build_optimizers, config.train, objective)
-    return objective, ROUTES[config.aux.route](objective, config.aux, optimizers)
+    route = ROUTES[config.aux.route](objective, config.aux, optimizers)
+    return objective, route, WeightAverage(config.train, objective)
 
 
-def check_fits(
-    config: Config,
-    corpus: Corpus,
-    objective: Objective,
-    accelerator: Accelerator,
-    sharded: bool,
-) -> None:
+def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator: Accelerator, sharded: bool) -> None:
     """Raise UserError if a split or process has no window, or an option cannot work."""
     train, length = config.train, objective.window_length
     num_processes = accelerator.num_processes
@@ -108,11 +104,7 @@ def check_fits(
 
 @contextmanager
 def open_run(
-    config: Config,
-    corpus: Corpus,
-    accelerator: Accelerator,
-    objective: Objective,
-    optimizers: Sequence[Optimizer],
+    config: Config, corpus: Corpus, accelerator: Accelerator, objective: Objective, optimizers: Sequence[Optimizer]
 ) -> Iterator[tuple[Run, TrainState, list[str]]]:
     """A new run or one to continue, its state, and lines to print. Inside, its folder is locked.
 

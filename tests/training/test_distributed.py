@@ -55,6 +55,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "sgd-accumulated": [*SGD, "--train.micro_batch_size=1"],
         "ngrams": [*GROWING, "--model.ngrams=[2,3]"],
         "epochs": [*GROWING, *UNEVEN, "--data.order=epochs"],
+        "ema": ["--train.average=ema", "--train.average_every=3"],
         "last-position": [*LAST_POSITION, "--train.micro_batch_size=1"],
     },
     "shards": {
@@ -64,7 +65,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
             *typed("--train.micro_batch_size=2 --train.activation_checkpointing=true"),
         ],
         "pre-norm": [*SHARDED, *GROWING, "--model.norm=pre", "--model.position_encoding=rotary"],
-        "sgd": [*SHARDED, *SGD],
+        "sgd": [*SHARDED, *SGD, *typed("--train.average=tail --train.average_tail=0.7 --train.average_every=3")],
         "muon": [*SHARDED, "--train.optimizer=muon", "--train.learning_rate=0.003", "--train.steps=40"],
     },
     "routes": {f"{route}-{split}": [*ROUTE, *ROUTES[route], *SPLITS[split]] for route in ROUTES for split in SPLITS},
@@ -152,7 +153,7 @@ def test_two_processes_learn_what_one_does(group, name, two_processes, tmp_path,
 @pytest.mark.parametrize(("route", "sharding"), [("joint", "fsdp2"), ("multiway", "no")])
 def test_a_run_moves_from_one_process_to_two_and_back(route, sharding, tmp_path, text_corpus_flags):
     """Guards against a checkpoint that can be continued only in the way it was written."""
-    flags = [*FLAGS, *SGD, *text_corpus_flags, f"--aux.route={route}"]
+    flags = [*FLAGS, *SGD, *text_corpus_flags, f"--aux.route={route}", "--train.average=ema"]
     flags += ["--train.valid_every=20", "--train.keep_checkpoints=9", "--model.head_bias=false"]
     whole = train(*flags, f"--run.dir={tmp_path / 'whole'}")
     moved = shutil.copytree(whole, tmp_path / "moved")
