@@ -32,11 +32,13 @@ def main() -> None:
     from charlm.report.explain import explain
     from charlm.report.figures import weights
     from charlm.report.style import PICTURE, save
+    from charlm.training.origin import resolved
 
-    explanation = explain(options.config)
+    config = resolved(options.config, continues=False)
+    explanation = explain(config)
     if options.picture is not None:
-        check_outside(options.config.data, "picture", options.picture)
-        save(weights(options.config, PICTURE), options.picture)
+        check_outside(config.data, "picture", options.picture)
+        save(weights(config, PICTURE), options.picture)
     if options.as_json:
         say(json.dumps(explanation.to_dict(), indent=2))
     else:

@@ -35,7 +35,7 @@ def main() -> None:
     run = charlm.train_and_report(config)
     if cli.is_main_process():
         say("Next:", command("evaluate.py", run))
-        if prompt := example_prompt(config):
+        if prompt := example_prompt(charlm.load_config(run / "config.yaml")):
             say("     ", command("generate.py", run, "--prompt", prompt))
 
 

@@ -134,7 +134,7 @@ def test_a_vocabulary_that_is_not_the_models_is_refused(run, vocabulary, complai
 def test_a_prompt_outside_the_vocabulary_is_refused(run, script):
     """Guards against a KeyError, and against a character that is silently left out."""
     message = script("generate", str(run.path), "--prompt=abc")
-    assert message.startswith("error: prompt: the character 'c' (U+0063) is not among the vocabulary's 3 at byte 2")
+    assert message.startswith("error: prompt: not among the vocabulary's 3 characters: 'c' (U+0063) at byte 2")
     assert "not UTF-8 at byte 1" in script("generate", str(run.path), "--prompt=a" + os.fsdecode(bytes([255])))
 
 

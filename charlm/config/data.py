@@ -36,6 +36,8 @@ class DataConfig(Section):
     vocabulary: Literal["bytes", "characters", "sentencepiece"] = "bytes"
     """bytes: always 256 symbols. characters: all characters of the training split; other splits must
     not have more. sentencepiece: its common characters; others are spelt in bytes."""
+    characters: Annotated[str | None, Mark.ESCAPES] = None
+    """The characters of the vocabulary. null: those of the training split."""
     character_coverage: Annotated[float, Field(ge=0.98, le=1)] = 0.9995
     """Share of the training text that the characters of sentencepiece cover."""
     hub_id: Annotated[str | None, Mark.MAY_CHANGE, Mark.NO_EFFECT] = None
@@ -74,6 +76,8 @@ class DataConfig(Section):
             raise self.mistake("corpus", "needs --data.path=FILE_OR_FOLDER")
         if self.corpus == "hub" and not self.hub_id:
             raise self.mistake("corpus", "needs --data.hub_id=OWNER/NAME_OR_FOLDER")
+        if self.characters is not None and self.vocabulary == "bytes":
+            raise self.mistake("vocabulary", "has no use for data.characters; leave out one", "characters")
         others = [self.train_split]
         for name in ("valid_split", "test_split"):
             split = getattr(self, name)

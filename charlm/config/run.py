@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from charlm.config.types import Duration, Index, Section
+from charlm.config.types import Count, Duration, Index, Section
 
 TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 
@@ -17,6 +17,14 @@ class RunConfig(Section):
 
     dir: Path = Path("runs/charlm")
     """Folder of the run. It must not hold a run, unless that is resumed."""
+    init_from: str | None = None
+    """Begin a new run with the weights of a RUN, an exported FOLDER or OWNER/NAME[@REVISION] on the hub,
+    which also decides the options of model and vocabulary. RUN@last or RUN@STEP: not its best checkpoint."""
+    branch_from: Path | None = None
+    """Begin a new run at a checkpoint of this one, with its options and its optimizers' state, and let
+    lr_schedule=wsd decay from there (Hägele et al. 2024, section 4)."""
+    branch_step: Count | None = None
+    """Step of that checkpoint. train.steps is by default the end of a decay that begins there."""
     resume: bool = False
     """Continue the run from its newest checkpoint."""
     resume_from: Index | None = None
@@ -37,6 +45,11 @@ class RunConfig(Section):
         if self.resume_from is not None and self.auto_resume:
             text = "would go back to that step at every restart; leave out run.auto_resume"
             raise self.mistake("resume_from", text, "auto_resume")
+        if (self.branch_from is None) != (self.branch_step is None):
+            raise self.mistake("branch_step", "goes with run.branch_from; give both, or none", "branch_from")
+        if self.init_from is not None and self.branch_from is not None:
+            text = "a branch has its weights from run.branch_from; leave out one"
+            raise self.mistake("init_from", text, "branch_from")
         if len(set(self.tracker)) < len(self.tracker):
             raise self.mistake("tracker", "contains a tracker twice")
         return self

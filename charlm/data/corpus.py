@@ -101,8 +101,10 @@ def _place(config: DataConfig, show_progress: bool) -> tuple[Source, Path]:
     cache_dir = absolute("data.cache_dir", config.cache_dir)
     source = find_source(config, cache_dir, show_progress)
     coverage = f"-sentencepiece-{config.character_coverage}"
-    endings = {"characters": "-characters", "sentencepiece": coverage}
-    return source, cache_dir / (source.key + endings.get(config.vocabulary, ""))
+    ending = {"characters": "-characters", "sentencepiece": coverage}.get(config.vocabulary, "")
+    if config.characters is not None:
+        ending = f"-{config.vocabulary}-{hashlib.sha256(config.characters.encode()).hexdigest()}"
+    return source, cache_dir / (source.key + ending)
 
 
 def _cached(folder: Path, source: Source) -> Corpus | None:
@@ -240,7 +242,7 @@ def _encode(
             ids = vocabulary.encode(piece)
         except EncodingError as error:
             place = f"at byte {sizes['bytes'] + error.offset:,} of its {split} split"
-            way_out = "use --data.vocabulary=sentencepiece or bytes"
+            way_out = "use --data.vocabulary=sentencepiece or bytes (also in the model of run.init_from)"
             raise source.choice.error(f"{place}, {error.problem}; {way_out}") from error
         file.write(ids)
         sizes["symbols"] += len(ids)

@@ -49,8 +49,9 @@ class Vocabulary(ABC):
             text = data.decode()
             position = int(ids.argmin())
             offset = len(text[:position].encode())
-            shown = f"the character {text[position]!r} (U+{ord(text[position]):04X})"
-            raise EncodingError(f"{shown} is not among the vocabulary's {self.size:,}", offset)
+            missing = sorted({text[place] for place in np.flatnonzero(ids < 0)})[:20]
+            shown = " ".join(f"{one!r} (U+{ord(one):04X})" for one in missing)
+            raise EncodingError(f"not among the vocabulary's {self.size:,} characters: {shown}", offset)
         return ids.astype(id_type(self.size))
 
     def decode(self, ids: np.ndarray) -> bytes:
@@ -187,6 +188,10 @@ def train_vocabulary(config: DataConfig, utf8: bool, texts: Iterable[bytes]) -> 
     if config.vocabulary == ByteVocabulary.name:
         return ByteVocabulary(utf8)
     counts = np.zeros(CODE_POINTS, np.int64)
+    if config.characters is not None:  # in the order of their ids
+        codes = _code_points(config.characters.encode())
+        counts[codes] = np.arange(len(codes), 0, -1)
+        config, texts = config.replace(character_coverage=1.0), ()
     for text in texts:
         counts += np.bincount(_code_points(text), minlength=CODE_POINTS)
     if config.vocabulary == CharacterVocabulary.name:

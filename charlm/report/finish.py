@@ -46,7 +46,7 @@ def train_and_report(config: Config) -> Path:
             with tqdm(desc="drawing", bar_format="{desc}", leave=False, disable=None):
                 draw_pictures(run, config)
                 if config.run.report:
-                    write_page(run, config)
+                    write_page(run, run.config())
             names = ("report.html", "run.png", "diagnostics.png")
             if made := [name for name in names if (run.path / name).exists()]:
                 print(fitted(f"{run.path} has {', '.join(made)}"), file=sys.stderr)

@@ -59,6 +59,7 @@ class ModelRecord(BaseModel, strict=True):
     corpus: CorpusRecord
     scores: list[dict[str, Any]]
     trained_with: str
+    started_from: dict[str, Visible] = {}
 
 
 def save_model(trained: TrainedModel, folder: Path | str, name: str | None = None) -> Path:
@@ -82,6 +83,7 @@ def files_of(trained: TrainedModel, name: str, use: str = "charlm", **entries: A
         "corpus": {key: corpus[key] for key in ("name", "sha256", "splits") if key in corpus},
         "scores": trained.scores,
         "trained_with": trained_with(trained),
+        "started_from": trained.started_from,
     }
     return {
         EXPORT_CONFIG: json.dumps(record | entries, indent=2) + "\n",
@@ -138,6 +140,8 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
         hedge_weights=record.hedge_weights,
         scores=tuple(record.scores),
         options=record.trained_with,
+        started_from=record.started_from,
+        file=folder / TENSORS,
     )
 
 
@@ -145,6 +149,7 @@ def card(trained: TrainedModel, name: str, use: str = "charlm", library: str = "
     """The model card; `use` names the file charlm/runs/use_*.md that shows how it is loaded with `library`."""
     scores = "\n".join(map(_score_line, trained.scores))
     prompt = any_prompt(trained)
+    origin = ", ".join(f"{key} {own}" for key, own in trained.started_from.items())
     shown = CARD_TEMPLATE.with_name(f"use_{use}.md").read_text("utf-8").strip()
     template = CARD_TEMPLATE.read_text("utf-8").replace("{use}", shown)
     text = template.format(
@@ -156,6 +161,7 @@ def card(trained: TrainedModel, name: str, use: str = "charlm", library: str = "
         vocabulary=trained.vocabulary,
         length=trained.config.model.context_length // 2,
         parameters=sum(parameter.numel() for parameter in trained.modules.parameters()),
+        origin=f" It began with the weights of another model: {origin}." if origin else "",
         scores=scores or "Nothing yet: `scripts/export.py --score test` measures it.",
         options=trained_with(trained).rstrip(),
     )

@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -67,6 +67,7 @@ class Provenance(BaseModel, strict=True, extra="allow"):
 
     corpus: CorpusRecord
     command: list[str] | None = None
+    started_from: dict[str, Visible] = {}
 
 
 class Run:
@@ -82,13 +83,13 @@ class Run:
         """The lock's file, while this object holds it."""
 
     @classmethod
-    def create(cls, config: Config, corpus: dict[str, Any]) -> "Run":
+    def create(cls, config: Config, corpus: dict[str, Any], started_from: Mapping[str, str] = {}) -> "Run":
         """Make the folder of a new run; UserError if it is taken or cannot be made."""
         run = cls(config.run.dir)
         run.check_absent()
         with run.os_errors_explained(cannot_be="made"):
             run.checkpoints_path.mkdir(parents=True, exist_ok=True)
-            provenance = {"corpus": corpus, "command": sys.argv} | environment()
+            provenance = {"corpus": corpus, "started_from": started_from, "command": sys.argv} | environment()
             write_whole(run.provenance_path, json.dumps(provenance, indent=2) + "\n")
             run.write_config(config)
         return run

@@ -10,7 +10,7 @@ from charlm.config import UserError
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.data.windows import default_stride
 from charlm.objective.build import build_objective
-from charlm.runs.checkpoints import MODEL, OWNER, digest, find_checkpoint
+from charlm.runs.checkpoints import MODEL, OPTIMIZER, OWNER, digest, find_checkpoint
 from charlm.runs.exported import EXPORT_CONFIG, read_model
 from charlm.runs.folder import Run
 from charlm.runs.tensors import load_tensors
@@ -48,7 +48,8 @@ def load(
 def _load_run(folder: Run, checkpoint: str | int, device: torch.device, *, raw: bool) -> TrainedModel:
     found = find_checkpoint(folder, checkpoint)
     config = folder.config()
-    corpus = folder.provenance()["corpus"]
+    provenance = folder.provenance()
+    corpus, started_from = provenance["corpus"], provenance.get("started_from", {})
     raw = raw and config.train.average != "no"
     tensors, metadata = load_tensors(found.path / MODEL)
     tensors |= {} if raw else found.averages()
@@ -87,4 +88,6 @@ def _load_run(folder: Run, checkpoint: str | int, device: torch.device, *, raw: 
         device=device,
         hedge_weights=hedge_weights,
         scores=(score,) if is_scored and not raw else (),
+        started_from=started_from,
+        file=found.path / (MODEL if raw or config.train.average == "no" else OPTIMIZER),
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from charlm.config.errors import first_line
 from charlm.config.load import to_yaml
 from charlm.data.vocabulary import Vocabulary
 from charlm.model.heads import Heads
-from charlm.model.transformer import CharTransformer
+from charlm.model.transformer import CharTransformer, NgramEmbedding
 from charlm.runs.tensors import check_tensors
 
 
@@ -39,6 +39,10 @@ class TrainedModel:
     """Weight of each layer learned by aux.hedge, summing to 1; None without it."""
     scores: tuple[dict[str, Any], ...] = ()
     """For the model card, as `Score.as_dict` gives them."""
+    started_from: dict[str, str] = field(default_factory=dict)
+    """The run's record of the model that it began with."""
+    file: Path | None = None
+    """The file that it was read from."""
     options: str | None = None
     """YAML of the options it was trained with, if `config` lacks some."""
 
@@ -149,6 +153,50 @@ def _state_of_exit(trained: TrainedModel, depth: int) -> dict[str, Tensor]:
         state |= {name.replace(last, own): state[name] for name in shared}
     norm = trained.heads.norm(depth).state_dict()
     return state | {f"transformer.final_norm.{name}": own for name, own in norm.items()}
+
+
+def fitting(model: TrainedModel, transformer: CharTransformer, heads: Heads) -> dict[str, Tensor]:
+    """The parameters of `model` for a new transformer and its heads, by name; others stay as they are.
+
+    Layers match from the bottom. The last layer's heads become those of the new last layer; where layers
+    are cut off, it keeps its own. New n-gram tables have no effect yet.
+    """
+    new = transformer.config
+    if new.num_layers in exit_layers(model):
+        model = truncate(model, new.num_layers, keep_heads=True)
+    depth = model.config.model.num_layers
+    last, new_last = (f"heads.exits.layer{layer}." for layer in (depth, new.num_layers))
+    unfit = ("transformer.ngram_embedding.",)
+    if new.num_layers < depth:  # without a head of its own
+        unfit += (last, "transformer.final_norm.")
+    found = {}
+    for name, tensor in model.modules.state_dict().items():
+        if not name.startswith(unfit):
+            is_table = name.startswith("transformer.position_tables.")
+            found[name.replace(last, new_last)] = tensor[: new.context_length] if is_table else tensor
+    if new.ngrams:
+        found |= _ngram_tables(model.transformer.ngram_embedding, transformer.ngram_embedding)
+    own = nn.ModuleDict({"transformer": transformer, "heads": heads}).state_dict()
+    fits = {name for name in found.keys() & own.keys() if found[name].shape == own[name].shape}
+    for layer in heads.exits:  # its classifiers fit if what is below them does
+        head = f"heads.exits.{layer}."
+        if any(name.startswith(head) and "offset" not in name and name not in fits for name in own | found):
+            fits = {name for name in fits if not name.startswith(head)}
+    return {name: found[name] for name in sorted(fits)}
+
+
+def _ngram_tables(old: NgramEmbedding | None, new: NgramEmbedding) -> dict[str, Tensor]:
+    """Tables of the same length and shape; the matrix that projects all is zero for the others."""
+    found = {"up.weight": torch.zeros(new.up.weight.shape)}
+    for place, length in enumerate(new.lengths):
+        if old is not None and length in old.lengths:
+            before = old.lengths.index(length)
+            table = old.tables[before].weight.detach()
+            if table.shape == new.tables[place].weight.shape:
+                found[f"tables.{place}.weight"] = table
+                columns = old.up.weight.detach().split(table.shape[1], dim=1)
+                found["up.weight"].split(table.shape[1], dim=1)[place].copy_(columns[before])
+    return {f"transformer.ngram_embedding.{name}": tensor for name, tensor in found.items()}
 
 
 def shallowest(layers: Mapping[int, float], within: float) -> int:

@@ -30,6 +30,7 @@ from charlm.training.diagnose import diagnose
 from charlm.training.gradients import accumulate_gradients, find_micro_batch_size, micro_batches
 from charlm.training.log import Tracker, check_installed
 from charlm.training.optimizers import learning_rate_factor, set_learning_rates
+from charlm.training.origin import resolved
 from charlm.training.sharding import average, is_sharded, unsharded
 from charlm.training.start import TrainState, build, check_folder, describe, open_run, refusal
 from charlm.training.stop import StopRequests, explained
@@ -48,7 +49,7 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
     check_installed(config.run.tracker)
     check_registered(config.aux.tasks)
     check_outside(config.data, "run.dir", config.run.dir)
-    check_folder(config.run)
+    config = resolved(config, check_folder(config.run))
     collected = StopRequests(config.run.max_time) if stop is None else nullcontext(stop)
     with collected as stop, torch_settings(config), redirect_stderr(lasting(sys.stderr)):
         accelerator, precision_reason = build_accelerator(config.train)

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import psutil
@@ -13,8 +12,7 @@ from accelerate import Accelerator
 from pydantic import BaseModel
 from torch.optim import Optimizer
 
-from charlm.config import Config, Mark, RunConfig, UserError, differences, has_mark
-from charlm.config.errors import shown
+from charlm.config import Config, RunConfig, UserError
 from charlm.data.corpus import Corpus
 from charlm.data.sources import located
 from charlm.data.text_files import changes
@@ -31,6 +29,7 @@ from charlm.text import counted
 from charlm.training.averaging import WeightAverage
 from charlm.training.device import describe_attention, on_cpu
 from charlm.training.optimizers import build_optimizers
+from charlm.training.origin import begin, check_resumable, refusal
 from charlm.training.sharding import is_sharded, shard, wants_shards
 from charlm.training.stop import MISSING
 
@@ -50,11 +49,6 @@ class TrainState(BaseModel, strict=True, extra="forbid"):
     precision: str | None = None
     valid_symbols: int | None = None  # length of the text of `best_bits`
     scaler: dict[str, int | float] | None = None
-
-
-def refusal(config: Config, option: str, text: str) -> UserError:
-    """The error for an option's value; `text` says what is wrong, and a way out."""
-    return UserError(f"{option}={shown(attrgetter(option)(config))}: {text}", option)
 
 
 def build(config: Config, corpus: Corpus, accelerator: Accelerator) -> tuple[Objective, Joint, WeightAverage]:
@@ -120,20 +114,30 @@ def open_run(
     accelerator.wait_for_everyone()  # all processes have seen the folder as it was
     with run.lock() if main else nullcontext():
         accelerator.wait_for_everyone()
-        state, checkpoint = TrainState(), None
+        state, checkpoint, record = TrainState(), None, {}
         with run.os_errors_explained(cannot_be="read and written"):
             if resumes:
                 checkpoint = _where_to_continue(run, config, corpus, chosen, news)
             check_agreed(run, checkpoint.step if checkpoint else 0, accelerator)
-            if checkpoint is not None:
-                checkpoint.restore(objective, optimizers)
-                state = read_json(checkpoint.path / STATE, kind=TrainState)
+            source = checkpoint
+            if checkpoint is None:
+                source, record = begin(config, objective)
+                news += [f"begins with {', '.join(record.values())}"] if record else []
+                if resumes and record != run.provenance().get("started_from", {}):
+                    raise UserError(f"{run.path}: what it began with has changed; choose another --run.dir", "run.dir")
+            if source is not None:
+                source.restore(objective, optimizers)
+                state = read_json(source.path / STATE, kind=TrainState)
                 if state.scaler and accelerator.scaler:
                     accelerator.scaler.load_state_dict(state.scaler)
-                news += _changes(state, run.config(), config, objective, accelerator)
+                begun = Run(source.path.parents[1])
+                news += _changes(state, begun.config(), config, objective, accelerator)
+                if checkpoint is None:  # a branch, which has not the best checkpoint of the run that was held
+                    check_same_corpus(begun.provenance()["corpus"], corpus)
+                    state = state.model_copy(update={"best_step": None, "best_bits": None, "validated_step": 0})
             accelerator.wait_for_everyone()
             if main and not resumes:
-                Run.create(config, corpus.model_dump())
+                Run.create(config, corpus.model_dump(), record)
             elif main:
                 run.checkpoints_path.mkdir(exist_ok=True)
                 if checkpoint is None:
@@ -185,18 +189,6 @@ def _changes(
     if state.best_bits is not None and scored != new.train.valid_symbols:
         state.best_bits = None
         yield f"train.valid_symbols was {scored}: scores cannot be compared, the next is the best"
-
-
-def check_resumable(old: Config, new: Config) -> list[str]:
-    """Lines about the changes. Raises UserError if an option may not change."""
-    changed = differences(old, new)
-    lines = {name: f"{name}: {shown(before)} -> {shown(after)}" for name, (before, after) in changed.items()}
-    refused = [name for name in changed if not has_mark(name, Mark.MAY_CHANGE)]
-    if refused:
-        text = "; ".join(lines[name] for name in refused)
-        text = f"{text}: may not change; put it back, or give another --run.dir"
-        raise UserError(text, refused[0])
-    return [line for name, line in lines.items() if not name.startswith("run.")]
 
 
 def check_same_corpus(recorded: dict[str, Any], corpus: Corpus) -> None:

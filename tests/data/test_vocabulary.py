@@ -117,7 +117,7 @@ def test_ids_take_the_smallest_type(num_characters, dtype):
 @pytest.mark.parametrize(
     ("name", "end", "problem"),
     [
-        ("characters", b"xz", r"the character 'x' \(U\+0078\) is not among the vocabulary's 2"),
+        ("characters", b"xz", r"not among the vocabulary's 2 characters: 'x' \(U\+0078\) 'z' \(U\+007A\)"),
         ("characters", b"\xff", "not UTF-8"),
         ("sentencepiece", b"\xff", "not UTF-8"),
     ],

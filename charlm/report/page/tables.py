@@ -50,6 +50,7 @@ def protocols(run: Metrics, probe: Probe) -> dict[str, dict[str, str]]:
             "corpus": f"{score.corpus} (SHA-256 {score.corpus_sha256})",
         }
     found["Origin"] = {
+        "began with": _pairs(run, "started_from/"),
         "commit": str(record.get("git_commit") or "not recorded"),
         "versions": _pairs(run, "versions/"),
         "machine": _pairs(run, "machine/"),
