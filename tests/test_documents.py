@@ -62,7 +62,7 @@ SMALL = {
     },
 }
 """Options that make the configs small in the folder where commands are run."""
-STEPS = (r"(--run\.resume_from|--train\.steps)=\d+", r"\1=4")
+STEPS = (r"(--run\.resume_from|--run\.branch_step|--train\.steps)=\d+", r"\1=4")
 """The only part of a command that is rewritten: step numbers, because the runs are short."""
 TEXT = "".join(f"<page {number}>\u00e9 is the {number * number}th of them.\n" for number in range(2000))
 LAUNCHERS = {
