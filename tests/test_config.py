@@ -41,6 +41,7 @@ OUT_OF_RANGE = {
     "train.adam_betas": "[0.9, 1]",
     "train.seed": f"-1 | {2**63}",
     "run.max_time train.time": "soon",
+    "run.branch_step": "0 | 5",
     "run.tracker": "[wandb, wandb]",
 }
 """Options, and the values that each of them refuses."""
