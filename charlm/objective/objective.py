@@ -15,6 +15,7 @@ from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.cross_entropy import linear_cross_entropy, loss_chain
 from charlm.objective.hedge import Hedge
+from charlm.objective.schedules import intervals
 from charlm.objective.tasks import named_in_errors
 from charlm.objective.terms import Rows, Term, active_by_layer
 
@@ -114,6 +115,13 @@ class Objective(nn.Module):
                     parts[term.name] = loss.detach()
             by_layer[layer] = reduce(torch.add, shares)
         return LossReport(torch.stack(list(by_layer.values())).sum(), parts, by_layer)
+
+    def can_fall_silent(self) -> bool:
+        """Whether some head learns nothing in some part of training."""
+        middles = [(left + right) / 2 for left, right in intervals(*(term.weight for term in self.terms))]
+        trained = {(term.layer, term.offset) for term in self.terms}
+        silent = any(not term.weight(middle) for term in self.terms for middle in middles)
+        return silent or not trained.issuperset(self.heads.pairs)
 
     def compile(self) -> None:
         """Compile each block for each shape, and the chain from logits to their gradient."""

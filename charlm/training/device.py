@@ -14,9 +14,11 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DynamoBackend, parse_flag_from_env, patch_environment
+from torch.nn.attention import SDPBackend
 
 from charlm.config import Config, TrainConfig, UserError
 from charlm.config.errors import first_line
+from charlm.inference.scoring import AUTOCAST_DTYPES
 from charlm.model.attention import attends_in_blocks
 from charlm.objective.routes import ROUTES
 
@@ -146,14 +148,22 @@ def choose_compile(train: TrainConfig, device: torch.device) -> bool:
     return device.type == "cuda" or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
 
 
-def describe_attention(config: Config) -> str:
-    """How attention is computed."""
-    device = "cpu" if on_cpu() else "cuda"
-    has_dropout = config.model.attention_dropout > 0
-    if has_dropout and device == "cpu":
-        return "attention unfused (the CPU's fused kernel has no dropout)"
-    in_blocks = not has_dropout and attends_in_blocks(config.train.attention, device)
-    return "attention in blocks" if in_blocks else "attention fused"
+def describe_attention(config: Config, device: torch.device, precision: str) -> str:
+    """How attention is computed: by the kernel that torch chooses in accelerate's `precision`."""
+    model, dropout = config.model, config.model.attention_dropout
+    if not dropout and attends_in_blocks(config.train.attention, device.type):
+        return "attention in blocks"
+    shape = 1, model.num_heads, model.context_length, model.d_model // model.num_heads
+    dtype = AUTOCAST_DTYPES.get(precision) or torch.float32
+    query = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+    # No public name tells which kernel it will be.
+    chosen = SDPBackend(torch._fused_sdp_choice(query, query, query, None, dropout, True))
+    kind = "unfused" if chosen == SDPBackend.MATH else "fused"
+    reasons = {"cpu": "the CPU's fused kernel has no dropout"} if dropout else {}
+    reasons["cuda"] = "flash needs bf16 or fp16, and on consumer GPUs heads up to 192 wide or attention_dropout=0"
+    if chosen in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION) and device.type in reasons:
+        return f"attention {kind}, not by the flash kernel ({reasons[device.type]})"
+    return f"attention {kind}"
 
 
 @contextmanager

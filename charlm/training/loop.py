@@ -135,8 +135,10 @@ class Training:
             self.tracker.say(f"train.micro_batch_size=auto: {self.micro_batch_size} windows fit")
         if choose_compile(train, self.accelerator.device):
             self.objective.compile()
-        # DDP's reducer cannot follow several backward passes of a forward pass; `average` can.
-        without_ddp = is_sharded(self.objective) or not self.route.one_backward
+        # DDP cannot follow several backward passes, and waits for a GPU while a head is silent; `average` does not.
+        waits = self.accelerator.device.type == "cuda" and self.objective.can_fall_silent()
+        self.averages = not is_sharded(self.objective) and (waits or not self.route.one_backward)
+        without_ddp = is_sharded(self.objective) or self.averages
         self.model = self.accelerator.prepare_model(self.objective, evaluation_mode=without_ddp)
         adapt = self.objective.adapt if self.objective.hedge is not None else None
         self.updates = Updates(train, self.accelerator, self.route, self.state.accepted_losses, adapt)
@@ -163,7 +165,7 @@ class Training:
             updates = route.updates(progress)
             for update in updates:
                 set_learning_rates(update.step_sizes, factor)
-                if not route.one_backward:
+                if self.averages:
                     with update.in_place():
                         average(accelerator, route.parameters)
             self.updates.apply(step, losses, updates, last=number == len(passes))

@@ -272,7 +272,7 @@ def describe(
         f"{millions:.1f}M parameters, {config.model.num_layers} layers, {terms}",
         f"{corpus.name}: {symbols:,} symbols of vocabulary {corpus.vocabulary.name}, seed {train.seed}",
         f"{device}, precision {accelerator.mixed_precision} ({precision_reason})",
-        describe_attention(config),
+        describe_attention(config, accelerator.device, accelerator.mixed_precision),
     ]
     if config.aux.route != "joint":
         cost = f"{route_cost(config, objective).total:.2f} times the operations of joint"

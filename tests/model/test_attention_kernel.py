@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from charlm.config import Config, ModelConfig, TrainConfig
@@ -59,7 +60,8 @@ def test_attention_runs_as_the_first_line_of_a_run_says(
         model=small_model(attention_dropout=dropout, context_length=16),
         train=TrainConfig(attention=backend, activation_checkpointing=checkpointing),
     )
-    assert describe_attention(config).startswith(f"attention {said}")
+    mixed = "bf16" if precision == torch.bfloat16 else "no"
+    assert describe_attention(config, torch.device("cpu"), mixed).startswith(f"attention {said}")
     model = build_objective(config, 256).transformer.train()
     with OperatorCounter() as counter:
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
@@ -69,6 +71,27 @@ def test_attention_runs_as_the_first_line_of_a_run_says(
     assert {name: counter.counts[name] for name in kernels} == kernels | {FORWARD: again * kernels[FORWARD]}
     in_blocks = said == "in blocks"
     assert (counter.counts["aten::baddbmm"] > 0) == in_blocks
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said", "flash"),
+    [
+        (SDPBackend.FLASH_ATTENTION, "fused", True),
+        (SDPBackend.CUDNN_ATTENTION, "fused", True),
+        (SDPBackend.EFFICIENT_ATTENTION, "fused", False),
+        (SDPBackend.MATH, "unfused", False),
+    ],
+)
+def test_a_gpu_says_which_kernel_it_takes(chosen, said, flash, monkeypatch):
+    """Guards against heads of 256 with dropout that miss the flash kernel of a consumer GPU without a word."""
+    empty, asked = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda *shape, device, **how: empty(*shape, **how))
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *given: asked.append(given) or int(chosen.value))
+    config = Config(model=small_model(attention_dropout=0.2))
+    line = describe_attention(config, torch.device("cuda"), "bf16")
+    assert line.startswith(f"attention {said}") and ("attention_dropout=0" in line) != flash
+    ((query, *_, dropout, causal),) = asked
+    assert (query.dtype, query.requires_grad, dropout, causal) == (torch.bfloat16, True, 0.2, True)
 
 
 @pytest.mark.parametrize("num_new", [1, 2])

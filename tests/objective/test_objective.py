@@ -223,3 +223,17 @@ def test_a_layer_may_have_a_task_and_no_head(randomise):
     expected = (2.0 * hidden_BTD.sum(dim=-1) + 10.0 * windows_BW[:, :1]).mean()
     torch.testing.assert_close(objective(windows_BW, 0.0).by_layer[2], expected)
     torch.testing.assert_close(objective(windows_BW, 0.0, [2]).total, expected)
+
+
+@pytest.mark.parametrize(
+    ("aux", "silent"),
+    [
+        (AuxConfig(), True),  # layers drop out one by one
+        (AuxConfig(layers=LayersConfig(enabled=False), targets=TargetsConfig(enabled=False)), False),
+        (AuxConfig(layers=LayersConfig(schedule="constant"), targets=TargetsConfig(schedule="constant")), False),
+        (AuxConfig(main_weight=0.0, layers=LayersConfig(schedule="constant")), True),  # the last layer's head
+    ],
+)
+def test_heads_that_fall_silent_are_known_before(aux, silent):
+    """Guards against several GPUs that would wait for the gradient of a head which learns nothing."""
+    assert build_objective(Config(model=small_model(), aux=aux), 8).can_fall_silent() is silent

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -12,13 +11,9 @@ import torch
 from charlm.config import Config
 from charlm.data.corpus import Corpus, Split
 from charlm.data.vocabulary import ByteVocabulary
-from charlm.objective.build import build_objective
-from charlm.objective.routes import ROUTES
 from charlm.training.device import build_accelerator, torch_settings
-from charlm.training.loop import Training
-from charlm.training.optimizers import build_optimizers
-from charlm.training.sharding import shard, wants_shards
-from charlm.training.start import TrainState, check_fits
+from charlm.training.loop import Training, build
+from charlm.training.start import TrainState
 
 SYMBOLS = 1_000_000
 
@@ -38,14 +33,10 @@ def opened(config: Config, corpus: Corpus) -> Iterator[Training]:
         accelerator, _ = build_accelerator(config.train)
         torch.manual_seed(config.train.seed)
         with torch.device(accelerator.device):
-            objective = build_objective(config, corpus.vocabulary.size)
-        sharded = wants_shards(config.train, accelerator.num_processes)
-        check_fits(config, corpus, objective, accelerator, sharded)
-        if sharded:
-            shard(objective)
-        route = ROUTES[config.aux.route](objective, config.aux, partial(build_optimizers, config.train, objective))
+            objective, route, average = build(config, corpus, accelerator)
         tracker = mock.MagicMock(seconds=0.0)
         stop = SimpleNamespace(check=lambda: None)
-        run = Training(config, corpus, accelerator, objective, route, TrainState(), tracker, mock.MagicMock(), stop)
+        parts = config, corpus, accelerator, objective, route, average, TrainState(), tracker, mock.MagicMock(), stop
+        run = Training(*parts)
         run.prepare()
         yield run
