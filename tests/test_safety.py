@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [path for folder in ("charlm", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
 ARGUMENTS = re.compile(
-    r"(trust_remote_code|allow_pickle) ?= ?(?!False)|weights_only ?= ?(?!True)|__import__|(?<![\w.])compile\("
+    r"(trust_remote_code|allow_pickle) ?= ?(?!False)|weights_only ?= ?(?!True)|__import__|(?<![\w.])(?<!def )compile\("
 )
 FORBIDDEN = """
 import pickle
