@@ -70,7 +70,7 @@ class TrainConfig(Section):
     muon_momentum: BelowOne = 0.95
     """Nesterov momentum of the hidden matrices with muon."""
     ngram_learning_rate: Positive = 0.04
-    """Peak learning rate of the n-gram tables, which SparseAdam trains with any optimizer."""
+    """Peak learning rate of the n-gram tables, which lazy Adam trains with any optimizer."""
     clip_norm: NonNegative = 0.0
     """Maximum norm of the gradient, without n-gram tables; 0 turns clipping off."""
     average: Literal["no", "ema", "tail"] = "no"

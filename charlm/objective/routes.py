@@ -40,7 +40,7 @@ class Update:
             parameter.grad = gradient
         yield
         for parameter in self.gradients:
-            parameter.grad = None
+            self.gradients[parameter], parameter.grad = parameter.grad, None
 
 
 class Joint:

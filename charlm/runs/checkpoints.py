@@ -23,7 +23,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -112,8 +111,6 @@ class Checkpoint:
             value = found[name]
             if value.ndim > 0:
                 value = placed(value, parameter)
-            elif value.dtype == torch.int64:
-                value = value.item()  # SparseAdam counts in a Python int
             elif optimizer.param_groups[0].get("fused"):
                 value = value.to(parameter.device)  # others keep step counters on the CPU
             optimizer.state[parameter][key] = value

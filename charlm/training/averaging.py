@@ -32,7 +32,10 @@ class WeightAverage:
         parameters = self.param_groups[0]["params"]
         if not self.state:
             self.state |= {parameter: {"mean": parameter.detach().clone()} for parameter in parameters}
-        get_ema_multi_avg_fn(decay)([self.state[own]["mean"] for own in parameters], parameters, None)
+        whole = [own for own in parameters if not hasattr(own, "full_tensor")]
+        shards = [own for own in parameters if hasattr(own, "full_tensor")]
+        for own in filter(None, (whole, shards)):  # torch mixes none
+            get_ema_multi_avg_fn(decay)([self.state[parameter]["mean"] for parameter in own], own, None)
 
     @torch.no_grad()
     def _swap(self, *_: object) -> None:

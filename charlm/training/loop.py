@@ -31,7 +31,7 @@ from charlm.training.gradients import accumulate_gradients, find_micro_batch_siz
 from charlm.training.log import Tracker, check_installed
 from charlm.training.optimizers import learning_rate_factor, set_learning_rates
 from charlm.training.origin import resolved
-from charlm.training.sharding import average, is_sharded, unsharded
+from charlm.training.sharding import average, unsharded, wrap
 from charlm.training.start import TrainState, build, check_folder, describe, open_run, refusal
 from charlm.training.stop import StopRequests, explained
 from charlm.training.update import Updates
@@ -135,11 +135,7 @@ class Training:
             self.tracker.say(f"train.micro_batch_size=auto: {self.micro_batch_size} windows fit")
         if choose_compile(train, self.accelerator.device):
             self.objective.compile()
-        # DDP cannot follow several backward passes, and waits for a GPU while a head is silent; `average` does not.
-        waits = self.accelerator.device.type == "cuda" and self.objective.can_fall_silent()
-        self.averages = not is_sharded(self.objective) and (waits or not self.route.one_backward)
-        without_ddp = is_sharded(self.objective) or self.averages
-        self.model = self.accelerator.prepare_model(self.objective, evaluation_mode=without_ddp)
+        self.model, self.to_average = wrap(self.accelerator, self.objective, self.route.one_backward)
         adapt = self.objective.adapt if self.objective.hedge is not None else None
         self.updates = Updates(train, self.accelerator, self.route, self.state.accepted_losses, adapt)
         self.saved_step = self.state.step
@@ -165,9 +161,8 @@ class Training:
             updates = route.updates(progress)
             for update in updates:
                 set_learning_rates(update.step_sizes, factor)
-                if self.averages:
-                    with update.in_place():
-                        average(accelerator, route.parameters)
+                with update.in_place():
+                    average(accelerator, self.to_average)
             self.updates.apply(step, losses, updates, last=number == len(passes))
         self.state.step += 1
         self.average.update(self.state.step)

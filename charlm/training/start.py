@@ -77,9 +77,6 @@ def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator
                 way_out = "lower --data.valid_fraction or --data.test_fraction"
             way_out += ", or lower --model.context_length"
             raise refusal(config, "data.corpus", f"{text}; {way_out}")
-    if config.model.ngrams and (sharded or (num_processes > 1 and not on_cpu())):
-        text = "works on one GPU or on unsharded CPUs; use those, or --model.ngrams=[]"
-        raise refusal(config, "model.ngrams", text)
     if train.micro_batch_size == "auto" and (sharded or on_cpu()):
         text = "needs a GPU that holds the whole model; give a number, or none"
         raise refusal(config, "train.micro_batch_size", text)

@@ -8,15 +8,17 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import Optimizer, SparseAdam
+from torch.optim import Optimizer
 
 from charlm.config import TrainConfig
 from charlm.objective.routes import Joint, Update
 from charlm.training.gradients import Losses
+from charlm.training.optimizers import LazyAdam
 
 HISTORY = 128  # most accepted losses that a spike is judged by
 ENOUGH = 32  # fewest
@@ -50,9 +52,9 @@ class Updates:
         losses = [math.nan] * HISTORY + list(accepted_losses)
         self.history = torch.tensor(losses[-HISTORY:], device=accelerator.device)
         self.unread = []  # step, losses, and two flags on the device: skipped, spikes
-        # SparseAdam counts its steps on the host.
-        sparse = any(isinstance(optimizer, SparseAdam) for optimizer in route.optimizers)
-        self.decides_on_host = sparse or accelerator.device.type == "cpu"
+        tables = [own.param_groups for own in route.optimizers if isinstance(own, LazyAdam)]
+        self.tables = {table for group in chain(*tables) for table in group["params"]}
+        self.decides_on_host = accelerator.device.type == "cpu"
         self.undo = Undo()
         self.pending = None  # losses, total and finiteness of an unfinished step's passes
 
@@ -126,15 +128,14 @@ class Updates:
                 for optimizer in update.step_sizes:
                     self.accelerator.scaler.unscale_(optimizer)
             reached = [parameter for parameter in self.parameters if parameter.grad is not None]
-            dense = [parameter for parameter in reached if not parameter.grad.is_sparse]
-            sparse = [parameter.grad for parameter in reached if parameter.grad.is_sparse]
+            dense = [parameter for parameter in reached if parameter not in self.tables]
+            rows = [parameter.grad for parameter in reached if parameter in self.tables]
             norm = nn.utils.get_total_norm([parameter.grad for parameter in dense])
             if self.train.clip_norm:
                 nn.utils.clip_grads_with_norm_(dense, self.train.clip_norm, norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        # `values()` would need the sum of equal rows first, which is another norm.
-        sparse_norms = [gradient._values().norm() for gradient in sparse]
-        return torch.stack([norm, *sparse_norms]).norm()
+        rows = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in rows]
+        return torch.stack([norm, *(values.norm() for values in rows)]).norm()
 
     def _spikes(self, total: Tensor) -> Tensor:
         """Whether `total` is too many robust deviations above the median."""

@@ -12,7 +12,14 @@ from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 from charlm.objective.objective import Objective, head_pairs
 from charlm.objective.terms import build_terms
-from charlm.training.optimizers import Muon, build_optimizers, fused_sgd, learning_rate_factor, set_learning_rates
+from charlm.training.optimizers import (
+    LazyAdam,
+    Muon,
+    build_optimizers,
+    fused_sgd,
+    learning_rate_factor,
+    set_learning_rates,
+)
 from charlm.training.update import step_unless
 from tiny import refused, typed
 
@@ -212,6 +219,35 @@ def test_a_fused_update_that_is_skipped_moves_nothing(kind):
                 step_unless(torch.tensor(step in skipped), optimizer)
         results.append([*parameters, *(optimizer.state[parameter]["momentum_buffer"] for parameter in parameters)])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@pytest.mark.parametrize(("rows", "micro_batches", "most"), [(50, 1, 40), (50, 3, 200), (7, 1, 40)])
+def test_lazy_adam_has_the_bits_of_sparse_adam(rows, micro_batches, most, dense):
+    """Guards against rows that move unread or are left out, decay of their moments while they rest, a sum in another
+    order, a counter per row, and a step size that rounds otherwise late in a run."""
+    torch.manual_seed(0)
+    plain, lazy = nn.Embedding(rows, 8, sparse=True), nn.Embedding(rows, 8, sparse=True)
+    lazy.load_state_dict(plain.state_dict())
+    reference = torch.optim.SparseAdam(plain.parameters(), lr=0.04, betas=(0.9, 0.97))
+    optimizer = LazyAdam([{"params": [lazy.weight], "lr": 0.04}], (0.9, 0.97), most_rows=most)
+    for step in range(60):
+        for _ in range(micro_batches):
+            ids, factors = torch.randint(rows, (40,)), torch.randn(40, 8) * 10.0 ** -(step % 9)
+            for table in (plain, lazy):
+                (table(ids) * factors).sum().backward()
+        if dense:  # with the reference's sums
+            lazy.weight.grad = plain.weight.grad.coalesce().to_dense()
+        for own in (reference, optimizer):
+            own.param_groups[0]["lr"] = 0.04 / (1 + step)
+            own.step()
+            own.zero_grad()
+        if step == 30:
+            for own in (reference.state[plain.weight], optimizer.state[lazy.weight]):
+                own["step"] += 54_321
+    assert torch.equal(lazy.weight, plain.weight)
+    found, expected = optimizer.state[lazy.weight], reference.state[plain.weight]
+    assert all(torch.equal(torch.as_tensor(found[key]), torch.as_tensor(expected[key])) for key in expected)
 
 
 def test_only_the_ngram_rows_that_were_read_move():

@@ -66,7 +66,6 @@ def test_unsupported_settings_of_the_launcher_are_refused(environment, message, 
 @pytest.mark.parametrize(
     ("model", "train", "option"),
     [
-        ({"ngrams": (2, 3)}, {}, "model.ngrams"),
         ({}, {"micro_batch_size": "auto"}, "train.micro_batch_size"),
         ({}, {"batch_size": 5, "micro_batch_size": 2}, "train.batch_size"),
         ({}, {"batch_size": 5, "micro_batch_size": 2, "context_divisor": 4}, "train.batch_size"),
