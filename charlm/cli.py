@@ -20,6 +20,7 @@ from typing import Annotated, Any, NoReturn
 
 import argcomplete
 from argcomplete.completers import ChoicesCompleter
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from charlm.config import Config, DataConfig, Section, Stopped, UserError
@@ -72,10 +73,15 @@ class MovedCorpus(Section):
     """Another copy of a dataset, such as a folder of its parquet files."""
     cache_dir: Path | None = None
     """Folder for prepared corpora."""
+    mixture: Annotated[dict[str, dict[str, str]], Flag("--data.mixture", metavar="PLACES")] = Field({})
+    """The same for sources of a mixture: {own: {path: my.txt}}."""
 
     def where(self, config: DataConfig) -> DataConfig:
         """The config with these places."""
-        return config.replace(**self.model_dump(exclude_none=True))
+        places = self.model_dump(exclude_none=True)
+        moved = places.pop("mixture").items()
+        sources = {name: dict(config.mixture.get(name, ())) | places for name, places in moved}
+        return config.replace(mixture=config.mixture | sources, **places)
 
 
 def parse(kind: type[S], argv: Sequence[str] | None = None) -> S:

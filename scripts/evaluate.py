@@ -21,6 +21,7 @@ from charlm.process import keep_freed_memory
 from charlm.text import say
 
 if TYPE_CHECKING:
+    from charlm.data.corpus import Corpus
     from charlm.inference.evaluation import EarlyExit, Score
 
 
@@ -31,10 +32,12 @@ class Options(Section):
     """The folder of a run or of an exported model, or OWNER/NAME of one on the hub."""
     split: Literal["valid", "test"] = "test"
     """The part of the corpus to score."""
+    source: str | None = None
+    """The source of a mixture to score, by its name in data.mixture. The default is all, by weight."""
     stride: int | None = None
     """Symbols from one window to the next. The paper's is 1; the default is half the context."""
     limit: int | None = None
-    """Score only the first symbols of the split, this many."""
+    """Score only the first symbols of the split, this many; of a mixture as many of each source."""
     checkpoint: str = "best"
     """A checkpoint of the run: best, last or a step."""
     weights: Literal["average", "raw"] = "average"
@@ -79,6 +82,8 @@ def main() -> None:
     if options.picture is not None:
         check_outside(where, "picture", options.picture)
     corpus = charlm.load_corpus(where, show_progress=processes.is_main_process)
+    if options.source is not None:
+        corpus = source_of(corpus, options.source)
     protocol = {name: getattr(options, name) for name in ("split", "stride", "limit", "batch_size", "precision")}
     if options.early_exit:
         from charlm.inference.early_exit import early_exit
@@ -98,9 +103,12 @@ def main() -> None:
         if options.yardsticks:
             from charlm.compression.report import compressed_sizes
 
-            text = corpus.vocabulary.decode(corpus.splits[options.split].ids[: options.limit])
-            sizes = compressed_sizes([text])
-            yardsticks = {name.split()[0]: 8 * size / len(text) for name, size in sizes.items()}
+            shares = trained.config.data.shares if corpus.sources else (1.0,)
+            for share, ids in zip(shares, corpus.texts(options.split, options.limit), strict=True):
+                text = corpus.vocabulary.decode(ids)
+                for name, size in compressed_sizes([text]).items():
+                    name = name.split()[0]
+                    yardsticks[name] = yardsticks.get(name, 0.0) + share * 8 * size / len(text)
         if options.picture is not None:
             from charlm.report.figures import early_exit
             from charlm.report.style import save
@@ -132,6 +140,19 @@ def check(options: Options) -> None:
         check_suffix(options.picture)
 
 
+def source_of(corpus: "Corpus", name: str) -> "Corpus":
+    """A source of a mixture as a corpus of its own."""
+    from charlm.data.corpus import Corpus, Split
+
+    if name not in corpus.sources:
+        choices = ", ".join(corpus.sources) or "none, as the corpus is no mixture"
+        raise charlm.UserError(f"source={name}: must be one of {choices}", "source")
+    record, place = corpus.sources[name], list(corpus.sources).index(name)
+    sizes = record["splits"].items()
+    splits = {split: Split(ids=corpus.texts(split)[place], **own) for split, own in sizes}
+    return Corpus(**record | {"vocabulary": corpus.vocabulary, "splits": splits})
+
+
 def describe(score: "Score", symbols: int, planned: int | None, yardsticks: dict[str, float]) -> list[str]:
     """Lines for people: the figures, then the protocol.
 
@@ -152,6 +173,8 @@ def describe(score: "Score", symbols: int, planned: int | None, yardsticks: dict
     if score.streams is not None:
         streams = f"{score.streams:,} stream{'s' if score.streams > 1 else ''}"
         lines.append(f"  as a compressor: {streams}, {score.compressed_bytes:,} bytes compressed")
+    for source, bits in (score.sources or {}).items():
+        lines.append(f"  source {source}: {bits:.4f} bits per character")
     if score.mixture:
         weights = ", ".join(f"{layer}: {weight:.3f}" for layer, weight in score.mixture.items())
         lines += textwrap.wrap(f"mixture of layers {weights}", 80, initial_indent="  ", subsequent_indent="  ")

@@ -4,6 +4,7 @@
 With only as many layers as are worth it: python scripts/export.py RUN --to DIR --depth auto --within 0.01
 """
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -87,8 +88,14 @@ def main() -> None:
         return  # no script of ours reads it
     # An exported model does not know where this machine keeps its text.
     text, known = options.data.where(trained.config.data), portable(trained.config).data
-    places = {name: getattr(text, name) for name in cli.MovedCorpus.model_fields}
+    places = {name: getattr(text, name) for name in ("path", "as_is", "hub_id", "cache_dir")}
     flags = [f"--data.{name}={place}" for name, place in places.items() if place != getattr(known, name)]
+    moved = {
+        name: {key: str(place) for key, place in own if place != getattr(known.mixture[name], key)}
+        for name, own in text.mixture.items()
+    }
+    if any(moved.values()):
+        flags.append(f"--data.mixture={json.dumps(moved)}")
     say("Next:", command("evaluate.py", options.to, *flags))
     if options.format == "charlm":
         say(f'      charlm.push_to_hub(charlm.load({str(options.to)!r}), "OWNER/NAME")')

@@ -24,6 +24,8 @@ def main() -> None:
         f"vocabulary {corpus.vocabulary.name} of {corpus.vocabulary.size} symbols",
         sep="\n",
     )
+    for name, source in corpus.sources.items():
+        say(f"source {name}: {source['name']} from {source['source']}, sha256 {source['sha256']}")
     for name, split in corpus.splits.items():
         say(f"{name:>5}: {split.symbols:,} symbols, {split.characters:,} characters, {split.bytes:,} bytes")
     say(f"kept in {config.data.cache_dir.expanduser()}\nNext: {command('train.py', *sys.argv[1:])}")

@@ -7,10 +7,13 @@ import pytest
 from charlm.config import Config, ConfigError, DataConfig, steps_of
 from charlm.config.load import load_config
 
+MIXTURE = """data.corpus=mixture data.mixture={"a":{"corpus":"enwik8"}}"""
 OUT_OF_RANGE = {
     "data.valid_fraction": "0 | nan",
     "data.test_fraction model.attention_dropout aux.layers.tower_dropout aux.hedge.beta train.momentum": "1",
     "data.corpus": "file",
+    "data.mixture": """{a: {}} | {a: {corpus: mixture}} | {a: {corpus: file}} | {a: {corpus: enwik8, weight: 0}}
+        | {a: {corpus: enwik8, weight: inf}} | {a: {corpus: enwik8, order: epochs}} | {a: {corpus: text8}}""",
     "model.num_layers model.d_ff model.context_length aux.layers.every aux.layers.rotation aux.relay_layers": "0",
     "aux.layers.total train.steps train.batch_size": "0",
     "aux.targets.num_targets": "0 | 101",
@@ -129,6 +132,9 @@ def test_checks_see_the_whole_config() -> None:
 @pytest.mark.parametrize(
     ("flags", "option", "other"),
     [
+        ("data.corpus=mixture", "data.mixture", "corpus=mixture"),
+        (f"{MIXTURE} data.order=epochs", "data.order", "uniform"),
+        (f"{MIXTURE} data.path=x", "data.path", "corpus=mixture"),
         ("data.corpus=lm1b data.test_fraction=0.95", "data.valid_fraction", "test_fraction=0.95"),
         ("model.num_heads=3", "model.d_model", "model.num_heads=3"),
         ("aux.layers.schedule=rotational aux.main_weight=0", "aux.main_weight", "schedule=rotational"),

@@ -31,11 +31,12 @@ def page(text: str) -> str:
     return "".join([introduction, *sections])
 
 
-def _entries(kind: type[Section], prefix: str, indent: str = "") -> Iterator[str]:
-    """An entry for each option; below it, indented, those of the records in its lists and mappings."""
+def _entries(kind: type[Section], prefix: str, indent: str = "", above: type[Section] = Section) -> Iterator[str]:
+    """An entry for each option; below it, indented, those of the records in its lists and mappings, but for options
+    that are the same `above`."""
     schemas = kind.model_json_schema()["properties"]
     for name, info in kind.model_fields.items():
-        if not info.description:  # a section
+        if not info.description or repr(info) == repr(above.model_fields.get(name)):  # a section, or the same
             continue
         default = (
             "required" if info.is_required() else f"default `{shown(info.get_default(call_default_factory=True))}`"
@@ -44,7 +45,7 @@ def _entries(kind: type[Section], prefix: str, indent: str = "") -> Iterator[str
         yield f"{indent}- **`{prefix}{name}`**: `{cli.in_words(schemas[name])}`; {default}.\n{indent}  {text}"
         for part in parts_of(info.annotation):
             if isinstance(part, type) and issubclass(part, Section):
-                yield from _entries(part, "", f"{indent}  ")
+                yield from _entries(part, "", f"{indent}  ", kind)
 
 
 def test_the_document_is_current(monkeypatch: pytest.MonkeyPatch) -> None:

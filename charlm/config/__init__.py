@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from charlm.config.data import DataConfig
+from charlm.config.data import DataConfig, TextConfig
 from charlm.config.errors import ConfigError, Stopped, UserError
 from charlm.config.model import ModelConfig
 from charlm.config.objective import (
@@ -76,8 +76,8 @@ def differences(a: Section, b: Section) -> dict[str, tuple[Any, Any]]:
 
 
 def has_mark(name: str, mark: Mark) -> bool:
-    """Whether an option, or its section, has a mark."""
-    section, _, option = name.partition(".")
+    """Whether an option, or its section, has a mark; data.mixture.NAME.path has that of data.path."""
+    section, *_, option = name.split(".")
     field = Config.model_fields[section]
     own_field = field.annotation.model_fields.get(option, field)
     return mark in (*field.metadata, *own_field.metadata)

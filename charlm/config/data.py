@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from charlm.config.types import Mark, Section, Share
+from charlm.config.types import Mark, Positive, Section, Share
 
+CorpusName = Literal["enwik8", "text8", "lm1b", "file", "hub", "python-stdlib"]
 _DATASETS = ("lm1b", "hub")
 _READ_BY = {
     "path": ("enwik8", "text8", "file"),
@@ -19,27 +20,15 @@ _READ_BY = {
 """Options that only some corpora read; for others they are refused."""
 
 
-class DataConfig(Section):
-    """The text, how it becomes ids, and the order in which they are trained on."""
+class TextConfig(Section):
+    """A text, and the parts of it that are held out."""
 
-    corpus: Literal["enwik8", "text8", "lm1b", "file", "hub", "python-stdlib"] = "enwik8"
-    """enwik8 and text8 are downloaded once; lm1b is a dataset from the hub; file reads data.path; hub
-    reads data.hub_id; python-stdlib needs no network."""
+    corpus: CorpusName
+    """As data.corpus."""
     path: Annotated[Path | None, Mark.MAY_CHANGE, Mark.NO_EFFECT] = None
     """A copy of enwik8 or text8 (raw, .zip, .gz, .bz2, .xz), or the file or folder for corpus=file."""
     as_is: Annotated[bool, Mark.MAY_CHANGE] = False
     """Take files of corpus=file as they are, also hidden, packed and binary ones."""
-    cache_dir: Annotated[Path, Mark.MAY_CHANGE, Mark.NO_EFFECT] = Field(
-        default_factory=lambda: Path(os.environ.get("CHARLM_CACHE") or "~/.cache/charlm")
-    )
-    """Folder for prepared corpora. The environment variable CHARLM_CACHE changes the default."""
-    vocabulary: Literal["bytes", "characters", "sentencepiece"] = "bytes"
-    """bytes: always 256 symbols. characters: all characters of the training split; other splits must
-    not have more. sentencepiece: its common characters; others are spelt in bytes."""
-    characters: Annotated[str | None, Mark.ESCAPES] = None
-    """The characters of the vocabulary. null: those of the training split."""
-    character_coverage: Annotated[float, Field(ge=0.98, le=1)] = 0.9995
-    """Share of the training text that the characters of sentencepiece cover."""
     hub_id: Annotated[str | None, Mark.MAY_CHANGE, Mark.NO_EFFECT] = None
     """Dataset for corpus=hub, or a copy of lm1b: OWNER/NAME, or a folder of parquet files."""
     hub_config: str | None = None
@@ -63,10 +52,6 @@ class DataConfig(Section):
     test_fraction: Share = 0.05
     """Share of the text, at its end, held out for testing if the corpus has no such split."""
 
-    order: Literal["uniform", "epochs"] = "uniform"
-    """How training windows are drawn. uniform: independently (Al-Rfou et al. 2018, section 4). epochs:
-    side by side, each once before any comes again; every epoch shifts and shuffles them anew."""
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.valid_fraction + self.test_fraction >= 1:
@@ -76,8 +61,6 @@ class DataConfig(Section):
             raise self.mistake("corpus", "needs --data.path=FILE_OR_FOLDER")
         if self.corpus == "hub" and not self.hub_id:
             raise self.mistake("corpus", "needs --data.hub_id=OWNER/NAME_OR_FOLDER")
-        if self.characters is not None and self.vocabulary == "bytes":
-            raise self.mistake("vocabulary", "has no use for data.characters; leave out one", "characters")
         others = [self.train_split]
         for name in ("valid_split", "test_split"):
             split = getattr(self, name)
@@ -92,3 +75,60 @@ class DataConfig(Section):
                 text = f"corpus={self.corpus} has no use for it; choose {choices}"
                 raise self.mistake(name, text, "corpus")
         return self
+
+
+class SourceConfig(TextConfig):
+    """A source of a mixture."""
+
+    weight: Positive = 1.0
+    """Its share of the windows is its weight divided by the sum of all."""
+
+
+class DataConfig(TextConfig):
+    """The text, how it becomes ids, and the order in which they are trained on."""
+
+    corpus: Literal[CorpusName, "mixture"] = "enwik8"
+    """enwik8 and text8 are downloaded once; lm1b is a dataset from the hub; file reads data.path; hub
+    reads data.hub_id; python-stdlib needs no network; mixture reads data.mixture."""
+    cache_dir: Annotated[Path, Mark.MAY_CHANGE, Mark.NO_EFFECT] = Field(
+        default_factory=lambda: Path(os.environ.get("CHARLM_CACHE") or "~/.cache/charlm")
+    )
+    """Folder for prepared corpora. The environment variable CHARLM_CACHE changes the default."""
+    vocabulary: Literal["bytes", "characters", "sentencepiece"] = "bytes"
+    """bytes: always 256 symbols. characters: all characters of the training split; other splits must
+    not have more. sentencepiece: its common characters; others are spelt in bytes."""
+    characters: Annotated[str | None, Mark.ESCAPES] = None
+    """The characters of the vocabulary. null: those of the training split."""
+    character_coverage: Annotated[float, Field(ge=0.98, le=1)] = 0.9995
+    """Share of the training text that the characters of sentencepiece cover."""
+    order: Literal["uniform", "epochs"] = "uniform"
+    """How training windows are drawn. uniform: independently (Al-Rfou et al. 2018, section 4). epochs:
+    side by side, each once before any comes again; every epoch shifts and shuffles them anew."""
+    # Sorted, so that the windows do not depend on how it was written down.
+    mixture: Annotated[dict[str, SourceConfig], AfterValidator(lambda own: dict(sorted(own.items())))] = Field({})
+    """Sources for corpus=mixture, by name: {wiki: {corpus: enwik8, weight: 2}, own: {corpus: file, path:
+    my.txt}}. Each window is drawn from one, by weight (Brown et al. 2020, GPT-3, section 2.2). A source
+    also has the options above that its corpus reads."""
+
+    @model_validator(mode="after")
+    def _check_vocabulary_and_mixture(self) -> Self:
+        if self.characters is not None and self.vocabulary == "bytes":
+            raise self.mistake("vocabulary", "has no use for data.characters; leave out one", "characters")
+        if (self.corpus == "mixture") != bool(self.mixture):
+            text = f"corpus={self.corpus}; name sources for --data.corpus=mixture, and only for it"
+            raise self.mistake("mixture", text, "corpus")
+        if self.order == "epochs" and self.mixture:
+            raise self.mistake("order", "goes through one text; choose --data.order=uniform for a mixture", "mixture")
+        return self
+
+    @property
+    def texts(self) -> dict[str, "DataConfig"]:
+        """The sources of a mixture, each as if it were alone and in bytes."""
+        sources = {name: source.model_dump(exclude={"weight"}) for name, source in self.mixture.items()}
+        return {name: DataConfig(cache_dir=self.cache_dir, **own) for name, own in sources.items()}
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The sources' shares of the windows, which add up to 1."""
+        weights = [source.weight for source in self.mixture.values()] or [1.0]
+        return tuple(weight / sum(weights) for weight in weights)

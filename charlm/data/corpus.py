@@ -1,7 +1,7 @@
 """A corpus: the verified ids of three splits, prepared once and memory-mapped from then on.
 
 It is a folder, CACHE/KEY/{ids.bin, corpus.json}. ids.bin is a plain array of the ids of train, valid
-and test, in this order.
+and test, in this order. In each split of a mixture, the sources follow each other.
 """
 
 import hashlib
@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain, product
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 from pydantic import BaseModel, Field, NonNegativeInt, PlainSerializer, PositiveInt
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from charlm.config import DataConfig, UserError
 from charlm.data.sources import Choice, Source, absolute, find_source
-from charlm.data.text_files import CHUNK, pack_listing
+from charlm.data.text_files import CHUNK, pack_listing, unpacked
 from charlm.data.vocabulary import (
     ByteVocabulary,
     EncodingError,
@@ -36,6 +36,7 @@ from charlm.text import visible
 
 FORMAT = 1  # a folder of another version is prepared again
 SPLITS = ("train", "valid", "test")
+UNITS = ("symbols", "characters", "bytes")
 
 
 class Split(BaseModel, arbitrary_types_allowed=True, frozen=True, strict=True):
@@ -61,6 +62,14 @@ class Corpus(BaseModel, arbitrary_types_allowed=True, frozen=True, strict=True):
     """train, valid and test, in this order."""
     files: str | None = None
     """Names and checksums of the text's files, from `pack_listing`."""
+    sources: dict[str, dict[str, Any]] = {}
+    """Of a mixture, the name, source, sha256 and sizes of each."""
+
+    def texts(self, split: str, symbols: int | None = None) -> list[np.ndarray]:
+        """The first ids of a split; of a mixture, as many of each source."""
+        ends = accumulate(source["splits"][split]["symbols"] for source in self.sources.values())
+        each = None if symbols is None else max(1, symbols // max(1, len(self.sources)))
+        return [ids[:each] for ids in np.split(self.splits[split].ids, list(ends)[:-1])]
 
 
 def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
@@ -99,12 +108,36 @@ def prepared_corpus(config: DataConfig) -> Corpus | None:
 def _place(config: DataConfig, show_progress: bool) -> tuple[Source, Path]:
     """The source, and the corpus's folder in the cache."""
     cache_dir = absolute("data.cache_dir", config.cache_dir)
-    source = find_source(config, cache_dir, show_progress)
+    source = (_mixture if config.mixture else find_source)(config, cache_dir, show_progress)
     coverage = f"-sentencepiece-{config.character_coverage}"
     ending = {"characters": "-characters", "sentencepiece": coverage}.get(config.vocabulary, "")
     if config.characters is not None:
         ending = f"-{config.vocabulary}-{hashlib.sha256(config.characters.encode()).hexdigest()}"
     return source, cache_dir / (source.key + ending)
+
+
+def _mixture(config: DataConfig, cache_dir: Path, show_progress: bool) -> Source:
+    """The sources of a mixture as one. Each is prepared by itself first, as bytes."""
+    found = {name: find_source(text, cache_dir, show_progress) for name, text in config.texts.items()}
+    keys = [(name, source.key) for name, source in found.items()]
+    fingerprints = [source.fingerprint for source in found.values()]
+    key, fingerprint = (hashlib.sha256(repr(own).encode()).hexdigest() for own in (keys, fingerprints))
+    mixture = Source(
+        choice=Choice("data.mixture", ", ".join(found)),
+        key=f"mixture-{key[:16]}",
+        origin="; ".join(source.origin for source in found.values()),
+        parts={name: lambda name=name: text_of(name) for name in found},
+        fingerprint=fingerprint,
+    )
+
+    def text_of(name: str) -> Iterator[bytes]:
+        corpus = load_corpus(config.texts[name], show_progress)
+        mixture.split_sizes[name] = tuple(split.bytes for split in corpus.splits.values())
+        mixture.records[name] = corpus.model_dump(include={"name", "source", "sha256"})
+        mixture.listing[name] = int(corpus.sha256[:4], 16)
+        yield from unpacked(_place(config.texts[name], show_progress)[1] / "ids.bin", kinds={})
+
+    return mixture
 
 
 def _cached(folder: Path, source: Source) -> Corpus | None:
@@ -151,12 +184,13 @@ def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bo
             raise source.choice.error(f"{problem}; convert it, or use --data.vocabulary=bytes")
         ranges = _cut(config, source, text, parts, utf8)
         pieces = partial(_pieces, text, bar)
-        vocabulary = train_vocabulary(config, utf8, pieces(ranges["train"], "reading train"))
-        splits = {}
+        training = (pieces(own["train"], "reading train") for own in ranges.values())
+        vocabulary = train_vocabulary(config, utf8, chain.from_iterable(training))
+        sizes = {part: {} for part in ranges}
         with ids.open("wb") as file:
-            for split in SPLITS:
-                split_text = pieces(ranges[split], f"encoding {split}")
-                splits[split] = _encode(split_text, split, vocabulary, file, source)
+            for split, part in product(SPLITS, ranges):
+                split_text = pieces(ranges[part][split], f"encoding {split}")
+                sizes[part][split] = _encode(split_text, split, vocabulary, file, source)
         text.unlink()
         record = {
             "format": FORMAT,
@@ -166,8 +200,11 @@ def _prepare(config: DataConfig, source: Source, folder: Path, show_progress: bo
             "sha256": sha256,
             "vocabulary": vocabulary.to_dict(),
             "ids_sha256": sha256_of(ids),
-            "splits": splits,
+            "splits": {
+                split: {unit: sum(own[split][unit] for own in sizes.values()) for unit in UNITS} for split in SPLITS
+            },
             "files": pack_listing(source.listing),
+            "sources": {part: own | {"splits": sizes[part]} for part, own in source.records.items()},
         }
         write_whole(temporary / "corpus.json", json.dumps(record, indent=2) + "\n")
         share(ids)
@@ -205,10 +242,11 @@ def _cut(
     path: Path,
     parts: dict[str, range],
     utf8: bool,
-) -> dict[str, range]:
+) -> dict[str, dict[str, range]]:
+    """The range in bytes of each split, by part."""
     if source.split_sizes:
-        bounds = [0, *accumulate(source.split_sizes)]
-        return dict(zip(SPLITS, map(range, bounds, bounds[1:]), strict=True))
+        bounds = {part: [*accumulate(sizes, initial=parts[part].start)] for part, sizes in source.split_sizes.items()}
+        return {part: dict(zip(SPLITS, map(range, own, own[1:]), strict=True)) for part, own in bounds.items()}
     size = len(parts["train"])
     if not size:
         raise source.choice.error("holds no text, apart from hidden files; give some")
@@ -229,14 +267,14 @@ def _cut(
             problem = f"its {size:,} bytes leave the {split} split empty"
             way_out = "give more text, or change data.valid_fraction and data.test_fraction"
             raise source.choice.error(f"{problem}; {way_out}")
-    return ranges
+    return {"train": ranges}
 
 
 def _encode(
     pieces: Iterable[bytes], split: str, vocabulary: Vocabulary, file: BinaryIO, source: Source
 ) -> dict[str, int]:
     """Write the ids of a split; return its sizes."""
-    sizes = {"symbols": 0, "characters": 0, "bytes": 0}
+    sizes = dict.fromkeys(UNITS, 0)
     for piece in pieces:
         try:
             ids = vocabulary.encode(piece)

@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from charlm.config import Config, DataConfig, UserError
+from charlm.config import Config, DataConfig, TextConfig, UserError
 from charlm.config.errors import first_line
 from charlm.config.types import expanded
 from charlm.data.hub import documents, open_dataset
@@ -97,9 +97,11 @@ class Source:
     """Lists the files that must not change while they are read."""
     listing: dict[str, int] = field(default_factory=dict)
     """A checksum of each, complete when all were read."""
-    split_sizes: tuple[int, int, int] | None = None
-    """Bytes of train, valid and test; None if the config's fractions decide."""
+    split_sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Bytes of train, valid and test in each part; empty if the config's fractions decide."""
     size: int | None = None
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of a mixture, name, source and sha256 of each part, complete when all were read."""
 
     def chunks(self, part: str = "train") -> Generator[bytes]:
         """The text of a part. Raises UserError if it cannot be fetched or read."""
@@ -123,6 +125,8 @@ def find_source(config: DataConfig, cache_dir: Path, show_progress: bool) -> Sou
 
 def check_outside(config: DataConfig, option: str, folder: Path) -> None:
     """Raise UserError if `folder`, the value of `option`, lies inside that of the text."""
+    for text in config.texts.values():
+        check_outside(text, option, folder)
     choice, place = _choice(config), absolute(option, folder)
     if config.corpus in PUBLISHED or not isinstance(choice.value, Path):
         return
@@ -135,10 +139,10 @@ def check_outside(config: DataConfig, option: str, folder: Path) -> None:
         raise choice.error(f"{problem}; move one of them")
 
 
-def _choice(config: DataConfig) -> Choice:
+def _choice(config: TextConfig) -> Choice:
     if config.path is not None:
         return Choice("data.path", absolute("data.path", config.path))
-    if config.corpus in (*PUBLISHED, "python-stdlib"):
+    if config.corpus in (*PUBLISHED, "python-stdlib", "mixture"):
         return Choice("data.corpus", config.corpus)
     name = config.hub_id or HUB_IDS[config.corpus]
     local = name.startswith(("/", "./", "../", "~")) or os.path.isdir(name)
@@ -160,7 +164,7 @@ def _published(config: DataConfig, choice: Choice, downloads: Path, show_progres
         origin=str(path) if is_local else published.url,
         parts={"train": lambda: _verified(text(), published)},
         fingerprint=fingerprint,
-        split_sizes=published.split_sizes,
+        split_sizes={"train": published.split_sizes},
         size=published.size,
     )
 
@@ -282,12 +286,18 @@ def absolute(option: str, path: Path | str) -> Path:
 
 def located(config: Config) -> Config:
     """The config with places that are the same from every folder, but the default cache."""
-    choice, cache_dir = _choice(config.data), config.data.cache_dir
-    places = {choice.option.removeprefix("data."): str(choice.value)} if isinstance(choice.value, Path) else {}
-    if not str(cache_dir).startswith("~"):
-        places["cache_dir"] = absolute("data.cache_dir", cache_dir)
+    mixture = {name: _located(source) for name, source in config.data.mixture.items()}
+    data = _located(config.data).replace(mixture=mixture)
+    if not str(data.cache_dir).startswith("~"):
+        data = data.replace(cache_dir=absolute("data.cache_dir", data.cache_dir))
     run = config.run.replace(dir=absolute("run.dir", config.run.dir))
-    return config.replace(data=config.data.replace(**places), run=run)
+    return config.replace(data=data, run=run)
+
+
+def _located(config: TextConfig) -> TextConfig:
+    choice = _choice(config)
+    is_local = isinstance(choice.value, Path)
+    return config.replace(**{choice.option.removeprefix("data."): str(choice.value)}) if is_local else config
 
 
 def _verified(chunks: Iterator[bytes], published: Published) -> Generator[bytes]:

@@ -18,8 +18,9 @@ ROUNDS = 8  # with fewer, not all orders of a few windows are equally likely
 
 
 def training_windows(
-    ids: np.ndarray,
+    texts: Sequence[np.ndarray],
     *,
+    shares: Sequence[float] = (1.0,),
     seed: int,
     step: int,
     batch_size: int,
@@ -33,25 +34,31 @@ def training_windows(
     keyed by (seed, step), whose raw stream numpy keeps the same between versions. Modulo the number of
     starts it is uneven by less than 2^-32 for texts below 4 billion symbols.
 
-    With a `stride` they come in epochs instead, see `epoch_starts`; so many windows as `divisor` share
-    a stride, in one step, which thus uses up batch_size / divisor strides at any window length.
+    Of several `texts`, each window is from one, drawn with probabilities `shares`.
 
-    Raises ValueError if the text is shorter than a window, or than a stride's.
+    With a `stride` they come in epochs of one text instead, see `epoch_starts`; so many windows as `divisor`
+    share a stride, in one step, which thus uses up batch_size / divisor strides at any window length.
+
+    Raises ValueError if a text is shorter than a window, or than a stride's.
     """
     offsets = np.minimum(-(-(stride or 0) * np.arange(divisor) // divisor), (stride or 1) - 1)
     span = window_length + int(offsets[-1])
-    num_starts = len(ids) - span + 1
-    if num_starts < 1:
-        raise ValueError(f"a text of {len(ids)} symbols holds no window of {span}")
+    num_starts = np.array(list(map(len, texts)), np.uint64) - span + 1
+    if min(map(len, texts)) < span:
+        raise ValueError(f"a text of {min(map(len, texts))} symbols holds no window of {span}")
+    texts_B = np.zeros(batch_size, np.int64)
     if stride is None:
-        generator = np.random.Philox(key=np.array([seed, step], dtype=np.uint64))
-        starts_B = (generator.random_raw(batch_size) % num_starts).astype(np.int64)
+        key = np.array([seed, step], dtype=np.uint64)
+        # Far behind the draws of the starts, which count from 0.
+        chances_B = np.random.Philox(key=key, counter=1 << 192).random_raw(batch_size) / 2.0**64
+        texts_B = np.searchsorted(np.cumsum(shares)[:-1], chances_B, side="right")
+        starts_B = np.random.Philox(key=key).random_raw(batch_size) % num_starts[texts_B]
     else:
         count = batch_size // divisor
-        strides = epoch_starts(num_starts, stride, seed=seed, first=step * count, count=count)
+        strides = epoch_starts(int(num_starts[0]), stride, seed=seed, first=step * count, count=count)
         starts_B = np.add.outer(strides, offsets).ravel()
-    windows = [ids[start : start + window_length] for start in starts_B]
-    return np.stack(windows).astype(np.int64)
+    places = zip(texts_B, starts_B.tolist(), strict=True)
+    return np.stack([texts[text][start : start + window_length] for text, start in places]).astype(np.int64)
 
 
 def epoch_starts(num_starts: int, stride: int, *, seed: int, first: int, count: int) -> np.ndarray:

@@ -37,6 +37,8 @@ def early_exit(
     everything, at 1 the first exit. `protocol` and errors are those of `charlm.bits_per_character`;
     UserError also if only the last layer has a head.
     """
+    if corpus.sources:
+        raise UserError("early exit: scores one text; name a source of the mixture", "source")
     scorer = Scorer(trained, corpus, **protocol)
     layers = _exits(trained)
     models = (trained.transformer, trained.heads)

@@ -5,8 +5,9 @@ Costs are float64 nats, added exactly (`math.fsum`) and divided once.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import mul
 from typing import Any, Literal
 
 import numpy as np
@@ -73,6 +74,8 @@ class Score:
     compressed_bytes: int | None = None
     """Bytes that the bits of all symbols fill, if scored as a compressor."""
     early_exit: EarlyExit | None = None
+    sources: dict[str, float] | None = None
+    """Bits per character of each source, if the corpus is a mixture."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, without optional fields that are None."""
@@ -119,7 +122,7 @@ def bits_per_character(
     models = (trained.transformer, trained.heads)
     layers = exit_layers(trained) if all_layers else weights
     with full_fp32_matmul(trained.device):
-        nats = negative_log_likelihoods(*models, scorer.ids, layers=layers, **scorer.options)
+        nats = negative_log_likelihoods(*models, scorer.ids, layers=layers, lengths=scorer.lengths, **scorer.options)
     return scorer.score(
         mixture_nats(nats, weights) if mixture else nats[last],
         layers=scorer.by_layer(nats) if all_layers else None,
@@ -127,7 +130,32 @@ def bits_per_character(
     )
 
 
-class Scorer:
+class ScoredText:
+    """The beginning of a split, of a mixture that of each source."""
+
+    def __init__(self, corpus: Corpus, shares: Sequence[float], split: str, symbols: int | None):
+        """A source counts by its share, one of `shares`. UserError if no character begins in a text."""
+        texts = corpus.texts(split, symbols)
+        self.ids, self.lengths = np.concatenate(texts), list(map(len, texts))
+        self.names, self.shares, self.vocabulary = list(corpus.sources or [corpus.name]), shares, corpus.vocabulary
+        self.units = [count_units(ids, corpus.vocabulary) for ids in texts]
+        self.characters, self.bytes = map(sum, zip(*self.units, strict=True))
+
+    def split(self, values_N: np.ndarray) -> list[np.ndarray]:
+        """The values of each source."""
+        return np.split(values_N, np.cumsum(self.lengths[:-1], dtype=int))
+
+    def by_source(self, nats_N: np.ndarray, unit: int = 0) -> dict[str, float]:
+        """Bits per character of each source; per byte if `unit` is 1."""
+        parts = zip(self.names, self.split(nats_N), self.units, strict=True)
+        return {name: bits_per(nats, counts[unit]) for name, nats, counts in parts}
+
+    def bits(self, nats_N: np.ndarray, unit: int = 0) -> float:
+        """Their mean by weight."""
+        return math.fsum(map(mul, self.shares, self.by_source(nats_N, unit).values()))
+
+
+class Scorer(ScoredText):
     """A text to score and the protocol; arguments and errors as for `bits_per_character`."""
 
     def __init__(
@@ -142,7 +170,8 @@ class Scorer:
         show_progress: bool = True,
     ):
         self.started = time.perf_counter()
-        if corpus.sha256 != trained.corpus["sha256"] or corpus.vocabulary != trained.vocabulary:
+        known = [trained.corpus, *trained.corpus.get("sources", {}).values()]
+        if corpus.sha256 not in [one["sha256"] for one in known] or corpus.vocabulary != trained.vocabulary:
             own = f"{trained.corpus['name']} ({trained.corpus['sha256'][:12]})"
             raise UserError(
                 f"corpus={corpus.name} ({corpus.sha256[:12]}): the model was trained on {own}, another "
@@ -165,8 +194,8 @@ class Scorer:
             "show_progress": show_progress,
         }
         """Options of `predictions`."""
-        self.ids, self.vocabulary = corpus.splits[split].ids[:limit], corpus.vocabulary
-        self.characters, self.bytes = count_units(self.ids, self.vocabulary)
+        shares = trained.config.data.shares if corpus.sources else (1.0,)
+        super().__init__(corpus, shares, split, limit)
         self.protocol = {
             "split": split,
             "stride": self.options["stride"],
@@ -179,14 +208,17 @@ class Scorer:
 
     def by_layer(self, nats: Mapping[int, np.ndarray]) -> dict[str, float]:
         """Bits per character of each layer, in ascending order."""
-        return {str(layer): bits_per(nats[layer], self.characters) for layer in sorted(nats)}
+        return {str(layer): self.bits(nats[layer]) for layer in sorted(nats)}
 
     def score(self, nats_N: np.ndarray, **fields: Any) -> Score:
         """The score of the costs of all symbols, with further `fields`."""
+        pairs = zip(self.split(nats_N), self.split(self.ids), strict=True)
+        errors = [standard_error(*pair, self.vocabulary) for pair in pairs]
         return Score(
-            bits_per_character=bits_per(nats_N, self.characters),
-            bits_per_byte=bits_per(nats_N, self.bytes),
-            standard_error=standard_error(nats_N, self.ids, self.vocabulary),
+            bits_per_character=self.bits(nats_N),
+            bits_per_byte=self.bits(nats_N, 1),
+            standard_error=None if None in errors else math.hypot(*map(mul, self.shares, errors)),
+            sources=self.by_source(nats_N) if len(self.names) > 1 else None,
             symbols=len(self.ids),
             characters=self.characters,
             bytes=self.bytes,
@@ -196,10 +228,10 @@ class Scorer:
 
 
 def score_at(score: Score, depth: int) -> dict[str, Any]:
-    """The score of one layer, for the card of a model that ends there."""
+    """The score of one layer, for the card of a model that ends there; of a mixture not per byte."""
     bits = score.layers[str(depth)]
-    per_byte = bits * score.characters / score.bytes
-    own = {"bits_per_character": bits, "bits_per_byte": per_byte, "standard_error": None}
+    per_byte = None if score.sources else bits * score.characters / score.bytes
+    own = {"bits_per_character": bits, "bits_per_byte": per_byte, "standard_error": None, "sources": None}
     return replace(score, **own, layers=None).as_dict()
 
 

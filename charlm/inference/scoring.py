@@ -7,7 +7,7 @@ M predictions of a batch, L layers asked for, K figures of a prediction.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -56,12 +56,14 @@ def negative_log_likelihoods(
     ids: np.ndarray,
     *,
     layers: Iterable[int] | None = None,
+    lengths: Sequence[int] = (),
     **options,
 ) -> dict[int, np.ndarray]:
-    """Nats of each symbol, {layer: float64 [N]}; options as for `predictions`."""
+    """Nats of each symbol, {layer: float64 [N]}; options as for `predictions`. Texts of `lengths` are read apart."""
     layers = sorted(layers) if layers is not None else [transformer.config.num_layers]
-    nats_L1N = measure_text(transformer, heads, ids, layers=layers, **options)
-    return dict(zip(layers, nats_L1N[:, 0], strict=True))
+    texts = np.split(ids, np.cumsum(lengths[:-1], dtype=int))
+    nats = [measure_text(transformer, heads, text, layers=layers, **options)[:, 0] for text in texts]
+    return dict(zip(layers, np.concatenate(nats, axis=1), strict=True))
 
 
 def measure_text(transformer: CharTransformer, heads: Heads, ids: np.ndarray, **options) -> np.ndarray:

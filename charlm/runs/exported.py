@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from charlm.config import Config, DataConfig, RunConfig, UserError
+from charlm.config import Config, DataConfig, RunConfig, TextConfig, UserError
 from charlm.config.errors import first_line
 from charlm.config.load import load_config
 from charlm.data.vocabulary import vocabulary_from_dict
@@ -35,6 +35,7 @@ CARD = "README.md"
 FILES = (EXPORT_CONFIG, TENSORS, VOCABULARY)
 MAX_CONFIG_BYTES = 2**20
 MAX_OFFSET = 1000
+PUBLIC = {"name": True, "sha256": True, "splits": True, "sources": {"__all__": {"name", "sha256", "splits"}}}
 CARD_TEMPLATE = Path(__file__).with_name("card.md")
 
 Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
@@ -69,7 +70,7 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
 
 def files_of(trained: TrainedModel, name: str, use: str = "charlm", **entries: Any) -> dict[str, str]:
     """The texts of an exported folder by file; `use` as for `card`, and `entries` go into config.json."""
-    corpus, heads = trained.corpus, {"head", "tower_width", "tower_dropout"}
+    heads = {"head", "tower_width", "tower_dropout"}
     included = {"model": True, "data": True, "aux": {"layers": heads}}
     options = portable(trained.config).model_dump(mode="json", include=included, exclude={"data": {"cache_dir"}})
     record = {
@@ -80,7 +81,7 @@ def files_of(trained: TrainedModel, name: str, use: str = "charlm", **entries: A
         "hedge_weights": trained.hedge_weights,
         "checkpoint": trained.checkpoint,
         "step": trained.step,
-        "corpus": {key: corpus[key] for key in ("name", "sha256", "splits") if key in corpus},
+        "corpus": CorpusRecord(**trained.corpus).model_dump(include=PUBLIC, exclude_unset=True),
         "scores": trained.scores,
         "trained_with": trained_with(trained),
         "started_from": trained.started_from,
@@ -148,6 +149,8 @@ def read_model(folder: Path, device: torch.device) -> TrainedModel:
 def card(trained: TrainedModel, name: str, use: str = "charlm", library: str = "charlm") -> str:
     """The model card; `use` names the file charlm/runs/use_*.md that shows how it is loaded with `library`."""
     scores = "\n".join(map(_score_line, trained.scores))
+    pairs = zip(trained.config.data.mixture.items(), trained.corpus.get("sources", {}).values(), strict=False)
+    sources = [f"\n- {name}, weight {own.weight:g}: SHA-256 {one['sha256']}" for (name, own), one in pairs]
     prompt = any_prompt(trained)
     origin = ", ".join(f"{key} {own}" for key, own in trained.started_from.items())
     shown = CARD_TEMPLATE.with_name(f"use_{use}.md").read_text("utf-8").strip()
@@ -160,6 +163,7 @@ def card(trained: TrainedModel, name: str, use: str = "charlm", library: str = "
         model=trained.config.model,
         vocabulary=trained.vocabulary,
         length=trained.config.model.context_length // 2,
+        sources="".join(sources),
         parameters=sum(parameter.numel() for parameter in trained.modules.parameters()),
         origin=f" It began with the weights of another model: {origin}." if origin else "",
         scores=scores or "Nothing yet: `scripts/export.py --score test` measures it.",
@@ -181,13 +185,17 @@ def _score_line(score: dict[str, Any]) -> str:
 
 def portable(config: Config) -> Config:
     """The config without paths of this machine; of files and folders the names stay."""
-    data = config.data
-    hub_id = data.hub_id
+    mixture = {name: _portable(source) for name, source in config.data.mixture.items()}
+    data = _portable(config.data).replace(mixture=mixture, cache_dir=DataConfig().cache_dir)
+    return config.replace(data=data, run=RunConfig())
+
+
+def _portable(text: TextConfig) -> TextConfig:
+    hub_id = text.hub_id
     if hub_id is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id, re.ASCII):
         hub_id = Path(hub_id).name
-    path = None if data.path is None else Path(data.path.name)
-    data = data.replace(path=path, hub_id=hub_id, cache_dir=DataConfig().cache_dir)
-    return config.replace(data=data, run=RunConfig())
+    path = None if text.path is None else Path(text.path.name)
+    return text.replace(path=path, hub_id=hub_id)
 
 
 def config_of(record: ModelRecord, path: Path) -> Config:

@@ -60,6 +60,7 @@ class CorpusRecord(BaseModel, strict=True, extra="allow"):
     sha256: Visible
     vocabulary: dict[str, Any] | None = None
     splits: dict[str, dict[str, PositiveInt]] | None = None
+    sources: dict[str, "CorpusRecord"] = {}
 
 
 class Provenance(BaseModel, strict=True, extra="allow"):

@@ -38,7 +38,7 @@ def with_steps(
     else:
         scale = accelerator.scaler.state_dict() if accelerator.scaler else {}
         objective, *others = build(config, corpus, accelerator)
-        tracker = Tracker(run, config, corpus.splits["train"], objective.terms, state := TrainState(), main=False)
+        tracker = Tracker(run, config, corpus, objective.terms, state := TrainState(), main=False)
         writer = SimpleNamespace(wait=lambda: None, save=lambda *_: None)
         trial = kind(config, corpus, accelerator, objective, *others, state, tracker, writer, stop)
         steps = _steps_that_fit(trial, began)

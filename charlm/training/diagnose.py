@@ -41,8 +41,7 @@ def diagnose(
     `objective` must not be in DDP, whose reducer would see the gradients.
     """
     train = config.train
-    ids = corpus.splits["valid"].ids
-    text = ids[: min(train.valid_symbols, SYMBOLS)]
+    text = np.concatenate(corpus.texts("valid", min(train.valid_symbols, SYMBOLS)))
     autocast_dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision)
     eager = torch.compiler.set_stance("force_eager") if choose_compile(train, accelerator.device) else nullcontext()
     objective.eval()
@@ -53,7 +52,8 @@ def diagnose(
         bits = bits_per_head(objective, text, characters, autocast_dtype)
         record = {"symbols": len(text), "bits_per_character": bits}
         if not is_sharded(objective):
-            part = ids[: max(train.valid_symbols, objective.window_length)]
+            symbols = max(train.valid_symbols, objective.window_length * len(config.data.shares))
+            part = np.concatenate(corpus.texts("valid", symbols))
             windows = spread_windows(part, WINDOWS, objective.window_length)
             record["windows"] = WINDOWS
             record |= gradient_figures(

@@ -36,7 +36,7 @@ class Losses:
 def micro_batches(
     config: Config,
     micro_batch_size: int | None,
-    ids: np.ndarray,
+    texts: list[np.ndarray],
     accelerator: Accelerator,
     objective: Objective,
     step: int,
@@ -45,7 +45,8 @@ def micro_batches(
     train = config.train
     divisor = train.context_divisor if step / train.steps < train.full_context_from else 1
     windows = training_windows(
-        ids,
+        texts,
+        shares=config.data.shares,
         seed=train.seed,
         step=step,
         batch_size=train.batch_size * divisor,
@@ -56,7 +57,7 @@ def micro_batches(
     shares = np.array_split(windows, accelerator.num_processes)
     own = torch.from_numpy(shares[accelerator.process_index])
     if accelerator.device.type == "cuda":  # narrow and pinned, so that copying does not wait
-        own = torch.from_numpy(own.numpy().astype(ids.dtype)).pin_memory()
+        own = torch.from_numpy(own.numpy().astype(texts[0].dtype)).pin_memory()
     parts = own.split((micro_batch_size or len(own)) * divisor)
     return [(len(windows_BW) / len(windows), windows_BW) for windows_BW in parts]
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import mul
 from typing import Any
 from uuid import uuid4
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from charlm.config import Config, UserError, flatten
 from charlm.config.errors import shown
-from charlm.data.corpus import Split
+from charlm.data.corpus import Corpus
 from charlm.files import write_whole
 from charlm.objective.hedge import Hedge
 from charlm.objective.terms import Term, active
@@ -30,10 +31,12 @@ from charlm.training.update import StepReport
 class Tracker:
     """Writes metrics and shows progress, on the main process only."""
 
-    def __init__(self, run: Run, config: Config, split: Split, terms: Sequence[Term], state: TrainState, main: bool):
+    def __init__(self, run: Run, config: Config, corpus: Corpus, terms: Sequence[Term], state: TrainState, main: bool):
         """Raises UserError if one of run.tracker does not start."""
         self.run, self.terms, self.main = run, terms, main
-        self.bits_per_nat = split.symbols / split.characters / math.log(2)
+        splits = [source["splits"]["train"] for source in corpus.sources.values()]
+        ratios = [split["symbols"] / split["characters"] for split in splits or [dict(corpus.splits["train"])]]
+        self.bits_per_nat = sum(map(mul, config.data.shares, ratios)) / math.log(2)
         self.total_steps = config.train.steps
         self.symbols_per_step = config.train.batch_size * config.model.context_length
         main_head = f"layer{config.model.num_layers}/offset1"
@@ -105,9 +108,13 @@ class Tracker:
         self.bar.set_description_str(self.shown, refresh=False)
         self.bar.update(step - self.bar.n)
 
-    def log_validation(self, step: int, bits_per_character: float, bits_per_byte: float, best: bool) -> None:
-        """Record a validation."""
+    def log_validation(
+        self, step: int, bits_per_character: float, bits_per_byte: float, best: bool, sources: dict[str, float]
+    ) -> None:
+        """Record a validation. Of a mixture, `sources` are the bits per character of each."""
         valid = {"bits_per_character": bits_per_character, "bits_per_byte": bits_per_byte}
+        if len(sources) > 1:
+            valid |= {f"bits_per_character/{name}": bits for name, bits in sources.items()}
         self.record(step, {"seconds": self.seconds, "valid": valid})
         mark = " (best so far)" if best else ""
         self.say(f"step {step}: valid {bits_per_character:.4f} bits per character{mark}")

@@ -14,7 +14,7 @@ from charlm.config import Config, Stopped, UserError, steps_of
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.data.sources import check_outside
 from charlm.data.windows import default_stride
-from charlm.inference.evaluation import bits_per, count_units
+from charlm.inference.evaluation import ScoredText
 from charlm.inference.scoring import AUTOCAST_DTYPES, negative_log_likelihoods
 from charlm.objective.objective import Objective
 from charlm.objective.routes import Joint
@@ -67,7 +67,7 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
             restored = *route.optimizers, average
             run, state, news = stack.enter_context(open_run(config, corpus, accelerator, objective, restored))
             state.seconds += seconds
-            tracker = Tracker(run, config, corpus.splits["train"], objective.terms, state, main)
+            tracker = Tracker(run, config, corpus, objective.terms, state, main)
             stack.enter_context(closing(tracker))
             for line in describe(config, corpus, objective, accelerator, precision_reason) + news:
                 tracker.say(line)
@@ -153,8 +153,8 @@ class Training:
         step, size = self.state.step, self.micro_batch_size
         progress = step / config.train.steps
         factor = learning_rate_factor(config.train, step)
-        ids = self.corpus.splits["train"].ids
-        windows = micro_batches(config, size, ids, accelerator, self.objective, step)
+        texts = self.corpus.texts("train")
+        windows = micro_batches(config, size, texts, accelerator, self.objective, step)
         passes = route.passes(progress)
         for number, layers in enumerate(passes, start=1):
             losses = accumulate_gradients(config, accelerator, self.model, route, step, windows, layers)
@@ -210,24 +210,24 @@ class Training:
     def validate(self) -> None:
         """Score the validation split, and save."""
         config, state = self.config, self.state
-        ids = self.corpus.splits["valid"].ids[: config.train.valid_symbols]
+        text = ScoredText(self.corpus, config.data.shares, "valid", config.train.valid_symbols)
         with self.tracker.speed_paused("validating"):
             with self.average, unsharded(self.objective):
                 nats = negative_log_likelihoods(
                     self.objective.transformer,
                     self.objective.heads,
-                    ids,
+                    text.ids,
+                    lengths=text.lengths,
                     stride=default_stride(config.model.context_length),
                     autocast_dtype=AUTOCAST_DTYPES.get(self.accelerator.mixed_precision),
                     before_batch=self.stop.check,
                 )[config.model.num_layers]
-            characters, num_bytes = count_units(ids, self.corpus.vocabulary)
-            bits = bits_per(nats, characters)
+            bits = text.bits(nats)
             best = bits < (float("inf") if state.best_bits is None else state.best_bits)
             if best:
                 state.best_step, state.best_bits = state.step, bits
             state.validated_step = state.step
-            self.tracker.log_validation(state.step, bits, bits_per(nats, num_bytes), best)
+            self.tracker.log_validation(state.step, bits, text.bits(nats, 1), best, text.by_source(nats))
             self.save(best)
 
     def save(self, best: bool = False) -> None:

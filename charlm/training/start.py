@@ -69,9 +69,10 @@ def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator
     train, length = config.train, objective.window_length
     num_processes = accelerator.num_processes
     check_route(config, accelerator.mixed_precision, sharded)
-    for name, split in corpus.splits.items():
-        if split.symbols < length:
-            text = f"its {name} split of {split.symbols} symbols is shorter than a window of {length}"
+    for name in corpus.splits:
+        shortest = min(map(len, corpus.texts(name)))
+        if shortest < length:
+            text = f"its {name} split of {shortest} symbols is shorter than a window of {length}"
             way_out = f"raise --data.{name}_fraction or --data.{name}_split"
             if name == "train":
                 way_out = "lower --data.valid_fraction or --data.test_fraction"

@@ -59,7 +59,7 @@ def train_peer(trial: Trial, timer: Timer) -> None:
     batches = [
         torch.from_numpy(
             training_windows(
-                ids, seed=trial.seed, step=step, batch_size=shape.batch_size, window_length=shape.context_length + 1
+                [ids], seed=trial.seed, step=step, batch_size=shape.batch_size, window_length=shape.context_length + 1
             )
         ).to(trial.device)
         for step in range(NUM_BATCHES)

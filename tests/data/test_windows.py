@@ -26,7 +26,7 @@ def philox4x64(counter: list[int], key: list[int]) -> list[int]:
 
 def starts(num_symbols: int, **arguments) -> list[int]:
     """Where the windows of a text of `num_symbols` begin: its symbols are their own positions."""
-    return training_windows(np.arange(num_symbols), **arguments)[:, 0].tolist()
+    return training_windows([np.arange(num_symbols)], **arguments)[:, 0].tolist()
 
 
 def test_starts_come_from_the_published_generator():
@@ -43,7 +43,7 @@ def test_starts_come_from_the_published_generator():
 def test_windows_are_stretches_of_the_text():
     """Symbols skipped, repeated, wrapped around or cut to the type of the file."""
     text = np.random.default_rng(0).integers(256, size=300).astype(np.uint8)
-    windows_BW = training_windows(text, seed=1, step=2, batch_size=5, window_length=20)
+    windows_BW = training_windows([text], seed=1, step=2, batch_size=5, window_length=20)
     assert windows_BW.shape == (5, 20)
     assert windows_BW.dtype == np.int64
     begins = starts(300, seed=1, step=2, batch_size=5, window_length=20)
@@ -78,6 +78,28 @@ def test_a_text_shorter_than_a_window_is_refused():
     """A negative number of starts, taken modulo."""
     with pytest.raises(ValueError, match="a text of 19 symbols holds no window of 20"):
         starts(19, seed=0, step=0, batch_size=1, window_length=20)
+
+
+def test_texts_are_drawn_by_weight():
+    """Guards against shares given to other texts, a text that is never drawn, a place that depends on the text, and
+    draws that depend on other windows. Texts are told apart by their size: symbols are positions, plus 1,000 each."""
+    texts, shares = [np.arange(size) + 1000 * text for text, size in enumerate((40, 500, 90))], (0.25, 0.7, 0.05)
+    counts = Counter()
+    for seed, step in [(0, 0), (7, 11), (2**63 - 1, 8_000_000), *((1, step) for step in range(300))]:
+        arguments = {"shares": shares, "seed": seed, "step": step, "window_length": 19}
+        found = training_windows(texts, batch_size=8, **arguments)
+        places = philox4x64([1, 0, 0, 0], [seed, step]) + philox4x64([2, 0, 0, 0], [seed, step])
+        chances = philox4x64([1, 0, 0, 1], [seed, step]) + philox4x64([2, 0, 0, 1], [seed, step])
+        for window, place, chance in zip(found.tolist(), places, chances, strict=True):
+            text = (chance >= 0.25 * 2**64) + (chance >= 0.95 * 2**64)
+            start = 1000 * text + place % (len(texts[text]) - 19 + 1)
+            assert window == list(range(start, start + 19))
+            counts[text] += 1
+        assert training_windows(texts, batch_size=3, **arguments).tolist() == found[:3].tolist()
+    for text, share in enumerate(shares):  # within four standard deviations
+        assert abs(counts[text] - 2424 * share) < 4 * (2424 * share * (1 - share)) ** 0.5
+    with pytest.raises(ValueError, match="a text of 40 symbols holds no window of 41"):
+        training_windows(texts, shares=shares, seed=0, step=0, batch_size=1, window_length=41)
 
 
 def permutation(size: int, keys: list[int]) -> list[int]:

@@ -175,7 +175,7 @@ def test_leaves_no_trace():
     marked = objective.transformer.embedding.weight.grad = torch.ones(V, 8)
     random = torch.get_rng_state()
     vocabulary = SimpleNamespace(count_characters=len, decode=lambda ids: bytes(len(ids)))
-    corpus = SimpleNamespace(splits={"valid": SimpleNamespace(ids=random_ids(100))}, vocabulary=vocabulary)
+    corpus = SimpleNamespace(texts=lambda split, symbols: [random_ids(100)[:symbols]], vocabulary=vocabulary)
     accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16", scaler=None, num_processes=1)
     config = Config(train=TrainConfig(batch_size=3))
     found = diagnose(config, corpus, objective, accelerator, 0.0)

@@ -43,10 +43,11 @@ def build_tracker(tmp_path, clock):
         run=RunConfig(dir=tmp_path / "run"),
     )
     run, terms = Run.create(config, {}), build_terms(AuxConfig(), 2)
-    split = SimpleNamespace(symbols=2 * math.log(2), characters=1)  # two bits per nat
+    split = {"symbols": 2 * math.log(2), "characters": 1}  # two bits per nat
+    corpus = SimpleNamespace(sources={}, splits={"train": split})
 
     def build(step: int = 0, seconds: float = 0.0, main: bool = True) -> Tracker:
-        return Tracker(run, config, split, terms, TrainState(step=step, seconds=seconds), main)
+        return Tracker(run, config, corpus, terms, TrainState(step=step, seconds=seconds), main)
 
     return build
 
@@ -100,11 +101,21 @@ def test_validation_rows_by_hand(build_tracker, clock, capfd):
     """Guards against validations missing from the log, and lines that do not say which checkpoint is the best."""
     tracker = build_tracker()
     clock.now += 7.0
-    tracker.log_validation(4, 2.5, 2.25, best=True)
-    tracker.log_validation(8, 2.75, 2.5, best=False)
+    tracker.log_validation(4, 2.5, 2.25, best=True, sources={"text": 2.5})
+    tracker.log_validation(8, 2.75, 2.5, best=False, sources={"a": 2.5, "b": 3.5})
     assert rows(tracker) == [
         {"step": 4, "progress": 0.5, "seconds": 7.0, "valid": {"bits_per_character": 2.5, "bits_per_byte": 2.25}},
-        {"step": 8, "progress": 1.0, "seconds": 7.0, "valid": {"bits_per_character": 2.75, "bits_per_byte": 2.5}},
+        {
+            "step": 8,
+            "progress": 1.0,
+            "seconds": 7.0,
+            "valid": {
+                "bits_per_character": 2.75,
+                "bits_per_byte": 2.5,
+                "bits_per_character/a": 2.5,
+                "bits_per_character/b": 3.5,
+            },
+        },
     ]
     assert capfd.readouterr() == (
         "",
@@ -179,7 +190,7 @@ def test_rows_outside_a_terminal(main, build_tracker, clock, capfd):
     clock.now += 1.0
     tracker.log_training(update(2, 9.0, 1.5, 2.0), 0.125)
     tracker.record(2, {"diagnostics": {}})
-    tracker.log_validation(4, 2.5, 2.25, best=True)
+    tracker.log_validation(4, 2.5, 2.25, best=True, sources={"text": 2.5})
     tracker.record(5, {"skipped": 1})
     tracker.say("step 5: skipped")
     tracker.close()

@@ -62,7 +62,7 @@ def test_the_first_step_is_what_the_config_says(tmp_path, text_corpus_flags):
     torch.manual_seed(7)
     objective = build_objective(config, 256)
     ids = load_corpus(config.data).splits["train"].ids
-    windows = torch.from_numpy(training_windows(ids, seed=7, step=0, batch_size=4, window_length=18))
+    windows = torch.from_numpy(training_windows([ids], seed=7, step=0, batch_size=4, window_length=18))
     report = objective(windows, 0.0)
     report.total.backward()
     expected = {

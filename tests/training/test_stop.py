@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def at(monkeypatch):
     """Raise a signal when one of the loop's functions is called for the n-th time."""
 
     def arrange(where: str, call: int, number: signal.Signals) -> None:
-        plain, calls = getattr(sys.modules["charlm.training.loop"], where), iter(range(1, 10_000))
+        plain, calls = attrgetter(where)(sys.modules["charlm.training.loop"]), iter(range(1, 10_000))
 
         def signalling(*arguments, **options):
             if next(calls) == call:
@@ -71,7 +72,7 @@ def at(monkeypatch):
     [
         ("accumulate_gradients", 8, 8),  # in the eighth step, which is completed
         ("accumulate_gradients", 1, 1),
-        ("count_units", 2, 10),  # behind the second validation: its own checkpoint is enough
+        ("ScoredText.bits", 3, 10),  # behind the second validation: its own checkpoint is enough
         ("negative_log_likelihoods", 2, 10),  # which is broken off
         ("take_snapshot", 3, 15),
     ],

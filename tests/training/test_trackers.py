@@ -193,7 +193,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(fails, fakes, tmp_path, text_
 
 def test_trackers_are_finished_when_training_fails(fakes, tmp_path, text_corpus_flags, monkeypatch):
     """Guards against a record that stays open, or is lost, when the run ends by an exception."""
-    monkeypatch.setattr(loop, "count_units", lambda *_: 1 / 0)
+    monkeypatch.setattr(loop, "ScoredText", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path / "run", *text_corpus_flags, "--run.tracker=wandb")
     assert [fake.calls for fake in fakes.made] == [["start", 2, 4, "finish"]]

@@ -38,6 +38,11 @@ def protocols(run: Metrics, probe: Probe) -> dict[str, dict[str, str]]:
             "corpus": f"{record.get('corpus/name')} (SHA-256 {record.get('corpus/sha256')})",
         }
     }
+    for (name, source), share in zip(run.config.data.mixture.items(), run.config.data.shares, strict=False):
+        origin = f"{source.corpus} (SHA-256 {record.get(f'corpus/sources/{name}/sha256')})"
+        _, bits = run.points(f"valid/bits_per_character/{name}")
+        newest = "".join(f", {last:.4f} bits per character at the last validation" for last in bits[-1:])
+        found["Validation"][f"source {name}"] = f"{share:.1%} of the windows, {origin}{newest}"
     if score := probe.score:
         sizes = f"{score.characters:,} characters, {score.bytes:,} bytes"
         found["Validation, by this page"] = {
