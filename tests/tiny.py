@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,6 +90,14 @@ def run_script(name: str | Path, *arguments: str) -> int:
         with pytest.raises(SystemExit) as exit_info:
             runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
     return exit_info.value.code
+
+
+def script_names(name: str) -> SimpleNamespace:
+    """The names in scripts/NAME.py, without a run of it. As a module it would hide its options from `run_script`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("charlm.cli.script", lambda main: None)
+        patch.setattr(sys, "path", list(sys.path))
+        return SimpleNamespace(**runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__"))
 
 
 def table_cells(text: str) -> list[list[str]]:

@@ -148,6 +148,79 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
     )
 
 
+def step_memory(config: Config, objective: Objective, windows: int, processes: int = 1) -> int:
+    """Peak bytes of a step on each GPU, whose passes have `windows` of full length; exact to 5 %.
+
+    Parameters and optimizer state stay. Beside them are most bytes where heads compute their losses
+    after the blocks, where the last block is recomputed, or in the update. Compiled blocks keep less.
+    """
+    model, train, transformer = config.model, config.train, objective.transformer
+    half, inside = _product_bytes(train), transformer.blocks
+    moments, cost, parameters = _moments(objective, train), route_cost(config, objective), num_parameters(objective)
+    state = parameters + cost.gradients + cost.optimizer_state + cost.copies
+    state += sum(count * parameter.numel() for parameter, count in moments.items())
+    positions = windows * model.context_length
+    sparse = num_parameters(*(own for own in transformer.modules() if getattr(own, "sparse", False)))
+    update, muon = 4 * (parameters - sparse), [p.numel() for p in inside[0].parameters() if p.ndim == 2]
+    if train.optimizer == "muon":  # four copies of the matrices of a shape
+        update += 16 * len(inside) * max(4 * muon[0], *muon)
+    more = 0
+    if processes > 1 and train.sharding == "fsdp2":  # what is outside of blocks stays gathered, in two copies
+        state, update = state / processes, update / processes
+        more = 8 * (parameters - num_parameters(inside))
+    elif processes > 1:  # buckets of DDP
+        more = 4 * parameters
+    accumulated = update if train.batch_size > windows * processes else 0
+    block, exits, losses = kept_bytes(config, objective)
+    stored = 4 * model.d_model if train.activation_checkpointing else block
+    forward = _matrices(inside) * (half if half < 4 else 0) + positions * (len(inside) * stored + exits)
+    recomputed = block + 2 * half * model.d_ff - exits / 2 if train.activation_checkpointing else 0
+    passes = accumulated + forward + positions * max(losses, recomputed)
+    return round(4 * state + more + max(update, passes))
+
+
+def kept_bytes(config: Config, objective: Objective) -> tuple[int, float, float]:
+    """Bytes per position that a block and all heads keep for the backward pass, and of the losses of one layer.
+
+    Numbers of products have 2 bytes under autocast, those between blocks and in norms 4.
+    """
+    model, half = config.model, _product_bytes(config.train)
+    D, F, T = model.d_model, model.d_ff, model.context_length
+    drops = model.activation_dropout > 0
+    attention = 6 + 2 * (model.position_encoding == "rotary")  # both norms, q, k, v, the output; q and k rotated
+    inner = 1 + (drops or model.activation != "relu")
+    masks = 2 * D * (model.residual_dropout > 0) + F * drops
+    block = 2 * (4 * D + 8) + half * (attention * D + inner * F) + 4 * model.num_heads + masks
+    exits, losses = 0.0, 0.0
+    rows = active_by_layer(objective.terms, 0.0)
+    for layer, own in rows.items():
+        predictions = [term for term, _ in own if term.task is None]
+        share = 1 if any(term.positions == "all" for term in predictions) else 1 / T
+        logits = len({term.offset for term in predictions}) * objective.transformer.vocabulary_size
+        # The next block keeps what heads read, unless it adds a position table.
+        apart = model.position_encoding == "per_layer" or (model.norm == "pre" and layer == model.num_layers)
+        exits += share * half * D + 4 * D * apart
+        losses = max(losses, share * (8 + half) * logits)
+    return block, exits, losses + 4 * D + (4 * D if len(rows) > 1 else half * D)
+
+
+def step_work(config: Config, objective: Objective, positions: int) -> tuple[float, float]:
+    """FLOPs and bytes of a step while most losses are on, recomputation included.
+
+    Kernels beside products pass 8 times over what is kept for the backward pass: within 30 %.
+    """
+    active = [term for term in objective.terms if term.weight.at_next_turn(0.0) != 0.0]
+    depth = max(term.layer for term in active)
+    block, exits, _ = kept_bytes(config, objective)
+    again = 4 / 3 if config.train.activation_checkpointing else 1
+    flops = positions * training_flops(objective.transformer, objective.heads, active)
+    return again * flops, again * 8 * positions * (depth * block + exits) + 32 * num_parameters(objective)
+
+
+def _product_bytes(train: TrainConfig) -> int:
+    return 4 if train.mixed_precision == "fp32" else 2
+
+
 def _head_matrices(heads: Heads, rows: Sequence[Term], context_length: int) -> float:
     """Matrix parameters that a layer's predictions use per position."""
     predictions = [term for term in rows if term.task is None]

@@ -12,6 +12,7 @@ from charlm.data.vocabulary import ByteVocabulary
 from charlm.model.heads import Heads
 from charlm.objective.build import build_objective
 from charlm.objective.count import RouteCost, inference_flops, num_parameters, route_cost, training_flops
+from charlm.objective.objective import Objective
 from charlm.objective.routes import check_route
 from charlm.objective.schedules import Schedule
 from charlm.objective.terms import Term
@@ -62,8 +63,8 @@ class Explanation:
         return "\n".join([*_summary(self), "", *table])
 
 
-def explain(config: Config) -> Explanation:
-    """Build the model of `config` on the meta device, and count.
+def meta_objective(config: Config) -> tuple[Objective, bool]:
+    """The objective on the meta device, and whether its vocabulary is known; else that of bytes is taken.
 
     Raises UserError if every loss has weight zero at some time, for a route that cannot be taken,
     and for a task that is not registered.
@@ -73,8 +74,15 @@ def explain(config: Config) -> Explanation:
     corpus = None if is_bytes else prepared_corpus(config.data)
     vocabulary_size = corpus.vocabulary.size if corpus else ByteVocabulary().size
     with torch.device("meta"):
-        objective = build_objective(config, vocabulary_size)
-        transformer, heads = objective.transformer, objective.heads
+        return build_objective(config, vocabulary_size), is_bytes or corpus is not None
+
+
+def explain(config: Config) -> Explanation:
+    """Build the model of `config` on the meta device, and count. Raises as `meta_objective`."""
+    objective, is_known = meta_objective(config)
+    transformer, heads = objective.transformer, objective.heads
+    vocabulary_size = transformer.vocabulary_size
+    with torch.device("meta"):
         last_head = Heads(config.model, vocabulary_size, [(config.model.num_layers, 1)])
     starting = [term for term in objective.terms if term.weight.at_next_turn(0.0) != 0.0]
     ending = [term for term in objective.terms if term.weight.stops_at is None]
@@ -82,7 +90,7 @@ def explain(config: Config) -> Explanation:
     return Explanation(
         config=config,
         vocabulary_size=vocabulary_size,
-        vocabulary_is_known=is_bytes or corpus is not None,
+        vocabulary_is_known=is_known,
         terms=objective.terms,
         parameters={"training": num_parameters(objective), "inference": at_inference},
         flops_per_character={
