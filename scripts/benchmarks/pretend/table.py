@@ -21,7 +21,8 @@ ASSUMPTIONS = (
     "Pretended H100 SXM, bf16: a kernel takes the largest of its bytes / 2.85 TB/s, its FLOP / 600 TFLOP/s (attention "
     "450 forward, 320 backward, counted in full) and 2 µs; the host launches one in 19 µs in the forward pass, 12 µs "
     "in the backward pass and 5.5 µs in the update. A step takes the longer of device and host, and 0.5 ms. Numbers, "
-    "caches, overlap, compiled blocks and several GPUs are not modelled."
+    "caches, overlap and exchange between GPUs are not modelled. "
+    "In compiled functions operations on the same tensors, between products and attention, are one kernel."
 )
 
 
