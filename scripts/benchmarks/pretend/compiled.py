@@ -83,18 +83,22 @@ class _Compiled(torch.autograd.Function):
         ctx.meter, ctx.retains = meter, not functorch.donated_buffer
         ctx.inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
         with torch.enable_grad(), meter.region():
-            ctx.outputs = call(*ctx.inputs)
-        return tuple(output.detach() for output in ctx.outputs)
+            outputs = call(*ctx.inputs)
+        ctx.edges = [torch.autograd.graph.get_gradient_edge(output) for output in outputs]  # outputs may be freed
+        return tuple(output.detach() for output in outputs)
 
     @staticmethod
     def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         for tensor in ctx.inputs:
             tensor.grad = None
         with ctx.meter.region():
-            torch.autograd.backward(ctx.outputs, gradients, retain_graph=ctx.retains)
+            torch.autograd.backward(ctx.edges, gradients, retain_graph=ctx.retains)
+        found = [tensor.grad for tensor in ctx.inputs]
+        for tensor in ctx.inputs:
+            tensor.grad = None
         if not ctx.retains:
-            ctx.outputs = None
-        return None, None, *(tensor.grad for tensor in ctx.inputs)
+            ctx.edges = ctx.inputs = None
+        return None, None, *found
 
 
 def compiled(meter: Any, function: Callable) -> Callable:
