@@ -1,4 +1,4 @@
-# make demo | test | test-slow | soak | lint: each makes .venv first, from any Python >= 3.11 with pip.
+# make demo | test | test-slow | soak | lint | gpu | gpu-record: each makes .venv first, from any Python >= 3.11 with pip.
 # PYTHON=... names the interpreter to make it with.
 
 READY := .venv/.installed
@@ -6,7 +6,7 @@ BIN := .venv/bin
 # A test process per core, each with one thread: small models gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-slow soak lint
+.PHONY: demo test test-slow soak lint gpu gpu-record
 
 demo: $(READY)
 	$(BIN)/python scripts/train.py --config configs/demo.yaml --run.dir=runs/demo --run.auto_resume=true
@@ -24,6 +24,12 @@ LATE_KILLS := 30
 
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills $(KILLS) --late-kills $(LATE_KILLS)
+
+# Within ten minutes and a quarter of an hour. GPU_PYTHON=... takes a Python that has torch, and makes no .venv.
+GPU_PYTHON := $(BIN)/python
+
+gpu gpu-record: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(READY))
+	$(GPU_PYTHON) scripts/benchmarks/gpu.py $(patsubst gpu-%,%,$@)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ DEVICES = {
 """SXM of data centres; an M3 Max of 48 GB, of which a GPU may take three quarters."""
 USABLE, RATE, BANDWIDTH = 0.95, 0.6, 0.85
 """Shares of the data sheet's figures."""
-LAUNCHES, HEADS_LAUNCHES, BETWEEN = 1.2e-3, 0.7e-3, 0.5e-3
+LAUNCHES, HEADS_LAUNCHES, BETWEEN = 1.2e-3, 0.25e-3, 0.5e-3
 """Seconds of the host: of a block, of the heads of a layer, and of a step."""
 MOST = 2**20
 """Windows of a micro-batch."""

@@ -45,6 +45,7 @@ ELSEWHERE = {
     "python scripts/ablate.py": "tests/ablation/test_ablate_script.py",
     "python scripts/benchmark.py": "tests/benchmark/test_benchmark_races.py",
     "make test": ".ci/run",
+    "make gpu": "tests/gpu/test_gpu.py",
     "make soak": "tests/soak.py",
     "make lint": "Makefile",
 }

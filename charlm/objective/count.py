@@ -159,6 +159,7 @@ def step_memory(config: Config, objective: Objective, windows: int, processes: i
     moments, cost, parameters = _moments(objective, train), route_cost(config, objective), num_parameters(objective)
     state = parameters + cost.gradients + cost.optimizer_state + cost.copies
     state += sum(count * parameter.numel() for parameter, count in moments.items())
+    state += parameters * (train.average != "no")
     positions = windows * model.context_length
     sparse = num_parameters(*(own for own in transformer.modules() if getattr(own, "sparse", False)))
     update, muon = 4 * (parameters - sparse), [p.numel() for p in inside[0].parameters() if p.ndim == 2]
@@ -207,14 +208,14 @@ def kept_bytes(config: Config, objective: Objective) -> tuple[int, float, float]
 def step_work(config: Config, objective: Objective, positions: int) -> tuple[float, float]:
     """FLOPs and bytes of a step while most losses are on, recomputation included.
 
-    Kernels beside products pass 8 times over what is kept for the backward pass: within 30 %.
+    Kernels beside products pass 7 times over what is kept for the backward pass: within 30 %.
     """
     active = [term for term in objective.terms if term.weight.at_next_turn(0.0) != 0.0]
     depth = max(term.layer for term in active)
     block, exits, _ = kept_bytes(config, objective)
     again = 4 / 3 if config.train.activation_checkpointing else 1
     flops = positions * training_flops(objective.transformer, objective.heads, active)
-    return again * flops, again * 8 * positions * (depth * block + exits) + 32 * num_parameters(objective)
+    return again * flops, again * 7 * positions * (depth * block + exits) + 32 * num_parameters(objective)
 
 
 def _product_bytes(train: TrainConfig) -> int:

@@ -218,8 +218,8 @@ def product_trials(settings: Settings) -> list[Trial]:
             text=Path(),
             device=settings.device,
             threads=settings.threads,
-            warmup=2 if settings.device == "cpu" else 100,
-            steps=10 if settings.device == "cpu" else 1000,
+            warmup=2 if settings.device == "cpu" else 10,
+            steps=10 if settings.device == "cpu" else 20,
         )
         for dtype, matmul in kinds
     ]
