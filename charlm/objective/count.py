@@ -154,15 +154,14 @@ def step_memory(config: Config, objective: Objective, windows: int, processes: i
     Parameters and optimizer state stay. Beside them are most bytes where heads compute their losses
     after the blocks, where the last block is recomputed, or in the update. Compiled blocks keep less.
     """
-    model, train, transformer = config.model, config.train, objective.transformer
-    half, inside = _product_bytes(train), transformer.blocks
+    model, train, inside = config.model, config.train, objective.transformer.blocks
+    half = _product_bytes(train)
     moments, cost, parameters = _moments(objective, train), route_cost(config, objective), num_parameters(objective)
     state = parameters + cost.gradients + cost.optimizer_state + cost.copies
     state += sum(count * parameter.numel() for parameter, count in moments.items())
     state += parameters * (train.average != "no")
     positions = windows * model.context_length
-    sparse = num_parameters(*(own for own in transformer.modules() if getattr(own, "sparse", False)))
-    update, muon = 4 * (parameters - sparse), [p.numel() for p in inside[0].parameters() if p.ndim == 2]
+    update, muon = 4 * parameters, [p.numel() for p in inside[0].parameters() if p.ndim == 2]
     if train.optimizer == "muon":  # four copies of the matrices of a shape
         update += 16 * len(inside) * max(4 * muon[0], *muon)
     more = 0
