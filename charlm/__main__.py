@@ -11,8 +11,9 @@ from charlm.config import Section
 from charlm.text import SHIPPED
 
 Command = Literal[
-    "prepare", "explain", "train", "report", "ablate", "evaluate", "generate", "compress", "decompress", "export", "env"
-]
+    "prepare", "explain", "train", "report", "ablate", "evaluate", "generate", "compress", "decompress", "export",
+    "import", "env",
+]  # fmt: skip
 
 
 class Options(Section):

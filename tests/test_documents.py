@@ -40,7 +40,7 @@ from tiny import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = ("a GPU", "a network", "a cluster", "charlm[hf]")
+NEEDS = ("a GPU", "a network", "a cluster", "charlm[hf]", "a checkpoint of nanoGPT")
 ELSEWHERE = {
     "python scripts/ablate.py": "tests/ablation/test_ablate_script.py",
     "python scripts/benchmark.py": "tests/benchmark/test_benchmark_races.py",

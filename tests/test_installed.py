@@ -18,6 +18,7 @@ import pytest
 import charlm
 from charlm.__main__ import Command
 from launched import ON_CPU
+from nano import write_nano
 from tiny import SCRIPTS, TINY
 
 ROOT = SCRIPTS.parent
@@ -33,6 +34,7 @@ LINES = [
     "charlm generate run --prompt=a --length=5",
     "charlm report run --records-only -o page.html",
     "charlm export run --to exported",
+    "charlm import nano --to imported",
     "charlm compress run few.txt -o few.clm",
     "charlm decompress run few.clm -o few.copy",
     f"charlm ablate --config demo {SMALL} {TEXT} --run.dir=rows --seeds=1 --row='a: --train.momentum=0'",
@@ -88,6 +90,7 @@ def test_every_command_works_from_another_folder(wheel: Path, tmp_path: Path) ->
     work.mkdir()
     (work / "my.txt").write_text("a few words " * 200)
     (work / "few.txt").write_text("a few words")
+    write_nano(work / "nano")
     assert {line.partition("charlm ")[2].split()[0] for line in LINES} | {"env"} == {*get_args(Command)}
     for line in LINES:
         done = run(line, work, programs)

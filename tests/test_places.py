@@ -33,6 +33,7 @@ NEEDED = {
     "explain": "--picture=~/p.png",
     "export": "~/r --to=~/e --data.path=~/d --data.cache_dir ~/c",
     "generate": "~/r --prompt x",
+    "import": "~/folder --to=~/to --data.path=~/d --data.cache_dir ~/c",
     "prepare": "",
     "report": "~/r ~/s -o ~/o --data.path=~/d --data.cache_dir ~/c",
     "train": "",
@@ -119,6 +120,7 @@ OUTPUTS = {
     "evaluate": ("picture", "run --early-exit --picture PLACE"),
     "explain": ("picture", "--picture PLACE"),
     "export": ("to", "run --to PLACE"),
+    "import": ("to", "theirs --to PLACE"),
     "report": ("output", "run -o PLACE"),
     "report ": ("output", "run"),
 }

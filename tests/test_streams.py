@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from charlm.process import lasting
+from nano import write_nano
 from tiny import SCRIPTS, TINY, run_script
 
 STATES = list(product((0, 1, 2), ("closed", "full", "cut")))
@@ -37,6 +38,7 @@ SCRIPT_LINES = {
     "explain": ["--picture=weights.png"],
     "export": ["{run}", "--to=exported", "--depth=auto"],
     "generate": ["{run}", "--prompt=1", "--length=20"],
+    "import": ["{nano}", "--to=imported"],
     "prepare": TEXT,
     "report": ["{run}", "-o", "page.html"],
     "train": [*TINY, *TEXT, "--run.report=true", "--run.dir=run"],
@@ -87,7 +89,8 @@ def test_every_script_does_the_same(script, run_on_disk, text_corpus_flags, tmp_
     if script == "benchmark":
         words = [*TINY, *text_corpus_flags, "--aux.layers.enabled=false", "--aux.targets.enabled=false"]
         assert run_script("train", *words, f"--run.dir={plain}") == 0
-    places = {"run": run_on_disk, "text": text, "packed": packed, "plain": plain}
+    write_nano(tmp_path / "nano")
+    places = {"nano": tmp_path / "nano", "run": run_on_disk, "text": text, "packed": packed, "plain": plain}
     words = [word.format(**places) for word in SCRIPT_LINES[script]]
     ends = {}
     for stream, state in [(None, "healthy"), *STATES]:

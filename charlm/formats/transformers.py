@@ -69,6 +69,7 @@ def save_stock(trained: TrainedModel, folder: Path | str, name: str | None = Non
     pad_token = None if padding is None else tokenizer.id_to_token(padding)
     options = OPTIONS | {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad_token}
     texts = {"config": config, "generation_config": {"pad_token_id": padding}, "tokenizer_config": options}
+    texts["vocabulary"] = trained.vocabulary.to_dict()  # to import it again
     files = {f"{file}.json": json.dumps(text, indent=2) + "\n" for file, text in texts.items()}
     files["tokenizer.json"] = tokenizer.to_str() + "\n"
     files[CARD] = card(trained, name or Path(folder).name, "stock", "transformers")
