@@ -25,4 +25,4 @@ def test_memory_and_speed(name):
         objective = build_objective(config, 256)
     assert step_memory(config, objective, case.batch, case.processes) == pytest.approx(found["peak"], rel=0.05)
     seconds = explain.step_seconds(config, objective, explain.DEVICES["h100"], case.batch)
-    assert max(seconds) + explain.BETWEEN == pytest.approx(table.step_seconds(found), rel=0.3)
+    assert max(seconds) + explain.BETWEEN == pytest.approx(table.step_seconds(found), rel=0.45)
