@@ -167,7 +167,7 @@ def read(line: str) -> None:
         assert (ROOT / words[0]).is_file()
     elif program == "make":
         (target,) = words
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert re.search(rf"^(?:[\w-]+ )*{target}(?: [\w-]+)*:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "pip":
         assert words.pop(0) == "install"
         if words == ["."]:
