@@ -23,6 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -272,6 +273,8 @@ def _read(folder: Path) -> Checkpoint:
         for name, entry in files.items():
             if (folder / name).stat().st_size != entry.get("bytes"):
                 raise UserError(f"{folder / name} {unlike}")
+        if (size := sum(entry["bytes"] for entry in files.values())) > 4 * psutil.virtual_memory().total:
+            raise UserError(f"{folder} has {size:,} bytes, more than four times this machine's memory")
         for name in (MODEL, OPTIMIZER):
             load_tensors(folder / name)  # the headers, too, say how long the files are
         for name, entry in files.items():
