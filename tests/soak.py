@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
 import torch
+from accelerate.state import AcceleratorState
 
 import charlm
 import charlm.training.loop  # before the first fork, so that a start takes no time
@@ -139,6 +140,8 @@ def forked(action: Callable[[], int | None], said: Path) -> int:
         return child
     code = 1
     try:
+        # A test that trained in this process before would have told the child that it is alone.
+        AcceleratorState._reset_state(reset_partial_state=True)
         os.environ["ACCELERATE_USE_CPU"] = "true"
         for number in (signal.SIGINT, signal.SIGHUP):  # which a shell or nohup may have ignored
             signal.signal(number, signal.SIG_DFL)

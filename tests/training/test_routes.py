@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  # torch.compile imports it, which fails after some other imports
 import torch
 from safetensors.torch import load_file
 
