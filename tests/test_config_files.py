@@ -161,7 +161,7 @@ def test_what_is_understood(case: str, folder: Path) -> None:
 def test_a_file_comes_before_a_shipped_one_of_its_name(folder: Path) -> None:
     """Guards against a file of the user's that is not read, and a folder that stands in the way of a shipped file."""
     Path("demo").mkdir()
-    assert read("--config demo").train.steps == load_config(ROOT / "configs" / "demo.yaml").train.steps == 1200
+    assert read("--config demo").train.steps == load_config(ROOT / "configs" / "demo.yaml").train.steps == 2300
     Path("demo").rmdir()
     Path("demo").write_text("train: {steps: 7}\n")
     assert read("--config demo").train.steps == 7
