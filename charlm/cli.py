@@ -172,7 +172,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def in_words(schema: dict[str, Any]) -> str:
-    """What a JSON schema allows."""
+    """The values that a JSON schema allows, as words of a help text."""
     match schema:
         case {"anyOf": members} | {"oneOf": members}:
             return " | ".join(map(in_words, members))

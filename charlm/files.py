@@ -25,7 +25,7 @@ MAX_JSON_BYTES = 2**24
 JSON = TypeAdapter(JsonValue)
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 TEMPORARY = re.compile(rf"\.(.+)\.{HOST}-(\d{{1,9}})-[0-9a-f]{{8}}\.tmp", re.ASCII | re.DOTALL)
-"""What `replacing` writes on this machine: the target's name, the process's id, and chance."""
+"""The temporary names of `replacing` on this machine: the target's name, the process's id, and chance."""
 _being_written: set[str] = set()  # a killed process may have had the id of this one
 
 

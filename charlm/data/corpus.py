@@ -56,14 +56,14 @@ class Corpus(BaseModel, arbitrary_types_allowed=True, frozen=True, strict=True):
     source: str
     """Origin of the text: an address, a path, or a version of Python."""
     sha256: str
-    """Of the whole text."""
+    """SHA-256 of the whole text."""
     vocabulary: Annotated[Vocabulary, PlainSerializer(lambda vocabulary: vocabulary.to_dict())]
     splits: dict[str, Split]
     """train, valid and test, in this order."""
     files: str | None = None
     """Names and checksums of the text's files, from `pack_listing`."""
     sources: dict[str, dict[str, Any]] = {}
-    """Of a mixture, the name, source, sha256 and sizes of each."""
+    """Name, source, sha256 and sizes of each part of a mixture."""
 
     def texts(self, split: str, symbols: int | None = None) -> list[np.ndarray]:
         """The first ids of a split; of a mixture, as many of each source."""

@@ -101,7 +101,7 @@ class Source:
     """Bytes of train, valid and test in each part; empty if the config's fractions decide."""
     size: int | None = None
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of a mixture, name, source and sha256 of each part, complete when all were read."""
+    """Name, source and sha256 of each part of a mixture, complete when all were read."""
 
     def chunks(self, part: str = "train") -> Generator[bytes]:
         """The text of a part. Raises UserError if it cannot be fetched or read."""

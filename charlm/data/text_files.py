@@ -133,7 +133,7 @@ def pack_listing(listing: dict[str, int]) -> str | None:
 
 
 def changes(before: Any, now: Any) -> str:
-    """What differs between two packed listings, as the end of a message; empty if one is unreadable."""
+    """The differences of two packed listings, as the end of a message; empty if one is unreadable."""
     try:
         old, new = map(_unpack_listing, (before, now))
     except (ValueError, TypeError, zlib.error):

@@ -235,7 +235,7 @@ def whole_characters(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def last_start(text: bytes | np.ndarray) -> int:
-    """Where the last UTF-8 character starts; the end if none starts in the last 4 bytes."""
+    """The start of the last UTF-8 character; the end of the text if none starts in the last 4 bytes."""
     tail = np.frombuffer(text[-4:], np.uint8)
     starts = np.flatnonzero(_starts_character(tail))
     last = int(starts[-1]) if starts.size else len(tail)

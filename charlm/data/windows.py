@@ -82,7 +82,7 @@ def epoch_starts(num_starts: int, stride: int, *, seed: int, first: int, count: 
 
 
 def permuted(indices: np.ndarray, size: int, keys: Sequence[int]) -> np.ndarray:
-    """Where a keyed permutation of range(size) takes `indices`, without computing it for the others.
+    """The images of `indices` under a keyed permutation of range(size); no others are computed.
 
     A Feistel network over two digits, a round per key of 64 bits; what leaves the range goes through
     again until it is back (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").

@@ -125,6 +125,7 @@ class Muon(Optimizer):
                 kept = torch.where(skip, 1.0, kept)
             for parameters in by_shape.values():
                 if group["weight_decay"]:
+                    # torch has no public name for one kernel over many tensors.
                     torch._foreach_mul_(parameters, kept)
                 self._move(parameters, group["lr"], group["momentum"], skip)
 
