@@ -31,7 +31,7 @@ from charlm.training.gradients import accumulate_gradients, find_micro_batch_siz
 from charlm.training.log import Tracker, check_installed
 from charlm.training.optimizers import learning_rate_factor, set_learning_rates
 from charlm.training.origin import resolved
-from charlm.training.sharding import average, unsharded, wrap
+from charlm.training.sharding import average_gradients, unsharded, wrap
 from charlm.training.start import TrainState, build, check_folder, describe, open_run, refusal
 from charlm.training.stop import StopRequests, explained
 from charlm.training.update import Updates
@@ -162,7 +162,7 @@ class Training:
             for update in updates:
                 set_learning_rates(update.step_sizes, factor)
                 with update.in_place():
-                    average(accelerator, self.to_average)
+                    average_gradients(accelerator, self.to_average)
             self.updates.apply(step, losses, updates, last=number == len(passes))
         self.state.step += 1
         self.average.update(self.state.step)

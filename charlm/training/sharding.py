@@ -52,17 +52,17 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def sparse_tables(model: nn.Module) -> list[nn.Parameter]:
-    """Embeddings with sparse gradients. Every process holds them whole; `average` exchanges the gradients."""
+    """Embeddings with sparse gradients. Every process holds them whole, outside DDP and FSDP2."""
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     return [embedding.weight for embedding in embeddings if embedding.sparse]
 
 
 def wrap(accelerator: Accelerator, objective: Objective, one_backward: bool) -> tuple[nn.Module, list[nn.Parameter]]:
-    """The objective in autocast and, where that serves, in DDP; and the parameters that need `average`."""
+    """The objective in autocast and, where that serves, in DDP; and the parameters that need `average_gradients`."""
     tables = sparse_tables(objective)
     for table in tables:
         table.requires_grad_(False)  # DDP does not exchange what it finds frozen
-    # DDP cannot follow several backward passes, and waits for a GPU while a head is silent; `average` does not.
+    # DDP cannot follow several backward passes, and waits for a GPU while a head is silent.
     waits = accelerator.device.type == "cuda" and objective.can_fall_silent()
     averages = not is_sharded(objective) and (waits or not one_backward)
     model = accelerator.prepare_model(objective, evaluation_mode=is_sharded(objective) or averages)
@@ -71,7 +71,7 @@ def wrap(accelerator: Accelerator, objective: Objective, one_backward: bool) -> 
     return model, list(objective.parameters()) if averages else tables
 
 
-def average(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
+def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
     """Replace gradients by their means over all processes. Sparse ones become coalesced or dense."""
     dense = []
     for parameter in parameters:
