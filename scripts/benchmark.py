@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 
 from charlm import cli
 from charlm.config import Section, UserError
-from charlm.config.types import Count
+from charlm.config.types import Count, Positive
 from charlm.files import OutputPath
 from charlm.text import say
 
-Benchmark = Literal["train", "evaluate", "generate", "drafts", "auxiliary", "scaling", "pretend"]
+Benchmark = Literal["train", "evaluate", "generate", "drafts", "auxiliary", "scaling", "quality", "pretend"]
 
 
 class Options(Section):
@@ -29,12 +29,13 @@ class Options(Section):
     evaluate: sliding-window evaluation against a plain loop over the same model; generate: cached generation against
     the peers that have a cache; drafts: how much faster a trained run writes with drafts from extra heads and from
     exits; auxiliary: the cost of intermediate layers and extra targets in time and memory, at several depths; scaling:
-    time per character and memory by context, depth and batch, with and without activation checkpointing; pretend: what
-    the shipped configs would ask of a GPU, counted without one.
+    time per character and memory by context, depth and batch, with and without activation checkpointing; quality:
+    charlm's recipe and the peers train for the same minutes on the same text; pretend: what the shipped configs would
+    ask of a GPU, counted without one.
     """
 
     benchmark: Annotated[Benchmark, cli.Flag("benchmark", metavar="BENCHMARK")]
-    """The benchmark to run: train, evaluate, generate, drafts, auxiliary, scaling or pretend."""
+    """The benchmark to run: train, evaluate, generate, drafts, auxiliary, scaling, quality or pretend."""
     shape: Literal["S", "P", "D"] = "S"
     """S: 6 layers of 256, batch 8; P: the paper's 12 layers, batch 2, on a GPU 64; D: its 64 layers, on a GPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -49,6 +50,10 @@ class Options(Section):
     """Whether to measure charlm and tuned peers with torch.compile, too. auto: on a GPU only."""
     peers: tuple[str, ...] = ()
     """Peers to measure, separated by commas. The default is all that are installed."""
+    minutes: Positive = 4.0
+    """quality: time of each contestant, one after the other; each peer comes three times."""
+    path: Path | None = None
+    """quality: a copy of enwik8 (raw, .zip, .gz, .bz2, .xz). The default is a download."""
     run: Path | None = None
     """drafts: the folder of the trained run, which also determines the shape."""
     as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
@@ -62,6 +67,8 @@ def main() -> None:
     tell = partial(say, file=sys.stderr, flush=True)
     if options.benchmark == "pretend":
         return pretend(options, tell)
+    if options.benchmark == "quality":
+        return quality(options, tell)
     from benchmarks import pictures, report, suites  # not before --help and mistakes were answered
     from benchmarks.shapes import named_shape, shape_of
 
@@ -108,6 +115,32 @@ def pretend(options: Options, tell: Callable[[str], None]) -> None:
     say(table.to_markdown(found), file=sys.stderr if options.as_json else sys.stdout)
     if options.as_json:
         say(json.dumps(found, indent=2))
+
+
+def quality(options: Options, tell: Callable[[str], None]) -> None:
+    """Train by `configs/enwik8_small.yaml` and with the peers, for the same time each."""
+    from benchmarks import quality
+
+    from charlm.config.load import load_config
+    from charlm.report.style import check_suffix
+    from charlm.training.device import has_fast_bf16, on_cpu
+
+    if options.picture is not None:
+        check_suffix(options.picture)
+    overrides = {
+        "train.time": f"{round(60 * options.minutes)}s",
+        "train.valid_symbols": 50_000,
+        "data.path": options.path,
+    }
+    config = load_config(Path(__file__).resolve().parents[1] / "configs/enwik8_small.yaml", overrides)
+    automatic = "bf16" if has_fast_bf16() else "fp32"
+    precision = automatic if options.precision == "auto" else options.precision
+    found = quality.run(config, "cpu" if on_cpu() else "cuda", precision, options.peers, tell)
+    say(quality.to_markdown(found), file=sys.stderr if options.as_json else sys.stdout)
+    if options.as_json:
+        say(json.dumps(found, indent=2))
+    if options.picture is not None:
+        tell(f"picture: {quality.draw(found, options.picture)}")
 
 
 if __name__ == "__main__":

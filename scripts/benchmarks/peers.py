@@ -129,7 +129,9 @@ class TorchEncoder(nn.Module):
     def forward(self, ids_BT: Tensor) -> Tensor:
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         x_BTD = self.embedding(ids_BT) + self.positions(positions_T)
-        return self.head(self.encoder(x_BTD, mask=self.mask, is_causal=self.says_causal))
+        return self.head(
+            self.encoder(x_BTD, mask=self.mask[: len(positions_T), : len(positions_T)], is_causal=self.says_causal)
+        )
 
 
 def torch_encoder(setup: Setup, shape: Shape) -> tuple[nn.Module, Loss]:

@@ -9,7 +9,7 @@ from typing import Literal
 from benchmarks.shapes import Shape
 from charlm.config import UserError
 
-Task = Literal["train", "evaluate", "generate", "drafts", "matrix product"]
+Task = Literal["train", "evaluate", "generate", "drafts", "quality", "matrix product"]
 Dtype = Literal["fp32", "bf16"]
 MODULES = {
     "x-transformers": "x_transformers",
@@ -62,7 +62,7 @@ class Trial:
     setup: Setup
     shape: Shape
     text: Path
-    """File of the characters to read; its folder may be written to."""
+    """File of the characters to read, for quality charlm's config; its folder may be written to."""
     device: Literal["cpu", "cuda"]
     warmup: int
     """Untimed steps of a turn. In training on a GPU it must equal `steps`, because charlm waits for the device only
@@ -82,6 +82,8 @@ class Trial:
     """drafts: the trained run."""
     temperature: float = 1.0
     """drafts: sampling temperature."""
+    learning_rate: float | None = None
+    """quality: a peer's."""
     seed: int = 0
 
 

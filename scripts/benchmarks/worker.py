@@ -30,13 +30,14 @@ def main() -> None:
 
 def measurement_of(trial: Trial) -> Callable[[Trial, Timer], None]:
     """The function that measures a trial."""
-    from benchmarks import inference, training
+    from benchmarks import inference, quality, training
 
     charlms, others = {
         "train": (training.train_charlm, training.train_peer),
         "evaluate": (inference.evaluate_charlm, inference.evaluate_plainly),
         "generate": (inference.generate_charlm, inference.generate_peer),
         "drafts": (inference.generate_with_drafts, None),
+        "quality": (quality.train_charlm, quality.train_peer),
         "matrix product": (None, multiply_matrices),
     }[trial.task]
     return charlms if trial.setup.library == "charlm" else others
