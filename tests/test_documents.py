@@ -2,7 +2,7 @@
 
 A command is a line of a ```sh block, a ```python block, or text in backticks that begins with `python scripts/`,
 `make ` or `source scripts/`. Commands under `<!-- needs: a GPU -->`, or another of NEEDS, are read but not run; those
-of charlm[hf] run where transformers is installed.
+of EXTRAS run where the package is installed.
 """
 
 import ast
@@ -40,7 +40,8 @@ from tiny import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = ("a GPU", "a network", "a cluster", "charlm[hf]", "a checkpoint of nanoGPT")
+EXTRAS = {"charlm[hf]": "transformers", "charlm[lm-eval]": "lm_eval"}
+NEEDS = ("a GPU", "a network", "a cluster", "a checkpoint of nanoGPT", *EXTRAS)
 ELSEWHERE = {
     "python scripts/ablate.py": "tests/ablation/test_ablate_script.py",
     "python scripts/benchmark.py": "tests/benchmark/test_benchmark_races.py",
@@ -149,6 +150,8 @@ def read(line: str) -> None:
     environment, (program, *words) = words_of(line)
     if program == "python" and words[0] == "-c":
         ast.parse(words[1])
+    elif program == "python" and words[0] == "-m":
+        assert find_spec(words[1])
     elif program == "python":
         read_by_script(*words)
     elif program in ("accelerate", "torchrun"):
@@ -335,6 +338,6 @@ def test_a_document_can_be_followed(document: Path, checkout: Path, tmp_path: Pa
     monkeypatch.chdir(folder)
     monkeypatch.setenv("CHARLM_CACHE", str(checkout / "cache"))
     for command in commands_in(document):
-        can_run = command.mark is None or (command.mark == "needs: charlm[hf]" and find_spec("transformers"))
-        if can_run and not command.text.startswith(tuple(ELSEWHERE)):
+        extra = EXTRAS.get((command.mark or "").removeprefix("needs: "))
+        if (command.mark is None or (extra and find_spec(extra))) and not command.text.startswith(tuple(ELSEWHERE)):
             run(command)
