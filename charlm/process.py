@@ -82,8 +82,9 @@ def peak_memory() -> int:
     import psutil
     import torch
 
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+    module = torch.get_device_module()  # of the accelerator, if there is one
+    if hasattr(module, "max_memory_allocated") and module.is_initialized():
+        return module.max_memory_allocated()
     with contextlib.suppress(OSError):  # Linux, where ru_maxrss starts at the parent's
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -44,6 +44,7 @@ from charlm.data.corpus import Corpus
 from charlm.data.text_files import blocks
 from charlm.data.vocabulary import EncodingError, Vocabulary, id_type, whole_characters
 from charlm.files import replacing
+from charlm.hardware import in_float64
 from charlm.inference.evaluation import Score, Scorer
 from charlm.inference.scoring import progress_bar
 from charlm.runs.trained import TrainedModel
@@ -165,7 +166,7 @@ def compressed_nats(
             own = slice(begin, begin + settings.block)
             block = ids[own]
             for where_A, logits_AV in streams.walk(block, bar):
-                costs_AV = -logits_AV.double().log_softmax(dim=-1).cpu().numpy()
+                costs_AV = -in_float64(logits_AV).log_softmax(dim=-1).cpu().numpy()
                 nats_N[own][where_A] = costs_AV[np.arange(len(where_A)), block[where_A]]
     return nats_N, settings
 

@@ -179,8 +179,10 @@ def vocabulary_digest(vocabulary: Vocabulary) -> bytes:
 
 def environment(device: torch.device) -> str:
     """Versions, device and processor: the last bits of a probability depend on them."""
-    if device.type == "cuda":
-        place = f"{torch.cuda.get_device_name(device)} cuda {torch.version.cuda}"
+    if device.type != "cpu":
+        name = getattr(torch.get_device_module(device), "get_device_name", lambda _: platform.machine())(device)
+        runtime = torch.version.hip or getattr(torch.version, device.type, platform.release())
+        place = f"{name} {device.type} {runtime}"
     else:
         found = getattr(torch.cpu, "get_capabilities", dict)()  # older torch lacks it
         # Not the numbers of cores and sockets.

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Self
 
 import constriction
 import numpy as np
-import psutil
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from charlm.config import Precision, Section, UserError
 from charlm.config.types import Count
 from charlm.data.windows import default_stride
+from charlm.hardware import device_memory, in_float64
 from charlm.inference.scoring import AUTOCAST_DTYPES, check_precision
 from charlm.model.cache import KVCache
 from charlm.model.kernels_cpu import full_fp32_matmul
@@ -71,7 +71,7 @@ class CodingSettings(Section):
 def choose_settings(trained: TrainedModel, num_symbols: int, **options: Any) -> CodingSettings:
     """The given `options`, with defaults in place of None; UserError if they cannot be."""
     given = {name: value for name, value in options.items() if value is not None}
-    most = 512 if trained.device.type == "cuda" else 64
+    most = 64 if trained.device.type == "cpu" else 512
     streams = given.get("streams", min(max(1, num_symbols // SYMBOLS_PER_STREAM), most))
     context = given.get("context", trained.config.model.context_length)
     defaults = {
@@ -94,9 +94,7 @@ def check_settings(trained: TrainedModel, settings: CodingSettings) -> None:
         problem = f"the model's is {model.context_length:,}"
         raise UserError(f"context={settings.context}: {problem}; give no more", "context")
     check_precision(settings.precision, trained.device)
-    memory = psutil.virtual_memory().total
-    if trained.device.type == "cuda":
-        _, memory = torch.cuda.mem_get_info(trained.device)
+    memory = device_memory(trained.device)
     symbols = settings.streams * model.context_length
     needed = 2 * symbols * model.num_layers * model.d_model * settings.dtype.itemsize
     if needed > memory:
@@ -172,7 +170,7 @@ def threads_set(num_threads: int) -> Iterator[None]:
 
 def probabilities(logits_AV: Tensor) -> np.ndarray:
     """The coder's probabilities, float64 [A, max(V, 2)]; UserError if they are not finite."""
-    probabilities_AV = logits_AV.double().softmax(dim=-1).cpu().numpy()
+    probabilities_AV = in_float64(logits_AV).softmax(dim=-1).cpu().numpy()
     if not np.isfinite(probabilities_AV).all():
         raise UserError("the model's probabilities are not finite; use another model")
     if probabilities_AV.shape[1] == 1:

@@ -23,6 +23,7 @@ except ImportError as error:
 
 from charlm.config import UserError
 from charlm.data.windows import default_stride
+from charlm.hardware import default_device
 from charlm.inference.generation import stream
 from charlm.inference.scoring import measure_text, nats
 from charlm.model.kernels_cpu import full_fp32_matmul
@@ -47,7 +48,7 @@ class CharlmLM(LM):
         """`seed` is that of the first text to write, and each next one's is larger by 1; `how` is for `charlm.load`."""
         super().__init__()
         how.pop("max_batch_size", None)  # of the harness, as the device of machines without a GPU
-        if not torch.cuda.is_available() and str(how.get("device")).startswith("cuda"):
+        if str(how.get("device")).startswith("cuda") and default_device().type != "cuda":
             del how["device"]
         self.trained, self.seed = load(str(run), **how), seed
         self.context_length = self.trained.config.model.context_length

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from charlm.config import UserError
 from charlm.data.windows import EvaluationWindows, evaluation_windows
+from charlm.hardware import in_float64
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
 
@@ -159,7 +160,7 @@ def read_windows(
     device = next(transformer.parameters()).device
     rank, num_processes = _rank_and_processes() if share else (0, 1)
     if batch_size is None:
-        budget = BATCH_SYMBOLS.get(device.type, BATCH_SYMBOLS["cpu"])
+        budget = BATCH_SYMBOLS.get(device.type, BATCH_SYMBOLS["cuda"])
         batch_size = max(1, budget // (transformer.config.context_length * len(layers)))
     # Windows after the first score, and the top layer computes, only the last predictions.
     num_later = int((windows.length - windows.first_scored[1:]).max(initial=1))
@@ -180,7 +181,7 @@ def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
     """The sum over all processes of a tensor on the CPU."""
     if _rank_and_processes()[1] == 1:
         return tensor
-    shared = tensor.to(device) if "nccl" in dist.get_backend() else tensor
+    shared = tensor if "gloo" in dist.get_backend() else tensor.to(device)
     dist.all_reduce(shared)
     return shared.cpu()
 
@@ -207,10 +208,12 @@ def _batches(
 
 def _measured(measure: Measure, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     """The figures of each prediction, [K, M], from a part of the logits at a time."""
-    budget = CHUNK_LOGITS.get(logits_MV.device.type, CHUNK_LOGITS["cpu"])
+    budget = CHUNK_LOGITS.get(logits_MV.device.type, CHUNK_LOGITS["cuda"])
     rows = max(1, budget // logits_MV.shape[-1])
-    parts = zip(logits_MV.split(rows), targets_M.split(rows), strict=True)
-    figures = [measure(logits.double().log_softmax(-1), targets) for logits, targets in parts]
+    figures = []
+    for logits, targets in zip(logits_MV.split(rows), targets_M.split(rows), strict=True):
+        log_probabilities = in_float64(logits).log_softmax(-1)
+        figures.append(measure(log_probabilities, targets.to(log_probabilities.device)))
     return torch.cat(figures, dim=-1)
 
 

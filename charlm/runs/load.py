@@ -9,6 +9,7 @@ import torch
 from charlm.config import UserError
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.data.windows import default_stride
+from charlm.hardware import default_device
 from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import MODEL, OPTIMIZER, OWNER, digest, find_checkpoint
 from charlm.runs.exported import EXPORT_CONFIG, read_model
@@ -25,12 +26,12 @@ def load(
     Args:
         run: a folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face hub.
         checkpoint: checkpoint of a run: "best" on validation, "last", or a step.
-        device: by default a GPU if there is one.
+        device: by default the machine's accelerator if it has one.
         weights: "average" if the run has train.average, or "raw".
 
     Raises UserError if there is no such run, model or checkpoint, or its files are damaged.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or default_device())
     if not Path(run).exists():
         from charlm.runs.hub import download  # a library that most runs do not need
 

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import DynamoBackend, parse_flag_from_env, patch_environment
+from accelerate.utils import DynamoBackend, is_bf16_available, parse_flag_from_env, patch_environment
 from torch.nn.attention import SDPBackend
 
 from charlm.config import Config, TrainConfig, UserError
 from charlm.config.errors import first_line
+from charlm.hardware import default_device, has_fused, has_pinned_memory, in_float64
 from charlm.inference.scoring import AUTOCAST_DTYPES
 from charlm.model.attention import attends_in_blocks
 from charlm.objective.routes import ROUTES
@@ -66,7 +67,7 @@ def build_accelerator(train: TrainConfig) -> tuple[Accelerator, str]:
     with patch_environment(accelerate_use_fsdp="false"):  # `charlm.training.sharding` does that
         accelerator = Accelerator(
             # Without it processes on CPUs would not find each other.
-            cpu=not torch.accelerator.is_available(),
+            cpu=on_cpu(),
             mixed_precision=precision,
             dynamo_backend="no",  # blocks are compiled one by one
             kwargs_handlers=[
@@ -103,14 +104,14 @@ def _rejoin_group() -> None:
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
     store = dist.PrefixStore(f"attempt {attempt}", store)
-    backend = "gloo" if on_cpu() else "nccl"
+    backend = dist.get_default_backend_for_device("cpu" if on_cpu() else default_device())
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
 
 @launch_explained()
 def on_cpu() -> bool:
     """Whether training will run on the CPU."""
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or default_device().type == "cpu"
 
 
 def choose_precision(train: TrainConfig) -> tuple[str, str]:
@@ -135,7 +136,8 @@ def choose_precision(train: TrainConfig) -> tuple[str, str]:
 def has_fast_bf16() -> bool:
     """Whether matrix products in bf16 run in hardware."""
     if not on_cpu():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        asks = getattr(torch.get_device_module(default_device()), "is_bf16_supported", lambda **_: is_bf16_available())
+        return asks(including_emulation=False)
     # The oldest supported torch lacks the function.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -156,14 +158,28 @@ def describe_attention(config: Config, device: torch.device, precision: str) -> 
     shape = 1, model.num_heads, model.context_length, model.d_model // model.num_heads
     dtype = AUTOCAST_DTYPES.get(precision) or torch.float32
     query = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
-    # No public name tells which kernel it will be.
-    chosen = SDPBackend(torch._fused_sdp_choice(query, query, query, None, dropout, True))
+    try:  # no public name tells which kernel it will be
+        chosen = SDPBackend(torch._fused_sdp_choice(query, query, query, None, dropout, True))
+    except NotImplementedError:
+        return f"attention as torch does it on {device.type}"
     kind = "unfused" if chosen == SDPBackend.MATH else "fused"
     reasons = {"cpu": "the CPU's fused kernel has no dropout"} if dropout else {}
     reasons["cuda"] = "flash needs bf16 or fp16, and on consumer GPUs heads up to 192 wide or attention_dropout=0"
     if chosen in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION) and device.type in reasons:
         return f"attention {kind}, not by the flash kernel ({reasons[device.type]})"
     return f"attention {kind}"
+
+
+def describe_lacks(device: torch.device) -> list[str]:
+    """A line on what an accelerator lacks, and what charlm does instead; none if it lacks nothing."""
+    wide = in_float64(torch.ones(1, device=device))
+    there = {
+        "float64 (sums of scores are taken on the CPU)": wide.device.type == device.type,
+        "pinned memory (copies wait)": has_pinned_memory(device),
+        "fused optimizers (skipped updates are undone)": has_fused(torch.optim.AdamW, device),
+    }
+    lacking = [name for name, found in there.items() if not found and device.type != "cpu"]
+    return [f"{device.type} has no {', no '.join(lacking)}"] if lacking else []
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 from charlm.config import Config
 from charlm.data.corpus import Corpus
 from charlm.data.windows import default_stride, evaluation_windows
+from charlm.hardware import in_float64
 from charlm.inference.evaluation import count_units
 from charlm.inference.scoring import AUTOCAST_DTYPES, read_windows
 from charlm.objective.cross_entropy import linear_cross_entropy
@@ -99,7 +100,7 @@ def bits_per_head(
             hidden_1MD = hidden_states[layer].float()[None]
             states_1MD, weight, bias = heads.classifiers(hidden_1MD, layer, offsets)
             _, losses_MK = linear_cross_entropy(states_1MD[0], weight, bias, ids_MK, ones_MK)
-            sums = (losses_MK.double() * inside_MK).sum(dim=0).tolist()
+            sums = in_float64(losses_MK * inside_MK).sum(dim=0).tolist()
             for offset, total in zip(offsets, sums, strict=True):
                 nats[f"layer{layer}/offset{offset}"] += total
     return _finite({head: total / (characters * math.log(2)) for head, total in nats.items()})
@@ -146,7 +147,7 @@ def gradient_figures(
             gradients = iter(torch.autograd.grad(loss * factor, wanted, retain_graph=True))
             sums = main if output == num_layers else auxiliary
             for layer in below:
-                squares[output, layer] += next(gradients).double().square().sum()
+                squares[output, layer] += in_float64(next(gradients)).square().sum()
                 for total in sums[layer]:
                     total += next(gradients)
     figures = defaultdict(dict)
@@ -189,7 +190,7 @@ def _states_and_losses(
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+    return sum(float((in_float64(x) * in_float64(y)).sum()) for x, y in zip(a, b, strict=True))
 
 
 def _finite(figures: Figures) -> Figures:

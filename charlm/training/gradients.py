@@ -3,17 +3,18 @@
 Shapes: B windows of this process, W characters of a window.
 """
 
-import gc
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from charlm.config import Config, UserError
 from charlm.data.windows import training_windows
+from charlm.hardware import device_memory, has_pinned_memory
 from charlm.objective.objective import Objective
 from charlm.objective.routes import Joint
 from charlm.process import is_about_memory
@@ -56,7 +57,7 @@ def micro_batches(
     )
     shares = np.array_split(windows, accelerator.num_processes)
     own = torch.from_numpy(shares[accelerator.process_index])
-    if accelerator.device.type == "cuda":  # narrow and pinned, so that copying does not wait
+    if has_pinned_memory(accelerator.device):  # narrow and pinned, so that copying does not wait
         own = torch.from_numpy(own.numpy().astype(texts[0].dtype)).pin_memory()
     parts = own.split((micro_batch_size or len(own)) * divisor)
     return [(len(windows_BW) / len(windows), windows_BW) for windows_BW in parts]
@@ -81,7 +82,7 @@ def accumulate_gradients(
         if is_sharded(model):
             model.set_requires_gradient_sync(is_last)
         with nullcontext() if is_last else accelerator.no_sync(model):
-            on_device_BW = windows_BW.to(accelerator.device, non_blocking=True).long()
+            on_device_BW = windows_BW.to(accelerator.device, non_blocking=has_pinned_memory(accelerator.device)).long()
             report = model(on_device_BW, step / train.steps, layers)
             # The last backward pass averages gradients over processes.
             route.backward(report, share * accelerator.num_processes, accelerator.backward)
@@ -102,8 +103,7 @@ def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper:
             count = torch.tensor(int(fits), device=accelerator.device)
             if accelerator.reduce(count) == accelerator.num_processes:
                 return windows
-            gc.collect()
-            torch.cuda.empty_cache()
+            clear_device_cache(garbage_collection=True)
             windows = int(windows * 0.9)
     text = "not one window fits; use --train.activation_checkpointing=true, or a smaller model"
     raise UserError(f"train.micro_batch_size=auto: {text}", "train.micro_batch_size")
@@ -114,9 +114,8 @@ def _fits(objective: Objective, accelerator: Accelerator, windows: int, copies: 
     try:
         for parameter in objective.parameters():  # Adam's moments, and averages, do not exist yet
             held += [torch.empty_like(parameter) for _ in range(copies)]
-        if device.type == "cuda":  # a twentieth may be lost to fragmentation
-            total = torch.cuda.get_device_properties(device).total_memory
-            held.append(torch.empty(total // 20, dtype=torch.uint8, device=device))
+        if device.type != "cpu":  # a twentieth may be lost to fragmentation
+            held.append(torch.empty(device_memory(device) // 20, dtype=torch.uint8, device=device))
         windows_BW = torch.zeros(windows, objective.window_length, dtype=torch.int64, device=device)
         with accelerator.autocast():
             objective(windows_BW, 0.0).total.backward()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from charlm.config import TrainConfig, steps_of
+from charlm.hardware import has_fused, in_float64
 from charlm.runs.tensors import placed
 from charlm.training.sharding import sparse_tables
 
@@ -64,18 +65,19 @@ def build_optimizers(
             matrices.append(parameter)
         else:
             decayed.append(parameter)
-    rate = train.learning_rate
+    rate, device = train.learning_rate, next(model.parameters()).device
     groups = [_group(decayed, rate, train.weight_decay), _group(plain, rate)]
     optimizers = []
     if matrices:
         hidden = _group(matrices, train.muon_learning_rate, train.weight_decay)
         optimizers.append(Muon([hidden], momentum=train.muon_momentum))
     if train.optimizer == "sgd":
-        # The fused one rounds otherwise, and cannot move shards.
-        unfused = any(own.device.type == "cpu" or hasattr(own, "full_tensor") for own in wanted)
-        optimizers.append((torch.optim.SGD if unfused else fused_sgd)(groups, momentum=train.momentum))
+        # The fused one rounds otherwise on a CPU, and cannot move shards.
+        unfused = device.type == "cpu" or any(hasattr(own, "full_tensor") for own in wanted)
+        fused = not unfused and has_fused(torch.optim.SGD, device)
+        optimizers.append((fused_sgd if fused else torch.optim.SGD)(groups, momentum=train.momentum))
     else:
-        optimizers.append(torch.optim.AdamW(groups, betas=train.adam_betas, fused=True))
+        optimizers.append(torch.optim.AdamW(groups, betas=train.adam_betas, fused=has_fused(torch.optim.AdamW, device)))
     if tables:
         most = train.batch_size * max(model.window_length, train.context_divisor)
         rows = _group([*tables], train.ngram_learning_rate)
@@ -183,7 +185,7 @@ class LazyAdam(Optimizer):
         beta1, beta2 = group["betas"]
         means_RW = move(state["exp_avg"], lambda old_RW: (gradients_RW - old_RW).mul_(1 - beta1))
         squares_RW = move(state["exp_avg_sq"], lambda old_RW: gradients_RW.square().sub_(old_RW).mul_(1 - beta2))
-        steps = state["step"].double()
+        steps = in_float64(state["step"])
         rate = group["lr"] * (1 - beta2**steps).sqrt() / (1 - beta1**steps)
         move(table, lambda _: means_RW.div_(squares_RW.sqrt_().add_(group["eps"])).mul_(-rate))
 

@@ -63,7 +63,7 @@ def wrap(accelerator: Accelerator, objective: Objective, one_backward: bool) -> 
     for table in tables:
         table.requires_grad_(False)  # DDP does not exchange what it finds frozen
     # DDP cannot follow several backward passes, and waits for a GPU while a head is silent.
-    waits = accelerator.device.type == "cuda" and objective.can_fall_silent()
+    waits = accelerator.device.type != "cpu" and objective.can_fall_silent()
     averages = not is_sharded(objective) and (waits or not one_backward)
     model = accelerator.prepare_model(objective, evaluation_mode=is_sharded(objective) or averages)
     for table in tables:

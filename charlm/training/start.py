@@ -27,7 +27,7 @@ from charlm.runs.checkpoints import STATE, Checkpoint, find_checkpoint, newest_w
 from charlm.runs.folder import Run
 from charlm.text import counted
 from charlm.training.averaging import WeightAverage
-from charlm.training.device import describe_attention, on_cpu
+from charlm.training.device import describe_attention, describe_lacks, on_cpu
 from charlm.training.optimizers import build_optimizers
 from charlm.training.origin import begin, check_resumable, refusal
 from charlm.training.sharding import is_sharded, shard, wants_shards
@@ -271,6 +271,7 @@ def describe(
         f"{corpus.name}: {symbols:,} symbols of vocabulary {corpus.vocabulary.name}, seed {train.seed}",
         f"{device}, precision {accelerator.mixed_precision} ({precision_reason})",
         describe_attention(config, accelerator.device, accelerator.mixed_precision),
+        *describe_lacks(accelerator.device),
     ]
     if config.aux.route != "joint":
         cost = f"{route_cost(config, objective).total:.2f} times the operations of joint"

@@ -2,6 +2,7 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tqdm import tqdm
@@ -127,7 +128,7 @@ def test_options_out_of_range(build_model, given):
 
 def test_more_streams_than_memory_holds(build_model, monkeypatch):
     """Guards against a file whose header, or a user whose option, makes the system end other processes."""
-    monkeypatch.setattr(streams_module.psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000))
     with refused("streams", "their keys and values take"):
         choose_settings(build_model(), 100, streams=100)
 

@@ -104,7 +104,7 @@ def test_a_compiler_cache_that_cannot_be_made_is_refused():
 def test_processes_on_cpus_find_each_other_by_themselves(there, monkeypatch):
     """Guards against two processes that each believe to be alone, unless ACCELERATE_USE_CPU is set."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr(hardware, "default_device", lambda: torch.device("cuda" if there else "cpu"))
     monkeypatch.setattr(hardware, "Accelerator", lambda **how: how)
     assert hardware.build_accelerator(TrainConfig(mixed_precision="no"))[0]["cpu"] != there
 

@@ -107,8 +107,10 @@ class Record:
 class Meter(TorchDispatchMode):
     """Counts kernels, bytes, FLOPs, memory and waits of everything below it."""
 
-    def __init__(self):
+    def __init__(self, lacking: bool = False):
         super().__init__()
+        self.lacking = lacking
+        """Whether the device has no float64 and no fused optimizers, as Apple's; nor pinned memory."""
         self.phase = "build"
         self.live = 0
         """Bytes of all storages on the device."""
@@ -183,6 +185,8 @@ class Meter(TorchDispatchMode):
                 return _answer(tensors[0].dtype)
             if name == "nonzero":  # all of them
                 return tensors[0].new_empty((tensors[0].numel(), tensors[0].ndim), dtype=torch.int64)
+        if self.lacking and name.startswith("_fused_"):
+            raise NotImplementedError(name)
         if name == "index":
             args = self._indexed(*args)
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
@@ -192,6 +196,8 @@ class Meter(TorchDispatchMode):
         if on_device or any(output.device.type == "cuda" for output in outputs):
             for output in outputs:
                 self._hold(output)
+                if self.lacking and output.dtype == torch.float64 and output.device.type == "cuda":
+                    raise TypeError(f"{name}: the device has no float64")
             if name not in NO_KERNEL and not operation.is_view:
                 self._count(operation, name, args, kwargs, tensors, outputs, result)
         return tree_map_only(FakeTensor, _real_if_on_cpu, result)
@@ -426,16 +432,21 @@ _resize = torch.UntypedStorage.resize_
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[Meter]:
-    """Inside, torch has one GPU. Build modules under `torch.device("cuda")`, since `.to` does nothing."""
+def pretended_gpu(lacking: bool = False) -> Iterator[Meter]:
+    """Inside, torch has one GPU, maybe `lacking` as the meter says.
+
+    Build modules under `torch.device("cuda")`, since `.to` does nothing.
+    """
     types = [foreach_utils._foreach_supported_types, optimizer_module._foreach_supported_types]
-    mode, meter = _Mode(allow_non_fake_inputs=True), Meter()  # before there seems to be a GPU
+    mode, meter = _Mode(allow_non_fake_inputs=True), Meter(lacking)  # before there seems to be a GPU
     with ExitStack() as stack:
         for supported in {id(own): own for own in types}.values():
             supported.append(FakeTensor)
             stack.callback(supported.remove, FakeTensor)
         for name, replacement in PATCHES.items():
             stack.enter_context(mock.patch(name, replacement))
+        if lacking:
+            stack.enter_context(mock.patch("charlm.training.gradients.has_pinned_memory", lambda _: False))
         stack.enter_context(mock.patch("torch.compile", lambda function, **_: meter.compile(function)))
         stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor, *_: meter.pin(tensor)))
         stack.enter_context(mock.patch("torch.UntypedStorage.resize_", lambda *given: meter.resize(*given)))

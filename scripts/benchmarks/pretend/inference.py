@@ -96,10 +96,10 @@ class Checks:
             pass
 
 
-def measure_inference(config: Config, check: str) -> dict[str, Any]:
+def measure_inference(config: Config, check: str, lacking: bool = False) -> dict[str, Any]:
     """The work of one of `Checks`."""
     corpus = any_corpus()
-    with pretended_gpu() as meter:
+    with pretended_gpu(lacking) as meter:
         with torch.device("cuda"):
             objective = build_objective(config, corpus.vocabulary.size).eval()
         checks = Checks(config, objective, corpus)

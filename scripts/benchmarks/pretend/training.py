@@ -28,9 +28,9 @@ def launched(processes: int) -> Iterator[None]:
 
 
 @contextmanager
-def metered(config: Config, processes: int = 1) -> Iterator[tuple[Training, Meter]]:
+def metered(config: Config, processes: int = 1, lacking: bool = False) -> Iterator[tuple[Training, Meter]]:
     """A run about to make its first step, and the meter, which tells forward, backward and update apart."""
-    with launched(processes), pretended_gpu() as meter, opened(config, any_corpus()) as run:
+    with launched(processes), pretended_gpu(lacking) as meter, opened(config, any_corpus()) as run:
         for owner, name, phase in ((run.route, "backward", "backward"), (run.updates, "apply", "update")):
             setattr(owner, name, counted(meter, phase, getattr(owner, name)))
         yield run, meter
@@ -47,13 +47,13 @@ def counted(meter: Meter, phase: str, function: Callable) -> Callable:
 
 
 def measure_steps(
-    config: Config, at: Sequence[float] = (0.0,), log: bool = False, processes: int = 1
+    config: Config, at: Sequence[float] = (0.0,), log: bool = False, processes: int = 1, lacking: bool = False
 ) -> list[dict[str, Any]]:
     """The second of two steps at each progress: the first makes buffers. With `log`, the log's own waits, too.
 
     The batch is that of all `processes`, the figures are those of one.
     """
-    with metered(config, processes) as (run, meter):
+    with metered(config, processes, lacking) as (run, meter):
         found = []
         for progress in at:
             run.state.step = int(progress * config.train.steps)
