@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.peers import autocast, build_peer
+from benchmarks.pretend.runs import untrained
 from benchmarks.setups import DRAFT_FACTS, Trial
 from benchmarks.shapes import charlm_config, text_config
 from benchmarks.timing import Timer
@@ -27,16 +28,7 @@ def untrained_model(trial: Trial) -> TrainedModel:
     config = charlm_config(trial.shape, trial.text, mixed_precision="fp32", auxiliary=False)
     corpus = load_corpus(config.data, show_progress=False)
     objective = build_objective(config, corpus.vocabulary.size).to(trial.device).eval()
-    return TrainedModel(
-        config=config,
-        transformer=objective.transformer,
-        heads=objective.heads,
-        vocabulary=corpus.vocabulary,
-        checkpoint="step-00000000",
-        step=0,
-        corpus={"name": corpus.name, "sha256": corpus.sha256},
-        device=torch.device(trial.device),
-    )
+    return untrained(config, objective, corpus)
 
 
 def evaluate_charlm(trial: Trial, timer: Timer) -> None:

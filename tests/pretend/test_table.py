@@ -30,8 +30,8 @@ def test_arithmetic(measured):
     assert table.host_seconds(table.step("T12 batch 16")) == pytest.approx(host)
     assert table.characters_per_second("T12 batch 16") == pytest.approx(16 * 512 / 0.1005)
     assert table.utilisation("T12 batch 64") == pytest.approx(0.05 / 0.1005)
-    # 3,000 steps of short windows, bound by the host, 7,000 of full ones, and ten validations
-    expected = 3000 * (host + 0.0005) + 7000 * 0.1005 + 10 * 0.1
+    # 2,400 steps of short windows, bound by the host, 5,600 of full ones, and ten validations
+    expected = 2400 * (host + 0.0005) + 5600 * 0.1005 + 10 * 0.1
     assert table.minutes("enwik8_fast") == pytest.approx(expected / 60)
 
 

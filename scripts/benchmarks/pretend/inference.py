@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.pretend.runs import any_corpus
+from benchmarks.pretend.runs import any_corpus, untrained
 from benchmarks.pretend.training import figures
 from charlm.compression.container import model_digest, probe
 from charlm.compression.streams import Streams, choose_settings
@@ -20,7 +20,7 @@ from charlm.inference.generation import generate
 from charlm.inference.scoring import measure_text, nats_and_entropies
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
-from charlm.runs.trained import TrainedModel, exit_layers, truncate
+from charlm.runs.trained import exit_layers, truncate
 from charlm.training.diagnose import bits_per_head, gradient_figures, spread_windows
 
 BF16 = torch.bfloat16
@@ -32,16 +32,7 @@ class Checks:
     def __init__(self, config: Config, objective: Objective, corpus: Corpus):
         self.objective, self.corpus = objective, corpus
         self.ids = corpus.splits["valid"].ids
-        self.trained = TrainedModel(
-            config=config,
-            transformer=objective.transformer,
-            heads=objective.heads,
-            vocabulary=corpus.vocabulary,
-            checkpoint="step-00000001",
-            step=1,
-            corpus={"name": corpus.name, "sha256": corpus.sha256},
-            device=torch.device("cuda"),
-        )
+        self.trained = untrained(config, objective, corpus)
 
     def evaluation(self) -> None:
         bits_per_character(self.trained, self.corpus, split="valid", limit=5_000, precision="bf16")

@@ -11,6 +11,8 @@ import torch
 from charlm.config import Config
 from charlm.data.corpus import Corpus, Split
 from charlm.data.vocabulary import ByteVocabulary
+from charlm.objective.objective import Objective
+from charlm.runs.trained import TrainedModel
 from charlm.training.device import build_accelerator, torch_settings
 from charlm.training.loop import Training, build
 from charlm.training.start import TrainState
@@ -24,6 +26,20 @@ def any_corpus() -> Corpus:
     split = Split(ids=ids, symbols=SYMBOLS, characters=SYMBOLS, bytes=SYMBOLS)
     splits = dict.fromkeys(("train", "valid", "test"), split)
     return Corpus(name="noise", source="drawn", sha256="0", vocabulary=ByteVocabulary(), splits=splits)
+
+
+def untrained(config: Config, objective: Objective, corpus: Corpus) -> TrainedModel:
+    """A model as if a run had ended before its first step."""
+    return TrainedModel(
+        config=config,
+        transformer=objective.transformer,
+        heads=objective.heads,
+        vocabulary=corpus.vocabulary,
+        checkpoint="step-00000000",
+        step=0,
+        corpus={"name": corpus.name, "sha256": corpus.sha256},
+        device=objective.transformer.embedding.weight.device,
+    )
 
 
 @contextmanager

@@ -64,7 +64,7 @@ CASES = {
     "T64 batch 16, AdamW, 2 shards": Case(T64, 16, ADAMW, 2),
     "T64 batch 16, AdamW, 8 shards": Case(T64, 16, ADAMW, 8),
     "enwik8_fast batch 16": Case(FAST, 16),
-    "enwik8_fast": Case(FAST, 128),
+    "enwik8_fast": Case(FAST, 64),
     "enwik8_small": Case(SMALL, 8),
     "enwik8_small batch 64": Case(SMALL, 64),
 }
