@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from charlm.config import Config, ConfigError, UserError
     from charlm.config.load import load_config
     from charlm.data.corpus import load_corpus
+    from charlm.inference.adaptation import adapted
     from charlm.inference.evaluation import bits_per_character
     from charlm.inference.generation import generate
     from charlm.inference.speculative import DraftStatistics
@@ -34,6 +35,7 @@ _HOMES = {
     "ConfigError": "config",
     "DraftStatistics": "inference.speculative",
     "UserError": "config",
+    "adapted": "inference.adaptation",
     "auxiliary_task": "objective.tasks",
     "bits_per_character": "inference.evaluation",
     "compress": "compression.coder",

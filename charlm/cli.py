@@ -24,6 +24,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from charlm.config import Config, DataConfig, Section, Stopped, UserError
+from charlm.config.adapt import AdaptConfig
 from charlm.config.errors import did_you_mean, shown
 from charlm.config.load import OPTIONS, RENAMED, S, Setting, settings_of, typed, validate
 from charlm.config.types import sections_of
@@ -82,6 +83,13 @@ class MovedCorpus(Section):
         moved = places.pop("mixture").items()
         sources = {name: dict(config.mixture.get(name, ())) | places for name, places in moved}
         return config.replace(mixture=config.mixture | sources, **places)
+
+
+def adapt_of(adapt: AdaptConfig, switch: object) -> AdaptConfig | None:
+    """The options of --adapt if it was given; UserError if they were given without it."""
+    if not switch and adapt != AdaptConfig():
+        raise UserError("adapt: options of learning while reading need the flag --adapt; add it", "adapt")
+    return adapt if switch else None
 
 
 def parse(kind: type[S], argv: Sequence[str] | None = None) -> S:

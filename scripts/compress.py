@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 from charlm.config import Section
+from charlm.config.adapt import AdaptConfig
 from charlm.files import OutputPath
 from charlm.process import keep_freed_memory
 from charlm.text import command, say
@@ -42,6 +43,9 @@ class Options(Section):
     """Precision of the matrix products."""
     threads: int | None = None
     """Threads of the processor; decompressing uses as many. The default is torch's choice."""
+    adapting: Annotated[bool, cli.Flag("--adapt", dest="adapting")] = False
+    """Learn from what was coded, as evaluate.py --adapt --as-compressor does; decompressing does the same."""
+    adapt: AdaptConfig = AdaptConfig()
     verify: bool = True
     """Decode the result and compare it with the file before the compressed file is written."""
     report: bool = False
@@ -60,6 +64,7 @@ def main() -> None:
     from charlm.data.sources import check_outside
     from charlm.report.style import check_suffix
 
+    adapt = cli.adapt_of(options.adapt, options.adapting)
     if options.picture is not None:
         check_suffix(options.picture)
     keep_freed_memory()
@@ -72,6 +77,7 @@ def main() -> None:
         options.file,
         options.output,
         verify=options.verify,
+        adapt=adapt,
         **{name: getattr(options, name) for name in ("streams", "context", "stride", "precision", "threads")},
     )
     report = compression.weigh(

@@ -9,20 +9,23 @@ import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
 import charlm
 from charlm import cli
 from charlm.config import Section
+from charlm.config.adapt import AdaptConfig
+from charlm.config.errors import shown
 from charlm.files import OutputPath
 from charlm.process import keep_freed_memory
-from charlm.text import say
+from charlm.text import command, counted, say
 
 if TYPE_CHECKING:
     from charlm.data.corpus import Corpus
     from charlm.inference.evaluation import EarlyExit, Score
+    from charlm.runs.trained import TrainedModel
 
 
 class Options(Section):
@@ -57,7 +60,13 @@ class Options(Section):
     as_compressor: bool = False
     """Score as compress.py codes, with its streams and stride, without writing a file."""
     streams: int | None = None
-    """--as-compressor: parts of the text that are coded side by side. The default depends on its length."""
+    """--as-compressor and --adapt: parts of the text that are read side by side. The default of --as-compressor depends
+    on the text's length, that of --adapt is 1."""
+    adapting: Annotated[
+        Literal["yes", "tune"] | None, cli.Flag("--adapt", dest="adapting", nargs="?", const="yes", metavar="tune")
+    ] = None
+    """Learn from every symbol after it was scored. tune: choose learning rates on the validation split."""
+    adapt: AdaptConfig = AdaptConfig()
     yardsticks: bool = False
     """Also compress the scored bytes with gzip, bzip2 and xz."""
     as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
@@ -85,6 +94,11 @@ def main() -> None:
     if options.source is not None:
         corpus = source_of(corpus, options.source)
     protocol = {name: getattr(options, name) for name in ("split", "stride", "limit", "batch_size", "precision")}
+    adapt = cli.adapt_of(options.adapt, options.adapting)
+    if options.adapting == "tune":
+        del protocol["split"]
+        tune(trained, corpus, options, protocol)
+        return
     if options.early_exit:
         from charlm.inference.early_exit import early_exit
 
@@ -93,8 +107,9 @@ def main() -> None:
         from charlm.compression.coder import score_as_compressor
 
         del protocol["batch_size"]
-        score = score_as_compressor(trained, corpus, streams=options.streams, **protocol)
+        score = score_as_compressor(trained, corpus, streams=options.streams, adapt=adapt, **protocol)
     else:
+        protocol |= {"adapt": adapt, "streams": options.streams}
         score = charlm.bits_per_character(
             trained, corpus, all_layers=options.all_layers, mixture=options.mixture, **protocol
         )
@@ -130,14 +145,39 @@ def check(options: Options) -> None:
         raise charlm.UserError(
             "--as-compressor cannot be combined with --all-layers, --mixture, --early-exit or --batch-size"
         )
-    if options.streams is not None and not options.as_compressor:
-        raise charlm.UserError(f"streams={options.streams}: --streams requires --as-compressor")
+    if options.adapting and options.early_exit:
+        raise charlm.UserError("--adapt and --early-exit cannot be combined", "adapt")
+    if options.adapting == "tune" and (options.as_compressor or options.yardsticks or options.all_layers):
+        raise charlm.UserError("--adapt tune cannot be combined with --as-compressor, --yardsticks or --all-layers")
+    cli.adapt_of(options.adapt, options.adapting)
+    if options.streams is not None and not options.as_compressor and not options.adapting:
+        raise charlm.UserError(f"streams={options.streams}: --streams requires --as-compressor or --adapt")
     if options.picture is not None:
         if not options.early_exit:
             raise charlm.UserError(f"picture={options.picture}: --picture requires --early-exit")
         from charlm.report.style import check_suffix
 
         check_suffix(options.picture)
+
+
+def tune(trained: "TrainedModel", corpus: "Corpus", options: Options, protocol: dict[str, Any]) -> None:
+    """Try learning rates, show each, and then the command that scores the split with the best."""
+    from charlm.inference.evaluation import tune
+
+    scores = []
+    for score in tune(trained, corpus, options.adapt, mixture=options.mixture, streams=options.streams, **protocol):
+        scores.append(score)
+        if not options.as_json:
+            rates = ", ".join(f"{name} {score.adapt[name]:g}" for name in ("rate", "ngram_rate"))
+            say(f"{rates}: {score.bits_per_character:.4f} bits per character of the valid split", flush=True)
+    best = min(scores, key=lambda score: score.bits_per_character)
+    if options.as_json:
+        say(json.dumps({"best": best.as_dict(), "tried": [score.as_dict() for score in scores]}, indent=2))
+        return
+    defaults = AdaptConfig()
+    words = [f"--adapt.{name}={value}" for name, value in best.adapt.items() if value != getattr(defaults, name)]
+    words += [f"--{name}={own}" for name in ("stride", "streams") if (own := getattr(options, name)) is not None]
+    say("Next:", command("evaluate.py", options.run, "--adapt", *words))
 
 
 def source_of(corpus: "Corpus", name: str) -> "Corpus":
@@ -170,9 +210,11 @@ def describe(score: "Score", symbols: int, planned: int | None, yardsticks: dict
         f"  {scored} symbols, {score.characters:,} characters, {score.bytes:,} bytes",
         f"  stride {score.stride}, context {score.context_length}, {score.precision}, {score.seconds:,.1f} s",
     ]
+    if score.adapt:
+        lines += textwrap.wrap(f"adaptive: {shown(score.adapt)}", 80, initial_indent="  ", subsequent_indent="  ")
     if score.streams is not None:
-        streams = f"{score.streams:,} stream{'s' if score.streams > 1 else ''}"
-        lines.append(f"  as a compressor: {streams}, {score.compressed_bytes:,} bytes compressed")
+        compressed = f", {score.compressed_bytes:,} bytes compressed" if score.compressed_bytes is not None else ""
+        lines.append(f"  {'as a compressor: ' * bool(compressed)}{counted(score.streams, 'stream')}{compressed}")
     for source, bits in (score.sources or {}).items():
         lines.append(f"  source {source}: {bits:.4f} bits per character")
     if score.mixture:

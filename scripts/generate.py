@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 from charlm.config import Section
+from charlm.config.adapt import AdaptConfig
 from charlm.text import say
 
 RULE = 20 * "-"
@@ -42,6 +43,9 @@ class Options(Section):
     """best, last or a step."""
     weights: Literal["average", "raw"] = "average"
     """raw: not the averaged weights of a run with train.average."""
+    adapt_to: Annotated[Path | None, cli.Flag("--adapt", dest="adapt_to", metavar="FILE")] = None
+    """Read this file first, learning from it."""
+    adapt: AdaptConfig = AdaptConfig()
     draft: Annotated[str | None, cli.Flag("--draft", metavar="offsets|LAYER")] = None
     """Draft several symbols for each pass of the model: with its heads for later symbols (offsets), or with the exit at
     a layer. At temperature 0 the text stays the same; else it follows the same distribution."""
@@ -56,8 +60,11 @@ def main() -> None:
     options = cli.parse(Options)
     from charlm.inference.generation import stream  # not before --help and mistakes were answered
 
+    adapt = cli.adapt_of(options.adapt, options.adapt_to)
     draft, statistics = parse_draft(options.draft), charlm.DraftStatistics()
     trained = charlm.load(options.run, options.checkpoint, weights=options.weights)
+    if adapt is not None:
+        trained = charlm.adapted(trained, options.adapt_to.read_bytes(), adapt)
     names = ("length", "temperature", "top_k", "top_p", "seed", "num_draft_tokens", "exit_entropy")
     how = {name: getattr(options, name) for name in names} | {"draft": draft, "statistics": statistics}
     write = say if sys.stdout.isatty() else print  # a file gets the text as it is

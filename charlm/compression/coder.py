@@ -146,7 +146,11 @@ def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *,
         _check_decodable(trained, header, source)
         settings = header.settings
         with output(target, source, header.length) as written, threads_set(settings.threads):
-            if probe(trained, settings) != header.probe:
+            try:
+                probed = probe(trained, settings)
+            except UserError as error:
+                raise UserError(f"{source}: {error}") from error
+            if probed != header.probe:
                 problem = "predictions differ here in their last bits"
                 raise UserError(f"{source}: {problem}; {SAME_MACHINE}")
             with progress_bar(header.symbols, "decompressing", show_progress) as bar:
@@ -189,6 +193,7 @@ def score_as_compressor(
         nats_N,
         stride=settings.stride,
         streams=settings.streams,
+        adapt=settings.adapt and dict(settings.adapt),
         compressed_bytes=math.ceil(math.fsum(nats_N) / math.log(2) / 8),
     )
 
@@ -220,10 +225,10 @@ def _decode(trained: TrainedModel, header: Header, file: BinaryIO, name: Path, b
             for where_A, logits_AV in streams.walk(ids, bar):
                 symbols_A = decoder.decode(FAMILY, probabilities(logits_AV))
                 if symbols_A.max() >= V:  # in a vocabulary of one symbol, see `probabilities`
-                    raise refused
+                    raise ValueError("no such symbol")
                 ids[where_A] = symbols_A
             data = trained.vocabulary.decode(ids)
-        except (AssertionError, ValueError) as error:  # words that no encoder writes
+        except (AssertionError, ValueError, UserError) as error:  # words that no encoder writes
             raise refused from error
         if not decoder.maybe_exhausted():
             raise refused

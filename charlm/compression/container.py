@@ -2,6 +2,7 @@
 
     charlm, format version      6 bytes, uint16
     header                      see `Header`; its last field is a text of up to 255 bytes
+    settings, in version 4      up to 255 bytes of JSON: the values of each of `SECTIONS`, or null
     blocks                      each: uint32 W, then W words of 32 bits from the range coder
     checksum                    the first 8 bytes of the SHA-256 of everything before
 
@@ -26,12 +27,16 @@ from torch import Tensor
 
 from charlm.compression.streams import FAMILY, CodingSettings, Streams, probabilities
 from charlm.config import UserError
+from charlm.config.adapt import AdaptConfig
 from charlm.data.vocabulary import Vocabulary
+from charlm.files import parse_json
 from charlm.runs.checkpoints import digest
 from charlm.runs.trained import TrainedModel
 
 MAGIC = b"charlm"
-VERSION = 3
+VERSIONS = (3, 4)
+SECTIONS = {"adapt": AdaptConfig}
+"""Settings that only files of version 4 have: where all are None, version 3 is written."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 """A file holds the index of one: keep the order."""
 CODER_BITS = 24
@@ -66,10 +71,16 @@ class Header(NamedTuple):
     def pack(self) -> bytes:
         """The file up to its first block."""
         *facts, settings, environment = self
-        *sizes, precision = dict(settings).values()
+        settings = dict(settings)
+        sections = [settings.pop(name) for name in SECTIONS]
+        *sizes, precision = settings.values()
         text = environment.encode()[:255]
-        fields = _FIELDS.pack(*facts, *sizes, PRECISIONS.index(precision), len(text))
-        return _PREFIX.pack(MAGIC, VERSION) + fields + text
+        packed = _FIELDS.pack(*facts, *sizes, PRECISIONS.index(precision), len(text)) + text
+        if not any(sections):
+            return _PREFIX.pack(MAGIC, 3) + packed
+        values = [section and list(dict(section).values()) for section in sections]
+        text = json.dumps(values, separators=(",", ":")).encode()
+        return _PREFIX.pack(MAGIC, 4) + packed + bytes([len(text)]) + text
 
 
 def pack_block(words: np.ndarray) -> bytes:
@@ -94,14 +105,14 @@ def read_header(file: BinaryIO, name: str, vocabulary_size: int) -> Header:
     if not prefix.startswith(MAGIC) or len(prefix) < _PREFIX.size:
         raise UserError(f"{name}: not a file that charlm has compressed")
     _, number = _PREFIX.unpack(prefix)
-    if number != VERSION:
-        problem = f"has format version {number}, not {VERSION}"
+    if number not in VERSIONS:
+        problem = f"has format version {number}, not {' or '.join(map(str, VERSIONS))}"
         raise UserError(f"{name}: {problem}; use the charlm that wrote it")
     try:
-        header = _unpack(file, end)
+        header = _unpack(file, end, number)
         first_block = file.tell()
         _check_blocks(file, end, header, max(2, vocabulary_size))
-    except (ValueError, UserError) as error:
+    except (TypeError, ValueError, UserError) as error:
         raise UserError(f"{name}: its header claims {error}; get a whole copy") from None
     if checksum(file, end) != file.read(_CHECKSUM_BYTES):  # last: it may be a terabyte of zeros
         raise UserError(f"{name}: is damaged or cut short; get a whole copy")
@@ -121,15 +132,19 @@ def largest_claim(words: int, vocabulary_size: int) -> int:
     return math.floor((32 * words + 64) / bits_per_symbol) if words else 0
 
 
-def _unpack(file: BinaryIO, end: int) -> Header:
+def _unpack(file: BinaryIO, end: int, version: int) -> Header:
     """The header; errors say what it claims."""
     packed = file.read(_FIELDS.size)
     if len(packed) < _FIELDS.size or file.tell() + packed[-1] > end:
         raise ValueError("more bytes than the file has")
     *values, precision, length = _FIELDS.unpack(packed)
     word = PRECISIONS[precision] if precision < len(PRECISIONS) else f"number {precision}"
-    settings = dict(zip(CodingSettings.model_fields, [*values[6:], word], strict=True))
+    settings = dict(zip(CodingSettings.model_fields, [*values[6:], word], strict=False))
     environment = file.read(length).decode(errors="backslashreplace")
+    if version == 4:
+        sections = parse_json(file.read(int.from_bytes(file.read(1))))
+        for (name, kind), own in zip(SECTIONS.items(), sections, strict=True):
+            settings[name] = own and dict(zip(kind.model_fields, own, strict=True))
     header = Header(*values[:6], CodingSettings.read(settings), environment)
     if not header.symbols <= header.length <= 4 * header.symbols:
         raise ValueError(f"{header.length:,} bytes in {header.symbols:,} symbols")

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from charlm.compression.coder import Compressed
 from charlm.compression.container import predicting_tensors
 from charlm.compression.streams import FAMILY, CodingSettings, Streams, check_settings, probabilities, threads_set
+from charlm.config.errors import shown
 from charlm.data.text_files import blocks
 from charlm.inference.generation import generate
 from charlm.report.style import PICTURE, TRAIN, VALID, new_figure, save
@@ -55,6 +56,8 @@ class CompressionReport(BaseModel, frozen=True):
             f"  {settings.precision}, {counted(settings.threads, 'thread')}, "
             f"{speed:,.0f} characters per second, {made.seconds:,.1f} s; {verified}",
         ]
+        if settings.adapt is not None:
+            lines.append(f"  adaptive: {shown(dict(settings.adapt))}")
         if self.model is not None and made.characters:
             sizes = {"the file": made.bytes} | self.sizes()
             whole = made.compressed_bytes + self.model["compressed_bytes"]

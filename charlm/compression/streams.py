@@ -4,7 +4,8 @@ A block of text is cut into S streams of equal lengths, or longer by one symbol.
 next symbol's logits in all streams, so that the decoder does exactly the encoder's arithmetic.
 
 A stream begins without context. When `context` symbols were read, the newest `context - stride + 1` are
-read again in one pass: in one stream every symbol has the context that `evaluate --stride` gives it.
+read again in one pass: in one stream every symbol has the context that `evaluate --stride` gives it. A model that
+adapts learns at that moment from the symbols that were coded since the last.
 
 Shapes: S streams, A of which still have symbols, T symbols read at once, V vocabulary.
 """
@@ -22,9 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from charlm.config import Precision, Section, UserError
+from charlm.config.adapt import AdaptConfig
 from charlm.config.types import Count
 from charlm.data.windows import default_stride
 from charlm.hardware import device_memory, in_float64
+from charlm.inference.adaptation import Learner
 from charlm.inference.scoring import AUTOCAST_DTYPES, check_precision
 from charlm.model.cache import KVCache
 from charlm.model.kernels_cpu import full_fp32_matmul
@@ -53,6 +56,8 @@ class CodingSettings(Section):
     """Symbols that are coded together; the last block may have fewer."""
     threads: Annotated[Count, Field(le=2**10)]
     precision: Precision
+    adapt: AdaptConfig | None = None
+    """How the model learns from what was coded, whenever the context is full."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -107,6 +112,8 @@ class Streams:
 
     def __init__(self, trained: TrainedModel, settings: CodingSettings):
         self.trained, self.settings = trained, settings
+        self._learner = Learner(trained.transformer, trained.heads, settings.adapt)
+        self._unlearned = 0
         with torch.inference_mode():
             self._cache = KVCache(trained.config.model, settings.streams, trained.device, settings.dtype)
 
@@ -121,6 +128,7 @@ class Streams:
         starts_S = np.arange(S) * each + np.minimum(np.arange(S), longer)
         symbols_S = np.zeros(S, np.int64)
         self._cache.lengths.zero_()
+        self._unlearned = 0
         logits_SV = torch.zeros(S, self.trained.vocabulary.size, device=self.trained.device)
         steps = math.ceil(len(ids_N) / S)
         for step in range(steps):
@@ -137,6 +145,7 @@ class Streams:
         """Read a symbol of each stream; returns the logits [S, V] of the next."""
         start, ids_SC = self._cache.length, self._cache.ids
         if start == self.settings.context:
+            self._learn(symbols_S)
             self._cache.lengths.zero_()
             earlier = self.settings.context - self.settings.stride
             ids_SC[:, :earlier] = ids_SC[:, start - earlier : start].clone()
@@ -145,16 +154,29 @@ class Streams:
         at_once = max(1, READ_AT_ONCE // self.settings.streams)
         for ids_ST in ids_SC[:, self._cache.length : start + 1].split(at_once, dim=1):
             logits_SV = self._read(ids_ST)
+        self._unlearned += 1
         return logits_SV
+
+    @torch.inference_mode(False)
+    def _learn(self, symbols_S: np.ndarray) -> None:
+        """Learn from the symbols that a full context, and then `symbols_S`, has added."""
+        if self.settings.adapt is None:
+            return
+        ids_ST = self._cache.ids[:, : self.settings.context].clone()
+        newest_S1 = torch.from_numpy(symbols_S.astype(np.int64))[:, None].to(ids_ST.device)
+        targets_SQ = torch.cat([ids_ST, newest_S1], dim=1)[:, -self._unlearned :]
+        counts_SQ = torch.ones_like(targets_SQ, dtype=torch.bool)
+        self._learner.learn(ids_ST, targets_SQ, counts_SQ, autocast_dtype=AUTOCAST_DTYPES[self.settings.precision])
+        self._unlearned = 0
 
     def _read(self, ids_ST: Tensor) -> Tensor:
         last = self.trained.config.model.num_layers
         device, dtype = self.trained.device, self.settings.dtype
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         with full_fp32_matmul(device, ids_ST.numel()), autocast:
-            hidden_S1D = self.trained.transformer(ids_ST, cache=self._cache, num_last=1)[last]
+            hidden_S1D = self._learner.transformer(ids_ST, cache=self._cache, num_last=1)[last]
         with full_fp32_matmul(device, len(ids_ST)):
-            return self.trained.heads(hidden_S1D.float(), last)[:, 0, 0]
+            return self._learner.heads(hidden_S1D.float(), last)[:, 0, 0]
 
 
 @contextmanager
@@ -172,7 +194,7 @@ def probabilities(logits_AV: Tensor) -> np.ndarray:
     """The coder's probabilities, float64 [A, max(V, 2)]; UserError if they are not finite."""
     probabilities_AV = in_float64(logits_AV).softmax(dim=-1).cpu().numpy()
     if not np.isfinite(probabilities_AV).all():
-        raise UserError("the model's probabilities are not finite; use another model")
+        raise UserError("the model's probabilities are not finite; use another model, or lower rates of adapt")
     if probabilities_AV.shape[1] == 1:
         probabilities_AV = np.pad(probabilities_AV, ((0, 0), (0, 1)))
     return probabilities_AV

@@ -5,7 +5,7 @@ Costs are float64 nats, added exactly (`math.fsum`) and divided once.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import mul
 from typing import Any, Literal
@@ -13,11 +13,13 @@ from typing import Any, Literal
 import numpy as np
 
 from charlm.config import Precision, UserError
+from charlm.config.adapt import AdaptConfig
 from charlm.data.corpus import Corpus
 from charlm.data.text_files import changes
 from charlm.data.vocabulary import Vocabulary
 from charlm.data.windows import default_stride
-from charlm.inference.scoring import AUTOCAST_DTYPES, check_precision, negative_log_likelihoods
+from charlm.inference.adaptation import adaptive_predictions
+from charlm.inference.scoring import AUTOCAST_DTYPES, check_precision, negative_log_likelihoods, rank_and_processes
 from charlm.model.kernels_cpu import full_fp32_matmul
 from charlm.runs.trained import TrainedModel, exit_layers
 
@@ -70,9 +72,11 @@ class Score:
     mixture: dict[str, float] | None = None
     """Weight of each layer in the scored prediction, if it is a mixture."""
     streams: int | None = None
-    """Parts of the text read side by side, if scored as a compressor."""
+    """Parts of the text read side by side, if scored as a compressor or adaptively."""
     compressed_bytes: int | None = None
     """Bytes that the bits of all symbols fill, if scored as a compressor."""
+    adapt: dict[str, Any] | None = None
+    """How the model learned from the text, if the score is adaptive: `AdaptConfig`."""
     early_exit: EarlyExit | None = None
     sources: dict[str, float] | None = None
     """Bits per character of each source, if the corpus is a mixture."""
@@ -94,11 +98,14 @@ def bits_per_character(
     precision: Precision = "fp32",
     all_layers: bool = False,
     mixture: Literal["hedge"] | None = None,
+    adapt: AdaptConfig | Mapping[str, Any] | None = None,
+    streams: int | None = None,
     show_progress: bool = True,
 ) -> Score:
     """Score a split of the corpus that the model was trained on (see `charlm.data.windows`).
 
-    Where torch.distributed is initialised, every process must call this; all return the score.
+    Where torch.distributed is initialised, every process must call this; all return the score. An adaptive score
+    takes one process, and each text of a mixture begins with the trained model, which stays as it is.
 
     Args:
         corpus: the one that `charlm.load_corpus(trained.config.data)` returns.
@@ -109,6 +116,8 @@ def bits_per_character(
         all_layers: also score every layer that has a head for the next symbol.
         mixture: "hedge" scores sum_i alpha_i f_i with the weights alpha that hedge backpropagation
             has learned (Sahoo et al. 2018).
+        adapt: learn from each symbol after it was scored; a mapping has options of `AdaptConfig`.
+        streams: parts of the text that an adaptive score reads side by side, by default one.
 
     Raises UserError for a value out of range, another corpus, or a mixture without weights.
     """
@@ -121,13 +130,48 @@ def bits_per_character(
     shares = {str(layer): weights[layer] for layer in sorted(weights)}
     models = (trained.transformer, trained.heads)
     layers = exit_layers(trained) if all_layers else weights
+    if adapt is not None:
+        streams = 1 if streams is None else streams
+        adapt = dict(scorer.adapt(adapt, streams))
+    elif streams is not None:
+        raise UserError(f"streams={streams}: requires adapt, or a score as a compressor", "streams")
     with full_fp32_matmul(trained.device):
         nats = negative_log_likelihoods(*models, scorer.ids, layers=layers, lengths=scorer.lengths, **scorer.options)
     return scorer.score(
         mixture_nats(nats, weights) if mixture else nats[last],
         layers=scorer.by_layer(nats) if all_layers else None,
         mixture=shares if mixture else None,
+        adapt=adapt,
+        streams=streams,
     )
+
+
+def tune(
+    trained: TrainedModel, corpus: Corpus, adapt: AdaptConfig, *, limit: int | None = None, **options: Any
+) -> Iterator[Score]:
+    """Adaptive scores of the beginning of the validation split, as rates are tried: see their `adapt`.
+
+    From those of `adapt` on, the rate, and then that of n-gram tables, is doubled or halved as long as that helps.
+    `limit` is by default `train.valid_symbols`; options and errors are those of `bits_per_character`.
+    """
+    options |= {"split": "valid", "limit": limit or trained.config.train.valid_symbols}
+    lowest = bits_per_character(trained, corpus, adapt=adapt, **options)
+    yield lowest
+    for name in ("rate", "ngram_rate"):
+        before = lowest
+        for factor in (2.0, 0.5) if before.adapt[name] else ():
+            while True:
+                tried = lowest.adapt | {name: factor * lowest.adapt[name]}
+                try:
+                    score = bits_per_character(trained, corpus, adapt=tried, **options)
+                except UserError:  # learning diverged
+                    break
+                yield score
+                if score.bits_per_character >= lowest.bits_per_character:
+                    break
+                lowest = score
+            if lowest is not before:
+                break  # the other way leads back
 
 
 class ScoredText:
@@ -205,6 +249,18 @@ class Scorer(ScoredText):
             "corpus_sha256": corpus.sha256,
             "precision": precision,
         }
+
+    def adapt(self, adapt: AdaptConfig | Mapping[str, Any], streams: int) -> AdaptConfig:
+        """Make the options those of `adaptive_predictions`; UserError if they do not fit."""
+        if self.options.pop("batch_size") is not None:
+            raise UserError(
+                "batch_size: cannot be combined with adapt, which reads streams; leave one out", "batch_size"
+            )
+        if rank_and_processes()[1] > 1:
+            raise UserError("adapt: learns from a text in its order; use one process", "adapt")
+        adapt = AdaptConfig.read(dict(adapt))
+        self.options |= {"read": adaptive_predictions, "adapt": adapt, "streams": streams}
+        return adapt
 
     def by_layer(self, nats: Mapping[int, np.ndarray]) -> dict[str, float]:
         """Bits per character of each layer, in ascending order."""

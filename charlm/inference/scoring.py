@@ -30,6 +30,8 @@ CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**24}
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """(log-probabilities [M, V] in float64, targets [M]) -> figures [K, M]."""
+Reading = Callable[..., Iterator[tuple[Tensor, Tensor]]]
+"""`predictions`, or another that reads a text as it does."""
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -67,10 +69,12 @@ def negative_log_likelihoods(
     return dict(zip(layers, np.concatenate(nats, axis=1), strict=True))
 
 
-def measure_text(transformer: CharTransformer, heads: Heads, ids: np.ndarray, **options) -> np.ndarray:
-    """The figures of all symbols, float64 [L, K, N]; options as for `predictions`."""
+def measure_text(
+    transformer: CharTransformer, heads: Heads, ids: np.ndarray, *, read: Reading | None = None, **options
+) -> np.ndarray:
+    """The figures of all symbols, float64 [L, K, N]; options as for `read`, by default `predictions`."""
     found_LKN = None
-    for symbols_M, figures_LKM in predictions(transformer, heads, ids, **options):
+    for symbols_M, figures_LKM in (read or predictions)(transformer, heads, ids, **options):
         if found_LKN is None:
             found_LKN = figures_LKM.new_zeros(*figures_LKM.shape[:2], len(ids))
         found_LKN[:, :, symbols_M] = figures_LKM
@@ -100,7 +104,7 @@ def predictions(
 
     Raises UserError if the stride is not in [1, context_length].
     """
-    rank, num_processes = _rank_and_processes()
+    rank, num_processes = rank_and_processes()
     windows = evaluation_windows(len(ids), transformer.config.context_length, stride)
     V = transformer.vocabulary_size
     first_M = torch.arange(int(rank == 0))
@@ -119,7 +123,7 @@ def predictions(
                 for layer, hidden_MD in hidden_states.items():
                     logits_MV = heads(hidden_MD[None].float(), layer)[0, :, 0]
                     targets_M = targets_M.to(logits_MV.device)
-                    figures.append(_measured(measure, logits_MV, targets_M))
+                    figures.append(measured(measure, logits_MV, targets_M))
                 yield symbols_M, torch.stack(figures).cpu()
                 bar.update(len(symbols_M))
     finally:
@@ -158,7 +162,7 @@ def read_windows(
     """
     layers = sorted(layers)
     device = next(transformer.parameters()).device
-    rank, num_processes = _rank_and_processes() if share else (0, 1)
+    rank, num_processes = rank_and_processes() if share else (0, 1)
     if batch_size is None:
         budget = BATCH_SYMBOLS.get(device.type, BATCH_SYMBOLS["cuda"])
         batch_size = max(1, budget // (transformer.config.context_length * len(layers)))
@@ -179,7 +183,7 @@ def read_windows(
 
 def sum_over_processes(tensor: Tensor, device: torch.device) -> Tensor:
     """The sum over all processes of a tensor on the CPU."""
-    if _rank_and_processes()[1] == 1:
+    if rank_and_processes()[1] == 1:
         return tensor
     shared = tensor if "gloo" in dist.get_backend() else tensor.to(device)
     dist.all_reduce(shared)
@@ -206,7 +210,7 @@ def _batches(
         yield windows.starts[batch, None] + offsets, counts_BT
 
 
-def _measured(measure: Measure, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+def measured(measure: Measure, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     """The figures of each prediction, [K, M], from a part of the logits at a time."""
     budget = CHUNK_LOGITS.get(logits_MV.device.type, CHUNK_LOGITS["cuda"])
     rows = max(1, budget // logits_MV.shape[-1])
@@ -217,7 +221,8 @@ def _measured(measure: Measure, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     return torch.cat(figures, dim=-1)
 
 
-def _rank_and_processes() -> tuple[int, int]:
+def rank_and_processes() -> tuple[int, int]:
+    """This process's rank and the number of processes: 0 and 1 without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1

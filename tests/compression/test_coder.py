@@ -19,6 +19,7 @@ from charlm.compression.coder import compressed_nats
 from charlm.compression.container import largest_claim
 from charlm.compression.streams import FAMILY, CodingSettings
 from charlm.config import UserError
+from charlm.config.adapt import AdaptConfig
 from charlm.data.vocabulary import CharacterVocabulary, SentencePieceVocabulary
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer
@@ -88,6 +89,28 @@ def test_any_bytes_come_back(coded, data, streams, context, stride, block):
     assert decoded(trained, path) == data
 
 
+ADAPT = {"rule": "rms", "rate": 0.01, "decay": 0.1, "steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("length", "streams", "block"), [(0, 2, 40), (1, 1, 40), (90, 1, 90), (100, 3, 40), (200, 3, 200)]
+)
+def test_what_adapts_comes_back(coded, length, streams, block):
+    """Guards against a decoder that learns at another moment than the encoder, or from other symbols; against blocks
+    after which they part; against a model that a file leaves changed; and a size that is not the score's."""
+    data = bytes(np.random.default_rng(length).integers(97, 123, length).astype(np.uint8))
+    options = {"streams": streams, "block": block, "adapt": ADAPT}
+    trained, path = coded(data, **options)
+    before = container.model_digest(trained)
+    assert path.read_bytes()[:8] == b"charlm\4\0"
+    assert decoded(trained, path) == data == decoded(trained, path)
+    assert container.model_digest(trained) == before
+    nats, _ = compressed_nats(trained, np.frombuffer(data, np.uint8), **options)
+    assert path.stat().st_size <= 1.005 * nats.sum() / np.log(2) / 8 + 250
+    with path.open("rb") as file:
+        assert container.read_header(file, "", 256).settings.adapt == AdaptConfig(**ADAPT)
+
+
 @pytest.mark.parametrize(("streams", "length"), [(1, 100), (7, 1500), (50, 3000)])
 def test_the_size_is_what_the_score_predicts(coded, streams, length):
     """Guards against a coder, a header or blocks that cost more than they must."""
@@ -109,17 +132,19 @@ def damages(data: bytes, count: int, seed: int) -> list[bytes]:
     return found[:count]
 
 
-def test_200_random_damages_are_refused(coded):
+@pytest.mark.parametrize("adapt", [None, ADAPT])
+def test_200_random_damages_are_refused(coded, adapt):
     """Guards against damage that is decoded to something, or to nothing without a word."""
-    trained, path = coded(b"a text that is damaged " * 4, streams=2, block=50)
+    trained, path = coded(b"a text that is damaged " * 4, streams=2, block=50, adapt=adapt)
     for spoilt in damages(path.read_bytes(), 200, seed=0):
         refused(trained, path, spoilt)
 
 
-def test_damage_with_a_checksum_that_matches(coded):
+@pytest.mark.parametrize("adapt", [None, ADAPT])
+def test_damage_with_a_checksum_that_matches(coded, adapt):
     """Guards against trust in a checksum that anyone can compute: the content's own is what counts."""
     text = b"a text that is damaged " * 2
-    trained, path = coded(text, streams=2, block=30)
+    trained, path = coded(text, streams=2, block=30, adapt=adapt)
     for spoilt in damages(path.read_bytes(), 40, seed=1):
         path.write_bytes(sealed(spoilt))
         with suppress(UserError):
@@ -155,6 +180,10 @@ LIES = {
     "another content": ({"content": bytes(32)}, "does not decode to the content"),
     "a byte less": ({"length": 91, "symbols": 91}, "does not decode to the content"),
     "a byte more in as many symbols": ({"length": 93}, "does not decode to the content"),
+    "a rate that diverges": ({"adapt": AdaptConfig(rule="sgd", rate=1e30)}, "diverged|not finite"),
+    "tables that the model lacks": ({"adapt": AdaptConfig(parameters="ngrams")}, "no n-gram tables"),
+    "other learning": ({"adapt": AdaptConfig(rate=0.2)}, "last bits"),
+    "learning for days": ({"adapt": AdaptConfig.model_construct(steps=2**31)}, "steps=2147483648"),
     "other streams": ({"streams": 3}, "last bits|does not decode"),
     "another context": ({"context": 7}, "last bits|does not decode"),
 }
@@ -174,6 +203,22 @@ def test_zeros_hold_no_symbols(coded):
         header = container.read_header(file, "", 256)
     header = header._replace(length=2**40, symbols=2**40, settings=header.settings.replace(block=2**21))
     assert "claims 2,097,152 symbols in 0 bytes" in refused(trained, path, sealed(header.pack() + bytes(2**21)))
+
+
+UNNAMED = (
+    *(b"", b"{}", b"7", b"[]", b"[7]", b"[[]]", b"[null,null]", b'["sgd"]', b"[" * 200, b"\xff\xfe", b'[{"rate":1}]'),
+    *(b'[["sgd","all",%s,0.02,0.0%s]]' % own for own in ((b"0.1", b""), (b"NaN", b",1"), (b"0.1", b",1,1"))),
+)
+
+
+@pytest.mark.parametrize("text", UNNAMED)
+def test_learning_that_no_header_names(coded, text):
+    """Guards against a traceback, or defaults, for settings that no encoder writes."""
+    trained, path = coded(b"a text that is damaged " * 4, streams=2, block=50, adapt=ADAPT)
+    data = path.read_bytes()
+    start = 108 + data[107]
+    spoilt = data[:start] + bytes([len(text)]) + text + data[start + 1 + data[start] :]
+    assert "its header claims" in refused(trained, path, sealed(spoilt))
 
 
 FOREIGN = {

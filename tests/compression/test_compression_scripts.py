@@ -17,13 +17,15 @@ from charlm.runs.load import load
 TEXT = " ".join(f"{number}é" for number in range(100)).encode()
 
 
-def test_there_and_back(run_on_disk, script, tmp_path):
+@pytest.mark.parametrize("adapts", [False, True])
+def test_there_and_back(run_on_disk, script, tmp_path, adapts):
     """Guards against scripts that drop an option, or claim success for something else."""
     text, packed, back = tmp_path / "a text", tmp_path / "text.clm", tmp_path / "text.copy"
     text.write_bytes(TEXT)
     options = ("--streams=9", "--context=12", "--stride=4", "--threads=1", "--checkpoint=last")
-    code, out, err = script("compress", run_on_disk, text, "-o", packed, *options)
-    assert (code, err) == (0, "")
+    learning = ("--adapt", "--adapt.rate=0.01") if adapts else ()
+    code, out, err = script("compress", run_on_disk, text, "-o", packed, *options, *learning)
+    assert (code, err) == (0, "") and ("rate: 0.01" in out) == adapts
     size = packed.stat().st_size
     for part in (f"{len(TEXT):,} bytes in {size:,}", "9 streams", "context 12", "stride 4", "fp32", "verified in"):
         assert part in out
@@ -82,21 +84,23 @@ def test_the_report(run_on_disk, script, tmp_path):
     assert all(len(line) <= 80 for line in out.splitlines()[1:-1])
 
 
-def test_the_score_is_that_of_the_file(run_on_disk, script, tmp_path):
+@pytest.mark.parametrize("learning", [(), ("--adapt", "--adapt.rate=0.01")])
+def test_the_score_is_that_of_the_file(run_on_disk, script, tmp_path, learning):
     """Guards against a score by another protocol than the file's: other streams, stride or text."""
     trained = load(run_on_disk)
     corpus = load_corpus(trained.config.data, show_progress=False)
     text, packed = tmp_path / "text", tmp_path / "text.clm"
     text.write_bytes(corpus.vocabulary.decode(corpus.splits["test"].ids[:400]))
-    asked = ("--streams=8", "--stride=5")
+    asked = ("--streams=8", "--stride=5", *learning)
     assert script("compress", run_on_disk, text, "-o", packed, *asked)[0] == 0
     code, out, err = script("evaluate", run_on_disk, "--limit=400", "--as-compressor", *asked, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert (found["symbols"], found["streams"], found["stride"]) == (400, 8, 5)
+    assert ("adapt" in found) == bool(learning)
     predicted = found["compressed_bytes"]
     assert predicted == math.ceil(found["bits_per_byte"] * 400 / 8)
-    assert predicted <= packed.stat().st_size <= 1.005 * predicted + 200
+    assert predicted <= packed.stat().st_size <= 1.005 * predicted + (240 if learning else 200)
     code, out, err = script("evaluate", run_on_disk, "--limit=400", "--as-compressor", *asked)
     for part in ("8 streams", "stride 5", f"{predicted:,} bytes compressed"):
         assert part in out

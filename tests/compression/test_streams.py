@@ -13,6 +13,7 @@ from charlm.compression.container import environment, model_digest, probe, vocab
 from charlm.compression.streams import Streams, choose_settings, probabilities, threads_set
 from charlm.config import UserError
 from charlm.data.vocabulary import ByteVocabulary, CharacterVocabulary
+from charlm.inference.evaluation import bits_per_character
 from charlm.inference.scoring import negative_log_likelihoods
 from tiny import refused, typed
 
@@ -60,6 +61,20 @@ def test_one_stream_costs_what_evaluation_at_its_stride_says(build_model, stride
     expected = negative_log_likelihoods(trained.transformer, trained.heads, ids, stride=stride)[2]
     nats, _ = compressed_nats(trained, ids, streams=1, stride=stride)
     np.testing.assert_allclose(nats, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_what_adapts_costs_what_evaluation_says(build_model, build_corpus, streams):
+    """Guards against steps at other moments than in evaluate, from other symbols, or from another context."""
+    trained = build_model(ngrams=(2,))
+    ids = np.random.default_rng(1).integers(0, 256, streams * (8 + 5 * 3 + 1)).astype(np.uint8)
+    adapt = {"rule": "rms", "rate": 0.01, "decay": 0.1, "steps": 2}
+    score = bits_per_character(trained, build_corpus(ids.tobytes()), stride=3, adapt=adapt, streams=streams)
+    nats, settings = compressed_nats(trained, ids, streams=streams, stride=3, adapt=adapt)
+    assert nats.sum() / math.log(2) / score.characters == pytest.approx(score.bits_per_character, rel=1e-6)
+    static, _ = compressed_nats(trained, ids, streams=streams, stride=3)
+    assert abs(nats.sum() - static.sum()) > 0.1
+    assert settings.adapt.steps == 2
 
 
 @pytest.mark.parametrize(("context_length", "stride"), [(1, 1), (2, 2), (7, 5), (8, 5), (512, 257)])
@@ -154,7 +169,8 @@ def test_digests_name_what_matters(build_model):
     assert len(models) == 4 and model_digest(same) == model_digest(one)
     settings = choose_settings(one, 1, streams=2)
     probes = {probe(one, settings), probe(other_head, settings), probe(one, settings.replace(streams=3))}
-    assert len(probes) == 3 and probe(same, settings) == probe(one, settings)
+    probes |= {probe(one, settings.replace(adapt={"rate": rate})) for rate in (0.1, 0.2)}
+    assert len(probes) == 5 and probe(same, settings) == probe(one, settings)
     vocabularies = (ByteVocabulary(), CharacterVocabulary("ab"), CharacterVocabulary("ac"))
     assert len(set(map(vocabulary_digest, vocabularies))) == 3
 

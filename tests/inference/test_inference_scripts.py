@@ -8,6 +8,7 @@ import pytest
 
 from charlm.data.corpus import load_corpus
 from charlm.data.vocabulary import ByteVocabulary
+from charlm.inference.adaptation import adapted
 from charlm.inference.evaluation import bits_per_character
 from charlm.inference.generation import generate
 from charlm.runs.folder import Run
@@ -128,6 +129,39 @@ def test_early_exit_is_shown_as_a_table(script, run_on_disk, tmp_path):
     assert picture.stat().st_size > 1000
 
 
+def test_adaptive_scores(run_on_disk, script):
+    """Guards against an adaptive figure without its protocol, options that the script leaves out, and a choice of rates
+    whose command scores something else than was tried."""
+    asked = ("--adapt", "--adapt.rate=0.01", "--adapt.ngram_rate=0", "--streams=3", "--stride=5", "--limit=300")
+    code, out, err = script("evaluate", *asked)
+    assert (code, err) == (0, "")
+    for part in ("adaptive: {rule: rms, parameters: all, rate: 0.01", "3 streams", "stride 5"):
+        assert part in out
+    assert "compressor" not in out and all(len(line) <= 80 for line in out.splitlines())
+    found = json.loads(script("evaluate", *asked, "--json")[1])
+    assert (found["streams"], found["adapt"]["rate"], found["adapt"]["ngram_rate"]) == (3, 0.01, 0.0)
+    code, out, err = script("evaluate", "--adapt=tune", *asked[1:])
+    *tried, last = out.splitlines()
+    assert (code, err) == (0, "") and len(tried) >= 3 and all("of the valid split" in line for line in tried)
+    assert tried[0].startswith("rate 0.01, ngram_rate 0: ")
+    assert "--streams=3" in last and "--stride=5" in last and "--adapt.rate=" in last
+    found = json.loads(script("evaluate", "--adapt=tune", *asked[1:], "--json")[1])
+    assert len(found["tried"]) == len(tried) and {one["split"] for one in found["tried"]} == {"valid"}
+    assert found["best"]["bits_per_character"] == min(one["bits_per_character"] for one in found["tried"])
+
+
+def test_generation_after_reading(run_on_disk, script, tmp_path):
+    """Guards against a file that is not read, or read by another model than the one that writes."""
+    text = tmp_path / "read.txt"
+    text.write_bytes(b"7" * 200)
+    trained = load(run_on_disk)
+    learned = adapted(trained, text.read_bytes(), {"rule": "sgd", "rate": 0.05})
+    options = ("--prompt=12é ", "--length=40", "--seed=7")
+    expected = f"12é {generate(learned, '12é ', length=40, seed=7)}\n"
+    assert script("generate", *options, f"--adapt={text}", "--adapt.rule=sgd", "--adapt.rate=0.05") == (0, expected, "")
+    assert expected != script("generate", *options)[1]
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -136,7 +170,16 @@ def test_early_exit_is_shown_as_a_table(script, run_on_disk, tmp_path):
         ("evaluate", ["--mixture=hedge", "--early-exit"], "--mixture and --early-exit cannot be combined"),
         ("evaluate", ["--picture=curve.png"], "--picture requires --early-exit"),
         ("evaluate", ["--early-exit", "--picture=curve.txt"], "curve.txt"),
+        ("evaluate", ["--adapt", "--early-exit"], "--adapt and --early-exit cannot be combined"),
+        ("evaluate", ["--adapt=later"], "adapting=later"),
+        ("evaluate", ["--adapt=tune", "--as-compressor"], "--adapt tune cannot be combined"),
+        ("evaluate", ["--adapt.rate=1"], "need the flag --adapt"),
+        ("evaluate", ["--adapt", "--adapt.rate=-1"], "adapt.rate=-1"),
+        ("evaluate", ["--streams=2"], "requires --as-compressor or --adapt"),
         ("generate", [], "prompt"),
+        ("generate", ["--prompt=a", "--adapt=none.txt"], "none.txt"),
+        ("generate", ["--prompt=a", "--adapt=/dev/null"], "adapt"),
+        ("generate", ["--prompt=a", "--adapt.rate=1"], "need the flag --adapt"),
         ("generate", ["--prompt=12345678901234567"], "prompt: has 17 symbols"),
         ("generate", ["--prompt=a", "--draft=all"], "draft=all"),
         ("generate", ["--prompt=a", "--exit-entropy=-1"], "exit_entropy=-1.0: "),

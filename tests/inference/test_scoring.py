@@ -22,7 +22,7 @@ def test_costs_and_entropies_in_chunks(monkeypatch):
         expected[1].append(-sum(p * math.log(p) for p in probabilities))
     for size in (1, 7, 30, 10_000):
         monkeypatch.setattr(scoring, "CHUNK_LOGITS", {"cpu": size, "cuda": size})
-        found = scoring._measured(nats_and_entropies, logits_MV, targets_M)
+        found = scoring.measured(nats_and_entropies, logits_MV, targets_M)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
