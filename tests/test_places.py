@@ -32,7 +32,7 @@ NEEDED = {
     "evaluate": "~/r --picture ~/p.png --data.path ~/d --data.cache_dir=~/c",
     "explain": "--picture=~/p.png",
     "export": "~/r --to=~/e --data.path=~/d --data.cache_dir ~/c",
-    "generate": "~/r --prompt x",
+    "generate": "~/r --prompt x --adapt ~/adapt_to",
     "import": "~/folder --to=~/to --data.path=~/d --data.cache_dir ~/c",
     "prepare": "",
     "report": "~/r ~/s -o ~/o --data.path=~/d --data.cache_dir ~/c",

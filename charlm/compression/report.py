@@ -2,6 +2,7 @@
 
 import bz2
 import lzma
+import textwrap
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -57,7 +58,8 @@ class CompressionReport(BaseModel, frozen=True):
             f"{speed:,.0f} characters per second, {made.seconds:,.1f} s; {verified}",
         ]
         if settings.adapt is not None:
-            lines.append(f"  adaptive: {shown(dict(settings.adapt))}")
+            adapt = f"adaptive: {shown(dict(settings.adapt))}"
+            lines += textwrap.wrap(adapt, 80, initial_indent="  ", subsequent_indent="  ")
         if self.model is not None and made.characters:
             sizes = {"the file": made.bytes} | self.sizes()
             whole = made.compressed_bytes + self.model["compressed_bytes"]

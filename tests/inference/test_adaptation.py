@@ -142,7 +142,7 @@ def test_the_rules_by_hand(build_model, monkeypatch):
     assert {round(step, 4) for step in tables[tables != 0].abs().tolist()} == {0.01}  # Adam's first step
     twice = moved(trained, rule="sgd", rate=0.1, ngram_rate=0.0, steps=2)
     torch.testing.assert_close(twice, moved(trained, times=2, rule="sgd", rate=0.1, ngram_rate=0.0))
-    monkeypatch.setattr("charlm.inference.adaptation.AT_ONCE", {"cpu": 8})
+    monkeypatch.setattr("charlm.inference.adaptation.AT_ONCE", {"cpu": 8, "cuda": 8})
     torch.testing.assert_close(moved(trained, rule="sgd", rate=0.1, ngram_rate=0.0), plain, atol=1e-6, rtol=1e-4)
 
 
