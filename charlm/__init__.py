@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from charlm.inference.evaluation import bits_per_character
     from charlm.inference.generation import generate
     from charlm.inference.speculative import DraftStatistics
+    from charlm.lens.lens import Lens
     from charlm.objective.tasks import auxiliary_task
     from charlm.report.explain import explain
     from charlm.report.finish import train_and_report
@@ -34,6 +35,7 @@ _HOMES = {
     "Config": "config",
     "ConfigError": "config",
     "DraftStatistics": "inference.speculative",
+    "Lens": "lens.lens",
     "UserError": "config",
     "adapted": "inference.adaptation",
     "auxiliary_task": "objective.tasks",

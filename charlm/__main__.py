@@ -11,8 +11,8 @@ from charlm.config import Section
 from charlm.text import SHIPPED
 
 Command = Literal[
-    "prepare", "explain", "train", "report", "ablate", "evaluate", "generate", "compress", "decompress", "export",
-    "import", "env",
+    "prepare", "explain", "train", "report", "ablate", "evaluate", "lens", "generate", "compress", "decompress",
+    "export", "import", "env",
 ]  # fmt: skip
 
 

@@ -32,6 +32,7 @@ LINES = [
     f"{LAUNCH} charlm train --config demo {SMALL} {TEXT} --run.dir=two",
     "charlm evaluate run --limit=100",
     "charlm generate run --prompt=a --length=5",
+    "charlm lens run --to=lens.html --text=few.txt",
     "charlm report run --records-only -o page.html",
     "charlm export run --to exported",
     "charlm import nano --to imported",

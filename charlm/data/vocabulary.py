@@ -63,7 +63,11 @@ class Vocabulary(ABC):
 
     def count_characters(self, ids: np.ndarray) -> int:
         """Characters that start in the text of some ids; counts of pieces add up."""
-        return int(np.count_nonzero(self._starts_V[ids]))
+        return int(np.count_nonzero(self.starts(ids)))
+
+    def starts(self, ids: np.ndarray) -> np.ndarray:
+        """A mask of the ids whose symbols start a character."""
+        return self._starts_V[ids]
 
     @cached_property
     def _ids_of_code_points(self) -> np.ndarray:
@@ -90,8 +94,8 @@ class ByteVocabulary(Vocabulary):
     def encode(self, data: bytes) -> np.ndarray:
         return np.frombuffer(data, np.uint8).copy()  # PyTorch warns about read-only arrays
 
-    def count_characters(self, ids: np.ndarray) -> int:
-        return super().count_characters(ids) if self.utf8 else len(ids)
+    def starts(self, ids: np.ndarray) -> np.ndarray:
+        return super().starts(ids) if self.utf8 else np.full(len(ids), True)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "utf8": self.utf8}

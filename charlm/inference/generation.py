@@ -86,7 +86,7 @@ def generate(
     with progress_bar(len(groups) * length, "generating", show_progress) as bar:
         for group in groups:
             steps = []
-            for step in _write(trained, group, statistics, seed=seed + len(texts), **options):
+            for step in write(trained, group, statistics, seed=seed + len(texts), **options):
                 steps.append(step)
                 bar.update(len(step[0]))
             rows = zip(*steps, strict=True)
@@ -98,12 +98,12 @@ def generate(
 def stream(trained: TrainedModel, prompt: str | bytes, **options) -> Iterator[str]:
     """The text that the model writes after `prompt`, piece by piece; as `generate`."""
     ids = _encode(trained, prompt)
-    steps = _write(trained, [ids], **options)
+    steps = write(trained, [ids], **options)
     pieces = _decode(trained, ids, (symbols for (symbols,) in steps))
     return (piece for piece in pieces if piece)
 
 
-def _write(
+def write(
     trained: TrainedModel, ids: Sequence[list[int]], statistics: DraftStatistics | None = None, **options
 ) -> Iterator[Sequence[list[int]]]:
     """The symbols that each step adds to each text; a single text, if there are drafts."""
