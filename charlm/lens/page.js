@@ -126,8 +126,8 @@ async function update() {
   clearTimeout(writing);
   writing = setTimeout(address, 250);
   branches();
-  if (!facts.live) return fromPage();
   phase.state = "reading";
+  if (!facts.live) return fromPage();
   try {
     await readOn(mine);
     for (const [name, question] of Object.entries(QUESTIONS)) {
@@ -163,6 +163,8 @@ async function readOn(mine) {
     append(answer);
     Object.assign(now, { total: answer.total, of: answer.of, known: size() });
     now.read = whole.slice(0, size() ? end(size() - 1) : 0);
+    const last = state.offset === 1 && answer.next && now.grid[model().num_layers];
+    if (last) for (const key in last) last[key].push(answer.next[key]); // what is expected after the text
     show();
   } while (size() < now.of);
 }
@@ -377,7 +379,7 @@ function drawDecided(pen, colour, across, x, under) {
 
 function drawCame(pen, colour, shade, symbol, x) {
   const level = symbol < size() ? shade.level(shade.values[symbol]) : 0;
-  pen.globalAlpha = (0.72 * Math.abs(level)) / LEVELS;
+  pen.globalAlpha = (0.6 * Math.abs(level)) / LEVELS;
   pen.fillStyle = colour(level > 0 ? "surprise" : "series-0");
   pen.fillRect(x, HEAD - ROW - 2, CELL, ROW);
   pen.globalAlpha = 1;
@@ -454,11 +456,11 @@ function status(shade = shading()) {
   const known = (values, words) => (isChar && Number.isFinite(values?.[at]) ? words(values[at]) : "");
   const runs = answers.compare?.bits.map((own) => known(own, asBits)).join(" and ");
   const said = [
-    isChar ? `Place ${at}: ‘${named(now.symbols[at])}’` : `After the text (place ${at})`,
+    isChar ? `Place ${at}: “${named(now.symbols[at])}”` : `After the text (place ${at})`,
     known(now.bits, (cost) => `cost ${asBits(cost)}`),
     state.colour === "bits" ? "" : known(shade.values, (value) => `${shade.title} ${shade.words(value)}`),
     runs && isChar ? `run by run ${runs}` : "",
-    guess === null ? "" : `layer ${layer()} expected ‘${named(guess)}’ (${percent(row.probability[at])})`,
+    guess === null ? "" : `layer ${layer()} expected “${named(guess)}” (${percent(row.probability[at])})`,
     now.decided[at] ? `decided at layer ${now.decided[at]}` : "",
   ].filter(Boolean).join("; ");
   if ($("status").textContent !== said) $("status").textContent = said;
@@ -486,7 +488,7 @@ function notes() {
   $("silent").textContent = when.length ? `Heads that fell silent in training: ${when.join(", ")}.` : "";
   const follow = Object.entries(answers.follow?.layers ?? {});
   const each = follow.map(([own, values]) => `layer ${own} ${percent(values[place()])}`).join(", ");
-  $("followed").textContent = each && `‘${named(state.pin)}’ at place ${place()}: ${each}`;
+  $("followed").textContent = each && `“${named(state.pin)}” at place ${place()}: ${each}`;
 }
 
 // What temperature and top-k make of probabilities, the largest first.
@@ -569,6 +571,7 @@ function fromCaret() {
 }
 
 async function stretch() {
+  phase.state = "reading";
   try {
     const found = await (await ask("corpus", { run: state.run, start: state.start, length: state.length })).json();
     [$("start").max, state.start] = [found.of, found.start];

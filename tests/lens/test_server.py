@@ -75,7 +75,7 @@ def runs(folders) -> Runs:
 @pytest.fixture
 def client(runs) -> TestClient:
     headers = {"X-Token": TOKEN, "Origin": f"http://127.0.0.1:{PORT}"}
-    app = create_app(Turns(runs), TOKEN, PORT)
+    app = create_app(runs, TOKEN, PORT, Turns())
     return TestClient(app, base_url=f"http://127.0.0.1:{PORT}", headers=headers, raise_server_exceptions=False)
 
 
@@ -276,7 +276,7 @@ def test_markup_stays_text(folders, tmp_path, client):
 
 def test_a_newer_request_supersedes_older_ones():
     """Guards against a queue of keystrokes, and against a click that cancels the reading of the text."""
-    turns = Turns(None)
+    turns = Turns()
     read, click = turns.watch("read"), turns.watch("distribution")
     read(), click()
     other = turns.watch("distribution")
