@@ -4,6 +4,7 @@
 import os
 import runpy
 import sys
+from importlib import import_module
 from typing import Annotated, Literal, get_args
 
 from charlm import __version__, cli
@@ -17,7 +18,8 @@ Command = Literal[
 
 
 class Options(Section):
-    """Run a command; charlm COMMAND --help shows its options. Each is the script of its name in scripts/."""
+    """Run a command; charlm COMMAND --help shows its options. Each is the script of its name in scripts/; lm-eval is
+    the command line of the lm-evaluation-harness."""
 
     command: Annotated[Command, cli.Flag("command", metavar="COMMAND")]
     """env shows versions and devices, for a report of a bug."""
@@ -32,6 +34,11 @@ def main() -> None:
 
 def _run() -> None:
     sys.argv[0] = "charlm"
+    if sys.argv[1:2] == ["lm-eval"]:  # reads no entry points of packages
+        import_module("charlm.formats.lm_eval")
+        del sys.argv[1]
+        runpy.run_module("lm_eval", run_name="__main__")
+        return
     words, place = sys.argv, int(os.environ.get("_ARGCOMPLETE", "0"))
     if place:  # a shell asks how its line may go on
         words = os.environ["COMP_LINE"].split(" ")[place - 1 :]

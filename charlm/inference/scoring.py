@@ -53,6 +53,12 @@ def nats_and_entropies(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tenso
     return torch.cat([nats(log_probabilities_MV, targets_M), entropies_M[None]])
 
 
+def nats_and_likeliest(log_probabilities_MV: Tensor, targets_M: Tensor) -> Tensor:
+    """The cost of each target, and 1 where it is the likeliest symbol, else 0, [2, M]."""
+    likeliest_M = log_probabilities_MV.argmax(-1) == targets_M
+    return torch.cat([nats(log_probabilities_MV, targets_M), likeliest_M[None]])
+
+
 def negative_log_likelihoods(
     transformer: CharTransformer,
     heads: Heads,

@@ -169,7 +169,7 @@ def test_the_command_line(run_on_disk, tmp_path, script):
         how = {"--model": "charlm", "--model_args": f"run={run}", "--tasks": ",".join(documents)}
         words = [*chain(*how.items()), "--include_path", str(tasks)]
         done = subprocess.run(
-            [sys.executable, "-m", "charlm.formats.lm_eval", *words],
+            [sys.executable, "-m", "charlm", "lm-eval", *words],
             capture_output=True, text=True, timeout=600, cwd=tmp_path,
             env=os.environ | ON_CPU | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
