@@ -32,7 +32,8 @@ class Options(Section):
     """The folder to make."""
     format: Format = "charlm"
     """transformers: that library loads the folder too, once charlm.hf is imported. transformers-stock: it loads it
-    without charlm, as a Starcoder2, which is exact for some models only; others are refused."""
+    without charlm, as a Starcoder2, which is exact for some models only; others are refused. onnx: with a graph for
+    onnxruntime."""
     depth: int | Literal["auto"] | None = None
     """The layer to end the model at; it needs a head. auto: the lowest layer that is good enough."""
     within: float = 0.01

@@ -36,7 +36,7 @@ def medium_is_fp32() -> bool:
 def apply_linear(layer: nn.Linear, x_BTD: Tensor) -> Tensor:
     """The output of `layer`; for one vector on a CPU twice as fast, by dot products."""
     leading = x_BTD.shape[:-1]
-    if leading.numel() > 1 or x_BTD.device.type != "cpu" or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or x_BTD.device.type != "cpu" or leading.numel() > 1:  # torch.export: symbols
         return layer(x_BTD)
     output = torch.linalg.vecdot(layer.weight, x_BTD.flatten()) + layer.bias
     return output.expand(*leading, -1)
@@ -46,7 +46,7 @@ def many_texts_few_queries(query_BHQC: Tensor) -> bool:
     """Whether `attend_by_text` is faster, and as exact: bf16 would round the scores."""
     B, _, num_queries, _ = query_BHQC.shape
     in_fp32 = query_BHQC.device.type == "cpu" and query_BHQC.dtype == torch.float32
-    return num_queries < FEW_ROWS <= B and in_fp32 and not torch.is_grad_enabled()
+    return in_fp32 and not torch.is_grad_enabled() and num_queries < FEW_ROWS <= B  # symbols come last
 
 
 def attend_by_text(query_BHQC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor, visible: Tensor | None) -> Tensor:

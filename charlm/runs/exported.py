@@ -10,6 +10,7 @@ A stranger may have made it: loading runs no code, refuses paths, and checks siz
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -93,8 +94,13 @@ def files_of(trained: TrainedModel, name: str, use: str = "charlm", **entries: A
     }
 
 
-def write_folder(folder: Path, tensors: dict[str, Tensor], files: dict[str, str]) -> Path:
-    """Make a folder of tensors and texts, whole or not at all; UserError if it exists or cannot be written."""
+def write_folder(
+    folder: Path, tensors: dict[str, Tensor], files: dict[str, str], add: Callable[[Path], None] = lambda folder: None
+) -> Path:
+    """Make a folder of tensors, texts and what `add` writes there, whole or not at all.
+
+    Raises UserError if it exists or cannot be written.
+    """
     check_absent(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
@@ -105,6 +111,7 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], files: dict[str, str]
             for name, text in files.items():
                 write_whole(temporary / name, text)
             save_tensors(tensors, temporary / TENSORS, temporary / EXPORT_CONFIG, {"format": "pt"})
+            add(temporary)
     except OSError as error:
         check_absent(folder)  # another process may have been faster
         raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
