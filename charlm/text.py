@@ -1,12 +1,13 @@
 """Text for people: made visible, in lines that fit the terminal, and in tables in Markdown."""
 
+import html
 import os
 import shlex
 import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,13 @@ def _aligned(column: Sequence[str]) -> list[str]:
         lines = [title, "-" * (width - 1) + ":", *cells]
         return [line.rjust(width) for line in lines]
     return [line.ljust(width) for line in [title, "-" * width, *cells]]
+
+
+def html_table(rows: Mapping[Any, Any]) -> str:
+    """A table for notebooks, with all text in it escaped; a mapping becomes a table within."""
+    lines = []
+    for name, own in rows.items():
+        text = f"{own:.4f}" if isinstance(own, float) else str(own)
+        cell = html_table(own) if isinstance(own, Mapping) else html.escape(visible(text))
+        lines.append(f"<tr><th>{html.escape(visible(str(name)))}</th><td>{cell}</td></tr>")
+    return f"<table>{''.join(lines)}</table>"

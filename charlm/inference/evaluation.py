@@ -22,6 +22,7 @@ from charlm.inference.adaptation import adaptive_predictions
 from charlm.inference.scoring import AUTOCAST_DTYPES, check_precision, negative_log_likelihoods, rank_and_processes
 from charlm.model.kernels_cpu import full_fp32_matmul
 from charlm.runs.trained import TrainedModel, exit_layers
+from charlm.text import html_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,9 @@ class Score:
         """For JSON, without optional fields that are None."""
         kept = {name: value for name, value in asdict(self).items() if value is not None}
         return kept | {"standard_error": self.standard_error}
+
+    def _repr_html_(self) -> str:
+        return html_table(self.as_dict())
 
 
 def bits_per_character(

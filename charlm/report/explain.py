@@ -1,5 +1,6 @@
 """A config explained: its table of terms, parameters and FLOPs."""
 
+import html
 import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass
@@ -61,6 +62,9 @@ class Explanation:
         """For people: sizes, costs and the table, `width` characters wide."""
         table = _table(self.terms, self.config.train, width)
         return "\n".join([*_summary(self), "", *table])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.to_text())}</pre>"
 
 
 def meta_objective(config: Config) -> tuple[Objective, bool]:

@@ -18,6 +18,7 @@ from charlm.data.vocabulary import Vocabulary
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer, NgramEmbedding
 from charlm.runs.tensors import check_tensors
+from charlm.text import html_table
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,13 @@ class TrainedModel:
     def modules(self) -> nn.ModuleDict:
         """Transformer and heads as one module, with the parameter names of a checkpoint."""
         return nn.ModuleDict({"transformer": self.transformer, "heads": self.heads})
+
+    def _repr_html_(self) -> str:
+        model, size = self.config.model, sum(own.numel() for own in self.modules.parameters())
+        shape = f"{model.num_layers} layers of width {model.d_model}, context {model.context_length}"
+        rows = {"model": shape, "parameters": f"{size:,}", "checkpoint": self.checkpoint, "corpus": self.corpus["name"]}
+        vocabulary = f"{self.vocabulary.size:,} {self.vocabulary.name}"
+        return html_table(rows | {"vocabulary": vocabulary, "scores": dict(enumerate(self.scores, 1))})
 
 
 def exit_layers(trained: TrainedModel) -> list[int]:
