@@ -99,18 +99,14 @@ class Learner:
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            self._decay()
+            for parameter, trained in self.moved if learns and self.adapt.decay else ():
+                parameter.data.lerp_(trained.data, self.adapt.decay)
         return torch.cat(before, dim=1)
 
     def _logits(self, ids_ST: Tensor, num_last: int, layers: list[int], dtype: torch.dtype | None) -> Tensor:
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             hidden = self.transformer(ids_ST, layers=layers, num_last=num_last)
         return torch.stack([self.heads(hidden[layer].float(), layer)[:, :, 0] for layer in layers])
-
-    @torch.no_grad()
-    def _decay(self) -> None:
-        for parameter, trained in self.moved if self.adapt and self.adapt.decay else ():
-            parameter.lerp_(trained, self.adapt.decay)
 
 
 def read_streams(

@@ -257,9 +257,7 @@ class Scorer(ScoredText):
     def adapt(self, adapt: AdaptConfig | Mapping[str, Any], streams: int) -> AdaptConfig:
         """Make the options those of `adaptive_predictions`; UserError if they do not fit."""
         if self.options.pop("batch_size") is not None:
-            raise UserError(
-                "batch_size: cannot be combined with adapt, which reads streams; leave one out", "batch_size"
-            )
+            raise UserError("batch_size: cannot be combined with adapt; choose streams", "batch_size")
         if rank_and_processes()[1] > 1:
             raise UserError("adapt: learns from a text in its order; use one process", "adapt")
         adapt = AdaptConfig.read(dict(adapt))

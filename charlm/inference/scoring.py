@@ -30,8 +30,6 @@ CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**24}
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """(log-probabilities [M, V] in float64, targets [M]) -> figures [K, M]."""
-Reading = Callable[..., Iterator[tuple[Tensor, Tensor]]]
-"""`predictions`, or another that reads a text as it does."""
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -76,7 +74,7 @@ def negative_log_likelihoods(
 
 
 def measure_text(
-    transformer: CharTransformer, heads: Heads, ids: np.ndarray, *, read: Reading | None = None, **options
+    transformer: CharTransformer, heads: Heads, ids: np.ndarray, *, read: Callable | None = None, **options
 ) -> np.ndarray:
     """The figures of all symbols, float64 [L, K, N]; options as for `read`, by default `predictions`."""
     found_LKN = None
