@@ -46,6 +46,9 @@ class Options(Section):
     adapting: Annotated[bool, cli.Flag("--adapt", dest="adapting")] = False
     """Learn from what was coded, as evaluate.py --adapt --as-compressor does; decompressing does the same."""
     adapt: AdaptConfig = AdaptConfig()
+    experts: tuple[Literal["heads", "counts", "match"], ...] = ()
+    """Mix the model's predictions with these, such as heads,counts,match: those of lower layers, counts of the text so
+    far, and what followed its longest match. Needs charlm[counts]."""
     verify: bool = True
     """Decode the result and compare it with the file before the compressed file is written."""
     report: bool = False
@@ -78,7 +81,9 @@ def main() -> None:
         options.output,
         verify=options.verify,
         adapt=adapt,
-        **{name: getattr(options, name) for name in ("streams", "context", "stride", "precision", "threads")},
+        **{
+            name: getattr(options, name) for name in ("streams", "context", "stride", "precision", "threads", "experts")
+        },
     )
     report = compression.weigh(
         trained,

@@ -111,7 +111,7 @@ def compress(
                 vocabulary=vocabulary_digest(trained.vocabulary),
                 probe=probe(trained, settings),
                 settings=settings,
-                environment=environment(trained.device),
+                environment=environment(trained.device, settings.experts),
             )
             started = time.perf_counter()
             pieces = pieces_of(file, coded)
@@ -256,7 +256,7 @@ def _check_decodable(trained: TrainedModel, header: Header, source: Path) -> Non
         raise UserError(f"{compressed} by a model with another vocabulary; {own}")
     if model_digest(trained) != header.model:
         raise UserError(f"{compressed} by another model; {own}")
-    if header.environment != (here := environment(trained.device)):
+    if header.environment != (here := environment(trained.device, header.settings.experts)):
         with_other = f"with {header.environment}; here it is {here}"
         raise UserError(f"{compressed} {with_other}; {SAME_MACHINE}")
     try:

@@ -2,7 +2,7 @@
 
     charlm, format version      6 bytes, uint16
     header                      see `Header`; its last field is a text of up to 255 bytes
-    settings, in version 4      up to 255 bytes of JSON: the values of each of `SECTIONS`, or null
+    settings, in version 4      up to 255 bytes of JSON: the values of `adapt`, or null, and of `experts`
     blocks                      each: uint32 W, then W words of 32 bits from the range coder
     checksum                    the first 8 bytes of the SHA-256 of everything before
 
@@ -16,8 +16,9 @@ import math
 import os
 import platform
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import BinaryIO, NamedTuple
 
 import constriction
@@ -35,8 +36,7 @@ from charlm.runs.trained import TrainedModel
 
 MAGIC = b"charlm"
 VERSIONS = (3, 4)
-SECTIONS = {"adapt": AdaptConfig}
-"""Settings that only files of version 4 have: where all are None, version 3 is written."""
+"""Version 3 is written where the model does not learn and is not mixed with experts."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 """A file holds the index of one: keep the order."""
 CODER_BITS = 24
@@ -71,14 +71,12 @@ class Header(NamedTuple):
     def pack(self) -> bytes:
         """The file up to its first block."""
         *facts, settings, environment = self
-        settings = dict(settings)
-        sections = [settings.pop(name) for name in SECTIONS]
-        *sizes, precision = settings.values()
+        *sizes, precision, adapt, experts = dict(settings).values()
         text = environment.encode()[:255]
         packed = _FIELDS.pack(*facts, *sizes, PRECISIONS.index(precision), len(text)) + text
-        if not any(sections):
+        if adapt is None and not experts:
             return _PREFIX.pack(MAGIC, 3) + packed
-        values = [section and list(dict(section).values()) for section in sections]
+        values = [adapt and list(dict(adapt).values()), experts]
         text = json.dumps(values, separators=(",", ":")).encode()
         return _PREFIX.pack(MAGIC, 4) + packed + bytes([len(text)]) + text
 
@@ -142,9 +140,9 @@ def _unpack(file: BinaryIO, end: int, version: int) -> Header:
     settings = dict(zip(CodingSettings.model_fields, [*values[6:], word], strict=False))
     environment = file.read(length).decode(errors="backslashreplace")
     if version == 4:
-        sections = parse_json(file.read(int.from_bytes(file.read(1))))
-        for (name, kind), own in zip(SECTIONS.items(), sections, strict=True):
-            settings[name] = own and dict(zip(kind.model_fields, own, strict=True))
+        adapt, experts = parse_json(file.read(int.from_bytes(file.read(1))))
+        adapt = adapt and dict(zip(AdaptConfig.model_fields, adapt, strict=True))
+        settings |= {"adapt": adapt, "experts": experts}
     header = Header(*values[:6], CodingSettings.read(settings), environment)
     if not header.symbols <= header.length <= 4 * header.symbols:
         raise ValueError(f"{header.length:,} bytes in {header.symbols:,} symbols")
@@ -192,7 +190,7 @@ def vocabulary_digest(vocabulary: Vocabulary) -> bytes:
     return bytes.fromhex(digest(vocabulary.to_dict()))[:8]
 
 
-def environment(device: torch.device) -> str:
+def environment(device: torch.device, experts: Sequence[str] = ()) -> str:
     """Versions, device and processor: the last bits of a probability depend on them."""
     if device.type != "cpu":
         name = getattr(torch.get_device_module(device), "get_device_name", lambda _: platform.machine())(device)
@@ -204,7 +202,9 @@ def environment(device: torch.device) -> str:
         features = {name: value for name, value in found.items() if not name.startswith("num_")}
         kernels = torch.backends.cpu.get_cpu_capability()
         place = f"{device.type} {platform.machine()} {kernels} {digest(features)[:8]}"
-    return f"torch {torch.__version__}, constriction {version('constriction')}, {place}"
+    packages = ("constriction", "numba") if experts else ("constriction",)
+    versions = [f"{package} {version(package)}" for package in packages if find_spec(package)]
+    return ", ".join([f"torch {torch.__version__}", *versions, place])
 
 
 def probe(trained: TrainedModel, settings: CodingSettings) -> bytes:

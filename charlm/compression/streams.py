@@ -7,13 +7,13 @@ A stream begins without context. When `context` symbols were read, the newest `c
 read again in one pass: in one stream every symbol has the context that `evaluate --stride` gives it. A model that
 adapts learns at that moment from the symbols that were coded since the last.
 
-Shapes: S streams, A of which still have symbols, T symbols read at once, V vocabulary.
+Shapes: S streams, H heads of the layers asked for, A of which still have symbols, T symbols read at once, V vocabulary.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import constriction
 import numpy as np
@@ -31,7 +31,7 @@ from charlm.inference.adaptation import Learner
 from charlm.inference.scoring import AUTOCAST_DTYPES, check_precision
 from charlm.model.cache import KVCache
 from charlm.model.kernels_cpu import full_fp32_matmul
-from charlm.runs.trained import TrainedModel
+from charlm.runs.trained import TrainedModel, exit_layers
 
 FAMILY = constriction.stream.model.Categorical(perfect=False)
 """Gives each symbol one unit of 2^-24 and its share of the rest, in float64."""
@@ -58,6 +58,8 @@ class CodingSettings(Section):
     precision: Precision
     adapt: AdaptConfig | None = None
     """How the model learns from what was coded, whenever the context is full."""
+    experts: tuple[Literal["heads", "counts", "match"], ...] = ()
+    """What the last layer's predictions are mixed with, see `charlm.inference.experts`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -113,9 +115,26 @@ class Streams:
     def __init__(self, trained: TrainedModel, settings: CodingSettings):
         self.trained, self.settings = trained, settings
         self._learner = Learner(trained.transformer, trained.heads, settings.adapt)
-        self._unlearned = 0
+        self._layers = exit_layers(trained) if "heads" in settings.experts else [trained.config.model.num_layers]
+        self._experts = None
+        if settings.experts:
+            from charlm.inference.experts import Experts  # not without need: it compiles for seconds
+
+            sizes = {"vocabulary_size": trained.vocabulary.size, "num_heads": len(self._layers)}
+            self._experts = Experts(settings.experts, streams=settings.streams, **sizes)
         with torch.inference_mode():
             self._cache = KVCache(trained.config.model, settings.streams, trained.device, settings.dtype)
+        self.begin()
+
+    @torch.inference_mode()
+    def begin(self) -> Tensor:
+        """Begin all streams without context; returns the logits [S, V] of the first symbols."""
+        self._cache.lengths.zero_()
+        self._unlearned = 0
+        if self._experts is not None:
+            self._experts.restart()
+        shape = (self.settings.streams, len(self._layers), self.trained.vocabulary.size)
+        return self._mixed(torch.zeros(shape, device=self.trained.device))
 
     @torch.inference_mode()
     def walk(self, ids_N: np.ndarray, bar: tqdm) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -127,9 +146,7 @@ class Streams:
         each, longer = divmod(len(ids_N), S)
         starts_S = np.arange(S) * each + np.minimum(np.arange(S), longer)
         symbols_S = np.zeros(S, np.int64)
-        self._cache.lengths.zero_()
-        self._unlearned = 0
-        logits_SV = torch.zeros(S, self.trained.vocabulary.size, device=self.trained.device)
+        logits_SV = self.begin()
         steps = math.ceil(len(ids_N) / S)
         for step in range(steps):
             num_active = S if step < each else longer
@@ -153,9 +170,18 @@ class Streams:
         ids_SC[:, start] = torch.from_numpy(symbols_S.astype(np.int64))
         at_once = max(1, READ_AT_ONCE // self.settings.streams)
         for ids_ST in ids_SC[:, self._cache.length : start + 1].split(at_once, dim=1):
-            logits_SV = self._read(ids_ST)
+            logits_SHV = self._read(ids_ST)
         self._unlearned += 1
-        return logits_SV
+        if self._experts is not None:
+            self._experts.update(symbols_S)
+        return self._mixed(logits_SHV)
+
+    def _mixed(self, logits_SHV: Tensor) -> Tensor:
+        """The last layer's logits or, where there are experts, the logarithms of their mixture: [S, V]."""
+        if self._experts is None:
+            return logits_SHV[:, -1]
+        log_probabilities = in_float64(logits_SHV).log_softmax(dim=-1)
+        return torch.from_numpy(np.log(self._experts.predict(log_probabilities.cpu().numpy())))
 
     @torch.inference_mode(False)
     def _learn(self, symbols_S: np.ndarray) -> None:
@@ -170,13 +196,13 @@ class Streams:
         self._unlearned = 0
 
     def _read(self, ids_ST: Tensor) -> Tensor:
-        last = self.trained.config.model.num_layers
         device, dtype = self.trained.device, self.settings.dtype
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         with full_fp32_matmul(device, ids_ST.numel()), autocast:
-            hidden_S1D = self._learner.transformer(ids_ST, cache=self._cache, num_last=1)[last]
+            hidden = self._learner.transformer(ids_ST, self._layers, cache=self._cache, num_last=1)
         with full_fp32_matmul(device, len(ids_ST)):
-            return self._learner.heads(hidden_S1D.float(), last)[:, 0, 0]
+            logits = [self._learner.heads(hidden[layer].float(), layer)[:, 0, 0] for layer in self._layers]
+        return torch.stack(logits, dim=1)
 
 
 @contextmanager

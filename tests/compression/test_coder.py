@@ -92,23 +92,31 @@ def test_any_bytes_come_back(coded, data, streams, context, stride, block):
 ADAPT = {"rule": "rms", "rate": 0.01, "decay": 0.1, "steps": 2}
 
 
+EXPERTS = ("heads", "counts", "match")
+
+
+@pytest.mark.parametrize("how", [{"adapt": ADAPT}, {"experts": EXPERTS}, {"adapt": ADAPT, "experts": EXPERTS[1:]}])
 @pytest.mark.parametrize(
     ("length", "streams", "block"), [(0, 2, 40), (1, 1, 40), (90, 1, 90), (100, 3, 40), (200, 3, 200)]
 )
-def test_what_adapts_comes_back(coded, length, streams, block):
+def test_what_learns_from_the_text_comes_back(coded, how, length, streams, block):
     """Guards against a decoder that learns at another moment than the encoder, or from other symbols; against blocks
     after which they part; against a model that a file leaves changed; and a size that is not the score's."""
     data = bytes(np.random.default_rng(length).integers(97, 123, length).astype(np.uint8))
-    options = {"streams": streams, "block": block, "adapt": ADAPT}
+    if "experts" in how:
+        pytest.importorskip("numba", reason="not installed, see requirements-hf.txt")
+    options = {"streams": streams, "block": block, **how}
     trained, path = coded(data, **options)
     before = container.model_digest(trained)
     assert path.read_bytes()[:8] == b"charlm\4\0"
     assert decoded(trained, path) == data == decoded(trained, path)
     assert container.model_digest(trained) == before
     nats, _ = compressed_nats(trained, np.frombuffer(data, np.uint8), **options)
-    assert path.stat().st_size <= 1.005 * nats.sum() / np.log(2) / 8 + 250
+    assert path.stat().st_size <= 1.005 * nats.sum() / np.log(2) / 8 + 280
     with path.open("rb") as file:
-        assert container.read_header(file, "", 256).settings.adapt == AdaptConfig(**ADAPT)
+        settings = container.read_header(file, "", 256).settings
+    assert settings.adapt == (AdaptConfig(**ADAPT) if "adapt" in how else None)
+    assert settings.experts == how.get("experts", ())
 
 
 @pytest.mark.parametrize(("streams", "length"), [(1, 100), (7, 1500), (50, 3000)])
@@ -206,8 +214,9 @@ def test_zeros_hold_no_symbols(coded):
 
 
 UNNAMED = (
-    *(b"", b"{}", b"7", b"[]", b"[7]", b"[[]]", b"[null,null]", b'["sgd"]', b"[" * 200, b"\xff\xfe", b'[{"rate":1}]'),
-    *(b'[["sgd","all",%s,0.02,0.0%s]]' % own for own in ((b"0.1", b""), (b"NaN", b",1"), (b"0.1", b",1,1"))),
+    *(b"", b"{}", b"7", b"[]", b"[7,[]]", b"[[],[]]", b"[null,null]", b'["sgd",[]]', b"[" * 200, b"\xff\xfe"),
+    *(b'[{"rate":1},[]]', b'[null,["oracle"]]', b"[null,[],[]]", b"[null,[[]]]"),
+    *(b'[["sgd","all",%s,0.02,0.0%s],[]]' % own for own in ((b"0.1", b""), (b"NaN", b",1"), (b"0.1", b",1,1"))),
 )
 
 

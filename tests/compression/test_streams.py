@@ -13,6 +13,7 @@ from charlm.compression.container import environment, model_digest, probe, vocab
 from charlm.compression.streams import Streams, choose_settings, probabilities, threads_set
 from charlm.config import UserError
 from charlm.data.vocabulary import ByteVocabulary, CharacterVocabulary
+from charlm.inference.adaptation import Learner, read_streams
 from charlm.inference.evaluation import bits_per_character
 from charlm.inference.scoring import negative_log_likelihoods
 from tiny import refused, typed
@@ -75,6 +76,26 @@ def test_what_adapts_costs_what_evaluation_says(build_model, build_corpus, strea
     static, _ = compressed_nats(trained, ids, streams=streams, stride=3)
     assert abs(nats.sum() - static.sum()) > 0.1
     assert settings.adapt.steps == 2
+
+
+@pytest.mark.parametrize("names", [("counts", "match"), ("heads", "counts")])
+def test_experts_cost_what_they_predict(build_model, names):
+    """Guards against experts that learn a symbol early, twice or never, or that are given another layer."""
+    pytest.importorskip("numba", reason="not installed, see requirements-hf.txt")
+    from charlm.inference.experts import Experts
+
+    trained = build_model()
+    layers = [1, 2] if "heads" in names else [2]
+    ids = np.tile(np.random.default_rng(1).integers(0, 256, 30), 3)[: 3 * (8 + 5 * 3 + 1)].astype(np.uint8)
+    experts = Experts(names, vocabulary_size=256, num_heads=len(layers), streams=3)
+    learner, expected = Learner(trained.transformer, trained.heads, None), 0.0
+    for symbols_SQ, counts_SQ, logits_LSQV in read_streams(learner, ids, streams=3, stride=3, layers=layers):
+        log_p_SQLV = logits_LSQV.double().log_softmax(-1).permute(1, 2, 0, 3).numpy()
+        expected += experts.score(log_p_SQLV, ids[symbols_SQ], counts_SQ).sum()
+    nats, settings = compressed_nats(trained, ids, streams=3, stride=3, experts=names)
+    assert settings.experts == names
+    assert nats.sum() == pytest.approx(expected, rel=1e-5)
+    assert abs(nats.sum() - compressed_nats(trained, ids, streams=3, stride=3)[0].sum()) > 1
 
 
 @pytest.mark.parametrize(("context_length", "stride"), [(1, 1), (2, 2), (7, 5), (8, 5), (512, 257)])
