@@ -199,7 +199,7 @@ class Streams:
         device, dtype = self.trained.device, self.settings.dtype
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         with full_fp32_matmul(device, ids_ST.numel()), autocast:
-            hidden = self._learner.transformer(ids_ST, self._layers, cache=self._cache, num_last=1)
+            hidden = self._learner.transformer(ids_ST, layers=self._layers, cache=self._cache, num_last=1)
         with full_fp32_matmul(device, len(ids_ST)):
             logits = [self._learner.heads(hidden[layer].float(), layer)[:, 0, 0] for layer in self._layers]
         return torch.stack(logits, dim=1)

@@ -1,0 +1,246 @@
+"""A mixture of a network with exact counts of the text so far, which learns while it predicts.
+
+Every string of up to O symbols that was read is a node of a trie, so no two contexts share counts. Nothing depends on
+threads and no sum is reordered: the same calls give the same bits. The functions are compiled by numba.
+
+Shapes: K streams, A of which still have symbols, T symbols of a stream, N of a text, H heads, O context lengths from 0
+on, E = H + O + 1 experts, S states of an expert, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from charlm.config import UserError
+
+try:
+    from numba import njit
+except ModuleNotFoundError as error:
+    raise UserError("experts: needs numba; pip install 'charlm[counts]'", "experts") from error
+
+EXPERTS = ("heads", "counts", "match")
+LENGTHS = 17
+MOST_NODES = 2**27
+"""Later strings are not counted; a node takes 16 bytes."""
+NONE, ROOT = 0, 1
+"""The nodes of a string that was not read, and of the empty one."""
+SYMBOL, COUNT, CHILD, NEXT = range(4)
+"""Columns of a node; its child read last begins a list."""
+DISCOUNT, PRIOR = 0.6, 0.2
+FIRST_RATE, LAST_RATE = 0.02, 0.002
+"""Step sizes of the weights: the first falls with the number of symbols, down to the last."""
+LEAST = 2.0**-24
+"""The least probability, one unit of the range coder."""
+STATES = 18
+
+
+class State(NamedTuple):
+    """Everything learned, and what the last prediction saw."""
+
+    nodes: np.ndarray
+    used: np.ndarray
+    """The number of nodes, and of symbols that weights were learned from."""
+    contexts_KO: np.ndarray
+    """The nodes of each stream's last symbols."""
+    known_K: np.ndarray
+    """Context lengths that were read before."""
+    runs_K: np.ndarray
+    """How many times in a row the longest match was right."""
+    asked_E: np.ndarray
+    weights_ES: np.ndarray
+    states_KE: np.ndarray
+    """-1: without an opinion."""
+    features_KEV: np.ndarray
+    means_KE: np.ndarray
+    """Of the features, under the mixture."""
+
+
+class Experts:
+    """Predicts symbols from all experts, and then learns them. Streams share all that was learned.
+
+    Every expert is a distribution over the vocabulary, and so is their mixture, the normalised product of p_i^w_i
+    (Mattern 2012, Mixing Strategies in Data Compression). After each symbol the weights take a step down the gradient
+    of its cost (Mahoney 2005, Adaptive Weighing of Context Models). An expert has a weight for each of its states, such
+    as how sure it is. The experts are the network's heads; the counts after contexts of each length; and the longest
+    match, the symbol that followed the longest known context the last time.
+    """
+
+    def __init__(self, names: Sequence[str], *, vocabulary_size: int, num_heads: int, streams: int):
+        """`names`, some of `EXPERTS`, need not have "heads": the network always gives `num_heads` distributions."""
+        if unknown := ",".join(set(names) - set(EXPERTS)):
+            raise UserError(f"experts={unknown}: must be some of {', '.join(EXPERTS)}", "experts")
+        K, E = streams, num_heads + LENGTHS + 1
+        weights_E = [1 / num_heads] * num_heads + [0.2] * LENGTHS + [0.3]
+        self._state = State(
+            nodes=np.zeros((2**16, 4), np.int32),
+            used=np.array([ROOT + 1, 0]),
+            contexts_KO=np.zeros((K, LENGTHS), np.int32),
+            known_K=np.zeros(K, np.int64),
+            runs_K=np.zeros(K, np.int64),
+            asked_E=np.array([True] * num_heads + ["counts" in names] * LENGTHS + ["match" in names]),
+            weights_ES=np.repeat(weights_E, STATES).reshape(E, STATES),
+            states_KE=np.zeros((K, E), np.int64),
+            features_KEV=np.zeros((K, E, vocabulary_size)),
+            means_KE=np.zeros((K, E)),
+        )
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin all streams anew, without context; what was learned stays."""
+        self._state.contexts_KO[:] = NONE
+        self._state.contexts_KO[:, 0] = ROOT
+        self._state.runs_K[:] = 0
+
+    def read(self, ids_N: np.ndarray) -> None:
+        """Count the symbols of a text, and begin all streams anew."""
+        self.restart()
+        for ids_T in np.array_split(ids_N, 1 + len(ids_N) // 2**16):
+            self._make_room(len(ids_T))
+            _read(self._state, ids_T.astype(np.int64)[:, None])
+        self.restart()
+
+    def predict(self, log_p_AHV: np.ndarray) -> np.ndarray:
+        """Mix the network's distributions, given as logarithms, with the others: [A, V], each at least 2^-24."""
+        p_AV = np.empty((len(log_p_AHV), log_p_AHV.shape[-1]))
+        _predict(self._state, np.ascontiguousarray(log_p_AHV, np.float64), p_AV)
+        return p_AV
+
+    def update(self, symbols_A: np.ndarray) -> None:
+        """Learn the symbols that `predict` was about, in the order of the streams."""
+        self._make_room(len(symbols_A))
+        _update(self._state, np.ascontiguousarray(symbols_A, np.int64))
+
+    def score(self, log_p_KTHV: np.ndarray, symbols_KT: np.ndarray, counts_KT: np.ndarray) -> np.ndarray:
+        """Costs in nats, [K, T], step by step; 0 where `counts_KT` is false, as it may be in the last streams."""
+        nats_KT = np.zeros(symbols_KT.shape)
+        for t, num_active in enumerate(counts_KT.sum(axis=0)):
+            symbols_A = symbols_KT[:num_active, t]
+            p_AV = self.predict(log_p_KTHV[:num_active, t])
+            nats_KT[:num_active, t] = -np.log(p_AV[np.arange(num_active), symbols_A])
+            self.update(symbols_A)
+        return nats_KT
+
+    def _make_room(self, num_symbols: int) -> None:
+        nodes = self._state.nodes
+        needed = min(int(self._state.used[0]) + num_symbols * LENGTHS, MOST_NODES) - len(nodes)
+        if needed > 0:
+            more = max(needed, min(len(nodes), MOST_NODES - len(nodes)))
+            self._state = self._state._replace(nodes=np.pad(nodes, ((0, more), (0, 0))))
+
+
+@njit
+def _predict(state, log_p_AHV, p_AV):
+    A, H, V = log_p_AHV.shape
+    for a in range(A):
+        states_E, features_EV, p_V = state.states_KE[a], state.features_KEV[a], p_AV[a]
+        features_EV[:H] = np.maximum(log_p_AHV[a], math.log(LEAST))
+        states_E[:H] = min(int(-3 * features_EV[H - 1].max()), 7)
+        known = _ask_counts(state.nodes, state.contexts_KO[a], p_V, features_EV[H:-1], states_E[H:-1])
+        state.known_K[a] = known
+        if known:
+            features_EV[-1] = 0.0
+            features_EV[-1, _newest(state, a)] = math.log(V)
+            states_E[-1] = min(int(math.log2(1 + state.runs_K[a])), STATES - 1)
+        p_V[:] = 0.0
+        for i, asked in enumerate(state.asked_E):
+            if not asked:
+                states_E[i] = -1
+            if states_E[i] >= 0:
+                p_V += state.weights_ES[i, states_E[i]] * features_EV[i]
+        p_V[:] = np.exp(p_V - p_V.max())
+        p_V[:] = p_V * ((1 - V * LEAST) / p_V.sum()) + LEAST
+        for i, own in enumerate(states_E):
+            if own >= 0:
+                state.means_KE[a, i] = (p_V * features_EV[i]).sum()
+
+
+@njit
+def _newest(state, stream):
+    """The symbol that followed the longest known context the last time."""
+    context = state.contexts_KO[stream, state.known_K[stream] - 1]
+    return state.nodes[state.nodes[context, CHILD], SYMBOL]
+
+
+@njit
+def _ask_counts(nodes, contexts_O, shares_V, features_OV, states_O):
+    """Fill in what each context says; returns how many lengths were read before.
+
+    With counts c, their sum C and number U, a context of length n gives each symbol (Teh 2006, section 4)
+
+        p_n = (max(c - discount, 0) + (prior + discount U) p_(n-1)) / (C + prior)
+
+    and the uniform distribution stands below length 0. A feature is log p_n / p_(n-1), less what that is for symbols
+    that were not counted: all weights 1 give the longest context's distribution. A state says how often the context
+    was read, and how sure it is.
+    """
+    states_O[:] = -1
+    shares_V[:] = 1.0 / len(shares_V)  # p_n / scale
+    scale = 1.0
+    for order, context in enumerate(contexts_O):
+        child = nodes[context, CHILD]
+        if child == NONE:
+            return order
+        total = distinct = most = 0
+        while child != NONE:
+            count = nodes[child, COUNT]
+            total, distinct, most = total + count, distinct + 1, max(most, count)
+            child = nodes[child, NEXT]
+        scale *= (PRIOR + DISCOUNT * distinct) / (total + PRIOR)
+        features_OV[order] = 0.0
+        child = nodes[context, CHILD]
+        while child != NONE:
+            symbol = nodes[child, SYMBOL]
+            own = (nodes[child, COUNT] - DISCOUNT) / (total + PRIOR) / scale
+            features_OV[order, symbol] = math.log1p(own / shares_V[symbol])
+            shares_V[symbol] += own
+            child = nodes[child, NEXT]
+        sure = 2 if distinct == 1 else 1 if 2 * most > total else 0
+        states_O[order] = 3 * min(int(math.log2(total)), 5) + sure
+    return len(contexts_O)
+
+
+@njit
+def _update(state, symbols_A):
+    rate = max(LAST_RATE, FIRST_RATE / (1 + state.used[1] / 1000))
+    state.used[1] += len(symbols_A)
+    for a, symbol in enumerate(symbols_A):
+        for i, own in enumerate(state.states_KE[a]):
+            if own >= 0:
+                state.weights_ES[i, own] += rate * (state.features_KEV[a, i, symbol] - state.means_KE[a, i])
+        right = state.known_K[a] > 0 and _newest(state, a) == symbol
+        state.runs_K[a] = state.runs_K[a] + 1 if right else 0
+    _read(state, symbols_A.reshape(1, -1))
+
+
+@njit
+def _read(state, symbols_TA):
+    for symbols_A in symbols_TA:
+        for a, symbol in enumerate(symbols_A):
+            context = state.contexts_KO[a, 0]
+            for order in range(LENGTHS):
+                child = _count(state.nodes, state.used, context, symbol)
+                if order + 1 < LENGTHS:
+                    context, state.contexts_KO[a, order + 1] = state.contexts_KO[a, order + 1], child
+
+
+@njit
+def _count(nodes, used, context, symbol):
+    """Count a symbol after a context, and begin the context's list with it; returns its node."""
+    child, before = nodes[context, CHILD], NONE
+    while child != NONE and nodes[child, SYMBOL] != symbol:
+        child, before = nodes[child, NEXT], child
+    if child == NONE:
+        if context == NONE or used[0] == len(nodes):
+            return NONE
+        child = used[0]
+        used[0] += 1
+        nodes[child, SYMBOL] = symbol
+    elif before != NONE:
+        nodes[before, NEXT] = nodes[child, NEXT]
+    nodes[child, COUNT] += 1
+    if nodes[context, CHILD] != child:
+        nodes[child, NEXT] = nodes[context, CHILD]
+        nodes[context, CHILD] = child
+    return child
