@@ -82,7 +82,6 @@ async function restore() {
   if (!offsets().includes(state.offset)) state.offset = offsets()[0];
   if (!COLOURS[state.colour]?.offered()) state.colour = "bits";
   controls();
-  seek = true;
   if (facts.live && state.start >= 0) await stretch();
   else begin(state.text);
 }
@@ -327,7 +326,7 @@ function drawGrid(shade = shading()) {
   grid.style.height = `${Math.min(height + 16, 500)}px`;
   Object.assign($("room").style, { width: `${left + CELL * (size() + 1)}px`, height: `${height}px` });
   if (seek) inView();
-  seek &&= now.read !== text.value;
+  seek &&= !now.total || now.read !== text.value;
   const { clientWidth: width, clientHeight, scrollLeft, scrollTop } = grid;
   const [pen, colour] = prepared($("drawn"), width, Math.min(clientHeight, height));
   const x = (symbol) => left + CELL * symbol - scrollLeft, y = (row) => HEAD + ROW * row - scrollTop;
@@ -586,7 +585,7 @@ let tree = [], current = 0;
 
 function begin(value) {
   if (facts.live) replaceText(value);
-  [tree, current, drafts] = [[{ parent: null, at: 0, label: "", text: text.value }], 0, []];
+  [tree, current, drafts, seek] = [[{ parent: null, at: 0, label: "", text: text.value }], 0, [], true];
   update();
 }
 

@@ -344,10 +344,12 @@ def test_the_address_holds_the_view(opened, address, lens):
     seen.page.select_option("#colour", "unit")
     seen.page.fill("#unit", "5")
     seen.page.fill("#t", "0.5")
-    seen.place(20, 1)
+    seen.place(55, 1)
     seen.page.click("#distribution tbody tr:nth-child(3) button[aria-pressed]")
     seen.done().page.wait_for_url(re.compile("pin="))
     again = opened(seen.page.url)
+    left = CELL * 55 - again.page.evaluate("() => grid.scrollLeft")
+    assert 0 <= left <= again.width - LABEL[again.width] - CELL
     for selector in ("#status", "#whose", "#distribution", "#followed", "#scale", "#total", "#ngrams"):
         assert again.text(selector) == seen.text(selector), selector
     assert again.page.input_value("#text") == seen.page.input_value("#text")
@@ -378,8 +380,10 @@ def test_a_page_of_one_text_opens_from_its_file_without_a_network(opened, runs, 
     reading = lens.read(text)
     assert seen.page.input_value("#text") == text
     assert f"{reading.bits.sum() / 5000:.4f} bits per character" in seen.text("#total")
-    seen.page.click("#grid", position={"x": LABEL[seen.width] + 5 * CELL + 3, "y": HEAD + 3})
-    seen.done()
+    seen.page.focus("#grid")
+    seen.page.keyboard.press("Home")
+    seen.done().page.click("#grid", position={"x": LABEL[seen.width] + 5 * CELL + 3, "y": HEAD + 3})
+    assert seen.done().text("#status").startswith("Place 5: ")
     best = lens.distribution(text, 5)
     assert float(seen.rows("#distribution")[0][1].removesuffix(" %")) == pytest.approx(100 * best.max(), abs=0.1)
     seen.page.select_option("#offset", "2")
