@@ -73,21 +73,27 @@ def main() -> None:
     from benchmarks.shapes import named_shape, shape_of
 
     from charlm.data.sources import check_outside
+    from charlm.hardware import default_device
     from charlm.report.style import check_suffix
     from charlm.runs.folder import Run
     from charlm.training.device import has_fast_bf16, on_cpu
 
+    device = "cpu" if on_cpu() else default_device().type
+    if device not in suites.STEPS:
+        way_out = "put ACCELERATE_USE_CPU=true before the command"
+        raise UserError(f"benchmark={options.benchmark}: measures CPUs and CUDA, not {device}; {way_out}", "benchmark")
+    on_gpu = device == "cuda"
     is_training = options.benchmark not in ("evaluate", "generate", "drafts")
     automatic = "bf16" if is_training and has_fast_bf16() else "fp32"
     settings = suites.Settings(
         benchmark=options.benchmark,
-        shape=shape_of(options.run) if options.run else named_shape(options.shape, gpu=not on_cpu()),
-        device="cpu" if on_cpu() else "cuda",
+        shape=shape_of(options.run) if options.run else named_shape(options.shape, gpu=on_gpu),
+        device=device,
         precision=automatic if options.precision == "auto" else options.precision,
         rounds=options.rounds or suites.ROUNDS[options.benchmark],
-        steps=options.steps or suites.STEPS["cpu" if on_cpu() else "cuda"],
+        steps=options.steps or suites.STEPS[device],
         threads=options.threads,
-        compile=options.compile == "yes" or (options.compile == "auto" and not on_cpu()),
+        compile=options.compile == "yes" or (options.compile == "auto" and on_gpu),
         peers=options.peers,
         run=options.run,
     )
