@@ -141,4 +141,5 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         scale, grad_hidden, *grads_classifiers = ctx.saved_tensors
         factor = grad_total * scale
         grads = [None if grad is None else grad * factor for grad in grads_classifiers]
-        return grad_hidden.to(ctx.dtype) * factor, *grads, None, None, None, None
+        # A factor with a dimension widens in the same pass.
+        return (grad_hidden * factor[None]).to(ctx.dtype), *grads, None, None, None, None
