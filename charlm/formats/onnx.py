@@ -4,6 +4,7 @@ Shapes: B texts, T positions, P earlier ones, L layers, H heads, C head size, N 
 """
 
 import logging
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,17 +52,16 @@ def save_model(trained: TrainedModel, folder: Path | str, name: str | None = Non
     if (length := model.context_length) < 4:
         raise UserError(f"model.context_length={length}: format=onnx needs at least 4", "model.context_length")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names packages that no one needs
-    graph, ids_BT = Graph(trained), torch.zeros(2, 2, dtype=torch.long)
+    graph, ids_BT = Graph(trained).eval(), torch.zeros(2, 2, dtype=torch.long)
     shape = model.num_layers, 2, model.num_heads, 2, model.d_model // model.num_heads
     past_ids = ids_BT[:, :1].repeat(1, max(model.ngrams, default=1) - 1)
     inputs = (ids_BT, torch.zeros(shape), torch.zeros(shape), past_ids)[: 4 if model.ngrams else 3]
     graph(*inputs)  # fills caches of tables, which must not hold symbols
-    how = {
-        "input_names": ["ids", "past_keys", "past_values", "past_ids"][: len(inputs)],
-        "output_names": ["logits", "keys", "values"],
-        "dynamic_shapes": ({0: batch, 1: Dim.AUTO}, (growing, growing, {0: batch})[: len(inputs) - 1]),
-    }
-    program = torch.onnx.export(graph, inputs, optimize=False, verbose=False, **how)
+    names = ["ids", "past_keys", "past_values", "past_ids"][: len(inputs)]
+    shapes = {0: batch, 1: Dim.AUTO}, (growing, growing, {0: batch})[: len(inputs) - 1]
+    how = {"input_names": names, "output_names": ["logits", "keys", "values"], "dynamic_shapes": shapes}
+    with warnings.catch_warnings(action="ignore"):  # of libraries to each other
+        program = torch.onnx.export(graph, inputs, optimize=False, verbose=False, **how)
     for node in program.model.graph:
         node.metadata_props.clear()  # places on this machine
     files = files_of(trained, name or Path(folder).name)

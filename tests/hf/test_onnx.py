@@ -22,7 +22,6 @@ SIX = {
     "n-grams of characters": {**NGRAMS, "vocabulary": "characters", "norm": "post"},
 }
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def graph(path):
