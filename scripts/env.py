@@ -34,6 +34,7 @@ def main() -> None:
     import psutil  # not before --help and mistakes were answered
     import torch
 
+    from charlm.hardware import default_device
     from charlm.runs.folder import environment
     from charlm.training.device import choose_precision
 
@@ -44,7 +45,8 @@ def main() -> None:
         device = torch.cuda.get_device_properties(number)
         capability = f"capability {device.major}.{device.minor}"
         found["machine"][f"GPU {number}"] = f"{device.name}, {device.total_memory / 2**30:.1f} GiB, {capability}"
-    found["versions"]["CUDA"] = torch.version.cuda
+    found["machine"]["device"] = default_device().type
+    found["versions"] |= {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
     found["precision"] = "{} ({})".format(*choose_precision(TrainConfig()))
     found["variables"] = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     if options.as_json:
