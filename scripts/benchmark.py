@@ -19,7 +19,7 @@ from charlm.config.types import Count, Positive
 from charlm.files import OutputPath
 from charlm.text import say
 
-Benchmark = Literal["train", "evaluate", "generate", "drafts", "auxiliary", "scaling", "quality", "pretend"]
+Benchmark = Literal["train", "evaluate", "generate", "drafts", "auxiliary", "scaling", "quality", "lens", "pretend"]
 
 
 class Options(Section):
@@ -30,12 +30,12 @@ class Options(Section):
     the peers that have a cache; drafts: how much faster a trained run writes with drafts from extra heads and from
     exits; auxiliary: the cost of intermediate layers and extra targets in time and memory, at several depths; scaling:
     time per character and memory by context, depth and batch, with and without activation checkpointing; quality:
-    charlm's recipe and the peers train for the same minutes on the same text; pretend: what the shipped configs would
-    ask of a GPU, counted without one.
+    charlm's recipe and the peers train for the same minutes on the same text; lens: how soon the page of a trained run
+    answers a key and a text; pretend: what the shipped configs would ask of a GPU, counted without one.
     """
 
     benchmark: Annotated[Benchmark, cli.Flag("benchmark", metavar="BENCHMARK")]
-    """The benchmark to run: train, evaluate, generate, drafts, auxiliary, scaling, quality or pretend."""
+    """The benchmark to run: train, evaluate, generate, drafts, auxiliary, scaling, quality, lens or pretend."""
     shape: Literal["S", "P", "D"] = "S"
     """S: 6 layers of 256, batch 8; P: the paper's 12 layers, batch 2, on a GPU 64; D: its 64 layers, on a GPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -55,7 +55,7 @@ class Options(Section):
     path: Path | None = None
     """quality: a copy of enwik8 (raw, .zip, .gz, .bz2, .xz). The default is a download."""
     run: Path | None = None
-    """drafts: the folder of the trained run, which also determines the shape."""
+    """drafts, lens: the folder of the trained run, which also determines the shape."""
     as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
     """Print one JSON document. The tables go to stderr."""
     picture: OutputPath | None = None
@@ -69,6 +69,8 @@ def main() -> None:
         return pretend(options, tell)
     if options.benchmark == "quality":
         return quality(options, tell)
+    if options.benchmark == "lens":
+        return lens(options, tell)
     from benchmarks import pictures, report, suites  # not before --help and mistakes were answered
     from benchmarks.shapes import named_shape, shape_of
 
@@ -147,6 +149,22 @@ def quality(options: Options, tell: Callable[[str], None]) -> None:
         say(json.dumps(found, indent=2))
     if options.picture is not None:
         tell(f"picture: {quality.draw(found, options.picture)}")
+
+
+def lens(options: Options, tell: Callable[[str], None]) -> None:
+    """Time the answers to a page about a run, which has no peers."""
+    import torch
+    from benchmarks import lens
+
+    from charlm.training.device import on_cpu
+
+    if options.run is None or options.picture is not None:
+        raise UserError(f"run={options.run}, picture={options.picture}: `lens` needs a run, and draws none", "run")
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    found = lens.run(options.run, "cpu" if on_cpu() else "cuda", tell)
+    say(lens.to_markdown(found), file=sys.stderr if options.as_json else sys.stdout)
+    if options.as_json:
+        say(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ Two runs are shown side by side. With --to page.html --text FILE, one text is wr
 """
 
 import os
+import platform
 import sys
 import webbrowser
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
@@ -28,23 +30,23 @@ class Options(Section):
     """Open a page in the browser that shows what each layer of a run expects, as you type."""
 
     runs: Annotated[tuple[Path, ...], cli.Flag("runs", nargs="+", metavar="RUN"), Field(max_length=2)]
-    """The folder of a run or of an exported model; a second one is shown beside it."""
+    """The folder of a run or of an exported model. A second one is shown beside it."""
     to: OutputPath | None = None
-    """Write the page of the text into this file instead: it needs no server, and no other file."""
+    """Write the page of --text into this file. It needs no server, and no other file."""
     text: Path | None = None
     """--to: the file with the text."""
     open: bool = True
     """Open the page in the browser; never over ssh."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """The port of the page's server. 0 takes a free one."""
-    device: str | None = None
-    """Such as cpu or cuda. The default is a GPU if there is one."""
+    """The port of the page's server; 0 takes a free one."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Where the model computes. The default is a GPU if there is one."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.to is None) != (self.text is None):
-            missing, given = ("text", "to") if self.text is None else ("to", "text")
-            raise self.mistake(given, f"requires --{missing}", missing)
+        for given, missing in (("to", "text"), ("text", "to")):
+            if getattr(self, given) is not None and getattr(self, missing) is None:
+                raise self.mistake(given, f"requires --{missing}")
         if self.to and len(self.runs) > 1:
             raise self.mistake("to", "shows one run; leave the other out", "runs")
         return self
@@ -55,28 +57,33 @@ def main() -> None:
     if options.to is None and not (find_spec("starlette") and find_spec("uvicorn")):
         way_out = "pip install 'charlm[lens]'" if INSTALLED else "pip install -r requirements.txt"
         raise charlm.UserError(f"the page's server needs starlette and uvicorn: {way_out}; or write a page with --to")
-    from charlm.lens.runs import Runs  # not before --help and mistakes were answered
+    import torch  # not before --help and mistakes were answered
 
-    runs = Runs(options.runs, options.device)
-    if options.to is not None:
-        from charlm.data.sources import check_outside
-        from charlm.lens.answers import whole
-        from charlm.lens.render import render
+    from charlm.compression.coder import open_regular
+    from charlm.data.sources import check_outside
+    from charlm.lens.answers import whole
+    from charlm.lens.render import render
+    from charlm.lens.runs import MAX_TEXT, Runs
 
-        check_outside(runs.configs[0].data, "to", options.to)
-        text = options.text.read_bytes().decode("utf-8", "surrogateescape")
-        write_whole(options.to, render(runs.facts(live=False), whole(runs.lens(), text)))
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise charlm.UserError("device=cuda: there is no GPU that torch can use; leave it out", "device")
+    if options.to is None:
+        from charlm.lens.server import serve
+
+        serve(Runs(options.runs, options.device), options.port, partial(announce, options))
         return
-    from charlm.lens.server import serve
-
-    serve(runs, options.port, lambda address, port: announce(options, address, port))
+    with open_regular(options.text) as file:
+        text = file.read(MAX_TEXT + 1).decode("utf-8", "surrogateescape")
+    runs = Runs(options.runs, options.device)
+    check_outside(runs.configs[0].data, "to", options.to)
+    write_whole(options.to, render(runs.facts(live=False), whole(runs.lens(), text)))
 
 
 def announce(options: Options, address: str, port: int) -> None:
     """Say where the page is, and open it."""
     say(f"The page is at {address}\nCtrl-C ends it.", flush=True)
     if "SSH_CONNECTION" in os.environ:
-        say(f"On your own machine, first: ssh -N -L {port}:127.0.0.1:{port} {os.uname().nodename}", flush=True)
+        say(f"On your own machine, first: ssh -N -L {port}:127.0.0.1:{port} {platform.node()}", flush=True)
     elif options.open:
         webbrowser.open(address)
 

@@ -45,6 +45,7 @@ NEEDS = ("a GPU", "a network", "a cluster", "a checkpoint of nanoGPT", *EXTRAS)
 ELSEWHERE = {
     "python scripts/ablate.py": "tests/ablation/test_ablate_script.py",
     "python scripts/benchmark.py": "tests/benchmark/test_benchmark_races.py",
+    "python scripts/lens.py runs/": "tests/lens/test_server.py",
     "make test": ".ci/run",
     "make gpu": "tests/gpu/test_gpu.py",
     "make soak": "tests/soak.py",

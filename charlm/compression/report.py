@@ -22,10 +22,13 @@ from charlm.report.style import PICTURE, TRAIN, VALID, new_figure, save
 from charlm.runs.trained import TrainedModel
 from charlm.text import counted, markdown_table, visible
 
+XZ_MEMORY = 2**26
+"""Bytes of the dictionary of `xz -9`."""
+XZ = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
 COMPRESSORS = {
-    "gzip -9": lambda: zlib.compressobj(9, wbits=31),  # within 0.2 % of the program's size
-    "bzip2 -9": lambda: bz2.BZ2Compressor(9),
-    "xz -9e": lambda: lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME),
+    "gzip -9": lambda size: zlib.compressobj(9, wbits=31),  # within 0.2 % of the program's size
+    "bzip2 -9": lambda size: bz2.BZ2Compressor(9),
+    "xz -9e": lambda size: lzma.LZMACompressor(filters=[XZ | {"dict_size": min(max(4096, size), XZ_MEMORY)}]),
 }
 
 
@@ -104,9 +107,9 @@ def weigh(
         )
 
 
-def compressed_sizes(pieces: Iterable[bytes]) -> dict[str, int]:
-    """The bytes that each of `COMPRESSORS` needs for the concatenated pieces."""
-    packers = {name: make() for name, make in COMPRESSORS.items()}
+def compressed_sizes(pieces: Iterable[bytes], size: int = XZ_MEMORY) -> dict[str, int]:
+    """The bytes that each of `COMPRESSORS` needs for the concatenated pieces: sooner if their `size` is known."""
+    packers = {name: make(size) for name, make in COMPRESSORS.items()}
     sizes = dict.fromkeys(COMPRESSORS, 0)
     for piece in pieces:
         for name, packer in packers.items():

@@ -71,6 +71,14 @@ class Corpus(BaseModel, arbitrary_types_allowed=True, frozen=True, strict=True):
         each = None if symbols is None else max(1, symbols // max(1, len(self.sources)))
         return [ids[:each] for ids in np.split(self.splits[split].ids, list(ends)[:-1])]
 
+    def stretch(self, split: str, start: int, length: int) -> tuple[int, bytes]:
+        """The whole characters in `length` symbols of a split from `start` on: where they begin, and their text."""
+        ids = self.splits[split].ids
+        end = min(start + length, len(ids))
+        starts = start + np.flatnonzero(self.vocabulary.starts(ids[start : end + 1]))
+        first, last = (int(starts[0]), int(starts[-1])) if len(starts) else (end, end)
+        return first, self.vocabulary.decode(ids[first : end if end == len(ids) else last])
+
 
 def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
     """The corpus that the config names, prepared if the cache lacks it or its text has changed.

@@ -1,5 +1,6 @@
 """What a page asks, and the JSON that it gets."""
 
+import math
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Self
@@ -10,7 +11,7 @@ from pydantic import Field, model_validator
 
 from charlm.config import Section, UserError
 from charlm.config.types import Count, Index, NonNegative
-from charlm.lens.lens import Lens, Watch
+from charlm.lens.lens import Lens
 from charlm.lens.reading import Reading
 from charlm.lens.runs import MAX_LENGTH, MAX_TEXT, Runs
 
@@ -50,27 +51,26 @@ class Request(Section):
         return self
 
 
-def answer(runs: Runs, name: str, values: Mapping[str, Any], watch: Watch) -> Json | Iterator[Json]:
+def answer(runs: Runs, name: str, values: Mapping[str, Any]) -> Json | Iterator[Json]:
     """The answer to a request by its name, from `ANSWERS`; of "generate" an event for each symbol.
 
-    Raises UserError for values that cannot be, and what `watch` raises.
+    Raises UserError for values that cannot be.
     """
-    found = ANSWERS[name](runs, Request.read(values), watch)
+    found = ANSWERS[name](runs, Request.read(values))
     return plain(found) if isinstance(found, dict) else map(plain, found)
 
 
 def plain(value: Any) -> Any:
     """A value for JSON: rounded to 6 digits, and None for NaN, and for ids and layers below 0."""
-    if isinstance(value, dict):
-        return {str(key): plain(own) for key, own in value.items()}
-    if hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    if isinstance(value, list | tuple):
-        return list(map(plain, value))
-    if isinstance(value, np.ndarray):
-        known = value >= 0 if value.dtype.kind == "i" else np.isfinite(value)
-        numbers = value.tolist() if value.dtype.kind == "i" else value.astype(float).round(6).tolist()
-        return numbers if known.all() else [number if own else None for number, own in zip(numbers, known, strict=True)]
+    match value._asdict() if hasattr(value, "_asdict") else value:
+        case dict(found):
+            return {str(key): plain(own) for key, own in found.items()}
+        case np.ndarray() | list() | tuple() as found:
+            return list(map(plain, found.tolist() if isinstance(found, np.ndarray) else found))
+        case float(found):
+            return None if math.isnan(found) else round(found, 6)
+        case int(found) if found < 0:
+            return None
     return value
 
 
@@ -78,8 +78,8 @@ def reading_json(reading: Reading, offset: int = 1, since: int = 0) -> Json:
     """A reading from a place on."""
     characters = reading.vocabulary.count_characters(reading.ids)
     rate = float(reading.bits.sum()) / characters if characters else None
-    logits_V = reading.next_logits
-    best = int(logits_V.argmax())
+    symbol = int(reading.next_logits.argmax())
+    follows = {"symbol": symbol, "probability": math.exp(reading.next_logits[symbol])}
     return {
         "since": since,
         "symbols": reading.ids[since:],
@@ -87,7 +87,7 @@ def reading_json(reading: Reading, offset: int = 1, since: int = 0) -> Json:
         "bits": reading.bits[since:],
         **grid_json(reading, offset, since),
         "total": {"bits_per_character": rate, "characters": characters} | reading.sizes(),
-        "next": {"symbol": best, "probability": float(np.exp(logits_V[best]))} if len(reading.ids) else None,
+        "next": follows if len(reading.ids) else None,
     }
 
 
@@ -100,7 +100,7 @@ def grid_json(reading: Reading, offset: int, since: int = 0) -> Json:
 
 def whole(lens: Lens, text: str) -> Json:
     """The reading of a text for a page without a server: all offsets, and the likeliest symbols for each place."""
-    reading = lens.read(text)
+    reading = lens.read(Request.read({"text": text}).text)
     offsets = sorted({offset for _, offset in reading.pairs if offset > 1})
     count = min(LIKELIEST, reading.vocabulary.size)
     best = lens.expected(reading.ids[:-1], [lens.last], 1, 0, lambda own_MV: torch.stack(own_MV.topk(count), dim=1))
@@ -110,37 +110,30 @@ def whole(lens: Lens, text: str) -> Json:
     return plain(reading_json(reading) | {"others": others, "likeliest": likeliest})
 
 
-def read(runs: Runs, asked: Request, watch: Watch) -> Json:
-    lens = runs.lens(asked.run, asked.checkpoint)
+def read(runs: Runs, asked: Request) -> Json:
+    lens = _lens(runs, asked)
     ids = lens.ids(asked.text)
-    reading = lens.read(ids[: asked.since + MOST_NEW], watch)
+    reading = lens.read(ids[: asked.since + MOST_NEW])
     since = min(asked.since, len(reading.ids))
     if 0 < since < len(reading.ids):  # an edit may have cut a character in two
         since = int(reading.starts[reading.starts <= since][-1])
     return reading_json(reading, asked.offset, since) | {"of": len(ids)}
 
 
-def distribution(runs: Runs, asked: Request, watch: Watch) -> Json:
-    lens = runs.lens(asked.run, asked.checkpoint)
-    probabilities_V = lens.distribution(asked.text, asked.place, asked.layer, asked.offset)
-    symbols = np.argsort(-probabilities_V, kind="stable")
-    return {"symbols": symbols, "probabilities": probabilities_V[symbols]}
+def distribution(runs: Runs, asked: Request) -> Json:
+    best = _best(_lens(runs, asked).distribution(asked.text, asked.place, asked.layer, asked.offset))
+    return dict(zip(("symbols", "probabilities"), zip(*best, strict=True), strict=True))
 
 
-def corpus(runs: Runs, asked: Request, watch: Watch) -> Json:
-    """A stretch of the validation split, cut to whole characters."""
+def corpus(runs: Runs, asked: Request) -> Json:
     found = runs.corpus(asked.run)
-    ids = found.splits["valid"].ids
-    end = min(asked.start + asked.length, len(ids))
-    starts = asked.start + np.flatnonzero(found.vocabulary.starts(ids[asked.start : end + 1]))
-    first, last = (int(starts[0]), int(starts[-1])) if len(starts) else (end, end)
-    data = found.vocabulary.decode(ids[first : end if end == len(ids) else last])
-    return {"text": data.decode("utf-8", "surrogateescape"), "start": first, "of": len(ids)}
+    start, data = found.stretch("valid", asked.start, asked.length)
+    return {"text": data.decode("utf-8", "surrogateescape"), "start": start, "of": found.splits["valid"].symbols}
 
 
-def compare(runs: Runs, asked: Request, watch: Watch) -> Json:
+def compare(runs: Runs, asked: Request) -> Json:
     """The cost of each character in two runs, whose vocabularies may differ."""
-    readings = [runs.lens(run, own).read(asked.text, watch) for run, own in enumerate(asked.checkpoints)]
+    readings = [runs.lens(run, own).read(asked.text) for run, own in enumerate(asked.checkpoints)]
     bits = [reading.bits_by_character() for reading in readings]
     if len(bits[0]) != len(bits[1]):
         raise UserError("text: the two runs cut it into different characters; compare others", "text")
@@ -148,44 +141,39 @@ def compare(runs: Runs, asked: Request, watch: Watch) -> Json:
     return {"difference": bits[1] - bits[0], "bits": bits, "pieces": pieces}
 
 
-def generate(runs: Runs, asked: Request, watch: Watch) -> Iterator[Json]:
+def generate(runs: Runs, asked: Request) -> Iterator[Json]:
     """An event for each symbol, with its text when a character is whole, and a last one."""
-    lens = runs.lens(asked.run, asked.checkpoint)
+    lens = _lens(runs, asked)
     if asked.length > MAX_LENGTH:
         raise UserError(f"length={asked.length}: must be at most {MAX_LENGTH}", "length")
     how = asked.model_dump(include={"length", "temperature", "seed", "drafts"}) | {"top_k": asked.top_k or None}
-    decoder, passes = getincrementaldecoder("utf-8")("surrogateescape"), 0
-    for drawn in lens.generate(asked.text, watch=watch, **how):
-        passes, cost = drawn.passes, float(-np.log2(drawn.before[drawn.symbol]))
+    decoder = getincrementaldecoder("utf-8")("surrogateescape")
+    for drawn in lens.generate(asked.text, **how):
         piece = decoder.decode(lens.trained.vocabulary.symbols[drawn.symbol])
-        shown = {"before": _best(drawn.before), "after": _best(drawn.after)}
-        yield {"symbol": drawn.symbol, "piece": piece, "bits": cost, "draft": drawn.draft} | shown
-    yield {"done": True, "passes": passes, "symbols": asked.length, "piece": decoder.decode(b"", final=True)}
+        spread = {"before": _best(drawn.before, SHOWN), "after": _best(drawn.after, SHOWN)}
+        cost = {"bits": -math.log2(drawn.before[drawn.symbol])}
+        yield {"symbol": drawn.symbol, "piece": piece, "draft": drawn.draft} | spread | cost
+    piece = decoder.decode(b"", final=True)
+    yield {"done": True, "passes": drawn.passes, "symbols": asked.length, "piece": piece}
 
 
-def _best(probabilities_V: np.ndarray) -> list[list[Any]]:
-    symbols = np.argsort(-probabilities_V, kind="stable")[:SHOWN]
-    return [[int(symbol), round(float(probabilities_V[symbol]), 6)] for symbol in symbols]
-
-
-def _asking(method: Callable[..., Any], name: str, *options: str, watched: bool = False) -> Callable[..., Json]:
-    """An answer that is what a method of `Lens` gives for the text and some fields of the request."""
-
-    def found(runs: Runs, asked: Request, watch: Watch) -> Json:
-        values = {option: getattr(asked, option) for option in options} | ({"watch": watch} if watched else {})
-        return {"since": asked.since, name: method(runs.lens(asked.run, asked.checkpoint), asked.text, **values)}
-
-    return found
-
-
-ANSWERS: dict[str, Callable[[Runs, Request, Watch], Json | Iterator[Json]]] = {
+ANSWERS: dict[str, Callable[[Runs, Request], Json | Iterator[Json]]] = {
     "read": read,
     "distribution": distribution,
-    "follow": _asking(Lens.follow, "layers", "symbol", "offset", "since", watched=True),
-    "attention": _asking(Lens.attention, "weights", "layer", "head", "place"),
-    "unit": _asking(Lens.unit, "values", "layer", "unit", "since", watched=True),
-    "ngrams": _asking(Lens.knockouts, "lengths", "place"),
+    "follow": lambda runs, a: {"since": a.since, "layers": _lens(runs, a).follow(a.text, a.symbol, a.offset, a.since)},
+    "attention": lambda runs, a: {"weights": _lens(runs, a).attention(a.text, a.layer, a.head, a.place)},
+    "unit": lambda runs, a: {"since": a.since, "values": _lens(runs, a).unit(a.text, a.layer, a.unit, a.since)},
+    "ngrams": lambda runs, a: {"lengths": _lens(runs, a).knockouts(a.text, a.place)},
     "corpus": corpus,
     "compare": compare,
     "generate": generate,
 }
+
+
+def _lens(runs: Runs, asked: Request) -> Lens:
+    return runs.lens(asked.run, asked.checkpoint)
+
+
+def _best(probabilities_V: np.ndarray, count: int | None = None) -> list[tuple[int, float]]:
+    symbols = np.argsort(-probabilities_V, kind="stable")[:count]
+    return list(zip(symbols.tolist(), probabilities_V[symbols].tolist(), strict=True))

@@ -1,11 +1,13 @@
 """What each layer of a model expects along a text, and what each symbol costs.
 
-Shapes: N symbols of a text, M new ones, P pairs of layer and offset, K offsets, D d_model, V vocabulary.
+Shapes: N symbols of a text, M new ones, T of a window, P pairs of layer and offset, K offsets, D d_model, H heads,
+C head size, F d_ff, V vocabulary.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +15,7 @@ from torch import Tensor
 
 from charlm.config import UserError
 from charlm.data.windows import default_stride
-from charlm.inference.generation import write
-from charlm.inference.sampling import Sampling
+from charlm.inference.generation import Writing, write
 from charlm.inference.scoring import nats
 from charlm.inference.speculative import Draft, DraftStatistics
 from charlm.inference.stepping import Reader
@@ -27,28 +28,25 @@ READ_AT_ONCE = 256
 """Symbols of a pass. Work can be cancelled between passes, and between the layers of one."""
 Text = str | np.ndarray
 """A text, or its ids [N]."""
-Watch = Callable[[], None]
-"""Called before each piece of work; what it raises cancels the rest."""
+Measure = Callable[[Tensor], Tensor]
 
 
 class Drawn(NamedTuple):
-    """A symbol, the model's probabilities, and those it was drawn from: after temperature and top-k, float64 [V]."""
+    """A symbol, and the model's probabilities before and after temperature and top-k, float64 [V]."""
 
     symbol: int
     before: np.ndarray
     after: np.ndarray
     draft: str | None
-    """Whether the draft for its place was "accepted" or "rejected"; None if there was none."""
-    passes: int
-    """Passes of the whole model so far; without drafts one for each symbol."""
+    """The draft for its place was "accepted" or "rejected"; None if there was none."""
+    passes: int  # of the whole model so far
 
 
 class Knockout(NamedTuple):
-    """A prediction without the n-gram of one length: how much more the symbol costs, and the likeliest one."""
+    """A prediction without the n-gram of one length, and the likeliest symbol then."""
 
     length: int
-    bits: float | None
-    """None after the text."""
+    bits: float | None  # that the symbol in the text costs more; None after the text
     symbol: int
     probability: float
 
@@ -61,8 +59,8 @@ class Lens:
     `evaluate.py --stride`, but for its last window, which it moves back to the end of the text. By default
     generation and compression of one stream see the same.
 
-    Methods raise UserError for a layer, place or symbol that is not there, and for a text that the vocabulary
-    cannot spell.
+    Layers count from 1, places, heads and units from 0. Methods raise UserError for one that is not there, and
+    for a text that the vocabulary cannot spell.
     """
 
     def __init__(self, trained: TrainedModel, stride: int | None = None):
@@ -71,20 +69,20 @@ class Lens:
         self.context, self.last = self.config.context_length, self.config.num_layers
         self.stride = max(1, self.context - default_stride(self.context) + 1) if stride is None else stride
         _check("stride", self.stride, 1, self.context)
+        self.watch: Callable[[], None] = lambda: None
+        """Called before each piece of work; what it raises cancels the rest."""
+        exits: list[Draft] = [*exit_layers(trained)[:-1]]
+        has_offsets = any(layer == self.last and offset > 1 for layer, offset in self.heads.pairs)
+        self.draft = "offsets" if has_offsets else next(iter(exits), None)
+        """The source of drafts: heads for later symbols, else the lowest exit; None without either."""
         self._reader = Reader(trained)
-        self._cache = self._new_cache()
+        self._cache = KVCache(self.config, 1, trained.device)
         self._begin = self._known = 0
         """The place where the window in the cache begins, and its positions that all layers have read."""
         V, P = trained.vocabulary.size, len(self.heads.pairs)
         nothing = np.zeros(0, np.int64), np.zeros(0), np.zeros((P, 0), np.int32), np.zeros((P, 0), np.float32)
         self._empty = Reading(trained.vocabulary, tuple(self.heads.pairs), *nothing, np.full(V, -math.log(V)))
         self.reading = self._empty
-
-    @property
-    def draft(self) -> Draft | None:
-        """The source of drafts: heads for later symbols, else the lowest exit; None without either."""
-        has_offsets = any(layer == self.last and offset > 1 for layer, offset in self.heads.pairs)
-        return "offsets" if has_offsets else next(iter(exit_layers(self.trained)[:-1]), None)
 
     def ids(self, text: Text) -> np.ndarray:
         """The ids of a text, int64 [N]. Stray bytes are lone surrogates, as in Python's "surrogateescape"."""
@@ -100,35 +98,41 @@ class Lens:
         """The first place that the prediction after `position` sees."""
         return max(0, -((self.context - 1 - position) // self.stride)) * self.stride
 
-    def read(self, text: Text, watch: Watch = lambda: None) -> Reading:
-        """Read a text. If `watch` raises, the part that was read is kept for the next call."""
+    def read(self, text: Text) -> Reading:
+        """Read a text. If it is cancelled, the part that was read is kept for the next call."""
         ids, old = self.ids(text), self.reading
         shared = min(len(ids), len(old.ids))
-        different = np.flatnonzero(ids[:shared] != old.ids[:shared])
-        shared = int(different[0]) if len(different) else shared
+        shared = int(np.append(np.flatnonzero(ids[:shared] != old.ids[:shared]), shared)[0])
         if shared == len(ids) == len(old.ids) and old.next_logits is not None:
             return old
         first, parts = max(0, shared - 1), []  # the last position once more, as its logits are not kept
         try:
-            for positions, states in self._states(ids, first, watch):
+            for positions, states in self._states(ids, first):
                 parts.append(self._look(ids, positions, states))
         finally:
             self.reading = self._joined(ids, first, parts)
         return self.reading
 
     @torch.inference_mode()
-    def _states(self, ids: np.ndarray, first: int, watch: Watch) -> Iterator[tuple[slice, dict[int, Tensor]]]:
-        """Hidden states after the positions from `first` on, {layer: [1, M, D]}; before it, `reading` has the ids."""
+    def _states(self, ids: np.ndarray, first: int) -> Iterator[tuple[slice, dict[int, Tensor]]]:
+        """Hidden states after the positions from `first` on, {layer: [1, M, D]}; `reading` has the ids before it."""
         for begin, start, end in self._spans(first, len(ids)):
             if self._begin != begin or self._known < start - begin:
                 self._begin, self._known = begin, 0
             self._known = min(self._known, start - begin)
             while (place := begin + self._known) < end:
-                states = self._pass(ids[place : min(place + READ_AT_ONCE, end)], watch)
-                stop = begin + self._known
-                if stop > start:
-                    new = slice(max(place, start), stop)
-                    yield new, {layer: hidden[:, new.start - stop :] for layer, hidden in states.items()}
+                new, states = ids[place : min(place + READ_AT_ONCE, end)], {}
+                for below, layer in pairwise([0, *self.heads.layers]):
+                    self.watch()
+                    self._cache.lengths.fill_(self._known)
+                    if below:
+                        states[layer] = self._reader.run_from(states[below], below, self._cache, layer)
+                    else:
+                        states[layer] = self._reader.read([new.tolist()], self._cache, layer=layer)
+                self._known += len(new)
+                if (stop := place + len(new)) > start:
+                    place = max(place, start)
+                    yield slice(place, stop), {layer: hidden[:, place - stop :] for layer, hidden in states.items()}
 
     def _spans(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
         """The windows for the predictions after positions first to end - 1: begin, first and end of each."""
@@ -136,20 +140,6 @@ class Lens:
             begin = self.window(first)
             yield begin, first, min(end, begin + self.context)
             first = begin + self.context
-
-    def _pass(self, ids: np.ndarray, watch: Watch) -> dict[int, Tensor]:
-        states: dict[int, Tensor] = {}
-        below = 0
-        for layer in self.heads.layers:
-            watch()
-            self._cache.lengths.fill_(self._known)
-            if below:
-                states[layer] = self._reader.run_from(states[below], below, self._cache, layer)
-            else:
-                states[layer] = self._reader.read([ids.tolist()], self._cache, layer=layer)
-            below = layer
-        self._known += len(ids)
-        return states
 
     @torch.inference_mode()
     def _look(self, ids: np.ndarray, positions: slice, states: dict[int, Tensor]) -> tuple[np.ndarray, ...]:
@@ -167,10 +157,10 @@ class Lens:
 
     def _joined(self, ids: np.ndarray, first: int, parts: Sequence[tuple[np.ndarray, ...]]) -> Reading:
         """The last reading before position `first`, and the parts from there on."""
-        old = self.reading
-        bits, symbols, probabilities, logits = zip(*parts, strict=True) if parts else ((), (), (), (None,))
         if not len(ids):
             return self._empty
+        old = self.reading
+        bits, symbols, probabilities, logits = zip(*parts, strict=True) if parts else ((), (), (), (None,))
         symbols_PN = np.concatenate([old.symbols[:, :first], *symbols], axis=1)
         probabilities_PN = np.concatenate([old.probabilities[:, :first], *probabilities], axis=1)
         N = symbols_PN.shape[1]
@@ -184,63 +174,60 @@ class Lens:
         """
         ids, layer, V = self.ids(text), layer or self.last, self.trained.vocabulary.size
         _check("place", place, 0, len(ids) + offset - 1)
-        self._check_heads([layer], offset)
-        if place < offset:
-            return np.full(V, 1 / V)
-        return self.expected(ids[: place - offset + 1], [layer], offset, place - offset)[layer][0]
+        found = self.expected(ids[: max(0, place - offset + 1)], [layer], offset, max(0, place - offset))[layer]
+        return found[0] if len(found) else np.full(V, 1 / V)
 
-    def follow(
-        self, text: Text, symbol: int, offset: int = 1, since: int = 0, watch: Watch = lambda: None
-    ) -> dict[int, np.ndarray]:
+    def follow(self, text: Text, symbol: int, offset: int = 1, since: int = 0) -> dict[int, np.ndarray]:
         """The probability that each layer gave a symbol at the places from `since` on; NaN where nothing is known."""
         ids = self.ids(text)
         _check("symbol", symbol, 0, self.trained.vocabulary.size - 1)
         _check("since", since, 0, len(ids))
         layers = [layer for layer, own in self.heads.pairs if own == offset] or [self.last]
         known, unknown = ids[: max(0, len(ids) - offset)], max(0, min(len(ids), offset) - since)
-        found = self.expected(known, layers, offset, max(0, since - offset), lambda own_MV: own_MV[:, symbol], watch)
+        found = self.expected(known, layers, offset, max(0, since - offset), lambda own_MV: own_MV[:, symbol])
         return {layer: np.pad(own, (unknown, 0), constant_values=np.nan) for layer, own in found.items()}
 
     @torch.inference_mode()
     def expected(
-        self,
-        ids: np.ndarray,
-        layers: Sequence[int],
-        offset: int,
-        first: int,
-        measure: Callable[[Tensor], Tensor] = lambda own_MV: own_MV,
-        watch: Watch = lambda: None,
+        self, ids: np.ndarray, layers: Sequence[int], offset: int, first: int, measure: Measure = torch.clone
     ) -> dict[int, np.ndarray]:
         """The `measure` of each layer's probabilities, float64 [M, V], after the positions from `first` on."""
-        self._check_heads(layers, offset)
+        for layer in layers:
+            if (layer, offset) not in self.heads.pairs:
+                choices = ", ".join(f"{own} in layer {at}" for at, own in self.heads.pairs)
+                raise UserError(f"offset={offset}: layer {layer} has no such head; choose {choices}", "offset")
         parts: dict[int, list[Tensor]] = {layer: [torch.zeros(0)] for layer in layers}
-        for states in self._windows(ids, layers, first, watch):
+        for states in self._windows(ids, layers, first):
             for layer, hidden_1MD in states.items():
                 probabilities_MV = self.heads(hidden_1MD, layer, [offset])[0, :, 0].double().softmax(dim=-1)
                 parts[layer].append(measure(probabilities_MV).cpu())
         return {layer: torch.cat(own[len(own) > 1 :]).numpy() for layer, own in parts.items()}
 
     @torch.inference_mode()
-    def _windows(
-        self, ids: np.ndarray, layers: Sequence[int], first: int, watch: Watch = lambda: None
-    ) -> Iterator[dict[int, Tensor]]:
+    def _windows(self, ids: np.ndarray, layers: Sequence[int], first: int) -> Iterator[dict[int, Tensor]]:
         """Hidden states after the positions from `first` on, {layer: [1, M, D]}, by plain passes of whole windows."""
         for begin, start, end in self._spans(first, len(ids)):
-            watch()
+            self.watch()
             yield self._forward(ids[begin:end], layers, num_last=end - start)
 
-    def unit(self, text: Text, layer: int, unit: int, since: int = 0, watch: Watch = lambda: None) -> np.ndarray:
+    def _forward(self, ids: np.ndarray, layers: Sequence[int], **how: Any) -> dict[int, Tensor]:
+        """Hidden states of one pass through the modules, whose hooks are called, {layer: [1, T, D]}."""
+        ids_1T = torch.from_numpy(ids[None]).to(self.trained.device)
+        with full_fp32_matmul(self.trained.device, len(ids)):
+            return self.trained.transformer(ids_1T, layers, **how)
+
+    def unit(self, text: Text, layer: int, unit: int, since: int = 0) -> np.ndarray:
         """The activation of a unit of a layer's feed-forward sublayer at the places from `since` on, float32."""
         ids = self.ids(text)
         _check("layer", layer, 1, self.last)
         _check("unit", unit, 0, self.config.d_ff - 1)
         _check("since", since, 0, len(ids))
-        found: list[Tensor] = []
+        inner: list[Tensor] = []
         dropout = self.trained.transformer.blocks[layer - 1].feed_forward.dropout  # the module after the activation
-        with dropout.register_forward_hook(lambda module, inputs, inner_1TF: found.append(inner_1TF[0, :, unit])):
-            sizes = [states[layer].shape[1] for states in self._windows(ids, [layer], since, watch)]
-        values = [own[len(own) - size :].cpu() for own, size in zip(found, sizes, strict=True)]
-        return torch.cat(values).numpy() if values else np.zeros(0, np.float32)
+        with dropout.register_forward_hook(lambda module, inputs, inner_1TF: inner.append(inner_1TF[0, :, unit])):
+            sizes = [states[layer].shape[1] for states in self._windows(ids, [layer], since)]
+        values = [own[len(own) - size :] for own, size in zip(inner, sizes, strict=True)]
+        return torch.cat([torch.zeros(0), *values]).cpu().numpy()
 
     @torch.inference_mode()
     def attention(self, text: Text, layer: int, head: int, place: int) -> np.ndarray:
@@ -250,16 +237,15 @@ class Lens:
         _check("head", head, 0, self.config.num_heads - 1)
         _check("place", place, 0, len(ids) - 1)
         queries: list[Tensor] = []
-        cache, window = self._new_cache(), ids[self.window(place) : place + 1]
+        cache, window = KVCache(self.config, 1, self.trained.device), ids[self.window(place) : place + 1]
         module = transformer.blocks[layer - 1].attention.query
         with module.register_forward_hook(lambda module, inputs, query_1TD: queries.append(query_1TD[0, -1])):
-            self._forward(window, [layer], cache)
-        query_HC = queries[0].view(self.config.num_heads, -1)
+            self._forward(window, [layer], cache=cache)
+        query_H1C = queries[0].view(self.config.num_heads, 1, -1)
         rotation = transformer.rotation(transformer.places(len(window), None))
-        if rotation is not None:
-            query_HC = rotation.last(1)(query_HC[:, None])[:, 0]
+        query_H1C = query_H1C if rotation is None else rotation.last(1)(query_H1C)
         keys_TC = cache.keys[layer - 1, 0, head, : len(window)]
-        weights_T = (keys_TC @ query_HC[head] * keys_TC.shape[1] ** -0.5).softmax(dim=0)
+        weights_T = (keys_TC @ query_H1C[head, 0] * keys_TC.shape[1] ** -0.5).softmax(dim=0)
         return np.pad(weights_T.cpu().numpy(), (place + 1 - len(window), 0))
 
     @torch.inference_mode()
@@ -272,77 +258,46 @@ class Lens:
         _check("place", place, 0, len(ids))
         if ngrams is None or place == 0:
             return []
-        cache, window = self._new_cache(), ids[self.window(place - 1) : place]
+        cache, window = KVCache(self.config, 1, self.trained.device), ids[self.window(place - 1) : place]
         if len(window) > 1:
-            self._forward(window[:-1], [self.last], cache)
-        symbol = int(ids[place]) if place < len(ids) else None
+            self._forward(window[:-1], [self.last], cache=cache)
 
         def read_last() -> Tensor:
             cache.lengths.fill_(len(window) - 1)
-            hidden_11D = self._forward(window[-1:], [self.last], cache)[self.last]
+            hidden_11D = self._forward(window[-1:], [self.last], cache=cache)[self.last]
             return self.heads(hidden_11D, self.last)[0, 0, 0].double().log_softmax(dim=-1)
 
         whole_V, found = read_last(), []
         for length, table in zip(ngrams.lengths, ngrams.tables, strict=True):
             with table.register_forward_hook(lambda module, inputs, rows: torch.zeros_like(rows)):
                 without_V = read_last()
-            bits = None if symbol is None else float(whole_V[symbol] - without_V[symbol]) / math.log(2)
+            lost = [float(own) / math.log(2) for own in (whole_V - without_V)[ids[place : place + 1]]] or [None]
             best = int(without_V.argmax())
-            found.append(Knockout(length, bits, best, float(without_V[best].exp())))
+            found.append(Knockout(length, *lost, best, float(without_V[best].exp())))
         return found
 
-    def generate(
-        self,
-        text: Text,
-        *,
-        length: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 0,
-        drafts: bool = False,
-        watch: Watch = lambda: None,
-    ) -> Iterator[Drawn]:
+    def generate(self, text: Text, *, drafts: bool = False, **options: Any) -> Iterator[Drawn]:
         """Read a text and what `charlm.generate` writes after it, symbol by symbol; options and errors are its.
 
-        Beyond the context, it sees what `read` sees, not the whole prompt.
+        It sees what `read` sees of a text that is longer than the context.
         """
-        reading = self.read(text, watch)
+        how = Writing.read(options | {"draft": self.draft if drafts else None})
+        reading = self.read(text)
         if not len(reading.ids):
             raise UserError("text: nothing can be written after no text; type a symbol", "text")
         if drafts and self.draft is None:
             raise UserError("drafts=true: the model has no heads to draft with; generate without", "drafts")
-        sampling, statistics = Sampling.read({"temperature": temperature, "top_k": top_k}), DraftStatistics()
-        options = sampling.model_dump() | {"length": length, "seed": seed, "draft": self.draft if drafts else None}
-        prompt = reading.ids[self.window(len(reading.ids) - 1) :].tolist()
-        drafted = accepted = passes = 0
-        for (symbols,) in write(self.trained, [prompt], statistics, **options):
+        prompt, statistics = reading.ids[self.window(len(reading.ids) - 1) :].tolist(), DraftStatistics()
+        drafted = accepted = 0
+        for passes, (symbols,) in enumerate(write(self.trained, [prompt], statistics, **dict(how)), 1):
             accepted, drafted = statistics.accepted - accepted, statistics.drafted - drafted
-            marks = ["accepted"] * accepted + ["rejected"] * (drafted > accepted)
-            passes = statistics.passes if drafts else passes + 1
-            for place, symbol in enumerate(symbols):
+            marks = ["accepted"] * accepted + ["rejected"] * (drafted > accepted) + [None] * len(symbols)
+            for symbol, mark in zip(symbols, marks, strict=False):
                 logits_V = torch.from_numpy(reading.next_logits)
-                after_V = sampling.distribution(logits_V).numpy()
-                reading = self.read(np.append(reading.ids, symbol), watch)
-                mark = marks[place] if place < len(marks) else None
-                yield Drawn(symbol, logits_V.exp().numpy(), after_V, mark, passes)
+                after_V = how.distribution(logits_V).numpy()
+                reading = self.read(np.append(reading.ids, symbol))
+                yield Drawn(symbol, logits_V.exp().numpy(), after_V, mark, statistics.passes or passes)
             accepted, drafted = statistics.accepted, statistics.drafted
-
-    def _new_cache(self) -> KVCache:
-        return KVCache(self.config, 1, self.trained.device)
-
-    def _forward(
-        self, ids: np.ndarray, layers: Sequence[int], cache: KVCache | None = None, num_last: int | None = None
-    ) -> dict[int, Tensor]:
-        """Hidden states of one pass through the modules, {layer: [1, T, D]}."""
-        ids_1T = torch.from_numpy(ids[None]).to(self.trained.device)
-        with full_fp32_matmul(self.trained.device, len(ids)):
-            return self.trained.transformer(ids_1T, layers, cache, num_last)
-
-    def _check_heads(self, layers: Sequence[int], offset: int) -> None:
-        for layer in layers:
-            if (layer, offset) not in self.heads.pairs:
-                choices = ", ".join(f"{own} in layer {at}" for at, own in self.heads.pairs)
-                raise UserError(f"offset={offset}: layer {layer} has no such head; choose {choices}", "offset")
 
 
 def _check(option: str, value: int, lowest: int, highest: int) -> None:

@@ -3,8 +3,6 @@
 Shapes: N symbols of a text, P pairs of layer and offset, L layers, V vocabulary.
 """
 
-import gzip
-import lzma
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from charlm.compression.report import compressed_sizes
 from charlm.config import UserError
 from charlm.data.vocabulary import Vocabulary
 
@@ -87,7 +86,5 @@ class Reading:
     def sizes(self) -> dict[str, int]:
         """The bytes that charlm, without the model, `gzip -9` and `xz -9e` take for the text."""
         data = self.vocabulary.decode(self.ids)
-        # The 64 MiB of -9's dictionary take a second to clear, and find no more.
-        how = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(4096, len(data))}
-        charlm = math.ceil(self.bits.sum() / 8)
-        return {"charlm": charlm, "gzip": len(gzip.compress(data)), "xz": len(lzma.compress(data, filters=[how]))}
+        others = compressed_sizes([data], len(data))
+        return {"charlm": math.ceil(self.bits.sum() / 8), "gzip": others["gzip -9"], "xz": others["xz -9e"]}

@@ -38,6 +38,9 @@ HEADERS = {
 """The page itself names its own script and style, see `render`."""
 
 
+Watch = Callable[[], None]
+
+
 class Superseded(Exception):
     """A newer request made this one useless."""
 
@@ -45,26 +48,26 @@ class Superseded(Exception):
 class Turns:
     """One computation at a time. A request is superseded by a newer one of its name, or a newer `read`."""
 
-    def __init__(self):
-        self.lock = asyncio.Lock()
-        self.is_over: Callable[[], bool] = lambda: False
-        """Whether the server was asked to end."""
+    def __init__(self, runs: Runs):
+        self.runs, self.lock = runs, asyncio.Lock()
+        self.is_over: Callable[[], bool] = lambda: False  # when the server was asked to end
         self._count, self._newest = 0, {"read": 0}
 
-    def watch(self, name: str) -> Callable[[], None]:
+    def watch(self, name: str) -> Watch:
         """A new request's place: what raises `Superseded` when it is useless."""
         self._count = self._newest[name] = number = self._count + 1
 
         def watch() -> None:
             if self.is_over() or max(self._newest[name], self._newest["read"]) > number:
-                raise Superseded
+                raise Superseded("superseded")
 
         return watch
 
-    async def take(self, watch: Callable[[], None], work: Callable[..., Any], *arguments: Any) -> Any:
+    async def take(self, watch: Watch, work: Callable[..., Any], *arguments: Any) -> Any:
         """The result of `work`, done in a thread when it is its turn."""
         async with self.lock:
             watch()
+            self.runs.watch = watch
             return await run_in_threadpool(work, *arguments)
 
 
@@ -72,7 +75,7 @@ class Guard:
     """Refuses requests of other pages and programs, and sets the headers of all answers."""
 
     def __init__(self, app: ASGIApp, token: str, port: int):
-        self.app, self.token, self.hosts = app, token, (f"{HOST}:{port}", f"localhost:{port}")
+        self.app, self.token, self.hosts = app, token.encode(), (f"{HOST}:{port}", f"localhost:{port}")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
@@ -83,30 +86,21 @@ class Guard:
         request = Request(scope)
         given = request.headers.get("x-token") if request.method == "POST" else request.query_params.get("token")
         host, origin = request.headers.get("host"), request.headers.get("origin")
-        answer = self.app
+        app = self.app
         if host not in self.hosts or origin not in (None, f"http://{host}"):
-            answer = refusal(403, "asked by another page, or for another machine; open the printed address")
-        elif not secrets.compare_digest((given or "").encode(), self.token.encode()):
-            answer = refusal(403, "the token is missing or wrong; open the printed address")
-        await answer(scope, receive, send_with_headers)
+            app = refusal(403, "asked by another page, or for another machine; open the printed address")
+        elif not secrets.compare_digest((given or "").encode(), self.token):
+            app = refusal(403, "the token is missing or wrong; open the printed address")
+        await app(scope, receive, send_with_headers)
 
 
-def answered(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    # In ASCII, as stray bytes are lone surrogates, which UTF-8 does not have.
-    return Response(json.dumps(content, allow_nan=False), status, headers, media_type="application/json")
-
-
-def refusal(status: int, reason: str) -> Response:
+def refusal(status: int, reason: object) -> Response:
     """An error, after which no more is read of the request."""
-    return answered({"error": reason}, status, {"Connection": "close"})
+    return Response(json.dumps({"error": str(reason)}), status, {"Connection": "close"}, "application/json")
 
 
-def create_app(runs: Runs, token: str, port: int, turns: Turns) -> Starlette:
+def create_app(turns: Turns, token: str, port: int) -> Starlette:
     """The page of some runs, and the answers to it."""
-    html = render(runs.facts(live=True))
-
-    async def page(request: Request) -> Response:
-        return HTMLResponse(html)
 
     async def reply(request: Request) -> Response:
         name = request.path_params["name"]
@@ -114,29 +108,28 @@ def create_app(runs: Runs, token: str, port: int, turns: Turns) -> Starlette:
             raise HTTPException(404, "there is no such request")
         values = await values_of(request)
         watch = turns.watch(name)
-        found = await turns.take(watch, answer, runs, name, values, watch)
-        if isinstance(found, dict):
-            return answered(found)
+        found = await turns.take(watch, answer, turns.runs, name, values)
+        if isinstance(found, dict):  # in ASCII, as stray bytes are lone surrogates, which UTF-8 does not have
+            return Response(json.dumps(found, allow_nan=False), media_type="application/json")
         first = await turns.take(watch, next, found)
         return StreamingResponse(events(request, first, found, watch), media_type="text/event-stream")
 
-    async def events(
-        request: Request, event: dict[str, Any], rest: Iterator[Any], watch: Callable[[], None]
-    ) -> AsyncIterator[str]:
+    async def events(request: Request, event: Any, rest: Iterator[Any], watch: Watch) -> AsyncIterator[str]:
         try:
             while event is not None and not await request.is_disconnected():
                 yield f"data: {json.dumps(event)}\n\n"
                 event = await turns.take(watch, next, rest, None)
         except (Superseded, UserError) as error:
-            yield f"data: {json.dumps({'error': str(error) or 'superseded'})}\n\n"
+            yield f"data: {json.dumps({'error': str(error)})}\n\n"
 
-    routes = [Route("/", page), Route("/{name}", reply, methods=["POST"])]
     handlers = {
         HTTPException: lambda request, error: refusal(error.status_code, error.detail),
-        UserError: lambda request, error: refusal(400, str(error)),
-        Superseded: lambda request, error: refusal(409, "superseded"),
-        ClientDisconnect: lambda request, error: refusal(400, "the connection ended"),
+        Superseded: lambda request, error: refusal(409, error),
+        UserError: lambda request, error: refusal(400, error),
+        ClientDisconnect: lambda request, error: refusal(400, error),
     }
+    page = HTMLResponse(render(turns.runs.facts(live=True)))
+    routes = [Route("/", page, methods=["GET"]), Route("/{name}", reply, methods=["POST"])]
     guard = Middleware(Guard, token=token, port=port)
     return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
 
@@ -150,12 +143,11 @@ async def values_of(request: Request) -> dict[str, Any]:
                 body += part
                 if len(body) > MAX_BODY:
                     raise HTTPException(413, f"the request has more than {MAX_BODY:,} bytes")
-        values = parse_json(bytes(body))
+        if isinstance(values := parse_json(bytes(body)), dict):
+            return values
     except (TimeoutError, ValueError) as error:
         raise HTTPException(400, f"the request is no JSON: {error or 'it is too slow'}") from None
-    if not isinstance(values, dict):
-        raise HTTPException(400, "the request is no JSON object")
-    return values
+    raise HTTPException(400, "the request is no JSON object")
 
 
 def serve(runs: Runs, port: int, announce: Callable[[str, int], None]) -> None:
@@ -163,7 +155,7 @@ def serve(runs: Runs, port: int, announce: Callable[[str, int], None]) -> None:
 
     `announce` is called with address and port when they answer. UserError if the port, 0 for any, is taken.
     """
-    token, turns = secrets.token_urlsafe(), Turns()
+    token, turns = secrets.token_urlsafe(), Turns(runs)
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -174,8 +166,7 @@ def serve(runs: Runs, port: int, announce: Callable[[str, int], None]) -> None:
         port = listening.getsockname()[1]
         how = {"http": "h11", "ws": "none", "lifespan": "off", "log_level": "error", "access_log": False}
         how |= {"server_header": False, "limit_concurrency": 64, "timeout_graceful_shutdown": 1}
-        config = uvicorn.Config(create_app(runs, token, port, turns), **how)
-        announce(f"http://{HOST}:{port}/?token={token}", port)
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(uvicorn.Config(create_app(turns, token, port), **how))
         turns.is_over = lambda: server.should_exit
+        announce(f"http://{HOST}:{port}/?token={token}", port)
         server.run(sockets=[listening])

@@ -26,6 +26,7 @@ from charlm.lens.runs import Runs
 from charlm.lens.server import Superseded, Turns, create_app
 from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import save_checkpoint
+from charlm.runs.exported import save_model
 from charlm.runs.folder import Run
 from charlm.runs.load import load
 from charlm.runs.tensors import take_snapshot
@@ -75,7 +76,7 @@ def runs(folders) -> Runs:
 @pytest.fixture
 def client(runs) -> TestClient:
     headers = {"X-Token": TOKEN, "Origin": f"http://127.0.0.1:{PORT}"}
-    app = create_app(runs, TOKEN, PORT, Turns())
+    app = create_app(Turns(runs), TOKEN, PORT)
     return TestClient(app, base_url=f"http://127.0.0.1:{PORT}", headers=headers, raise_server_exceptions=False)
 
 
@@ -207,6 +208,20 @@ def test_two_models_are_held_at_most(folders, monkeypatch):
         runs.lens(2)
 
 
+def test_an_exported_model_beside_a_run(folders, tmp_path):
+    """Guards against an exported model that is not found again after the other run's checkpoints were looked at, and
+    facts that only a run has."""
+    save_model(load(folders[0]), tmp_path / "exported")
+    runs = Runs([tmp_path / "exported", folders[1]], "cpu")
+    facts = runs.facts(live=True)["runs"][0]
+    assert facts["checkpoints"] == [{"name": "20", "step": 20}] and facts["silent"] == {}
+    for checkpoint in ("0", "40"):
+        runs.lens(1, checkpoint)
+    assert runs.lens(0).trained.step == 20 == runs.lens(0, "20").trained.step
+    with refused("checkpoint"):
+        runs.lens(0, "40")
+
+
 OVER = "x" * (2**20 + 1)
 ASKED = {"text": "12"}
 HOSTS = {"Host": "evil.example", "Origin": "http://evil.example"}
@@ -276,7 +291,7 @@ def test_markup_stays_text(folders, tmp_path, client):
 
 def test_a_newer_request_supersedes_older_ones():
     """Guards against a queue of keystrokes, and against a click that cancels the reading of the text."""
-    turns = Turns()
+    turns = Turns(None)
     read, click = turns.watch("read"), turns.watch("distribution")
     read(), click()
     other = turns.watch("distribution")
@@ -307,6 +322,13 @@ def test_a_page_of_one_text(folders, tmp_path, script):
         code, _, error = script("lens", folders[0], *flags)
         assert code == 2 and f"{option}=" in error
     assert script("lens", *folders, "--to", page, "--text", page)[0] == 2
+    (tmp_path / "long.txt").write_text("a" * 100_001)
+    code, _, error = script("lens", folders[0], "--to", tmp_path / "long.html", "--text", tmp_path / "long.txt")
+    assert code == 2 and "text=" in error and not (tmp_path / "long.html").exists()
+    for text in ("", "a"):
+        (tmp_path / "short.txt").write_text(text)
+        assert script("lens", folders[0], "--to", page, "--text", tmp_path / "short.txt")[0] == 0
+        assert facts_in(page.read_text(), "reading")["pieces"] == list(text)
     assert script("lens", folders[0], "--to", page, "--text", tmp_path / "none.txt")[0] == 2
 
 
