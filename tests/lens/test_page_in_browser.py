@@ -12,6 +12,7 @@ import subprocess
 import sys
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -30,6 +31,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="not installed, see
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="not installed, see requirements-lens.txt")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 DONE = "html[data-state=done]"
+REAL = SCRIPTS.parent / "runs" / "enwik8_small"
 TEXT = "12 é <b>&amp;\n13 é </script>\nof 14 and 15"
 CELL, ROW, HEAD, LABEL = 24, 26, 46, {1280: 104, 390: 36}
 """Pixels of the grid: a cell, the head above the layers, and their names by the width of the window."""
@@ -129,14 +131,20 @@ def lens(runs) -> Lens:
     return Lens(load(runs[0], device="cpu"))
 
 
-@pytest.fixture(scope="module")
-def address(runs) -> Iterator[str]:
-    """The address of a server of both runs, which ends at Ctrl-C."""
+@contextmanager
+def serving(*runs: Path) -> Iterator[str]:
+    """The address of a server of some runs, which ends at Ctrl-C."""
     command = [sys.executable, SCRIPTS / "lens.py", *runs, "--no-open", "--device=cpu"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | ON_CPU) as server:
         yield re.search(r"http://\S+", server.stdout.readline())[0]
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=60) == 130
+
+
+@pytest.fixture(scope="module")
+def address(runs) -> Iterator[str]:
+    with serving(*runs) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -412,3 +420,21 @@ def test_a_long_text_makes_no_long_page(opened, runs, tmp_path):
     assert seen.page.evaluate("() => document.querySelectorAll('*').length") < 500
     (spans,) = seen.marked().values()
     assert 100 < len(spans) < 5000 and spans[-1] == [count - 1, count]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no run in {REAL}")
+def test_a_real_run_of_enwik8(opened):
+    """Guards against a page that copes with tiny models alone."""
+    view = urlencode({"start": 20_000, "length": 1000, "place": 300, "n": 40})
+    with serving(REAL) as address:
+        seen = opened(f"{address}#{view}")
+        lens, text = Lens(load(REAL, device="cpu")), seen.page.input_value("#text")
+        reading = lens.read(text)
+        assert f"{reading.bits.sum() / len(text):.4f} bits per character" in seen.text("#total")
+        own = lens.distribution(text, 300)
+        assert [row[1] for row in seen.rows("#distribution")[:12]] == [percent(p) for p in np.sort(own)[:-13:-1]]
+        assert [row[1] for row in seen.rows("#ngrams")] == [change(one.bits) for one in lens.knockouts(text, 300)]
+        seen.page.click("#go")
+        assert "40 characters in 40 passes" in seen.done().text("#passes")
+        written = [one.symbol for one in lens.generate(text, length=40)]
+        assert seen.page.input_value("#text").encode() == text.encode() + bytes(written)
