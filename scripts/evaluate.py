@@ -60,13 +60,18 @@ class Options(Section):
     as_compressor: bool = False
     """Score as compress.py codes, with its streams and stride, without writing a file."""
     streams: int | None = None
-    """--as-compressor and --adapt: parts of the text that are read side by side. The default of --as-compressor depends
-    on the text's length, that of --adapt is 1."""
+    """--as-compressor, --adapt, --experts: parts of the text that are read side by side. The default of --as-compressor
+    depends on the text's length, the others' is 1."""
     adapting: Annotated[
         Literal["yes", "tune"] | None, cli.Flag("--adapt", dest="adapting", nargs="?", const="yes", metavar="tune")
     ] = None
     """Learn from every symbol after it was scored. tune: choose learning rates on the validation split."""
     adapt: AdaptConfig = AdaptConfig()
+    experts: tuple[Literal["heads", "counts", "match"], ...] = ()
+    """Score a mixture of the network with these, which learns: heads of all layers; counts of the text so far, after
+    contexts of 0 to 16 symbols; match, what followed the longest match."""
+    experts_from: Literal["train"] | None = None
+    """--experts: also count the training split, before anything is scored."""
     yardsticks: bool = False
     """Also compress the scored bytes with gzip, bzip2 and xz."""
     as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
@@ -107,9 +112,10 @@ def main() -> None:
         from charlm.compression.coder import score_as_compressor
 
         del protocol["batch_size"]
-        score = score_as_compressor(trained, corpus, streams=options.streams, adapt=adapt, **protocol)
+        protocol |= {"streams": options.streams, "adapt": adapt, "experts": options.experts}
+        score = score_as_compressor(trained, corpus, **protocol)
     else:
-        protocol |= {"adapt": adapt, "streams": options.streams}
+        protocol |= {name: getattr(options, name) for name in ("streams", "experts", "experts_from")} | {"adapt": adapt}
         score = charlm.bits_per_character(
             trained, corpus, all_layers=options.all_layers, mixture=options.mixture, **protocol
         )
@@ -150,8 +156,14 @@ def check(options: Options) -> None:
     if options.adapting == "tune" and (options.as_compressor or options.yardsticks or options.all_layers):
         raise charlm.UserError("--adapt tune cannot be combined with --as-compressor, --yardsticks or --all-layers")
     cli.adapt_of(options.adapt, options.adapting)
-    if options.streams is not None and not options.as_compressor and not options.adapting:
-        raise charlm.UserError(f"streams={options.streams}: --streams requires --as-compressor or --adapt")
+    if options.experts and (options.early_exit or options.adapting == "tune"):
+        raise charlm.UserError("--experts cannot be combined with --early-exit or --adapt tune", "experts")
+    if options.experts_from and (options.as_compressor or not options.experts):
+        problem = "requires --experts, and is not for --as-compressor"
+        raise charlm.UserError(f"experts_from={options.experts_from}: {problem}", "experts_from")
+    if options.streams is not None and not (options.as_compressor or options.adapting or options.experts):
+        problem = "--streams requires --as-compressor, --adapt or --experts"
+        raise charlm.UserError(f"streams={options.streams}: {problem}")
     if options.picture is not None:
         if not options.early_exit:
             raise charlm.UserError(f"picture={options.picture}: --picture requires --early-exit")
@@ -212,6 +224,11 @@ def describe(score: "Score", symbols: int, planned: int | None, yardsticks: dict
     ]
     if score.adapt:
         lines += textwrap.wrap(f"adaptive: {shown(score.adapt)}", 80, initial_indent="  ", subsequent_indent="  ")
+    if score.experts:
+        counted_before = f", which counted the {score.experts_from} split before" if score.experts_from else ""
+        lines.append(f"  mixed with experts: {', '.join(score.experts)}{counted_before}")
+    if score.network is not None:
+        lines.append(f"  the network by itself: {score.network:.4f} bits per character")
     if score.streams is not None:
         compressed = f", {score.compressed_bytes:,} bytes compressed" if score.compressed_bytes is not None else ""
         lines.append(f"  {'as a compressor: ' * bool(compressed)}{counted(score.streams, 'stream')}{compressed}")

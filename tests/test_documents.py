@@ -40,7 +40,12 @@ from tiny import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXTRAS = {"charlm[hf]": "transformers", "charlm[lm-eval]": "lm_eval", "charlm[onnx]": "onnxscript"}
+EXTRAS = {
+    "charlm[counts]": "numba",
+    "charlm[hf]": "transformers",
+    "charlm[lm-eval]": "lm_eval",
+    "charlm[onnx]": "onnxscript",
+}
 NEEDS = ("a GPU", "a network", "a cluster", "a checkpoint of nanoGPT", *EXTRAS)
 ELSEWHERE = {
     "python scripts/ablate.py": "tests/ablation/test_ablate_script.py",

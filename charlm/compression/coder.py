@@ -194,6 +194,7 @@ def score_as_compressor(
         stride=settings.stride,
         streams=settings.streams,
         adapt=settings.adapt and dict(settings.adapt),
+        experts=settings.experts or None,
         compressed_bytes=math.ceil(math.fsum(nats_N) / math.log(2) / 8),
     )
 

@@ -8,7 +8,7 @@ Shapes: S streams, T positions of a window, Q last positions, L layers, V vocabu
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from charlm.config import UserError
 from charlm.config.adapt import AdaptConfig
 from charlm.data.vocabulary import EncodingError
 from charlm.data.windows import default_stride, evaluation_windows
+from charlm.hardware import in_float64
 from charlm.inference.scoring import Measure, measured, nats, progress_bar
 from charlm.model.heads import Heads
 from charlm.model.kernels_cpu import full_fp32_matmul
@@ -150,20 +151,37 @@ def adaptive_predictions(
     heads: Heads,
     ids: np.ndarray,
     *,
-    adapt: AdaptConfig,
+    adapt: AdaptConfig | None,
     layers: Iterable[int],
     measure: Measure = nats,
+    experts: Sequence[str] = (),
+    known: Iterable[np.ndarray] = (),
     show_progress: bool = False,
     **options,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """As `charlm.inference.scoring.predictions`, learning; options as for `read_streams`."""
+    """As `charlm.inference.scoring.predictions`, learning; options as for `read_streams`.
+
+    With `experts`, the last figures are the costs of a mixture, which has counted the texts `known`.
+    """
     learner, layers = Learner(transformer, heads, adapt), sorted(layers)
+    if experts:
+        from charlm.inference.experts import Experts  # needs numba
+
+        mixed = layers if "heads" in experts else layers[-1:]
+        mixture = Experts(experts, transformer.vocabulary_size, len(mixed), options["streams"])
+        for text in known:
+            mixture.read(text)
     with progress_bar(len(ids), "evaluating", show_progress) as bar:
         for symbols_SQ, counts_SQ, logits_LSQV in read_streams(learner, ids, layers=layers, **options):
             symbols_M = torch.from_numpy(symbols_SQ[counts_SQ])
             targets_M = torch.from_numpy(ids[symbols_M.numpy()].astype(np.int64)).to(learner.device)
             counts = torch.from_numpy(counts_SQ).to(learner.device)
             figures = [measured(measure, logits_SQV[counts], targets_M) for logits_SQV in logits_LSQV[: len(layers)]]
+            if experts:
+                log_p_LSQV = in_float64(logits_LSQV[-len(mixed) :]).log_softmax(-1).cpu().numpy()
+                targets_SQ = ids[np.minimum(symbols_SQ, len(ids) - 1)]
+                nats_SQ = mixture.score(log_p_LSQV.transpose(1, 2, 0, 3), targets_SQ, counts_SQ)
+                figures.append(torch.from_numpy(nats_SQ[counts_SQ])[None].to(figures[0]))
             yield symbols_M, torch.stack(figures).cpu()
             bar.update(len(symbols_M))
 

@@ -78,6 +78,12 @@ class Score:
     """Bytes that the bits of all symbols fill, if scored as a compressor."""
     adapt: dict[str, Any] | None = None
     """How the model learned from the text, if the score is adaptive: `AdaptConfig`."""
+    experts: tuple[str, ...] | None = None
+    """What the network is mixed with."""
+    experts_from: str | None = None
+    """The split that they have counted before."""
+    network: float | None = None
+    """Bits per character of the network by itself, if mixed with experts."""
     early_exit: EarlyExit | None = None
     sources: dict[str, float] | None = None
     """Bits per character of each source, if the corpus is a mixture."""
@@ -103,6 +109,8 @@ def bits_per_character(
     all_layers: bool = False,
     mixture: Literal["hedge"] | None = None,
     adapt: AdaptConfig | Mapping[str, Any] | None = None,
+    experts: Sequence[str] = (),
+    experts_from: Literal["train"] | None = None,
     streams: int | None = None,
     show_progress: bool = True,
 ) -> Score:
@@ -121,7 +129,9 @@ def bits_per_character(
         mixture: "hedge" scores sum_i alpha_i f_i with the weights alpha that hedge backpropagation
             has learned (Sahoo et al. 2018).
         adapt: learn from each symbol after it was scored; a mapping has options of `AdaptConfig`.
-        streams: parts of the text that an adaptive score reads side by side, by default one.
+        experts: score the mixture of the network with these, see `charlm.inference.experts`.
+        experts_from: a split that the experts have counted before.
+        streams: parts of the text that are read side by side where something is learned, by default one.
 
     Raises UserError for a value out of range, another corpus, or a mixture without weights.
     """
@@ -133,19 +143,26 @@ def bits_per_character(
         raise UserError(f"{problem}; train with --aux.hedge.enabled=true", "mixture")
     shares = {str(layer): weights[layer] for layer in sorted(weights)}
     models = (trained.transformer, trained.heads)
-    layers = exit_layers(trained) if all_layers else weights
-    if adapt is not None:
+    layers = exit_layers(trained) if all_layers or "heads" in experts else weights
+    if adapt is not None or experts:
         streams = 1 if streams is None else streams
-        adapt = dict(scorer.adapt(adapt, streams))
+        adapt = scorer.adapt(adapt, streams)
+        scorer.options |= {"experts": experts, "known": corpus.texts(experts_from) if experts_from else ()}
+        if mixture and experts:
+            raise UserError(f"mixture={mixture}: cannot be combined with experts; leave one out", "mixture")
     elif streams is not None:
-        raise UserError(f"streams={streams}: requires adapt, or a score as a compressor", "streams")
+        raise UserError(f"streams={streams}: requires adapt, experts, or a score as a compressor", "streams")
     with full_fp32_matmul(trained.device):
         nats = negative_log_likelihoods(*models, scorer.ids, layers=layers, lengths=scorer.lengths, **scorer.options)
+    own = mixture_nats(nats, weights) if mixture else nats[last]
     return scorer.score(
-        mixture_nats(nats, weights) if mixture else nats[last],
+        nats.pop(0, own),
         layers=scorer.by_layer(nats) if all_layers else None,
         mixture=shares if mixture else None,
         adapt=adapt,
+        experts=tuple(experts) or None,
+        experts_from=experts_from,
+        network=scorer.bits(own) if experts else None,
         streams=streams,
     )
 
@@ -254,15 +271,15 @@ class Scorer(ScoredText):
             "precision": precision,
         }
 
-    def adapt(self, adapt: AdaptConfig | Mapping[str, Any], streams: int) -> AdaptConfig:
-        """Make the options those of `adaptive_predictions`; UserError if they do not fit."""
+    def adapt(self, adapt: AdaptConfig | Mapping[str, Any] | None, streams: int) -> dict[str, Any] | None:
+        """Make the options those of `adaptive_predictions`, and return `adapt`; UserError if they do not fit."""
         if self.options.pop("batch_size") is not None:
-            raise UserError("batch_size: cannot be combined with adapt; choose streams", "batch_size")
+            raise UserError("batch_size: cannot be combined with adapt or experts; choose streams", "batch_size")
         if rank_and_processes()[1] > 1:
-            raise UserError("adapt: learns from a text in its order; use one process", "adapt")
-        adapt = AdaptConfig.read(dict(adapt))
+            raise UserError("adapt or experts: learn from a text in its order; use one process", "adapt")
+        adapt = None if adapt is None else AdaptConfig.read(dict(adapt))
         self.options |= {"read": adaptive_predictions, "adapt": adapt, "streams": streams}
-        return adapt
+        return adapt and dict(adapt)
 
     def by_layer(self, nats: Mapping[int, np.ndarray]) -> dict[str, float]:
         """Bits per character of each layer, in ascending order."""

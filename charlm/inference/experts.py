@@ -1,7 +1,7 @@
 """A mixture of a network with exact counts of the text so far, which learns while it predicts.
 
-Every string of up to O symbols that was read is a node of a trie, so no two contexts share counts. Nothing depends on
-threads and no sum is reordered: the same calls give the same bits. The functions are compiled by numba.
+Each string of up to O symbols that was read is a node of a trie, so no two contexts share counts. numba compiles the
+functions, without threads and without reordering sums: the same calls give the same bits.
 
 Shapes: K streams, A of which still have symbols, T symbols of a stream, N of a text, H heads, O context lengths from 0
 on, E = H + O + 1 experts, S states of an expert, V vocabulary.
@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
 EXPERTS = ("heads", "counts", "match")
 LENGTHS = 17
 MOST_NODES = 2**27
-"""Later strings are not counted; a node takes 16 bytes."""
+"""Later strings are not counted. A node takes 16 bytes."""
 NONE, ROOT = 0, 1
 """The nodes of a string that was not read, and of the empty one."""
 SYMBOL, COUNT, CHILD, NEXT = range(4)
@@ -43,7 +43,7 @@ class State(NamedTuple):
     used: np.ndarray
     """The number of nodes, and of symbols that weights were learned from."""
     contexts_KO: np.ndarray
-    """The nodes of each stream's last symbols."""
+    """The nodes of each stream's last 0 to O symbols."""
     known_K: np.ndarray
     """Context lengths that were read before."""
     runs_K: np.ndarray
@@ -60,14 +60,13 @@ class State(NamedTuple):
 class Experts:
     """Predicts symbols from all experts, and then learns them. Streams share all that was learned.
 
-    Every expert is a distribution over the vocabulary, and so is their mixture, the normalised product of p_i^w_i
-    (Mattern 2012, Mixing Strategies in Data Compression). After each symbol the weights take a step down the gradient
-    of its cost (Mahoney 2005, Adaptive Weighing of Context Models). An expert has a weight for each of its states, such
-    as how sure it is. The experts are the network's heads; the counts after contexts of each length; and the longest
-    match, the symbol that followed the longest known context the last time.
+    Experts are the network's heads, the counts after contexts of each length, and the longest match: what followed the
+    longest known context the last time. Each is a distribution over the vocabulary, and so is the normalised product of
+    p_i^w_i (Mattern 2012, Mixing Strategies in Data Compression). A weight, one for each state of an expert, takes a
+    step down the gradient of each symbol's cost (Mahoney 2005, Adaptive Weighing of Context Models).
     """
 
-    def __init__(self, names: Sequence[str], *, vocabulary_size: int, num_heads: int, streams: int):
+    def __init__(self, names: Sequence[str], vocabulary_size: int, num_heads: int, streams: int):
         """`names`, some of `EXPERTS`, need not have "heads": the network always gives `num_heads` distributions."""
         if unknown := ",".join(set(names) - set(EXPERTS)):
             raise UserError(f"experts={unknown}: must be some of {', '.join(EXPERTS)}", "experts")
@@ -76,7 +75,7 @@ class Experts:
         self._state = State(
             nodes=np.zeros((2**16, 4), np.int32),
             used=np.array([ROOT + 1, 0]),
-            contexts_KO=np.zeros((K, LENGTHS), np.int32),
+            contexts_KO=np.zeros((K, LENGTHS + 1), np.int32),
             known_K=np.zeros(K, np.int64),
             runs_K=np.zeros(K, np.int64),
             asked_E=np.array([True] * num_heads + ["counts" in names] * LENGTHS + ["match" in names]),
@@ -94,7 +93,7 @@ class Experts:
         self._state.runs_K[:] = 0
 
     def read(self, ids_N: np.ndarray) -> None:
-        """Count the symbols of a text, and begin all streams anew."""
+        """Count the symbols of a text; streams begin anew."""
         self.restart()
         for ids_T in np.array_split(ids_N, 1 + len(ids_N) // 2**16):
             self._make_room(len(ids_T))
@@ -137,7 +136,7 @@ def _predict(state, log_p_AHV, p_AV):
         states_E, features_EV, p_V = state.states_KE[a], state.features_KEV[a], p_AV[a]
         features_EV[:H] = np.maximum(log_p_AHV[a], math.log(LEAST))
         states_E[:H] = min(int(-3 * features_EV[H - 1].max()), 7)
-        known = _ask_counts(state.nodes, state.contexts_KO[a], p_V, features_EV[H:-1], states_E[H:-1])
+        known = _ask_counts(state.nodes, state.contexts_KO[a, :-1], p_V, features_EV[H:-1], states_E[H:-1])
         state.known_K[a] = known
         if known:
             features_EV[-1] = 0.0
@@ -167,13 +166,9 @@ def _newest(state, stream):
 def _ask_counts(nodes, contexts_O, shares_V, features_OV, states_O):
     """Fill in what each context says; returns how many lengths were read before.
 
-    With counts c, their sum C and number U, a context of length n gives each symbol (Teh 2006, section 4)
-
-        p_n = (max(c - discount, 0) + (prior + discount U) p_(n-1)) / (C + prior)
-
-    and the uniform distribution stands below length 0. A feature is log p_n / p_(n-1), less what that is for symbols
-    that were not counted: all weights 1 give the longest context's distribution. A state says how often the context
-    was read, and how sure it is.
+    Counts c, of sum C and number U, give each symbol p_n = (max(c - discount, 0) + (prior + discount U) p_(n-1)) /
+    (C + prior) after a context of length n (Teh 2006, section 4), and p_(-1) is uniform. A feature is log p_n / p_(n-1)
+    less its value for symbols without counts, so that weights of 1 give the longest context's p_n.
     """
     states_O[:] = -1
     shares_V[:] = 1.0 / len(shares_V)  # p_n / scale
@@ -218,11 +213,10 @@ def _update(state, symbols_A):
 def _read(state, symbols_TA):
     for symbols_A in symbols_TA:
         for a, symbol in enumerate(symbols_A):
-            context = state.contexts_KO[a, 0]
-            for order in range(LENGTHS):
+            contexts_O, context = state.contexts_KO[a], ROOT
+            for order in range(1, len(contexts_O)):
                 child = _count(state.nodes, state.used, context, symbol)
-                if order + 1 < LENGTHS:
-                    context, state.contexts_KO[a, order + 1] = state.contexts_KO[a, order + 1], child
+                context, contexts_O[order] = contexts_O[order], child
 
 
 @njit

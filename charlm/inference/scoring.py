@@ -66,11 +66,14 @@ def negative_log_likelihoods(
     lengths: Sequence[int] = (),
     **options,
 ) -> dict[int, np.ndarray]:
-    """Nats of each symbol, {layer: float64 [N]}; options as for `predictions`. Texts of `lengths` are read apart."""
+    """Nats of each symbol, {layer: float64 [N]}; options as for `measure_text`. Texts of `lengths` are read apart.
+
+    Layer 0 stands for a mixture with experts.
+    """
     layers = sorted(layers) if layers is not None else [transformer.config.num_layers]
     texts = np.split(ids, np.cumsum(lengths[:-1], dtype=int))
     nats = [measure_text(transformer, heads, text, layers=layers, **options)[:, 0] for text in texts]
-    return dict(zip(layers, np.concatenate(nats, axis=1), strict=True))
+    return dict(zip([*layers, 0], np.concatenate(nats, axis=1), strict=False))
 
 
 def measure_text(

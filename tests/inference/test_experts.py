@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import charlm.inference
+from charlm.inference.evaluation import bits_per_character
 from tiny import refused
 
 numba = pytest.importorskip("numba", reason="not installed, see requirements-hf.txt")
@@ -48,7 +49,7 @@ def network(steps: int, heads: int = 2) -> np.ndarray:
 
 
 def experts(module, names=ALL, heads: int = 2, streams: int = K):
-    return module.Experts(names, vocabulary_size=V, num_heads=heads, streams=streams)
+    return module.Experts(names, V, heads, streams)
 
 
 def longest_context(made) -> np.ndarray:
@@ -223,6 +224,62 @@ def test_without_numba_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     with refused("experts", "charlm\\[counts\\]"):
         load("experts_without_numba")
+
+
+@pytest.mark.parametrize(("names", "layers"), [(ALL, [1, 2]), (("counts",), [2])])
+def test_scores_are_those_of_the_mixture(
+    plain, monkeypatch, build_model, build_corpus, letters, brute_force, names, layers
+):
+    """Guards against log-probabilities of other symbols, streams or layers, and a figure that hides what it mixes."""
+    monkeypatch.setitem(sys.modules, "charlm.inference.experts", plain)
+    trained, known, ids = build_model(), letters(60, 1), letters(70) // 9
+    corpus = build_corpus(ids.tobytes())
+    corpus.splits["train"] = build_corpus(known.tobytes()).splits["test"]
+    parts_KN, mixture = ids.reshape(2, -1), plain.Experts(names, 256, len(layers), 2)
+    log_p_KLNV = np.stack([brute_force(trained, part, 3) for part in parts_KN])
+    mixture.read(known)
+    log_p_KNHV = log_p_KLNV[:, np.array(layers) - 1].transpose(0, 2, 1, 3)
+    nats_KN = mixture.score(log_p_KNHV, parts_KN, np.full(parts_KN.shape, True))
+    score = bits_per_character(trained, corpus, stride=3, streams=2, experts=names, experts_from="train")
+    assert score.bits_per_character == pytest.approx(nats_KN.mean() / math.log(2), abs=1e-6)
+    nats_KN = -np.take_along_axis(log_p_KLNV[:, 1], parts_KN[..., None].astype(int), axis=2)
+    assert score.network == pytest.approx(nats_KN.mean() / math.log(2), abs=1e-6)
+    assert (score.experts, score.experts_from, score.streams, score.adapt) == (names, "train", 2, None)
+    layered = bits_per_character(trained, corpus, stride=3, streams=2, experts=names, all_layers=True)
+    assert layered.layers["2"] == pytest.approx(score.network) and layered.experts_from is None
+    learned = bits_per_character(trained, corpus, stride=3, streams=3, experts=names, adapt={"rate": 0.01})
+    assert learned.bits_per_character != learned.network != score.network
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"experts": ("oracle",)}, "experts"),
+        ({"experts": ALL, "batch_size": 2}, "batch_size"),
+        ({"experts": ALL, "streams": 0}, "streams"),
+    ],
+)
+def test_options_that_do_not_fit(plain, monkeypatch, build_model, build_corpus, letters, options, option):
+    """Guards against a traceback, and options that are silently ignored."""
+    monkeypatch.setitem(sys.modules, "charlm.inference.experts", plain)
+    with refused(option):
+        bits_per_character(build_model(), build_corpus(letters(70).tobytes()), **options)
+
+
+def test_what_the_script_prints_and_refuses(plain, monkeypatch, run_on_disk, script):
+    """Guards against a mixed figure that passes for a static one."""
+    monkeypatch.setitem(sys.modules, "charlm.inference.experts", plain)
+    code, out, err = script("evaluate", run_on_disk, "--experts=counts,match", "--experts-from=train", "--limit=60")
+    assert (code, err) == (0, "")
+    assert "experts: counts, match, which counted the train split" in out and "by itself" in out
+    for flags in (
+        ["--experts=counts", "--early-exit"],
+        ["--experts=oracle"],
+        ["--experts-from=train"],
+        ["--experts=counts", "--as-compressor", "--experts-from=train"],
+    ):
+        code, out, err = script("evaluate", run_on_disk, *flags)
+        assert (code, out) == (2, "") and "experts" in err
 
 
 @pytest.mark.slow
