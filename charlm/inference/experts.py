@@ -22,6 +22,8 @@ except ModuleNotFoundError as error:
 
 EXPERTS = ("heads", "counts", "match")
 LENGTHS = 17
+KNOWN_LENGTHS = 8
+"""Those of 0 to 7 symbols are enough for a text that is only counted, so that there is room for a long one."""
 MOST_NODES = 2**27
 """Later strings are not counted. A node takes 16 bytes."""
 NONE, ROOT = 0, 1
@@ -73,7 +75,7 @@ class Experts:
         K, E = streams, num_heads + LENGTHS + 1
         weights_E = [1 / num_heads] * num_heads + [0.2] * LENGTHS + [0.3]
         self._state = State(
-            nodes=np.zeros((2**16, 4), np.int32),
+            nodes=np.zeros((ROOT + 1, 4), np.int32),
             used=np.array([ROOT + 1, 0]),
             contexts_KO=np.zeros((K, LENGTHS + 1), np.int32),
             known_K=np.zeros(K, np.int64),
@@ -97,7 +99,7 @@ class Experts:
         self.restart()
         for ids_T in np.array_split(ids_N, 1 + len(ids_N) // 2**16):
             self._make_room(len(ids_T))
-            _read(self._state, ids_T.astype(np.int64)[:, None])
+            _read(self._state, ids_T.astype(np.int64)[:, None], KNOWN_LENGTHS)
         self.restart()
 
     def predict(self, log_p_AHV: np.ndarray) -> np.ndarray:
@@ -206,15 +208,15 @@ def _update(state, symbols_A):
                 state.weights_ES[i, own] += rate * (state.features_KEV[a, i, symbol] - state.means_KE[a, i])
         right = state.known_K[a] > 0 and _newest(state, a) == symbol
         state.runs_K[a] = state.runs_K[a] + 1 if right else 0
-    _read(state, symbols_A.reshape(1, -1))
+    _read(state, symbols_A.reshape(1, -1), LENGTHS)
 
 
 @njit
-def _read(state, symbols_TA):
+def _read(state, symbols_TA, lengths):
     for symbols_A in symbols_TA:
         for a, symbol in enumerate(symbols_A):
             contexts_O, context = state.contexts_KO[a], ROOT
-            for order in range(1, len(contexts_O)):
+            for order in range(1, lengths + 1):
                 child = _count(state.nodes, state.used, context, symbol)
                 context, contexts_O[order] = contexts_O[order], child
 

@@ -101,11 +101,12 @@ def test_counts_are_those_of_all_strings(plain):
     made.restart()
     costs(made, text(40, seed=1))
     made.read(text(50, seed=2)[0])
-    texts = [*symbols_KT.tolist(), *text(40, seed=1).tolist(), text(50, seed=2)[0].tolist()]
-    strings = (
-        (own[end - length : end]) for own in texts for length in range(1, 18) for end in range(length, len(own) + 1)
-    )
-    wanted = Counter(map(tuple, strings))
+    texts = [(own, 17) for own in [*symbols_KT.tolist(), *text(40, seed=1).tolist()]]
+    texts.append((text(50, seed=2)[0].tolist(), 8))
+    wanted = Counter()
+    for own, longest in texts:
+        for length in range(1, longest + 1):
+            wanted.update(tuple(own[end - length : end]) for end in range(length, len(own) + 1))
     found, nodes = {}, made._state.nodes
     waiting = [(plain.ROOT, ())]
     while waiting:
@@ -206,11 +207,11 @@ def test_a_text_read_before_is_known(plain):
 
 def test_full_memory_stays_right(plain, monkeypatch):
     """Guards against nodes beyond the limit, and distributions that no longer sum to one."""
-    monkeypatch.setattr(plain, "MOST_NODES", 2**16 + 50)
-    made, symbols = experts(plain, streams=1), np.random.default_rng(0).integers(0, V, 6000)
+    monkeypatch.setattr(plain, "MOST_NODES", 50)
+    made, symbols = experts(plain, streams=1), np.random.default_rng(0).integers(0, V, 400)
     made.read(symbols)
-    assert made._state.used[0] == len(made._state.nodes) == 2**16 + 50
-    assert costs(made, symbols[None, :50], network(50)[:1]).mean() < math.log(V)
+    costs(made, symbols[None, :50], network(50)[:1])
+    assert made._state.used[0] == len(made._state.nodes) == 50
     assert made.predict(network(1)[:1, 0]).sum() == pytest.approx(1, abs=1e-9)
 
 
@@ -272,13 +273,9 @@ def test_what_the_script_prints_and_refuses(plain, monkeypatch, run_on_disk, scr
     code, out, err = script("evaluate", run_on_disk, "--experts=counts,match", "--experts-from=train", "--limit=60")
     assert (code, err) == (0, "")
     assert "experts: counts, match, which counted the train split" in out and "by itself" in out
-    for flags in (
-        ["--experts=counts", "--early-exit"],
-        ["--experts=oracle"],
-        ["--experts-from=train"],
-        ["--experts=counts", "--as-compressor", "--experts-from=train"],
-    ):
-        code, out, err = script("evaluate", run_on_disk, *flags)
+    together = "--experts=counts --as-compressor --experts-from=train"
+    for flags in ("--experts=counts --early-exit", "--experts=oracle", "--experts-from=train", together):
+        code, out, err = script("evaluate", run_on_disk, *flags.split())
         assert (code, out) == (2, "") and "experts" in err
 
 
