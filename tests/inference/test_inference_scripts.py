@@ -175,7 +175,7 @@ def test_generation_after_reading(run_on_disk, script, tmp_path):
         ("evaluate", ["--adapt=tune", "--as-compressor"], "--adapt tune cannot be combined"),
         ("evaluate", ["--adapt.rate=1"], "need the flag --adapt"),
         ("evaluate", ["--adapt", "--adapt.rate=-1"], "adapt.rate=-1"),
-        ("evaluate", ["--streams=2"], "requires --as-compressor or --adapt"),
+        ("evaluate", ["--streams=2"], "requires --as-compressor, --adapt or --experts"),
         ("generate", [], "prompt"),
         ("generate", ["--prompt=a", "--adapt=none.txt"], "none.txt"),
         ("generate", ["--prompt=a", "--adapt=/dev/null"], "adapt"),
