@@ -226,8 +226,8 @@ class Lens:
         dropout = self.trained.transformer.blocks[layer - 1].feed_forward.dropout  # the module after the activation
         with dropout.register_forward_hook(lambda module, inputs, inner_1TF: inner.append(inner_1TF[0, :, unit])):
             sizes = [states[layer].shape[1] for states in self._windows(ids, [layer], since)]
-        values = [own[len(own) - size :] for own, size in zip(inner, sizes, strict=True)]
-        return torch.cat([torch.zeros(0), *values]).cpu().numpy()
+        values = [own[len(own) - size :].cpu() for own, size in zip(inner, sizes, strict=True)]
+        return torch.cat([torch.zeros(0), *values]).numpy()
 
     @torch.inference_mode()
     def attention(self, text: Text, layer: int, head: int, place: int) -> np.ndarray:
