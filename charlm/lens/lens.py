@@ -15,6 +15,7 @@ from torch import Tensor
 
 from charlm.config import UserError
 from charlm.data.windows import default_stride
+from charlm.hardware import in_float64
 from charlm.inference.generation import Writing, write
 from charlm.inference.scoring import nats
 from charlm.inference.speculative import Draft, DraftStatistics
@@ -199,7 +200,7 @@ class Lens:
         parts: dict[int, list[Tensor]] = {layer: [torch.zeros(0)] for layer in layers}
         for states in self._windows(ids, layers, first):
             for layer, hidden_1MD in states.items():
-                probabilities_MV = self.heads(hidden_1MD, layer, [offset])[0, :, 0].double().softmax(dim=-1)
+                probabilities_MV = in_float64(self.heads(hidden_1MD, layer, [offset])[0, :, 0]).softmax(dim=-1)
                 parts[layer].append(measure(probabilities_MV).cpu())
         return {layer: torch.cat(own[len(own) > 1 :]).numpy() for layer, own in parts.items()}
 
@@ -265,7 +266,7 @@ class Lens:
         def read_last() -> Tensor:
             cache.lengths.fill_(len(window) - 1)
             hidden_11D = self._forward(window[-1:], [self.last], cache=cache)[self.last]
-            return self.heads(hidden_11D, self.last)[0, 0, 0].double().log_softmax(dim=-1)
+            return in_float64(self.heads(hidden_11D, self.last)[0, 0, 0]).log_softmax(dim=-1)
 
         whole_V, found = read_last(), []
         for length, table in zip(ngrams.lengths, ngrams.tables, strict=True):
