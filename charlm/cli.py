@@ -80,9 +80,8 @@ class MovedCorpus(Section):
     def where(self, config: DataConfig) -> DataConfig:
         """The config with these places."""
         places = self.model_dump(exclude_none=True)
-        moved = places.pop("mixture").items()
-        sources = {name: dict(config.mixture.get(name, ())) | places for name, places in moved}
-        return config.replace(mixture=config.mixture | sources, **places)
+        moved = {name: dict(config.mixture.get(name, ())) | own for name, own in self.mixture.items()}
+        return config.replace(**places | {"mixture": config.mixture | moved})
 
 
 def adapt_of(adapt: AdaptConfig, switch: object) -> AdaptConfig | None:

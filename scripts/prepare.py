@@ -17,6 +17,10 @@ class Options(cli.WithConfig):
 
 def main() -> None:
     config = cli.parse(Options).config
+    if config.run.init_from or config.run.branch_from:  # whose vocabulary counts
+        from charlm.training.origin import resolved
+
+        config = resolved(config, continues=False)
     corpus = charlm.load_corpus(config.data)
     say(
         f"{corpus.name} from {corpus.source}",

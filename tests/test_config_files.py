@@ -313,7 +313,7 @@ def test_what_a_resumed_run_may_change() -> None:
         *("train.mixed_precision", "train.matmul_precision", "train.attention", "train.cross_entropy"),
         *("train.activation_checkpointing", "train.sharding", "train.deterministic", "train.log_every"),
         *("train.valid_every", "train.valid_symbols", "train.checkpoint_every", "train.keep_checkpoints"),
-        *("train.diagnose_every", "train.max_skipped"),
+        *("train.diagnose_every", "train.max_skipped", "train.decay_steps", "train.decay_type", "train.final_lr"),
     }
     assert all(may_change(name) for name in OPTIONS if name.startswith("run."))
     assert not may_change("aux.tasks.order.weight") and not may_change("aux.layers.weights.4")

@@ -17,6 +17,7 @@ from charlm.config.load import load_config, typed
 from charlm.data.sources import check_outside
 from charlm.files import read_json, write_whole
 from charlm.runs.folder import Run
+from charlm.training.origin import resolved
 
 PAPER_SGD_RATE = 0.3
 """Plain SGD's steps are then as long as the paper's with momentum: 0.003 / (1 - 0.99)."""
@@ -216,6 +217,6 @@ def _config_of(variant: Variant, files: Sequence[Path], flags: Mapping[str, Any]
         if config.train.time is not None:
             text = f"train.time={config.train.time}: rows are compared after equal steps; give --train.steps"
             raise UserError(text, "train.time")
-        return config
+        return resolved(config, continues=False)
     except UserError as error:
         raise type(error)(f"row {variant.name!r}: {error}", error.option) from None

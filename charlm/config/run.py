@@ -1,9 +1,9 @@
 """Options of a run's folder, of how it ends and goes on, and of trackers."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from charlm.config.types import Count, Duration, Index, Section
 
@@ -20,7 +20,7 @@ class RunConfig(Section):
     init_from: str | None = None
     """Begin a new run with the weights of a RUN, an exported FOLDER or OWNER/NAME[@REVISION] on the hub,
     which also decides the options of model and vocabulary. RUN@last or RUN@STEP: not its best checkpoint."""
-    branch_from: Path | None = None
+    branch_from: Annotated[Path | None, AfterValidator(lambda path: path and path.absolute())] = None
     """Begin a new run at a checkpoint of this one, with its options and its optimizers' state, and let
     lr_schedule=wsd decay from there (Hägele et al. 2024, section 4)."""
     branch_step: Count | None = None
@@ -48,8 +48,7 @@ class RunConfig(Section):
         if (self.branch_from is None) != (self.branch_step is None):
             raise self.mistake("branch_step", "goes with run.branch_from; give both, or none", "branch_from")
         if self.init_from is not None and self.branch_from is not None:
-            text = "a branch has its weights from run.branch_from; leave out one"
-            raise self.mistake("init_from", text, "branch_from")
+            raise self.mistake("init_from", "a branch begins with run.branch_from; leave out one", "branch_from")
         if len(set(self.tracker)) < len(self.tracker):
             raise self.mistake("tracker", "contains a tracker twice")
         return self

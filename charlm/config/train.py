@@ -34,7 +34,9 @@ class TrainConfig(Section):
     steps: Annotated[Count, Mark.MAY_CHANGE] = 100_000
     """Number of optimizer steps."""
     time: Duration | None = None
-    """Train for this time, such as 1h or 90m, in place of `steps`: as many as fit, by the speed at first."""
+    """Train for this time, such as 1h or 90m, in place of `steps`: as many as fit."""
+    steps_before: tuple[tuple[Count, Count], ...] = ()
+    """Changes of `steps` by `time` on the way, [[s, n], ...]: up to step s, progress is that of n steps."""
     batch_size: Count = 16
     """Windows per optimizer step, over all processes and micro-batches."""
     micro_batch_size: Annotated[Count | Literal["auto"] | None, Mark.MAY_CHANGE] = None
@@ -53,11 +55,11 @@ class TrainConfig(Section):
     peak, and decay over the last decay_steps (Hu et al. 2024, MiniCPM, section 4)."""
     warmup: NonNegative = 0.0
     """Length of the learning rate's linear warm-up."""
-    decay_steps: NonNegative = 0.2
+    decay_steps: Annotated[NonNegative, Mark.MAY_CHANGE] = 0.2
     """Length of the decay of lr_schedule=wsd; 0 keeps the peak to the end."""
-    decay_type: Literal["linear", "1-sqrt"] = "1-sqrt"
+    decay_type: Annotated[Literal["linear", "1-sqrt"], Mark.MAY_CHANGE] = "1-sqrt"
     """Shape of wsd's decay: a line, or 1 minus the root of its completed fraction (Hägele et al. 2024)."""
-    final_lr: Unit = 0.0
+    final_lr: Annotated[Unit, Mark.MAY_CHANGE] = 0.0
     """Learning rate at the end of a decay, as a fraction of the peak."""
     momentum: BelowOne = 0.99
     """Momentum of sgd."""
@@ -122,10 +124,30 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.time is not None and self.steps != type(self).model_fields["steps"].default:
-            text = f"comes in place of train.steps={self.steps}; leave one out"
-            raise self.mistake("time", text, "steps")
-        warmup, decay = steps_of(self.warmup, self.steps), steps_of(self.decay_steps, self.steps)
-        if self.lr_schedule == "wsd" and warmup + decay > self.steps:
+            raise self.mistake("time", f"comes in place of train.steps={self.steps}; leave one out", "steps")
+        ends = [*(step for step, _ in self.steps_before), self.steps]
+        if ends != sorted(set(ends)) or any(step >= steps for step, steps in self.steps_before):
+            raise self.mistake("steps_before", f"should rise, below n and train.steps={self.steps}", "steps")
+        warmup, decay = steps_of(self.warmup, self.planned), steps_of(self.decay_steps, self.planned)
+        if self.lr_schedule == "wsd" and warmup + decay > self.planned:
             text = f"does not fit with warmup={self.warmup} into train.steps={self.steps}; lower one"
             raise self.mistake("decay_steps", text, "warmup", "steps")
         return self
+
+    @property
+    def planned(self) -> int:
+        """The steps of the first plan."""
+        return self.steps_before[0][1] if self.steps_before else self.steps
+
+    def planned_step(self, step: float) -> float:
+        """The step of the first plan with the progress of `step`."""
+        at, begin = 0.0, 0
+        for change, steps in (*self.steps_before, (step, self.steps)):
+            end = min(step, change)
+            at += (self.planned - at) * (end - begin) / (steps - begin)
+            begin = end
+        return at
+
+    def progress(self, step: float) -> float:
+        """The completed share of the run after `step` steps, in [0, 1]."""
+        return min(1.0, self.planned_step(step) / self.planned)

@@ -1,7 +1,6 @@
 """A corpus: the verified ids of three splits, prepared once and memory-mapped from then on.
 
-It is a folder, CACHE/KEY/{ids.bin, corpus.json}. ids.bin is a plain array of the ids of train, valid
-and test, in this order. In each split of a mixture, the sources follow each other.
+A folder, CACHE/KEY/{ids.bin, corpus.json}: ids.bin has the ids of train, valid and test, in each source after source.
 """
 
 import hashlib
@@ -85,10 +84,7 @@ def load_corpus(config: DataConfig, show_progress: bool = True) -> Corpus:
 
     enwik8 and text8 are split 90M / 5M / 5M bytes (Al-Rfou et al. 2018); datasets keep their splits.
     Other texts hold out the last data.valid_fraction + data.test_fraction of their bytes; UTF-8 text is
-    cut between characters. Of several processes one prepares and the others wait.
-
-    Raises UserError if the text cannot be fetched, verified, split or encoded, or the cache cannot be
-    written. The cache then holds what it held before, plus any completed download.
+    cut between characters. UserError if the text cannot be fetched, verified or encoded, or the cache be written.
     """
     source, folder = _place(config, show_progress)
     if corpus := _cached(folder, source):

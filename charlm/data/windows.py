@@ -1,6 +1,4 @@
-"""Windows of a text.
-
-Training windows are a pure function of (seed, step): there is no sampler whose state could be lost.
+"""Windows of a text. In training, a pure function of (seed, step): there is no sampler whose state could be lost.
 
 Shapes: B windows of a batch, W symbols of a training window (context_length + the largest offset),
 N windows of an evaluation.
@@ -30,22 +28,15 @@ def training_windows(
 ) -> np.ndarray:
     """The windows [B, W], int64, of the whole global batch after `step` completed optimizer steps.
 
-    Their starts are drawn uniformly and independently (Al-Rfou et al. 2018, section 4) by a generator
-    keyed by (seed, step), whose raw stream numpy keeps the same between versions. Modulo the number of
-    starts it is uneven by less than 2^-32 for texts below 4 billion symbols.
+    Each is from one of `texts`, drawn with probabilities `shares`, and starts anywhere in it (Al-Rfou et al.
+    2018, section 4). The generator is keyed by (seed, step); numpy keeps its raw stream between versions.
+    Starts are uneven by less than 2^-32 for texts below 4 billion symbols.
 
-    Of several `texts`, each window is from one, drawn with probabilities `shares`.
-
-    With a `stride` they come in epochs of one text instead, see `epoch_starts`; so many windows as `divisor`
-    share a stride, in one step, which thus uses up batch_size / divisor strides at any window length.
-
-    Raises ValueError if a text is shorter than a window, or than a stride's.
+    With a `stride` they come in epochs of one text instead, see `epoch_starts`; so many as `divisor` share one.
     """
     offsets = np.minimum(-(-(stride or 0) * np.arange(divisor) // divisor), (stride or 1) - 1)
     span = window_length + int(offsets[-1])
     num_starts = np.array(list(map(len, texts)), np.uint64) - span + 1
-    if min(map(len, texts)) < span:
-        raise ValueError(f"a text of {min(map(len, texts))} symbols holds no window of {span}")
     texts_B = np.zeros(batch_size, np.int64)
     if stride is None:
         key = np.array([seed, step], dtype=np.uint64)
@@ -64,9 +55,8 @@ def training_windows(
 def epoch_starts(num_starts: int, stride: int, *, seed: int, first: int, count: int) -> np.ndarray:
     """Starts number `first`, `first` + 1, ... of a run that draws without replacement: int64 [count].
 
-    In each epoch every start of a grid comes once, in an order keyed by (seed, epoch). The grid has
-    the same number of starts, `stride` apart, in all epochs; where it begins is drawn anew from all
-    places at which it fits into `num_starts`, so that in time windows start everywhere.
+    In each epoch every start of a grid comes once, in an order keyed by (seed, epoch). The grid's starts
+    are `stride` apart; where it begins is drawn anew, so that in time windows start everywhere.
     """
     size = max(1, num_starts // stride)
     places = num_starts - (size - 1) * stride

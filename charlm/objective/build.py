@@ -18,7 +18,7 @@ def build_objective(config: Config, vocabulary_size: int, *, training: bool = Tr
     """
     model, aux, train = config.model, config.aux, config.train
     check_memory(model, vocabulary_size)
-    terms = build_terms(aux, model.num_layers, train.steps)
+    terms = build_terms(aux, model.num_layers, train.planned)
     if not training:
         terms = tuple(term for term in terms if term.task is None)
     transformer = CharTransformer(

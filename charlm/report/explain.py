@@ -106,12 +106,12 @@ def explain(config: Config) -> Explanation:
     )
 
 
-def stops_at_step(weight: Schedule, steps: int) -> int | None:
-    """The first optimizer step of `steps` from which `weight` stays zero, or None."""
+def stops_at_step(weight: Schedule, train: TrainConfig) -> int | None:
+    """The first optimizer step from which `weight` stays zero, or None."""
     if weight.stops_at is None:
         return None
-    step = bisect_left(range(steps), weight.stops_at, key=lambda step: step / steps)
-    return step if step < steps else None
+    step = bisect_left(range(train.steps), weight.stops_at, key=train.progress)
+    return step if step < train.steps else None
 
 
 def _term_to_dict(term: Term, train: TrainConfig) -> dict:
@@ -121,7 +121,7 @@ def _term_to_dict(term: Term, train: TrainConfig) -> dict:
         "one_of_steps": weight.period,
         "weights": list(map(list, zip(PROGRESSES, weights, strict=True))),
         "stops_at": weight.stops_at,
-        "stops_at_step": stops_at_step(weight, train.steps) if train.time is None else None,
+        "stops_at_step": stops_at_step(weight, train) if train.time is None else None,
     }
 
 
@@ -207,7 +207,7 @@ def _route(config: Config, cost: RouteCost) -> dict[str, str]:
 def _table(terms: tuple[Term, ...], train: TrainConfig, width: int) -> list[str]:
     rows = [("term", "at start", "stops at step" if train.time is None else "stops at progress")]
     for term in terms:
-        step, stop = stops_at_step(term.weight, train.steps), "never"
+        step, stop = stops_at_step(term.weight, train), "never"
         if step is not None:
             stop = f"{step:,}" if train.time is None else f"{term.weight.stops_at:.3g}"
         rows.append((term.name, f"{term.weight.at_next_turn(0.0):.3g}", stop))

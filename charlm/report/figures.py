@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from charlm.config import Config, UserError
+from charlm.config import Config, TrainConfig, UserError
 from charlm.objective.terms import Term, build_terms
 from charlm.report.metrics import Metrics, Points, read_runs
 from charlm.report.style import (
@@ -70,8 +70,8 @@ def draw_diagnostics(run_dir: Path | str, path: Path | str | None = None) -> Pat
 
 def run_figure(run: Metrics) -> "Figure":
     """The figure of `draw_run`."""
-    factor, steps = run.characters_per_step, run.config.train.steps
-    terms = build_terms(run.config.aux, run.config.model.num_layers, steps)
+    factor, train = run.characters_per_step, run.config.train
+    terms = build_terms(run.config.aux, run.config.model.num_layers, train.planned)
     heights = [2.9, _heat_height(terms, PICTURE)]
     result = "not validated yet"
     if run.best:
@@ -85,8 +85,8 @@ def run_figure(run: Metrics) -> "Figure":
         characters = above.secondary_xaxis("top", functions=conversions)
         characters.xaxis.set_major_formatter(engineering())
         characters.set_xlabel("characters seen")
-        _draw_weights(below, terms, steps)
-        above.set_xlim(0, steps)
+        _draw_weights(below, terms, train)
+        above.set_xlim(0, train.steps)
     return figure
 
 
@@ -204,10 +204,10 @@ def early_exit(score: "Score") -> "Figure":
 
 def weights(config: Config, style: Style) -> "Figure":
     """A heat map of the weights of terms over training."""
-    terms = build_terms(config.aux, config.model.num_layers, config.train.steps)
+    terms = build_terms(config.aux, config.model.num_layers, config.train.planned)
     title = f"Weights of {len(terms)} terms over training"
     with new_figure(style, 0.95 + _heat_height(terms, style), title) as figure:
-        _draw_weights(figure.subplots(), terms, config.train.steps, wrapped=style is PHONE)
+        _draw_weights(figure.subplots(), terms, config.train, wrapped=style is PHONE)
     return figure
 
 
@@ -314,7 +314,7 @@ def _draw_profile(axes: "Axes", run: Metrics, newest: int) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _draw_weights(axes: "Axes", terms: Sequence[Term], steps: int, wrapped: bool = False) -> None:
+def _draw_weights(axes: "Axes", terms: Sequence[Term], train: TrainConfig, wrapped: bool = False) -> None:
     """A heat map of the weights: a row for each term, a block of rows for each task.
 
     Columns show the weight at their middle. `wrapped` breaks the labels of the blocks.
@@ -322,7 +322,7 @@ def _draw_weights(axes: "Axes", terms: Sequence[Term], steps: int, wrapped: bool
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     rows = sorted(terms, key=lambda term: (term.task or "", term.offset, term.positions, -term.layer))
-    progresses = (np.arange(HEAT_COLUMNS) + 0.5) / HEAT_COLUMNS
+    progresses = [train.progress(train.steps * (column + 0.5) / HEAT_COLUMNS) for column in range(HEAT_COLUMNS)]
     weights = np.array([list(map(term.weight.at_next_turn, progresses)) for term in rows])
     peaks = [max(term.weight.at_next_turn(0.0), term.weight.limit) for term in rows]
     faint, full = (*to_rgb(MAP), 0.2), (*to_rgb(MAP), 1.0)
@@ -330,7 +330,7 @@ def _draw_weights(axes: "Axes", terms: Sequence[Term], steps: int, wrapped: bool
         np.ma.masked_equal(weights, 0.0),
         aspect="auto",
         interpolation="nearest",
-        extent=(0, steps, len(rows) - 0.5, -0.5),
+        extent=(0, train.steps, len(rows) - 0.5, -0.5),
         # One colour that fades suits light and dark backgrounds.
         cmap=LinearSegmentedColormap.from_list("weights", [faint, full]),
         vmin=0.0,
@@ -338,7 +338,7 @@ def _draw_weights(axes: "Axes", terms: Sequence[Term], steps: int, wrapped: bool
     )
     _label_rows(axes, rows, wrapped)
     axes.grid(False)
-    _over(axes, "optimizer steps", steps)
+    _over(axes, "optimizer steps", train.steps)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04, label="weight")
     bar.outline.set_visible(False)
 

@@ -164,10 +164,9 @@ def _state_of_exit(trained: TrainedModel, depth: int) -> dict[str, Tensor]:
 
 
 def fitting(model: TrainedModel, transformer: CharTransformer, heads: Heads) -> dict[str, Tensor]:
-    """The parameters of `model` for a new transformer and its heads, by name; others stay as they are.
+    """The parameters of `model` for a new transformer and its heads, by name.
 
-    Layers match from the bottom. The last layer's heads become those of the new last layer; where layers
-    are cut off, it keeps its own. New n-gram tables have no effect yet.
+    The last layer's heads become those of the new last layer, but where layers are cut off, it keeps its own.
     """
     new = transformer.config
     if new.num_layers in exit_layers(model):

@@ -1,8 +1,8 @@
-"""Training by the clock: the steps that fit into `train.time`, by a trial that leaves no trace."""
+"""Training by the clock: the steps that fit into `train.time`, by a trial that leaves no trace, and by later looks."""
 
+import math
 import sys
 import time
-from bisect import bisect_right
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,92 +11,93 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from charlm.config import Config, steps_of
+from charlm.config import Config
 from charlm.config.types import seconds_of
 from charlm.data.corpus import Corpus
 from charlm.runs.folder import Run
 from charlm.training.log import Tracker
-from charlm.training.start import TrainState, build, check_folder, refusal
+from charlm.training.start import TrainState, build, check_folder
 from charlm.training.stop import StopRequests
 
-AIM, TRIAL, TRIAL_SECONDS = 0.99, 0.1, 30.0  # shares of the time to fill, and for timing steps, with their limit
+AIM, LATER, OFF, LEAST = 0.99, 0.1, 0.03, 0.03
+"""Shares: of the time to fill, of the rest until the next look, of the steps to be off, of the first plan, at least."""
 
 
-def with_steps(
-    config: Config, corpus: Corpus, accelerator: Accelerator, kind: Callable[..., Any], stop: StopRequests
-) -> tuple[Config, float]:
-    """The config with train.steps in place of train.time, and the seconds that this took.
+class Clock:
+    """The time of a run, and the steps that fit into it."""
 
-    They are measured in a `Training` by `kind`; a run that goes on keeps them. Raises UserError, Stopped.
-    """
-    began, run = time.perf_counter(), Run(config.run.dir)
-    if config.train.time is None:
-        return config, 0.0
-    goes_on = check_folder(config.run) or config.run.resume or config.run.auto_resume
-    if goes_on and run.config_path.exists():  # also if it ended before its first row
-        steps = run.config().train.steps
-    else:
-        scale = accelerator.scaler.state_dict() if accelerator.scaler else {}
-        objective, *others = build(config, corpus, accelerator)
-        tracker = Tracker(run, config, corpus, objective.terms, state := TrainState(), main=False)
-        writer = SimpleNamespace(wait=lambda: None, save=lambda *_: None)
-        trial = kind(config, corpus, accelerator, objective, *others, state, tracker, writer, stop)
-        steps = _steps_that_fit(trial, began)
-        del objective, others, trial
-        accelerator.free_memory()
-        if scale:
-            accelerator.scaler.load_state_dict(scale)
-    train = dict(config.train) | {"steps": steps, "time": None}
-    return config.replace(train=train), time.perf_counter() - began
+    def __init__(self, limit: str | None):
+        self.began, self.spent = time.perf_counter(), 0.0  # seconds of the trial
+        self.limit = AIM * seconds_of(limit) if limit else math.inf  # seconds, without the last validation
+        self.next_look, self.looks = 1, []  # not the first step, which may compile
 
+    def with_steps(
+        self, config: Config, corpus: Corpus, accelerator: Accelerator, kind: Callable[..., Any], stop: StopRequests
+    ) -> Config:
+        """The config with train.steps in place of train.time: measured by `kind`, or those of a run that goes on."""
+        train, run, plan = config.train, Run(config.run.dir), {}
+        goes_on = check_folder(config.run) or config.run.resume or config.run.auto_resume
+        if goes_on and run.config_path.exists():  # also if it ended before its first row
+            begun = run.config().train
+            plan = {"steps": begun.steps if train.time else train.steps, "steps_before": begun.steps_before}
+        elif train.time:
+            scale = accelerator.scaler.state_dict() if accelerator.scaler else {}
+            objective, *others = build(config, corpus, accelerator)
+            tracker = Tracker(run, config, corpus, objective.terms, state := TrainState(), main=False)
+            writer = SimpleNamespace(wait=lambda: None, save=lambda *_: None)
+            trial = kind(config, corpus, accelerator, objective, *others, state, tracker, writer, stop)
+            plan = {"steps": self._fit(trial)}
+            del objective, others, trial
+            accelerator.free_memory()
+            if scale:
+                accelerator.scaler.load_state_dict(scale)
+        return config.replace(train=dict(train) | plan | {"time": None})
 
-def _steps_that_fit(trial: Any, began: float) -> int:
-    """The number of steps, the same on all processes, in what is left of the time since `began`."""
-    train, total, device = trial.config.train, seconds_of(trial.config.train.time), trial.accelerator.device
-    trial.prepare()
-    begin = time.perf_counter() - began  # the run itself begins as slowly
-    step, more = _seconds_per_step(trial, min(TRIAL_SECONDS, TRIAL * total))
-    events = {"valid_every": trial.validate, "checkpoint_every": trial.save, "diagnose_every": trial.diagnose}
-    costs = [(getattr(train, name), _seconds(trial, event)) for name, event in events.items() if getattr(train, name)]
+    def _fit(self, trial: Any) -> int:
+        """The steps that fit, if they take as long as some in the middle of each quarter of the run."""
+        train = trial.config.train
+        trial.prepare()
 
-    def needed(steps: int) -> float:
-        return steps * step + sum(-(-steps // steps_of(every, steps)) * cost for every, cost in costs)
+        def make(count: int) -> float:
+            began = time.perf_counter()
+            for eighth in (1, 3, 5, 7):
+                trial.state.step = train.steps * eighth // 8
+                for _ in range(count):
+                    trial.stop.check()
+                    trial.step()
+            trial.updates.read()  # waits for the device
+            return (time.perf_counter() - began) / (4 * count)
 
-    left = AIM * total - begin - more - (time.perf_counter() - began)
-    steps = broadcast(torch.tensor(bisect_right(range(1, 10**9), left, key=needed), device=device)).item()
-    if steps == 0:
-        ways_out = "give more, or fewer --train.valid_symbols"
-        raise refusal(trial.config, "train.time", f"no step of {step:.2g} s fits; {ways_out}")
-    trial.accelerator.print(f"train.time={train.time}: {steps:,} steps of {step:.2g} s fit", file=sys.stderr)
-    return steps
+        make(1)  # which may compile
+        step, before = make(2), time.perf_counter()
+        trial.validate()
+        now = time.perf_counter()
+        self.spent, self.limit = now - self.began, self.limit - (now - before)
+        fit = torch.tensor(max(1, int((self.limit - self.spent) / step)), device=trial.accelerator.device)
+        steps = broadcast(fit).item()
+        trial.accelerator.print(f"train.time={train.time}: {steps:,} steps of {step:.2g} s fit", file=sys.stderr)
+        return steps
 
-
-def _seconds_per_step(trial: Any, limit: float) -> tuple[float, float]:
-    """The mean over the run, from about `limit` seconds of steps; and how much longer first steps take."""
-    train = trial.config.train
-    full = train.full_context_from if train.context_divisor > 1 else 0.0
-    parts = [(start, end - start) for start, end in ((0.0, full), (full, 1.0)) if start < end]
-    shares = {start + length * middle: length / 2 for start, length in parts for middle in (0.25, 0.75)}
-
-    def make(progress: float, count: int) -> None:
-        trial.state.step = int(progress * train.steps)
-        for _ in range(count):
-            trial.stop.check()
-            trial.step()
-        trial.updates.read()  # waits for the device
-
-    def mean(count: int) -> float:
-        return sum(share * _seconds(trial, make, progress, count) / count for progress, share in shares.items())
-
-    first, step = mean(1), mean(1)
-    if count := int(limit / 2 / len(shares) / step):
-        step = (mean(count) + mean(count)) / 2  # one after the other, as other work comes and goes
-    return step, max(0.0, first - step) * len(shares)
-
-
-def _seconds(trial: Any, call: Callable[..., object], *arguments: float) -> float:
-    """The duration of a call, the mean of all processes."""
-    began = time.perf_counter()
-    call(*arguments)
-    seconds = torch.tensor(time.perf_counter() - began, device=trial.accelerator.device)
-    return trial.accelerator.reduce(seconds, "mean").item()
+    def look(self, training: Any) -> None:
+        """Choose the rest of the steps anew if the run does not end in time at its speed as a whole and of late."""
+        train, step, tracker = training.config.train, training.state.step, training.tracker
+        if step < self.next_look or self.limit == math.inf:
+            return
+        now, worked = tracker.seconds, tracker.seconds - tracker.paused_seconds
+        if self.looks:
+            (_, first, began), *_ = self.looks
+            speeds = [(step - before) / (worked - then) for before, then, _ in (self.looks[0], self.looks[-1])]
+            left = (self.limit - now) * (worked - first) / (now - began)  # without pauses
+            least = min(LEAST * train.planned, train.steps - step)  # so that schedules do not jump to their end
+            fit = torch.tensor(step + math.ceil(max(sum(speeds) / 2 * left, least)), device=training.accelerator.device)
+            steps = broadcast(fit).item()
+            if abs(steps - train.steps) > OFF * train.steps:
+                train = train.replace(steps=steps, steps_before=(*train.steps_before, (step, train.steps)))
+                training.config = training.config.replace(train=train)
+                if training.accelerator.is_main_process:
+                    tracker.run.write_config(training.config)
+                tracker.say(f"train.time: {steps:,} steps fit now")
+                tracker.train, tracker.bar.total = train, steps
+        self.looks.append((step, worked, now))
+        decided = max((change for change, _ in train.steps_before), default=0)
+        self.next_look = max(decided + 1, step + math.ceil(LATER * (train.steps - step)))

@@ -44,7 +44,7 @@ def micro_batches(
 ) -> list[tuple[float, Tensor]]:
     """This process's micro-batches: their shares of the batch, and their ids, [B, W]."""
     train = config.train
-    divisor = train.context_divisor if step / train.steps < train.full_context_from else 1
+    divisor = train.context_divisor if train.progress(step) < train.full_context_from else 1
     windows = training_windows(
         texts,
         shares=config.data.shares,
@@ -83,7 +83,7 @@ def accumulate_gradients(
             model.set_requires_gradient_sync(is_last)
         with nullcontext() if is_last else accelerator.no_sync(model):
             on_device_BW = windows_BW.to(accelerator.device, non_blocking=has_pinned_memory(accelerator.device)).long()
-            report = model(on_device_BW, step / train.steps, layers)
+            report = model(on_device_BW, train.progress(step), layers)
             # The last backward pass averages gradients over processes.
             route.backward(report, share * accelerator.num_processes, accelerator.backward)
         rows.append(share * torch.stack([report.total.detach(), *report.parts.values()]))
@@ -93,8 +93,7 @@ def accumulate_gradients(
 def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper: int, copies: int = 2) -> int:
     """The most windows, up to `upper`, that fit into every process's memory with `copies` of the parameters.
 
-    Tries the first step, when most terms are active, each time with a tenth less. Leaves no trace in
-    gradients or random state. Raises UserError if not even one window fits.
+    Tries the first step, when most terms are active, each time with a tenth less. UserError if none fits.
     """
     windows = upper
     with torch.random.fork_rng():

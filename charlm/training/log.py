@@ -37,7 +37,7 @@ class Tracker:
         splits = [source["splits"]["train"] for source in corpus.sources.values()]
         ratios = [split["symbols"] / split["characters"] for split in splits or [dict(corpus.splits["train"])]]
         self.bits_per_nat = sum(map(mul, config.data.shares, ratios)) / math.log(2)
-        self.total_steps = config.train.steps
+        self.train = config.train
         self.symbols_per_step = config.train.batch_size * config.model.context_length
         main_head = f"layer{config.model.num_layers}/offset1"
         self.main_names = [f"{main_head}/all", f"{main_head}/last"]
@@ -50,7 +50,7 @@ class Tracker:
         self.loses_rows = False
         self.shown = ""
         self.bar = tqdm(
-            total=self.total_steps,
+            total=self.train.steps,
             initial=state.step,
             disable=None if main else True,
             dynamic_ncols=True,
@@ -86,7 +86,7 @@ class Tracker:
         main_losses = [parts[name] for name in self.main_names if name in parts]
         bits = main_losses[0] * self.bits_per_nat if main_losses else None
         # The update used the weights of the progress before it.
-        weighted = active(self.terms, (step - 1) / self.total_steps)
+        weighted = active(self.terms, self.train.progress(step - 1))
         weights = {term.name: weight for term, weight in weighted}
         row = {
             "loss": update.loss,
@@ -127,7 +127,7 @@ class Tracker:
     def conclude(self, best_step: int | None, best_bits: float | None) -> None:
         """Print the best score and the time taken."""
         if best_bits is not None:
-            at = f"at step {best_step:,} of {self.total_steps:,}"
+            at = f"at step {best_step:,} of {self.train.steps:,}"
             self.say(f"best: {best_bits:.4f} bits per character on valid, {at}")
         took = time.perf_counter() - self.began
         aside = f"{self.paused_seconds / took:.0%} of it for"
@@ -144,7 +144,7 @@ class Tracker:
         """Write a row of metrics.jsonl, and pass it to the trackers."""
         if not self.main:
             return
-        row = {"step": step, "progress": step / self.total_steps} | values
+        row = {"step": step, "progress": self.train.progress(step)} | values
         try:
             self.run.append_metrics(row)
         except OSError as error:

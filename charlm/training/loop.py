@@ -23,13 +23,12 @@ from charlm.process import lasting
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.folder import Run
 from charlm.runs.tensors import Snapshot, take_snapshot
-from charlm.training.averaging import WeightAverage
-from charlm.training.clock import with_steps
+from charlm.training.clock import Clock
 from charlm.training.device import build_accelerator, choose_compile, torch_settings
 from charlm.training.diagnose import diagnose
 from charlm.training.gradients import accumulate_gradients, find_micro_batch_size, micro_batches
 from charlm.training.log import Tracker, check_installed
-from charlm.training.optimizers import learning_rate_factor, set_learning_rates
+from charlm.training.optimizers import WeightAverage, learning_rate_factor, set_learning_rates
 from charlm.training.origin import resolved
 from charlm.training.sharding import average_gradients, unsharded, wrap
 from charlm.training.start import TrainState, build, check_folder, describe, open_run, refusal
@@ -61,20 +60,20 @@ def train(config: Config, kind: "type[Training] | None" = None, stop: StopReques
             if tasks := ", ".join(config.aux.tasks):  # torch does not say whose gradient failed
                 stack.enter_context(named_in_errors(tasks, within="backward"))
             stack.enter_context(explained(config.train, stop))
-            kind = kind or Training
-            config, seconds = with_steps(config, corpus, accelerator, kind, stop)
+            clock = Clock(config.train.time)
+            config = clock.with_steps(config, corpus, accelerator, kind or Training, stop)
             objective, route, average = build(config, corpus, accelerator)
             restored = *route.optimizers, average
             run, state, news = stack.enter_context(open_run(config, corpus, accelerator, objective, restored))
-            state.seconds += seconds
+            state.seconds += clock.spent
             tracker = Tracker(run, config, corpus, objective.terms, state, main)
             stack.enter_context(closing(tracker))
             for line in describe(config, corpus, objective, accelerator, precision_reason) + news:
                 tracker.say(line)
             writer = CheckpointWriter(run, config.train.keep_checkpoints, tracker.say)
             stack.enter_context(closing(writer))
-            parts = config, corpus, accelerator, objective, route, average, state, tracker, writer, stop
-            kind(*parts).fit()
+            parts = config, corpus, accelerator, objective, route, average, state, tracker, writer, stop, clock
+            (kind or Training)(*parts).fit()
             tracker.conclude(state.best_step, state.best_bits)
         accelerator.wait_for_everyone()
         return run.path
@@ -94,6 +93,7 @@ class Training:
     tracker: Tracker
     writer: "CheckpointWriter"
     stop: StopRequests
+    clock: Clock | None = None  # a trial of the speed has none
 
     def fit(self) -> None:
         """Train to the last step. A step depends only on config, corpus and those before."""
@@ -106,8 +106,9 @@ class Training:
                 elif self.due(train.checkpoint_every) and self.saved_step < state.step:
                     with self.tracker.speed_paused("saving"):
                         self.save()
-                if state.step == train.steps:
+                if state.step == self.config.train.steps:
                     return
+                self.clock.look(self)
                 self.stop.check()
                 self.step()
                 if self.due(train.log_every):
@@ -121,7 +122,7 @@ class Training:
             again = "" if run.auto_resume else " with --run.resume=true"
             if run.resume_from is not None:
                 again += f" and without --run.resume_from={run.resume_from}"
-            done = f"stopped after step {state.step:,} of {train.steps:,}"
+            done = f"stopped after step {state.step:,} of {self.config.train.steps:,}"
             raise Stopped(f"{done}: {self.stop.reason}; the same command{again} continues") from None
 
     def prepare(self) -> None:
@@ -143,18 +144,16 @@ class Training:
 
     def due(self, cadence: float) -> bool:
         """Whether a cadence is due now. Every cadence but 0 is due at the last step."""
-        step, steps = self.state.step, self.config.train.steps
-        every = steps_of(cadence, steps)
-        return every > 0 and (step % every == 0 or step == steps)
+        step, train = self.state.step, self.config.train
+        every = steps_of(cadence, train.planned)
+        return every > 0 and (step % every == 0 or step == train.steps)
 
     def step(self) -> None:
         """Forward, backward, clip, and step or skip."""
         config, accelerator, route = self.config, self.accelerator, self.route
         step, size = self.state.step, self.micro_batch_size
-        progress = step / config.train.steps
-        factor = learning_rate_factor(config.train, step)
-        texts = self.corpus.texts("train")
-        windows = micro_batches(config, size, texts, accelerator, self.objective, step)
+        progress, factor = config.train.progress(step), learning_rate_factor(config.train, step)
+        windows = micro_batches(config, size, self.corpus.texts("train"), accelerator, self.objective, step)
         passes = route.passes(progress)
         for number, layers in enumerate(passes, start=1):
             losses = accumulate_gradients(config, accelerator, self.model, route, step, windows, layers)
@@ -165,7 +164,7 @@ class Training:
                     average_gradients(accelerator, self.to_average)
             self.updates.apply(step, losses, updates, last=number == len(passes))
         self.state.step += 1
-        self.average.update(self.state.step)
+        self.average.update(config.train, self.state.step)
 
     def log(self) -> None:
         """Record the newest update; end the run if too many were skipped."""
@@ -202,7 +201,7 @@ class Training:
     def diagnose(self) -> None:
         self.read_updates()
         config, step, size = self.config, self.state.step, self.micro_batch_size
-        progress = (step - 1) / config.train.steps
+        progress = config.train.progress(step - 1)
         with self.tracker.speed_paused("diagnosing"):
             row = diagnose(config, self.corpus, self.objective, self.accelerator, progress, size)
             self.tracker.record(step, {"diagnostics": row})

@@ -1,6 +1,7 @@
-"""Optimizers, and the learning rate as a function of the step."""
+"""Optimizers, the learning rate as a function of the step, and averages of the parameters that they move."""
 
 import math
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from charlm.config import TrainConfig, steps_of
 from charlm.hardware import has_fused, in_float64
-from charlm.runs.tensors import placed
+from charlm.runs.tensors import AVERAGE, placed
 from charlm.training.sharding import sparse_tables
 
 
@@ -21,13 +22,14 @@ def learning_rate_factor(train: TrainConfig, step: int) -> float:
     Linear from 1/w to 1 over the w steps of the warm-up; then constant, or a fall from 1 to
     `final_lr` at the last step, which begins after the warm-up, or with wsd as late as it can.
     """
-    begin = warmup = steps_of(train.warmup, train.steps)
-    if step < warmup:
-        return (step + 1) / warmup
+    at, steps = train.planned_step(step), train.planned
+    begin = warmup = steps_of(train.warmup, steps)
+    if at < warmup:
+        return min(1.0, (at + 1) / warmup)
     shape = train.lr_schedule
     if shape == "wsd":
-        begin, shape = train.steps - steps_of(train.decay_steps, train.steps), train.decay_type
-    u = max(0, step - begin) / max(1, train.steps - begin)
+        begin, shape = steps - steps_of(train.decay_steps, steps), train.decay_type
+    u = max(0, at - begin) / max(1, steps - begin)
     falls = {
         "constant": 1.0,
         "linear": 1.0 - u,
@@ -214,3 +216,43 @@ def orthogonal(matrices_NAB: Tensor) -> Tensor:
         gram_NAA = x_NAB @ x_NAB.mT
         x_NAB = torch.baddbmm(x_NAB, torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c), x_NAB, beta=a)
     return placed(x_NAB.mT if tall else x_NAB, matrices_NAB)
+
+
+class WeightAverage:
+    """Means of parameters, for checkpoints in the form of an optimizer. Inside `with`, the parameters are the means."""
+
+    def __init__(self, train: TrainConfig, model: nn.Module):
+        parameters = [] if train.average == "no" else list(model.parameters())
+        self.param_groups = [{"params": parameters, "state_prefix": AVERAGE}]
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)  # empty before the first entry
+
+    @torch.no_grad()
+    def update(self, train: TrainConfig, step: int) -> None:
+        """Let the parameters after `step` steps enter, if it is their turn."""
+        decay = decay_of(train, step)
+        for parameter in [] if decay is None else self.param_groups[0]["params"]:
+            if parameter not in self.state:
+                self.state[parameter]["mean"] = parameter.detach().clone()
+            self.state[parameter]["mean"].lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
+    def _swap(self, *_: object) -> None:
+        for parameter, state in self.state.items():
+            raw = parameter.clone()
+            parameter.copy_(state["mean"])
+            state["mean"].copy_(raw)
+
+    __enter__ = __exit__ = _swap
+
+
+def decay_of(train: TrainConfig, step: int) -> float | None:
+    """The factor of the mean as the parameters after `step` steps enter it; None if they do not."""
+    every = steps_of(train.average_every, train.planned)
+    if train.average == "no" or (step % every and step < train.steps):
+        return None
+    if train.average == "ema":
+        return min(train.average_decay, (1 + step) / (10 + step)) ** (step % every or every)
+    begin = max(0, train.planned - steps_of(train.average_tail, train.planned))
+    before = bisect_right(range(step + 1), begin, key=train.planned_step) - 1  # the last step that does not count
+    entries = -(-step // every) - before // every
+    return 1 - 1 / entries if step > before else None

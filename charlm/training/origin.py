@@ -1,7 +1,6 @@
 """How a run begins: anew, as a continuation, with the weights of a model, or as a branch of a held run."""
 
 import re
-from collections.abc import Collection
 from operator import attrgetter
 from pathlib import Path
 
@@ -23,8 +22,6 @@ MAY_DIFFER = {
     *("model.attention_dropout", "model.activation_dropout", "model.residual_dropout", "model.residual_init"),
 }
 """Options of a model with which another's weights can still be used."""
-OF_DECAY = {"train.decay_steps", "train.decay_type", "train.final_lr"}
-"""Options in which a branch may differ from the run that was held."""
 
 
 def refusal(config: Config, option: str, text: str) -> UserError:
@@ -33,15 +30,10 @@ def refusal(config: Config, option: str, text: str) -> UserError:
 
 
 def resolved(config: Config, continues: bool) -> Config:
-    """The config, with options that were not given taken from the run or model that it goes on from.
-
-    The run in run.dir goes on if it `continues`. Raises UserError if an option does not fit.
-    """
+    """The config, with what was not given from run.dir if that `continues`, or from run.init_from or branch_from."""
     run, places = config.run, {}
     if run.init_from and (local := Path(run.init_from).expanduser()).parent.exists():  # else it is on the hub
         places["init_from"] = str(local.absolute())
-    if run.branch_from:
-        places["branch_from"] = run.branch_from.absolute()
     config = config.model_copy(update={"run": run.model_copy(update=places)})  # which options were given is kept
     if continues:
         begun = Run(run.dir).config()
@@ -106,6 +98,8 @@ def _for_model(config: Config) -> Config:
 
 def _for_branch(config: Config) -> Config:
     step, given, held = config.run.branch_step, config.train, _model(config).config
+    if given.time is not None:
+        raise refusal(config, "train.time", "a branch ends with its decay; give --train.decay_steps")
     decay = given.decay_steps if "decay_steps" in given.model_fields_set else held.train.decay_steps
     length = int(decay) if decay >= 1 else round(step * decay / (1 - decay))
     train = held.train.model_copy(update={"steps": step + length, "lr_schedule": "wsd"})
@@ -114,7 +108,7 @@ def _for_branch(config: Config) -> Config:
         raise refusal(config, "run.branch_step", text)
     branch = held.replace(train=train, run=RunConfig())
     new = _over(branch, config)
-    check_resumable(located(branch), located(new), allowed=OF_DECAY)
+    check_resumable(located(branch), located(new))
     begins = new.train.steps - steps_of(new.train.decay_steps, new.train.steps)
     if not step <= begins < new.train.steps:
         text = f"the decay would begin at step {begins}, and the branch begins at {step}"
@@ -131,11 +125,11 @@ def _over(base: Config, config: Config) -> Config:
     return validate(Config, settings | given)
 
 
-def check_resumable(old: Config, new: Config, allowed: Collection[str] = ()) -> list[str]:
+def check_resumable(old: Config, new: Config) -> list[str]:
     """Lines about the changes. Raises UserError if an option may not change."""
     changed = differences(old, new)
     lines = {name: f"{name}: {shown(before)} -> {shown(after)}" for name, (before, after) in changed.items()}
-    refused = [name for name in changed if name not in allowed and not has_mark(name, Mark.MAY_CHANGE)]
+    refused = [name for name in changed if not has_mark(name, Mark.MAY_CHANGE)]
     if refused:
         text = "; ".join(lines[name] for name in refused)
         text = f"{text}: may not change; put it back, or give another --run.dir"

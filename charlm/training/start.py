@@ -26,9 +26,8 @@ from charlm.objective.terms import Term
 from charlm.runs.checkpoints import STATE, Checkpoint, find_checkpoint, newest_whole_checkpoint, rewind
 from charlm.runs.folder import Run
 from charlm.text import counted
-from charlm.training.averaging import WeightAverage
 from charlm.training.device import describe_attention, describe_lacks, on_cpu
-from charlm.training.optimizers import build_optimizers
+from charlm.training.optimizers import WeightAverage, build_optimizers
 from charlm.training.origin import begin, check_resumable, refusal
 from charlm.training.sharding import is_sharded, shard, wants_shards
 from charlm.training.stop import MISSING
@@ -98,10 +97,7 @@ def check_fits(config: Config, corpus: Corpus, objective: Objective, accelerator
 def open_run(
     config: Config, corpus: Corpus, accelerator: Accelerator, objective: Objective, optimizers: Sequence[Optimizer]
 ) -> Iterator[tuple[Run, TrainState, list[str]]]:
-    """A new run or one to continue, its state, and lines to print. Inside, its folder is locked.
-
-    Raises UserError if the folder is in use, or is not that of a run that can continue.
-    """
+    """A new or continued run, its state, and lines to print. Locks its folder; UserError if that cannot be its own."""
     main, run = accelerator.is_main_process, Run(config.run.dir)
     resumes, chosen = check_folder(config.run), config.run.resume_from
     news = []
@@ -178,7 +174,7 @@ def _changes(
 ) -> Iterator[str]:
     """Lines about changes. Removes an incomparable best score from `state`."""
     if old.train.steps != new.train.steps:
-        yield from rescaled(objective.terms, state.step, old.train.steps, new.train.steps)
+        yield from rescaled(objective.terms, old.train.progress(state.step), new.train.progress(state.step))
     for name, now in _machine(accelerator).items():
         before = getattr(state, name)
         if None not in (before, now) and before != now:
@@ -201,9 +197,8 @@ def check_same_corpus(recorded: dict[str, Any], corpus: Corpus) -> None:
         raise UserError(f"another vocabulary of the run's text; {way_out}")
 
 
-def rescaled(terms: Sequence[Term], step: int, old_steps: int, new_steps: int) -> Iterator[str]:
+def rescaled(terms: Sequence[Term], old: float, new: float) -> Iterator[str]:
     """Lines about the changed progress, and terms that become active or silent."""
-    old, new = step / old_steps, step / new_steps
     yield f"train.steps changed: progress at this step was {old:.3f} and is now {new:.3f}"
     before, after = (
         {term.name for term in terms if term.weight.at_next_turn(progress) > 0.0} for progress in (old, new)

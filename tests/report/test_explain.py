@@ -81,12 +81,12 @@ def test_stops_at_the_step_after_the_last_active_one():
     stops = {(t["layer"], t["offset"]): t["stops_at_step"] for t in explain(tiny(4, steps=10)).to_dict()["terms"]}
     # Progress runs 0, 0.1, ... 0.9; layers 1 to 3 stop at 0.125, 0.25 and 0.375.
     assert stops == {(1, 1): 2, (2, 1): 3, (3, 1): 4, (4, 1): None, (1, 2): 2, (2, 2): 3, (3, 2): 4, (4, 2): None}
-    assert stops_at_step(cutoff(end=0.95), steps=10) is None
+    assert stops_at_step(cutoff(end=0.95), TrainConfig(steps=10)) is None
     for steps in (1, 3, 7, 10, 49, 100):
         for end in (0.1, 0.3, 1 / 3, 0.49, 0.7, 0.99):
             silent = [step for step in range(steps) if cutoff(end=end)(step / steps) == 0.0]
-            assert stops_at_step(cutoff(end=end), steps) == (silent[0] if silent else None)
-    assert stops_at_step(cutoff(clock=Fraction(1, 128)), steps=4_000_000) == 31_250
+            assert stops_at_step(cutoff(end=end), TrainConfig(steps=steps)) == (silent[0] if silent else None)
+    assert stops_at_step(cutoff(clock=Fraction(1, 128)), TrainConfig(steps=4_000_000)) == 31_250
 
 
 def test_the_matrix_after_ngram_tables_counts_once():

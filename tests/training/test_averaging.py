@@ -1,5 +1,6 @@
 """Averages of the weights, against plain means of the weights of every step."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from safetensors.torch import load_file
 
 import charlm
 from charlm.config import TrainConfig
-from charlm.training.averaging import decay_of
-from tiny import TINY, checkpoint_folder, history, refused, run_script, train, typed
+from charlm.training.optimizers import decay_of
+from launched import train_with_two_processes
+from tiny import TINY, assert_ended_like, checkpoint_folder, history, refused, run_script, train, typed
 
 STEPS = 12
 FLAGS = [
@@ -113,3 +115,18 @@ def test_scores_and_models_are_of_the_average(kind, runs, tmp_path, capfd, monke
     capfd.readouterr()
     with refused("weights"):
         charlm.load(tmp_path / "average", weights="raw")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["no", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ema", "tail"])
+def test_two_processes_resume_averages_to_the_same_bytes(kind, sharding, tmp_path, text_corpus_flags):
+    """Guards against means that are missing from checkpoints, or given to another process's shard."""
+    flags = [*FLAGS, *text_corpus_flags, f"--train.average={kind}", f"--train.sharding={sharding}"]
+    flags += typed("--train.average_every=2 --train.average_tail=8")
+    runs = [[*flags, f"--run.dir={tmp_path / name}"] for name in ("whole", "resumed")]
+    steps = random.Random(kind + sharding).sample(range(1, STEPS), 3)
+    runs += [[*runs[1], f"--run.resume_from={step}"] for step in sorted(steps, reverse=True)]
+    train_with_two_processes(tmp_path / "plan.json", runs)
+    assert averaged(tmp_path / "whole", STEPS)
+    assert_ended_like(tmp_path / "resumed", tmp_path / "whole")

@@ -158,7 +158,7 @@ def test_the_progress_line_of_a_long_run_fits(build_tracker, clock, capsys, monk
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "81")  # tqdm leaves one of those that COLUMNS names
     tracker = build_tracker()
-    tracker.bar.total = tracker.total_steps = 100_000
+    tracker.bar.total, tracker.train = 100_000, tracker.train.replace(steps=100_000)
     tracker.symbols_per_step = 512
     tracker.began -= 40_000.0
     tracker.bar.start_t -= 40_000.0

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import charlm
+from charlm.ablation.variants import parse_row, plan
 from charlm.config import LayersConfig
 from charlm.files import sha256_of
 from charlm.model.heads import Heads
@@ -250,6 +251,7 @@ def test_what_does_not_fit_the_model_is_refused(option, source, tmp_path, text_c
         (8, ["--train.steps=10"], "train.decay_steps"),
         (8, ["--train.decay_steps=0"], "train.decay_steps"),
         (8, ["--train.lr_schedule=cosine"], "train.lr_schedule"),
+        (8, ["--train.time=1m"], "train.time"),
         (8, ["--train.learning_rate=0.5"], "train.learning_rate"),
         (8, ["--run.init_from=somewhere"], "run.init_from"),
     ],
@@ -259,6 +261,24 @@ def test_what_is_no_branch_is_refused(step, flags, option, held, tmp_path):
     with refused(option):
         train(f"--run.branch_from={held}", f"--run.branch_step={step}", f"--run.dir={tmp_path / 'run'}", *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_corpora_and_tables_are_prepared_for_the_model(tmp_path, script):
+    """Guards against ids of another vocabulary than the model's in the cache, and rows with another model."""
+    (tmp_path / "old.txt").write_text("zebra quartz jumps\n" * 300)
+    (tmp_path / "new.txt").write_text("a quartz zebra\n" * 300)
+    places = ["--data.corpus=file", f"--data.cache_dir={tmp_path / 'cache'}"]
+    old = [*places, f"--data.path={tmp_path / 'old.txt'}", "--data.vocabulary=characters"]
+    first = train(*TINY, *old, f"--run.dir={tmp_path / 'first'}")
+    new = [*places, f"--data.path={tmp_path / 'new.txt'}", f"--run.init_from={first}"]
+    code, out, _ = script("prepare", *new)
+    assert code == 0 and f"vocabulary characters of {len(set('zebra quartz jumps') | {chr(10)})}" in out
+    flags = dict(flag.removeprefix("--").split("=") for flag in new)
+    rows = plan([parse_row("deeper: --model.num_layers=3"), parse_row("same: ")], [], flags, 1)
+    models = [(row.config.model.num_layers, row.config.model.d_model, row.config.data.vocabulary) for row in rows]
+    assert models == [(3, 16, "characters"), (2, 16, "characters")]
+    with refused("model.d_model"):
+        plan([parse_row("--model.d_model=32")], [], flags, 1)
 
 
 def test_a_run_keeps_to_its_origin(source, held, tmp_path, text_corpus_flags):

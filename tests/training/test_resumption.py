@@ -320,10 +320,10 @@ def test_another_number_of_steps_wakes_and_silences_rows():
     progress 1/8, 2/8 and 3/8; step 30 of 100 is at 0.3, of 200 at 0.15, of 60 at 0.5."""
     aux = AuxConfig(positions=PositionsConfig(enabled=False), targets=TargetsConfig(enabled=False))
     terms = build_terms(aux, 4)
-    assert list(rescaled(terms, 30, 100, 110))[1:] == []
-    assert list(rescaled(terms, 30, 100, 200))[1:] == ["terms switched on: layer2/offset1/last"]
-    assert list(rescaled(terms, 30, 100, 60))[1:] == ["terms switched off: layer3/offset1/last"]
-    assert list(rescaled(terms, 30, 60, 1000)) == [
+    assert list(rescaled(terms, 30 / 100, 30 / 110))[1:] == []
+    assert list(rescaled(terms, 30 / 100, 30 / 200))[1:] == ["terms switched on: layer2/offset1/last"]
+    assert list(rescaled(terms, 30 / 100, 30 / 60))[1:] == ["terms switched off: layer3/offset1/last"]
+    assert list(rescaled(terms, 30 / 60, 30 / 1000)) == [
         "train.steps changed: progress at this step was 0.500 and is now 0.030",
         "terms switched on: layer1/offset1/last, layer2/offset1/last, layer3/offset1/last",
     ]
@@ -342,6 +342,8 @@ def test_mappings_of_another_length_are_compared():
 def test_turns_of_a_rotation_do_not_wake_at_another_number_of_steps():
     """Guards against a line about every head of a rotation, because another head has its turn at that step."""
     aux = AuxConfig(layers=LayersConfig(schedule="rotational"), targets=TargetsConfig(enabled=False))
-    assert list(rescaled(build_terms(aux, 6, 100), 10, 50, 100))[1:] == []
+    assert list(rescaled(build_terms(aux, 6, 100), 10 / 50, 10 / 100))[1:] == []
     fading = AuxConfig(layers=LayersConfig(schedule="cutoff", end=0.15), targets=TargetsConfig(enabled=False))
-    assert list(rescaled(build_terms(fading, 2, 100), 10, 50, 100))[1:] == ["terms switched on: layer1/offset1/all"]
+    assert list(rescaled(build_terms(fading, 2, 100), 10 / 50, 10 / 100))[1:] == [
+        "terms switched on: layer1/offset1/all"
+    ]
