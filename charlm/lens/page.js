@@ -63,8 +63,6 @@ function bar(...shares) {
 }
 
 // The address.
-let writing = 0;
-
 function address() {
   const chosen = { ...state, text: state.start >= 0 || !facts.live ? "" : text.value };
   const changed = Object.entries(chosen).filter(([key, value]) => value !== DEFAULTS[key]);
@@ -87,13 +85,18 @@ async function restore() {
 }
 
 // The server, one request at a time: a newer one ends the older.
-let flight = new AbortController(), turn = 0, answers = {}, asked = {};
+let flight = new AbortController(), turn = 0, writing = 0, answers = {}, asked = {};
 
 async function ask(name, body) {
   flight.abort();
-  flight = new AbortController();
+  const { signal } = (flight = new AbortController());
   const headers = { "Content-Type": "application/json", "X-Token": token };
-  const answer = await fetch(name, { method: "POST", headers, signal: flight.signal, body: JSON.stringify(body) });
+  const answer = await fetch(name, { method: "POST", headers, signal, body: JSON.stringify(body) });
+  if (answer.status === 409) { // overtaken by a request that was given up, or by another page
+    await new Promise((go) => setTimeout(go, 100));
+    signal.throwIfAborted();
+    return ask(name, body);
+  }
   if (!answer.ok) throw new Error((await answer.json()).error);
   return answer;
 }

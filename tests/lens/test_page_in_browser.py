@@ -166,7 +166,8 @@ def opened(request, browser) -> Iterator[Callable[..., Seen]]:
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(60_000)
-        page.on("console", lambda message: troubles.append(message.text))
+        # A busy server can take a request that was given up for the newer one; the page then asks again.
+        page.on("console", lambda message: "409 (Conflict)" in message.text or troubles.append(message.text))
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("request", lambda asking: asked.append(asking.url))
         page.goto(address)
@@ -250,6 +251,23 @@ def test_a_cell_shows_its_distribution_and_a_pinned_character_is_followed(opened
     )
     seen.place(12, 2)
     assert f"at place 12: layer 1 {percent(followed[1][12])}" in seen.text("#followed")
+
+
+def test_an_overtaken_request_is_made_again(opened, address, lens):
+    """Guards against a page that stays behind its text when a busy server mistook an older request for a newer one."""
+    seen = opened(address)
+    refused = []
+
+    def refuse_once(route: Any) -> None:
+        if refused:
+            return route.continue_()
+        refused.append(route)
+        route.fulfill(status=409, json={"error": "superseded"})
+
+    seen.page.route("**/read", refuse_once)
+    seen.fill("12 ")
+    assert seen.marked() == levels(lens.read("12 ").bits_by_character(), 8)
+    assert len(refused) == 1 and seen.page.is_hidden("#problem")
 
 
 def test_the_text_is_rewritten_and_branches_stay(opened, address, lens):
