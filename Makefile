@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/python scripts/train.py --config configs/demo.yaml --run.dir=runs/demo --run.auto_resume=true
 	$(BIN)/python scripts/evaluate.py runs/demo --split test --yardsticks
 	$(BIN)/python scripts/generate.py runs/demo --prompt "def " --length 600
-	$(BIN)/python scripts/evaluate.py runs/demo --split test --adapt --streams 16 --yardsticks
+	$(BIN)/python scripts/evaluate.py runs/demo --split test --adapt --streams 16 --stride 96 --precision bf16 --yardsticks
 
 test: lint
 	$(PYTEST) -m "not slow"
