@@ -101,7 +101,7 @@ class Checkpoint:
         for optimizer in optimizers:
             owned = owned_parameters(model, optimizer)
             with_state = {name for name, _, _ in split_names if name in owned}
-            keys = {key for name, _, key in split_names if name in owned}
+            keys = sorted({key for name, _, key in split_names if name in owned})  # processes gather in this order
             for name, key in product(with_state, keys):
                 owners[f"{name}.{key}"] = (optimizer, owned[name], key)
         expected = {name: parameter for name, (_, parameter, _) in owners.items()}
