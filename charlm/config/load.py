@@ -20,7 +20,12 @@ CONFIGS = SHIPPED / "configs"
 SECTIONS, OPTIONS = sections_of(Config), options_of(Config)
 ESCAPE = re.compile(r"\\(?:[\\abfnrtv]|x[0-9A-Fa-f]{2}|u(?![dD][89a-fA-F])[0-9A-Fa-f]{4})")
 RENAMED = {"model.positions": "model.position_encoding"}  # former names of options, and the present ones
-IN_PLACE_OF = {"train.steps": "train.time", "train.time": "train.steps"}  # of two, the later wins
+NEWER = {
+    "train.steps": {"train.time"},
+    "train.time": {"train.steps"},
+    "train.steps_before": {"train.steps", "train.time"},
+}
+"""Options, and those that take their place when they are given later."""
 
 
 class Setting(NamedTuple):
@@ -68,10 +73,14 @@ def settings_of(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> di
             del found[reset]
             section = reset.removesuffix("reset")
             settings = {name: settings[name] for name in settings if not name.startswith(section)}
-        given = {name for name, setting in found.items() if str(setting.value).lower() not in NULLS}
-        settings = {name: own for name, own in settings.items() if IN_PLACE_OF.get(name) not in given}
-        settings |= found
+        settings = over(settings, found)
     return settings
+
+
+def over(settings: Mapping[str, Setting], later: Mapping[str, Setting]) -> dict[str, Setting]:
+    """`settings`, with `later` ones and without those whose place they take."""
+    given = {name for name, setting in later.items() if str(setting.value).lower() not in NULLS}
+    return {name: own for name, own in settings.items() if given.isdisjoint(NEWER.get(name, ()))} | later
 
 
 def validate(kind: type[S], settings: Mapping[str, Setting]) -> S:

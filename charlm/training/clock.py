@@ -95,7 +95,9 @@ class Clock:
                 train = train.replace(steps=steps, steps_before=(*train.steps_before, (step, train.steps)))
                 training.config = training.config.replace(train=train)
                 if training.accelerator.is_main_process:
-                    tracker.run.write_config(training.config)
+                    with tracker.run.os_errors_explained(cannot_be="written"):
+                        tracker.run.check_held()
+                        tracker.run.write_config(training.config)
                 tracker.say(f"train.time: {steps:,} steps fit now")
                 tracker.train, tracker.bar.total = train, steps
         self.looks.append((step, worked, now))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from charlm.config import Config, DataConfig, Mark, RunConfig, UserError, differences, has_mark, steps_of
 from charlm.config.errors import shown
-from charlm.config.load import settings_of, validate
+from charlm.config.load import over, settings_of, validate
 from charlm.data.sources import located
 from charlm.files import sha256_of
 from charlm.objective.objective import Objective
@@ -102,7 +102,7 @@ def _for_branch(config: Config) -> Config:
         raise refusal(config, "train.time", "a branch ends with its decay; give --train.decay_steps")
     decay = given.decay_steps if "decay_steps" in given.model_fields_set else held.train.decay_steps
     length = int(decay) if decay >= 1 else round(step * decay / (1 - decay))
-    train = held.train.model_copy(update={"steps": step + length, "lr_schedule": "wsd"})
+    train = held.train.model_copy(update={"steps": step + length, "steps_before": (), "lr_schedule": "wsd"})
     if learning_rate_factor(held.train, step - 1) < 1 - 1e-9:
         text = f"the learning rate of {config.run.branch_from} is not at its peak there; choose another step"
         raise refusal(config, "run.branch_step", text)
@@ -119,10 +119,7 @@ def _for_branch(config: Config) -> Config:
 def _over(base: Config, config: Config) -> Config:
     """`base`, with the options that were given in `config`."""
     trees = (base.model_dump(mode="json"), config.model_dump(mode="json", exclude_unset=True))
-    settings, given = (settings_of((), tree) for tree in trees)
-    if config.train.time is not None:  # which takes the place of steps
-        del settings["train.steps"]
-    return validate(Config, settings | given)
+    return validate(Config, over(*(settings_of((), tree) for tree in trees)))
 
 
 def check_resumable(old: Config, new: Config) -> list[str]:

@@ -173,6 +173,14 @@ def test_progress_by_hand():
     assert {step: learning_rate_factor(falling, step) for step in rates} == pytest.approx(rates)
 
 
+@pytest.mark.parametrize(("flag", "changes"), [("--train.steps=50", ()), ("--train.time=1m", ()), ("", ((10, 20),))])
+def test_another_length_is_another_plan(flag, changes, tmp_path):
+    """Guards against a new run with the config of another, and changes that belong to the other's length."""
+    (tmp_path / "config.yaml").write_text("train: {steps: 40, time: null, steps_before: [[10, 20]]}")
+    found = charlm.load_config(tmp_path / "config.yaml", list(filter(None, [flag])))
+    assert found.train.steps_before == changes
+
+
 @pytest.mark.parametrize("changes", ["[[10, 10]]", "[[10, 30], [10, 40]]", "[[50, 60]]", "[[20, 30], [10, 40]]"])
 def test_changes_that_cannot_be(changes):
     """Guards against progress that goes back or ends before the run does."""

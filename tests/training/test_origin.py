@@ -183,6 +183,20 @@ def test_a_branch_is_the_run_that_was_planned_so_short(name, held, tmp_path, tex
     assert state["best_step"] >= step
 
 
+def test_a_branch_of_a_run_that_was_planned_anew(held, tmp_path):
+    """Guards against a branch that keeps changes of the held run's plan, which lie beyond its own end."""
+    other = shutil.copytree(held, tmp_path / "held")
+    own = Run(other).config()
+    train_options = own.train.replace(steps=40, steps_before=((12, own.train.steps),))
+    Run(other).write_config(own.replace(train=train_options))
+    flags = ["--run.branch_step=8", "--run.report=false", "--train.decay_steps=4"]
+    branches = [
+        train(f"--run.branch_from={at}", *flags, f"--run.dir={tmp_path / at.parent.name}") for at in (held, other)
+    ]
+    assert Run.open(branches[1]).config().train.steps_before == ()
+    assert checkpoint_bytes(branches[0], 12) == checkpoint_bytes(branches[1], 12)
+
+
 def test_text_of_new_characters_is_learned_compressed_and_written(source, new_text, tmp_path):
     """Guards against a vocabulary that was cut to the first text's bytes."""
     flags = [*SHORT, *new_text, "--train.steps=60", "--train.learning_rate=0.02", "--train.valid_every=0.5"]

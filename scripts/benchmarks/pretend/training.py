@@ -54,7 +54,7 @@ def measure_steps(
     The batch is that of all `processes`, the figures are those of one.
     """
     with metered(config, processes, lacking) as (run, meter):
-        run.average.update(config.train.steps)  # makes its buffers
+        run.average.update(config.train, config.train.steps)  # makes its buffers
         found = []
         for progress in at:
             run.state.step = int(progress * config.train.steps)
