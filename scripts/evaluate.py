@@ -188,7 +188,9 @@ def tune(trained: "TrainedModel", corpus: "Corpus", options: Options, protocol: 
         return
     defaults = AdaptConfig()
     words = [f"--adapt.{name}={value}" for name, value in best.adapt.items() if value != getattr(defaults, name)]
-    words += [f"--{name}={own}" for name in ("stride", "streams") if (own := getattr(options, name)) is not None]
+    for name in ("stride", "streams", "checkpoint", "weights", "precision", "mixture", "source"):
+        if (own := getattr(options, name)) != Options.model_fields[name].default:
+            words.append(f"--{name}={own}")
     say("Next:", command("evaluate.py", options.run, "--adapt", *words))
 
 

@@ -217,7 +217,7 @@ def probe(trained: TrainedModel, settings: CodingSettings) -> bytes:
     random_NS = np.random.Philox(key=0).random_raw(shape) % trained.vocabulary.size
     for symbols_S in random_NS:
         logits_SV = streams.append(symbols_S)
-        hashed.update(logits_SV.float().cpu().numpy().tobytes())
+        hashed.update(logits_SV.cpu().numpy().tobytes())
         encoder.encode(symbols_S.astype(np.int32), FAMILY, probabilities(logits_SV))
     hashed.update(encoder.get_compressed().astype("<u4").tobytes())
     return hashed.digest()[:8]

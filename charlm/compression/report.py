@@ -63,6 +63,8 @@ class CompressionReport(BaseModel, frozen=True):
         if settings.adapt is not None:
             adapt = f"adaptive: {shown(dict(settings.adapt))}"
             lines += textwrap.wrap(adapt, 80, initial_indent="  ", subsequent_indent="  ")
+        if settings.experts:
+            lines.append(f"  mixed with experts: {', '.join(settings.experts)}")
         if self.model is not None and made.characters:
             sizes = {"the file": made.bytes} | self.sizes()
             whole = made.compressed_bytes + self.model["compressed_bytes"]

@@ -67,6 +67,8 @@ class CodingSettings(Section):
             raise self.mistake("stride", f"exceeds the context of {self.context:,}", "context")
         if self.block < self.streams:
             raise self.mistake("block", f"is less than the {self.streams:,} streams", "streams")
+        if len(set(self.experts)) < len(self.experts):
+            raise self.mistake("experts", "names one twice")
         return self
 
     @property
@@ -104,6 +106,10 @@ def check_settings(trained: TrainedModel, settings: CodingSettings) -> None:
     memory = device_memory(trained.device)
     symbols = settings.streams * model.context_length
     needed = 2 * symbols * model.num_layers * model.d_model * settings.dtype.itemsize
+    if settings.adapt is not None:
+        needed += 8 * settings.streams * settings.context * trained.vocabulary.size  # logits of a window, twice
+    if settings.experts:
+        needed += 8 * settings.streams * trained.vocabulary.size * (model.num_layers + 18)  # features
     if needed > memory:
         problem = f"their keys and values take {needed / 1e9:,.0f} GB of {memory / 1e9:,.0f} GB"
         raise UserError(f"streams={settings.streams}: {problem}; take fewer", "streams")

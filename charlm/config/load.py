@@ -20,12 +20,7 @@ CONFIGS = SHIPPED / "configs"
 SECTIONS, OPTIONS = sections_of(Config), options_of(Config)
 ESCAPE = re.compile(r"\\(?:[\\abfnrtv]|x[0-9A-Fa-f]{2}|u(?![dD][89a-fA-F])[0-9A-Fa-f]{4})")
 RENAMED = {"model.positions": "model.position_encoding"}  # former names of options, and the present ones
-NEWER = {
-    "train.steps": {"train.time"},
-    "train.time": {"train.steps"},
-    "train.steps_before": {"train.steps", "train.time"},
-}
-"""Options, and those that take their place when they are given later."""
+LENGTH = ("train.steps", "train.time", "train.steps_before")  # where one of the first two is given later, all go
 
 
 class Setting(NamedTuple):
@@ -78,9 +73,10 @@ def settings_of(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> di
 
 
 def over(settings: Mapping[str, Setting], later: Mapping[str, Setting]) -> dict[str, Setting]:
-    """`settings`, with `later` ones and without those whose place they take."""
+    """`settings` and `later` ones; a new length of the run takes the place of all that was said of it."""
     given = {name for name, setting in later.items() if str(setting.value).lower() not in NULLS}
-    return {name: own for name, own in settings.items() if given.isdisjoint(NEWER.get(name, ()))} | later
+    gone = () if given.isdisjoint(LENGTH[:2]) else LENGTH
+    return {name: own for name, own in settings.items() if name not in gone} | later
 
 
 def validate(kind: type[S], settings: Mapping[str, Setting]) -> S:

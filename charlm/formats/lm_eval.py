@@ -36,7 +36,7 @@ class CharlmLM(LM):
         self.trained, self.seed = load(str(run), **how), seed
         self.context_length = self.trained.config.model.context_length
         stride = default_stride(self.context_length) if stride is None else stride
-        self.options = {"stride": stride, "batch_size": None if batch_size == "auto" else int(batch_size)}
+        self.options = {"stride": stride, "batch_size": None if "auto" in str(batch_size) else int(batch_size)}
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Minus the nats of each continuation of a context, and whether all its symbols are the likeliest."""

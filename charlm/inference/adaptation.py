@@ -22,7 +22,7 @@ from charlm.config.adapt import AdaptConfig
 from charlm.data.vocabulary import EncodingError
 from charlm.data.windows import default_stride, evaluation_windows
 from charlm.hardware import in_float64
-from charlm.inference.scoring import Measure, measured, nats, progress_bar
+from charlm.inference.scoring import Measure, measure_text, measured, nats, progress_bar
 from charlm.model.heads import Heads
 from charlm.model.kernels_cpu import full_fp32_matmul
 from charlm.model.transformer import CharTransformer
@@ -203,4 +203,8 @@ def adapted(
     stride = default_stride(trained.config.model.context_length)
     for _ in read_streams(learner, ids, streams=streams, stride=stride):
         pass
-    return replace(trained, **learner.modules)
+    last = ids[-trained.config.model.context_length - 1 :]
+    how = {"stride": stride, "layers": [trained.config.model.num_layers]}
+    if not np.isfinite(measure_text(learner.transformer, learner.heads, last, **how)).all():
+        raise UserError(f"adapt={dict(learner.adapt)}: diverged; take lower rates", "adapt.rate")
+    return replace(trained, checkpoint=f"{trained.checkpoint}, adapted", scores=(), **learner.modules)

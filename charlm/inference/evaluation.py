@@ -144,6 +144,8 @@ def bits_per_character(
     shares = {str(layer): weights[layer] for layer in sorted(weights)}
     models = (trained.transformer, trained.heads)
     layers = exit_layers(trained) if all_layers or "heads" in experts else weights
+    if experts_from not in (None, "train") or (experts_from and not experts):
+        raise UserError(f"experts_from={experts_from}: must be train, for some experts", "experts_from")
     if adapt is not None or experts:
         streams = 1 if streams is None else streams
         adapt = scorer.adapt(adapt, streams)

@@ -171,7 +171,8 @@ class Run:
             raise self._refusal(f"cannot be {cannot_be} ({reason}); fix that or") from error
 
     def write_config(self, config: Config) -> None:
-        """Write config.yaml, which `--config` takes, too."""
+        """Write config.yaml, which `--config` takes, too. Raises OSError, or UserError as `check_held`."""
+        self.check_held()
         write_whole(self.config_path, to_yaml(located(config), exclude={"run": OF_ONE_CALL}))
 
     def config(self) -> Config:

@@ -96,7 +96,6 @@ class Clock:
                 training.config = training.config.replace(train=train)
                 if training.accelerator.is_main_process:
                     with tracker.run.os_errors_explained(cannot_be="written"):
-                        tracker.run.check_held()
                         tracker.run.write_config(training.config)
                 tracker.say(f"train.time: {steps:,} steps fit now")
                 tracker.train, tracker.bar.total = train, steps

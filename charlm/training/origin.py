@@ -69,10 +69,9 @@ def begin(config: Config, objective: Objective) -> tuple[Checkpoint | None, dict
 
 def _model(config: Config) -> TrainedModel:
     run, option, which = config.run, "run.init_from", "best"
-    place = run.init_from
     if run.branch_from:
         option, place, which = "run.branch_step", run.branch_from, run.branch_step
-    elif (found := re.fullmatch(r"(/.+)@(\w+)", place)) and not Path(place).exists():
+    elif (found := re.fullmatch(r"(/.+)@(\w+)", place := run.init_from)) and not Path(place).exists():
         place, which = found.groups()
     try:
         return load(place, which, "cpu")
@@ -129,6 +128,5 @@ def check_resumable(old: Config, new: Config) -> list[str]:
     refused = [name for name in changed if not has_mark(name, Mark.MAY_CHANGE)]
     if refused:
         text = "; ".join(lines[name] for name in refused)
-        text = f"{text}: may not change; put it back, or give another --run.dir"
-        raise UserError(text, refused[0])
+        raise UserError(f"{text}: may not change; put it back, or give another --run.dir", refused[0])
     return [line for name, line in lines.items() if not name.startswith("run.")]

@@ -162,11 +162,22 @@ def test_options_out_of_range(build_model, given):
         choose_settings(build_model(), 100, **{option: int(value) if value.isdigit() else value})
 
 
+def test_an_expert_that_is_named_twice(build_model):
+    """Guards against a header that cannot hold what was asked for."""
+    with refused("experts"):
+        choose_settings(build_model(), 100, experts=("counts", "match", "counts"))
+
+
 def test_more_streams_than_memory_holds(build_model, monkeypatch):
     """Guards against a file whose header, or a user whose option, makes the system end other processes."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000))
     with refused("streams", "their keys and values take"):
         choose_settings(build_model(), 100, streams=100)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=50_000))
+    choose_settings(build_model(), 100, streams=10)
+    for own in ({"experts": ("counts",)}, {"adapt": {}}):
+        with refused("streams"):
+            choose_settings(build_model(), 100, streams=10, **own)
 
 
 def test_default_streams_grow_with_the_text(build_model):

@@ -182,6 +182,16 @@ def test_options_that_do_not_fit(build_model, build_corpus, letters, options, op
         bits_per_character(build_model(), build_corpus(letters(100).tobytes()), **options)
 
 
+def test_an_adapted_model_says_so(build_model):
+    """Guards against a score of the text itself under the name of the trained model, and a model of no numbers."""
+    trained = build_model()
+    text = trained.vocabulary.decode(np.arange(40) % trained.vocabulary.size)
+    learned = adapted(trained, text)
+    assert learned.checkpoint == f"{trained.checkpoint}, adapted" and learned.scores == ()
+    with refused("adapt.rate"):
+        adapted(trained, text[:6], {"rule": "sgd", "rate": 1e38})
+
+
 def test_several_processes(build_model, build_corpus, letters, monkeypatch):
     """Guards against processes that each learn from another share, and agree on nothing."""
     monkeypatch.setattr("charlm.inference.evaluation.rank_and_processes", lambda: (1, 2))

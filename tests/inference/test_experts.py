@@ -258,6 +258,8 @@ def test_scores_are_those_of_the_mixture(
         ({"experts": ("oracle",)}, "experts"),
         ({"experts": ALL, "batch_size": 2}, "batch_size"),
         ({"experts": ALL, "streams": 0}, "streams"),
+        ({"experts": ALL, "experts_from": "test"}, "experts_from"),
+        ({"experts_from": "train"}, "experts_from"),
     ],
 )
 def test_options_that_do_not_fit(plain, monkeypatch, build_model, build_corpus, letters, options, option):
