@@ -17,11 +17,10 @@ from charlm.runs.tensors import placed
 from charlm.runs.trained import TrainedModel, fitting
 from charlm.training.optimizers import learning_rate_factor
 
-MAY_DIFFER = {
+MAY_DIFFER = {  # options of a model with which another's weights can still be used
     *("model.num_layers", "model.context_length", "model.ngrams", "model.ngram_buckets", "model.ngram_width"),
     *("model.attention_dropout", "model.activation_dropout", "model.residual_dropout", "model.residual_init"),
 }
-"""Options of a model with which another's weights can still be used."""
 
 
 def refusal(config: Config, option: str, text: str) -> UserError:
