@@ -39,6 +39,7 @@ SCRIPT_LINES = {
     "export": ["{run}", "--to=exported", "--depth=auto"],
     "generate": ["{run}", "--prompt=1", "--length=20"],
     "import": ["{nano}", "--to=imported"],
+    "lens": ["{run}", "--to=page.html", "--text={text}"],
     "prepare": TEXT,
     "report": ["{run}", "-o", "page.html"],
     "train": [*TINY, *TEXT, "--run.report=true", "--run.dir=run"],

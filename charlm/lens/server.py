@@ -170,3 +170,4 @@ def serve(runs: Runs, port: int, announce: Callable[[str, int], None]) -> None:
         turns.is_over = lambda: server.should_exit
         announce(f"http://{HOST}:{port}/?token={token}", port)
         server.run(sockets=[listening])
+    raise KeyboardInterrupt  # which uvicorn raises itself, but not where the parent ignored Ctrl-C

@@ -109,8 +109,7 @@ def _for_branch(config: Config) -> Config:
     check_resumable(located(branch), located(new))
     begins = new.train.steps - steps_of(new.train.decay_steps, new.train.steps)
     if not step <= begins < new.train.steps:
-        text = f"the decay would begin at step {begins}, and the branch begins at {step}"
-        raise refusal(new, "train.decay_steps", f"{text}; give fewer, or leave out train.steps")
+        raise refusal(new, "train.decay_steps", f"begins at step {begins}, the branch at {step}; leave out train.steps")
     return new
 
 
