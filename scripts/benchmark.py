@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
@@ -75,23 +75,17 @@ def main() -> None:
     from benchmarks.shapes import named_shape, shape_of
 
     from charlm.data.sources import check_outside
-    from charlm.hardware import default_device
     from charlm.report.style import check_suffix
     from charlm.runs.folder import Run
-    from charlm.training.device import has_fast_bf16, on_cpu
 
-    device = "cpu" if on_cpu() else default_device().type
-    if device not in suites.STEPS:
-        way_out = "put ACCELERATE_USE_CPU=true before the command"
-        raise UserError(f"benchmark={options.benchmark}: measures CPUs and CUDA, not {device}; {way_out}", "benchmark")
+    device = device_of(options)
     on_gpu = device == "cuda"
     is_training = options.benchmark not in ("evaluate", "generate", "drafts")
-    automatic = "bf16" if is_training and has_fast_bf16() else "fp32"
     settings = suites.Settings(
         benchmark=options.benchmark,
         shape=shape_of(options.run) if options.run else named_shape(options.shape, gpu=on_gpu),
         device=device,
-        precision=automatic if options.precision == "auto" else options.precision,
+        precision=precision_of(options, is_training),
         rounds=options.rounds or suites.ROUNDS[options.benchmark],
         steps=options.steps or suites.STEPS[device],
         threads=options.threads,
@@ -105,11 +99,39 @@ def main() -> None:
             check_outside(Run.open(options.run).config().data, "picture", options.picture)
 
     result = suites.run(settings, tell)
-    say(report.to_markdown(settings, result), file=sys.stderr if options.as_json else sys.stdout)
+    draw = partial(pictures.draw, settings, result)
+    show(options, report.to_markdown(settings, result), report.document(settings, result), draw)
+
+
+def device_of(options: Options) -> str:
+    """The type of device to measure. Raises UserError for others than CPUs and CUDA."""
+    from benchmarks.suites import STEPS
+
+    from charlm.hardware import default_device
+    from charlm.training.device import on_cpu
+
+    device = "cpu" if on_cpu() else default_device().type
+    if device not in STEPS:
+        way_out = "put ACCELERATE_USE_CPU=true before the command"
+        raise UserError(f"benchmark={options.benchmark}: measures CPUs and CUDA, not {device}; {way_out}", "benchmark")
+    return device
+
+
+def precision_of(options: Options, is_training: bool) -> str:
+    """The precision that was asked for, or the automatic one."""
+    from charlm.training.device import has_fast_bf16
+
+    automatic = "bf16" if is_training and has_fast_bf16() else "fp32"
+    return automatic if options.precision == "auto" else options.precision
+
+
+def show(options: Options, markdown: str, document: dict[str, Any], draw: Callable[[Path], Path] | None = None) -> None:
+    """Print a result as asked, and draw it."""
+    say(markdown, file=sys.stderr if options.as_json else sys.stdout)
     if options.as_json:
-        say(json.dumps(report.document(settings, result), indent=2))
+        say(json.dumps(document, indent=2))
     if options.picture is not None:
-        tell(f"picture: {pictures.draw(settings, result, options.picture)}")
+        say(f"picture: {draw(options.picture)}", file=sys.stderr, flush=True)
 
 
 def pretend(options: Options, tell: Callable[[str], None]) -> None:
@@ -120,9 +142,7 @@ def pretend(options: Options, tell: Callable[[str], None]) -> None:
         raise UserError(f"picture={options.picture}: `pretend` draws none; leave it out", "picture")
     guard.compiled_guard()
     found = table.document(tell)
-    say(table.to_markdown(found), file=sys.stderr if options.as_json else sys.stdout)
-    if options.as_json:
-        say(json.dumps(found, indent=2))
+    show(options, table.to_markdown(found), found)
 
 
 def quality(options: Options, tell: Callable[[str], None]) -> None:
@@ -131,7 +151,6 @@ def quality(options: Options, tell: Callable[[str], None]) -> None:
 
     from charlm.config.load import load_config
     from charlm.report.style import check_suffix
-    from charlm.training.device import has_fast_bf16, on_cpu
 
     if options.picture is not None:
         check_suffix(options.picture)
@@ -141,14 +160,8 @@ def quality(options: Options, tell: Callable[[str], None]) -> None:
         "data.path": options.path,
     }
     config = load_config(Path(__file__).resolve().parents[1] / "configs/enwik8_small.yaml", overrides)
-    automatic = "bf16" if has_fast_bf16() else "fp32"
-    precision = automatic if options.precision == "auto" else options.precision
-    found = quality.run(config, "cpu" if on_cpu() else "cuda", precision, options.peers, tell)
-    say(quality.to_markdown(found), file=sys.stderr if options.as_json else sys.stdout)
-    if options.as_json:
-        say(json.dumps(found, indent=2))
-    if options.picture is not None:
-        tell(f"picture: {quality.draw(found, options.picture)}")
+    found = quality.run(config, device_of(options), precision_of(options, True), options.peers, tell)
+    show(options, quality.to_markdown(found), found, partial(quality.draw, found))
 
 
 def lens(options: Options, tell: Callable[[str], None]) -> None:
@@ -156,15 +169,11 @@ def lens(options: Options, tell: Callable[[str], None]) -> None:
     import torch
     from benchmarks import lens
 
-    from charlm.training.device import on_cpu
-
     if options.run is None or options.picture is not None:
         raise UserError(f"run={options.run}, picture={options.picture}: `lens` needs a run, and draws none", "run")
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    found = lens.run(options.run, "cpu" if on_cpu() else "cuda", tell)
-    say(lens.to_markdown(found), file=sys.stderr if options.as_json else sys.stdout)
-    if options.as_json:
-        say(json.dumps(found, indent=2))
+    found = lens.run(options.run, device_of(options), tell)
+    show(options, lens.to_markdown(found), found)
 
 
 if __name__ == "__main__":

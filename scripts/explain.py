@@ -142,7 +142,7 @@ def predict(config: Config, device: Device, processes: int = 1, price: float | N
     if train.time is not None:
         seconds = float(seconds_of(train.time))
     else:
-        validations = train.steps // steps_of(train.valid_every, train.steps)
+        validations = train.steps // steps_of(train.valid_every, train.planned)
         # A forward pass is a third of the work; each process scores the whole.
         scored = validations * train.valid_symbols * context / default_stride(context) * processes / 3
         seconds = (train.steps * train.batch_size * context + scored) / speed

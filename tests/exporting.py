@@ -13,6 +13,16 @@ from charlm.data.vocabulary import (
 from charlm.runs.trained import TrainedModel
 
 TEXT = "The end.\n\tÄé <pad> 日本 \u2581 <0x41>"
+NGRAMS = {"ngrams": (2, 4), "ngram_buckets": 11, "ngram_width": 3}
+SIX = {
+    "the paper's": {"norm": "post"},
+    "rotary": {"position_encoding": "rotary", "vocabulary": "characters", "head": "shared"},
+    "n-grams": {**NGRAMS, "position_encoding": "input", "vocabulary": "sentencepiece"},
+    "rotary n-grams": {**NGRAMS, "position_encoding": "rotary", "norm": "post", "activation": "gelu"},
+    "a tower": {"vocabulary": "sentencepiece", "head": "tower", "activation": "relu_squared"},
+    "n-grams of characters": {**NGRAMS, "vocabulary": "characters", "norm": "post"},
+}
+"""Positions, norm, n-grams, vocabulary and kind of head."""
 
 
 def vocabulary_of(name: str) -> Vocabulary:

@@ -59,7 +59,7 @@ class CodingSettings(Section):
     adapt: AdaptConfig | None = None
     """How the model learns from what was coded, whenever the context is full."""
     experts: tuple[Literal["heads", "counts", "match"], ...] = ()
-    """What the last layer's predictions are mixed with, see `charlm.inference.experts`."""
+    """Experts that the last layer is mixed with, see `charlm.inference.experts`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

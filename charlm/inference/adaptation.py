@@ -91,10 +91,10 @@ class Learner:
             for ids, targets, counts in parts:
                 with torch.set_grad_enabled(learns), full_fp32_matmul(self.device):
                     logits = self._logits(ids, targets.shape[1], layers, autocast_dtype)
-                    loss = F.cross_entropy(logits[-1][counts], targets[counts], reduction="sum")
-                    if not loss.isfinite():
-                        raise UserError(f"adapt={dict(self.adapt or {})}: diverged; take lower rates", "adapt.rate")
                     if learns:
+                        loss = F.cross_entropy(logits[-1][counts], targets[counts], reduction="sum")
+                        if not loss.isfinite():
+                            raise self.diverged()
                         (loss / counts_SQ.sum()).backward()
                 before += [logits.detach()] * (step == 0)
             for optimizer in self.optimizers:
@@ -103,6 +103,10 @@ class Learner:
             for parameter, trained in self.moved if learns and self.adapt.decay else ():
                 parameter.data.lerp_(trained.data, self.adapt.decay)
         return torch.cat(before, dim=1)
+
+    def diverged(self) -> UserError:
+        """The error for weights that have left what numbers can say."""
+        return UserError(f"adapt={dict(self.adapt)}: diverged; take lower rates", "adapt.rate")
 
     def _logits(self, ids_ST: Tensor, num_last: int, layers: list[int], dtype: torch.dtype | None) -> Tensor:
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
@@ -138,7 +142,7 @@ def read_streams(
     yield starts_S1, np.full((streams, 1), True), torch.zeros(num_layers, streams, 1, V, device=learner.device)
     for start, first in zip(windows.starts, windows.first_scored, strict=True):
         places = start + np.arange(windows.length + 1)
-        # What a shorter stream lacks at its end does not count.
+        # The end of a shorter stream is filled up, and does not count.
         window_SW = torch.from_numpy(ids[np.minimum(starts_S1 + places, len(ids) - 1)].astype(np.int64))
         counts_SQ = places[first + 1 :] < lengths_S1
         parts = window_SW[:, :-1], window_SW[:, first + 1 :], torch.from_numpy(counts_SQ)
@@ -206,5 +210,5 @@ def adapted(
     last = ids[-trained.config.model.context_length - 1 :]
     how = {"stride": stride, "layers": [trained.config.model.num_layers]}
     if not np.isfinite(measure_text(learner.transformer, learner.heads, last, **how)).all():
-        raise UserError(f"adapt={dict(learner.adapt)}: diverged; take lower rates", "adapt.rate")
+        raise learner.diverged()
     return replace(trained, checkpoint=f"{trained.checkpoint}, adapted", scores=(), **learner.modules)

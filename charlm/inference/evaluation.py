@@ -79,7 +79,7 @@ class Score:
     adapt: dict[str, Any] | None = None
     """How the model learned from the text, if the score is adaptive: `AdaptConfig`."""
     experts: tuple[str, ...] | None = None
-    """What the network is mixed with."""
+    """Experts that the network is mixed with."""
     experts_from: str | None = None
     """The split that they have counted before."""
     network: float | None = None

@@ -56,7 +56,7 @@ class State(NamedTuple):
     """-1: without an opinion."""
     features_KEV: np.ndarray
     means_KE: np.ndarray
-    """Of the features, under the mixture."""
+    """Means of the features under the mixture."""
 
 
 class Experts:

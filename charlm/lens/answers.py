@@ -1,4 +1,4 @@
-"""What a page asks, and the JSON that it gets."""
+"""Requests of a page, and their answers in JSON."""
 
 import math
 from codecs import getincrementaldecoder
@@ -92,7 +92,7 @@ def reading_json(reading: Reading, offset: int = 1, since: int = 0) -> Json:
 
 
 def grid_json(reading: Reading, offset: int, since: int = 0) -> Json:
-    """What layers expected at the places from `since` on, and which one decided."""
+    """The symbols that layers expected at the places from `since` on, and the layer that decided."""
     grid = reading.grid(offset).items()
     cells = {layer: {name: values[since:] for name, values in own._asdict().items()} for layer, own in grid}
     return {"grid": cells, "decided": reading.decided(offset)[since:]}

@@ -1,4 +1,4 @@
-"""What each layer of a model expects along a text, and what each symbol costs.
+"""A model along a text: the symbols that each layer expects, and the cost of each symbol.
 
 Shapes: N symbols of a text, M new ones, T of a window, P pairs of layer and offset, K offsets, D d_model, H heads,
 C head size, F d_ff, V vocabulary.

@@ -42,7 +42,7 @@ class Reading:
     """Log-probabilities of the symbol after the text, float64 [V]; None if reading was cancelled."""
 
     def grid(self, offset: int = 1) -> dict[int, Expected]:
-        """What each layer with such a head expected for each place, `offset` symbols before it.
+        """The symbol that each layer with such a head expected for each place, `offset` symbols before it.
 
         Raises UserError if no layer has one.
         """

@@ -10,6 +10,7 @@ from charlm.config import Config, UserError
 from charlm.data.corpus import Corpus, prepared_corpus
 from charlm.lens.lens import Lens
 from charlm.objective.terms import build_terms
+from charlm.report.explain import stops_at_step
 from charlm.report.metrics import short_names
 from charlm.report.page.tables import differences
 from charlm.runs.checkpoints import checkpoint_folders
@@ -85,7 +86,7 @@ class Runs:
             "checkpoints": [{"name": str(step), "step": step} for step in steps],
             "stride": lens.stride,
             "heads": lens.heads.pairs,
-            "silent": silent(run, self.configs[place]),
+            "silent": silent(self.configs[place]) if checkpoint_folders(run) else {},
             "ngrams": sorted(lens.config.ngrams),
             "vocabulary": {"size": len(symbols), "names": list(map(visible, symbols)), "texts": texts},
             "can_draft": lens.draft is not None,
@@ -94,14 +95,9 @@ class Runs:
         }
 
 
-def silent(run: Run, config: Config) -> dict[str, int]:
-    """The step from which each head was not trained any more, by "layer/offset"; others are left out."""
-    progress, step = max(((row.get("progress", 0.0), row["step"]) for row in run.metrics()), default=(0.0, 0))
-    if not progress:
-        return {}
-    steps, stops = round(step / progress), {}  # the config does not say how many fit into train.time
-    for term in build_terms(config.aux, config.model.num_layers, steps):
-        stop = 1.0 if term.weight.stops_at is None else term.weight.stops_at
-        head = f"{term.layer}/{term.offset}"
-        stops[head] = max(stop, stops.get(head, 0.0))
-    return {head: round(stop * steps) for head, stop in stops.items() if stop < 1}
+def silent(config: Config) -> dict[str, int]:
+    """The step from which each head is not trained any more, by "layer/offset"; others are left out."""
+    stops: dict[str, list[int | None]] = {}
+    for term in build_terms(config.aux, config.model.num_layers, config.train.planned):
+        stops.setdefault(f"{term.layer}/{term.offset}", []).append(stops_at_step(term.weight, config.train))
+    return {head: max(steps) for head, steps in stops.items() if None not in steps}

@@ -9,18 +9,9 @@ pytest.importorskip("onnxruntime", reason="not installed, see requirements-hf.tx
 import onnxruntime
 
 import charlm
-from exporting import logits, some_ids
+from exporting import SIX, logits, some_ids
 from tiny import refused
 
-NGRAMS = {"ngrams": (2, 4), "ngram_buckets": 11, "ngram_width": 3}
-SIX = {
-    "the paper's": {"norm": "post"},
-    "rotary": {"position_encoding": "rotary", "vocabulary": "characters", "head": "shared"},
-    "n-grams": {**NGRAMS, "position_encoding": "input", "vocabulary": "sentencepiece"},
-    "rotary n-grams": {**NGRAMS, "position_encoding": "rotary", "norm": "post", "activation": "gelu"},
-    "a tower": {"vocabulary": "sentencepiece", "head": "tower", "activation": "relu_squared"},
-    "n-grams of characters": {**NGRAMS, "vocabulary": "characters", "norm": "post"},
-}
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 

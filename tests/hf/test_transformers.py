@@ -17,18 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 import charlm
 from charlm.config import UserError
 from charlm.hf import CharlmConfig, CharlmForCausalLM, CharlmTokenizer, model
-from exporting import TEXT, logits, some_ids
+from exporting import NGRAMS, SIX, TEXT, logits, some_ids
 
-NGRAMS = {"ngrams": (2, 4), "ngram_buckets": 11, "ngram_width": 3}
-SIX = {
-    "the paper's": {"norm": "post"},
-    "rotary": {"position_encoding": "rotary", "vocabulary": "characters", "head": "shared"},
-    "n-grams": {**NGRAMS, "position_encoding": "input", "vocabulary": "sentencepiece"},
-    "rotary n-grams": {**NGRAMS, "position_encoding": "rotary", "norm": "post", "activation": "gelu"},
-    "a tower": {"vocabulary": "sentencepiece", "head": "tower", "activation": "relu_squared"},
-    "n-grams of characters": {**NGRAMS, "vocabulary": "characters", "norm": "post"},
-}
-"""Positions, norm, n-grams, vocabulary and kind of head."""
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

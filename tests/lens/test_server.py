@@ -94,7 +94,7 @@ def test_the_page_says_what_the_runs_are(client, folders):
     assert first["heads"] == [[1, 1], [1, 2], [2, 1], [2, 2]]
     assert (first["context_length"], first["num_heads"], first["d_ff"], first["ngrams"]) == (16, 2, 16, [2, 3])
     assert first["checkpoint"] == "20" and [own["step"] for own in first["checkpoints"]] == [0, 20, 40]
-    assert first["silent"] == {"1/1": 10, "1/2": 10} and second["silent"] == {"1/1": 7, "1/2": 7, "2/1": 13, "2/2": 13}
+    assert first["silent"] == {"1/1": 10, "1/2": 10} and second["silent"] == {"1/1": 7, "1/2": 7, "2/1": 14, "2/2": 14}
     assert facts["differs"] == [["model.num_layers", "2", "3"]]
     assert first["vocabulary"]["names"][10] == "↵" and first["vocabulary"]["texts"][0xC3] is None
     assert first["can_draft"] and first["corpus"]
