@@ -63,7 +63,8 @@ class StopRequests:
             # nohup ignores the end of the terminal
             if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, self._on_signal)
-        threading.Thread(target=_exit_at_the_second, args=(watched,), daemon=True).start()
+        self._watching = threading.Thread(target=_exit_at_the_second, args=(watched,), daemon=True)
+        self._watching.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,6 +74,7 @@ class StopRequests:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._told_before)
             self._told.close()
+            self._watching.join(SAME_REQUEST)  # so that its message is not among later ones
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:

@@ -139,7 +139,7 @@ def test_blockwise_attention_equals_the_fused_kernel(head_size, length, dtype, t
         results.append([mixed_BHTC, *torch.autograd.grad(mixed_BHTC, inputs, grad_BHTC.to(precision))])
     for value, expected in zip(*results, strict=True):
         assert value.dtype == dtype
-        assert (value.double() - expected).norm() <= tolerance * expected.norm()
+        assert (value.double() - expected).norm() <= tolerance * expected.norm() + 1e-14  # of one key: zero
 
 
 @pytest.mark.parametrize("function", [ReluSquared.apply, turned_by_a_rotation], ids=["relu_squared", "rotation"])

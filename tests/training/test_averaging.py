@@ -18,6 +18,7 @@ FLAGS = [
     *TINY,
     *typed(f"--train.steps={STEPS} --train.valid_every=1 --train.keep_checkpoints=100 --train.learning_rate=0.01"),
     *typed("--model.ngrams=[2] --model.ngram_buckets=64"),
+    "--train.matmul_precision=highest",  # its validations score as `evaluate` does
 ]
 
 

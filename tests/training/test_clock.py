@@ -94,7 +94,11 @@ def test_the_steps_that_fit(short, long, pretended, tmp_path, text_corpus_flags,
 
 def test_a_timed_run_is_reproduced_from_its_config(pretended, tmp_path, text_corpus_flags):
     """Guards against a trial that leaves a trace, in parameters, noise, files or trackers."""
-    flags = [*FLAGS, *text_corpus_flags, *typed("--model.ngrams=[2] --train.optimizer=muon --aux.hedge.enabled=true")]
+    flags = [
+        *FLAGS,
+        *text_corpus_flags,
+        *typed("--model.ngrams=[2] --model.ngram_buckets=64 --train.optimizer=muon --aux.hedge.enabled=true"),
+    ]
     run = pretended.train(*flags, f"--run.dir={tmp_path / 'run'}")
     again = charlm.train(charlm.load_config(run / "config.yaml", {"run.dir": tmp_path / "again"}))
     assert_ended_like(again, run)

@@ -21,7 +21,11 @@ from launched import TORCHRUN, launch
 from tiny import SCRIPTS, TINY, assert_ended_like, history, train, typed
 
 STEPS = 12
-FLAGS = [*TINY, *typed(f"--train.steps={STEPS} --train.batch_size=6 --train.log_every=1 --train.valid_every=3")]
+FLAGS = [
+    *TINY,
+    *typed(f"--train.steps={STEPS} --train.batch_size=6 --train.log_every=1 --train.valid_every=3"),
+    "--train.matmul_precision=highest",  # its validations score as `evaluate` does
+]
 GROWING = typed("--train.context_divisor=4 --train.full_context_from=0.5")
 
 

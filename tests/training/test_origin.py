@@ -118,7 +118,13 @@ def origin_flags(kind: str, place: Path, corpus: list[str]) -> list[str]:
     """Flags of a run that begins with a model, or branches off at step 8; both have 12 steps."""
     if kind == "branch":
         return [f"--run.branch_from={place}", "--run.branch_step=8", "--run.report=false"]
-    return [*SHORT, *corpus, f"--run.init_from={place}", "--model.residual_dropout=0.1", "--model.ngrams=[2]"]
+    return [
+        *SHORT,
+        *corpus,
+        f"--run.init_from={place}",
+        "--model.residual_dropout=0.1",
+        *typed("--model.ngrams=[2] --model.ngram_buckets=64"),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["model", "branch"])

@@ -30,6 +30,7 @@ FLAGS = [
     *TINY,
     *typed(f"--model.num_layers=3 --train.steps={STEPS} --train.batch_size=6 --train.warmup=4"),
     *typed("--train.lr_schedule=cosine --train.log_every=1 --train.valid_every=1 --train.keep_checkpoints=100"),
+    "--model.ngram_buckets=64",  # every run keeps 24 checkpoints
 ]
 DROPOUT = typed("--model.attention_dropout=0.1 --model.activation_dropout=0.2 --model.residual_dropout=0.1")
 CHECKPOINTING = ["--train.activation_checkpointing=true"]
@@ -41,7 +42,7 @@ SETTINGS = {
     "bf16-checkpointed": [*BF16, *DROPOUT, *CHECKPOINTING, "--train.micro_batch_size=4"],
     "sgd": [*DROPOUT, *CHECKPOINTING, "--train.optimizer=sgd", "--train.micro_batch_size=4"],
     "muon": [*BF16, "--train.optimizer=muon", "--train.clip_norm=1"],
-    "ngrams": [*MANY, "--model.ngrams=[2,3]", "--model.ngram_buckets=64", "--train.mixed_precision=no"],
+    "ngrams": [*MANY, "--model.ngrams=[2,3]", "--train.mixed_precision=no"],
     "growing": typed("--train.context_divisor=2 --train.full_context_from=0.5 --train.micro_batch_size=2"),
     "wsd": typed("--train.lr_schedule=wsd --train.decay_steps=0.4 --train.final_lr=0.1"),
     "epochs": typed("--data.order=epochs --train.context_divisor=4 --train.full_context_from=0.4"),
