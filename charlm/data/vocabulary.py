@@ -69,6 +69,10 @@ class Vocabulary(ABC):
         """A mask of the ids whose symbols start a character."""
         return self._starts_V[ids]
 
+    def characters(self, ids: np.ndarray) -> np.ndarray:
+        """Where the characters of some ids begin; what is left of one at the start counts as one."""
+        return np.flatnonzero(self.starts(ids) | (np.arange(len(ids)) == 0))
+
     @cached_property
     def _ids_of_code_points(self) -> np.ndarray:
         characters = b"".join(self.symbols[self.first_character :])

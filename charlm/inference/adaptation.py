@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from charlm.config import UserError
 from charlm.config.adapt import AdaptConfig
-from charlm.data.vocabulary import EncodingError
 from charlm.data.windows import default_stride, evaluation_windows
 from charlm.hardware import in_float64
 from charlm.inference.scoring import Measure, measure_text, measured, nats, progress_bar
@@ -197,10 +196,7 @@ def adapted(
 
     Raises UserError for options that do not fit, and a text that is empty or that the vocabulary cannot spell.
     """
-    try:
-        ids = trained.vocabulary.encode(text)
-    except EncodingError as error:
-        raise UserError(f"adapt: {error}; use what the vocabulary has", "adapt") from error
+    ids = trained.ids(text, "adapt")
     if not len(ids):
         raise UserError("adapt: the text is empty; give one to learn from", "adapt")
     learner = Learner(trained.transformer, trained.heads, AdaptConfig.read(dict(adapt or {})))

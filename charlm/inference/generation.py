@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 
 from charlm.config import UserError
 from charlm.config.types import Count, Index, NonNegative
-from charlm.data.vocabulary import EncodingError
 from charlm.data.windows import default_stride
 from charlm.inference.early_exit import ExitReader
 from charlm.inference.sampling import Sampling
@@ -152,12 +151,7 @@ def _decode(trained: TrainedModel, prompt: list[int], steps: Iterable[list[int]]
 
 
 def _encode(trained: TrainedModel, prompt: str | bytes) -> list[int]:
-    try:
-        if isinstance(prompt, str):
-            prompt = prompt.encode("utf-8", "surrogateescape")
-        ids = trained.vocabulary.encode(prompt).tolist()
-    except (EncodingError, UnicodeEncodeError) as error:
-        raise UserError(f"prompt: {error}; use what the vocabulary has", "prompt") from error
+    ids = trained.ids(prompt, "prompt").tolist()
     most = trained.config.model.context_length
     if not 1 <= len(ids) <= most:
         raise UserError(f"prompt: has {len(ids)} symbols; give 1 to {most}", "prompt")

@@ -16,7 +16,7 @@ from charlm.objective.count import RouteCost, inference_flops, num_parameters, r
 from charlm.objective.objective import Objective
 from charlm.objective.routes import check_route
 from charlm.objective.schedules import Schedule
-from charlm.objective.terms import Term
+from charlm.objective.terms import Term, build_terms
 from charlm.text import counted
 
 PROGRESSES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -112,6 +112,14 @@ def stops_at_step(weight: Schedule, train: TrainConfig) -> int | None:
         return None
     step = bisect_left(range(train.steps), weight.stops_at, key=train.progress)
     return step if step < train.steps else None
+
+
+def silent_from(config: Config) -> dict[str, int]:
+    """The step from which each head is not trained any more, by "layer/offset"; others are left out."""
+    stops: dict[str, list[int | None]] = {}
+    for term in build_terms(config.aux, config.model.num_layers, config.train.planned):
+        stops.setdefault(f"{term.layer}/{term.offset}", []).append(stops_at_step(term.weight, config.train))
+    return {head: max(steps) for head, steps in stops.items() if None not in steps}
 
 
 def _term_to_dict(term: Term, train: TrainConfig) -> dict:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from charlm.config import AuxConfig, Config, LayersConfig, ModelConfig, UserError
 from charlm.config.errors import first_line
 from charlm.config.load import to_yaml
-from charlm.data.vocabulary import Vocabulary
+from charlm.data.vocabulary import EncodingError, Vocabulary
 from charlm.model.heads import Heads
 from charlm.model.transformer import CharTransformer, NgramEmbedding
 from charlm.runs.tensors import check_tensors
@@ -51,6 +51,16 @@ class TrainedModel:
     def modules(self) -> nn.ModuleDict:
         """Transformer and heads as one module, with the parameter names of a checkpoint."""
         return nn.ModuleDict({"transformer": self.transformer, "heads": self.heads})
+
+    def ids(self, text: str | bytes, option: str) -> np.ndarray:
+        """The ids of a text; UserError that names `option` if the vocabulary cannot spell it.
+
+        Stray bytes in a str are lone surrogates, as in Python's "surrogateescape".
+        """
+        try:
+            return self.vocabulary.encode(text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text)
+        except (EncodingError, UnicodeEncodeError) as error:
+            raise UserError(f"{option}: {error}; use what the vocabulary has", option) from error
 
     def _repr_html_(self) -> str:
         model, size = self.config.model, sum(own.numel() for own in self.modules.parameters())

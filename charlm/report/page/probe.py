@@ -185,10 +185,8 @@ def pieces_of(
     symbols_NK: np.ndarray,
 ) -> list[Piece]:
     """A piece for each symbol that begins a character, with those that continue it."""
-    count = vocabulary.count_characters
-    begins = [place for place in range(1, len(ids_N)) if count(ids_N[[place]])]
     pieces = []
-    for first, end in pairwise(sorted({0, *begins, len(ids_N)})):
+    for first, end in pairwise([*vocabulary.characters(ids_N).tolist(), len(ids_N)]):
         candidates = [visible(vocabulary.decode(symbol)) for symbol in symbols_NK[first][:, None]]
         probabilities = probabilities_NK[first].round(6).tolist()
         likeliest = list(zip(candidates, probabilities, strict=True))

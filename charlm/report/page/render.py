@@ -71,28 +71,37 @@ def render(runs: Sequence[Metrics], probes: Sequence[Probe | None]) -> str:
         ("layers", "Bits per character by layer", figures.bits_against, layers, "layer"),
         ("positions", "Bits per character by context", figures.bits_against, positions, context),
     ]
+    return (
+        templates(Path(__file__).parent)
+        .get_template("page.html")
+        .render(
+            title=" · ".join(run.name for run in runs),
+            runs=list(map(_section, range(len(runs)), runs, probes, tables.results(runs, probes))),
+            **{name: picture(name, label, partial(draw, *data)) for name, label, draw, *data in drawn},
+            mismatch=tables.mismatch(runs),
+            one_vocabulary=len(set(map(tables.vocabulary, runs))) == 1,
+            differences=tables.differences(configs if len(runs) > 1 else [Config(), *configs]),
+            light=palette(dark=False),
+            dark=palette(dark=True),
+            layer_steps=LAYER_STEPS,
+            levels=LEVELS,
+            likeliest=LIKELIEST,
+            temperature=TEMPERATURE,
+        )
+    )
+
+
+def templates(*folders: Path) -> Environment:
+    """The templates of a page, in which no text becomes markup."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folders),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["shown"] = partial(visible, kept="\n")
-    return environment.get_template("page.html").render(
-        title=" · ".join(run.name for run in runs),
-        runs=list(map(_section, range(len(runs)), runs, probes, tables.results(runs, probes))),
-        **{name: picture(name, label, partial(draw, *data)) for name, label, draw, *data in drawn},
-        mismatch=tables.mismatch(runs),
-        one_vocabulary=len(set(map(tables.vocabulary, runs))) == 1,
-        differences=tables.differences(configs if len(runs) > 1 else [Config(), *configs]),
-        light=palette(dark=False),
-        dark=palette(dark=True),
-        layer_steps=LAYER_STEPS,
-        levels=LEVELS,
-        likeliest=LIKELIEST,
-        temperature=TEMPERATURE,
-    )
+    return environment
 
 
 def picture(name: str, label: str, draw: Callable[[Style], Any]) -> dict[str, str] | None:
