@@ -1,29 +1,22 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Open a page that shows what each layer of a run knows, as you type: python scripts/lens.py RUN
+"""Open a page that shows what each layer of a run expects: python scripts/lens.py RUN"""
 
-Two runs are shown side by side. With --to page.html --text FILE, one text is written as a page that needs no server.
-"""
-
-import os
-import platform
 import sys
-import webbrowser
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without being installed
 
 from charlm import cli  # first: it answers Ctrl-C
 
 # isort: split
-from pydantic import Field, model_validator
+from pydantic import Field
 
 import charlm
 from charlm.config import Section
 from charlm.files import OutputPath, write_whole
-from charlm.text import INSTALLED, say
+from charlm.text import INSTALLED
 
 
 class Options(Section):
@@ -42,18 +35,13 @@ class Options(Section):
     device: Literal["cpu", "cuda"] | None = None
     """Where the model computes. The default is a GPU if there is one."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for given, missing in (("to", "text"), ("text", "to")):
-            if getattr(self, given) is not None and getattr(self, missing) is None:
-                raise self.mistake(given, f"requires --{missing}")
-        if self.to and len(self.runs) > 1:
-            raise self.mistake("to", "shows one run; leave the other out", "runs")
-        return self
-
 
 def main() -> None:
     options = cli.parse(Options)
+    if (options.to is None) != (options.text is None):
+        raise charlm.UserError(f"to={options.to}, text={options.text}: one requires the other; give both")
+    if options.to and len(options.runs) > 1:
+        raise charlm.UserError(f"to={options.to}: a page without a server shows one run; leave the other out")
     if options.to is None and not (find_spec("starlette") and find_spec("uvicorn")):
         way_out = "pip install 'charlm[lens]'" if INSTALLED else "pip install -r requirements.txt"
         raise charlm.UserError(f"the page's server needs starlette and uvicorn: {way_out}; or write a page with --to")
@@ -70,22 +58,12 @@ def main() -> None:
     if options.to is None:
         from charlm.lens.server import serve
 
-        serve(Runs(options.runs, options.device), options.port, partial(announce, options))
-        return
+        serve(Runs(options.runs, options.device), options.port, options.open)
     with open_regular(options.text) as file:
-        text = file.read(MAX_TEXT + 1).decode("utf-8", "surrogateescape")
+        text = file.read(4 * MAX_TEXT + 1).decode("utf-8", "surrogateescape")  # of at most 4 bytes each
     runs = Runs(options.runs, options.device)
     check_outside(runs.configs[0].data, "to", options.to)
     write_whole(options.to, render(runs.facts(live=False), whole(runs.lens(), text)))
-
-
-def announce(options: Options, address: str, port: int) -> None:
-    """Say where the page is, and open it."""
-    say(f"The page is at {address}\nCtrl-C ends it.", flush=True)
-    if "SSH_CONNECTION" in os.environ:
-        say(f"On your own machine, first: ssh -N -L {port}:127.0.0.1:{port} {platform.node()}", flush=True)
-    elif options.open:
-        webbrowser.open(address)
 
 
 if __name__ == "__main__":

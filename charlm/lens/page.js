@@ -3,7 +3,7 @@ const $ = (id) => document.getElementById(id);
 const facts = JSON.parse($("facts").textContent);
 const given = $("reading") && JSON.parse($("reading").textContent);
 const token = new URLSearchParams(location.search).get("token");
-const [CELL, ROW, HEAD, BARS, LEVELS] = [24, 26, 46, 12, 8];
+const [CELL, ROW, HEAD, BARS, LEVELS, LONGEST] = [24, 26, 46, 12, 8, 20_000]; // the last: branches in the address
 const [SANS, MONO] = ["system-ui, 'DejaVu Sans', sans-serif", "ui-monospace, 'DejaVu Sans Mono', monospace"];
 const narrow = matchMedia("(max-width: 760px)");
 const text = $("text"), grid = $("grid"), phase = document.documentElement.dataset;
@@ -13,7 +13,7 @@ const DEFAULTS = {
   run: 0, checkpoint0: "", checkpoint1: "", text: "", start: -1, length: 2000,
   offset: 1, layer: 0, place: -1, pin: -1, all: false,
   colour: "bits", alayer: 1, head: 0, ulayer: 1, unit: 0,
-  t: 1, k: 0, n: 200, seed: 0, drafts: false,
+  t: 1, k: 0, n: 200, seed: 0, drafts: false, tree: "", branch: 0,
 };
 const state = { ...DEFAULTS };
 const empty = () => ({ read: "", known: 0, symbols: [], pieces: [], from: [], bits: [], decided: [], grid: {} });
@@ -35,6 +35,7 @@ const end = (symbol) => now.from[symbol] + now.pieces[symbol].length;
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const percent = (p) => (Number.isFinite(p) ? `${(100 * p).toFixed(1)} %` : "");
 const counted = (number) => Number(number).toLocaleString("en");
+const sum = (values) => values.reduce((a, b) => a + b, 0);
 
 function make(tag, properties, ...inside) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -64,12 +65,13 @@ function bar(...shares) {
 
 // The address.
 function address() {
-  const chosen = { ...state, text: state.start >= 0 || !facts.live ? "" : text.value };
+  const [own, branches] = [state.start >= 0 || !facts.live ? "" : text.value, tree.length > 1 ? packed() : ""];
+  const chosen = { ...state, text: own, tree: branches.length <= LONGEST ? branches : "", branch: current };
   const changed = Object.entries(chosen).filter(([key, value]) => value !== DEFAULTS[key]);
   history.replaceState(null, "", `#${new URLSearchParams(changed)}`);
 }
 
-async function restore() {
+function restore() {
   const wanted = new URLSearchParams(location.hash.slice(1));
   for (const [key, usual] of Object.entries(DEFAULTS)) {
     const value = wanted.get(key) ?? String(usual), number = key === "t" ? Number(value) : Math.trunc(Number(value));
@@ -80,7 +82,7 @@ async function restore() {
   if (!offsets().includes(state.offset)) state.offset = offsets()[0];
   if (!COLOURS[state.colour]?.offered()) state.colour = "bits";
   controls();
-  if (facts.live && state.start >= 0) await stretch();
+  if (facts.live && state.start >= 0) stretch().catch(trouble);
   else begin(state.text);
 }
 
@@ -92,11 +94,6 @@ async function ask(name, body) {
   const { signal } = (flight = new AbortController());
   const headers = { "Content-Type": "application/json", "X-Token": token };
   const answer = await fetch(name, { method: "POST", headers, signal, body: JSON.stringify(body) });
-  if (answer.status === 409) { // overtaken by a request that was given up, or by another page
-    await new Promise((go) => setTimeout(go, 100));
-    signal.throwIfAborted();
-    return ask(name, body);
-  }
   if (!answer.ok) throw new Error((await answer.json()).error);
   return answer;
 }
@@ -118,10 +115,13 @@ const QUESTIONS = {
   attention: () => looksAt("attention") && { ...base(), layer: state.alayer, head: state.head, place: seen() },
   unit: () => looksAt("unit") && { ...base(), layer: state.ulayer, unit: state.unit },
   ngrams: () => model().ngrams.length > 0 && place() < size() && { ...base(), place: place() },
+  adapted: () => looksAt("adapted") && base(),
   compare: () => two() && size() > 0 && { text: text.value, checkpoints: [checkpoint(0), checkpoint(1)] },
 };
 
-async function update() {
+const update = () => renew().catch(trouble);
+
+async function renew() {
   const mine = ++turn;
   flight.abort();
   generating(false);
@@ -129,46 +129,48 @@ async function update() {
   writing = setTimeout(address, 250);
   branches();
   phase.state = "reading";
-  if (!facts.live) return fromPage();
-  try {
-    await readOn(mine);
-    for (const [name, question] of Object.entries(QUESTIONS)) {
-      const body = question() || null, key = JSON.stringify(body);
-      if (mine !== turn) return;
-      if (asked[name] === key) continue;
-      const answer = body && (await (await ask(name, body)).json());
-      if (mine !== turn) return;
-      [answers[name], asked[name]] = [name === "compare" && answer ? perSymbol(answer) : answer, key];
-    }
-    $("problem").hidden = true;
-    show();
-    await new Promise(requestAnimationFrame);
-    if (mine === turn) phase.state = "done";
-  } catch (error) {
-    trouble(error);
+  if (facts.live) await readOn(mine);
+  else fromPage();
+  for (const [name, question] of facts.live ? Object.entries(QUESTIONS) : []) {
+    const body = question() || null, key = JSON.stringify(body);
+    if (mine !== turn) return;
+    if (asked[name] === key) continue;
+    const answer = body && (await (await ask(name, body)).json());
+    if (mine !== turn) return;
+    [answers[name], asked[name]] = [answer?.pieces ? perSymbol(answer) : answer, key];
   }
+  $("problem").hidden = true;
+  show();
+  await new Promise(requestAnimationFrame);
+  if (mine === turn) phase.state = "done";
 }
 
-// Reads only what follows the beginning that the text shares with the one read before; a long one in several answers.
+// Reads only what follows the beginning that the text shares with the one read before: at once what is near, then more.
 async function readOn(mine) {
   const { text: whole, ...which } = base(), what = JSON.stringify([which, state.offset]);
   if (now.what !== what) now = { ...empty(), what };
   else if (now.read === whole && now.total) return;
-  let common = 0;
-  while (common < whole.length && now.read[common] === whole[common]) common += 1;
-  const changed = now.symbols.findIndex((_, symbol) => end(symbol) > common);
+  const same = common(whole, now.read), changed = now.symbols.findIndex((_, symbol) => end(symbol) > same);
   cut(Math.min(changed < 0 ? size() : changed, now.known));
   asked = {};
-  do {
-    const answer = await (await ask("read", { ...base(), offset: state.offset, since: size() })).json();
+  for (let most = 256, of = Infinity; size() < of; most = 4096) {
+    const answer = await (await ask("read", { ...base(), offset: state.offset, since: size(), most })).json();
     if (mine !== turn) return;
     append(answer);
-    Object.assign(now, { total: answer.total, of: answer.of, known: size() });
-    now.read = whole.slice(0, size() ? end(size() - 1) : 0);
+    [of, now.known, now.read] = [answer.of, size(), whole.slice(0, size() ? end(size() - 1) : 0)];
+    if (size() === of || !now.total) now.total = answer.total;
     const last = state.offset === 1 && answer.next && now.grid[model().num_layers];
     if (last) for (const key in last) last[key].push(answer.next[key]); // what is expected after the text
-    show();
-  } while (size() < now.of);
+    if (size() < of) [showText(), showGrid()];
+    else show();
+  }
+}
+
+// How many code units two texts begin with alike.
+function common(one, other) {
+  let same = 0;
+  while (same < one.length && one[same] === other[same]) same += 1;
+  return same;
 }
 
 function cut(count) {
@@ -201,8 +203,6 @@ function fromPage() {
   const known = state.offset === 1 && layer() === headed()[0] && given.likeliest, row = now.grid[layer()], at = place();
   answers.distribution = known ? { symbols: known.symbols[at] ?? [], probabilities: known.probabilities[at] ?? [] }
     : row && { symbols: row.symbol.slice(at, at + 1), probabilities: row.probability.slice(at, at + 1) };
-  show();
-  requestAnimationFrame(() => (phase.state = "done"));
 }
 
 // Colours of the text: a value per symbol, of which `most` has the deepest shade.
@@ -216,7 +216,8 @@ function perSymbol({ pieces, bits }) {
   });
   const first = (symbol) => now.pieces[symbol] !== "" || symbol === 0;
   const own = bits.map((_, run) => now.from.map((from, symbol) => (first(symbol) ? costs.get(from)?.[run] ?? 0 : 0)));
-  return { bits: own, characters: costs.size, gap: own[0].map((cost, symbol) => own[1][symbol] - cost) };
+  const sums = own.map(sum), means = sums.map((one) => (one / Math.max(1, costs.size)).toFixed(4));
+  return { bits: own, sums, means, gap: own[0].map((cost, symbol) => own[1][symbol] - cost) };
 }
 
 const asBits = (value) => `${value.toFixed(2)} bits`, asIs = (value) => value.toPrecision(3);
@@ -227,6 +228,7 @@ const COLOURS = {
   bits: { title: "bits it cost", offered: () => true, values: () => now.bits, most: 8, words: asBits },
   attention: { title: "attention", offered: live, values: () => answers.attention?.weights, words: percent },
   unit: { title: "a unit's activation", offered: live, values: () => answers.unit?.values, words: asIs },
+  adapted: { title: "change by learning", offered: live, values: () => answers.adapted?.gap, most: 4, words: asChange },
   difference: { title: "the runs' gap", offered: two, values: () => answers.compare?.gap, most: 4, words: asChange },
 };
 
@@ -239,7 +241,6 @@ function shading() {
 }
 
 // The text box: the mirror behind it has the same lines, and colours for the part that is in view.
-const marks = new Map();
 let drafts = [];
 
 function replaceText(value) {
@@ -274,7 +275,7 @@ const symbolAt = (offset) => search(size(), (symbol) => end(symbol) <= offset);
 
 function paint(shade = shading()) {
   mirror();
-  marks.forEach((mark) => mark.clear());
+  CSS.highlights.forEach((mark) => mark.clear());
   const view = $("box").getBoundingClientRect(), count = text.value.length;
   const below = (y) => symbolAt(search(count, (offset) => bottom(offset) < y)), last = below(view.bottom + 40);
   for (let symbol = below(view.top), next; symbol <= last && symbol < size(); symbol = next) {
@@ -289,9 +290,8 @@ function paint(shade = shading()) {
 
 function mark(kind, from, to) {
   const { startContainer, startOffset, endContainer, endOffset } = spanOf(from, to);
-  if (!marks.has(kind)) marks.set(kind, new Highlight());
-  CSS.highlights.set(kind, marks.get(kind));
-  marks.get(kind).add(new StaticRange({ startContainer, startOffset, endContainer, endOffset }));
+  if (!CSS.highlights.has(kind)) CSS.highlights.set(kind, new Highlight());
+  CSS.highlights.get(kind).add(new StaticRange({ startContainer, startOffset, endContainer, endOffset }));
 }
 
 function frame() {
@@ -299,9 +299,8 @@ function frame() {
   const box = at < size() && spanOf(now.from[at], now.from[at] + (now.pieces[at].length || 1)).getClientRects()[0];
   here.hidden = !box;
   if (!box) return;
-  const [left, top] = [box.left - paper.left - 2, box.top - paper.top - 2];
-  const sides = { left, top, width: Math.max(box.width, 6) + 4, height: box.height + 4 };
-  for (const [side, pixels] of Object.entries(sides)) here.style[side] = `${pixels}px`;
+  const sides = [box.left - paper.left - 2, box.top - paper.top - 2, Math.max(box.width, 6) + 4, box.height + 4];
+  [here.style.left, here.style.top, here.style.width, here.style.height] = sides.map((pixels) => `${pixels}px`);
 }
 
 // Figures on canvases.
@@ -428,12 +427,8 @@ function drawRunning() {
 // Each is done once a frame: what moves when the text or the grid is scrolled, and all that an answer changes.
 function atFrame(job) {
   let due = 0;
-  return () => {
-    due ||= requestAnimationFrame(() => {
-      due = 0;
-      job();
-    });
-  };
+  const draw = () => [(due = 0), job()];
+  return () => (due ||= requestAnimationFrame(draw));
 }
 
 const showText = atFrame(() => paint());
@@ -446,6 +441,8 @@ function sizes() {
   rows($("sizes"), [], ["charlm", "gzip", "xz"].map(row));
   $("total").textContent = !total.characters ? "No text yet."
     : `${counted(total.characters)} characters, ${total.bits_per_character.toFixed(4)} bits per character.`;
+  const [still, learning] = (looksAt("adapted") && answers.adapted?.means) || [];
+  if (still) $("total").textContent += ` With learning ${learning}, without ${still}.`;
 }
 
 function scale(shade = shading()) {
@@ -497,8 +494,8 @@ function notes() {
 function tempered(probabilities) {
   const weight = (p, rank) => (state.t > 0 ? (p / probabilities[0]) ** (1 / state.t) : Number(rank === 0));
   const weights = probabilities.map((p, rank) => (state.k === 0 || rank < state.k ? weight(p, rank) : 0));
-  const sum = weights.reduce((a, b) => a + b, 0);
-  return weights.map((one) => one / sum);
+  const whole = sum(weights);
+  return weights.map((one) => one / whole);
 }
 
 function distribution() {
@@ -530,11 +527,9 @@ function ngrams() {
 }
 
 function compared() {
-  const found = answers.compare?.bits ?? [];
-  rows($("compared"), found.length ? ["run", "bits per character", "bytes"] : [], found.map((own, run) => {
-    const sum = own.reduce((a, b) => a + b, 0), mean = (sum / answers.compare.characters).toFixed(4);
-    return [facts.runs[run].name, cell(mean), cell(counted(Math.ceil(sum / 8)))];
-  }));
+  const { means = [], sums } = answers.compare ?? {};
+  const row = (mean, run) => [facts.runs[run].name, cell(mean), cell(counted(Math.ceil(sums[run] / 8)))];
+  rows($("compared"), means.length ? ["run", "bits per character", "bytes"] : [], means.map(row));
 }
 
 const PARTS = [paint, drawGrid, drawRunning, sizes, scale, status, extremes, notes, distribution];
@@ -561,12 +556,8 @@ function setPin(symbol) {
   update();
 }
 
-function typed() {
-  [drafts, state.start] = [[], -1];
-  fromCaret();
-}
-
-function fromCaret() {
+function fromCaret({ type }) {
+  if (type === "input") [drafts, state.start] = [[], -1];
   mirror();
   [state.place, seek] = [text.selectionStart >= text.value.length ? -1 : symbolAt(text.selectionStart), true];
   update();
@@ -574,13 +565,9 @@ function fromCaret() {
 
 async function stretch() {
   phase.state = "reading";
-  try {
-    const found = await (await ask("corpus", { run: state.run, start: state.start, length: state.length })).json();
-    [$("start").max, state.start] = [found.of, found.start];
-    begin(found.text);
-  } catch (error) {
-    trouble(error);
-  }
+  const found = await (await ask("corpus", { run: state.run, start: state.start, length: state.length })).json();
+  [$("start").max, state.start] = [found.of, found.start];
+  begin(found.text);
 }
 
 // Branches: each text that was rewritten stays.
@@ -588,8 +575,28 @@ let tree = [], current = 0;
 
 function begin(value) {
   if (facts.live) replaceText(value);
-  [tree, current, drafts, seek] = [[{ parent: null, at: 0, label: "", text: text.value }], 0, [], true];
+  [tree, drafts, seek] = [unpacked(), [], true];
+  [current, state.tree, state.branch] = [clamp(state.branch, 0, tree.length - 1), "", 0];
   update();
+}
+
+// For the address: of each branch parent, place and label, and where its text begins to differ from the parent's.
+const packed = () => JSON.stringify(tree.map(({ parent, at, label, text: whole }) => {
+  const same = common(whole, tree[parent]?.text ?? "");
+  return [parent, at, label, same, whole.slice(same)];
+}));
+
+function unpacked() {
+  const found = [{ parent: null, at: 0, label: "", text: text.value }];
+  try {
+    JSON.parse(state.tree).forEach(([parent, at, label, same, rest], one) => {
+      const before = one ? found[parent].text.slice(0, same) : "";
+      found[one] = { parent: one ? parent : null, at, label: String(label), text: before + rest };
+    });
+  } catch { // none, or an address that somebody changed
+    found.length = 1;
+  }
+  return found;
 }
 
 function open(branch) {
@@ -691,11 +698,7 @@ function chooser({ name, checkpoints, checkpoint: first }, which) {
   const slider = make("input", { type: "range", min: 0, max, id: key, ariaLabel: `checkpoint of ${name}` });
   slider.value = at < 0 ? max : at;
   const tell = () => (slider.ariaValueText = output.textContent = `step ${counted(checkpoints[slider.value].step)}`);
-  slider.addEventListener("input", () => {
-    tell();
-    state[key] = known[slider.value];
-    update();
-  });
+  slider.addEventListener("input", () => [tell(), (state[key] = known[slider.value]), update()]);
   tell();
   return make("span", {}, make("label", { htmlFor: key }, two() ? name : "Checkpoint"), slider, output);
 }
@@ -727,9 +730,9 @@ function pressed({ clientX, clientY }) {
 fill($("run"), facts.runs.map(({ name }, one) => [one, name]));
 fill($("colour"), Object.entries(COLOURS).flatMap(([key, kind]) => (kind.offered() ? [[key, kind.title]] : [])));
 document.querySelectorAll("[data-key]").forEach((own) => own.addEventListener("input", () => changed(own)));
-text.addEventListener("input", typed);
+text.addEventListener("input", fromCaret);
 text.addEventListener("click", fromCaret);
-text.addEventListener("keyup", (event) => /^(Arrow|Home|End|Page)/.test(event.key) && fromCaret());
+text.addEventListener("keyup", (event) => /^(Arrow|Home|End|Page)/.test(event.key) && fromCaret(event));
 grid.addEventListener("keydown", move);
 grid.addEventListener("click", pressed);
 for (const [box, again] of [[grid, showGrid], [$("box"), showText]]) {
@@ -742,16 +745,12 @@ addEventListener("hashchange", restore);
 addEventListener("resize", show);
 $("open").addEventListener("click", () => {
   [state.start, state.length, state.place] = [Number($("start").value), Number($("length").value), -1];
-  stretch();
+  stretch().catch(trouble);
 });
 $("go").addEventListener("click", generate);
 $("stop").addEventListener("click", () => flight.abort());
 document.addEventListener("keydown", (event) => event.key === "Escape" && phase.state === "writing" && flight.abort());
 if (!facts.live) for (const one of document.querySelectorAll(".live")) one.remove();
-if (!facts.corpus) $("corpus")?.remove();
-if (facts.live) text.maxLength = facts.limits.text;
-text.readOnly = !facts.live;
-for (const one of document.querySelectorAll(".two")) one.hidden = facts.runs.length < 2;
 const difference = ([option, ...values]) => [option, ...values.map((value) => make("td", {}, String(value)))];
 rows($("differs"), ["option", ...facts.runs.map((run) => run.name)], facts.differs.map(difference));
 restore();

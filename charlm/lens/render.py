@@ -5,8 +5,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from charlm.report.page import render as report
 from charlm.text import visible
 
@@ -18,21 +16,11 @@ def render(facts: dict[str, Any], reading: dict[str, Any] | None = None) -> str:
 
     Texts and names are JSON that cannot end its script. Only the page's own script runs.
     """
-    environment = Environment(
-        loader=FileSystemLoader([HERE, Path(report.__file__).parents[1]]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    templates = report.templates(HERE, Path(report.__file__).parents[1])
+    templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     colours = {"light": report.palette(dark=False), "dark": report.palette(dark=True)}
-    style = environment.get_template("page.css").render(**colours, levels=report.LEVELS)
+    style = templates.get_template("page.css").render(**colours, levels=report.LEVELS)
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    own = [f"'sha256-{b64encode(sha256(x.encode()).digest()).decode()}'" for x in (style, script)]
-    policy = f"default-src 'none'; style-src {own[0]}; script-src {own[1]}; img-src data:; "
-    policy += "base-uri 'none'; form-action 'none'; "
-    policy += "connect-src 'self'" if facts["live"] else "connect-src 'none'"
-    title = visible(" and ".join(run["name"] for run in facts["runs"]))
-    shown = {"title": title, "policy": policy, "style": style, "script": script}
-    return environment.get_template("page.html").render(facts=facts, reading=reading, **shown)
+    hashes = [f"'sha256-{b64encode(sha256(own.encode()).digest()).decode()}'" for own in (style, script)]
+    shown = {"title": visible(" and ".join(run["name"] for run in facts["runs"])), "style": style, "script": script}
+    return templates.get_template("page.html").render(facts=facts, reading=reading, hashes=hashes, **shown)

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from charlm.config import Config, UserError
+from charlm.config import UserError
 from charlm.data.corpus import Corpus, prepared_corpus
 from charlm.lens.lens import Lens
-from charlm.objective.terms import build_terms
-from charlm.report.explain import stops_at_step
+from charlm.report.explain import silent_from
 from charlm.report.metrics import short_names
 from charlm.report.page.tables import differences
 from charlm.runs.checkpoints import checkpoint_folders
@@ -21,7 +20,7 @@ from charlm.text import visible
 MOST_HELD = 2
 """Models in memory at a time."""
 MAX_TEXT, MAX_LENGTH = 100_000, 2_000
-"""Bytes of a text, and symbols of what is written after it."""
+"""Characters of a text, and symbols of what is written after it."""
 
 
 class Runs:
@@ -66,38 +65,23 @@ class Runs:
 
     def facts(self, live: bool) -> dict[str, Any]:
         """What a page needs to know before it reads a text, JSON-able; `live` pages have a server."""
+        runs, names = [], short_names(list(map(Path, self.paths)))
+        for place, (path, best) in enumerate(zip(self.paths, self.best, strict=True)):
+            lens, steps = self.lens(place), list(checkpoint_folders(Run(path)))
+            symbols = lens.trained.vocabulary.symbols
+            texts = [symbol.decode("utf-8", "ignore") or None for symbol in symbols]  # None for a part of a character
+            shape = lens.config.model_dump(include={"context_length", "num_layers", "num_heads", "d_ff", "ngrams"})
+            own = {
+                "name": names[place],
+                "checkpoint": best,
+                "checkpoints": [{"name": str(step), "step": step} for step in steps or [int(best)]],
+                "heads": lens.heads.pairs,
+                "silent": silent_from(self.configs[place]) if steps else {},
+                "vocabulary": {"size": len(symbols), "names": list(map(visible, symbols)), "texts": texts},
+                "can_draft": lens.draft is not None,
+                "corpus": self.corpora[place] is not None,
+            }
+            runs.append(shape | own)
         table = differences(self.configs) if len(self.paths) > 1 else []
-        return {
-            "runs": list(map(self._facts, range(len(self.paths)), short_names(list(map(Path, self.paths))))),
-            "differs": [[option, *values] for option, values in table],
-            "limits": {"text": MAX_TEXT, "length": MAX_LENGTH},
-            "live": live,
-            "corpus": any(self.corpora),
-        }
-
-    def _facts(self, place: int, name: str) -> dict[str, Any]:
-        lens, run, best = self.lens(place), Run(self.paths[place]), self.best[place]
-        symbols, steps = lens.trained.vocabulary.symbols, list(checkpoint_folders(run)) or [int(best)]
-        texts = [symbol.decode("utf-8", "ignore") or None for symbol in symbols]  # None for a part of a character
-        kept = ("context_length", "num_layers", "num_heads", "d_ff")
-        return {name: getattr(lens.config, name) for name in kept} | {
-            "name": name,
-            "checkpoint": best,
-            "checkpoints": [{"name": str(step), "step": step} for step in steps],
-            "stride": lens.stride,
-            "heads": lens.heads.pairs,
-            "silent": silent(self.configs[place]) if checkpoint_folders(run) else {},
-            "ngrams": sorted(lens.config.ngrams),
-            "vocabulary": {"size": len(symbols), "names": list(map(visible, symbols)), "texts": texts},
-            "can_draft": lens.draft is not None,
-            "can_adapt": False,
-            "corpus": self.corpora[place] is not None,
-        }
-
-
-def silent(config: Config) -> dict[str, int]:
-    """The step from which each head is not trained any more, by "layer/offset"; others are left out."""
-    stops: dict[str, list[int | None]] = {}
-    for term in build_terms(config.aux, config.model.num_layers, config.train.planned):
-        stops.setdefault(f"{term.layer}/{term.offset}", []).append(stops_at_step(term.weight, config.train))
-    return {head: max(steps) for head, steps in stops.items() if None not in steps}
+        differs, limits = [[option, *values] for option, values in table], {"text": MAX_TEXT, "length": MAX_LENGTH}
+        return {"runs": runs, "differs": differs, "limits": limits, "live": live, "corpus": any(self.corpora)}

@@ -2,136 +2,99 @@
 
 import asyncio
 import json
+import os
+import platform
 import secrets
 import socket
+import webbrowser
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from charlm.config import UserError
 from charlm.files import parse_json
 from charlm.lens.answers import ANSWERS, answer
 from charlm.lens.render import render
 from charlm.lens.runs import Runs
+from charlm.text import say
 
 HOST = "127.0.0.1"
 MAX_BODY, PATIENCE = 2**20, 30.0
 """Bytes of a request, and seconds in which it must arrive."""
 HEADERS = {
     "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "frame-ancestors 'none'",  # the page itself has the rest, see `render`
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-"""The page itself names its own script and style, see `render`."""
 
 
-Watch = Callable[[], None]
+def create_app(runs: Runs, token: str, port: int, is_over: Callable[[], bool] = lambda: False) -> Starlette:
+    """The page of some runs, and the answers to it, until the server `is_over`."""
+    html, hosts = render(runs.facts(live=True)), (f"{HOST}:{port}", f"localhost:{port}")
+    turn = asyncio.Lock()
 
-
-class Superseded(Exception):
-    """A newer request made this one useless."""
-
-
-class Turns:
-    """One computation at a time. A request is superseded by a newer one of its name, or a newer `read`."""
-
-    def __init__(self, runs: Runs):
-        self.runs, self.lock = runs, asyncio.Lock()
-        self.is_over: Callable[[], bool] = lambda: False  # when the server was asked to end
-        self._count, self._newest = 0, {"read": 0}
-
-    def watch(self, name: str) -> Watch:
-        """A new request's place: what raises `Superseded` when it is useless."""
-        self._count = self._newest[name] = number = self._count + 1
+    async def take(request: Request, work: Callable[..., Any], *arguments: Any) -> Any:
+        """What `work` gives, in a thread; one at a time. ClientDisconnect if the page gives its request up."""
+        waiting = asyncio.ensure_future(request.receive())  # which ends with that: its body was read before
 
         def watch() -> None:
-            if self.is_over() or max(self._newest[name], self._newest["read"]) > number:
-                raise Superseded("superseded")
+            if waiting.done() or is_over():
+                raise ClientDisconnect("the request was given up, or the server has ended")
 
-        return watch
+        try:
+            async with turn:
+                watch()
+                runs.watch = watch
+                return await run_in_threadpool(work, *arguments)
+        finally:
+            waiting.cancel()
 
-    async def take(self, watch: Watch, work: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of `work`, done in a thread when it is its turn."""
-        async with self.lock:
-            watch()
-            self.runs.watch = watch
-            return await run_in_threadpool(work, *arguments)
-
-
-class Guard:
-    """Refuses requests of other pages and programs, and sets the headers of all answers."""
-
-    def __init__(self, app: ASGIApp, token: str, port: int):
-        self.app, self.token, self.hosts = app, token.encode(), (f"{HOST}:{port}", f"localhost:{port}")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        request = Request(scope)
-        given = request.headers.get("x-token") if request.method == "POST" else request.query_params.get("token")
+    def check(request: Request, given: str | None) -> None:
         host, origin = request.headers.get("host"), request.headers.get("origin")
-        app = self.app
-        if host not in self.hosts or origin not in (None, f"http://{host}"):
-            app = refusal(403, "asked by another page, or for another machine; open the printed address")
-        elif not secrets.compare_digest((given or "").encode(), self.token):
-            app = refusal(403, "the token is missing or wrong; open the printed address")
-        await app(scope, receive, send_with_headers)
+        if host not in hosts or origin not in (None, f"http://{host}"):
+            raise HTTPException(403, "asked by another page, or for another machine; open the printed address")
+        if not secrets.compare_digest((given or "").encode(), token.encode()):
+            raise HTTPException(403, "the token is missing or wrong; open the printed address")
 
-
-def refusal(status: int, reason: object) -> Response:
-    """An error, after which no more is read of the request."""
-    return Response(json.dumps({"error": str(reason)}), status, {"Connection": "close"}, "application/json")
-
-
-def create_app(turns: Turns, token: str, port: int) -> Starlette:
-    """The page of some runs, and the answers to it."""
+    async def page(request: Request) -> Response:
+        check(request, request.query_params.get("token"))
+        return HTMLResponse(html, headers=HEADERS)
 
     async def reply(request: Request) -> Response:
-        name = request.path_params["name"]
-        if name not in ANSWERS:
+        check(request, request.headers.get("x-token"))
+        if (name := request.path_params["name"]) not in ANSWERS:
             raise HTTPException(404, "there is no such request")
-        values = await values_of(request)
-        watch = turns.watch(name)
-        found = await turns.take(watch, answer, turns.runs, name, values)
+        found = await take(request, answer, runs, name, await values_of(request))
         if isinstance(found, dict):  # in ASCII, as stray bytes are lone surrogates, which UTF-8 does not have
-            return Response(json.dumps(found, allow_nan=False), media_type="application/json")
-        first = await turns.take(watch, next, found)
-        return StreamingResponse(events(request, first, found, watch), media_type="text/event-stream")
+            return Response(json.dumps(found, allow_nan=False), 200, HEADERS, "application/json")
+        first = await take(request, next, found)
+        return StreamingResponse(events(request, first, found), 200, HEADERS, "text/event-stream")
 
-    async def events(request: Request, event: Any, rest: Iterator[Any], watch: Watch) -> AsyncIterator[str]:
+    async def events(request: Request, event: Any, rest: Iterator[Any]) -> AsyncIterator[str]:
         try:
-            while event is not None and not await request.is_disconnected():
+            while event is not None:
                 yield f"data: {json.dumps(event)}\n\n"
-                event = await turns.take(watch, next, rest, None)
-        except (Superseded, UserError) as error:
+                event = await take(request, next, rest, None)
+        except (ClientDisconnect, UserError) as error:
             yield f"data: {json.dumps({'error': str(error)})}\n\n"
 
-    handlers = {
-        HTTPException: lambda request, error: refusal(error.status_code, error.detail),
-        Superseded: lambda request, error: refusal(409, error),
-        UserError: lambda request, error: refusal(400, error),
-        ClientDisconnect: lambda request, error: refusal(400, error),
-    }
-    page = HTMLResponse(render(turns.runs.facts(live=True)))
+    def refuse(request: Request, error: Exception) -> Response:
+        """An error, after which no more is read of the request."""
+        status, reason = getattr(error, "status_code", 400), getattr(error, "detail", str(error))
+        return Response(json.dumps({"error": reason}), status, HEADERS | {"Connection": "close"}, "application/json")
+
     routes = [Route("/", page, methods=["GET"]), Route("/{name}", reply, methods=["POST"])]
-    guard = Middleware(Guard, token=token, port=port)
-    return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
+    handlers = dict.fromkeys((HTTPException, UserError, ClientDisconnect), refuse)
+    return Starlette(routes=routes, exception_handlers=handlers)
 
 
 async def values_of(request: Request) -> dict[str, Any]:
@@ -145,17 +108,14 @@ async def values_of(request: Request) -> dict[str, Any]:
                     raise HTTPException(413, f"the request has more than {MAX_BODY:,} bytes")
         if isinstance(values := parse_json(bytes(body)), dict):
             return values
+        raise ValueError("it is no object")
     except (TimeoutError, ValueError) as error:
         raise HTTPException(400, f"the request is no JSON: {error or 'it is too slow'}") from None
-    raise HTTPException(400, "the request is no JSON object")
 
 
-def serve(runs: Runs, port: int, announce: Callable[[str, int], None]) -> None:
-    """Answer the pages of some runs until Ctrl-C, which is raised as KeyboardInterrupt at the end.
-
-    `announce` is called with address and port when they answer. UserError if the port, 0 for any, is taken.
-    """
-    token, turns = secrets.token_urlsafe(), Turns(runs)
+def serve(runs: Runs, port: int, is_opened: bool) -> NoReturn:
+    """Say where the page of some runs is, open it, and answer it until Ctrl-C. UserError if the port is taken."""
+    token = secrets.token_urlsafe()
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -166,8 +126,12 @@ def serve(runs: Runs, port: int, announce: Callable[[str, int], None]) -> None:
         port = listening.getsockname()[1]
         how = {"http": "h11", "ws": "none", "lifespan": "off", "log_level": "error", "access_log": False}
         how |= {"server_header": False, "limit_concurrency": 64, "timeout_graceful_shutdown": 1}
-        server = uvicorn.Server(uvicorn.Config(create_app(turns, token, port), **how))
-        turns.is_over = lambda: server.should_exit
-        announce(f"http://{HOST}:{port}/?token={token}", port)
+        app = create_app(runs, token, port, lambda: server.should_exit)
+        server = uvicorn.Server(uvicorn.Config(app, **how))
+        say(f"The page is at http://{HOST}:{port}/?token={token}\nCtrl-C ends it.", flush=True)
+        if "SSH_CONNECTION" in os.environ:
+            say(f"On your own machine, first: ssh -N -L {port}:{HOST}:{port} {platform.node()}", flush=True)
+        elif is_opened:
+            webbrowser.open(f"http://{HOST}:{port}/?token={token}")
         server.run(sockets=[listening])
     raise KeyboardInterrupt  # which uvicorn raises itself, but not where the parent ignored Ctrl-C

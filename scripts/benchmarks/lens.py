@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.report import machine
 from charlm.config import UserError
-from charlm.lens.answers import answer
+from charlm.lens.answers import MOST_NEW, answer
 from charlm.lens.runs import Runs
 from charlm.text import counted, markdown_table
 
@@ -23,10 +23,14 @@ SYMBOLS = 2000
 """Before the first timed key."""
 KEYS, PAINTS = 300, 5
 """Timed keys: more than a window moves by, so that some find the context full."""
+FIRST = 256
+"""Symbols that the page asks for first; then it asks for the rest."""
 ROWS = {
     "a key at the end": "keystroke",
-    "a key in the middle of the text": "middle",
-    "first paint": "first_paint",
+    "a key in the middle: what is near it": "middle",
+    "all that follows it": "middle_whole",
+    "a text: its beginning": "first_paint",
+    "all of it": "whole",
 }
 
 
@@ -47,20 +51,26 @@ def run(path: Path, device: str, say: Callable[[str], None]) -> dict[str, Any]:
         f"{KEYS} keys at the end of {SYMBOLS:,} symbols, {PAINTS} keys in their middle, {PAINTS} first paints; {device}"
     )
 
-    def seconds(text: str, since: int) -> tuple[float, float]:
-        started = time.perf_counter(), time.process_time()
-        json.dumps(answer(runs, "read", {"text": text, "since": since}))
-        return time.perf_counter() - started[0], time.process_time() - started[1]
+    def seconds(text: str, since: int) -> list[tuple[float, float]]:
+        """Until the first answer, and until the last."""
+        started, found = (time.perf_counter(), time.process_time()), []
+        for most in (FIRST, MOST_NEW):
+            json.dumps(answer(runs, "read", {"text": text, "since": since, "most": most}))
+            found.append((time.perf_counter() - started[0], time.process_time() - started[1]))
+            since += most
+        return found
 
-    seconds(texts[0], 0)  # copies of weights, kernels
+    seconds(texts[0], 0)  # kernels
     paints, middles, middle = [], [], len(texts[0]) // 2
     for number in range(PAINTS):
         lens.read("")
         paints.append(seconds(texts[0], 0))
         middles.append(seconds(f"{texts[0][:middle]}{number}{texts[0][middle:]}", middle))
     seconds(texts[0], 0)
-    keys = [seconds(text, SYMBOLS + number) for number, text in enumerate(texts[1:])]
-    found = {"keystroke": keys, "middle": middles, "first_paint": paints}
+    keys = [seconds(text, SYMBOLS + number)[0] for number, text in enumerate(texts[1:])]
+    found = {"keystroke": keys}
+    for name, whole, both in (("middle", "middle_whole", middles), ("first_paint", "whole", paints)):
+        found[name], found[whole] = zip(*both, strict=True)
     model = lens.config.model_dump(include={"num_layers", "d_model", "context_length"})
     shape = {"model": model | {"heads": len(lens.heads.pairs)}, "symbols": SYMBOLS, "machine": machine(device)}
     shape |= {"threads": torch.get_num_threads()}

@@ -15,7 +15,9 @@ FOUND = {
     "seconds": {
         "keystroke": [(0.002, 0.001), (0.004, 0.003), (0.003, 0.001)],
         "middle": [(0.05, 0.04)],
+        "middle_whole": [(0.06, 0.05)],
         "first_paint": [(0.4, 0.3), (0.5, 0.3)],
+        "whole": [(0.7, 0.6)],
     },
 }
 
@@ -25,7 +27,7 @@ def test_the_table_is_in_milliseconds() -> None:
     (header, _, *rows) = table_cells(lens.to_markdown(FOUND))
     assert header == ["milliseconds", "median", "95 %", "most", "of the processor", "most"]
     assert rows[0] == ["a key at the end", "3.0", "3.9", "4.0", "1.0", "3.0"]
-    assert rows[2][1:] == ["450.0", "495.0", "500.0", "300.0", "300.0"]
+    assert rows[3][1:] == ["450.0", "495.0", "500.0", "300.0", "300.0"]
 
 
 def test_every_key_and_paint_is_timed(run_on_disk: Path, monkeypatch) -> None:
@@ -38,10 +40,12 @@ def test_every_key_and_paint_is_timed(run_on_disk: Path, monkeypatch) -> None:
     assert {name: len(seconds) for name, seconds in found["seconds"].items()} == {
         "keystroke": 19,
         "middle": 5,
+        "middle_whole": 5,
         "first_paint": 5,
+        "whole": 5,
     }
-    assert [known for _, known in asked[1:11:2]] == [0] * 5
-    keys = [values for values, _ in asked[-19:]]
+    assert [known for _, known in asked[2:22:4]] == [0] * 5
+    keys = [values for values, _ in asked[-38::2]]
     assert [own["since"] for own in keys] == list(range(60, 79))
     assert keys[-1]["text"].startswith(keys[0]["text"])
     monkeypatch.setattr(lens, "SYMBOLS", 10**6)

@@ -4,6 +4,7 @@ import gc
 import gzip
 import lzma
 import math
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -13,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import charlm
+from charlm.config.adapt import AdaptConfig
 from charlm.inference.scoring import negative_log_likelihoods
-from charlm.lens.lens import Lens
-from charlm.lens.reading import Reading
+from charlm.lens.lens import Lens, Reading
 from charlm.runs.trained import TrainedModel
 from tiny import refused
 
@@ -79,6 +80,24 @@ def test_costs_are_those_of_evaluation(trained, build_corpus):
     assert np.abs(lens.read(ids).bits - expected / math.log(2)).max() < 1e-4
 
 
+def test_learning_a_text_costs_what_evaluation_says(trained, build_corpus):
+    """Guards against a symbol that is learned before its score, and against a lens whose own weights have learned."""
+    lens, ids = Lens(trained), letters(100)
+    before = lens.read(ids)
+    weights = {name: own.clone() for name, own in trained.modules.state_dict().items()}
+    how = {"stride": lens.stride, "show_progress": False}
+    for costs, adapt in zip(lens.adapted(ids, AdaptConfig(rate=0.01)), (None, {"rate": 0.01}), strict=True):
+        score = charlm.bits_per_character(trained, build_corpus(bytes(ids)), adapt=adapt, **how)
+        assert costs.mean() == pytest.approx(score.bits_per_character, abs=1e-5)
+    for name, own in trained.modules.state_dict().items():
+        assert torch.equal(own, weights[name])
+    lens.read("")
+    assert np.abs(lens.read(ids).bits - before.bits).max() < 1e-6
+    interrupted(lens, lens.adapted, ids, 2)
+    with refused("streams"):
+        lens.adapted("")
+
+
 def test_the_grid_is_that_of_plain_forward_passes(trained, text):
     """Guards against a layer, an offset or a place in another's row, an intermediate layer after the last norm, and a
     decision that does not stay."""
@@ -133,7 +152,7 @@ def test_any_edits_give_what_a_fresh_reading_gives(trained, edits, stop):
     for where, much, new in edits:
         first = round(where * len(text))
         text = text[:first] + new + text[first + round(much * (len(text) - first)) :]
-        interrupted(lens, text + "and more", stop)
+        interrupted(lens, lens.read, text + "and more", stop)
         found, fresh = lens.read(text), Lens(trained).read(text)
         assert np.array_equal(found.ids, fresh.ids)
         assert np.abs(found.bits - fresh.bits).max(initial=0) < 1e-4
@@ -146,8 +165,8 @@ class Enough(Exception):
     pass
 
 
-def interrupted(lens: Lens, text: str, stop: int) -> None:
-    """Begin to read a text, and stop before the `stop`-th piece of work."""
+def interrupted(lens: Lens, work: Callable, text: str | np.ndarray, stop: int) -> None:
+    """Begin some work on a text, and stop before the `stop`-th piece of it."""
     pieces = iter(range(stop))
 
     def watch() -> None:
@@ -156,7 +175,7 @@ def interrupted(lens: Lens, text: str, stop: int) -> None:
 
     lens.watch = watch
     with suppress(Enough):
-        lens.read(text)
+        work(text)
     lens.watch = lambda: None
 
 

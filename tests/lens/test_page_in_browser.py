@@ -166,8 +166,7 @@ def opened(request, browser) -> Iterator[Callable[..., Seen]]:
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(60_000)
-        # A busy server can take a request that was given up for the newer one; the page then asks again.
-        page.on("console", lambda message: "409 (Conflict)" in message.text or troubles.append(message.text))
+        page.on("console", lambda message: troubles.append(message.text))
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("request", lambda asking: asked.append(asking.url))
         page.goto(address)
@@ -253,23 +252,6 @@ def test_a_cell_shows_its_distribution_and_a_pinned_character_is_followed(opened
     assert f"at place 12: layer 1 {percent(followed[1][12])}" in seen.text("#followed")
 
 
-def test_an_overtaken_request_is_made_again(opened, address, lens):
-    """Guards against a page that stays behind its text when a busy server mistook an older request for a newer one."""
-    seen = opened(address)
-    refused = []
-
-    def refuse_once(route: Any) -> None:
-        if refused:
-            return route.continue_()
-        refused.append(route)
-        route.fulfill(status=409, json={"error": "superseded"})
-
-    seen.page.route("**/read", refuse_once)
-    seen.fill("12 ")
-    assert seen.marked() == levels(lens.read("12 ").bits_by_character(), 8)
-    assert len(refused) == 1 and seen.page.is_hidden("#problem")
-
-
 def test_the_text_is_rewritten_and_branches_stay(opened, address, lens):
     """Guards against a text that goes on from another place, and a branch that is lost."""
     seen = opened(address + "#" + urlencode({"text": TEXT, "n": 12, "t": 0.7, "k": 5, "seed": 3, "place": 9})).done()
@@ -290,6 +272,15 @@ def test_the_text_is_rewritten_and_branches_stay(opened, address, lens):
     assert seen.done().page.input_value("#text") == TEXT
     branches.last.click()
     assert seen.done().page.input_value("#text") == before + whole
+    seen.page.wait_for_url(re.compile("tree=.*branch=1"))
+    again = opened(seen.page.url)
+    assert again.page.input_value("#text") == before + whole
+    assert again.page.locator("#branches button").all_text_contents() == branches.all_text_contents()
+    again.page.locator("#branches button").first.click()
+    assert again.done().page.input_value("#text") == TEXT
+    for tree in ("[[0, 0, 0, 0, 0]]", '[[null, 0, "", 0, "a"], [7, 0, "b", 0, "b"]]', "{"):
+        changed = opened(address + "#" + urlencode({"text": TEXT, "tree": tree, "branch": 9}))
+        assert changed.page.input_value("#text") == TEXT and changed.page.locator("#branches button").count() == 0
 
 
 def test_writing_streams_and_stops_and_drafts_are_marked(opened, address, lens):
@@ -315,6 +306,19 @@ def test_writing_streams_and_stops_and_drafts_are_marked(opened, address, lens):
     whole = [decoder.decode(bytes([own.symbol])) != "" for own in drawn]  # a character's first bytes show nothing
     for kind in ("accepted", "rejected"):
         assert len(marked.get(kind, [])) == sum(own.draft == kind for own in itertools.compress(drawn, whole))
+
+
+def test_what_learning_the_text_changes(opened, address, lens):
+    """Guards against shades and means of the model as it is, and shades on the wrong characters."""
+    text = TEXT * 2
+    seen = opened(address + "#" + urlencode({"text": text, "colour": "adapted"}))
+    still, learning = lens.adapted(text)
+    characters = [
+        sum(own) for own in np.split(learning - still, lens.trained.vocabulary.characters(lens.ids(text))[1:])
+    ]
+    assert seen.marked() == levels(np.array(characters), 4)
+    means = [own.sum() / len(text) for own in (learning, still)]
+    assert "With learning {:.4f}, without {:.4f}.".format(*means) in seen.text("#total")
 
 
 def test_attention_units_and_ngrams(opened, address, lens):

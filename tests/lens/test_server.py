@@ -1,5 +1,6 @@
 """The server of the lens: its answers, what it refuses, and its end."""
 
+import asyncio
 import json
 import os
 import re
@@ -7,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import numpy as np
@@ -21,9 +24,10 @@ from starlette.testclient import TestClient
 from charlm.config import AuxConfig, Config, DataConfig, LayersConfig, RunConfig, TargetsConfig, TrainConfig
 from charlm.data.corpus import load_corpus
 from charlm.lens import runs as runs_of_lens
+from charlm.lens.answers import ANSWERS
 from charlm.lens.lens import Lens
 from charlm.lens.runs import Runs
-from charlm.lens.server import Superseded, Turns, create_app
+from charlm.lens.server import create_app
 from charlm.objective.build import build_objective
 from charlm.runs.checkpoints import save_checkpoint
 from charlm.runs.exported import save_model
@@ -76,7 +80,7 @@ def runs(folders) -> Runs:
 @pytest.fixture
 def client(runs) -> TestClient:
     headers = {"X-Token": TOKEN, "Origin": f"http://127.0.0.1:{PORT}"}
-    app = create_app(Turns(runs), TOKEN, PORT)
+    app = create_app(runs, TOKEN, PORT)
     return TestClient(app, base_url=f"http://127.0.0.1:{PORT}", headers=headers, raise_server_exceptions=False)
 
 
@@ -141,14 +145,18 @@ def test_answers_are_the_librarys(client, folders):
     assert [own["length"] for own in lengths] == [2, 3]
     assert lengths[1] == pytest.approx(lens.knockouts(TEXT, 6)[1]._asdict(), abs=1e-5)
     assert ask("/read", text="")["next"] is None
+    learnt = ask("/adapted")
+    assert (
+        np.array(learnt["bits"]) == pytest.approx(lens.adapted(TEXT), abs=1e-5) and learnt["pieces"] == found["pieces"]
+    )
 
 
-def test_a_long_text_comes_in_parts(client, runs, monkeypatch):
+def test_a_long_text_comes_in_parts(client):
     """Guards against a part that begins where the last did not end, or that shows half a character."""
-    monkeypatch.setattr("charlm.lens.answers.MOST_NEW", 7)
     text, symbols, pieces, since = "é and é, é " * 5, [], [], 0
     for _ in range(50):
-        found = client.post("/read", json={"text": text, "since": since}).json()
+        found = client.post("/read", json={"text": text, "since": since, "most": 7}).json()
+        assert len(found["symbols"]) <= 8  # with what is left of a character
         symbols[found["since"] :], pieces[found["since"] :] = found["symbols"], found["pieces"]
         since = len(symbols)
         if since == found["of"]:
@@ -289,20 +297,44 @@ def test_markup_stays_text(folders, tmp_path, client):
     assert "".join(facts_in(shown, "reading")["pieces"]) == HOSTILE
 
 
-def test_a_newer_request_supersedes_older_ones():
-    """Guards against a queue of keystrokes, and against a click that cancels the reading of the text."""
-    turns = Turns(None)
-    read, click = turns.watch("read"), turns.watch("distribution")
-    read(), click()
-    other = turns.watch("distribution")
-    read(), other()
-    with pytest.raises(Superseded):
-        click()
-    newer = turns.watch("read")
-    newer()
-    for old in (read, other):
-        with pytest.raises(Superseded):
-            old()
+def test_what_a_page_gives_up_is_cancelled_and_nothing_else(runs, monkeypatch):
+    """Guards against a queue of keystrokes, and against a page that cancels what another one reads."""
+    begun = threading.Event()
+
+    def work(lens: Lens, asked: Any, runs: Runs) -> dict[str, Any]:
+        begun.set()
+        for _ in range(1000 if asked.text == "given up" else 1):
+            runs.watch()
+            time.sleep(0.01)
+        return {"text": asked.text}
+
+    monkeypatch.setitem(ANSWERS, "read", work)
+    app = create_app(runs, TOKEN, PORT)
+
+    async def ask(text: str, gone: asyncio.Event) -> int:
+        body = [{"type": "http.request", "body": json.dumps({"text": text}).encode()}]
+        sent = []
+
+        async def receive() -> dict[str, Any]:
+            return body.pop() if body else await gone.wait() and {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        headers = [(b"host", f"127.0.0.1:{PORT}".encode()), (b"x-token", TOKEN.encode())]
+        scope = {"type": "http", "method": "POST", "path": "/read", "query_string": b"", "headers": headers}
+        await app(scope, receive, send)
+        return sent[0]["status"]
+
+    async def ask_all() -> list[int]:
+        given_up, kept = asyncio.Event(), asyncio.Event()
+        asked = [ask("given up", given_up), ask("given up", given_up), ask("12", kept)]  # the second waits in vain
+        answers = asyncio.gather(*asked)
+        await asyncio.to_thread(begun.wait)
+        given_up.set()
+        return await answers
+
+    assert asyncio.run(ask_all()) == [400, 400, 200]
 
 
 def test_a_page_of_one_text(folders, tmp_path, script):
