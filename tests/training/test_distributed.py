@@ -134,7 +134,7 @@ def test_two_processes_learn_what_one_does(group, name, two_processes, tmp_path,
     assert [row["step"] for row in two] == [row["step"] for row in one]
     assert [row["terms"].keys() for row in two] == [row["terms"].keys() for row in one]
     # Muon orthogonalises in bf16, which the order of additions moves.
-    assert losses(run) == pytest.approx(losses(alone), rel=1e-3 if name == "muon" else 1e-5)
+    assert losses(run) == pytest.approx(losses(alone), rel=5e-3 if name == "muon" else 1e-5)
     assert two[-1]["bits_per_character"] < two[0]["bits_per_character"]
 
     end, middle = len(two), len(two) // 2
