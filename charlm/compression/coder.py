@@ -144,18 +144,13 @@ def decompress(trained: TrainedModel, source: Path | str, target: Path | str, *,
     with open_regular(source) as file:
         header = read_header(file, str(source), trained.vocabulary.size)
         _check_decodable(trained, header, source)
-        settings = header.settings
-        with output(target, source, header.length) as written, threads_set(settings.threads):
-            try:
-                probed = probe(trained, settings)
-            except UserError as error:
-                raise UserError(f"{source}: {error}") from error
-            if probed != header.probe:
-                problem = "predictions differ here in their last bits"
-                raise UserError(f"{source}: {problem}; {SAME_MACHINE}")
-            with progress_bar(header.symbols, "decompressing", show_progress) as bar:
-                for data in _decode(trained, header, file, source, bar):
-                    written.write(data)
+        with (
+            output(target, source, header.length) as written,
+            threads_set(header.settings.threads),
+            progress_bar(header.symbols, "decompressing", show_progress) as bar,
+        ):
+            for data in _decode(trained, header, file, source, bar):
+                written.write(data)
     return header.length
 
 
@@ -262,8 +257,12 @@ def _check_decodable(trained: TrainedModel, header: Header, source: Path) -> Non
         raise UserError(f"{compressed} {with_other}; {SAME_MACHINE}")
     try:
         check_settings(trained, header.settings)
+        with threads_set(header.settings.threads):
+            probed = probe(trained, header.settings)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+    if probed != header.probe:
+        raise UserError(f"{source}: predictions differ here in their last bits; {SAME_MACHINE}")
 
 
 def pieces_of(file: BinaryIO, digest: Any) -> Iterator[bytes]:

@@ -120,14 +120,14 @@ class Streams:
 
     def __init__(self, trained: TrainedModel, settings: CodingSettings):
         self.trained, self.settings = trained, settings
-        self._learner = Learner(trained.transformer, trained.heads, settings.adapt)
+        dtype = AUTOCAST_DTYPES[settings.precision]
+        self._learner = Learner(trained.transformer, trained.heads, settings.adapt, autocast_dtype=dtype)
         self._layers = exit_layers(trained) if "heads" in settings.experts else [trained.config.model.num_layers]
         self._experts = None
         if settings.experts:
             from charlm.inference.experts import Experts  # not without need: it compiles for seconds
 
-            sizes = {"vocabulary_size": trained.vocabulary.size, "num_heads": len(self._layers)}
-            self._experts = Experts(settings.experts, streams=settings.streams, **sizes)
+            self._experts = Experts(settings.experts, trained.vocabulary.size, len(self._layers), settings.streams)
         with torch.inference_mode():
             self._cache = KVCache(trained.config.model, settings.streams, trained.device, settings.dtype)
         self.begin()
@@ -136,7 +136,7 @@ class Streams:
     def begin(self) -> Tensor:
         """Begin all streams without context; returns the logits [S, V] of the first symbols."""
         self._cache.lengths.zero_()
-        self._unlearned = 0
+        self._unlearned = self.settings.context
         if self._experts is not None:
             self._experts.restart()
         shape = (self.settings.streams, len(self._layers), self.trained.vocabulary.size)
@@ -168,7 +168,8 @@ class Streams:
         """Read a symbol of each stream; returns the logits [S, V] of the next."""
         start, ids_SC = self._cache.length, self._cache.ids
         if start == self.settings.context:
-            self._learn(symbols_S)
+            if self.settings.adapt is not None:
+                self._learn(symbols_S)
             self._cache.lengths.zero_()
             earlier = self.settings.context - self.settings.stride
             ids_SC[:, :earlier] = ids_SC[:, start - earlier : start].clone()
@@ -177,7 +178,6 @@ class Streams:
         at_once = max(1, READ_AT_ONCE // self.settings.streams)
         for ids_ST in ids_SC[:, self._cache.length : start + 1].split(at_once, dim=1):
             logits_SHV = self._read(ids_ST)
-        self._unlearned += 1
         if self._experts is not None:
             self._experts.update(symbols_S)
         return self._mixed(logits_SHV)
@@ -192,14 +192,11 @@ class Streams:
     @torch.inference_mode(False)
     def _learn(self, symbols_S: np.ndarray) -> None:
         """Learn from the symbols that a full context, and then `symbols_S`, has added."""
-        if self.settings.adapt is None:
-            return
-        ids_ST = self._cache.ids[:, : self.settings.context].clone()
-        newest_S1 = torch.from_numpy(symbols_S.astype(np.int64))[:, None].to(ids_ST.device)
-        targets_SQ = torch.cat([ids_ST, newest_S1], dim=1)[:, -self._unlearned :]
-        counts_SQ = torch.ones_like(targets_SQ, dtype=torch.bool)
-        self._learner.learn(ids_ST, targets_SQ, counts_SQ, autocast_dtype=AUTOCAST_DTYPES[self.settings.precision])
-        self._unlearned = 0
+        newest_S1 = torch.from_numpy(symbols_S.astype(np.int64))[:, None].to(self.trained.device)
+        windows_SW = torch.cat([self._cache.ids[:, : self.settings.context], newest_S1], dim=1)
+        counts_SQ = torch.ones_like(windows_SW[:, -self._unlearned :], dtype=torch.bool)
+        self._learner.learn(windows_SW, counts_SQ)
+        self._unlearned = self.settings.stride
 
     def _read(self, ids_ST: Tensor) -> Tensor:
         device, dtype = self.trained.device, self.settings.dtype

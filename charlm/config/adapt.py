@@ -1,8 +1,8 @@
 """Options of learning while reading."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from charlm.config.types import BelowOne, Count, NonNegative, Positive, Section
 
@@ -24,9 +24,3 @@ class AdaptConfig(Section):
     2018, equation 6)."""
     steps: Annotated[Count, Field(le=100)] = 1
     """Steps on each window."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.parameters == "ngrams" and self.ngram_rate == 0:
-            raise self.mistake("ngram_rate", "leaves nothing that learns; raise it", "parameters")
-        return self

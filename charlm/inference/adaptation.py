@@ -21,81 +21,80 @@ from charlm.config import UserError
 from charlm.config.adapt import AdaptConfig
 from charlm.data.windows import default_stride, evaluation_windows
 from charlm.hardware import in_float64
-from charlm.inference.scoring import Measure, measure_text, measured, nats, progress_bar
+from charlm.inference.scoring import measure_text, measured, nats, progress_bar
 from charlm.model.heads import Heads
 from charlm.model.kernels_cpu import full_fp32_matmul
 from charlm.model.transformer import CharTransformer
 from charlm.runs.trained import TrainedModel
 
-GROUPS = {"all": "", "heads": r"heads\.|norm", "ngrams": r"ngram_embedding\.tables"}
+TABLES = "ngram_embedding.tables"
+GROUPS = {"all": "", "heads": r"heads\.|norm", "ngrams": TABLES}
 """Patterns of the names of parameters that learn."""
 AT_ONCE = {"cpu": 2**13, "cuda": 2**16}
 """Symbols of windows that a backward pass holds, by type of device."""
 
 
 class Learner:
-    """A copy of a model that learns from what it reads; the model itself stays as it is."""
+    """A model that learns from what it reads, in copies of the parameters that move; without `adapt` it does not."""
 
-    def __init__(self, transformer: CharTransformer, heads: Heads, adapt: AdaptConfig | None):
-        """Without `adapt` it does not learn. UserError if the model has nothing of what shall."""
-        trained = nn.ModuleDict({"transformer": transformer, "heads": heads})
-        self.adapt, self.modules = adapt, trained if adapt is None else copy.deepcopy(trained)
-        self.transformer, self.heads = self.modules["transformer"], self.modules["heads"]
-        self.device = next(transformer.parameters()).device
+    def __init__(
+        self,
+        transformer: CharTransformer,
+        heads: Heads,
+        adapt: AdaptConfig | None,
+        layers: Iterable[int] = (),
+        autocast_dtype: torch.dtype | None = None,
+    ):
+        """`layers` predict beside the last. UserError if the model has nothing of what shall learn."""
+        self.adapt, self.device = adapt, next(transformer.parameters()).device
+        self.layers = sorted({*layers, transformer.config.num_layers})
+        self.autocast = torch.autocast(self.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
+        self.modules = nn.ModuleDict({"transformer": transformer, "heads": heads})
         self.optimizers: list[torch.optim.Optimizer] = []
         self.moved: list[tuple[Tensor, Tensor]] = []
         """Parameters that learn, without n-gram tables, and as they were."""
         if adapt is not None:
-            self.modules.eval().requires_grad_(False)
-            self._choose(trained, adapt)
+            trained = dict(self.modules.named_parameters())
+            names = [name for name in trained if re.search(GROUPS[adapt.parameters], name)]
+            tables = [name for name in names if TABLES in name and adapt.ngram_rate]
+            others = [name for name in names if TABLES not in name]
+            if not tables + others:
+                problem = "no n-gram tables learn, as the model has none or ngram_rate is 0; choose all"
+                raise UserError(f"adapt.parameters={adapt.parameters}: {problem}", "adapt.parameters")
+            # What does not learn keeps its memory.
+            own = {name: nn.Parameter(trained[name].detach(), requires_grad=False) for name in trained}
+            own |= {name: nn.Parameter(trained[name].detach().clone()) for name in tables + others}
+            self.modules = copy.deepcopy(self.modules, {id(trained[name]): own[name] for name in own}).eval()
+            self.moved = [(own[name], trained[name]) for name in others]
+            if others:
+                rms = adapt.rule == "rms"
+                kind, options = (torch.optim.Adam, {"betas": (0.0, 0.99)}) if rms else (torch.optim.SGD, {})
+                self.optimizers.append(kind([own[name] for name in others], lr=adapt.rate, **options))
+            if tables:
+                rows = [own[name] for name in tables]
+                self.optimizers.append(torch.optim.SparseAdam(rows, lr=adapt.ngram_rate, betas=(0.9, 0.99)))
+        self.transformer, self.heads = self.modules["transformer"], self.modules["heads"]
 
-    def _choose(self, trained: nn.ModuleDict, adapt: AdaptConfig) -> None:
-        """Choose the parameters that learn, and make their optimizers."""
-        own = dict(self.modules.named_parameters())
-        names = [name for name in own if re.search(GROUPS[adapt.parameters], name)]
-        if not names:
-            problem = "the model has no n-gram tables; choose all"
-            raise UserError(f"adapt.parameters={adapt.parameters}: {problem}", "adapt.parameters")
-        tables = [own[name] for name in names if re.search(GROUPS["ngrams"], name)]
-        self.moved = [(own[name], trained.get_parameter(name)) for name in names if own[name] not in set(tables)]
-        others = [parameter for parameter, _ in self.moved]
-        if others and adapt.rule == "sgd":
-            self.optimizers.append(torch.optim.SGD(others, lr=adapt.rate))
-        elif others:
-            self.optimizers.append(torch.optim.Adam(others, lr=adapt.rate, betas=(0.0, 0.99)))
-        if tables and adapt.ngram_rate:
-            self.optimizers.append(torch.optim.SparseAdam(tables, lr=adapt.ngram_rate, betas=(0.9, 0.99)))
-            others += tables
-        for parameter in others:
-            parameter.requires_grad_()
+    def learn(self, windows_SW: Tensor, counts_SQ: Tensor) -> Tensor:
+        """Take the steps of windows of W = T + 1 symbols: on their last Q predictions, where `counts_SQ` holds.
 
-    def learn(
-        self,
-        ids_ST: Tensor,
-        targets_SQ: Tensor,
-        counts_SQ: Tensor,
-        layers: Iterable[int] = (),
-        autocast_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """Take the steps of a window: on its last Q predictions, where `counts_SQ` holds.
-
-        Returns the logits of `layers` and of the last layer before the first step, [L, S, Q, V]. UserError if
-        the loss is no longer finite.
+        Returns the logits of all layers before the first step, [L, S, Q, V]. UserError if the loss is not finite.
         """
-        layers = sorted({*layers, self.transformer.config.num_layers})
-        rows = max(1, AT_ONCE.get(self.device.type, AT_ONCE["cuda"]) // ids_ST.shape[1])
-        learns, before = bool(self.optimizers), []
+        T, Q = windows_SW.shape[1] - 1, counts_SQ.shape[1]
+        rows = max(1, AT_ONCE.get(self.device.type, AT_ONCE["cuda"]) // T)
+        learns, before = self.adapt is not None, []
         for step in range(self.adapt.steps if learns else 1):
-            parts = zip(ids_ST.split(rows), targets_SQ.split(rows), counts_SQ.split(rows), strict=True)
-            for ids, targets, counts in parts:
+            for windows, counts in zip(windows_SW.split(rows), counts_SQ.split(rows), strict=True):
                 with torch.set_grad_enabled(learns), full_fp32_matmul(self.device):
-                    logits = self._logits(ids, targets.shape[1], layers, autocast_dtype)
+                    with self.autocast:
+                        hidden = self.transformer(windows[:, :-1], layers=self.layers, num_last=Q)
+                    logits = [self.heads(hidden[layer].float(), layer)[:, :, 0] for layer in self.layers]
                     if learns:
-                        loss = F.cross_entropy(logits[-1][counts], targets[counts], reduction="sum")
+                        loss = F.cross_entropy(logits[-1][counts], windows[:, -Q:][counts], reduction="sum")
                         if not loss.isfinite():
                             raise self.diverged()
                         (loss / counts_SQ.sum()).backward()
-                before += [logits.detach()] * (step == 0)
+                before += [torch.stack(logits).detach()] * (step == 0)
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -107,25 +106,14 @@ class Learner:
         """The error for weights that have left what numbers can say."""
         return UserError(f"adapt={dict(self.adapt)}: diverged; take lower rates", "adapt.rate")
 
-    def _logits(self, ids_ST: Tensor, num_last: int, layers: list[int], dtype: torch.dtype | None) -> Tensor:
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            hidden = self.transformer(ids_ST, layers=layers, num_last=num_last)
-        return torch.stack([self.heads(hidden[layer].float(), layer)[:, :, 0] for layer in layers])
-
 
 def read_streams(
-    learner: Learner,
-    ids: np.ndarray,
-    *,
-    streams: int,
-    stride: int,
-    layers: Iterable[int] = (),
-    autocast_dtype: torch.dtype | None = None,
+    learner: Learner, ids: np.ndarray, *, streams: int, stride: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
     """Read a text of N symbols, in windows like those of `evaluation_windows` in each stream, and learn.
 
     Yields for each step where in the text the predicted symbols are, int64 [S, Q]; which of them count, bool
-    [S, Q], as the end of a shorter stream does not; and the logits [L, S, Q, V] of `layers` and of the last.
+    [S, Q], as the end of a shorter stream does not; and the logits [L, S, Q, V] of the learner's layers.
     The first symbols of the streams come first, with equal logits.
 
     Raises UserError unless there are 1 to N streams and the stride is in [1, context_length].
@@ -136,17 +124,15 @@ def read_streams(
     lengths_S1 = each + (np.arange(streams) < longer)[:, None]
     starts_S1 = np.cumsum(lengths_S1, axis=0) - lengths_S1
     windows = evaluation_windows(int(lengths_S1[0, 0]), learner.transformer.config.context_length, stride)
-    num_layers = len({*layers, learner.transformer.config.num_layers})
-    V = learner.transformer.vocabulary_size
-    yield starts_S1, np.full((streams, 1), True), torch.zeros(num_layers, streams, 1, V, device=learner.device)
+    equal_LS1V = torch.zeros(len(learner.layers), streams, 1, learner.transformer.vocabulary_size)
+    yield starts_S1, np.full((streams, 1), True), equal_LS1V.to(learner.device)
     for start, first in zip(windows.starts, windows.first_scored, strict=True):
         places = start + np.arange(windows.length + 1)
         # The end of a shorter stream is filled up, and does not count.
-        window_SW = torch.from_numpy(ids[np.minimum(starts_S1 + places, len(ids) - 1)].astype(np.int64))
+        windows_SW = torch.from_numpy(ids[np.minimum(starts_S1 + places, len(ids) - 1)].astype(np.int64))
         counts_SQ = places[first + 1 :] < lengths_S1
-        parts = window_SW[:, :-1], window_SW[:, first + 1 :], torch.from_numpy(counts_SQ)
-        parts = (part.to(learner.device) for part in parts)
-        yield starts_S1 + places[first + 1 :], counts_SQ, learner.learn(*parts, layers, autocast_dtype)
+        window = windows_SW.to(learner.device), torch.from_numpy(counts_SQ).to(learner.device)
+        yield starts_S1 + places[first + 1 :], counts_SQ, learner.learn(*window)
 
 
 def adaptive_predictions(
@@ -156,9 +142,9 @@ def adaptive_predictions(
     *,
     adapt: AdaptConfig | None,
     layers: Iterable[int],
-    measure: Measure = nats,
     experts: Sequence[str] = (),
     known: Iterable[np.ndarray] = (),
+    autocast_dtype: torch.dtype | None = None,
     show_progress: bool = False,
     **options,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -166,7 +152,7 @@ def adaptive_predictions(
 
     With `experts`, the last figures are the costs of a mixture, which has counted the texts `known`.
     """
-    learner, layers = Learner(transformer, heads, adapt), sorted(layers)
+    learner, layers = Learner(transformer, heads, adapt, layers, autocast_dtype), sorted(layers)
     if experts:
         from charlm.inference.experts import Experts  # needs numba
 
@@ -175,17 +161,16 @@ def adaptive_predictions(
         for text in known:
             mixture.read(text)
     with progress_bar(len(ids), "evaluating", show_progress) as bar:
-        for symbols_SQ, counts_SQ, logits_LSQV in read_streams(learner, ids, layers=layers, **options):
-            symbols_M = torch.from_numpy(symbols_SQ[counts_SQ])
-            targets_M = torch.from_numpy(ids[symbols_M.numpy()].astype(np.int64)).to(learner.device)
-            counts = torch.from_numpy(counts_SQ).to(learner.device)
-            figures = [measured(measure, logits_SQV[counts], targets_M) for logits_SQV in logits_LSQV[: len(layers)]]
+        for symbols_SQ, counts_SQ, logits_LSQV in read_streams(learner, ids, **options):
+            symbols_M, counts = symbols_SQ[counts_SQ], torch.from_numpy(counts_SQ).to(learner.device)
+            targets_M = torch.from_numpy(ids[symbols_M].astype(np.int64)).to(learner.device)
+            figures = [measured(nats, logits_SQV[counts], targets_M) for logits_SQV in logits_LSQV[: len(layers)]]
             if experts:
                 log_p_LSQV = in_float64(logits_LSQV[-len(mixed) :]).log_softmax(-1).cpu().numpy()
                 targets_SQ = ids[np.minimum(symbols_SQ, len(ids) - 1)]
                 nats_SQ = mixture.score(log_p_LSQV.transpose(1, 2, 0, 3), targets_SQ, counts_SQ)
                 figures.append(torch.from_numpy(nats_SQ[counts_SQ])[None].to(figures[0]))
-            yield symbols_M, torch.stack(figures).cpu()
+            yield torch.from_numpy(symbols_M), torch.stack(figures).cpu()
             bar.update(len(symbols_M))
 
 
@@ -200,11 +185,10 @@ def adapted(
     if not len(ids):
         raise UserError("adapt: the text is empty; give one to learn from", "adapt")
     learner = Learner(trained.transformer, trained.heads, AdaptConfig.read(dict(adapt or {})))
-    stride = default_stride(trained.config.model.context_length)
-    for _ in read_streams(learner, ids, streams=streams, stride=stride):
+    T = trained.config.model.context_length
+    how = {"stride": default_stride(T), "layers": learner.layers}
+    for _ in read_streams(learner, ids, streams=streams, stride=how["stride"]):
         pass
-    last = ids[-trained.config.model.context_length - 1 :]
-    how = {"stride": stride, "layers": [trained.config.model.num_layers]}
-    if not np.isfinite(measure_text(learner.transformer, learner.heads, last, **how)).all():
+    if not np.isfinite(measure_text(learner.transformer, learner.heads, ids[-T - 1 :], **how)).all():
         raise learner.diverged()
     return replace(trained, checkpoint=f"{trained.checkpoint}, adapted", scores=(), **learner.modules)

@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from operator import mul
+from itertools import product
+from operator import attrgetter, mul
 from typing import Any, Literal
 
 import numpy as np
@@ -146,12 +147,18 @@ def bits_per_character(
     layers = exit_layers(trained) if all_layers or "heads" in experts else weights
     if experts_from not in (None, "train") or (experts_from and not experts):
         raise UserError(f"experts_from={experts_from}: must be train, for some experts", "experts_from")
+    if mixture and experts:
+        raise UserError(f"mixture={mixture}: cannot be combined with experts; leave one out", "mixture")
+    adapt = None if adapt is None else AdaptConfig.read(dict(adapt))
     if adapt is not None or experts:
+        if scorer.options.pop("batch_size") is not None:
+            raise UserError("batch_size: cannot be combined with adapt or experts; choose streams", "batch_size")
+        if rank_and_processes()[1] > 1:
+            raise UserError("adapt or experts: learn from a text in its order; use one process", "adapt")
         streams = 1 if streams is None else streams
-        adapt = scorer.adapt(adapt, streams)
-        scorer.options |= {"experts": experts, "known": corpus.texts(experts_from) if experts_from else ()}
-        if mixture and experts:
-            raise UserError(f"mixture={mixture}: cannot be combined with experts; leave one out", "mixture")
+        known = corpus.texts(experts_from) if experts_from else ()
+        own = {"adapt": adapt, "streams": streams, "experts": experts, "known": known}
+        scorer.options |= {"read": adaptive_predictions} | own
     elif streams is not None:
         raise UserError(f"streams={streams}: requires adapt, experts, or a score as a compressor", "streams")
     with full_fp32_matmul(trained.device):
@@ -161,7 +168,7 @@ def bits_per_character(
         nats.pop(0, own),
         layers=scorer.by_layer(nats) if all_layers else None,
         mixture=shares if mixture else None,
-        adapt=adapt,
+        adapt=adapt and dict(adapt),
         experts=tuple(experts) or None,
         experts_from=experts_from,
         network=scorer.bits(own) if experts else None,
@@ -180,21 +187,16 @@ def tune(
     options |= {"split": "valid", "limit": limit or trained.config.train.valid_symbols}
     lowest = bits_per_character(trained, corpus, adapt=adapt, **options)
     yield lowest
-    for name in ("rate", "ngram_rate"):
-        before = lowest
-        for factor in (2.0, 0.5) if before.adapt[name] else ():
-            while True:
-                tried = lowest.adapt | {name: factor * lowest.adapt[name]}
-                try:
-                    score = bits_per_character(trained, corpus, adapt=tried, **options)
-                except UserError:  # learning diverged
-                    break
-                yield score
-                if score.bits_per_character >= lowest.bits_per_character:
-                    break
-                lowest = score
-            if lowest is not before:
-                break  # the other way leads back
+    tried = [lowest.adapt]
+    for name, factor in product(("rate", "ngram_rate"), (2.0, 0.5)):
+        while (rates := lowest.adapt | {name: factor * lowest.adapt[name]}) not in tried:
+            tried.append(rates)
+            try:
+                score = bits_per_character(trained, corpus, adapt=rates, **options)
+            except UserError:  # learning diverged
+                continue
+            yield score
+            lowest = min(lowest, score, key=attrgetter("bits_per_character"))
 
 
 class ScoredText:
@@ -272,16 +274,6 @@ class Scorer(ScoredText):
             "corpus_sha256": corpus.sha256,
             "precision": precision,
         }
-
-    def adapt(self, adapt: AdaptConfig | Mapping[str, Any] | None, streams: int) -> dict[str, Any] | None:
-        """Make the options those of `adaptive_predictions`, and return `adapt`; UserError if they do not fit."""
-        if self.options.pop("batch_size") is not None:
-            raise UserError("batch_size: cannot be combined with adapt or experts; choose streams", "batch_size")
-        if rank_and_processes()[1] > 1:
-            raise UserError("adapt or experts: learn from a text in its order; use one process", "adapt")
-        adapt = None if adapt is None else AdaptConfig.read(dict(adapt))
-        self.options |= {"read": adaptive_predictions, "adapt": adapt, "streams": streams}
-        return adapt and dict(adapt)
 
     def by_layer(self, nats: Mapping[int, np.ndarray]) -> dict[str, float]:
         """Bits per character of each layer, in ascending order."""

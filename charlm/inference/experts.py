@@ -8,8 +8,8 @@ on, E = H + O + 1 experts, S states of an expert, V vocabulary.
 """
 
 import math
+from collections import namedtuple
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,7 @@ except ModuleNotFoundError as error:
 
 EXPERTS = ("heads", "counts", "match")
 LENGTHS = 17
-KNOWN_LENGTHS = 8
-"""Those of 0 to 7 symbols are enough for a text that is only counted, so that there is room for a long one."""
+KNOWN_LENGTHS = 8  # of a text that is only counted, so that there is room for a long one
 MOST_NODES = 2**27
 """Later strings are not counted. A node takes 16 bytes."""
 NONE, ROOT = 0, 1
@@ -38,34 +37,18 @@ LEAST = 2.0**-24
 STATES = 18
 
 
-class State(NamedTuple):
-    """Everything learned, and what the last prediction saw."""
-
-    nodes: np.ndarray
-    used: np.ndarray
-    """The number of nodes, and of symbols that weights were learned from."""
-    contexts_KO: np.ndarray
-    """The nodes of each stream's last 0 to O symbols."""
-    known_K: np.ndarray
-    """Context lengths that were read before."""
-    runs_K: np.ndarray
-    """How many times in a row the longest match was right."""
-    asked_E: np.ndarray
-    weights_ES: np.ndarray
-    states_KE: np.ndarray
-    """-1: without an opinion."""
-    features_KEV: np.ndarray
-    means_KE: np.ndarray
-    """Means of the features under the mixture."""
+State = namedtuple(
+    "State", "nodes used contexts_KO matches_K runs_K asked_E weights_ES states_KE features_KEV means_KE"
+)
+"""Everything learned, and what the last prediction saw; its parts are explained where `Experts` makes them."""
 
 
 class Experts:
     """Predicts symbols from all experts, and then learns them. Streams share all that was learned.
 
-    Experts are the network's heads, the counts after contexts of each length, and the longest match: what followed the
-    longest known context the last time. Each is a distribution over the vocabulary, and so is the normalised product of
-    p_i^w_i (Mattern 2012, Mixing Strategies in Data Compression). A weight, one for each state of an expert, takes a
-    step down the gradient of each symbol's cost (Mahoney 2005, Adaptive Weighing of Context Models).
+    Experts are the network's heads, the counts after contexts of each length, and the longest match. Each is a
+    distribution, and so is the normalised product of p_i^w_i (Mattern 2012, Mixing Strategies in Data Compression). A
+    weight for each state of an expert follows the gradient (Mahoney 2005, Adaptive Weighing of Context Models).
     """
 
     def __init__(self, names: Sequence[str], vocabulary_size: int, num_heads: int, streams: int):
@@ -76,15 +59,15 @@ class Experts:
         weights_E = [1 / num_heads] * num_heads + [0.2] * LENGTHS + [0.3]
         self._state = State(
             nodes=np.zeros((ROOT + 1, 4), np.int32),
-            used=np.array([ROOT + 1, 0]),
-            contexts_KO=np.zeros((K, LENGTHS + 1), np.int32),
-            known_K=np.zeros(K, np.int64),
-            runs_K=np.zeros(K, np.int64),
+            used=np.array([ROOT + 1, 0]),  # nodes, and symbols that weights were learned from
+            contexts_KO=np.zeros((K, LENGTHS + 1), np.int32),  # nodes of the last 0 to O symbols
+            matches_K=np.zeros(K, np.int64),  # what followed the longest known context the last time, or -1
+            runs_K=np.zeros(K, np.int64),  # how many times in a row that was right
             asked_E=np.array([True] * num_heads + ["counts" in names] * LENGTHS + ["match" in names]),
             weights_ES=np.repeat(weights_E, STATES).reshape(E, STATES),
-            states_KE=np.zeros((K, E), np.int64),
+            states_KE=np.zeros((K, E), np.int64),  # -1: without an opinion
             features_KEV=np.zeros((K, E, vocabulary_size)),
-            means_KE=np.zeros((K, E)),
+            means_KE=np.zeros((K, E)),  # of the features under the mixture
         )
         self.restart()
 
@@ -104,9 +87,7 @@ class Experts:
 
     def predict(self, log_p_AHV: np.ndarray) -> np.ndarray:
         """Mix the network's distributions, given as logarithms, with the others: [A, V], each at least 2^-24."""
-        p_AV = np.empty((len(log_p_AHV), log_p_AHV.shape[-1]))
-        _predict(self._state, np.ascontiguousarray(log_p_AHV, np.float64), p_AV)
-        return p_AV
+        return _predict(self._state, np.ascontiguousarray(log_p_AHV, np.float64))
 
     def update(self, symbols_A: np.ndarray) -> None:
         """Learn the symbols that `predict` was about, in the order of the streams."""
@@ -132,17 +113,18 @@ class Experts:
 
 
 @njit
-def _predict(state, log_p_AHV, p_AV):
+def _predict(state, log_p_AHV):
     A, H, V = log_p_AHV.shape
+    p_AV = np.empty((A, V))
     for a in range(A):
         states_E, features_EV, p_V = state.states_KE[a], state.features_KEV[a], p_AV[a]
         features_EV[:H] = np.maximum(log_p_AHV[a], math.log(LEAST))
         states_E[:H] = min(int(-3 * features_EV[H - 1].max()), 7)
-        known = _ask_counts(state.nodes, state.contexts_KO[a, :-1], p_V, features_EV[H:-1], states_E[H:-1])
-        state.known_K[a] = known
-        if known:
+        match = _ask_counts(state.nodes, state.contexts_KO[a, :-1], p_V, features_EV[H:-1], states_E[H:-1])
+        state.matches_K[a] = match
+        if match >= 0:
             features_EV[-1] = 0.0
-            features_EV[-1, _newest(state, a)] = math.log(V)
+            features_EV[-1, match] = math.log(V)
             states_E[-1] = min(int(math.log2(1 + state.runs_K[a])), STATES - 1)
         p_V[:] = 0.0
         for i, asked in enumerate(state.asked_E):
@@ -155,18 +137,12 @@ def _predict(state, log_p_AHV, p_AV):
         for i, own in enumerate(states_E):
             if own >= 0:
                 state.means_KE[a, i] = (p_V * features_EV[i]).sum()
-
-
-@njit
-def _newest(state, stream):
-    """The symbol that followed the longest known context the last time."""
-    context = state.contexts_KO[stream, state.known_K[stream] - 1]
-    return state.nodes[state.nodes[context, CHILD], SYMBOL]
+    return p_AV
 
 
 @njit
 def _ask_counts(nodes, contexts_O, shares_V, features_OV, states_O):
-    """Fill in what each context says; returns how many lengths were read before.
+    """Fill in what each context says; returns what followed the longest known one the last time, or -1.
 
     Counts c, of sum C and number U, give each symbol p_n = (max(c - discount, 0) + (prior + discount U) p_(n-1)) /
     (C + prior) after a context of length n (Teh 2006, section 4), and p_(-1) is uniform. A feature is log p_n / p_(n-1)
@@ -174,11 +150,12 @@ def _ask_counts(nodes, contexts_O, shares_V, features_OV, states_O):
     """
     states_O[:] = -1
     shares_V[:] = 1.0 / len(shares_V)  # p_n / scale
-    scale = 1.0
+    scale, match = 1.0, -1
     for order, context in enumerate(contexts_O):
         child = nodes[context, CHILD]
         if child == NONE:
-            return order
+            break
+        match = nodes[child, SYMBOL]
         total = distinct = most = 0
         while child != NONE:
             count = nodes[child, COUNT]
@@ -195,7 +172,7 @@ def _ask_counts(nodes, contexts_O, shares_V, features_OV, states_O):
             child = nodes[child, NEXT]
         sure = 2 if distinct == 1 else 1 if 2 * most > total else 0
         states_O[order] = 3 * min(int(math.log2(total)), 5) + sure
-    return len(contexts_O)
+    return match
 
 
 @njit
@@ -206,8 +183,7 @@ def _update(state, symbols_A):
         for i, own in enumerate(state.states_KE[a]):
             if own >= 0:
                 state.weights_ES[i, own] += rate * (state.features_KEV[a, i, symbol] - state.means_KE[a, i])
-        right = state.known_K[a] > 0 and _newest(state, a) == symbol
-        state.runs_K[a] = state.runs_K[a] + 1 if right else 0
+        state.runs_K[a] = state.runs_K[a] + 1 if state.matches_K[a] == symbol else 0
     _read(state, symbols_A.reshape(1, -1), LENGTHS)
 
 

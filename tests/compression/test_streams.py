@@ -88,8 +88,8 @@ def test_experts_cost_what_they_predict(build_model, names):
     layers = [1, 2] if "heads" in names else [2]
     ids = np.tile(np.random.default_rng(1).integers(0, 256, 30), 3)[: 3 * (8 + 5 * 3 + 1)].astype(np.uint8)
     experts = Experts(names, vocabulary_size=256, num_heads=len(layers), streams=3)
-    learner, expected = Learner(trained.transformer, trained.heads, None), 0.0
-    for symbols_SQ, counts_SQ, logits_LSQV in read_streams(learner, ids, streams=3, stride=3, layers=layers):
+    learner, expected = Learner(trained.transformer, trained.heads, None, layers), 0.0
+    for symbols_SQ, counts_SQ, logits_LSQV in read_streams(learner, ids, streams=3, stride=3):
         log_p_SQLV = logits_LSQV.double().log_softmax(-1).permute(1, 2, 0, 3).numpy()
         expected += experts.score(log_p_SQLV, ids[symbols_SQ], counts_SQ).sum()
     nats, settings = compressed_nats(trained, ids, streams=3, stride=3, experts=names)
