@@ -39,7 +39,8 @@ READ_AT_ONCE = 2**13
 """Symbols of all streams together; bounds the memory that reading again needs."""
 MAX_BLOCK = 2**26
 SYMBOLS_PER_STREAM = 2**13
-"""Default minimum: shorter streams, which begin without context, cost a few per cent."""
+"""Default minimum: shorter streams, which begin without context, cost a few per cent. Four times as many where
+something is learned: what is new to all streams is new to each of them."""
 BLOCK_PER_STREAM = 2**16
 
 
@@ -81,7 +82,8 @@ def choose_settings(trained: TrainedModel, num_symbols: int, **options: Any) -> 
     """The given `options`, with defaults in place of None; UserError if they cannot be."""
     given = {name: value for name, value in options.items() if value is not None}
     most = 64 if trained.device.type == "cpu" else 512
-    streams = given.get("streams", min(max(1, num_symbols // SYMBOLS_PER_STREAM), most))
+    each = SYMBOLS_PER_STREAM * (4 if "adapt" in given or given.get("experts") else 1)
+    streams = given.get("streams", min(max(1, num_symbols // each), most))
     context = given.get("context", trained.config.model.context_length)
     defaults = {
         "streams": streams,

@@ -184,6 +184,7 @@ def test_default_streams_grow_with_the_text(build_model):
     """Guards against many short streams, each of which begins without context."""
     trained = build_model()
     assert [choose_settings(trained, 2**n).streams for n in (0, 12, 14, 16, 30)] == [1, 1, 2, 8, 64]
+    assert [choose_settings(trained, 2**n, adapt={}).streams for n in (14, 16, 30)] == [1, 2, 64]
 
 
 def test_probabilities_of_a_model_that_diverged():
