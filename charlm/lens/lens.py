@@ -7,7 +7,7 @@ C head size, V vocabulary.
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -29,8 +29,8 @@ from charlm.model.cache import KVCache
 from charlm.model.kernels_cpu import full_fp32_matmul
 from charlm.runs.trained import TrainedModel, exit_layers
 
-READ_AT_ONCE = 256
-"""Symbols of a pass. Work can be cancelled between passes."""
+READ_AT_ONCE, CACHED = 256, 2**28
+"""Symbols of a pass, between which work can be cancelled, and bytes of keys and values that are kept."""
 Text = str | np.ndarray
 """A text, or its ids [N]."""
 
@@ -131,7 +131,10 @@ class Lens:
         drafts = ["offsets" for layer, offset in self.heads.pairs if layer == self.last and offset > 1]
         self.draft: Draft | None = next(iter(drafts + exit_layers(trained)[:-1]), None)
         """The source of drafts: heads for later symbols, else the lowest exit; None without either."""
-        self._cache, self._cached = KVCache(self.config, 1, trained.device), np.zeros(0, np.int64)  # of these symbols
+        new = partial(KVCache, self.config, 1, trained.device)
+        size = 8 * self.last * self.context * self.config.d_model
+        self._held = lru_cache(max(1, CACHED // size))(lambda begin: [np.zeros(0, np.int64), new()])
+        """The symbols of the window that begins at a place, and their keys and values."""
         V, P = trained.vocabulary.size, len(self.heads.pairs)
         nothing = np.zeros(0, np.int64), np.zeros(0), np.zeros((P, 0), np.int32), np.zeros((P, 0), np.float32)
         pairs, equal = tuple(self.heads.pairs), np.full(V, -math.log(V))
@@ -169,19 +172,20 @@ class Lens:
         """Hidden states after the positions from `first` on, {layer: [M, D]}, and the first position of each part."""
         while first < len(ids):
             begin = self.window(first)
-            end, known = min(len(ids), begin + self.context), common(self._cached, ids[begin:first])
+            held = cached, cache = self._held(begin)
+            end, known = min(len(ids), begin + self.context), common(cached, ids[begin:first])
             while (place := begin + known) < end:
                 self.watch()
-                new, self._cached = ids[None, place : min(end, place + READ_AT_ONCE)], self._cached[:known]
-                self._cache.lengths.fill_(known)
+                new, held[0] = ids[None, place : min(end, place + READ_AT_ONCE)], ids[begin:place]
+                cache.lengths.fill_(known)
                 with full_fp32_matmul(self.trained.device, new.size):
                     ids_1M = torch.from_numpy(new).to(self.trained.device)
-                    states = self.trained.transformer(ids_1M, self.heads.layers, self._cache)
+                    states = self.trained.transformer(ids_1M, self.heads.layers, cache)
                 known += new.size
                 if begin + known > first:
                     yield first, {layer: own_1MD[0, max(0, first - place) :] for layer, own_1MD in states.items()}
                     first = begin + known
-                self._cached = ids[begin:][:known]  # not if the user broke off: a hook may have changed the last
+                held[0] = ids[begin:][:known]  # not if the user broke off: a hook may have changed the last
 
     def probabilities(self, states: Mapping[int, Tensor], layer: int, offset: int = 1) -> Tensor:
         """What a layer expects from its hidden states, float64 [M, V]."""
@@ -223,8 +227,7 @@ class Lens:
         ids, layer, V = self.ids(text), layer or self.last, self.trained.vocabulary.size
         _check("place", place, 0, len(ids) + offset - 1)
         if (layer, offset) not in self.heads.pairs:
-            choices = ", ".join(f"{own} in layer {at}" for at, own in self.heads.pairs)
-            raise UserError(f"offset={offset}: layer {layer} has no such head; choose {choices}", "offset")
+            raise UserError(f"offset={offset}: layer {layer} has none; heads are {self.heads.pairs}", "offset")
         known, measure = ids[: max(0, place - offset + 1)], partial(self.probabilities, layer=layer, offset=offset)
         found = self.measured(known, max(0, place - offset), measure)
         return found[0] if len(found) else np.full(V, 1 / V)
@@ -266,7 +269,7 @@ class Lens:
         query_H1C, T = queries[-1][0, -1].view(self.config.num_heads, 1, -1), place + 1 - self.window(place)
         rotation = transformer.rotation(transformer.places(T, None))
         query_H1C = query_H1C if rotation is None else rotation.last(1)(query_H1C)
-        keys_TC = self._cache.keys[layer - 1, 0, head, :T]
+        keys_TC = self._held(place + 1 - T)[1].keys[layer - 1, 0, head, :T]
         weights_T = (keys_TC @ query_H1C[head, 0] * keys_TC.shape[1] ** -0.5).softmax(dim=0)
         return np.pad(weights_T.cpu().numpy(), (place + 1 - T, 0))
 

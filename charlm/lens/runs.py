@@ -70,8 +70,8 @@ class Runs:
             lens, steps = self.lens(place), list(checkpoint_folders(Run(path)))
             symbols = lens.trained.vocabulary.symbols
             texts = [symbol.decode("utf-8", "ignore") or None for symbol in symbols]  # None for a part of a character
-            shape = lens.config.model_dump(include={"context_length", "num_layers", "num_heads", "d_ff", "ngrams"})
-            own = {
+            runs.append(lens.config.model_dump(include={"context_length", "num_layers", "num_heads", "d_ff", "ngrams"}))
+            runs[-1] |= {
                 "name": names[place],
                 "checkpoint": best,
                 "checkpoints": [{"name": str(step), "step": step} for step in steps or [int(best)]],
@@ -81,7 +81,6 @@ class Runs:
                 "can_draft": lens.draft is not None,
                 "corpus": self.corpora[place] is not None,
             }
-            runs.append(shape | own)
         table = differences(self.configs) if len(self.paths) > 1 else []
         differs, limits = [[option, *values] for option, values in table], {"text": MAX_TEXT, "length": MAX_LENGTH}
         return {"runs": runs, "differs": differs, "limits": limits, "live": live, "corpus": any(self.corpora)}

@@ -39,8 +39,7 @@ HEADERS = {
 
 def create_app(runs: Runs, token: str, port: int, is_over: Callable[[], bool] = lambda: False) -> Starlette:
     """The page of some runs, and the answers to it, until the server `is_over`."""
-    html, hosts = render(runs.facts(live=True)), (f"{HOST}:{port}", f"localhost:{port}")
-    turn = asyncio.Lock()
+    html, hosts, turn = render(runs.facts(live=True)), (f"{HOST}:{port}", f"localhost:{port}"), asyncio.Lock()
 
     async def take(request: Request, work: Callable[..., Any], *arguments: Any) -> Any:
         """What `work` gives, in a thread; one at a time. ClientDisconnect if the page gives its request up."""

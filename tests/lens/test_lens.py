@@ -17,6 +17,7 @@ import charlm
 from charlm.config.adapt import AdaptConfig
 from charlm.inference.scoring import negative_log_likelihoods
 from charlm.lens.lens import Lens, Reading
+from charlm.model.cache import KVCache
 from charlm.runs.trained import TrainedModel
 from tiny import refused
 
@@ -92,7 +93,7 @@ def test_learning_a_text_costs_what_evaluation_says(trained, build_corpus):
     for name, own in trained.modules.state_dict().items():
         assert torch.equal(own, weights[name])
     lens.read("")
-    assert np.abs(lens.read(ids).bits - before.bits).max() < 1e-6
+    assert np.abs(lens.read(ids).bits - before.bits).max() < 1e-4
     interrupted(lens, lens.adapted, ids, 2)
     with refused("streams"):
         lens.adapted("")
@@ -326,6 +327,27 @@ def test_what_is_not_there_is_refused(trained):
                 call()
     with refused("offset"):
         lens.read("ab").grid(7)
+
+
+def test_keys_and_values_take_bounded_memory(trained, text, monkeypatch):
+    """Guards against those of every window of a long text, and those of another window in their place."""
+    text *= 5
+    expected = Lens(trained).read(text)
+    monkeypatch.setattr("charlm.lens.lens.CACHED", 2 * 8 * 3 * 12 * trained.config.model.d_model)
+
+    def kept() -> int:
+        gc.collect()
+        return sum(type(own) is KVCache for own in gc.get_objects())
+
+    lens, before = Lens(trained), kept()
+    for place in (300, 40, 41, 0):
+        assert lens.attention(text, 1, 0, place) == pytest.approx(Lens(trained).attention(text, 1, 0, place), abs=1e-5)
+        assert (
+            np.abs(lens.read(text[:place] + "-" + text[place:]).bits[:place] - expected.bits[:place]).max(initial=0)
+            < 1e-4
+        )
+    assert np.abs(lens.read(text).bits - expected.bits).max() < 1e-4
+    assert kept() == before + 2
 
 
 def test_memory_is_bounded_however_long_one_types(trained):
