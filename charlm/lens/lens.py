@@ -213,13 +213,12 @@ class Lens:
         Both are those of `evaluate.py --stride`. The model itself stays as it is. UserError if learning diverges.
         """
 
-        def watched(*prediction: Tensor) -> Tensor:
-            self.watch()
-            return nats(*prediction)
+        def watched(*models: Any, **how: Any) -> Iterator[tuple[Tensor, Tensor]]:  # `watch` gives None, or raises
+            return (found for found in adaptive_predictions(*models, **how) if not self.watch())
 
         models = self.trained.transformer, self.trained.heads, self.ids(text)
-        how = {"read": adaptive_predictions, "streams": 1, "stride": self.stride, "layers": [self.last]}
-        both = [measure_text(*models, adapt=way, measure=watched, **how) for way in (None, adapt or AdaptConfig())]
+        how = {"read": watched, "streams": 1, "stride": self.stride, "layers": [self.last]}
+        both = [measure_text(*models, adapt=way, **how) for way in (None, adapt or AdaptConfig())]
         return np.concatenate(both)[:, 0] / math.log(2)
 
     def distribution(self, text: Text, place: int, layer: int | None = None, offset: int = 1) -> np.ndarray:
