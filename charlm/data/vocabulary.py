@@ -69,7 +69,7 @@ class Vocabulary(ABC):
         """A mask of the ids whose symbols start a character."""
         return self._starts_V[ids]
 
-    def characters(self, ids: np.ndarray) -> np.ndarray:
+    def begins(self, ids: np.ndarray) -> np.ndarray:
         """Where the characters of some ids begin; what is left of one at the start counts as one."""
         return np.flatnonzero(self.starts(ids) | (np.arange(len(ids)) == 0))
 

@@ -68,7 +68,7 @@ def read(lens: Lens, asked: Request, runs: Runs) -> Json:
     reading = lens.read(ids[: max(asked.since + asked.most, common(ids, lens.reading.ids))])
     since = min(asked.since, len(reading.ids))
     if 0 < since < len(reading.ids):  # an edit may have cut a character in two
-        since = int(lens.trained.vocabulary.characters(reading.ids[: since + 1])[-1])
+        since = int(lens.trained.vocabulary.begins(reading.ids[: since + 1])[-1])
     return reading_json(reading, asked.offset, since) | {"of": len(ids)}
 
 

@@ -76,14 +76,14 @@ class Reading(NamedTuple):
     def pieces(self, since: int = 0) -> list[str]:
         """The character that starts at each place from `since` on, "" where one goes on; joined they are the text."""
         found = [""] * len(self.ids)
-        starts = self.vocabulary.characters(self.ids)
+        starts = self.vocabulary.begins(self.ids)
         for first, end in pairwise([*starts[starts >= since].tolist(), len(self.ids)]):
             found[first] = self.vocabulary.decode(self.ids[first:end]).decode("utf-8", "surrogateescape")
         return found[since:]
 
     def bits_by_character(self) -> np.ndarray:
         """The cost of each character, float64 [characters]."""
-        return np.add.reduceat(self.bits, self.vocabulary.characters(self.ids)) if len(self.ids) else self.bits
+        return np.add.reduceat(self.bits, self.vocabulary.begins(self.ids)) if len(self.ids) else self.bits
 
     def sizes(self) -> dict[str, int]:
         """The bytes that charlm, without the model, `gzip -9` and `xz -9e` take for the text."""

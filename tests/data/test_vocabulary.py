@@ -56,6 +56,8 @@ def test_what_goes_in_comes_out(name, text, seen, cut):
     count = vocabulary.count_characters
     assert count(ids[:cut]) + count(ids[cut:]) == count(ids)
     assert type(count(ids)) is int  # JSON knows no np.int64
+    begins = vocabulary.begins(ids).tolist()
+    assert begins == [place for place in range(len(ids)) if place == 0 or count(ids[[place]])]
 
 
 @given(st.binary())

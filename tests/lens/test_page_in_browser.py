@@ -313,9 +313,7 @@ def test_what_learning_the_text_changes(opened, address, lens):
     text = TEXT * 2
     seen = opened(address + "#" + urlencode({"text": text, "colour": "adapted"}))
     still, learning = lens.adapted(text)
-    characters = [
-        sum(own) for own in np.split(learning - still, lens.trained.vocabulary.characters(lens.ids(text))[1:])
-    ]
+    characters = [sum(own) for own in np.split(learning - still, lens.trained.vocabulary.begins(lens.ids(text))[1:])]
     assert seen.marked() == levels(np.array(characters), 4)
     means = [own.sum() / len(text) for own in (learning, still)]
     assert "With learning {:.4f}, without {:.4f}.".format(*means) in seen.text("#total")

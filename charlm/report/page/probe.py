@@ -186,7 +186,7 @@ def pieces_of(
 ) -> list[Piece]:
     """A piece for each symbol that begins a character, with those that continue it."""
     pieces = []
-    for first, end in pairwise([*vocabulary.characters(ids_N).tolist(), len(ids_N)]):
+    for first, end in pairwise([*vocabulary.begins(ids_N).tolist(), len(ids_N)]):
         candidates = [visible(vocabulary.decode(symbol)) for symbol in symbols_NK[first][:, None]]
         probabilities = probabilities_NK[first].round(6).tolist()
         likeliest = list(zip(candidates, probabilities, strict=True))
