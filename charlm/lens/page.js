@@ -638,6 +638,7 @@ async function* events(answer) {
 
 async function generate() {
   const mine = ++turn, { t: temperature, k: top_k, n: length, seed } = state;
+  let painted = 0;
   generating(true);
   try {
     const answer = await ask("generate", { ...base(), temperature, top_k, length, seed, drafts: state.drafts });
@@ -645,6 +646,9 @@ async function generate() {
       if (mine !== turn) return;
       if (event.error) throw new Error(event.error);
       grow(event);
+      if (performance.now() - painted < 50) continue; // else Stop could not be pressed while much comes at once
+      show();
+      painted = await new Promise(requestAnimationFrame);
     }
   } catch (error) {
     trouble(error);
@@ -662,15 +666,13 @@ function generating(is) {
 function grow({ symbol, piece, bits, before, after, draft, done, symbols: count, passes }) {
   const from = text.value.length, drawn = new Map(after);
   replaceText(text.value + piece);
-  if (done) $("passes").textContent = `${count} characters in ${passes} passes, ${count - passes} saved`;
-  if (done) return;
+  if (done) return ($("passes").textContent = `${count} characters in ${passes} passes, ${count - passes} saved`);
   if (draft && piece) drafts.push({ from, to: text.value.length, kind: draft });
   append({ since: size(), symbols: [symbol], pieces: [piece], bits: [bits ?? null], decided: [], grid: {} });
   [state.start, state.place, seek] = [-1, size() - 1, true];
   const [symbols, probabilities] = [before.map(([one]) => one), before.map(([, p]) => p)];
   answers.distribution = { symbols, probabilities, after: symbols.map((one) => drawn.get(one) ?? 0) };
   [asked.distribution, $("box").scrollTop] = [null, $("box").scrollHeight];
-  show();
 }
 
 // Controls.
