@@ -53,6 +53,8 @@ SETTINGS = {
     "multiway": [*MANY, *CHECKPOINTING, "--aux.route=multiway", "--train.weight_decay=0.1"],
     "multiway-common": typed("--aux.route=multiway --aux.step_sizes=common --train.optimizer=muon --model.ngrams=[2]"),
 }
+DIFFER_LESS = {"bf16", "bf16-checkpointed", "sgd", "epochs", "relay", "multiway", "multiway-common"}
+"""From others, which `make test` runs."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,10 @@ def whole_run(tmp_path_factory, text_corpus_flags):
     return flags, train(*flags, f"--run.dir={tmp_path_factory.mktemp('whole') / 'run'}")
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in DIFFER_LESS else []) for name in SETTINGS],
+)
 def test_resuming_at_any_step_ends_in_the_same_bytes(setting, tmp_path, text_corpus_flags):
     """Guards against state missing from checkpoints, or given to another loss: optimizer moments, dropout noise, best
     score, schedule."""
