@@ -70,7 +70,7 @@ class Vocabulary(ABC):
         return self._starts_V[ids]
 
     def begins(self, ids: np.ndarray) -> np.ndarray:
-        """Where the characters of some ids begin; what is left of one at the start counts as one."""
+        """The places in some ids at which characters begin; the rest of one at the start counts as one."""
         return np.flatnonzero(self.starts(ids) | (np.arange(len(ids)) == 0))
 
     @cached_property

@@ -61,7 +61,7 @@ class Learner:
             if not tables + others:
                 problem = "no n-gram tables learn, as the model has none or ngram_rate is 0; choose all"
                 raise UserError(f"adapt.parameters={adapt.parameters}: {problem}", "adapt.parameters")
-            # What does not learn keeps its memory.
+            # Parameters that do not learn share the memory of the trained ones.
             own = {name: nn.Parameter(trained[name].detach(), requires_grad=False) for name in trained}
             own |= {name: nn.Parameter(trained[name].detach().clone()) for name in tables + others}
             self.modules = copy.deepcopy(self.modules, {id(trained[name]): own[name] for name in own}).eval()

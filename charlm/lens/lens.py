@@ -188,7 +188,7 @@ class Lens:
                 held[0] = ids[begin:][:known]  # not if the user broke off: a hook may have changed the last
 
     def probabilities(self, states: Mapping[int, Tensor], layer: int, offset: int = 1) -> Tensor:
-        """What a layer expects from its hidden states, float64 [M, V]."""
+        """The probabilities that a layer gives from its hidden states, float64 [M, V]."""
         return in_float64(self.heads(states[layer][None], layer, [offset])[0, :, 0]).softmax(dim=-1)
 
     @torch.inference_mode()

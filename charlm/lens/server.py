@@ -42,7 +42,7 @@ def create_app(runs: Runs, token: str, port: int, is_over: Callable[[], bool] = 
     html, hosts, turn = render(runs.facts(live=True)), (f"{HOST}:{port}", f"localhost:{port}"), asyncio.Lock()
 
     async def take(request: Request, work: Callable[..., Any], *arguments: Any) -> Any:
-        """What `work` gives, in a thread; one at a time. ClientDisconnect if the page gives its request up."""
+        """The result of `work`, in a thread; one at a time. ClientDisconnect if the page gives its request up."""
         waiting = asyncio.ensure_future(request.receive())  # which ends with that: its body was read before
 
         def watch() -> None:
