@@ -1,8 +1,10 @@
 """The pretended GPU itself: what it counts, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
+from benchmarks.pretend import guard
 from benchmarks.pretend.guard import missing
 from benchmarks.pretend.worker import run
 
@@ -85,3 +87,15 @@ def test_counts() -> None:
     assert {name: counts[1:-1] for name, counts in found.items()} == COUNTS
     assert [name for name, (refused, *_) in found.items() if refused] == ["mixed"]
     assert {name: kept for name, (*_, kept) in found.items() if kept} == {}
+
+
+def test_each_installed_torch_has_its_own_guard(tmp_path, monkeypatch):
+    """Guards against a guard that looks for torch's libraries in an environment that is gone."""
+    monkeypatch.setenv("CHARLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(guard.subprocess, "run", lambda command, check: Path(command[-1]).touch())
+    monkeypatch.setattr(guard, "_command", lambda target: [str(target)])
+    monkeypatch.setattr(guard, "missing", lambda: None)
+    here = guard.compiled_guard()
+    assert guard.compiled_guard() == here
+    monkeypatch.setattr(guard, "_torch", lambda: tmp_path / "elsewhere" / "torch")
+    assert guard.compiled_guard() != here

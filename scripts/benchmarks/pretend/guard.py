@@ -27,14 +27,15 @@ def missing() -> str | None:
 
 
 def compiled_guard() -> Path:
-    """The shared library, compiled once for each release of torch.
+    """The shared library, compiled once for each installed torch: it names the folder of the libraries that it needs.
 
     Raises:
         UserError: something is missing.
     """
     if lacks := missing():
         raise UserError(f"benchmark=pretend: needs {lacks}; install it", "benchmark")
-    key = hashlib.sha256(SOURCE.read_bytes() + importlib.metadata.version("torch").encode()).hexdigest()[:16]
+    installed = f"{importlib.metadata.version('torch')} {_torch()}"
+    key = hashlib.sha256(SOURCE.read_bytes() + installed.encode()).hexdigest()[:16]
     cache = Path(os.environ.get("CHARLM_CACHE") or "~/.cache/charlm").expanduser()
     target = cache / f"pretended-gpu-{key}.so"
     if not target.exists():
