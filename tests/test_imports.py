@@ -77,5 +77,6 @@ def test_every_imported_package_is_declared_and_pinned() -> None:
     assert declared <= dict(line.split("==") for line in lines if line).keys()
     sources = "\n".join(path.read_text() for path in (ROOT / "charlm").rglob("*.py"))
     modules = set(re.findall(r"^ *(?:import|from) (\w+)(?:[\w.]* import)?", sources, re.M))
-    packages = {name for module in modules for name in packages_distributions().get(module, [])}
+    installed = packages_distributions()
+    packages = {name for module in modules for name in installed.get(module, [])}
     assert {name.lower() for name in packages} - {"charlm"} <= declared

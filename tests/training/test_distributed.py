@@ -47,17 +47,18 @@ OWN = [
     "--aux.tasks={order: {weight: 0.5, layer: 2, schedule: cutoff, end: 0.8}}",
 ]
 GROUPS: dict[str, dict[str, list[str]]] = {
+    "core": {  # these run in `make test` too
+        "sgd-uneven": [*SGD, *UNEVEN],
+        "ngrams": [*GROWING, "--model.ngrams=[2,3]"],
+        "ema": ["--train.average=ema", "--train.average_every=3", "--train.weight_decay=0.1"],
+        "last-position": [*LAST_POSITION, "--train.micro_batch_size=1"],
+    },
     "replicas": {
-        "adamw": ["--train.weight_decay=0.1"],
         "adamw-accumulated": ["--train.micro_batch_size=2"],
         "sgd": SGD,
-        "sgd-uneven": [*SGD, *UNEVEN],
         "sgd-accumulated": [*SGD, "--train.micro_batch_size=1"],
-        "ngrams": [*GROWING, "--model.ngrams=[2,3]"],
         "ngrams-dense": [*UNEVEN, "--model.ngrams=[2,3]", "--model.ngram_buckets=64"],
         "epochs": [*GROWING, *UNEVEN, "--data.order=epochs"],
-        "ema": ["--train.average=ema", "--train.average_every=3"],
-        "last-position": [*LAST_POSITION, "--train.micro_batch_size=1"],
     },
     "shards": {
         "adamw": [*SHARDED, "--train.weight_decay=0.1", "--model.d_ff=65"],  # rows that cannot be shared evenly
@@ -117,7 +118,7 @@ def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("group", "name"),
     [
-        pytest.param(group, name, marks=[] if group == "replicas" else pytest.mark.slow, id=f"{group}-{name}")
+        pytest.param(group, name, marks=[] if group == "core" else pytest.mark.slow, id=f"{group}-{name}")
         for group in GROUPS
         for name in GROUPS[group]
     ],
@@ -144,7 +145,7 @@ def test_two_processes_learn_what_one_does(group, name, two_processes, tmp_path,
     }
     if group == "heads":
         torch.testing.assert_close(found["hedge.weights"], expected["hedge.weights"], rtol=1e-5, atol=0)
-    if group in ("replicas", "shards"):
+    if group in ("core", "replicas", "shards"):
         for key in found:  # rows that no batch read stay at zero
             if "ngram_embedding.tables" in key and key.endswith("exp_avg"):
                 assert torch.equal(found[key].any(dim=1), expected[key].any(dim=1))
