@@ -354,12 +354,12 @@ def test_memory_is_bounded_however_long_one_types(trained):
     """Guards against readings, caches, pictures of the model or hooks that stay after every key."""
     lens, text = Lens(trained), ""
     counts = []
-    for number in range(2000):
+    for number in range(1200):
         text = (text + "ab"[number % 2]) if len(text) < 40 else text[:7]
         lens.read(text)
         if number % 100 == 99:
             lens.attention(text, 1, 0, 3), lens.unit(text, 1, 1), lens.knockouts(text, 4), lens.follow(text, 7)
-        if number % 500 == 499:
+        if number % 300 == 299:
             gc.collect()
             kinds = [type(own) for own in gc.get_objects()]
             counts.append((kinds.count(Reading), sum(issubclass(kind, torch.Tensor) for kind in kinds)))

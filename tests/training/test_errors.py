@@ -202,7 +202,7 @@ def test_the_message_about_a_lost_process_survives_the_launchers_signal(capfd):
     stop.__exit__()
 
 
-@pytest.mark.parametrize(("capacity", "found"), [(16, 16), (3, 3), (1, 1), (0, None)])
+@pytest.mark.parametrize(("capacity", "found"), [(4, 4), (3, 3), (1, 1), (0, None)])
 def test_the_search_finds_what_fits_and_leaves_no_trace(capacity, found, monkeypatch):
     """Guards against a search that changes gradients, weights or random state, and with them the run."""
     objective = build_objective(Config(model=small_model()), 11)
@@ -217,7 +217,7 @@ def test_the_search_finds_what_fits_and_leaves_no_trace(capacity, found, monkeyp
     monkeypatch.setattr(objective, "forward", with_little_memory)
     torch.manual_seed(0)
     with nullcontext() if found else refused("train.micro_batch_size"):
-        assert find_micro_batch_size(objective, Accelerator(cpu=True), upper=16) == found
+        assert find_micro_batch_size(objective, Accelerator(cpu=True), upper=4) == found
     after = torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(after, torch.rand(3))

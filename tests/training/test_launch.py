@@ -73,7 +73,7 @@ def test_accelerate_knows_every_key_of_a_launch_file(launch_file):
     ("launcher", "sharding", "rank", "number", "code"),
     [
         (TORCHRUN, "no", "0", signal.SIGTERM, 0),
-        (TORCHRUN, "no", "1", signal.SIGTERM, 0),
+        pytest.param(TORCHRUN, "no", "1", signal.SIGTERM, 0, marks=pytest.mark.slow),
         pytest.param(TORCHRUN, "no", None, signal.SIGTERM, 1, marks=pytest.mark.slow),
         pytest.param(TORCHRUN, "fsdp2", None, signal.SIGTERM, 1, marks=pytest.mark.slow),
         pytest.param(TORCHRUN, "no", None, signal.SIGHUP, 1, marks=pytest.mark.slow),
