@@ -120,8 +120,7 @@ def read_streams(
     """
     if not 1 <= streams <= len(ids):
         raise UserError(f"streams={streams}: must lie in [1, {len(ids)}], the symbols of the text", "streams")
-    each, longer = divmod(len(ids), streams)
-    lengths_S1 = each + (np.arange(streams) < longer)[:, None]
+    lengths_S1 = np.array([[len(part)] for part in np.array_split(ids, streams)])
     starts_S1 = np.cumsum(lengths_S1, axis=0) - lengths_S1
     windows = evaluation_windows(int(lengths_S1[0, 0]), learner.transformer.config.context_length, stride)
     equal_LS1V = torch.zeros(len(learner.layers), streams, 1, learner.transformer.vocabulary_size)

@@ -4,7 +4,7 @@ Each string of up to O symbols that was read is a node of a trie, so no two cont
 functions, without threads and without reordering sums: the same calls give the same bits.
 
 Shapes: K streams, A of which still have symbols, T symbols of a stream, N of a text, H heads, O context lengths from 0
-on, E = H + O + 1 experts, S states of an expert, V vocabulary.
+on, E = H + O + 1 experts, V vocabulary, C = `STATES` + V weights of an expert.
 """
 
 import math
@@ -38,7 +38,7 @@ STATES = 18
 
 
 State = namedtuple(
-    "State", "nodes used contexts_KO matches_K runs_K asked_E weights_ES states_KE features_KEV means_KE"
+    "State", "nodes used contexts_KO matches_K runs_K last_K asked_E weights_EC states_KE features_KEV means_KE"
 )
 """Everything learned, and what the last prediction saw; its parts are explained where `Experts` makes them."""
 
@@ -47,8 +47,9 @@ class Experts:
     """Predicts symbols from all experts, and then learns them. Streams share all that was learned.
 
     Experts are the network's heads, the counts after contexts of each length, and the longest match. Each is a
-    distribution, and so is the normalised product of p_i^w_i (Mattern 2012, Mixing Strategies in Data Compression). A
-    weight for each state of an expert follows the gradient (Mahoney 2005, Adaptive Weighing of Context Models).
+    distribution, and so is the normalised product of p_i^w_i (Mattern 2012, Mixing Strategies in Data Compression). Its
+    weights are sums of one for the expert's state and one for the last symbol, and follow the gradient (Mahoney 2005,
+    Adaptive Weighing of Context Models).
     """
 
     def __init__(self, names: Sequence[str], vocabulary_size: int, num_heads: int, streams: int):
@@ -56,15 +57,16 @@ class Experts:
         if unknown := ",".join(set(names) - set(EXPERTS)):
             raise UserError(f"experts={unknown}: must be some of {', '.join(EXPERTS)}", "experts")
         K, E = streams, num_heads + LENGTHS + 1
-        weights_E = [1 / num_heads] * num_heads + [0.2] * LENGTHS + [0.3]
+        weights_E1 = np.array([[1 / num_heads]] * num_heads + [[0.2]] * LENGTHS + [[0.3]])
         self._state = State(
             nodes=np.zeros((ROOT + 1, 4), np.int32),
             used=np.array([ROOT + 1, 0]),  # nodes, and symbols that weights were learned from
             contexts_KO=np.zeros((K, LENGTHS + 1), np.int32),  # nodes of the last 0 to O symbols
             matches_K=np.zeros(K, np.int64),  # what followed the longest known context the last time, or -1
             runs_K=np.zeros(K, np.int64),  # how many times in a row that was right
+            last_K=np.zeros(K, np.int64),  # symbols
             asked_E=np.array([True] * num_heads + ["counts" in names] * LENGTHS + ["match" in names]),
-            weights_ES=np.repeat(weights_E, STATES).reshape(E, STATES),
+            weights_EC=np.pad(np.tile(weights_E1, STATES), ((0, 0), (0, vocabulary_size))),
             states_KE=np.zeros((K, E), np.int64),  # -1: without an opinion
             features_KEV=np.zeros((K, E, vocabulary_size)),
             means_KE=np.zeros((K, E)),  # of the features under the mixture
@@ -75,7 +77,7 @@ class Experts:
         """Begin all streams anew, without context; what was learned stays."""
         self._state.contexts_KO[:] = NONE
         self._state.contexts_KO[:, 0] = ROOT
-        self._state.runs_K[:] = 0
+        self._state.runs_K[:] = self._state.last_K[:] = 0
 
     def read(self, ids_N: np.ndarray) -> None:
         """Count the symbols of a text; streams begin anew."""
@@ -126,12 +128,12 @@ def _predict(state, log_p_AHV):
             features_EV[-1] = 0.0
             features_EV[-1, match] = math.log(V)
             states_E[-1] = min(int(math.log2(1 + state.runs_K[a])), STATES - 1)
+        states_E[:] = np.where(state.asked_E, states_E, -1)
         p_V[:] = 0.0
-        for i, asked in enumerate(state.asked_E):
-            if not asked:
-                states_E[i] = -1
-            if states_E[i] >= 0:
-                p_V += state.weights_ES[i, states_E[i]] * features_EV[i]
+        for i, own in enumerate(states_E):
+            if own >= 0:
+                weight = state.weights_EC[i, own] + state.weights_EC[i, STATES + state.last_K[a]]
+                p_V += weight * features_EV[i]
         p_V[:] = np.exp(p_V - p_V.max())
         p_V[:] = p_V * ((1 - V * LEAST) / p_V.sum()) + LEAST
         for i, own in enumerate(states_E):
@@ -182,8 +184,10 @@ def _update(state, symbols_A):
     for a, symbol in enumerate(symbols_A):
         for i, own in enumerate(state.states_KE[a]):
             if own >= 0:
-                state.weights_ES[i, own] += rate * (state.features_KEV[a, i, symbol] - state.means_KE[a, i])
+                for column in (own, STATES + state.last_K[a]):
+                    state.weights_EC[i, column] += rate * (state.features_KEV[a, i, symbol] - state.means_KE[a, i])
         state.runs_K[a] = state.runs_K[a] + 1 if state.matches_K[a] == symbol else 0
+        state.last_K[a] = symbol
     _read(state, symbols_A.reshape(1, -1), LENGTHS)
 
 

@@ -90,7 +90,8 @@ GROUPS: dict[str, dict[str, list[str]]] = {
 
 
 def flags_of(group: str, name: str, folder: Path, corpus: list[str]) -> list[str]:
-    return [*FLAGS, *corpus, *GROUPS[group][name], f"--run.dir={folder / name}"]
+    short = ["--train.steps=40"] if group == "core" else []
+    return [*FLAGS, *short, *corpus, *GROUPS[group][name], f"--run.dir={folder / name}"]
 
 
 @pytest.fixture(scope="module")
