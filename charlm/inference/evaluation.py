@@ -6,6 +6,7 @@ Costs are float64 nats, added exactly (`math.fsum`) and divided once.
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from operator import attrgetter, mul
@@ -191,12 +192,10 @@ def tune(
     for name, factor in product(("rate", "ngram_rate"), (2.0, 0.5)):
         while (rates := lowest.adapt | {name: factor * lowest.adapt[name]}) not in tried:
             tried.append(rates)
-            try:
+            with suppress(UserError):  # learning diverged
                 score = bits_per_character(trained, corpus, adapt=rates, **options)
-            except UserError:  # learning diverged
-                continue
-            yield score
-            lowest = min(lowest, score, key=attrgetter("bits_per_character"))
+                yield score
+                lowest = min(lowest, score, key=attrgetter("bits_per_character"))
 
 
 class ScoredText:

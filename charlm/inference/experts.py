@@ -23,19 +23,13 @@ except ModuleNotFoundError as error:
 EXPERTS = ("heads", "counts", "match")
 LENGTHS = 17
 KNOWN_LENGTHS = 8  # of a text that is only counted, so that there is room for a long one
-MOST_NODES = 2**27
-"""Later strings are not counted. A node takes 16 bytes."""
-NONE, ROOT = 0, 1
-"""The nodes of a string that was not read, and of the empty one."""
-SYMBOL, COUNT, CHILD, NEXT = range(4)
-"""Columns of a node; its child read last begins a list."""
+MOST_NODES = 2**27  # of 16 bytes; later strings are not counted
+NONE, ROOT = 0, 1  # nodes of a string that was not read, and of the empty one
+SYMBOL, COUNT, CHILD, NEXT = range(4)  # columns of a node; its child read last begins a list
 DISCOUNT, PRIOR = 0.6, 0.2
-FIRST_RATE, LAST_RATE = 0.02, 0.002
-"""Step sizes of the weights: the first falls with the number of symbols, down to the last."""
-LEAST = 2.0**-24
-"""The least probability, one unit of the range coder."""
+FIRST_RATE, LAST_RATE = 0.02, 0.002  # steps of the weights: the first falls with the number of symbols, to the last
+LEAST = 2.0**-24  # probability of any symbol: one unit of the range coder
 STATES = 18
-
 
 State = namedtuple(
     "State", "nodes used contexts_KO matches_K runs_K last_K asked_E weights_EC states_KE features_KEV means_KE"
