@@ -32,7 +32,7 @@ class Options(Section):
     """Open the page in the browser; never over ssh."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """The port of the page's server; 0 takes a free one."""
-    device: Literal["cpu", "cuda"] | None = None
+    device: Literal["cpu", "cuda", "mps", "xpu"] | None = None
     """Where the model computes. The default is a GPU if there is one."""
 
 
@@ -53,8 +53,8 @@ def main() -> None:
     from charlm.lens.render import render
     from charlm.lens.runs import MAX_TEXT, Runs
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise charlm.UserError("device=cuda: there is no GPU that torch can use; leave it out", "device")
+    if options.device and not torch.get_device_module(options.device).is_available():
+        raise charlm.UserError(f"device={options.device}: torch can use none here; leave it out", "device")
     if options.to is None:
         from charlm.lens.server import serve
 

@@ -103,7 +103,8 @@ class DataConfig(TextConfig):
     """Share of the training text that the characters of sentencepiece cover."""
     order: Literal["uniform", "epochs"] = "uniform"
     """How training windows are drawn. uniform: independently (Al-Rfou et al. 2018, section 4). epochs:
-    side by side, each once before any comes again; every epoch shifts and shuffles them anew."""
+    side by side, each once before any comes again; every epoch shifts and shuffles them anew (by a
+    permutation as in Black and Rogaway 2002, section 4)."""
     # Sorted, so that the windows do not depend on how it was written down.
     mixture: Annotated[dict[str, SourceConfig], AfterValidator(lambda own: dict(sorted(own.items())))] = Field({})
     """Sources for corpus=mixture, by name: {wiki: {corpus: enwik8, weight: 2}, own: {corpus: file, path:

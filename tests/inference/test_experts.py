@@ -310,3 +310,9 @@ def test_compiled_functions_do_what_they_say(plain):
     found = [costs(experts(compiled), symbols_KT) for _ in range(2)]
     assert np.array_equal(*found)
     assert found[0] == pytest.approx(costs(experts(plain), symbols_KT), abs=1e-9)
+    generator = np.random.default_rng(0)
+    made, log_p_THV = compiled.Experts(ALL, 256, 2, 1), np.log(generator.dirichlet(np.full(256, 0.1), (3000, 2)) + 1e-9)
+    for t, symbol in enumerate(np.resize(generator.integers(0, 256, 700), 3000)):
+        if t % 7 == 0:
+            assert abs(made.predict(log_p_THV[None, t]).sum() - 1) < 1e-9
+            made.update(np.array([symbol]))

@@ -57,6 +57,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "adamw-accumulated": ["--train.micro_batch_size=2"],
         "sgd": SGD,
         "sgd-accumulated": [*SGD, "--train.micro_batch_size=1"],
+        "ngrams": [*GROWING, "--model.ngrams=[2,3]"],
         "ngrams-dense": [*UNEVEN, "--model.ngrams=[2,3]", "--model.ngram_buckets=64"],
         "epochs": [*GROWING, *UNEVEN, "--data.order=epochs"],
     },
