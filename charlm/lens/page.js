@@ -699,7 +699,7 @@ function chooser({ name, checkpoints, checkpoint: first }, which) {
   const output = make("output", {}), max = known.length - 1;
   const slider = make("input", { type: "range", min: 0, max, id: key, ariaLabel: `checkpoint of ${name}` });
   slider.value = at < 0 ? max : at;
-  const tell = () => (slider.ariaValueText = output.textContent = `step ${counted(checkpoints[slider.value].step)}`);
+  const tell = () => (slider.ariaValueText = output.textContent = `step ${counted(checkpoints[slider.value].step)}${known[slider.value] === first ? ", best" : ""}`);
   slider.addEventListener("input", () => [tell(), (state[key] = known[slider.value]), update()]);
   tell();
   return make("span", {}, make("label", { htmlFor: key }, two() ? name : "Checkpoint"), slider, output);
