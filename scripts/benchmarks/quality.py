@@ -247,20 +247,15 @@ def draw(found: dict[str, Any], path: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
         axes = figure.subplots()
-        for place, curve in enumerate(curves):
-            colour = VALID if place == 0 else TRAIN if place == 1 else GREY
-            axes.plot(*zip(*curve.points, strict=True), color=colour, marker="o", markersize=3)
-            axes.annotate(
-                f"{curve.name} {curve.final:.2f}",
-                curve.points[-1],
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                color=colour,
-            )
+        colours = dict(zip([curve.name for curve in curves], [VALID, TRAIN, *[GREY] * len(curves)], strict=False))
+        for curve in curves:
+            axes.plot(*zip(*curve.points, strict=True), color=colours[curve.name], marker="o", markersize=3)
         axes.set_xlabel("seconds of training")
         axes.set_ylabel("bits per byte, validation")
-        axes.margins(x=0.25)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.4 * curves[0].points[-1][0])
+        step, below = (axes.get_ylim()[1] - axes.get_ylim()[0]) / 16, -math.inf  # a line of text
+        for curve in sorted(curves, key=lambda curve: curve.final):
+            seconds, below = curve.points[-1][0], max(curve.final, below + step)
+            axes.annotate(f"  {curve.name} {curve.final:.2f}", (seconds, below), va="center", color=colours[curve.name])
         axes.grid(axis="y")
     return save(figure, path)
