@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 from charlm.config import Section
-from charlm.config.adapt import AdaptConfig
+from charlm.config.adapt import AdaptConfig, ExpertName
 from charlm.files import OutputPath
 from charlm.process import keep_freed_memory
 from charlm.text import command, say
@@ -46,9 +46,10 @@ class Options(Section):
     adapting: Annotated[bool, cli.Flag("--adapt", dest="adapting")] = False
     """Learn from what was coded, as evaluate.py --adapt --as-compressor does; decompressing does the same."""
     adapt: AdaptConfig = AdaptConfig()
-    experts: tuple[Literal["heads", "counts", "match"], ...] = ()
-    """Mix the model's predictions with these, such as heads,counts,match: those of lower layers, counts of the text so
-    far, and what followed its longest match. Needs charlm[counts]."""
+    experts: tuple[ExpertName, ...] = ()
+    """Mix the model's predictions with these, such as counts,match. heads: those of lower layers; counts: counts of the
+    text so far; match: what followed its longest match; train: the training split is counted before, and before
+    decompressing. Needs charlm[counts]."""
     verify: bool = True
     """Decode the result and compare it with the file before the compressed file is written."""
     report: bool = False

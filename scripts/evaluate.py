@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 from charlm.config import Section
-from charlm.config.adapt import AdaptConfig
+from charlm.config.adapt import AdaptConfig, ExpertName
 from charlm.config.errors import shown
 from charlm.files import OutputPath
 from charlm.process import keep_freed_memory
@@ -67,11 +67,9 @@ class Options(Section):
     ] = None
     """Learn from every symbol after it was scored. tune: choose learning rates on the validation split."""
     adapt: AdaptConfig = AdaptConfig()
-    experts: tuple[Literal["heads", "counts", "match"], ...] = ()
+    experts: tuple[ExpertName, ...] = ()
     """Score a mixture of the network with these, which learns: heads of all layers; counts of the text so far, after
-    contexts of 0 to 16 symbols; match, what followed the longest match."""
-    experts_from: Literal["train"] | None = None
-    """--experts: also count the training split, before anything is scored."""
+    contexts of 0 to 16 symbols; match, what followed the longest match; train: the training split is counted before."""
     yardsticks: bool = False
     """Also compress the scored bytes with gzip, bzip2 and xz."""
     as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
@@ -104,6 +102,7 @@ def main() -> None:
         del protocol["split"]
         tune(trained, corpus, options, protocol)
         return
+    learning = {name: getattr(options, name) for name in ("streams", "experts")} | {"adapt": adapt}
     if options.early_exit:
         from charlm.inference.early_exit import early_exit
 
@@ -112,12 +111,10 @@ def main() -> None:
         from charlm.compression.coder import score_as_compressor
 
         del protocol["batch_size"]
-        protocol |= {"streams": options.streams, "adapt": adapt, "experts": options.experts}
-        score = score_as_compressor(trained, corpus, **protocol)
+        score = score_as_compressor(trained, corpus, **protocol, **learning)
     else:
-        protocol |= {name: getattr(options, name) for name in ("streams", "experts", "experts_from")} | {"adapt": adapt}
         score = charlm.bits_per_character(
-            trained, corpus, all_layers=options.all_layers, mixture=options.mixture, **protocol
+            trained, corpus, all_layers=options.all_layers, mixture=options.mixture, **protocol, **learning
         )
     if processes.is_main_process:
         yardsticks = {}
@@ -158,9 +155,6 @@ def check(options: Options) -> None:
     cli.adapt_of(options.adapt, options.adapting)
     if options.experts and (options.early_exit or options.adapting == "tune"):
         raise charlm.UserError("--experts cannot be combined with --early-exit or --adapt tune", "experts")
-    if options.experts_from and (options.as_compressor or not options.experts):
-        problem = "requires --experts, and is not for --as-compressor"
-        raise charlm.UserError(f"experts_from={options.experts_from}: {problem}", "experts_from")
     if options.streams is not None and not (options.as_compressor or options.adapting or options.experts):
         problem = "--streams requires --as-compressor, --adapt or --experts"
         raise charlm.UserError(f"streams={options.streams}: {problem}")
@@ -227,8 +221,7 @@ def describe(score: "Score", symbols: int, planned: int | None, yardsticks: dict
     if score.adapt:
         lines += textwrap.wrap(f"adaptive: {shown(score.adapt)}", 80, initial_indent="  ", subsequent_indent="  ")
     if score.experts:
-        counted_before = f", which counted the {score.experts_from} split before" if score.experts_from else ""
-        lines.append(f"  mixed with experts: {', '.join(score.experts)}{counted_before}")
+        lines.append(f"  mixed with experts: {', '.join(score.experts)}")
     if score.network is not None:
         lines.append(f"  the network by itself: {score.network:.4f} bits per character")
     if score.streams is not None:

@@ -13,7 +13,7 @@ Shapes: S streams, H heads of the layers asked for, A of which still have symbol
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import constriction
 import numpy as np
@@ -23,11 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from charlm.config import Precision, Section, UserError
-from charlm.config.adapt import AdaptConfig
+from charlm.config.adapt import AdaptConfig, ExpertName
 from charlm.config.types import Count
+from charlm.data.corpus import load_corpus
 from charlm.data.windows import default_stride
 from charlm.hardware import device_memory, in_float64
 from charlm.inference.adaptation import Learner
+from charlm.inference.evaluation import Scorer
 from charlm.inference.scoring import AUTOCAST_DTYPES, check_precision
 from charlm.model.cache import KVCache
 from charlm.model.kernels_cpu import full_fp32_matmul
@@ -59,7 +61,7 @@ class CodingSettings(Section):
     precision: Precision
     adapt: AdaptConfig | None = None
     """How the model learns from what was coded, whenever the context is full."""
-    experts: tuple[Literal["heads", "counts", "match"], ...] = ()
+    experts: Annotated[tuple[ExpertName, ...], Field(max_length=4)] = ()
     """Experts that the last layer is mixed with, see `charlm.inference.experts`."""
 
     @model_validator(mode="after")
@@ -68,8 +70,6 @@ class CodingSettings(Section):
             raise self.mistake("stride", f"exceeds the context of {self.context:,}", "context")
         if self.block < self.streams:
             raise self.mistake("block", f"is less than the {self.streams:,} streams", "streams")
-        if len(set(self.experts)) < len(self.experts):
-            raise self.mistake("experts", "names one twice")
         return self
 
     @property
@@ -130,6 +130,8 @@ class Streams:
             from charlm.inference.experts import Experts  # not without need: it compiles for seconds
 
             self._experts = Experts(settings.experts, trained.vocabulary.size, len(self._layers), settings.streams)
+            if "train" in settings.experts:
+                self._experts.read(Scorer(trained, load_corpus(trained.config.data), "train").ids)
         with torch.inference_mode():
             self._cache = KVCache(trained.config.model, settings.streams, trained.device, settings.dtype)
         self.begin()

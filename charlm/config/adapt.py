@@ -6,6 +6,9 @@ from pydantic import Field
 
 from charlm.config.types import BelowOne, Count, NonNegative, Positive, Section
 
+ExpertName = Literal["heads", "counts", "match", "train"]
+"""Names of `charlm.inference.experts.Experts`."""
+
 
 class AdaptConfig(Section):
     """Learning from a text while it is read (dynamic evaluation; Krause et al. 2018)."""

@@ -82,8 +82,6 @@ class Score:
     """How the model learned from the text, if the score is adaptive: `AdaptConfig`."""
     experts: tuple[str, ...] | None = None
     """Experts that the network is mixed with."""
-    experts_from: str | None = None
-    """The split that they have counted before."""
     network: float | None = None
     """Bits per character of the network by itself, if mixed with experts."""
     early_exit: EarlyExit | None = None
@@ -112,7 +110,6 @@ def bits_per_character(
     mixture: Literal["hedge"] | None = None,
     adapt: AdaptConfig | Mapping[str, Any] | None = None,
     experts: Sequence[str] = (),
-    experts_from: Literal["train"] | None = None,
     streams: int | None = None,
     show_progress: bool = True,
 ) -> Score:
@@ -132,7 +129,6 @@ def bits_per_character(
             has learned (Sahoo et al. 2018).
         adapt: learn from each symbol after it was scored; a mapping has options of `AdaptConfig`.
         experts: score the mixture of the network with these, see `charlm.inference.experts`.
-        experts_from: a split that the experts have counted before.
         streams: parts of the text that are read side by side where something is learned, by default one.
 
     Raises UserError for a value out of range, another corpus, or a mixture without weights.
@@ -146,8 +142,6 @@ def bits_per_character(
     shares = {str(layer): weights[layer] for layer in sorted(weights)}
     models = (trained.transformer, trained.heads)
     layers = exit_layers(trained) if all_layers or "heads" in experts else weights
-    if experts_from not in (None, "train") or (experts_from and not experts):
-        raise UserError(f"experts_from={experts_from}: must be train, for some experts", "experts_from")
     if mixture and experts:
         raise UserError(f"mixture={mixture}: cannot be combined with experts; leave one out", "mixture")
     adapt = None if adapt is None else AdaptConfig.read(dict(adapt))
@@ -157,7 +151,7 @@ def bits_per_character(
         if rank_and_processes()[1] > 1:
             raise UserError("adapt or experts: learn from a text in its order; use one process", "adapt")
         streams = 1 if streams is None else streams
-        known = corpus.texts(experts_from) if experts_from else ()
+        known = corpus.texts("train") if "train" in experts else ()
         own = {"adapt": adapt, "streams": streams, "experts": experts, "known": known}
         scorer.options |= {"read": adaptive_predictions} | own
     elif streams is not None:
@@ -171,7 +165,6 @@ def bits_per_character(
         mixture=shares if mixture else None,
         adapt=adapt and dict(adapt),
         experts=tuple(experts) or None,
-        experts_from=experts_from,
         network=scorer.bits(own) if experts else None,
         streams=streams,
     )

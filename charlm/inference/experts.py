@@ -4,26 +4,27 @@ Each string of up to O symbols that was read is a node of a trie, so no two cont
 functions, without threads and without reordering sums: the same calls give the same bits.
 
 Shapes: K streams, A of which still have symbols, T symbols of a stream, N of a text, H heads, O context lengths from 0
-on, E = H + O + 1 experts, V vocabulary, C = `STATES` + V weights of an expert.
+on, E = H + O + 1 experts, V vocabulary, C weights of an expert.
 """
 
 import math
 from collections import namedtuple
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 
 from charlm.config import UserError
+from charlm.config.adapt import ExpertName
 
 try:
     from numba import njit
 except ModuleNotFoundError as error:
     raise UserError("experts: needs numba; pip install 'charlm[counts]'", "experts") from error
 
-EXPERTS = ("heads", "counts", "match")
 LENGTHS = 17
 KNOWN_LENGTHS = 8  # of a text that is only counted, so that there is room for a long one
-MOST_NODES = 2**27  # of 16 bytes; later strings are not counted
+MOST_NODES = 2**28  # of 16 bytes; later strings are not counted
 NONE, ROOT = 0, 1  # nodes of a string that was not read, and of the empty one
 SYMBOL, COUNT, CHILD, NEXT = range(4)  # columns of a node; its child read last begins a list
 DISCOUNT, PRIOR = 0.6, 0.2
@@ -32,7 +33,7 @@ LEAST = 2.0**-24  # probability of any symbol: one unit of the range coder
 STATES = 18
 
 State = namedtuple(
-    "State", "nodes used contexts_KO matches_K runs_K last_K asked_E weights_EC states_KE features_KEV means_KE"
+    "State", "nodes used contexts_KO matches_K runs_K shared_K2 asked_E weights_EC states_KE features_KEV means_KE"
 )
 """Everything learned, and what the last prediction saw; its parts are explained where `Experts` makes them."""
 
@@ -42,14 +43,14 @@ class Experts:
 
     Experts are the network's heads, the counts after contexts of each length, and the longest match. Each is a
     distribution, and so is the normalised product of p_i^w_i (Mattern 2012, Mixing Strategies in Data Compression). Its
-    weights are sums of one for the expert's state and one for the last symbol, and follow the gradient (Mahoney 2005,
-    Adaptive Weighing of Context Models).
+    weights are sums of three, for the expert's state, the last symbol and the longest known context, and follow the
+    gradient (Mahoney 2005, Adaptive Weighing of Context Models).
     """
 
     def __init__(self, names: Sequence[str], vocabulary_size: int, num_heads: int, streams: int):
-        """`names`, some of `EXPERTS`, need not have "heads": the network always gives `num_heads` distributions."""
-        if unknown := ",".join(set(names) - set(EXPERTS)):
-            raise UserError(f"experts={unknown}: must be some of {', '.join(EXPERTS)}", "experts")
+        """`names` need not have "heads": the network always gives `num_heads` distributions. "train": `read` it."""
+        if unknown := ",".join(set(names) - set(get_args(ExpertName))):
+            raise UserError(f"experts={unknown}: must be some of {', '.join(get_args(ExpertName))}", "experts")
         K, E = streams, num_heads + LENGTHS + 1
         weights_E1 = np.array([[1 / num_heads]] * num_heads + [[0.2]] * LENGTHS + [[0.3]])
         self._state = State(
@@ -58,9 +59,9 @@ class Experts:
             contexts_KO=np.zeros((K, LENGTHS + 1), np.int32),  # nodes of the last 0 to O symbols
             matches_K=np.zeros(K, np.int64),  # what followed the longest known context the last time, or -1
             runs_K=np.zeros(K, np.int64),  # how many times in a row that was right
-            last_K=np.zeros(K, np.int64),  # symbols
+            shared_K2=np.zeros((K, 2), np.int64),  # columns of all experts: of the last symbol and the longest context
             asked_E=np.array([True] * num_heads + ["counts" in names] * LENGTHS + ["match" in names]),
-            weights_EC=np.pad(np.tile(weights_E1, STATES), ((0, 0), (0, vocabulary_size))),
+            weights_EC=np.pad(np.tile(weights_E1, STATES), ((0, 0), (0, vocabulary_size + LENGTHS + 1))),
             states_KE=np.zeros((K, E), np.int64),  # -1: without an opinion
             features_KEV=np.zeros((K, E, vocabulary_size)),
             means_KE=np.zeros((K, E)),  # of the features under the mixture
@@ -69,9 +70,9 @@ class Experts:
 
     def restart(self) -> None:
         """Begin all streams anew, without context; what was learned stays."""
-        self._state.contexts_KO[:] = NONE
-        self._state.contexts_KO[:, 0] = ROOT
-        self._state.runs_K[:] = self._state.last_K[:] = 0
+        self._state.contexts_KO[:] = [ROOT] + [NONE] * LENGTHS
+        self._state.runs_K[:] = 0
+        self._state.shared_K2[:] = STATES
 
     def read(self, ids_N: np.ndarray) -> None:
         """Count the symbols of a text; streams begin anew."""
@@ -122,12 +123,13 @@ def _predict(state, log_p_AHV):
             features_EV[-1] = 0.0
             features_EV[-1, match] = math.log(V)
             states_E[-1] = min(int(math.log2(1 + state.runs_K[a])), STATES - 1)
+        state.shared_K2[a, 1] = STATES + V + (states_E[H:-1] >= 0).sum()
         states_E[:] = np.where(state.asked_E, states_E, -1)
         p_V[:] = 0.0
         for i, own in enumerate(states_E):
             if own >= 0:
-                weight = state.weights_EC[i, own] + state.weights_EC[i, STATES + state.last_K[a]]
-                p_V += weight * features_EV[i]
+                weights_C, shared_2 = state.weights_EC[i], state.shared_K2[a]
+                p_V += (weights_C[own] + weights_C[shared_2[0]] + weights_C[shared_2[1]]) * features_EV[i]
         p_V[:] = np.exp(p_V - p_V.max())
         p_V[:] = p_V * ((1 - V * LEAST) / p_V.sum()) + LEAST
         for i, own in enumerate(states_E):
@@ -178,10 +180,10 @@ def _update(state, symbols_A):
     for a, symbol in enumerate(symbols_A):
         for i, own in enumerate(state.states_KE[a]):
             if own >= 0:
-                for column in (own, STATES + state.last_K[a]):
+                for column in (own, state.shared_K2[a, 0], state.shared_K2[a, 1]):
                     state.weights_EC[i, column] += rate * (state.features_KEV[a, i, symbol] - state.means_KE[a, i])
         state.runs_K[a] = state.runs_K[a] + 1 if state.matches_K[a] == symbol else 0
-        state.last_K[a] = symbol
+        state.shared_K2[a, 0] = STATES + symbol
     _read(state, symbols_A.reshape(1, -1), LENGTHS)
 
 

@@ -1,4 +1,5 @@
 import hashlib
+import math
 import os
 import re
 import struct
@@ -14,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import charlm
 from charlm.compression import coder, container
 from charlm.compression.coder import compressed_nats
 from charlm.compression.container import largest_claim
@@ -117,6 +119,25 @@ def test_what_learns_from_the_text_comes_back(coded, how, length, streams, block
         settings = container.read_header(file, "", 256).settings
     assert settings.adapt == (AdaptConfig(**ADAPT) if "adapt" in how else None)
     assert settings.experts == how.get("experts", ())
+
+
+def test_files_that_need_the_training_split(run_on_disk):
+    """Guards against a decoder that has counted another text than the encoder, or none."""
+    pytest.importorskip("numba", reason="not installed, see requirements-hf.txt")
+    trained, path = charlm.load(run_on_disk), run_on_disk / "part.clm"
+    text = trained.config.data.path
+    data, bits = text.read_bytes()[-300:], []
+    path.with_name("part").write_bytes(data)
+    for experts in (("counts",), ("counts", "train")):
+        compress(trained, path.with_name("part"), path, streams=2, experts=experts)
+        assert decoded(trained, path) == data
+        nats, _ = compressed_nats(trained, np.frombuffer(data, np.uint8), streams=2, experts=experts)
+        bits.append(nats.sum() / math.log(2))
+        assert path.stat().st_size <= 1.005 * bits[-1] / 8 + 280
+    assert bits[1] < bits[0] - 20
+    text.write_bytes(text.read_bytes().replace(b"7", b"8"))
+    with pytest.raises(UserError, match="corpus"):
+        decoded(trained, path)
 
 
 @pytest.mark.parametrize(("streams", "length"), [(1, 100), (7, 1500), (50, 3000)])
