@@ -65,6 +65,7 @@ SMALL = {
         "time": None,
         "batch_size": 4,
         "mixed_precision": "no",
+        "compile": "no",
         "valid_every": 2,
         "valid_symbols": 100,
     },
