@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from charlm.config import Precision, Section, UserError
-from charlm.config.adapt import AdaptConfig, ExpertName
+from charlm.config.adapt import AdaptConfig, ExpertName, fixed
 from charlm.config.types import Count
 from charlm.data.corpus import load_corpus
 from charlm.data.windows import default_stride
@@ -68,6 +68,8 @@ class CodingSettings(Section):
     def _check(self) -> Self:
         if self.stride > self.context:
             raise self.mistake("stride", f"exceeds the context of {self.context:,}", "context")
+        if fixed(self.experts):
+            raise self.mistake("experts", "a file needs experts that learn from it; name counts or match as well")
         if self.block < self.streams:
             raise self.mistake("block", f"is less than the {self.streams:,} streams", "streams")
         return self

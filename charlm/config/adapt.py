@@ -1,5 +1,6 @@
 """Options of learning while reading."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -8,6 +9,11 @@ from charlm.config.types import BelowOne, Count, NonNegative, Positive, Section
 
 ExpertName = Literal["heads", "counts", "match", "train"]
 """Names of `charlm.inference.experts.Experts`."""
+
+
+def fixed(experts: Iterable[str]) -> bool:
+    """Whether experts count the training split alone: then they learn nothing from the text that they predict."""
+    return {"counts", "match", "train"}.intersection(experts) == {"train"}
 
 
 class AdaptConfig(Section):

@@ -143,13 +143,15 @@ def adaptive_predictions(
     layers: Iterable[int],
     experts: Sequence[str] = (),
     known: Iterable[np.ndarray] = (),
+    fitted: np.ndarray | None = None,
     autocast_dtype: torch.dtype | None = None,
     show_progress: bool = False,
     **options,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """As `charlm.inference.scoring.predictions`, learning; options as for `read_streams`.
 
-    With `experts`, the last figures are the costs of a mixture, which has counted the texts `known`.
+    With `experts`, the last figures are the costs of a mixture, which has counted the texts `known`. Weights of a
+    fixed one have learned from the text `fitted`, beside the network before it learns.
     """
     learner, layers = Learner(transformer, heads, adapt, layers, autocast_dtype), sorted(layers)
     if experts:
@@ -158,16 +160,26 @@ def adaptive_predictions(
         mixed = layers if "heads" in experts else layers[-1:]
         mixture = Experts(experts, transformer.vocabulary_size, len(mixed), options["streams"])
         for text in known:
-            mixture.read(text)
+            mixture.read(text, show_progress)
+
+        def cost(text: np.ndarray, symbols_SQ: np.ndarray, counts_SQ: np.ndarray, logits_LSQV: Tensor) -> np.ndarray:
+            log_p_LSQV = in_float64(logits_LSQV[-len(mixed) :]).log_softmax(-1).cpu().numpy()
+            targets_SQ = text[np.minimum(symbols_SQ, len(text) - 1)]
+            return mixture.score(log_p_LSQV.transpose(1, 2, 0, 3), targets_SQ, counts_SQ)
+
+        if fitted is not None:
+            still = Learner(transformer, heads, None, layers, autocast_dtype)
+            with progress_bar(len(fitted), "fitting", show_progress) as bar:
+                for step in read_streams(still, fitted, **options):
+                    bar.update(cost(fitted, *step).size)
+            mixture.fix()
     with progress_bar(len(ids), "evaluating", show_progress) as bar:
         for symbols_SQ, counts_SQ, logits_LSQV in read_streams(learner, ids, **options):
             symbols_M, counts = symbols_SQ[counts_SQ], torch.from_numpy(counts_SQ).to(learner.device)
             targets_M = torch.from_numpy(ids[symbols_M].astype(np.int64)).to(learner.device)
             figures = [measured(nats, logits_SQV[counts], targets_M) for logits_SQV in logits_LSQV[: len(layers)]]
             if experts:
-                log_p_LSQV = in_float64(logits_LSQV[-len(mixed) :]).log_softmax(-1).cpu().numpy()
-                targets_SQ = ids[np.minimum(symbols_SQ, len(ids) - 1)]
-                nats_SQ = mixture.score(log_p_LSQV.transpose(1, 2, 0, 3), targets_SQ, counts_SQ)
+                nats_SQ = cost(ids, symbols_SQ, counts_SQ, logits_LSQV)
                 figures.append(torch.from_numpy(nats_SQ[counts_SQ])[None].to(figures[0]))
             yield torch.from_numpy(symbols_M), torch.stack(figures).cpu()
             bar.update(len(symbols_M))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from charlm.config import Precision, UserError
-from charlm.config.adapt import AdaptConfig
+from charlm.config.adapt import AdaptConfig, fixed
 from charlm.data.corpus import Corpus
 from charlm.data.text_files import changes
 from charlm.data.vocabulary import Vocabulary
@@ -25,6 +25,8 @@ from charlm.inference.scoring import AUTOCAST_DTYPES, check_precision, negative_
 from charlm.model.kernels_cpu import full_fp32_matmul
 from charlm.runs.trained import TrainedModel, exit_layers
 from charlm.text import html_table
+
+FITTED = 500_000  # symbols of validation that weights of fixed experts learn from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,8 @@ def bits_per_character(
         mixture: "hedge" scores sum_i alpha_i f_i with the weights alpha that hedge backpropagation
             has learned (Sahoo et al. 2018).
         adapt: learn from each symbol after it was scored; a mapping has options of `AdaptConfig`.
-        experts: score the mixture of the network with these, see `charlm.inference.experts`.
+        experts: score the mixture of the network with these, see `charlm.inference.experts`. Weights of fixed
+            ones have learned from the beginning of the validation split.
         streams: parts of the text that are read side by side where something is learned, by default one.
 
     Raises UserError for a value out of range, another corpus, or a mixture without weights.
@@ -152,7 +155,8 @@ def bits_per_character(
             raise UserError("adapt or experts: learn from a text in its order; use one process", "adapt")
         streams = 1 if streams is None else streams
         known = corpus.texts("train") if "train" in experts else ()
-        own = {"adapt": adapt, "streams": streams, "experts": experts, "known": known}
+        fitted = np.concatenate(corpus.texts("valid", FITTED)) if fixed(experts) else None
+        own = {"adapt": adapt, "streams": streams, "experts": experts, "known": known, "fitted": fitted}
         scorer.options |= {"read": adaptive_predictions} | own
     elif streams is not None:
         raise UserError(f"streams={streams}: requires adapt, experts, or a score as a compressor", "streams")

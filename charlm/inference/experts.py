@@ -15,7 +15,8 @@ from typing import get_args
 import numpy as np
 
 from charlm.config import UserError
-from charlm.config.adapt import ExpertName
+from charlm.config.adapt import ExpertName, fixed
+from charlm.inference.scoring import progress_bar
 
 try:
     from numba import njit
@@ -23,7 +24,7 @@ except ModuleNotFoundError as error:
     raise UserError("experts: needs numba; pip install 'charlm[counts]'", "experts") from error
 
 LENGTHS = 17
-KNOWN_LENGTHS = 8  # of a text that is only counted, so that there is room for a long one
+KNOWN_LENGTHS = 12  # of a text that is only counted, so that there is room for a long one
 MOST_NODES = 2**28  # of 16 bytes; later strings are not counted
 NONE, ROOT = 0, 1  # nodes of a string that was not read, and of the empty one
 SYMBOL, COUNT, CHILD, NEXT = range(4)  # columns of a node; its child read last begins a list
@@ -48,10 +49,15 @@ class Experts:
     """
 
     def __init__(self, names: Sequence[str], vocabulary_size: int, num_heads: int, streams: int):
-        """`names` need not have "heads": the network always gives `num_heads` distributions. "train": `read` it."""
+        """`names` need not have "heads": the network always gives `num_heads` distributions. "train": `read` it.
+
+        `fixed` ones count only what they `read`, and are followed by `fix`.
+        """
         if unknown := ",".join(set(names) - set(get_args(ExpertName))):
             raise UserError(f"experts={unknown}: must be some of {', '.join(get_args(ExpertName))}", "experts")
         K, E = streams, num_heads + LENGTHS + 1
+        self._counts, self._learns, self._sum_EC = not fixed(names), True, 0.0
+        asked = {name: name in names or fixed(names) for name in ("counts", "match")}
         weights_E1 = np.array([[1 / num_heads]] * num_heads + [[0.2]] * LENGTHS + [[0.3]])
         self._state = State(
             nodes=np.zeros((ROOT + 1, 4), np.int32),
@@ -60,7 +66,7 @@ class Experts:
             matches_K=np.zeros(K, np.int64),  # what followed the longest known context the last time, or -1
             runs_K=np.zeros(K, np.int64),  # how many times in a row that was right
             shared_K2=np.zeros((K, 2), np.int64),  # columns of all experts: of the last symbol and the longest context
-            asked_E=np.array([True] * num_heads + ["counts" in names] * LENGTHS + ["match" in names]),
+            asked_E=np.array([True] * num_heads + [asked["counts"]] * LENGTHS + [asked["match"]]),
             weights_EC=np.pad(np.tile(weights_E1, STATES), ((0, 0), (0, vocabulary_size + LENGTHS + 1))),
             states_KE=np.zeros((K, E), np.int64),  # -1: without an opinion
             features_KEV=np.zeros((K, E, vocabulary_size)),
@@ -74,12 +80,14 @@ class Experts:
         self._state.runs_K[:] = 0
         self._state.shared_K2[:] = STATES
 
-    def read(self, ids_N: np.ndarray) -> None:
+    def read(self, ids_N: np.ndarray, show_progress: bool = True) -> None:
         """Count the symbols of a text; streams begin anew."""
         self.restart()
-        for ids_T in np.array_split(ids_N, 1 + len(ids_N) // 2**16):
-            self._make_room(len(ids_T))
-            _read(self._state, ids_T.astype(np.int64)[:, None], KNOWN_LENGTHS)
+        with progress_bar(len(ids_N), "counting", show_progress) as bar:
+            for ids_T in np.array_split(ids_N, 1 + len(ids_N) // 2**16):
+                self._make_room(len(ids_T))
+                _read(self._state, ids_T.astype(np.int64)[:, None], KNOWN_LENGTHS, True)
+                bar.update(len(ids_T))
         self.restart()
 
     def predict(self, log_p_AHV: np.ndarray) -> np.ndarray:
@@ -88,8 +96,16 @@ class Experts:
 
     def update(self, symbols_A: np.ndarray) -> None:
         """Learn the symbols that `predict` was about, in the order of the streams."""
-        self._make_room(len(symbols_A))
-        _update(self._state, np.ascontiguousarray(symbols_A, np.int64))
+        self._make_room(len(symbols_A) * self._counts)
+        _update(self._state, np.ascontiguousarray(symbols_A, np.int64), self._counts, self._learns)
+        if not self._counts:
+            self._sum_EC += len(symbols_A) * self._state.weights_EC
+
+    def fix(self) -> None:
+        """Learn nothing from now on. Weights become their mean over all updates (Polyak and Juditsky 1992)."""
+        self._state.weights_EC[:] = self._sum_EC / self._state.used[1]
+        self._learns = False
+        self.restart()
 
     def score(self, log_p_KTHV: np.ndarray, symbols_KT: np.ndarray, counts_KT: np.ndarray) -> np.ndarray:
         """Costs in nats, [K, T], step by step; 0 where `counts_KT` is false, as it may be in the last streams."""
@@ -106,7 +122,9 @@ class Experts:
         needed = min(int(self._state.used[0]) + num_symbols * LENGTHS, MOST_NODES) - len(nodes)
         if needed > 0:
             more = max(needed, min(len(nodes), MOST_NODES - len(nodes)))
-            self._state = self._state._replace(nodes=np.pad(nodes, ((0, more), (0, 0))))
+            grown = np.zeros((len(nodes) + more, 4), np.int32)  # np.pad would touch all of it
+            grown[: len(nodes)] = nodes
+            self._state = self._state._replace(nodes=grown)
 
 
 @njit
@@ -174,8 +192,8 @@ def _ask_counts(nodes, contexts_O, shares_V, features_OV, states_O):
 
 
 @njit
-def _update(state, symbols_A):
-    rate = max(LAST_RATE, FIRST_RATE / (1 + state.used[1] / 1000))
+def _update(state, symbols_A, counts, learns):
+    rate = learns * max(LAST_RATE, FIRST_RATE / (1 + state.used[1] / 1000))
     state.used[1] += len(symbols_A)
     for a, symbol in enumerate(symbols_A):
         for i, own in enumerate(state.states_KE[a]):
@@ -184,25 +202,27 @@ def _update(state, symbols_A):
                     state.weights_EC[i, column] += rate * (state.features_KEV[a, i, symbol] - state.means_KE[a, i])
         state.runs_K[a] = state.runs_K[a] + 1 if state.matches_K[a] == symbol else 0
         state.shared_K2[a, 0] = STATES + symbol
-    _read(state, symbols_A.reshape(1, -1), LENGTHS)
+    _read(state, symbols_A.reshape(1, -1), LENGTHS, counts)
 
 
 @njit
-def _read(state, symbols_TA, lengths):
+def _read(state, symbols_TA, lengths, counts):
     for symbols_A in symbols_TA:
         for a, symbol in enumerate(symbols_A):
             contexts_O, context = state.contexts_KO[a], ROOT
             for order in range(1, lengths + 1):
-                child = _count(state.nodes, state.used, context, symbol)
+                child = _count(state.nodes, state.used, context, symbol, counts)
                 context, contexts_O[order] = contexts_O[order], child
 
 
 @njit
-def _count(nodes, used, context, symbol):
-    """Count a symbol after a context, and begin the context's list with it; returns its node."""
+def _count(nodes, used, context, symbol, counts):
+    """The node of a symbol after a context; if it `counts`, count it and begin the context's list with it."""
     child, before = nodes[context, CHILD], NONE
     while child != NONE and nodes[child, SYMBOL] != symbol:
         child, before = nodes[child, NEXT], child
+    if not counts:
+        return child
     if child == NONE:
         if context == NONE or used[0] == len(nodes):
             return NONE

@@ -162,10 +162,11 @@ def test_options_out_of_range(build_model, given):
         choose_settings(build_model(), 100, **{option: int(value) if value.isdigit() else value})
 
 
-def test_experts_that_are_named_again_and_again(build_model):
-    """Guards against a header that cannot hold what was asked for."""
+@pytest.mark.parametrize("names", [("counts", "match") * 30, ("train",), ("heads", "train")])
+def test_experts_that_no_file_can_have(build_model, names):
+    """Guards against a header that cannot hold what was asked for, and a decoder that has to read validation."""
     with refused("experts"):
-        choose_settings(build_model(), 100, experts=("counts", "match") * 30)
+        choose_settings(build_model(), 100, experts=names)
 
 
 def test_more_streams_than_memory_holds(build_model, monkeypatch):

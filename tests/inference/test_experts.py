@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import charlm.inference
+from charlm.inference import evaluation
 from charlm.inference.evaluation import bits_per_character
 from tiny import refused
 
@@ -102,7 +103,7 @@ def test_counts_are_those_of_all_strings(plain):
     costs(made, text(40, seed=1))
     made.read(text(50, seed=2)[0])
     texts = [(own, 17) for own in [*symbols_KT.tolist(), *text(40, seed=1).tolist()]]
-    texts.append((text(50, seed=2)[0].tolist(), 8))
+    texts.append((text(50, seed=2)[0].tolist(), plain.KNOWN_LENGTHS))
     wanted = Counter()
     for own, longest in texts:
         for length in range(1, longest + 1):
@@ -225,6 +226,25 @@ def test_a_text_read_before_is_known(plain):
     assert made.predict(log_p[:, 0]).shape == (K, V)
 
 
+def test_fixed_experts_learn_nothing_from_what_they_predict(plain):
+    """Guards against a static figure whose counts, match or weights have seen the text, or weights of one moment."""
+    made, symbols_KT, log_p = experts(plain, ("train",)), text(60), network(60)
+    made.read(text(80, seed=3)[0])
+    nodes, weights_EC, passed = made._state.nodes.copy(), made._state.weights_EC, []
+    for t in range(60):
+        made.predict(log_p[:, t])
+        made.update(symbols_KT[:, t])
+        passed.append(weights_EC.copy())
+    made.fix()
+    assert weights_EC == pytest.approx(np.mean(passed, axis=0)) != passed[-1]
+    fitted_EC = weights_EC.copy()
+    first = costs(made, symbols_KT, log_p)
+    made.restart()
+    assert np.array_equal(costs(made, symbols_KT, log_p), first)
+    assert np.array_equal(made._state.nodes, nodes) and np.array_equal(weights_EC, fitted_EC)
+    assert (made._state.states_KE[:, 2:] >= 0).any(axis=0).sum() > 5, "counts are asked"
+
+
 def test_full_memory_stays_right(plain, monkeypatch):
     """Guards against nodes beyond the limit, and distributions that no longer sum to one."""
     monkeypatch.setattr(plain, "MOST_NODES", 50)
@@ -272,6 +292,30 @@ def test_scores_are_those_of_the_mixture(
     assert layered.bits_per_character != score.bits_per_character
     learned = bits_per_character(trained, corpus, stride=3, streams=3, experts=names, adapt={"rate": 0.01})
     assert learned.bits_per_character != learned.network != score.network
+
+
+def test_a_static_score_with_counts_of_the_training_split(
+    plain, monkeypatch, build_model, build_corpus, letters, brute_force
+):
+    """Guards against weights from another text than validation's beginning, or from a network that has adapted."""
+    monkeypatch.setitem(sys.modules, "charlm.inference.experts", plain)
+    monkeypatch.setattr(evaluation, "FITTED", 30)
+    trained, known, fitted, ids = build_model(), letters(60, 1), letters(40, 2), letters(70) // 9
+    corpus = build_corpus(ids.tobytes())
+    for split, own in {"train": known, "valid": fitted}.items():
+        corpus.splits[split] = build_corpus(own.tobytes()).splits["test"]
+    mixture = plain.Experts(("train",), 256, 1, 1)
+    mixture.read(known)
+
+    def nats(own: np.ndarray) -> np.ndarray:
+        return mixture.score(brute_force(trained, own, 3)[None, -1, :, None], own[None], np.full((1, len(own)), True))
+
+    nats(fitted[:30])
+    mixture.fix()
+    score = bits_per_character(trained, corpus, stride=3, experts=["train"])
+    assert score.bits_per_character == pytest.approx(nats(ids).mean() / math.log(2), abs=1e-6)
+    learned = bits_per_character(trained, corpus, stride=3, experts=["train"], adapt={"rate": 0.01})
+    assert learned.network != score.network
 
 
 @pytest.mark.parametrize(
