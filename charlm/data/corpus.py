@@ -241,11 +241,7 @@ def _write_text(source: Source, path: Path, bar: Callable[..., tqdm]) -> tuple[s
 
 
 def _cut(
-    config: DataConfig,
-    source: Source,
-    path: Path,
-    parts: dict[str, range],
-    utf8: bool,
+    config: DataConfig, source: Source, path: Path, parts: dict[str, range], utf8: bool
 ) -> dict[str, dict[str, range]]:
     """The range in bytes of each split, by part."""
     if source.split_sizes:

@@ -190,10 +190,7 @@ def choose_num_drafts(reader: Reader, draft: Draft, num_draft_tokens: int | None
 
 
 def accept(
-    probabilities_PV: Tensor,
-    drafts: list[int],
-    chances_KV: Tensor,
-    generator: torch.Generator | None = None,
+    probabilities_PV: Tensor, drafts: list[int], chances_KV: Tensor, generator: torch.Generator | None = None
 ) -> list[int]:
     """The symbols that a pass adds: the accepted drafts, and one more if it is predicted.
 

@@ -55,12 +55,7 @@ class Reader:
 
     @torch.inference_mode()
     def read(
-        self,
-        ids: Sequence[Sequence[int]],
-        cache: KVCache,
-        *,
-        layer: int | None = None,
-        num_last: int | None = None,
+        self, ids: Sequence[Sequence[int]], cache: KVCache, *, layer: int | None = None, num_last: int | None = None
     ) -> Tensor:
         """Hidden states of `layer` (or the last) at the last `num_last` (or all) of `ids`, [B, T, D]."""
         layer = layer or self.config.num_layers

@@ -88,11 +88,7 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(D, D) for _ in range(4))
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        rotation: RotaryTable | None,
-        cache: LayerCache | None,
-        num_last: int | None = None,
+        self, x_BTD: Tensor, rotation: RotaryTable | None, cache: LayerCache | None, num_last: int | None = None
     ) -> Tensor:
         """The output at the last `num_last` positions, [B, Q, D]; at all by default."""
         B, T, D = x_BTD.shape
@@ -120,13 +116,7 @@ class Attention(nn.Module):
         mixed_BHQC = self._mix(query, key, value, visible)
         return self.out(mixed_BHQC.transpose(1, 2).reshape(B, num_queries, D))
 
-    def _mix(
-        self,
-        query_BHQC: Tensor,
-        key_BHTC: Tensor,
-        value_BHTC: Tensor,
-        visible: Tensor | None,
-    ) -> Tensor:
+    def _mix(self, query_BHQC: Tensor, key_BHTC: Tensor, value_BHTC: Tensor, visible: Tensor | None) -> Tensor:
         """Let the last positions attend to those up to their own, or to the `visible` ones."""
         num_queries, num_keys = query_BHQC.shape[2], key_BHTC.shape[2]
         dropout = self.dropout if self.training else 0.0

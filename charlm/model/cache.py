@@ -47,13 +47,7 @@ class KVCache:
     Buffers never move. Every row has its own length; lowering it forgets the newest positions.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-    ):
+    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32):
         head_size = config.d_model // config.num_heads
         shape = (config.num_layers, batch_size, config.num_heads, config.context_length, head_size)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)

@@ -62,12 +62,7 @@ class Objective(nn.Module):
         self.longest_offset = max(offset for _, offset in heads.pairs)
         self.window_length = transformer.config.context_length + self.longest_offset
 
-    def forward(
-        self,
-        windows_BW: Tensor,
-        progress: float,
-        layers: Collection[int] | None = None,
-    ) -> LossReport:
+    def forward(self, windows_BW: Tensor, progress: float, layers: Collection[int] | None = None) -> LossReport:
         """The loss of `windows_BW` at `progress`, of all layers or only of `layers`.
 
         The first T characters of a window are the input; position t (0-based) predicts character
@@ -92,12 +87,7 @@ class Objective(nn.Module):
             raise ValueError(f"every term has weight zero at progress {progress}")
         return rows
 
-    def losses(
-        self,
-        hidden_states: Mapping[int, Tensor],
-        windows_BW: Tensor,
-        rows: Mapping[int, Rows],
-    ) -> LossReport:
+    def losses(self, hidden_states: Mapping[int, Tensor], windows_BW: Tensor, rows: Mapping[int, Rows]) -> LossReport:
         """The loss of `rows`, given the states of their layers, [B, T, D] each."""
         by_layer, parts = {}, {}
         for layer, layer_rows in rows.items():
@@ -140,12 +130,7 @@ class Objective(nn.Module):
             losses |= {term.layer: parts[term.name] for term in rows if term.name in parts}
         self.hedge.adapt(losses, skip)
 
-    def _layer_losses(
-        self,
-        hidden_BTD: Tensor,
-        windows_BW: Tensor,
-        rows: Rows,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _layer_losses(self, hidden_BTD: Tensor, windows_BW: Tensor, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         layer, hinge = rows[0][0].layer, rows[0][0].hinge
         offsets = sorted({term.offset for term, _ in rows})
         T = hidden_BTD.shape[1]

@@ -152,13 +152,7 @@ def rotational(index: int, turns: int, steps: int) -> Schedule:
     return Schedule(lambda p: 1.0, rotation=EveryNthStep(index, turns, steps))
 
 
-def staged(
-    weights: Sequence[float],
-    ends: Sequence[float],
-    start: float,
-    end: float,
-    passage: str,
-) -> Schedule:
+def staged(weights: Sequence[float], ends: Sequence[float], start: float, end: float, passage: str) -> Schedule:
     """`weights[i]` until the clock reads `ends[i]`; the ends rise to 1.
 
     With `passage` "linear" a weight moves straight to the next stage's; the last one stays.

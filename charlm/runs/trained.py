@@ -101,11 +101,7 @@ def build_model(
 
 
 def filled(
-    build: Callable[[], nn.Module],
-    config: ModelConfig,
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    owner: str,
+    build: Callable[[], nn.Module], config: ModelConfig, tensors: Mapping[str, Tensor], path: Path, owner: str
 ) -> nn.Module:
     """What `build` makes, with the `tensors` of `path`; UserError if they do not fit."""
     layers = config.num_layers
