@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import charlm
 from charlm import cli
 from charlm.config import Section
-from charlm.config.adapt import AdaptConfig, ExpertName
+from charlm.config.adapt import AdaptConfig, ExpertName, fixed
 from charlm.config.errors import shown
 from charlm.files import OutputPath
 from charlm.process import keep_freed_memory
@@ -69,7 +69,8 @@ class Options(Section):
     adapt: AdaptConfig = AdaptConfig()
     experts: tuple[ExpertName, ...] = ()
     """Score a mixture of the network with these, which learns: heads of all layers; counts of the text so far, after
-    contexts of 0 to 16 symbols; match, what followed the longest match; train: the training split is counted before."""
+    contexts of 0 to 16 symbols; match, what followed the longest match; train: the training split is counted before.
+    train without counts and match learns nothing from the scored text: its weights are fitted on validation."""
     yardsticks: bool = False
     """Also compress the scored bytes with gzip, bzip2 and xz."""
     as_json: Annotated[bool, cli.Flag("--json", dest="as_json")] = False
@@ -221,7 +222,8 @@ def describe(score: "Score", symbols: int, planned: int | None, yardsticks: dict
     if score.adapt:
         lines += textwrap.wrap(f"adaptive: {shown(score.adapt)}", 80, initial_indent="  ", subsequent_indent="  ")
     if score.experts:
-        lines.append(f"  mixed with experts: {', '.join(score.experts)}")
+        how = " (static: counts of the training split, weights fitted on validation)" * fixed(score.experts)
+        lines.append(f"  mixed with experts: {', '.join(score.experts)}{how}")
     if score.network is not None:
         lines.append(f"  the network by itself: {score.network:.4f} bits per character")
     if score.streams is not None:

@@ -338,7 +338,9 @@ def test_what_the_script_prints_and_refuses(plain, monkeypatch, run_on_disk, scr
     monkeypatch.setitem(sys.modules, "charlm.inference.experts", plain)
     code, out, err = script("evaluate", run_on_disk, "--experts=counts,match,train", "--limit=60")
     assert (code, err) == (0, "")
-    assert "experts: counts, match, train" in out and "by itself" in out
+    assert "experts: counts, match, train\n" in out and "by itself" in out
+    code, out, err = script("evaluate", run_on_disk, "--experts=train", "--limit=60")
+    assert (code, err) == (0, "") and "experts: train (static" in out
     for flags in ("--experts=counts --early-exit", "--experts=oracle"):
         code, out, err = script("evaluate", run_on_disk, *flags.split())
         assert (code, out) == (2, "") and "experts" in err
