@@ -222,7 +222,8 @@ def describe(score: "Score", symbols: int, planned: int | None, yardsticks: dict
     if score.adapt:
         lines += textwrap.wrap(f"adaptive: {shown(score.adapt)}", 80, initial_indent="  ", subsequent_indent="  ")
     if score.experts:
-        how = " (static: counts of the training split, weights fitted on validation)" * fixed(score.experts)
+        still = fixed(score.experts) and not score.adapt
+        how = " (static: counts of the training split, weights fitted on validation)" * still
         lines.append(f"  mixed with experts: {', '.join(score.experts)}{how}")
     if score.network is not None:
         lines.append(f"  the network by itself: {score.network:.4f} bits per character")

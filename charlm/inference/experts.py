@@ -98,7 +98,7 @@ class Experts:
         """Learn the symbols that `predict` was about, in the order of the streams."""
         self._make_room(len(symbols_A) * self._counts)
         _update(self._state, np.ascontiguousarray(symbols_A, np.int64), self._counts, self._learns)
-        if not self._counts:
+        if self._learns and not self._counts:
             self._sum_EC += len(symbols_A) * self._state.weights_EC
 
     def fix(self) -> None:
