@@ -27,7 +27,7 @@ class AdaptConfig(Section):
     rate: Positive = 3e-4
     """Learning rate of everything but the n-gram tables."""
     ngram_rate: NonNegative = 0.02
-    """Learning rate of the n-gram tables, which lazy Adam moves (Kingma and Ba 2015); 0 leaves them."""
+    """Learning rate of the n-gram tables, which a row-wise RMSprop moves; 0 leaves them."""
     decay: BelowOne = 0.0
     """Share of the way back to the trained weights that each step goes, n-gram tables excepted (Krause et al.
     2018, equation 6)."""

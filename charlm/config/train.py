@@ -64,7 +64,7 @@ class TrainConfig(Section):
     momentum: BelowOne = 0.99
     """Momentum of sgd."""
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
-    """Betas of adamw."""
+    """Betas of adamw; the second is also that of the mean squares of rows of n-gram tables."""
     weight_decay: NonNegative = 0.0
     """Weight decay of all matrices but embeddings, their projections and position tables."""
     muon_learning_rate: Positive = 0.02
@@ -72,7 +72,7 @@ class TrainConfig(Section):
     muon_momentum: BelowOne = 0.95
     """Nesterov momentum of the hidden matrices with muon."""
     ngram_learning_rate: Positive = 0.04
-    """Peak learning rate of the n-gram tables, which lazy Adam trains with any optimizer."""
+    """Peak learning rate of the n-gram tables, which a row-wise RMSprop trains with any optimizer."""
     clip_norm: NonNegative = 0.0
     """Maximum norm of the gradient, without n-gram tables; 0 turns clipping off."""
     average: Literal["no", "ema", "tail"] = "no"

@@ -24,6 +24,7 @@ from charlm.hardware import in_float64
 from charlm.inference.scoring import measure_text, measured, nats, progress_bar
 from charlm.model.heads import Heads
 from charlm.model.kernels_cpu import full_fp32_matmul
+from charlm.model.rowwise import RowwiseRMS
 from charlm.model.transformer import CharTransformer
 from charlm.runs.trained import TrainedModel
 
@@ -72,7 +73,7 @@ class Learner:
                 self.optimizers.append(kind([own[name] for name in others], lr=adapt.rate, **options))
             if tables:
                 rows = [own[name] for name in tables]
-                self.optimizers.append(torch.optim.SparseAdam(rows, lr=adapt.ngram_rate, betas=(0.9, 0.99)))
+                self.optimizers.append(RowwiseRMS([{"params": rows, "lr": adapt.ngram_rate}], 0.99))
         self.transformer, self.heads = self.modules["transformer"], self.modules["heads"]
 
     def learn(self, windows_SW: Tensor, counts_SQ: Tensor) -> Tensor:

@@ -143,8 +143,8 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
         backward=backward / joint[1],
         total=(forward + backward) / sum(joint),
         gradients=sum(p.numel() for p in repeated),
-        optimizer_state=sum(moments[p] * p.numel() for p in repeated),
-        copies=sum((1 + moments[p]) * p.numel() for p in moved),
+        optimizer_state=round(sum(moments[p] * p.numel() for p in repeated)),
+        copies=round(sum((1 + moments[p]) * p.numel() for p in moved)),
     )
 
 
@@ -241,13 +241,13 @@ def _matrices(*modules: nn.Module) -> int:
     return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
 
 
-def _moments(objective: Objective, train: TrainConfig) -> dict[nn.Parameter, int]:
+def _moments(objective: Objective, train: TrainConfig) -> dict[nn.Parameter, float]:
     """How many numbers optimizers keep for each element of a parameter."""
     usual = {"adamw": 2, "muon": 2, "sgd": int(train.momentum > 0)}[train.optimizer]
     moments = dict.fromkeys(objective.parameters(), usual)
     transformer = objective.transformer
     if transformer.ngram_embedding is not None:
-        moments |= dict.fromkeys(transformer.ngram_embedding.tables.parameters(), 2)
+        moments |= {table: 1 / table.shape[1] for table in transformer.ngram_embedding.tables.parameters()}
     if train.optimizer == "muon":
         blocks = transformer.blocks.parameters()
         moments |= {parameter: 1 for parameter in blocks if parameter.ndim == 2}

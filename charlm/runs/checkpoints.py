@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from charlm.config import UserError
 from charlm.files import read_json, remove, replacing, sha256_of, sync, write_whole
+from charlm.model.rowwise import ROW_STATE
 from charlm.runs.folder import Run
 from charlm.runs.tensors import (
     AVERAGE,
@@ -104,7 +105,7 @@ class Checkpoint:
             keys = sorted({key for name, _, key in split_names if name in owned})  # processes gather in this order
             for name, key in product(with_state, keys):
                 owners[f"{name}.{key}"] = (optimizer, owned[name], key)
-        expected = {name: parameter for name, (_, parameter, _) in owners.items()}
+        expected = {name: own[:, :1] if key == ROW_STATE else own for name, (_, own, key) in owners.items()}
         counters = {name for name, tensor in found.items() if tensor.ndim == 0}
         expected |= {name: found[name] for name in counters & owners.keys()}
         check_tensors(self.path / OPTIMIZER, found, expected, "the optimizer of config.yaml")

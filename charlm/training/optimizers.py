@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from charlm.config import TrainConfig, steps_of
-from charlm.hardware import has_fused, in_float64
+from charlm.hardware import has_fused
+from charlm.model.rowwise import RowwiseRMS
 from charlm.runs.tensors import AVERAGE, placed
 from charlm.training.sharding import sparse_tables
 
@@ -83,7 +84,7 @@ def build_optimizers(
     if tables:
         most = train.batch_size * max(model.window_length, train.context_divisor)
         rows = _group([*tables], train.ngram_learning_rate)
-        optimizers.append(LazyAdam([rows], train.adam_betas, most_rows=most))
+        optimizers.append(RowwiseRMS([rows], train.adam_betas[1], most))
     return optimizers
 
 
@@ -148,59 +149,6 @@ class Muon(Optimizer):
             updates_NAB.masked_fill_(skip, 0.0)
         rows, columns = parameters[0].shape
         torch._foreach_add_(parameters, updates_NAB.unbind(), alpha=-lr * math.sqrt(max(1, rows / columns)))
-
-
-class LazyAdam(Optimizer):
-    """Adam that moves the rows with a gradient only, with the numbers of torch.optim.SparseAdam.
-
-    Of a dense gradient these are the rows that are not zero, at most `most_rows`; then the host never
-    waits for a GPU. Makes no step if `found_inf`, a number on the device, is 1.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], most_rows: int):
-        defaults = {"betas": betas, "eps": 1e-8, "most_rows": most_rows, "fused": True}
-        super().__init__(groups, defaults)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for table in group["params"]:
-                if table.grad is not None:
-                    self._move(table, group)
-
-    def _move(self, table: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[table]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.int64, device=table.device)
-            state |= {name: torch.zeros_like(table) for name in ("exp_avg", "exp_avg_sq")}
-        rows_R, gradients_RW, moves_R1 = _rows_read(table.grad, group["most_rows"])
-        made = getattr(self, "found_inf", torch.zeros_like(state["step"])) == 0
-        moves_R1 = moves_R1 & made
-        state["step"] += made
-
-        def move(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-            old_RW = tensor.index_select(0, rows_R)
-            new_RW = change(old_RW).add_(old_RW)
-            tensor.index_copy_(0, rows_R, torch.where(moves_R1, new_RW, old_RW))
-            return new_RW
-
-        beta1, beta2 = group["betas"]
-        means_RW = move(state["exp_avg"], lambda old_RW: (gradients_RW - old_RW).mul_(1 - beta1))
-        squares_RW = move(state["exp_avg_sq"], lambda old_RW: gradients_RW.square().sub_(old_RW).mul_(1 - beta2))
-        steps = in_float64(state["step"])
-        rate = group["lr"] * (1 - beta2**steps).sqrt() / (1 - beta1**steps)
-        move(table, lambda _: means_RW.div_(squares_RW.sqrt_().add_(group["eps"])).mul_(-rate))
-
-
-def _rows_read(gradient: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of a table without repetition, [R], their gradients, [R, W], and whether they were read, [R, 1]."""
-    if gradient.is_sparse:
-        gradient = gradient.coalesce()
-        (rows_R,) = gradient.indices()
-        return rows_R, gradient.values(), torch.ones_like(rows_R, dtype=torch.bool)[:, None]
-    read_N, rows_N = gradient.any(dim=1).byte().sort(descending=True)
-    rows_R = rows_N[:most]
-    return rows_R, gradient[rows_R], read_N[:most, None].bool()
 
 
 def orthogonal(matrices_NAB: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from charlm.config import TrainConfig
+from charlm.model.rowwise import RowwiseRMS
 from charlm.objective.routes import Joint, Update
 from charlm.training.gradients import Losses
-from charlm.training.optimizers import LazyAdam
 
 HISTORY = 128  # most accepted losses that a spike is judged by
 ENOUGH = 32  # fewest
@@ -52,7 +52,7 @@ class Updates:
         losses = [math.nan] * HISTORY + list(accepted_losses)
         self.history = torch.tensor(losses[-HISTORY:], device=accelerator.device)
         self.unread = []  # step, losses, and two flags on the device: skipped, spikes
-        tables = [own.param_groups for own in route.optimizers if isinstance(own, LazyAdam)]
+        tables = [own.param_groups for own in route.optimizers if isinstance(own, RowwiseRMS)]
         self.tables = {table for group in chain(*tables) for table in group["params"]}
         self.decides_on_host = accelerator.device.type == "cpu"
         self.undo = Undo()

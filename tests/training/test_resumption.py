@@ -21,6 +21,7 @@ from charlm.config.objective import TaskConfig
 from charlm.objective.terms import build_terms
 from charlm.runs import folder
 from charlm.runs.folder import Run
+from charlm.runs.tensors import load_tensors
 from charlm.training.start import check_agreed, check_resumable, rescaled
 from storage import entries, forge, tensors
 from tiny import SCRIPTS, TINY, assert_ended_like, checkpoint_bytes, checkpoint_folder, history, refused, train, typed
@@ -319,6 +320,20 @@ def test_optimizer_state_that_lacks_a_tensor_is_refused(stopped):
     forge(checkpoint_folder(run, 10), lacking)
     with pytest.raises(UserError, match=r"tensor transformer\.embedding\.weight\.exp_avg_sq is missing"):
         train(*flags)
+
+
+def test_state_that_lazy_adam_left_for_ngram_tables_is_begun_anew(tmp_path, text_corpus_flags):
+    """Guards against runs of earlier versions that cannot go on."""
+    flags = [*FLAGS, *text_corpus_flags, "--model.ngrams=[2]", f"--run.dir={tmp_path / 'run'}"]
+    run = train(*flags)
+    table = "transformer.ngram_embedding.tables.0.weight"
+    one = torch.ones(64, 64)
+    adam = {f"{table}.exp_avg": one, f"{table}.exp_avg_sq": one.clone(), f"{table}.step": torch.tensor(10)}
+    forge(checkpoint_folder(run, 10), tensors("optimizer.safetensors", **adam, **{f"{table}.mean_square": None}))
+    train(*flags, "--run.resume_from=10")
+    state = load_tensors(checkpoint_folder(run, STEPS) / "optimizer.safetensors")[0]
+    assert [name for name in state if table in name] == [f"{table}.mean_square"]
+    assert state[f"{table}.mean_square"].shape == (64, 1)
 
 
 def test_another_number_of_steps_wakes_and_silences_rows():
