@@ -64,7 +64,7 @@ class TrainConfig(Section):
     momentum: BelowOne = 0.99
     """Momentum of sgd."""
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
-    """Betas of adamw; the second is also that of the mean squares of rows of n-gram tables."""
+    """Betas of adamw."""
     weight_decay: NonNegative = 0.0
     """Weight decay of all matrices but embeddings, their projections and position tables."""
     muon_learning_rate: Positive = 0.02

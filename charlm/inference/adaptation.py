@@ -73,7 +73,7 @@ class Learner:
                 self.optimizers.append(kind([own[name] for name in others], lr=adapt.rate, **options))
             if tables:
                 rows = [own[name] for name in tables]
-                self.optimizers.append(RowwiseRMS([{"params": rows, "lr": adapt.ngram_rate}], 0.99))
+                self.optimizers.append(RowwiseRMS([{"params": rows, "lr": adapt.ngram_rate}]))
         self.transformer, self.heads = self.modules["transformer"], self.modules["heads"]
 
     def learn(self, windows_SW: Tensor, counts_SQ: Tensor) -> Tensor:

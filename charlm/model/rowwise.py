@@ -21,7 +21,7 @@ class RowwiseRMS(Optimizer):
     `most_rows`; then the host never waits for a GPU. Makes no step if `found_inf`, a number on the device, is 1.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], beta: float, most_rows: int | None = None):
+    def __init__(self, groups: list[dict[str, Any]], most_rows: int | None = None, beta: float = 0.9):
         super().__init__(groups, {"beta": beta, "eps": 1e-8, "most_rows": most_rows, "fused": True})
 
     @torch.no_grad()

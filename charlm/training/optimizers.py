@@ -84,7 +84,7 @@ def build_optimizers(
     if tables:
         most = train.batch_size * max(model.window_length, train.context_divisor)
         rows = _group([*tables], train.ngram_learning_rate)
-        optimizers.append(RowwiseRMS([rows], train.adam_betas[1], most))
+        optimizers.append(RowwiseRMS([rows], most))
     return optimizers
 
 

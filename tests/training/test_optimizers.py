@@ -230,7 +230,7 @@ def test_rowwise_rms_moves_rows_as_a_loop_over_them_does(rows, micro_batches, mo
     torch.manual_seed(0)
     table = nn.Embedding(rows, 8, sparse=True)
     expected, squares = table.weight.detach().double().numpy(), {}
-    optimizer = RowwiseRMS([{"params": [table.weight], "lr": 0.04}], 0.9, most_rows=most)
+    optimizer = RowwiseRMS([{"params": [table.weight], "lr": 0.04}], most_rows=most)
     for step in range(60):
         rate = optimizer.param_groups[0]["lr"] = 0.04 / (1 + step)
         gradients = defaultdict(float)
@@ -257,7 +257,7 @@ def test_a_skipped_step_of_rowwise_rms_moves_nothing():
     """Guards against gradients that are not finite in rows or their state, and a first gradient that is skipped."""
     table = nn.Embedding(9, 4, sparse=True)
     before = table.weight.detach().clone()
-    optimizer = RowwiseRMS([{"params": [table.weight], "lr": 0.1}], 0.9, most_rows=9)
+    optimizer = RowwiseRMS([{"params": [table.weight], "lr": 0.1}], most_rows=9)
     (table(torch.tensor([1, 2])) * math.nan).sum().backward()
     step_unless(torch.tensor(True), optimizer)
     assert torch.equal(table.weight, before)
