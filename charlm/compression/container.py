@@ -2,7 +2,7 @@
 
     charlm, format version      6 bytes, uint16
     header                      see `Header`; its last field is a text of up to 255 bytes
-    settings, in version 4      up to 255 bytes of JSON: the values of `adapt`, or null, and of `experts`
+    settings, in version 5      up to 255 bytes of JSON: the values of `adapt`, or null, and of `experts`
     blocks                      each: uint32 W, then W words of 32 bits from the range coder
     checksum                    the first 8 bytes of the SHA-256 of everything before
 
@@ -35,8 +35,8 @@ from charlm.runs.checkpoints import digest
 from charlm.runs.trained import TrainedModel
 
 MAGIC = b"charlm"
-VERSIONS = (3, 4)
-"""Version 3 is written where the model does not learn and is not mixed with experts."""
+VERSIONS = (3, 5)
+"""Version 3 is written where the model does not learn and is not mixed with experts. Version 4 learned otherwise."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 """A file holds the index of one: keep the order."""
 CODER_BITS = 24
@@ -78,7 +78,7 @@ class Header(NamedTuple):
             return _PREFIX.pack(MAGIC, 3) + packed
         values = [adapt and list(dict(adapt).values()), experts]
         text = json.dumps(values, separators=(",", ":")).encode()
-        return _PREFIX.pack(MAGIC, 4) + packed + bytes([len(text)]) + text
+        return _PREFIX.pack(MAGIC, 5) + packed + bytes([len(text)]) + text
 
 
 def pack_block(words: np.ndarray) -> bytes:
@@ -139,7 +139,7 @@ def _unpack(file: BinaryIO, end: int, version: int) -> Header:
     word = PRECISIONS[precision] if precision < len(PRECISIONS) else f"number {precision}"
     settings = dict(zip(CodingSettings.model_fields, [*values[6:], word], strict=False))
     environment = file.read(length).decode(errors="backslashreplace")
-    if version == 4:
+    if version == 5:
         adapt, experts = parse_json(file.read(int.from_bytes(file.read(1))))
         adapt = adapt and dict(zip(AdaptConfig.model_fields, adapt, strict=True))
         settings |= {"adapt": adapt, "experts": experts}

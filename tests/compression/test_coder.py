@@ -259,6 +259,7 @@ FOREIGN = {
     "sealed without header": (sealed(b"charlm\3\0" + bytes(8)), "more bytes than the file"),
     "a name longer than the file": (sealed(b"charlm\3\0" + bytes(99) + b"\xff" + bytes(20)), "more bytes than"),
     "version 1": (b"charlm\1\0" + bytes(200), "version 1, not 3"),
+    "a version whose steps were others": (b"charlm\4\0" + bytes(200), "version 4, not 3"),
 }
 
 
