@@ -36,7 +36,7 @@ from charlm.runs.trained import TrainedModel
 
 MAGIC = b"charlm"
 VERSIONS = (3, 5)
-"""Version 3 is written where the model does not learn and is not mixed with experts. Version 4 learned otherwise."""
+"""Version 3 is written where the model does not learn and is not mixed with experts. Version 4 is given up."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 """A file holds the index of one: keep the order."""
 CODER_BITS = 24

@@ -54,11 +54,7 @@ class Section(BaseModel):
     """A group of options, frozen. Help prints the docstrings of its fields."""
 
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        coerce_numbers_to_str=True,
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
     )
 
     @classmethod

@@ -115,12 +115,7 @@ def route_cost(config: Config, objective: Objective) -> RouteCost:
     blocked = blocked_layers(list(rows), model.num_layers, aux.relay_layers)
     once, each = max(rows), sum(rows)
     relayed = max(rows.keys() - blocked, default=0) + aux.relay_layers * len(blocked)
-    layers = {
-        "joint": (once, once),
-        "relay": (once, relayed),
-        "pairwise": (each, each),
-        "multiway": (once, each),
-    }
+    layers = {"joint": (once, once), "relay": (once, relayed), "pairwise": (each, each), "multiway": (once, each)}
     T = model.context_length
     of_layer = 2 * _matrices(transformer.blocks[0]) + 4 * model.d_model * T
     of_heads = 2 * sum(_head_matrices(objective.heads, own, T) for own in rows.values())

@@ -105,7 +105,7 @@ class Checkpoint:
             keys = sorted({key for name, _, key in split_names if name in owned})  # processes gather in this order
             for name, key in product(with_state, keys):
                 owners[f"{name}.{key}"] = (optimizer, owned[name], key)
-        expected = {name: own[:, :1] if key == ROW_STATE else own for name, (_, own, key) in owners.items()}
+        expected = {n: own[:, :1] if key == ROW_STATE and own.ndim == 2 else own for n, (_, own, key) in owners.items()}
         counters = {name for name, tensor in found.items() if tensor.ndim == 0}
         expected |= {name: found[name] for name in counters & owners.keys()}
         check_tensors(self.path / OPTIMIZER, found, expected, "the optimizer of config.yaml")

@@ -18,7 +18,7 @@ from charlm.hardware import device_memory, has_pinned_memory
 from charlm.objective.objective import Objective
 from charlm.objective.routes import Joint
 from charlm.process import is_about_memory
-from charlm.training.sharding import is_sharded
+from charlm.training.sharding import is_sharded, sparse_tables
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,9 @@ def find_micro_batch_size(objective: Objective, accelerator: Accelerator, upper:
 def _fits(objective: Objective, accelerator: Accelerator, windows: int, copies: int) -> bool:
     device, held = accelerator.device, []
     try:
+        tables = set(sparse_tables(objective))
         for parameter in objective.parameters():  # Adam's moments, and averages, do not exist yet
-            held += [torch.empty_like(parameter) for _ in range(copies)]
+            held += [torch.empty_like(parameter) for _ in range(copies - 2 * (parameter in tables))]
         if device.type != "cpu":  # a twentieth may be lost to fragmentation
             held.append(torch.empty(device_memory(device) // 20, dtype=torch.uint8, device=device))
         windows_BW = torch.zeros(windows, objective.window_length, dtype=torch.int64, device=device)

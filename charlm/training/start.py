@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import psutil
@@ -18,6 +19,7 @@ from charlm.data.sources import located
 from charlm.data.text_files import changes
 from charlm.data.vocabulary import vocabulary_from_dict
 from charlm.files import read_json
+from charlm.model.rowwise import ROW_STATE, RowwiseRMS
 from charlm.objective.build import build_objective
 from charlm.objective.count import num_parameters, route_cost
 from charlm.objective.objective import Objective
@@ -121,6 +123,9 @@ def open_run(
                     raise UserError(f"{run.path}: what it began with has changed; choose another --run.dir", "run.dir")
             if source is not None:
                 source.restore(objective, optimizers)
+                states = [own.state.values() for own in optimizers if isinstance(own, RowwiseRMS)]
+                if any(ROW_STATE not in state for state in chain(*states)):
+                    news.append("n-gram tables: another optimizer than at first, whose state begins anew")
                 state = read_json(source.path / STATE, kind=TrainState)
                 if state.scaler and accelerator.scaler:
                     accelerator.scaler.load_state_dict(state.scaler)

@@ -110,7 +110,7 @@ def test_what_learns_from_the_text_comes_back(coded, how, length, streams, block
     options = {"streams": streams, "block": block, **how}
     trained, path = coded(data, **options)
     before = container.model_digest(trained)
-    assert path.read_bytes()[:8] == b"charlm\4\0"
+    assert path.read_bytes()[:8] == b"charlm\5\0"
     assert decoded(trained, path) == data == decoded(trained, path)
     assert container.model_digest(trained) == before
     nats, _ = compressed_nats(trained, np.frombuffer(data, np.uint8), **options)

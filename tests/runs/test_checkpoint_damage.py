@@ -117,6 +117,10 @@ FORGED = {
         tensors(OPTIMIZER, **{f"{WEIGHT}.exp_avg": torch.zeros(3)}),
         [OPTIMIZER, f"{WEIGHT}.exp_avg", "float32 [3]"],
     ),
+    "state by rows of what has none": (
+        tensors(OPTIMIZER, transformer__blocks__0__attention__query__bias__mean_square=torch.zeros(8, 1)),
+        [OPTIMIZER, "bias.mean_square", "float32 [8]"],
+    ),
     "state of a wrong type": (
         tensors(OPTIMIZER, **{f"{WEIGHT}.exp_avg": torch.zeros(8, 8).half()}),
         [OPTIMIZER, f"{WEIGHT}.exp_avg", "float16"],

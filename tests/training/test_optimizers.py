@@ -253,15 +253,21 @@ def test_rowwise_rms_moves_rows_as_a_loop_over_them_does(rows, micro_batches, mo
     torch.testing.assert_close(found[list(squares), 0].tolist(), list(squares.values()), rtol=1e-5, atol=0)
 
 
-def test_a_skipped_step_of_rowwise_rms_moves_nothing():
-    """Guards against gradients that are not finite in rows or their state, and a first gradient that is skipped."""
-    table = nn.Embedding(9, 4, sparse=True)
-    before = table.weight.detach().clone()
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+def test_a_skipped_step_of_rowwise_rms_moves_nothing(dense):
+    """Guards against gradients that are not finite in rows or their state, whether or not they are the first."""
+    table = nn.Embedding(9, 4, sparse=not dense)
     optimizer = RowwiseRMS([{"params": [table.weight], "lr": 0.1}], most_rows=9)
-    (table(torch.tensor([1, 2])) * math.nan).sum().backward()
-    step_unless(torch.tensor(True), optimizer)
-    assert torch.equal(table.weight, before)
-    assert not optimizer.state[table.weight]["mean_square"].any()
+    for factor, rows in ((math.nan, [1, 2]), (3.0, [2, 5]), (math.inf, [2, 5, 7])):
+        before, square = table.weight.detach().clone(), optimizer.state[table.weight].get("mean_square")
+        square = torch.zeros(9, 1) if square is None else square.clone()
+        (table(torch.tensor(rows)) * factor).sum().backward()
+        step_unless(torch.tensor(factor != 3.0), optimizer)
+        optimizer.zero_grad()
+        moved = torch.zeros(9, dtype=torch.bool)
+        moved[[2, 5]] = factor == 3.0
+        assert torch.equal((table.weight != before).any(dim=1), moved)
+        assert torch.equal((optimizer.state[table.weight]["mean_square"] != square).any(dim=1), moved)
 
 
 def test_only_the_ngram_rows_that_were_read_move():

@@ -322,15 +322,19 @@ def test_optimizer_state_that_lacks_a_tensor_is_refused(stopped):
         train(*flags)
 
 
-def test_state_that_lazy_adam_left_for_ngram_tables_is_begun_anew(tmp_path, text_corpus_flags):
-    """Guards against runs of earlier versions that cannot go on."""
+def test_state_that_lazy_adam_left_for_ngram_tables_is_begun_anew(tmp_path, text_corpus_flags, capfd):
+    """Guards against runs of earlier versions that cannot go on, or do so without a word of what changed."""
     flags = [*FLAGS, *text_corpus_flags, "--model.ngrams=[2]", f"--run.dir={tmp_path / 'run'}"]
     run = train(*flags)
     table = "transformer.ngram_embedding.tables.0.weight"
     one = torch.ones(64, 64)
     adam = {f"{table}.exp_avg": one, f"{table}.exp_avg_sq": one.clone(), f"{table}.step": torch.tensor(10)}
     forge(checkpoint_folder(run, 10), tensors("optimizer.safetensors", **adam, **{f"{table}.mean_square": None}))
+    capfd.readouterr()
     train(*flags, "--run.resume_from=10")
+    assert "n-gram tables: another optimizer" in capfd.readouterr().err
+    train(*flags, "--run.resume_from=20")
+    assert "n-gram tables: another optimizer" not in capfd.readouterr().err
     state = load_tensors(checkpoint_folder(run, STEPS) / "optimizer.safetensors")[0]
     assert [name for name in state if table in name] == [f"{table}.mean_square"]
     assert state[f"{table}.mean_square"].shape == (64, 1)

@@ -34,11 +34,7 @@ FIGURES_OF_A_RUN = {
 }
 
 
-def write_report(
-    folders: Sequence[Path | str],
-    path: Path | str,
-    probes: Sequence[Probe | None] | None = None,
-) -> Path:
+def write_report(folders: Sequence[Path | str], path: Path | str, probes: Sequence[Probe | None] | None = None) -> Path:
     """Write the page of some runs, making its folder, and return `path`.
 
     `probes` are what `measure` found about each. Raises UserError if a folder is not a run, or a
