@@ -137,8 +137,10 @@ def test_two_processes_learn_what_one_does(group, name, two_processes, tmp_path,
     one, two = training_rows(alone), training_rows(run)
     assert [row["step"] for row in two] == [row["step"] for row in one]
     assert [row["terms"].keys() for row in two] == [row["terms"].keys() for row in one]
-    # Muon orthogonalises in bf16, which the order of additions moves.
-    assert losses(run) == pytest.approx(losses(alone), rel=5e-3 if name == "muon" else 1e-5)
+    # The order of additions moves Muon, which orthogonalises in bf16, and rows with tiny gradients, which are divided
+    # by their own size: one process that splits its batch otherwise is as far away.
+    tolerance = 5e-3 if name in {"muon", "ngrams-dense", "multiway-common-uneven"} else 1e-5
+    assert losses(run) == pytest.approx(losses(alone), rel=tolerance)
     assert two[-1]["bits_per_character"] < two[0]["bits_per_character"]
 
     end, middle = len(two), len(two) // 2
