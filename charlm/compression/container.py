@@ -35,8 +35,8 @@ from charlm.runs.checkpoints import digest
 from charlm.runs.trained import TrainedModel
 
 MAGIC = b"charlm"
-VERSIONS = (3, 5)
-"""Version 3 is written where the model does not learn and is not mixed with experts. Version 4 is given up."""
+VERSIONS = PLAIN, LEARNING = 3, 5
+"""PLAIN is written where the model does not learn and is not mixed with experts. Version 4 is given up."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 """A file holds the index of one: keep the order."""
 CODER_BITS = 24
@@ -75,10 +75,10 @@ class Header(NamedTuple):
         text = environment.encode()[:255]
         packed = _FIELDS.pack(*facts, *sizes, PRECISIONS.index(precision), len(text)) + text
         if adapt is None and not experts:
-            return _PREFIX.pack(MAGIC, 3) + packed
+            return _PREFIX.pack(MAGIC, PLAIN) + packed
         values = [adapt and list(dict(adapt).values()), experts]
         text = json.dumps(values, separators=(",", ":")).encode()
-        return _PREFIX.pack(MAGIC, 5) + packed + bytes([len(text)]) + text
+        return _PREFIX.pack(MAGIC, LEARNING) + packed + bytes([len(text)]) + text
 
 
 def pack_block(words: np.ndarray) -> bytes:
@@ -139,7 +139,7 @@ def _unpack(file: BinaryIO, end: int, version: int) -> Header:
     word = PRECISIONS[precision] if precision < len(PRECISIONS) else f"number {precision}"
     settings = dict(zip(CodingSettings.model_fields, [*values[6:], word], strict=False))
     environment = file.read(length).decode(errors="backslashreplace")
-    if version == 5:
+    if version == LEARNING:
         adapt, experts = parse_json(file.read(int.from_bytes(file.read(1))))
         adapt = adapt and dict(zip(AdaptConfig.model_fields, adapt, strict=True))
         settings |= {"adapt": adapt, "experts": experts}

@@ -37,7 +37,7 @@ class RowwiseRMS(Optimizer):
             state.clear()  # runs of earlier versions have Adam's moments here
             state[ROW_STATE] = torch.zeros_like(table[:, :1])
         rows_R, gradients_RW, moves_R1 = _rows_read(table.grad, group["most_rows"])
-        moves_R1 = moves_R1 & (getattr(self, "found_inf", torch.zeros((), device=table.device)) == 0)
+        moves_R1 = moves_R1 & (getattr(self, "found_inf", 0) == 0)
         old_R1 = state[ROW_STATE].index_select(0, rows_R)
         squares_R1 = gradients_RW.square().mean(dim=1, keepdim=True)
         squares_R1 = torch.where(old_R1 == 0, squares_R1, old_R1.lerp(squares_R1, 1 - group["beta"]))
