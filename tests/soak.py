@@ -327,8 +327,10 @@ def kill_script(name: str, home: Path, choose: random.Random, kills: int) -> lis
             assert {path: whole.get(path) for path in there} == there, f"{name} left half of something"
         (code,) = wait([call(out)])
         assert code == 0 or (name == "export" and there == whole), said.read_text()[-3000:]
+        # A run can end by itself after its ablation was killed: it may still draw, and nobody has measured its costs.
+        while any(str(out) in " ".join(child.info["cmdline"] or ()) for child in psutil.process_iter(["cmdline"])):
+            time.sleep(0.1)
         left = [str(path) for path in out.rglob("*.tmp")]
-        # A run can end by itself after its ablation was killed; nobody has measured its costs then.
         differing = {path for path in files_in(out).keys() ^ whole.keys() if not path.endswith("seed-0.json")}
         assert not differing and not left, f"{name} left {left}; {differing} differ"
         shutil.rmtree(out)
