@@ -52,6 +52,8 @@ class Options(Section):
     """Peers to measure, separated by commas. The default is all that are installed."""
     minutes: Positive = 4.0
     """quality: time of each contestant, one after the other; each peer comes three times."""
+    marks: tuple[Positive, ...] = (3.5, 3.0, 2.5, 2.0)
+    """quality: bits per byte; the table has the seconds that each contestant needs to reach them."""
     path: Path | None = None
     """quality: a copy of enwik8 (raw, .zip, .gz, .bz2, .xz). The default is a download."""
     run: Path | None = None
@@ -161,7 +163,7 @@ def quality(options: Options, tell: Callable[[str], None]) -> None:
     }
     config = load_config(Path(__file__).resolve().parents[1] / "configs/enwik8_small.yaml", overrides)
     found = quality.run(config, device_of(options), precision_of(options, True), options.peers, tell)
-    show(options, quality.to_markdown(found), found, partial(quality.draw, found))
+    show(options, quality.to_markdown(found, options.marks), found, partial(quality.draw, found))
 
 
 def lens(options: Options, tell: Callable[[str], None]) -> None:

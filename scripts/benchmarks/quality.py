@@ -214,18 +214,19 @@ def best_of(curves: Sequence[Curve]) -> list[Curve]:
     return [own, *best.values()]
 
 
-def to_markdown(found: dict[str, Any]) -> str:
-    """The table: scores at the end, and the seconds to the best peer's score."""
+def to_markdown(found: dict[str, Any], marks: Sequence[float]) -> str:
+    """The table: scores at the end, and the seconds to each mark and to the best peer's score."""
     curves = best_of([Curve(**curve) for curve in found["curves"]])
-    mark = min((curve.final for curve in curves[1:]), default=curves[0].final)
-    header = ["", "AdamW at", "characters", "bits per byte at the end", f"seconds to {mark:.3f}"]
+    best_peer = min((curve.final for curve in curves[1:]), default=curves[0].final)
+    marks = sorted({*marks, best_peer}, reverse=True)
+    header = ["", "AdamW at", "characters", "bits per byte at the end", *(f"seconds to {mark:.4g}" for mark in marks)]
     rows = [
         [
             curve.name,
             f"{curve.learning_rate:g}" if curve.learning_rate else "",
             f"{curve.characters / 1e6:.2f}M",
             f"{curve.final:.3f}",
-            f"{seconds:.0f}" if (seconds := curve.seconds_to(mark)) else "",
+            *(f"{seconds:.0f}" if (seconds := curve.seconds_to(mark)) else "" for mark in marks),
         ]
         for curve in curves
     ]

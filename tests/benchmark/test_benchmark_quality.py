@@ -55,9 +55,16 @@ def test_each_peer_counts_at_its_best_rate():
         ("b", 1e-3),
         ("a", 3e-3),
     ]
-    rows = table_cells(quality.to_markdown(FOUND))
+    rows = table_cells(quality.to_markdown(FOUND, ()))
     assert [row[3] for row in rows[2:]] == ["2.000", "2.200", "2.500"]
     assert [row[4] for row in rows[2:]] == ["2", "2", ""]
+
+
+def test_the_table_has_the_seconds_to_each_mark():
+    """Guards against a mark that is reached too soon, late, or by a contestant that never did."""
+    rows = table_cells(quality.to_markdown(FOUND, (3.0, 2.0, 1.5)))
+    assert [name.split()[-1] for name in rows[0][4:]] == ["3", "2.2", "2", "1.5"]  # 2.2: the best peer's end
+    assert [row[4:] for row in rows[2:]] == [["1", "2", "2", ""], ["2", "2", "", ""], ["2", "", "", ""]]
 
 
 def test_the_curves_are_drawn(tmp_path):
