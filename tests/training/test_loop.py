@@ -17,7 +17,9 @@ from charlm.data.windows import training_windows
 from charlm.objective.build import build_objective
 from charlm.objective.objective import Objective
 from charlm.runs.folder import Run
+from charlm.training import loop
 from launched import TORCHRUN, launch
+from storage import steps
 from tiny import SCRIPTS, TINY, refused, train, training_rows, typed
 
 CONFIGS = SCRIPTS.parent / "configs"
@@ -186,3 +188,19 @@ def test_refusals_come_before_anything_is_written(flags, option, tmp_path, text_
     with refused(option):
         train(*FLAGS, *text_corpus_flags, *typed(flags), f"--run.dir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("values", [[math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]])
+def test_parameters_that_are_not_finite_are_not_saved(values, tmp_path, text_corpus_flags, monkeypatch):
+    """Guards against a broken checkpoint that takes the place of a good one, and against numbers that cancel out."""
+    plain = loop.take_snapshot
+
+    def broken_at_40(*arguments):
+        snapshot = plain(*arguments)
+        if snapshot.state["step"] == 40:
+            snapshot.model["transformer.embedding.weight"].view(-1)[: len(values)] = torch.tensor(values)
+        return snapshot
+
+    monkeypatch.setattr("charlm.training.loop.take_snapshot", broken_at_40)
+    run = train(*FLAGS, *text_corpus_flags, f"--run.dir={tmp_path / 'run'}", "--train.keep_checkpoints=3")
+    assert steps(Run(run)) == [20, 60]
